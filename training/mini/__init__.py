@@ -1,0 +1,4 @@
+"""Programs that train the embedded model family from scratch on the sound world (`make mini`).
+
+In order: autoencoder ▸ text_encoder ▸ latents ▸ denoiser (`mini-base`, then `mini`) ▸ tagger ▸ package ▸ evaluate.
+"""

@@ -1,0 +1,173 @@
+"""Train a mini denoiser on cached latents: v-prediction on Stable Diffusion 2.1's schedule, as Tango.
+
+    python -m training.mini.denoiser --name mini-base --captions web --steps 20000
+    python -m training.mini.denoiser --name mini --captions true --init build/mini/mini-base/final --steps 20000
+
+The loss is not weighted by min-SNR, unlike upstream's: for v-prediction that weight goes to zero with the
+signal, and what comes first and what second is decided where there is hardly any.
+
+Shape legend: B batch, C latent channels, T latent frames, F latent mel bins, L text tokens, D text width.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from training.mini.latents import LatentSet, load_shards
+from training.mini.loop import LoopConfig, fit
+from training.mini.text_encoder import TEXT_LENGTH
+from training.soundworld.captions import (
+    TRUE_CAPTIONS,
+    WEB_CAPTIONS,
+    CaptionNoise,
+    CaptionTruth,
+    corrupt,
+    swap,
+    write_caption,
+)
+from training.soundworld.scenes import split_of
+
+SEED = 505
+BATCH = 32
+CONDITION_DROPOUT = 0.1
+"""Share of the prompts replaced by the empty one, for classifier-free guidance."""
+LONG_EVERY = 6
+"""Every so many steps the batch is of 5.12 s clips, half as many."""
+LOOP = LoopConfig(steps=20_000, learning_rate=1e-3, warmup=200, decay=0.3, ema=0.999)
+NOISES: dict[str, CaptionNoise] = {"true": TRUE_CAPTIONS, "web": WEB_CAPTIONS}
+
+
+def build(cross_attention_dim: int) -> UNet2DConditionModel:
+    """Tango's denoiser, narrow: cross-attention at a half and a quarter of the latents' resolution."""
+    return UNet2DConditionModel(
+        sample_size=(32, 8),
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(64, 96, 112),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def schedule() -> DDPMScheduler:
+    """Stable Diffusion 2.1's, which Tango trains on."""
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+    )
+
+
+class TextSide:
+    """The frozen text encoder: captions to embeddings [B, L, D] and mask [B, L]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        self.encoder = T5EncoderModel.from_pretrained(folder / "final").eval()
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+        mask_BL = tokens["attention_mask"]
+        hidden = self.encoder(input_ids=tokens["input_ids"], attention_mask=mask_BL).last_hidden_state
+        return hidden, mask_BL.bool()
+
+
+def training_caption(truth: CaptionTruth, noise: CaptionNoise, rng: np.random.Generator) -> str:
+    """A wording from the training split, wrong with `noise`'s probabilities, empty with the dropout's."""
+    if rng.uniform() < CONDITION_DROPOUT:
+        return ""
+    told = corrupt(truth, noise, rng)
+    while True:
+        caption = write_caption(told, rng)
+        if split_of(caption) == "train":
+            return caption
+
+
+def stratified_timesteps(rng: np.random.Generator, count: int) -> Tensor:
+    """One timestep from each of `count` equal parts of [0, 1000): int64 [count], shuffled."""
+    parts = (rng.permutation(count) + rng.uniform(size=count)) / count
+    return torch.from_numpy((parts * 1000).astype(np.int64))
+
+
+def v_error(unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean squared error of the predicted velocity, a value a clip: [B]."""
+    ddpm = schedule()
+    noisy = ddpm.add_noise(clean, noise, timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = unet(noisy, timesteps, encoder_hidden_states=text[0], encoder_attention_mask=text[1]).sample
+    target = ddpm.get_velocity(clean, noise, timesteps)
+    return (predicted.float() - target).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def order_probe(unet: nn.Module, data: LatentSet, text: TextSide, count: int = 64) -> tuple[float, float]:
+    """Error at high noise with the right and with swapped captions: the gap says that order is heard."""
+    rng = np.random.default_rng([SEED, 1])
+    picked = [i for i, t in enumerate(data.truths) if t.relation == "then"][:count]
+    generator = torch.Generator().manual_seed(1)
+    clean = data.latents_BCTF[picked].float()
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = torch.linspace(700, 980, len(picked)).long()
+    right = [write_caption(data.truths[i], rng) for i in picked]
+    swapped = [write_caption(swap(data.truths[i], rng), rng) for i in picked]
+    errors = [float(v_error(unet, clean, timesteps, noise, text(c)).mean()) for c in (right, swapped)]
+    return errors[0], errors[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/mini"))
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--captions", choices=sorted(NOISES), default="true")
+    parser.add_argument("--init", type=Path, help="start from the denoiser in this folder")
+    parser.add_argument("--steps", type=int, default=LOOP.steps)
+    parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    text = TextSide(arguments.work / "text_encoder")
+    short = load_shards(arguments.work / "latents", "short-*.npz")
+    long = load_shards(arguments.work / "latents", "long-*.npz")
+    unet = (
+        UNet2DConditionModel.from_pretrained(arguments.init)
+        if arguments.init
+        else build(text.encoder.config.d_model)
+    )
+    caption_noise = NOISES[arguments.captions]
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([SEED, step])
+        data, count = (long, BATCH // 2) if step % LONG_EVERY == LONG_EVERY - 1 else (short, BATCH)
+        picked = rng.integers(0, len(data.truths), count)
+        clean = data.latents_BCTF[picked].float()
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        captions = [training_caption(data.truths[i], caption_noise, rng) for i in picked]
+        loss = v_error(unet, clean, stratified_timesteps(rng, count), noise, text(captions)).mean()
+        figures = {}
+        if step % 500 == 0:
+            figures = dict(zip(("order_right", "order_swapped"), order_probe(unet, short, text), strict=True))
+        return loss, figures
+
+    folder = arguments.work / arguments.name
+    config = replace(LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate)
+    fit(unet, loss_at, config, folder, title=arguments.name)
+    unet.save_pretrained(folder / "final", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()
