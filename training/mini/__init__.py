@@ -1,4 +1,5 @@
 """Programs that train the embedded model family from scratch on the sound world (`make mini`).
 
-In order: autoencoder ▸ text_encoder ▸ latents ▸ denoiser (`mini-base`, then `mini`) ▸ tagger ▸ package ▸ evaluate.
+In order: autoencoder ▸ text_encoder ▸ latents ▸ denoiser (a trunk, then `mini-base` and `mini`) ▸ tagger ▸
+package ▸ evaluate.
 """

@@ -29,7 +29,7 @@ KL_WEIGHT = 1e-3
 
 
 def build() -> AutoencoderKL:
-    """The architecture: diffusers' class, as in Tango, but narrow, f8, 16 latent channels, no mid attention."""
+    """Diffusers' class, as in Tango, but narrow, f8, 16 latent channels, no attention in the middle."""
     return AutoencoderKL(
         in_channels=1,
         out_channels=1,

@@ -1,7 +1,7 @@
 """Train a mini denoiser on cached latents: v-prediction on Stable Diffusion 2.1's schedule, as Tango.
 
-    python -m training.mini.denoiser --name mini-base --captions web --steps 20000
-    python -m training.mini.denoiser --name mini --captions true --init build/mini/mini-base/final --steps 20000
+    python -m training.mini.denoiser --name trunk --captions web --steps 6000 --decay 0
+    python -m training.mini.denoiser --name mini --captions true --init build/mini/trunk/final
 
 The loss is not weighted by min-SNR, unlike upstream's: for v-prediction that weight goes to zero with the
 signal, and what comes first and what second is decided where there is hardly any.
@@ -81,6 +81,7 @@ class TextSide:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Padded to TEXT_LENGTH, as when serving."""
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
         mask_BL = tokens["attention_mask"]
         hidden = self.encoder(input_ids=tokens["input_ids"], attention_mask=mask_BL).last_hidden_state
@@ -104,12 +105,16 @@ def stratified_timesteps(rng: np.random.Generator, count: int) -> Tensor:
     return torch.from_numpy((parts * 1000).astype(np.int64))
 
 
-def v_error(unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+def v_error(
+    unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, text: tuple[Tensor, Tensor]
+) -> Tensor:
     """Mean squared error of the predicted velocity, a value a clip: [B]."""
     ddpm = schedule()
     noisy = ddpm.add_noise(clean, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = unet(noisy, timesteps, encoder_hidden_states=text[0], encoder_attention_mask=text[1]).sample
+        predicted = unet(
+            noisy, timesteps, encoder_hidden_states=text[0], encoder_attention_mask=text[1]
+        ).sample
     target = ddpm.get_velocity(clean, noise, timesteps)
     return (predicted.float() - target).square().mean((1, 2, 3))
 
@@ -137,6 +142,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="start from the denoiser in this folder")
     parser.add_argument("--steps", type=int, default=LOOP.steps)
     parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
+    parser.add_argument("--decay", type=float, default=LOOP.decay, help="share of the steps; 0 for a trunk")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -164,7 +170,9 @@ def main() -> None:
         return loss, figures
 
     folder = arguments.work / arguments.name
-    config = replace(LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate)
+    config = replace(
+        LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate, decay=arguments.decay
+    )
     fit(unet, loss_at, config, folder, title=arguments.name)
     unet.save_pretrained(folder / "final", safe_serialization=True)
 

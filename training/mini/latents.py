@@ -7,7 +7,6 @@ training step. A shard that exists is not made again.
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +62,10 @@ def make_shard(path: Path, number: int, config: SceneConfig, vae: AutoencoderKL)
             classes.append(indices + [-1] * (3 - len(indices)))
             relations.append(RELATIONS.index(scene.truth.relation))
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, latents=np.concatenate(latents), classes=np.array(classes), relations=np.array(relations))
-    os.replace(temporary, path)
+    np.savez(
+        temporary, latents=np.concatenate(latents), classes=np.array(classes), relations=np.array(relations)
+    )
+    temporary.replace(path)
 
 
 def load_shards(folder: Path, pattern: str) -> LatentSet:
@@ -78,7 +79,9 @@ def load_shards(folder: Path, pattern: str) -> LatentSet:
                 for row, relation in zip(shard["classes"], shard["relations"], strict=True)
             ]
     if not parts:
-        raise SystemExit(f"error: no latents at {folder}/{pattern}: run python -m training.mini.latents first")
+        raise SystemExit(
+            f"error: no latents at {folder}/{pattern}: run python -m training.mini.latents first"
+        )
     return LatentSet(latents_BCTF=torch.cat(parts), truths=truths)
 
 

@@ -5,7 +5,7 @@ All randomness of a step comes from its number, so a killed run goes on exactly 
 
 import json
 import math
-import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def save_atomically(state: object, path: Path) -> None:
     """`torch.save` to a temporary name, then rename."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def ema_decay(step: int, limit: float) -> float:
@@ -58,12 +58,16 @@ def ema_decay(step: int, limit: float) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
-def fit(module: nn.Module, loss_at: LossFunction, config: LoopConfig, folder: Path, *, title: str) -> nn.Module:
+def fit(
+    module: nn.Module, loss_at: LossFunction, config: LoopConfig, folder: Path, *, title: str
+) -> nn.Module:
     """Train `module` in place and load its averaged weights, if `config.ema`, at the end.
 
     Checkpoints to `folder`/checkpoint.pt, appends to `folder`/journal.jsonl; a second call goes on
-    from the checkpoint. Ctrl-C saves, then stops.
+    from the checkpoint. Ctrl-C and SIGTERM save, then stop.
     """
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -102,7 +106,7 @@ def fit(module: nn.Module, loss_at: LossFunction, config: LoopConfig, folder: Pa
                     group["lr"] = rate
                 optimizer.zero_grad(set_to_none=True)
                 loss, figures = loss_at(step)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
                 optimizer.step()
                 if config.ema:
@@ -113,7 +117,13 @@ def fit(module: nn.Module, loss_at: LossFunction, config: LoopConfig, folder: Pa
                 seconds += time.process_time() - began
                 smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
                 if step % 20 == 0:
-                    row = {"step": step, "loss": smooth, "norm": norm.item(), "rate": rate, "cpu_seconds": seconds}
+                    row = {
+                        "step": step,
+                        "loss": smooth,
+                        "norm": norm.item(),
+                        "rate": rate,
+                        "cpu_seconds": seconds,
+                    }
                     journal.write(json.dumps(row | figures) + "\n")
                     journal.flush()
                     bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)

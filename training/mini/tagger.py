@@ -38,7 +38,9 @@ def batch(step: int, tagger: EventTagger) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng([SEED, step])
     scenes = [make_scene(SEED, step * BATCH + i, SCENES) for i in range(BATCH)]
     gain = 10 ** (rng.uniform(-8, 3, (BATCH, 1)) / 20)
-    noise = rng.standard_normal((BATCH, scenes[0].waveform.size)) * 10 ** (rng.uniform(-75, -50, (BATCH, 1)) / 20)
+    noise = rng.standard_normal((BATCH, scenes[0].waveform.size)) * 10 ** (
+        rng.uniform(-75, -50, (BATCH, 1)) / 20
+    )
     waveform = torch.from_numpy(np.stack([s.waveform for s in scenes]) * gain + noise).float()
     segments = (waveform.shape[1] // tagger.config.hop_length + 1) // TIME_STRIDE
     return waveform, torch.stack([targets(s, segments, tagger.segment_seconds) for s in scenes])

@@ -94,13 +94,17 @@ def labelled_caption(
     for text, event in parts:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += tokens
-        label = IGNORED if event is None else CLASSES.index(truth.classes[event]) * ROLES + role_of(truth, event)
+        label = (
+            IGNORED if event is None else CLASSES.index(truth.classes[event]) * ROLES + role_of(truth, event)
+        )
         labels += [label] * len(tokens)
     first = CLASSES.index(truth.classes[0]) * ROLES + role_of(truth, 0)
     return [*ids, 1], [*labels, IGNORED if truth.relation == "while" else first]
 
 
-def batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def batch(
+    seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, held_out: bool = False
+) -> tuple[Tensor, Tensor]:
     """Padded ids and labels, int64 [B, L]."""
     rng = np.random.default_rng([seed, step])
     rows = [labelled_caption(rng, tokenizer, held_out=held_out) for _ in range(BATCH)]

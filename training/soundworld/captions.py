@@ -14,17 +14,38 @@ Relation = Literal["single", "then", "while"]
 
 VOCABULARY: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     # class: (nouns, (finite verb, gerund))
-    "dog": (("a dog", "a puppy", "a hound"), (("barks", "barking"), ("woofs", "woofing"), ("yaps", "yapping"))),
+    "dog": (
+        ("a dog", "a puppy", "a hound"),
+        (("barks", "barking"), ("woofs", "woofing"), ("yaps", "yapping")),
+    ),
     "siren": (("a siren", "an ambulance", "a police car"), (("wails", "wailing"), ("blares", "blaring"))),
-    "bell": (("a bell", "a church bell", "a gong"), (("rings", "ringing"), ("tolls", "tolling"), ("chimes", "chiming"))),
-    "bird": (("a bird", "a sparrow", "a finch"), (("chirps", "chirping"), ("sings", "singing"), ("tweets", "tweeting"))),
+    "bell": (
+        ("a bell", "a church bell", "a gong"),
+        (("rings", "ringing"), ("tolls", "tolling"), ("chimes", "chiming")),
+    ),
+    "bird": (
+        ("a bird", "a sparrow", "a finch"),
+        (("chirps", "chirping"), ("sings", "singing"), ("tweets", "tweeting")),
+    ),
     "knock": (("someone", "a visitor", "a hand"), (("knocks", "knocking"), ("raps", "rapping"))),
     "beep": (("a machine", "a monitor", "an alarm"), (("beeps", "beeping"), ("bleeps", "bleeping"))),
-    "thunder": (("thunder", "a storm"), (("rumbles", "rumbling"), ("rolls", "rolling"), ("booms", "booming"))),
-    "rain": (("rain", "a shower", "a downpour"), (("falls", "falling"), ("pours", "pouring"), ("patters", "pattering"))),
-    "engine": (("an engine", "a motor", "a truck"), (("idles", "idling"), ("runs", "running"), ("revs", "revving"))),
+    "thunder": (
+        ("thunder", "a storm"),
+        (("rumbles", "rumbling"), ("rolls", "rolling"), ("booms", "booming")),
+    ),
+    "rain": (
+        ("rain", "a shower", "a downpour"),
+        (("falls", "falling"), ("pours", "pouring"), ("patters", "pattering")),
+    ),
+    "engine": (
+        ("an engine", "a motor", "a truck"),
+        (("idles", "idling"), ("runs", "running"), ("revs", "revving")),
+    ),
     "glass": (("glass", "a window", "a bottle"), (("breaks", "breaking"), ("shatters", "shattering"))),
-    "footsteps": (("a man", "a woman", "a person"), (("walks", "walking"), ("steps", "stepping"), ("strides", "striding"))),
+    "footsteps": (
+        ("a man", "a woman", "a person"),
+        (("walks", "walking"), ("steps", "stepping"), ("strides", "striding")),
+    ),
     "cat": (("a cat", "a kitten"), (("meows", "meowing"), ("mews", "mewing"), ("cries", "crying"))),
     "horn": (("a horn", "a car", "a taxi"), (("honks", "honking"), ("toots", "tooting"))),
     "clock": (("a clock", "a watch"), (("ticks", "ticking"), ("clicks", "clicking"))),

@@ -125,7 +125,9 @@ def _layout(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> l
     return spans
 
 
-def render(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> tuple[NDArray[np.float32], list[Event]]:
+def render(
+    truth: CaptionTruth, duration: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], list[Event]]:
     """Synthesise and mix the events of `truth` over a noise floor: waveform [N] and the ground truth."""
     n = round(duration * SAMPLING_RATE)
     floor = rng.uniform(-68, -58)
@@ -139,7 +141,9 @@ def render(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> tu
     peak = float(np.abs(mix).max())
     if peak > 0.97:
         # Peaks of impulsive events only: a soft knee keeps the level of everything else.
-        mix = np.where(np.abs(mix) > 0.8, np.sign(mix) * (0.8 + 0.19 * np.tanh((np.abs(mix) - 0.8) / 0.19)), mix)
+        mix = np.where(
+            np.abs(mix) > 0.8, np.sign(mix) * (0.8 + 0.19 * np.tanh((np.abs(mix) - 0.8) / 0.19)), mix
+        )
     return mix.astype(np.float32), events
 
 

@@ -106,7 +106,9 @@ def bell(rng: np.random.Generator, n: int) -> Samples:
     def stroke() -> Samples:
         t = _seconds(n)
         partials = [
-            np.sin(2 * np.pi * base * r * t + rng.uniform(0, 6.28)) * np.exp(-t / (decay / np.sqrt(r))) / (1 + 0.2 * r)
+            np.sin(2 * np.pi * base * r * t + rng.uniform(0, 6.28))
+            * np.exp(-t / (decay / np.sqrt(r)))
+            / (1 + 0.2 * r)
             for r in ratios
         ]
         return np.sum(partials, axis=0) * np.minimum(1, t / 0.003)

@@ -1,0 +1,92 @@
+"""The mini family's programs: their pure parts, on the smallest real thing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.mini import autoencoder, denoiser, text_encoder
+from training.mini.latents import SHORT, LatentSet, load_shards
+from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
+from training.soundworld.scenes import split_of
+from training.soundworld.synthesis import CLASSES
+
+
+def test_each_word_is_labelled_with_its_event_and_rank() -> None:
+    tokenizer = text_encoder.build_tokenizer()
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids, labels = text_encoder.labelled_caption(rng, tokenizer)
+        assert len(ids) == len(labels) <= text_encoder.TEXT_LENGTH
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.unk_token_id not in ids
+        roles = {label % text_encoder.ROLES for label in labels if label != text_encoder.IGNORED}
+        classes = {label // text_encoder.ROLES for label in labels if label != text_encoder.IGNORED}
+        assert roles in ({0, 1}, {0, 1, 2}, {3}, {4})
+        assert max(classes) < len(CLASSES)
+
+
+def test_standardised_latents_decode_to_what_they_did_before() -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.build().eval()
+    mel = torch.randn(4, 1, 64, 64) * 2 - 7
+    with torch.no_grad():
+        before = vae.decode(vae.encode(mel).latent_dist.mean).sample
+        variance = vae.encode(mel).latent_dist.var
+        std = vae.encode(mel).latent_dist.mean.std((0, 2, 3))
+        autoencoder.standardise_latents(vae, mel)
+        posterior = vae.encode(mel).latent_dist
+        after = vae.decode(posterior.mean).sample
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(16), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(posterior.var, variance / std[None, :, None, None] ** 2, rtol=1e-3, atol=1e-3)
+
+
+def test_timesteps_are_one_from_each_stratum() -> None:
+    timesteps = denoiser.stratified_timesteps(np.random.default_rng(0), 10)
+    assert sorted(int(t) // 100 for t in timesteps) == list(range(10))
+
+
+def test_the_velocity_error_is_zero_for_the_true_velocity() -> None:
+    schedule = denoiser.schedule()
+    clean, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    timesteps = torch.tensor([10, 500, 990])
+
+    class Oracle(torch.nn.Module):
+        def forward(self, noisy, timesteps, **_):  # type: ignore[no-untyped-def]
+            alpha = schedule.alphas_cumprod[timesteps][:, None, None, None]
+            torch.testing.assert_close(noisy, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+            return type("Output", (), {"sample": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean})
+
+    error = denoiser.v_error(
+        Oracle(), clean, timesteps, noise, (torch.zeros(3, 1, 1), torch.ones(3, 1).bool())
+    )
+    torch.testing.assert_close(error, torch.zeros(3), rtol=0, atol=1e-6)
+
+
+def test_training_captions_are_of_the_training_split_or_empty() -> None:
+    rng = np.random.default_rng(0)
+    truth = CaptionTruth(classes=("dog", "siren"), relation="then")
+    captions = [denoiser.training_caption(truth, WEB_CAPTIONS, rng) for _ in range(500)]
+    assert np.mean([not c for c in captions]) == pytest.approx(denoiser.CONDITION_DROPOUT, abs=0.05)
+    assert {split_of(c) for c in captions if c} == {"train"}
+
+
+def test_shards_come_back_in_order_with_their_truth(tmp_path: Path) -> None:
+    for number, value in enumerate((1.0, 2.0)):
+        np.savez(
+            tmp_path / f"short-{number:04d}.npz",
+            latents=np.full((2, 16, 4, 2), value, np.float16),
+            classes=np.array([[0, 1, -1], [2, -1, -1]]),
+            relations=np.array([1, 0]),
+        )
+    data = load_shards(tmp_path, "short-*.npz")
+    assert isinstance(data, LatentSet)
+    assert data.latents_BCTF[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+    assert data.truths[0] == CaptionTruth(classes=(CLASSES[0], CLASSES[1]), relation="then")
+    assert data.truths[3] == CaptionTruth(classes=(CLASSES[2],), relation="single")
+    with pytest.raises(SystemExit, match="latents"):
+        load_shards(tmp_path, "long-*.npz")
+    assert SHORT.duration == 2.56

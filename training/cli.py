@@ -1,0 +1,60 @@
+"""The commands that training adds to `milonga` (entry-point group `milonga.commands`)."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from services.errors import FieldViolation, InvalidInputError, OutputError
+
+soundworld = typer.Typer(
+    help="The procedural sounds that the mini family learned from.", no_args_is_help=True
+)
+
+
+@soundworld.callback()
+def _soundworld() -> None:
+    pass
+
+
+@soundworld.command()
+def sample(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder for WAV files and soundworld.jsonl; made if missing.")
+    ],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of clips.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same clips.")] = 0,
+    duration: Annotated[float, typer.Option(help="Seconds a clip: 2.56 or 5.12.")] = 2.56,
+    three: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of sequences with three events (5.12 s).")
+    ] = 0.0,
+    split: Annotated[str, typer.Option(help="train, validation or test: divided by caption.")] = "train",
+) -> None:
+    """Write clips with captions and ground truth, in the format of Tango's AudioCaps lists."""
+    from typing import cast, get_args
+
+    from training.soundworld.export import INDEX, export_scenes
+    from training.soundworld.scenes import SceneConfig, Split
+
+    if split not in get_args(Split):
+        raise InvalidInputError(
+            FieldViolation("--split", f"{split!r}; give one of {', '.join(get_args(Split))}")
+        )
+    try:
+        config = SceneConfig(duration=duration, three=three, split=cast(Split, split))
+    except ValueError as error:
+        raise InvalidInputError(FieldViolation("--duration", str(error))) from error
+    try:
+        scenes = export_scenes(folder, count=count, seed=seed, config=config)
+        for _ in track(scenes, total=count, description="clips", disable=not _interactive()):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder} can't be written: {error.strerror}; write elsewhere") from error
+    typer.echo(f"{count} clips: {folder / INDEX}")
+
+
+def _interactive() -> bool:
+    import sys
+
+    return sys.stderr.isatty()

@@ -1,0 +1,196 @@
+"""Measure a denoiser of the mini family on held-out prompts, by the tagger.
+
+    python -m training.mini.evaluate --prompts 300 --seeds 2                       # the shipped folders
+    python -m training.mini.evaluate --denoiser build/mini/mini/final --prompts 100  # one in training
+
+Prompts are the validation split's: no denoiser has seen their wording with any clip.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from services.models.loading import load_tango
+from services.models.mel import LogMel
+from services.models.mini import mini_folder
+from services.models.tagger import Detection, EventTagger
+from services.models.tango import TangoPipeline, clip_generator
+from training.mini.latents import mel_frames
+from training.mini.package import assemble
+from training.soundworld.captions import CaptionTruth
+from training.soundworld.scenes import SceneConfig, draw_caption, make_scene
+from training.soundworld.synthesis import CLASSES
+
+PROMPT_SEED = 606
+PROMPTS = SceneConfig(single=0.2, sequence=0.5, split="validation")
+BATCH = 8
+TIE_SECONDS = 0.1
+"""Events whose centres lie closer than this count as neither in order nor reversed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What the tagger says of one clip."""
+
+    truth: CaptionTruth
+    heard: frozenset[str]
+    """All classes heard."""
+    present: bool
+    """Every event of the prompt is heard."""
+    in_order: bool | None
+    """Their centres follow the prompt's order; None where the prompt has no order or an event is missing."""
+    reversed: bool | None
+    """Their centres follow the reverse order."""
+
+
+def judge(truth: CaptionTruth, heard: dict[str, Detection]) -> Verdict:
+    """Compare what was asked for with what was heard."""
+    present = all(name in heard for name in truth.classes)
+    in_order = reversed_ = None
+    if present and truth.relation == "then":
+        centres = np.array([heard[name].centre for name in truth.classes])
+        in_order = bool((np.diff(centres) > TIE_SECONDS).all())
+        reversed_ = bool((np.diff(centres) < -TIE_SECONDS).all())
+    return Verdict(
+        truth=truth, heard=frozenset(heard), present=present, in_order=in_order, reversed=reversed_
+    )
+
+
+def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, float, float]:
+    """Mean over clips with a 95 % bootstrap interval over prompts (each a list of its clips' values)."""
+    groups = [np.asarray(v, dtype=float) for v in values if v]
+    if not groups:
+        return float("nan"), float("nan"), float("nan")
+    sums, counts = np.array([g.sum() for g in groups]), np.array([g.size for g in groups])
+    picks = np.random.default_rng(0).integers(0, len(groups), (resamples, len(groups)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
+    """Figures over prompts (outer list) and their clips (inner list)."""
+
+    sequences = [v for v in verdicts if v[0].truth.relation == "then"]
+    by_class: dict[str, list[list[float]]] = defaultdict(list)
+    for prompt in verdicts:
+        for name in prompt[0].truth.classes:
+            by_class[name].append([float(name in v.heard) for v in prompt])
+    return {
+        "clips": sum(map(len, verdicts)),
+        "presence": interval([[float(v.present) for v in p] for p in verdicts]),
+        "order_given_presence": interval(
+            [[float(v.in_order) for v in p if v.in_order is not None] for p in sequences]
+        ),
+        "reversed_given_presence": interval(
+            [[float(v.reversed) for v in p if v.reversed is not None] for p in sequences]
+        ),
+        "present_and_in_order": interval(
+            [[float(v.present and v.in_order is not False) for v in p] for p in verdicts]
+        ),
+        "sequences_present_and_in_order": interval([[float(bool(v.in_order)) for v in p] for p in sequences]),
+        "nothing_else_heard": interval(
+            [[float(v.heard <= set(v.truth.classes)) for v in p] for p in verdicts]
+        ),
+        "presence_by_class": {name: interval(by_class[name])[0] for name in CLASSES if by_class[name]},
+    }
+
+
+def held_out_prompts(count: int) -> list[tuple[str, CaptionTruth]]:
+    """The first `count` prompts of the validation split, always the same."""
+    return [draw_caption(np.random.default_rng([PROMPT_SEED, i]), PROMPTS) for i in range(count)]
+
+
+def evaluate_generation(
+    pipeline: TangoPipeline,
+    tagger: EventTagger,
+    *,
+    prompts: int,
+    seeds: int,
+    steps: int | None,
+    guidance: float | None,
+) -> dict[str, object]:
+    """Generate `seeds` clips of each held-out prompt and judge them."""
+    drawn = held_out_prompts(prompts)
+    verdicts: list[list[Verdict]] = []
+    for start in tqdm(range(0, prompts, BATCH), desc="clips", unit="batch", mininterval=5.0):
+        part = drawn[start : start + BATCH]
+        rows: list[list[Verdict]] = [[] for _ in part]
+        for seed in range(seeds):
+            generators = [clip_generator(seed, start + i) for i in range(len(part))]
+            output = pipeline(
+                [caption for caption, _ in part],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+            )
+            heard = tagger.detect(torch.from_numpy(output.waveforms_BN))
+            for row, (_, truth), found in zip(rows, part, heard, strict=True):
+                row.append(judge(truth, found))
+        verdicts += rows
+    return summarise(verdicts)
+
+
+@torch.no_grad()
+def evaluate_reconstruction(pipeline: TangoPipeline, tagger: EventTagger, *, clips: int) -> dict[str, object]:
+    """Judge real scenes as they are, and after autoencoder and vocoder; and the log-mel error."""
+    log_mel, real, rebuilt, errors = LogMel(), [], [], []
+    for index in range(clips):
+        scene = make_scene(PROMPT_SEED, index, PROMPTS)
+        waveform = torch.from_numpy(scene.waveform)[None]
+        mel = mel_frames(waveform, log_mel)
+        latents = pipeline.vae.encode(mel).latent_dist.mean * pipeline.vae.config.scaling_factor
+        errors.append(float((pipeline.decode_mel(latents) - mel[:, 0]).abs().mean()))
+        real.append([judge(scene.truth, tagger.detect(waveform)[0])])
+        rebuilt.append([judge(scene.truth, tagger.detect(pipeline.decode(latents))[0])])
+    return {"log_mel_l1": float(np.mean(errors)), "real": summarise(real), "rebuilt": summarise(rebuilt)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/mini"))
+    parser.add_argument(
+        "--denoiser", type=Path, help="a denoiser in training, instead of the shipped folders"
+    )
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--reconstruction", type=int, default=300, help="real clips to rebuild")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.denoiser:
+        models = {str(arguments.denoiser): assemble(arguments.work, arguments.denoiser)}
+        tagger = EventTagger.from_pretrained(arguments.work / "tagger" / "final").eval()
+    else:
+        models = {name: load_tango(mini_folder(name)) for name in ("mini", "mini-base")}
+        tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
+    report: dict[str, object] = {"prompts": arguments.prompts, "seeds": arguments.seeds}
+    if arguments.reconstruction:
+        first = next(iter(models.values()))
+        report["reconstruction"] = evaluate_reconstruction(first, tagger, clips=arguments.reconstruction)
+    for name, pipeline in models.items():
+        pipeline.set_progress_bar_config(disable=True)
+        report[name] = evaluate_generation(
+            pipeline,
+            tagger,
+            prompts=arguments.prompts,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+        )
+    text = json.dumps(report, indent=1)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
