@@ -44,25 +44,33 @@ def test_standardised_latents_decode_to_what_they_did_before() -> None:
     torch.testing.assert_close(posterior.var, variance / std[None, :, None, None] ** 2, rtol=1e-3, atol=1e-3)
 
 
-def test_timesteps_are_one_from_each_stratum() -> None:
-    timesteps = denoiser.stratified_timesteps(np.random.default_rng(0), 10)
-    assert sorted(int(t) // 100 for t in timesteps) == list(range(10))
+def test_a_quarter_of_a_batch_is_blank_a_quarter_late_and_the_rest_spread() -> None:
+    noising = denoiser.draw_noising(np.random.default_rng(0), (40, 2, 4, 4))
+    timesteps, blank = noising.timesteps_B, noising.blank_B
+    assert int(blank.sum()) == 10
+    assert bool((timesteps[blank] >= 900).all())
+    assert bool((timesteps[10:20] >= 800).all())
+    assert [int(t) // 50 for t in timesteps[20:]] == list(range(20))
+    assert int(timesteps.max()) < 1000
 
 
-def test_the_velocity_error_is_zero_for_the_true_velocity() -> None:
+def test_the_velocity_error_is_zero_for_the_true_velocity_and_blank_clips_show_noise_alone() -> None:
     schedule = denoiser.schedule()
     clean, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
-    timesteps = torch.tensor([10, 500, 990])
+    noising = denoiser.Noising(
+        timesteps_B=torch.tensor([10, 500, 990]),
+        noise_BCTF=noise,
+        blank_B=torch.tensor([False, False, True]),
+    )
 
     class Oracle(torch.nn.Module):
         def forward(self, noisy, timesteps, **_):  # type: ignore[no-untyped-def]
             alpha = schedule.alphas_cumprod[timesteps][:, None, None, None]
-            torch.testing.assert_close(noisy, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+            torch.testing.assert_close(noisy[:2], (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)[:2])
+            torch.testing.assert_close(noisy[2], noise[2])
             return type("Output", (), {"sample": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean})
 
-    error = denoiser.v_error(
-        Oracle(), clean, timesteps, noise, (torch.zeros(3, 1, 1), torch.ones(3, 1).bool())
-    )
+    error = denoiser.v_error(Oracle(), clean, noising, (torch.zeros(3, 1, 1), torch.ones(3, 1).bool()))
     torch.testing.assert_close(error, torch.zeros(3), rtol=0, atol=1e-6)
 
 
