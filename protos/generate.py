@@ -66,10 +66,10 @@ def generate(root: Path = ROOT, *, force: bool = False) -> bool:
         made = Path(folder)
         _run_protoc(root, made, proto_files(root))
         for stub in stub_files(root):
-            os.replace(made / stub, root / stub)
+            (made / stub).replace(root / stub)
         stamp = made / STAMP
         stamp.write_text(fingerprint(root), encoding="utf-8")
-        os.replace(stamp, root / STAMP)
+        stamp.replace(root / STAMP)
     return True
 
 
@@ -100,7 +100,7 @@ def _plugin(name: str) -> str:
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     found = shutil.which(name, path=path)
     if found is None:
-        raise RuntimeError(f"{name} is missing; install mypy-protobuf: pip install 'mypy-protobuf>=5,<6'")
+        raise RuntimeError(f"{name} is missing; pip install 'mypy-protobuf>=5,<6'")
     return found
 
 
@@ -109,9 +109,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--force", action="store_true", help="generate even where the stubs are up to date")
     done = generate(force=parser.parse_args().force)
-    print(
-        f"protos: {'generated' if done else 'up to date'}, {len(stub_files())} stubs of {len(proto_files())} files"
-    )
+    state = "generated" if done else "up to date"
+    print(f"protos: {state}, {len(stub_files())} stubs of {len(proto_files())} files")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""The generation service: prompts in, clips out, over gRPC."""

@@ -1,0 +1,136 @@
+"""The rpcs of GenerationService: decode, let the engine generate, encode."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, cast
+
+import grpc.aio
+
+from milonga.v1 import generation_pb2 as pb
+from milonga.v1 import generation_pb2_grpc as rpc
+from services.engine import (
+    ClipReady,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Preview,
+    Progress,
+    Queued,
+)
+from services.generation import convert
+from services.runtime.model_uri import ResolvedModel
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+Told = Queued | Progress | Preview | ClipReady | Finished
+"""The engine's events but `Failed`, which is raised."""
+
+
+class GenerationServicer(rpc.GenerationServiceServicer):
+    """Serves one model through one engine. Exceptions are mapped by the interceptor."""
+
+    def __init__(self, engine: Engine, model: ResolvedModel) -> None:
+        config = engine.pipeline.config
+        self._engine = engine
+        self._geometry = engine.pipeline.geometry
+        self._defaults = convert.Defaults(
+            duration=config.default_duration,
+            num_inference_steps=config.default_num_inference_steps,
+            guidance_scale=config.default_guidance_scale,
+            scheduler=config.default_scheduler,
+        )
+        self._version = convert.write_model_version(model)
+        self._model = convert.write_model(model, self._geometry, engine.limits, self._defaults)
+
+    async def GenerateAudio(
+        self, request: pb.GenerateAudioRequest, context: Context
+    ) -> pb.GenerateAudioResponse:
+        """See generation.proto."""
+        start = time.monotonic()
+        job, output = convert.read_request(request, **self._reading)
+        response = pb.GenerateAudioResponse(model=self._version)
+        clips: list[pb.GeneratedClip] = []
+        async with aclosing(self._events(job, context)) as events:
+            async for event in events:
+                if isinstance(event, ClipReady):
+                    clips.append(await _clip(event, output))
+                elif isinstance(event, Finished):
+                    response.warnings.extend(event.warnings)
+                    response.timings.CopyFrom(convert.write_timings(event.timings, time.monotonic() - start))
+        response.clips.extend(sorted(clips, key=lambda clip: clip.clip_index))
+        return response
+
+    async def StreamGenerateAudio(
+        self, request: pb.StreamGenerateAudioRequest, context: Context
+    ) -> AsyncGenerator[pb.StreamGenerateAudioResponse, None]:
+        """See generation.proto."""
+        start = time.monotonic()
+        job, output = convert.read_stream_request(request, **self._reading)
+        async with aclosing(self._events(job, context)) as events:
+            async for event in events:
+                if isinstance(event, ClipReady):
+                    yield pb.StreamGenerateAudioResponse(clip=await _clip(event, output))
+                elif isinstance(event, Finished):
+                    yield self._finished(event, time.monotonic() - start)
+                else:
+                    yield convert.write_event(event)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """See generation.proto."""
+        return self._model
+
+    async def _events(self, request: GenerationRequest, context: Context) -> AsyncGenerator[Told, None]:
+        """Yield the engine's events up to `Finished`; raise what failed. Left early, the device is freed."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def on_event(event: Event) -> None:
+            # Called on the engine's thread, which may outlive the loop of a stopped server.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        handle = self._engine.submit(request, on_event, deadline=_deadline(context))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            handle.cancel()
+
+    def _finished(self, event: Finished, total: float) -> pb.StreamGenerateAudioResponse:
+        return pb.StreamGenerateAudioResponse(
+            finished=pb.FinishedEvent(
+                model=self._version,
+                warnings=event.warnings,
+                timings=convert.write_timings(event.timings, total),
+            )
+        )
+
+    @property
+    def _reading(self) -> convert.Reading:
+        return {
+            "limits": self._engine.limits,
+            "defaults": self._defaults,
+            "sampling_rate": self._geometry.sampling_rate,
+        }
+
+
+async def _clip(event: ClipReady, output: convert.OutputFormat) -> pb.GeneratedClip:
+    # Off the event loop: encoding ten seconds takes tens of milliseconds.
+    return await asyncio.to_thread(convert.write_clip, event, output)
+
+
+def _deadline(context: Context) -> float | None:
+    """Return the caller's deadline on `time.monotonic`'s clock."""
+    left = cast("float | None", context.time_remaining())  # the stubs forget None
+    return None if left is None else time.monotonic() + left

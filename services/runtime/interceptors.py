@@ -1,0 +1,133 @@
+"""The one interceptor of every service: exceptions become statuses, calls are counted and logged."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import structlog
+
+from services.runtime import status
+from services.runtime.metrics import ServerMetrics
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+OUR_PREFIX = "/milonga."
+"""Rpcs of ours. Health and reflection are left alone: probes would fill the log."""
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Gives each call a request id, maps its exceptions, counts it, and writes one line about it."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], "Awaitable[grpc.RpcMethodHandler[Any, Any] | None]"
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Called by gRPC for each call."""
+        # Quoted annotations: RpcMethodHandler takes type parameters in its stubs only.
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(OUR_PREFIX):
+            return handler
+        if handler.request_streaming:
+            raise NotImplementedError(f"{method}: no service of ours takes a stream of requests")
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+
+    def _unary(self, method: str, behaviour: Any) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with self._observed(method, context):
+                return await behaviour(request, context)
+
+        return call
+
+    def _stream(self, method: str, behaviour: Any) -> Any:
+        # A coroutine with context.write, not a generator: when the caller goes away, gRPC cancels a coroutine
+        # where it stands, but leaves a generator to the garbage collector.
+        async def call(request: Any, context: Context) -> None:
+            async with self._observed(method, context), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        return call
+
+    def _observed(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        return _observed(method, context, self._metrics)
+
+
+@asynccontextmanager
+async def _observed(method: str, context: Context, metrics: ServerMetrics) -> AsyncIterator[None]:
+    """Count and log one call, and end it with the status of whatever it raises."""
+    rpc = method.rpartition("/")[2]
+    request_id = _request_id(context)
+    start = time.monotonic()
+    code = grpc.StatusCode.OK
+    error: BaseException | None = None
+    metrics.in_flight.labels(rpc).inc()
+    with structlog.contextvars.bound_contextvars(request_id=request_id, rpc=rpc):
+        try:
+            yield
+        except asyncio.CancelledError as cancelled:
+            code, error = _cancellation_code(context), cancelled
+            raise
+        except Exception as raised:
+            code, error = status.status_code(raised), raised
+            await _abort(context, raised, request_id)
+        finally:
+            seconds = time.monotonic() - start
+            metrics.in_flight.labels(rpc).dec()
+            metrics.requests.labels(rpc, code.name).inc()
+            metrics.latency.labels(rpc).observe(seconds)
+            _write_line(code, error, seconds, context)
+
+
+def _write_line(code: grpc.StatusCode, error: BaseException | None, seconds: float, context: Context) -> None:
+    facts = {"code": code.name, "seconds": round(seconds, 4), "peer": context.peer()}
+    if code is grpc.StatusCode.INTERNAL:
+        log.error("call", **facts, exc_info=error)
+    elif error is None or isinstance(error, asyncio.CancelledError):
+        log.info("call", **facts)
+    else:
+        log.info("call", **facts, reason=str(error)[: status.MAX_TEXT_CHARACTERS])
+
+
+async def _abort(context: Context, error: Exception, request_id: str) -> None:
+    rich = status.to_status(error, request_id)
+    metadata: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, rich.SerializeToString())]
+    await context.abort(status.status_code(error), rich.message, tuple(metadata))
+
+
+def _cancellation_code(context: Context) -> grpc.StatusCode:
+    """Why gRPC cancelled the handler: its deadline passed, or the caller went away."""
+    left = cast("float | None", context.time_remaining())  # the stubs forget None
+    expired = left is not None and left <= 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+
+
+def _request_id(context: Context) -> str:
+    """Return the caller's own request id where it gives a harmless one, a new one otherwise."""
+    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY)
+    if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
+        return given
+    return uuid.uuid4().hex[:16]

@@ -1,0 +1,43 @@
+"""Structured logs on standard error: one JSON object a line, or coloured lines on a terminal."""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure_logs(
+    log_format: Literal["auto", "json", "console"] = "auto",
+    log_level: Literal["debug", "info", "warning", "error"] = "info",
+) -> None:
+    """Set up structlog, and send the standard library's warnings through it. Call once, at start."""
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: list[structlog.types.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        if console
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[log_level]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_foreign(render))
+    )
+    # Libraries' chatter is not the service's log: from them, warnings and worse.
+    logging.basicConfig(handlers=[handler], level=max(_LEVELS[log_level], logging.WARNING), force=True)
+
+
+def _foreign(render: list[structlog.types.Processor]) -> list[structlog.types.Processor]:
+    return [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render]

@@ -1,0 +1,73 @@
+"""Prometheus metrics of a service, in a registry of its own."""
+
+import threading
+from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from services.errors import FieldViolation, InvalidInputError
+
+# From a cached answer to a minute-long render on a CPU.
+LATENCY_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class ServerMetrics:
+    """What every service counts about its calls."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.requests = Counter(
+            "milonga_requests",
+            "Calls that ended, by rpc and status.",
+            ["rpc", "code"],
+            registry=self.registry,
+        )
+        self.latency = Histogram(
+            "milonga_request_seconds",
+            "Time from the arrival of a call to its end.",
+            ["rpc"],
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "milonga_requests_in_flight", "Calls under way.", ["rpc"], registry=self.registry
+        )
+
+
+class MetricsServer:
+    """The HTTP server that Prometheus scrapes, in a thread of its own."""
+
+    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
+        self._server, self._thread = server, thread
+        self.port: int = server.server_port
+
+    @classmethod
+    def start(cls, registry: CollectorRegistry, host: str, port: int) -> Self:
+        """Serve `registry` on ``host:port``.
+
+        Raises:
+            InvalidInputError: the port is taken, or the host is not this machine's.
+        """
+        try:
+            return cls(*start_http_server(port, addr=host.strip("[]"), registry=registry))
+        except OSError as error:
+            raise InvalidInputError(
+                FieldViolation("metrics_port", f"can't listen on {host}:{port}: {error.strerror or error}")
+            ) from error
+
+    def stop(self) -> None:
+        """Stop serving, and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

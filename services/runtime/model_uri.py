@@ -1,0 +1,163 @@
+"""Model URIs: names of weights that resolve once, to an immutable folder whose digest is known.
+
+==========================  =====================================================================
+``mini``, ``mini-base``     the embedded family
+``file:PATH``               a model folder
+``hf:OWNER/NAME[@REV]``     a snapshot from the Hugging Face hub; only safetensors are fetched
+``models:/NAME/VERSION``    the MLflow registry (not in this release)
+==========================  =====================================================================
+
+Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is served, or nothing.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from services.errors import (
+    DigestMismatchError,
+    FieldViolation,
+    InvalidInputError,
+    ModelError,
+    ModelNotFoundError,
+)
+
+EMBEDDED = ("mini", "mini-base")
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# Never pickles: what is not fetched can't be loaded by mistake.
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelURI:
+    """A model URI, taken apart."""
+
+    scheme: str
+    """embedded, file, hf or models."""
+    path: str
+    """What follows the scheme; the name of an embedded model."""
+    digest: str | None = None
+    """The pin: `sha256:` and 64 hexadecimal digits."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Take `text` apart.
+
+        Raises:
+            InvalidInputError: it is no model URI, or its pin is no digest.
+        """
+        location, _, pin = text.partition("#")
+        if pin and not _DIGEST.fullmatch(pin):
+            raise _invalid(f"has the pin {pin[:80]!r}, must be sha256: and 64 lowercase hexadecimal digits")
+        if location in EMBEDDED:
+            return cls(scheme="embedded", path=location, digest=pin or None)
+        scheme, _, path = location.partition(":")
+        if scheme not in ("file", "hf", "models") or not path:
+            raise _invalid(
+                f"is {text[:80]!r}, must be {', '.join(EMBEDDED)}, file:PATH, hf:OWNER/NAME "
+                "or models:/NAME/VERSION"
+            )
+        if scheme == "hf" and not _HUB_NAME.fullmatch(path):
+            raise _invalid(f"is {text[:80]!r}, must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+        return cls(scheme=scheme, path=path, digest=pin or None)
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether resolving may fetch something."""
+        return self.scheme == "hf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedModel:
+    """Weights that were found, and whose every file has the digest that its manifest says."""
+
+    folder: Path
+    """The model folder."""
+    name: str
+    """Name of the model."""
+    version: str
+    """Version of the weights."""
+    digest: str
+    """`sha256:` and the digest over every file."""
+    license: str
+    """SPDX identifier of the weights' licence, or `unknown`."""
+
+
+def resolve(uri: ModelURI | str) -> ResolvedModel:
+    """Find the weights that a URI names, and verify them.
+
+    Raises:
+        InvalidInputError: no model URI.
+        ModelNotFoundError: nothing is there.
+        ModelFormatError: what is there is no model folder.
+        DigestMismatchError: a file differs from the manifest, or the whole from the pin.
+        ModelError: a registry that this release does not know.
+    """
+    uri = ModelURI.parse(uri) if isinstance(uri, str) else uri
+    folder = _folder(uri)
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"model: {folder} is no folder; give the folder that holds model_index.json")
+    from services.models.manifest import verify_manifest
+
+    manifest = verify_manifest(folder, uri.digest)
+    if uri.digest is not None and manifest.digest != uri.digest:
+        raise DigestMismatchError(
+            f"model: {folder} has the digest {manifest.digest}, asked for was {uri.digest}"
+        )
+    return ResolvedModel(
+        folder=folder,
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        license=manifest.license,
+    )
+
+
+def _folder(uri: ModelURI) -> Path:
+    match uri.scheme:
+        case "embedded":
+            from services.models.mini import mini_folder
+
+            return mini_folder(uri.path)
+        case "file":
+            return Path(uri.path).expanduser().resolve()
+        case "hf":
+            return _snapshot(uri.path)
+        case _:
+            raise ModelError(
+                f"model: models:{uri.path} is in an MLflow registry, which needs the mlflow extra of a later "
+                "release; download it and give file:PATH"
+            )
+
+
+def _snapshot(path: str) -> Path:
+    """Return the folder of a hub snapshot: from the cache if it is there, from the hub otherwise."""
+    from huggingface_hub import snapshot_download
+
+    found = _HUB_NAME.fullmatch(path)
+    assert found is not None
+    name, revision = found["name"], found["revision"]
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_files_only=True
+            )
+        )
+    except OSError:
+        # Not in the cache: LocalEntryNotFoundError is an OSError.
+        pass
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+    except Exception as error:
+        # The hub's client raises errors of four libraries; to the user they are one: it did not come.
+        reason = str(error).partition("\n")[0]
+        raise ModelNotFoundError(
+            f"model: hf:{path} is not in the cache and could not be fetched: {reason}"
+        ) from error
+
+
+def _invalid(description: str) -> InvalidInputError:
+    return InvalidInputError(FieldViolation("model", description))

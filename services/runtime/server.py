@@ -1,0 +1,193 @@
+"""The gRPC server that every service runs in: health, reflection, TLS, metrics, graceful drain.
+
+::
+
+    server = Server(settings, metrics)        # binds its ports, so that a taken one is known at once
+    …                                         # load the model
+    server.add("milonga.v1.GenerationService", lambda grpc_server: add_…_to_server(servicer, grpc_server))
+    await server.start()
+    await server.serve_until_signal()
+"""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from services.errors import FieldViolation, InvalidInputError
+from services.runtime.interceptors import CallInterceptor
+from services.runtime.metrics import MetricsServer, ServerMetrics
+from services.runtime.reflection import add_reflection
+from services.runtime.settings import ServerSettings
+
+log = structlog.get_logger()
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server:
+    """One service on its ports. Not thread-safe: belongs to one event loop."""
+
+    def __init__(self, settings: ServerSettings, metrics: ServerMetrics) -> None:
+        """Bind every port; nothing is answered before `start`. Call inside the running event loop.
+
+        Raises:
+            InvalidInputError: a port that is taken, or TLS files that can't be read or are not PEM.
+        """
+        self._settings = settings
+        self._metrics = metrics
+        self._names: list[str] = []
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(metrics)], options=_options(settings))
+        self.port = _bind(self._server, "listen", settings.listen, _credentials(settings))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health_server: grpc.aio.Server | None = None
+        self.health_port: int | None = None
+        if settings.health_port is not None:
+            self._health_server = grpc.aio.server(options=_options(settings))
+            address = f"{settings.host}:{settings.health_port}"
+            self.health_port = _bind(self._health_server, "health_port", address, None)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+        self._metrics_server: MetricsServer | None = None
+        if settings.metrics_port is not None:
+            self._metrics_server = MetricsServer.start(metrics.registry, settings.host, settings.metrics_port)
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Port of the metrics, None where they are off."""
+        return None if self._metrics_server is None else self._metrics_server.port
+
+    def add(self, name: str, register: Callable[[grpc.aio.Server], None]) -> None:
+        """Add a service: its full name on the wire, and how it registers."""
+        register(self._server)
+        self._names.append(name)
+
+    async def start(self) -> None:
+        """Start to answer, and be ready."""
+        add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
+        for name in ("", *self._names):
+            await self._health.set(name, _SERVING)
+        await self._server.start()
+        if self._health_server is not None:
+            await self._health_server.start()
+
+    async def serve_until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. A second signal ends the drain at once."""
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        try:
+            log.info("draining", signal=(await signals.get()).name)
+            drain = asyncio.ensure_future(self.drain())
+            second = asyncio.ensure_future(signals.get())
+            await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)
+            second.cancel()
+            if not drain.done():
+                drain.cancel()
+                await self.stop(0)
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def drain(self) -> None:
+        """Stop gracefully: not ready, serve on until routers know, refuse new calls, finish the others."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._settings.drain_delay_seconds)
+        await self.stop(self._settings.grace_seconds)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, give those under way `grace` seconds, then cancel them; free every port."""
+        await self._server.stop(grace)
+        if self._health_server is not None:
+            await self._health_server.stop(0)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.stop)
+            self._metrics_server = None
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
+    options: list[tuple[str, Any]] = [
+        # Two servers on one port, each answering half of the calls, is what the default would allow.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        # Answers are bounded by the service's own limits.
+        ("grpc.max_send_message_length", -1),
+        # A caller whose machine vanished is noticed, and its place on the device freed, within 40 seconds.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+    if settings.max_connection_age_seconds is not None:
+        options += [
+            ("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(settings.grace_seconds * 1000)),
+        ]
+    return options
+
+
+def _bind(
+    server: grpc.aio.Server, field: str, address: str, credentials: grpc.ServerCredentials | None
+) -> int:
+    _check_free(field, address)
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            FieldViolation(
+                field, f"can't listen on {address}: the port is taken, or the address is not this machine's"
+            )
+        ) from error
+
+
+def _check_free(field: str, address: str) -> None:
+    """Refuse an address that can't be bound, with the system's own reason: gRPC gives none."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix"):
+        return
+    try:
+        family, kind, _, _, name = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            # As gRPC does, so that connections of a server that has just ended don't count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(name)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(FieldViolation(field, f"can't listen on {address}: {reason}")) from error
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    pair = (_pem("tls_key_file", settings.tls_key_file), _pem("tls_cert_file", settings.tls_cert_file))
+    if settings.tls_client_ca_file is None:
+        return grpc.ssl_server_credentials([pair])
+    authorities = _pem("tls_client_ca_file", settings.tls_client_ca_file)
+    return grpc.ssl_server_credentials([pair], root_certificates=authorities, require_client_auth=True)
+
+
+def _pem(field: str, path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(
+            FieldViolation(field, f"is {path}, which can't be read: {error.strerror}")
+        ) from error
+    # gRPC itself would only say that the port can't be bound.
+    if b"-----BEGIN " not in content:
+        raise InvalidInputError(FieldViolation(field, f"is {path}, which is not PEM"))
+    return content

@@ -1,0 +1,128 @@
+"""The service as a program: a process, its logs, its signals, its exit codes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.client import AudioClient
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def _environment(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
+    ours = {"MILONGA_LISTEN": "127.0.0.1:0", "MILONGA_LOG_FORMAT": "json", "MILONGA_THREADS": "1"}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return kept | ours | {"PYTHONPATH": paths} | settings
+
+
+COMMAND = [sys.executable, "-m", "services.generation"]
+
+
+@contextmanager
+def _service(**settings: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object], list[str]]]:
+    """Start the program, wait until it says that it is ready; give its process, that line, and its log."""
+    process = subprocess.Popen(COMMAND, env=_environment(**settings), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    ready: dict[str, object] = {}
+    for line in process.stderr:
+        lines.append(line)
+        if '"event": "ready"' in line:
+            ready = json.loads(line)
+            break
+    assert ready, lines
+    rest = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
+    rest.start()
+    try:
+        yield process, ready, lines
+    finally:
+        process.kill()
+        process.wait()
+        rest.join()
+        process.stderr.close()
+
+
+def test_sigterm_drains_gracefully(folder: Path) -> None:
+    settings = {"MILONGA_DRAIN_DELAY_SECONDS": "0.3", "MILONGA_HEALTH_PORT": "0", "MILONGA_METRICS_PORT": "0"}
+    with _service(MILONGA_MODEL=f"file:{folder}", **settings) as (process, ready, lines):
+        made: list[object] = []
+        with (
+            AudioClient(f"127.0.0.1:{ready['port']}", retries=0) as client,
+            grpc.insecure_channel(f"127.0.0.1:{ready['health_port']}") as channel,
+        ):
+            client.get_model()
+            slow = threading.Thread(
+                target=lambda: made.append(client.generate("a dog barks", num_inference_steps=200))
+            )
+            slow.start()
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs know no rpc
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            statuses = []
+            for response in watch:
+                statuses.append(response.status)
+                if response.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                    break
+            assert client.generate("a siren wails").clips  # still served while routers learn
+            slow.join()
+        assert process.wait(10) == 0
+        assert len(made) == 1
+        assert statuses[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
+    events = [json.loads(line) for line in lines]
+    assert events[0]["event"] == "settings"
+    assert events[0]["model"] == f"file:{folder}"
+    assert ready["model"] == "tiny"
+    assert str(ready["digest"]).startswith("sha256:")
+    story = [event["event"] for event in events]
+    assert [event for event in story if event != "call"] == ["settings", "ready", "draining", "stopped"]
+    assert story.count("call") == 3
+
+
+def _refusal(**settings: str) -> str:
+    """Return the one line with which the program refuses to start, and check its exit code."""
+    done = subprocess.run(
+        COMMAND, env=_environment(**settings), capture_output=True, text=True, timeout=60, check=False
+    )
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('{"')]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = errors
+    assert line.startswith("error: ")
+    return line
+
+
+def test_wrong_models_are_refused_at_start(folder: Path, tmp_path: Path) -> None:
+    assert "MILONGA_MODEL" in _refusal()
+    assert "absent" in _refusal(MILONGA_MODEL=f"file:{tmp_path}/absent")
+    assert "sha256" in _refusal(MILONGA_MODEL=f"file:{folder}#sha256:{'0' * 64}")
+
+
+def test_a_taken_port_is_refused_at_start(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert listen in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_LISTEN=listen)
+
+
+def test_settings_that_do_not_fit_together_are_refused_at_start(folder: Path) -> None:
+    assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="[4, 2]")

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from services.errors import DigestMismatchError, InvalidInputError, ModelError, ModelNotFoundError
+from services.runtime.model_uri import ModelURI, resolve
+from tests.tiny import tiny_pipeline
+
+PIN = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "path", "digest"),
+    [
+        ("mini", "embedded", "mini", None),
+        ("mini-base#" + PIN, "embedded", "mini-base", PIN),
+        ("file:/models/tango2", "file", "/models/tango2", None),
+        ("file:tango2#" + PIN, "file", "tango2", PIN),
+        ("hf:declare-lab/tango2@main", "hf", "declare-lab/tango2@main", None),
+        ("models:/tango/3", "models", "/tango/3", None),
+    ],
+)
+def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | None) -> None:
+    assert ModelURI.parse(text) == ModelURI(scheme=scheme, path=path, digest=digest)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "maxi", "file:", "http://x", "hf:tango2", "hf:../../etc", "mini#sha256:12", "mini#md5:" + "0" * 64],
+)
+def test_what_is_no_model_uri_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        ModelURI.parse(text)
+    assert [v.field for v in caught.value.violations] == ["model"]
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_where_the_uri_points(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="absent"):
+        resolve(f"file:{tmp_path}/absent")
+
+
+def test_a_registry_uri_says_what_is_missing() -> None:
+    with pytest.raises(ModelError, match="mlflow extra"):
+        resolve("models:/tango/3")
+
+
+def test_a_folder_resolves_to_its_digest_and_the_pin_is_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    model = resolve(f"file:{folder}")
+    assert (model.folder, model.name) == (folder, "tiny")
+    assert resolve(f"file:{folder}#{model.digest}") == model
+    with pytest.raises(DigestMismatchError) as caught:
+        resolve(f"file:{folder}#{PIN}")
+    assert "\n" not in str(caught.value)

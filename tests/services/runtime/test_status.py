@@ -1,0 +1,87 @@
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from services import errors
+from services.errors import FieldViolation, InvalidInputError, MilongaError, QueueFullError
+from services.runtime.status import STATUS_CODES, from_status, status_code, to_status
+
+VIOLATIONS = (FieldViolation("prompt", "is empty"), FieldViolation("duration", "is 0 s"))
+
+
+def _example(kind: type[MilongaError]) -> MilongaError:
+    if kind is InvalidInputError:
+        return InvalidInputError(*VIOLATIONS)
+    if kind is QueueFullError:
+        return QueueFullError("64 clips wait", retry_after=1.5)
+    return kind("it says why")
+
+
+def test_every_class_of_the_tree_has_a_code() -> None:
+    tree = {
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, MilongaError) and kind is not MilongaError
+    }
+    assert tree == set(STATUS_CODES)
+
+
+@pytest.mark.parametrize("kind", STATUS_CODES)
+def test_an_error_crosses_the_wire(kind: type[MilongaError]) -> None:
+    sent = _example(kind)
+    rich = to_status(sent, "id-1")
+    got = from_status(status_code(sent), rich.message, rich.SerializeToString())
+    assert type(got) is kind
+    assert str(got) == str(sent)
+
+
+def test_all_violations_and_the_delay_arrive() -> None:
+    rich = to_status(InvalidInputError(*VIOLATIONS), "id-1")
+    got = from_status(grpc.StatusCode.INVALID_ARGUMENT, rich.message, rich.SerializeToString())
+    assert isinstance(got, InvalidInputError)
+    assert got.violations == VIOLATIONS
+    rich = to_status(QueueFullError("full", retry_after=1.5), "id-1")
+    full = from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, rich.message, rich.SerializeToString())
+    assert isinstance(full, QueueFullError)
+    assert full.retry_after == 1.5
+
+
+def test_a_delay_of_zero_does_not_invite_hammering() -> None:
+    rich = to_status(QueueFullError("full", retry_after=0.0), "id-1")
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in rich.details if detail.Is(retry.DESCRIPTOR))
+    assert retry.retry_delay.ToMilliseconds() == 1
+
+
+def test_our_own_fault_tells_the_request_id_and_nothing_else() -> None:
+    rich = to_status(RuntimeError("/secret/path: prompt of another"), "id-1")
+    assert rich.code == grpc.StatusCode.INTERNAL.value[0]
+    assert "secret" not in str(rich)
+    assert "id-1" in rich.message
+    got = from_status(grpc.StatusCode.INTERNAL, rich.message, rich.SerializeToString())
+    assert type(got) is MilongaError
+
+
+def test_long_texts_fit_into_headers() -> None:
+    assert len(to_status(errors.ModelFormatError("x" * 100_000), "id-1").message) == 2000
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.ServiceUnavailableError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceededError),
+        (grpc.StatusCode.CANCELLED, errors.RequestCancelledError),
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidInputError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, MilongaError),  # a message over the size limit
+        (grpc.StatusCode.UNIMPLEMENTED, MilongaError),
+        (grpc.StatusCode.PERMISSION_DENIED, MilongaError),
+    ],
+)
+@pytest.mark.parametrize("details", [None, b"\xff not a status"])
+def test_statuses_of_others_are_understood_by_their_code(
+    code: grpc.StatusCode, kind: type[MilongaError], details: bytes | None
+) -> None:
+    got = from_status(code, "a\nproxy says", details)
+    assert type(got) is kind
+    assert "a proxy says" in str(got)
