@@ -1,0 +1,143 @@
+"""The `milonga` command.
+
+    milonga generate "A dog barks then a siren wails" -o clip.wav --seed 7
+    milonga serve generation --model mini --listen 127.0.0.1:50051
+    milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
+    milonga doctor
+
+Starts without torch: each command imports what it needs when it runs. Training adds commands through the
+entry-point group `milonga.commands`; where its libraries are not installed, the command works without them.
+"""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+import typer.main
+
+from services.cli import convert, doctor, generate, serve
+from services.environment import quiet_libraries
+from services.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    ModelError,
+    OutputError,
+    QueueFullError,
+    RequestCancelledError,
+    ServiceUnavailableError,
+)
+
+COMMAND_GROUP = "milonga.commands"
+EXIT_CODES: dict[type[BaseException], int] = {
+    InvalidInputError: 2,
+    ModelError: 2,
+    QueueFullError: 3,
+    DeadlineExceededError: 3,
+    ServiceUnavailableError: 3,
+    OutputError: 4,
+    RequestCancelledError: 130,
+    KeyboardInterrupt: 130,
+}
+"""Exit code by error, the nearest class first. Whatever is not here is our fault: 1."""
+
+_EPILOG = (
+    "Exit codes: 0 done · 1 a fault of ours, or something needed is not installed · "
+    "2 wrong input, or the model was refused · 3 service unreachable, queue full or deadline passed · "
+    "4 output not writable · 130 interrupted. MILONGA_DEBUG=1 shows tracebacks."
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("milonga"))
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """Return the command with its own commands and those of the entry-point group."""
+    app = typer.Typer(
+        name="milonga",
+        help="Text to sound: generate clips, serve a model, convert released weights.",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def _root(
+        version: bool = typer.Option(
+            False, "--version", callback=_version, is_eager=True, help="Print the version."
+        ),
+    ) -> None:
+        pass
+
+    app.command()(generate.generate)
+    app.add_typer(serve.app, name="serve")
+    app.command()(convert.convert)
+    app.command()(doctor.doctor)
+    for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):
+        try:
+            app.add_typer(entry.load(), name=entry.name)
+        except ImportError:
+            # An image that only serves holds no training libraries; `milonga doctor` tells.
+            continue
+    return app
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that `error` ends the command with."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), 1)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (None: those of the process). Returns the exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    quiet_libraries(online=_wants_hub(words))
+    command = typer.main.get_command(build_app())
+    try:
+        code = command.main(args=words, prog_name="milonga", standalone_mode=False)
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.TyperException as error:
+        # A wrong flag or argument: typer words it, with the usage.
+        show = getattr(error, "show", None)
+        if show is not None:
+            show()
+        return int(getattr(error, "exit_code", 2))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough (`| head`); don't let the interpreter say so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("MILONGA_DEBUG"):
+            raise
+        code = exit_code(error)
+        typer.echo(f"error: {_one_line(error, code)}", err=True)
+        return code
+    return code if isinstance(code, int) else 0
+
+
+def _wants_hub(words: Sequence[str]) -> bool:
+    """Whether a model or a text encoder is named by its place on the hub."""
+    named = (*words, os.environ.get("MILONGA_MODEL", ""))
+    return any(word.rpartition("=")[2].startswith("hf:") for word in named)
+
+
+def _one_line(error: Exception, code: int) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(("services", "training")):
+        return f"{error.name} is not installed; pip install 'milonga[serving]', or generate with --server"
+    if code != 1:
+        return text
+    return f"{type(error).__name__}: {text} (a fault of ours; MILONGA_DEBUG=1 shows where)"
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run())

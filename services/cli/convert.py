@@ -1,0 +1,39 @@
+"""`milonga convert`: a released Tango or Tango 2 checkpoint becomes a model folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a released checkpoint: main_config.json, vae_config.json, stft_config.json and "
+            "pytorch_model_{main,vae,stft}.bin.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    text_encoder: Annotated[
+        str,
+        typer.Option(
+            help="Where FLAN-T5's tokenizer and config come from, which the checkpoint does not hold: "
+            "a folder, or hf:google/flan-t5-large.",
+            show_default=False,
+        ),
+    ],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on the way.")] = False,
+) -> None:
+    """Convert a released Tango or Tango 2 checkpoint to a model folder of safetensors.
+
+    Serve it with: milonga serve generation --model file:TARGET. The checkpoint's own licence travels with it.
+    """
+    from services.models.tango_checkpoint import convert_checkpoint
+
+    def tell(message: str) -> None:
+        if not quiet:
+            typer.echo(message, err=True)
+
+    typer.echo(convert_checkpoint(source, target, text_encoder=text_encoder, progress=tell))

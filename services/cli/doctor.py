@@ -1,0 +1,279 @@
+"""`milonga doctor`: what is installed, what is there to run on, what is missing and how to get it."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.console import Console
+from rich.table import Table
+
+from services.errors import MilongaError
+
+Status = Literal["ok", "note", "missing"]
+
+_MARKERS = {
+    "serving": "torch",
+    "training": "accelerate",
+    "triton": "tritonclient",
+    "laion-clap": "laion-clap",
+    "dev": "pytest",
+}
+"""Distribution by which an extra counts as wanted: once it is there, the rest of the extra is needed too."""
+_PURPOSES = {
+    "serving": "to generate in this process, to serve and to convert",
+    "training": "to train",
+    "triton": "to serve from Triton",
+    "laion-clap": "to check against LAION's own CLAP (in an environment of its own)",
+    "dev": "to work on milonga",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One line of the report."""
+
+    group: str
+    """What it belongs to: python, packages, devices, models."""
+    name: str
+    status: Status
+    """ok; note: worth knowing, and nothing fails; missing: needed, and not there."""
+    found: str
+    """What is there."""
+    remedy: str = ""
+    """What to do about it."""
+
+
+def requirements() -> tuple[Requirement, ...]:
+    """What this version of milonga wants, with its extras as markers."""
+    try:
+        lines = importlib.metadata.requires("milonga") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = list(_source_requirements())
+    return tuple(Requirement(line) for line in lines)
+
+
+def _source_requirements() -> Iterator[str]:
+    """The same, from the sources beside us: for a checkout that was never installed."""
+    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if not path.is_file():
+        return
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    yield from project["dependencies"]
+    for extra, lines in project["optional-dependencies"].items():
+        yield from (f"{line} ; extra == '{extra}'" for line in lines)
+
+
+def _wanted(extra: str | None) -> list[Requirement]:
+    """Requirements of the base install (None) or of one extra alone."""
+    wanted: dict[str, Requirement] = {}
+    for requirement in requirements():
+        marker = requirement.marker
+        in_base = marker is None or marker.evaluate({"extra": ""})
+        belongs = in_base if extra is None else not in_base and marker.evaluate({"extra": extra})  # type: ignore[union-attr]
+        if belongs and canonicalize_name(requirement.name) != "milonga":
+            wanted[canonicalize_name(requirement.name)] = requirement
+    return sorted(wanted.values(), key=lambda requirement: canonicalize_name(requirement.name))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package_check(requirement: Requirement, extra: str | None) -> Check:
+    version = _installed(requirement.name)
+    # A build of torch carries its device in its version (2.13.0+cpu); the range speaks of the release.
+    fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+    target = "milonga" if extra is None else f"'milonga[{extra}]'"
+    return Check(
+        group="packages",
+        name=requirement.name,
+        status="ok" if fits else "missing",
+        found=f"{version or 'not installed'} (wants {requirement.specifier or 'any'})",
+        remedy="" if fits else f"pip install {target}",
+    )
+
+
+def package_checks() -> Iterator[Check]:
+    """Installed against wanted versions: the base install, and each extra that is in use."""
+    told: set[str] = set()
+    for requirement in _wanted(None):
+        told.add(requirement.name)
+        yield _package_check(requirement, None)
+    for extra, marker in _MARKERS.items():
+        if _installed(marker) is None:
+            remedy = f"pip install 'milonga[{extra}]', {_PURPOSES[extra]}"
+            yield Check(
+                group="packages", name=f"[{extra}]", status="note", found="not installed", remedy=remedy
+            )
+            continue
+        # Extras hold each other, and packages their metadata flattened.
+        for requirement in (one for one in _wanted(extra) if one.name not in told):
+            told.add(requirement.name)
+            yield _package_check(requirement, extra)
+    for name in ("torchvision", "torchaudio"):
+        if _installed(name) is not None and "+cpu" in (_installed("torch") or ""):
+            yield Check(
+                group="packages",
+                name=name,
+                status="missing",
+                found="installed beside a CPU build of torch, where it breaks imports of transformers",
+                remedy=f"pip uninstall {name}",
+            )
+
+
+def python_checks() -> Iterator[Check]:
+    """The interpreter, milonga itself and its generated stubs."""
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Check(
+        group="python",
+        name="python",
+        status="ok" if fits else "missing",
+        found=f"{platform.python_version()} on {platform.platform(terse=True)}",
+        remedy="" if fits else "use Python 3.11, 3.12 or 3.13",
+    )
+    version = _installed("milonga")
+    yield Check(
+        group="python",
+        name="milonga",
+        status="ok" if version else "note",
+        found=version or "run from its sources, not installed",
+        remedy="" if version else "make setup, or pip install -e .",
+    )
+    try:
+        importlib.import_module("milonga.v1.generation_pb2_grpc")
+        yield Check(group="python", name="gRPC stubs", status="ok", found="generated")
+    except ImportError as error:
+        yield Check(
+            group="python", name="gRPC stubs", status="missing", found=str(error), remedy="make protos"
+        )
+
+
+def _driver_gpus() -> list[str]:
+    """GPUs that the NVIDIA driver names; none without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        run = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.partition(" (UUID")[0] for line in run.stdout.splitlines() if line.startswith("GPU")]
+
+
+def device_checks() -> Iterator[Check]:
+    """Where a model can run."""
+    gpus = _driver_gpus()
+    if _installed("torch") is None:
+        found = "; ".join(gpus) or f"{os.cpu_count()} CPU cores"
+        yield Check(group="devices", name="torch", status="note", found=f"not installed; {found}")
+        return
+    import torch
+
+    yield Check(
+        group="devices",
+        name="cpu",
+        status="ok",
+        found=f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        yield Check(
+            group="devices", name=f"cuda:{index}", status="ok", found=f"{properties.name}, {memory:.0f} GiB"
+        )
+    if gpus and not torch.cuda.is_available():
+        yield Check(
+            group="devices",
+            name="cuda",
+            status="note",
+            found=f"{'; '.join(gpus)}, which torch {torch.__version__} can't use",
+            remedy="install the CUDA build: pip install --force-reinstall torch==2.13.0",
+        )
+    if torch.backends.mps.is_available():
+        yield Check(group="devices", name="mps", status="ok", found="Apple GPU")
+
+
+def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
+    """Each model folder with its digest, every file read and checked."""
+    if _installed("torch") is None:
+        yield Check(
+            group="models",
+            name="engine",
+            status="note",
+            found="models can't be run here",
+            remedy="pip install 'milonga[serving]', or use a service with --server",
+        )
+        return
+    from services.runtime import model_uri
+
+    for uri in uris:
+        try:
+            resolved = model_uri.resolve(uri)
+        except MilongaError as error:
+            yield Check(group="models", name=uri, status="missing", found=str(error))
+            continue
+        found = (
+            f"{resolved.name} {resolved.version}, {resolved.digest}, {resolved.license}; {resolved.folder}"
+        )
+        yield Check(group="models", name=uri, status="ok", found=found)
+
+
+def examine(models: tuple[str, ...]) -> tuple[Check, ...]:
+    """Return every check of the report, the embedded models and `models` included."""
+    named = os.environ.get("MILONGA_MODEL")
+    uris = dict.fromkeys(("mini", "mini-base", *([named] if named else []), *models))
+    return (*python_checks(), *package_checks(), *device_checks(), *model_checks(tuple(uris)))
+
+
+def _show(checks: tuple[Check, ...]) -> None:
+    colours = {"ok": "green", "note": "yellow", "missing": "red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for column in ("status", "name", "found"):
+        table.add_column(column, overflow="fold", no_wrap=column != "found")
+    group = ""
+    for check in checks:
+        if check.group != group:
+            group = check.group
+            table.add_row(f"[bold]{group}[/bold]", "", "")
+        remedy = f"\n→ {check.remedy}" if check.remedy else ""
+        text = f"{check.found}{remedy}".replace("[", r"\[")
+        table.add_row(f"  [{colours[check.status]}]{check.status}[/]", check.name.replace("[", r"\["), text)
+    Console().print(table)
+
+
+def doctor(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Check this model URI too; can be given again.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Tell versions, devices and model folders, what is missing and how to get it.
+
+    Ends with 1 where something needed is missing, otherwise with 0.
+    """
+    checks = examine(tuple(model or ()))
+    healthy = all(check.status != "missing" for check in checks)
+    if as_json:
+        report = {"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]}
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        _show(checks)
+        typer.echo("healthy" if healthy else "something needed is missing: see the lines marked missing")
+    if not healthy:
+        raise typer.Exit(1)

@@ -1,0 +1,67 @@
+"""Files that a command writes: whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from services.errors import FieldViolation, InvalidInputError, OutputError
+
+ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg"}
+"""Encoding by the output's ending."""
+
+
+def encoding_of(path: Path) -> str:
+    """Return the encoding that the ending of `path` asks for."""
+    try:
+        return ENCODINGS[path.suffix.lower()]
+    except KeyError:
+        raise InvalidInputError(
+            FieldViolation("--output", f"{path} must end in one of {', '.join(ENCODINGS)}")
+        ) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OutputError` where `path` can't be written, before the work of making it is spent."""
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file in it")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} does not exist; make it first, or write elsewhere")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} is not writable; write elsewhere")
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, or raise `OutputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} can't be made: {error.strerror}; write elsewhere") from error
+    check_writable(folder / "x")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, then rename it into place.
+
+    Whatever fails, nothing half-written stays and an older `path` is left as it was.
+
+    Raises:
+        OutputError: the folder is gone or not writable, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
+        raise
+
+
+def numbered(path: Path, index: int, count: int) -> Path:
+    """Return `path` for the only clip, ``clip-1.wav``, ``clip-2.wav``, … for several."""
+    return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")

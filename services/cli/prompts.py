@@ -1,0 +1,182 @@
+"""Files of prompts (JSON Lines), and folders of clips that can be taken up again.
+
+One line is one object: ``{"prompt": "A dog barks", "id": "dog", "seed": 7, "num_inference_steps": 50}``.
+Only `prompt` is required. A prompt's clips and its record lie side by side, `dog.wav` and `dog.json`; the
+record is written last, so a prompt without one is made (again). `index.jsonl` names every clip, in the order
+of the prompts, in the usual AudioCaps-like format (`location`, `captions`): the folder is a data set.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.cli.outputs import write_atomically
+from services.client import GenerationOptions
+from services.errors import FieldViolation, InvalidInputError
+
+INDEX = "index.jsonl"
+_TYPES: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "id": (str, int),
+    "negative_prompt": (str,),
+    "duration": (int, float),
+    "clip_count": (int,),
+    "seed": (int,),
+    "num_inference_steps": (int,),
+    "guidance_scale": (int, float),
+    "scheduler": (str,),
+    "sampling_rate": (int,),
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MAX_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One prompt of the file, and where its clips go."""
+
+    name: str
+    """Stem of the clips' and the record's names: the line's `id`, or its number and first words."""
+    prompt: str
+    """What to hear."""
+    options: GenerationOptions
+    """The line's own settings over those of the command; always with a seed."""
+
+
+def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
+    """Return the jobs of a file of prompts.
+
+    A line without a seed, where `defaults` has none either, takes one from its name and prompt: what is
+    made later is what would have been made at once.
+
+    Raises:
+        InvalidInputError: the file can't be read, or lines are wrong: every one of them is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InvalidInputError(FieldViolation("--prompts", f"{path} can't be read: {reason}")) from error
+    faults: list[FieldViolation] = []
+    jobs: dict[str, Job] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        fields, fault = _parse(line)
+        job = None if fault else _job(number, fields, defaults)
+        if job is not None and job.name.lower() in jobs:
+            # Compared without case, since some file systems are.
+            fault = f"id {job.name!r} stands on an earlier line too; ids name files and must differ"
+        if fault:
+            faults.append(FieldViolation(f"{path.name}:{number}", fault))
+        elif job is not None:
+            jobs[job.name.lower()] = job
+    if not jobs and not faults:
+        faults.append(
+            FieldViolation("--prompts", f'{path} holds no prompt; write one a line: {{"prompt": "…"}}')
+        )
+    if faults:
+        raise InvalidInputError(*faults[:_MAX_SHOWN])
+    return tuple(jobs.values())
+
+
+def _parse(line: str) -> tuple[dict[str, Any], str | None]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        return {}, f"is no JSON: {error}"
+    if not isinstance(fields, dict):
+        return {}, f'must be an object with a prompt: {{"prompt": "…"}}, found {line.strip()[:40]!r}'
+    unknown = sorted(set(fields) - set(_TYPES))
+    if unknown:
+        return {}, f"unknown field {', '.join(unknown)}; known are {', '.join(_TYPES)}"
+    if "prompt" not in fields:
+        return {}, "has no prompt"
+    for name, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, _TYPES[name]):
+            kinds = " or ".join(kind.__name__ for kind in _TYPES[name])
+            return {}, f"{name} is {value!r}, must be {kinds}"
+    name = str(fields.get("id", "x"))
+    if not _NAME.fullmatch(name):
+        return {}, f"id {name[:40]!r} must name a file: letters, digits, '.', '_' and '-', at most 100"
+    return fields, None
+
+
+def _job(number: int, fields: Mapping[str, Any], defaults: GenerationOptions) -> Job:
+    prompt = str(fields["prompt"])
+    name = str(fields["id"]) if "id" in fields else f"{number:05d}-{_slug(prompt)}".rstrip("-")
+    own = {key: value for key, value in fields.items() if key not in ("id", "prompt")}
+    options: GenerationOptions = {**defaults, **own}  # type: ignore[typeddict-item]
+    if options.get("seed") is None:
+        digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).digest()
+        options["seed"] = int.from_bytes(digest, "big")
+    return Job(name=name, prompt=prompt, options=options)
+
+
+def _slug(prompt: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6])[:48]
+
+
+def request_record(job: Job, source: str) -> dict[str, Any]:
+    """What was asked for, as the record keeps it: compared before a finished prompt is passed over.
+
+    `source` is the model URI, or the service's address.
+    """
+    settings = {key: value for key, value in sorted(job.options.items()) if value is not None}
+    return {"prompt": job.prompt, "source": source, "settings": settings}
+
+
+def is_done(folder: Path, job: Job, source: str) -> bool:
+    """Whether the record of `job` is in `folder` with every clip it names.
+
+    Raises:
+        InvalidInputError: it is, but for another prompt or other settings.
+    """
+    record = read_record(folder, job)
+    if record is None or not all((folder / clip["location"]).is_file() for clip in record["clips"]):
+        return False
+    asked = request_record(job, source)
+    if record["request"] == asked:
+        return True
+    changed = _differences(record["request"], asked)
+    raise InvalidInputError(
+        FieldViolation(
+            "--output",
+            f"{folder / job.name}.json was made with other settings ({changed}); "
+            "choose another folder, or make all anew with --overwrite",
+        )
+    )
+
+
+def read_record(folder: Path, job: Job) -> dict[str, Any] | None:
+    """Return the record of `job`, or None where there is none that can be read."""
+    try:
+        record = json.loads((folder / f"{job.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"request", "clips"} <= record.keys() else None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    before, after = ({**one.get("settings", {}), **one, "settings": None} for one in (old, new))
+    return ", ".join(
+        f"{key} {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    )
+
+
+def write_index(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write `index.jsonl`: one line a clip of every finished job, in the order of the prompts."""
+    rows = [
+        {"location": clip["location"], "captions": job.prompt, "seed": clip["seed"], "model": record["model"]}
+        for job in jobs
+        if (record := read_record(folder, job)) is not None
+        for clip in record["clips"]
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / INDEX, lines.encode())
