@@ -1,0 +1,153 @@
+"""What a model folder is: its name, version and licence, and a digest over every file.
+
+The manifest lies in the folder as ``milonga.json``::
+
+    {"format": 1, "name": "mini", "version": "1", "license": "Apache-2.0",
+     "files": {"unet/config.json": "<sha256>", …}, "digest": "sha256:<sha256>"}
+
+The digest is taken over the sorted lines ``<path> <sha256>``, each with a line feed at its end.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
+
+MANIFEST_NAME = "milonga.json"
+"""File name of the manifest in a model folder."""
+
+FORMAT = 1
+"""Version of the manifest's own format."""
+
+_LISTED = 5
+"""Files that an error message names before it counts the rest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The identity of one model folder."""
+
+    name: str
+    """Name of the model, as responses and registries show it."""
+    version: str
+    """Version of the weights; ``unversioned`` where the folder carries no manifest."""
+    license: str
+    """Licence of the weights (an SPDX identifier where there is one), or ``unknown``."""
+    files: dict[str, str]
+    """SHA-256 in hex of every file, by its path in the folder with forward slashes."""
+    digest: str
+    """``sha256:`` and the hex SHA-256 over `files`: what pins a version."""
+    format: int = FORMAT
+    """Version of this format."""
+
+
+def write_manifest(folder: Path, name: str, version: str, license: str) -> Manifest:
+    """Hash every file of `folder`, write the manifest there atomically, and return it."""
+    manifest = _manifest_of(folder, name=name, version=version, license=license)
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{MANIFEST_NAME}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the manifest from a service's user
+        os.replace(temporary, folder / MANIFEST_NAME)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder` as written there, its files not verified.
+
+    Where there is none it is made from the folder: named after it, ``unversioned``, licence ``unknown``.
+    Raises `ModelNotFoundError` if there is no such folder, `ModelFormatError` if the manifest is malformed.
+    """
+    _require_folder(folder)
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return _manifest_of(folder, name=folder.resolve().name, version="unversioned", license="unknown")
+    try:
+        return _parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFormatError(
+            f"{path} is not a manifest ({error}); write it anew or fetch the model again"
+        ) from error
+
+
+def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifest:
+    """The manifest of `folder`, after hashing every file anew.
+
+    `expected_digest` (``sha256:HEX`` or plain hex) is the pin of whoever asks.
+    Raises `DigestMismatchError` where a file or the pin differs, else as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    found = hash_files(folder)
+    if found != manifest.files or digest_of(found) != manifest.digest:
+        differing = sorted(path for path, _ in found.items() ^ manifest.files.items())
+        paths = list(dict.fromkeys(differing)) or [MANIFEST_NAME]
+        more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+        raise DigestMismatchError(
+            f"{folder}: not what its manifest says: {', '.join(paths[:_LISTED])}{more}; fetch the model again"
+        )
+    if expected_digest is not None and manifest.digest != _normal(expected_digest):
+        raise DigestMismatchError(
+            f"{folder} holds {manifest.digest}, not {_normal(expected_digest)}; "
+            "correct the pin or the model URI"
+        )
+    return manifest
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 in hex of every file under `folder`, by relative path.
+
+    The manifest itself, hidden files and model cards (``*.md``, which may quote the digest) do not count.
+    Links are followed: the hub's cache is made of them.
+    """
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if relative.as_posix() == MANIFEST_NAME or path.suffix == ".md":
+            continue
+        with path.open("rb") as file:
+            hashes[relative.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """``sha256:HEX`` over the sorted lines ``path sha256`` of `files`."""
+    lines = "".join(f"{path} {sha}\n" for path, sha in sorted(files.items()))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _manifest_of(folder: Path, *, name: str, version: str, license: str) -> Manifest:
+    _require_folder(folder)
+    files = hash_files(folder)
+    return Manifest(name=name, version=version, license=license, files=files, digest=digest_of(files))
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}, this release reads {FORMAT}")
+    texts = {key: data[key] for key in ("name", "version", "license", "digest")}
+    files = {str(path): str(sha) for path, sha in data["files"].items()}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("name, version, license and digest must be strings")
+    return Manifest(files=files, **texts)
+
+
+def _normal(digest: str) -> str:
+    """`digest` in the form that manifests write."""
+    return "sha256:" + digest.strip().lower().removeprefix("sha256:")
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is not a folder; give the path of a model folder")

@@ -1,0 +1,16 @@
+"""The embedded model family: weights small enough to ship. README.md beside this file is its model card."""
+
+from pathlib import Path
+
+from services.errors import ModelNotFoundError
+
+PARTS = ("mini", "mini-base", "tagger")
+"""`mini`: the default text-to-audio model. `mini-base`: taught with captions wrong on purpose, the pupil
+of alignment. `tagger`: the judge."""
+
+
+def mini_folder(name: str) -> Path:
+    """The folder of one member of the family. Raises `ModelNotFoundError` for an unknown name."""
+    if name not in PARTS:
+        raise ModelNotFoundError(f"the mini family has no member {name!r}; it has {', '.join(PARTS)}")
+    return Path(__file__).parent / name
