@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.mini import autoencoder, denoiser, text_encoder
+from services.models.mel import LogMel
+from training.mini import autoencoder, denoiser, text_encoder, vocoder
 from training.mini.latents import SHORT, LatentSet, load_shards
 from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
 from training.soundworld.scenes import split_of
@@ -98,3 +99,19 @@ def test_shards_come_back_in_order_with_their_truth(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="latents"):
         load_shards(tmp_path, "long-*.npz")
     assert SHORT.duration == 2.56
+
+
+def test_the_spectral_distance_is_zero_for_equal_sound_and_grows_with_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sound = torch.randn(2, 4096, generator=generator) * 0.1
+    noise = torch.randn(2, 4096, generator=generator) * 0.1
+    assert float(vocoder.spectral_distance(sound, sound)) == 0.0
+    little, much = (float(vocoder.spectral_distance(sound + level * noise, sound)) for level in (0.1, 1.0))
+    assert 0 < little < much
+
+
+def test_the_neural_vocoder_makes_a_hop_of_samples_a_frame() -> None:
+    mels, samples = vocoder.crops(0, LogMel())
+    assert mels.shape == (vocoder.BATCH, vocoder.FRAMES, 64)
+    with torch.no_grad():
+        assert vocoder.build()(mels).shape == samples.shape == (vocoder.BATCH, vocoder.FRAMES * 160)
