@@ -84,7 +84,7 @@ def crops(step: int, log_mel: LogMel) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def compare(vocoder: nn.Module, tagger: EventTagger, clips: int = 200) -> dict[str, float]:
-    """Re-synthesise held-out real clips: log-mel L1, share heard exactly by the tagger, CPU seconds a clip."""
+    """Re-synthesise held-out real clips: log-mel L1, share heard right by the tagger, CPU seconds a clip."""
     log_mel, errors, right = LogMel(), [], 0
     config, seconds = SceneConfig(split="validation"), 0.0
     for index in range(clips):
