@@ -1,0 +1,123 @@
+"""The bounded, fair queue in front of the device, and the only state that threads share."""
+
+import bisect
+import itertools
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from services.engine.batching import queue_tag
+from services.engine.jobs import Job
+from services.errors import QueueFullError, ServiceUnavailableError
+
+
+class Ticket(NamedTuple):
+    """One clip's place in the queue. Tickets sort by tag, then by arrival; they never compare jobs."""
+
+    tag: float
+    number: int
+    clip_index: int
+    job: Job
+
+
+class Admission:
+    """Clips that wait for a place, and the jobs that are alive."""
+
+    def __init__(self, max_clips: int) -> None:
+        self._max_clips = max_clips
+        self._changed = threading.Condition()
+        self._tickets: list[Ticket] = []
+        self._reserved = 0
+        self._now = 0.0
+        self._numbers = itertools.count()
+        self._jobs: dict[int, Job] = {}
+        self._closing = False
+        self._aborting = False
+
+    @property
+    def depth(self) -> int:
+        """Clips that wait."""
+        with self._changed:
+            return len(self._tickets) + self._reserved
+
+    @property
+    def aborting(self) -> bool:
+        """Whether what still runs is to be failed."""
+        return self._aborting
+
+    def reserve(self, clip_count: int, retry_after: Callable[[int], float]) -> tuple[int, int]:
+        """Claim room for `clip_count` clips; return the job's number and its position in the queue.
+
+        `enter` must follow. If there is no room, `retry_after` turns the clips that wait into seconds.
+        """
+        with self._changed:
+            self._refuse_if_closing()
+            waiting = len(self._tickets) + self._reserved
+            if waiting + clip_count > self._max_clips:
+                raise QueueFullError(
+                    f"the queue is full: {waiting} of {self._max_clips} clips wait, "
+                    f"no room for {clip_count} more; try again later",
+                    retry_after=retry_after(waiting),
+                )
+            self._reserved += clip_count
+            number = next(self._numbers)
+            position = sum(ticket.tag <= self._now for ticket in self._tickets)
+            return number, position
+
+    def enter(self, job: Job) -> None:
+        """Queue the clips of a job that has room reserved."""
+        with self._changed:
+            self._reserved -= job.request.clip_count
+            self._refuse_if_closing()
+            self._jobs[job.number] = job
+            for index in range(job.request.clip_count):
+                bisect.insort(self._tickets, Ticket(queue_tag(self._now, index), job.number, index, job))
+            self._changed.notify_all()
+
+    def tickets(self) -> list[Ticket]:
+        """Return the waiting clips, next first."""
+        with self._changed:
+            return list(self._tickets)
+
+    def take(self, ticket: Ticket) -> None:
+        """Remove the ticket of a clip that got a place."""
+        with self._changed:
+            self._tickets.remove(ticket)
+            self._now = max(self._now, ticket.tag)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that have not ended, in order of arrival."""
+        with self._changed:
+            return list(self._jobs.values())
+
+    def remove(self, job: Job) -> None:
+        """Forget a job that has ended, with the clips of it that still wait."""
+        with self._changed:
+            del self._jobs[job.number]
+            self._tickets = [ticket for ticket in self._tickets if ticket.job is not job]
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Make the worker look at its jobs."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_work(self) -> bool:
+        """Block until a job is alive; return False when there is none and there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            return bool(self._jobs)
+
+    def close(self, drain_seconds: float) -> None:
+        """Refuse what comes, give what is here `drain_seconds` to end, then have the worker fail the rest."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._jobs, drain_seconds)
+            self._aborting = True
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise ServiceUnavailableError(
+                "the engine is stopping and takes no new requests; try another instance"
+            )

@@ -1,0 +1,202 @@
+"""The engine's face: submit requests from any thread, get events, close."""
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TypeVar
+
+from services.engine.admission import Admission
+from services.engine.config import EngineConfig
+from services.engine.events import ClipReady, Event, Failed, Finished, Queued, Timings
+from services.engine.jobs import Handle, Job
+from services.engine.request import GenerationRequest, Limits, validate
+from services.engine.stats import EngineStats, Meter
+from services.engine.worker import Worker
+from services.models.schedulers import SCHEDULERS
+from services.models.tango import TangoPipeline
+
+__all__ = ["Engine", "EngineConfig", "Result"]
+
+T = TypeVar("T")
+
+# Bounds of the advice when to come back, in seconds: not at once, and not so late that nobody does.
+_RETRY_SOONEST, _RETRY_LATEST = 0.1, 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """All that a request gave."""
+
+    clips: tuple[ClipReady, ...]
+    """Clips in the order of their index."""
+    timings: Timings
+    """Where the time went."""
+    warnings: tuple[str, ...]
+    """What the caller should know."""
+
+
+class Engine:
+    """Shares one device among many requests, step by step.
+
+    A thread of its own runs the model; `pipeline` must not be used by others meanwhile. All methods may be
+    called from any thread. Closing it is the owner's task: use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, pipeline: TangoPipeline, config: EngineConfig | None = None) -> None:
+        """Start the worker thread on `pipeline`, which must be on its device already."""
+        self.config = config or EngineConfig()
+        self.pipeline = pipeline
+        self.limits = Limits(
+            max_prompt_characters=self.config.max_prompt_characters,
+            min_duration=pipeline.geometry.min_duration,
+            max_duration=pipeline.geometry.max_duration,
+            max_clip_count=self.config.max_clip_count,
+            max_steps=pipeline.scheduler.config.num_train_timesteps,
+            schedulers=SCHEDULERS,
+        )
+        self._admission = Admission(self.config.max_queue)
+        self._meter = Meter()
+        worker = Worker(pipeline, self.config, self._admission, self._meter)
+        self._thread = threading.Thread(target=worker.run, name="engine", daemon=True)
+        self._thread.start()
+
+    def request(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        duration: float | None = None,
+        clip_count: int = 1,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: str | None = None,
+        preview_interval_steps: int = 0,
+    ) -> GenerationRequest:
+        """Return a complete request: what is None takes the model's default, and the seed is drawn."""
+        defaults = self.pipeline.config
+        return GenerationRequest(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            duration=_default(duration, defaults.default_duration),
+            clip_count=clip_count,
+            seed=secrets.randbits(32) if seed is None else seed,
+            num_inference_steps=_default(num_inference_steps, defaults.default_num_inference_steps),
+            guidance_scale=_default(guidance_scale, defaults.default_guidance_scale),
+            scheduler=_default(scheduler, defaults.default_scheduler),
+            preview_interval_steps=preview_interval_steps,
+        )
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        *,
+        deadline: float | None = None,
+    ) -> Handle:
+        """Queue `request` and return at once.
+
+        `on_event` gets the events in the order that `events` states: the first `Queued` on this thread before
+        `submit` returns, all others on the worker thread, which it must not keep waiting. `deadline` is on
+        the clock of `time.monotonic`.
+
+        Raises `InvalidInputError`, `QueueFullError`, `ServiceUnavailableError`.
+        """
+        validate(request, self.limits)
+        number, position = self._admission.reserve(request.clip_count, self._retry_after)
+        job = Job(
+            number=number,
+            request=request,
+            frames=self.pipeline.geometry.latent_frames(request.duration),
+            position=position,
+            on_event=on_event,
+            deadline=deadline,
+            wake=self._admission.wake,
+        )
+        try:
+            on_event(Queued(position=position))
+        except BaseException:
+            job.cancelled = True
+            raise
+        finally:
+            self._admission.enter(job)
+        return Handle(job)
+
+    def stream(self, request: GenerationRequest, *, deadline: float | None = None) -> Iterator[Event]:
+        """Queue `request` at once and return its events as they come; the last is `Finished` or `Failed`.
+
+        Closing the iterator cancels the request. Raises as `submit` does.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        handle = self.submit(request, events.put, deadline=deadline)
+        return _drain(events, handle)
+
+    def generate(self, request: GenerationRequest, *, deadline: float | None = None) -> Result:
+        """Make the clips of `request`. Raises as `submit` does, or what the request failed with."""
+        clips: list[ClipReady] = []
+        for event in self.stream(request, deadline=deadline):
+            match event:
+                case ClipReady():
+                    clips.append(event)
+                case Failed(error=error):
+                    raise error
+                case Finished(timings=timings, warnings=warnings):
+                    ordered = tuple(sorted(clips, key=lambda clip: clip.clip_index))
+                    return Result(clips=ordered, timings=timings, warnings=warnings)
+        raise AssertionError("a request ends with Finished or Failed")
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no new requests, give those here `drain_seconds` to end, fail the rest, stop the thread.
+
+        Returns after `drain_seconds` and one more step or decode at most. May be called twice.
+        """
+        self._admission.close(drain_seconds)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close without waiting for what still runs."""
+        self.close()
+
+    @property
+    def queue_depth(self) -> int:
+        """Clips that wait for a place."""
+        return self._admission.depth
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return replace(
+            self._meter.totals, queue_depth=self._admission.depth, running=len(self._admission.jobs())
+        )
+
+    def _retry_after(self, waiting: int) -> float:
+        """Estimate when there is room again: once the next clip of the queue has got a place."""
+        jobs = self._admission.jobs()
+        steps = sum(job.steps_total - job.steps_done for job in jobs)
+        seconds = steps * (self._meter.step_seconds or 0.0) / max(waiting, 1)
+        return min(max(seconds, _RETRY_SOONEST), _RETRY_LATEST)
+
+
+def _drain(events: "queue.SimpleQueue[Event]", handle: Handle) -> Iterator[Event]:
+    try:
+        while True:
+            event = events.get()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+    finally:
+        handle.cancel()
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value

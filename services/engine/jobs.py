@@ -1,0 +1,195 @@
+"""The engine's mutable state: a job is one request, a slot one of its clips.
+
+Shapes: C latent channels, T latent frames (time), F latent mel bins. All of it belongs to the engine's worker
+thread, but for `Job.cancelled` and `Job.done`, which any thread may set or read.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from services.engine.batching import rows_of
+from services.engine.events import Event, Progress, Timings
+from services.engine.prompts import EmbeddedPrompt
+from services.engine.request import GenerationRequest
+from services.models.tango import TangoPipeline, clip_generator
+
+
+class GroupKey(NamedTuple):
+    """What clips must share to stand in one denoiser call."""
+
+    frames: int
+    """Latent frames."""
+    text_length: int
+    """Padded text tokens."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Job:
+    """One request on its way."""
+
+    number: int
+    """Order of arrival."""
+    request: GenerationRequest
+    """What was asked."""
+    frames: int
+    """Latent frames of each clip."""
+    position: int
+    """Place in the queue that the caller was last told."""
+    on_event: Callable[[Event], None]
+    """Called on the worker thread (for the first `Queued`: on the caller's)."""
+    deadline: float | None
+    """When to give up, on the clock of `time.monotonic`."""
+    wake: Callable[[], None]
+    """Tells the worker to look at the job."""
+    submitted_at: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    ended: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    prompt: EmbeddedPrompt | None = None
+    negative_prompt: EmbeddedPrompt | None = None
+    started_at: float | None = None
+    first_step_at: float | None = None
+    last_step_at: float = 0.0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps_done: int = 0
+    clips_done: int = 0
+
+    @property
+    def steps_total(self) -> int:
+        """Denoising steps over all clips."""
+        return self.request.clip_count * self.request.num_inference_steps
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that prompt and negative prompt are padded to. The prompts must be embedded."""
+        assert self.prompt is not None
+        assert self.negative_prompt is not None
+        return max(self.prompt.embeds_1LD.shape[1], self.negative_prompt.embeds_1LD.shape[1])
+
+    def progress(self, clip_index: int, step: int, decode_seconds: float | None) -> Progress:
+        """Return the event for a denoiser call after which clip `clip_index` has `step` steps behind it.
+
+        `decode_seconds` is what decoding a clip takes, if a clip was decoded before.
+        """
+        assert self.first_step_at is not None
+        pace = (self.last_step_at - self.first_step_at) / self.steps_done
+        undecoded = self.request.clip_count - self.clips_done
+        left = pace * (self.steps_total - self.steps_done)
+        if decode_seconds is not None:
+            left += decode_seconds * undecoded
+        return Progress(
+            clip_index=clip_index,
+            step=step,
+            num_inference_steps=self.request.num_inference_steps,
+            fraction=self.steps_done / self.steps_total,
+            seconds_left=left if self.steps_done > 1 else None,
+        )
+
+    def timings(self) -> Timings:
+        """Return where the finished job's time went."""
+        assert self.started_at is not None
+        assert self.first_step_at is not None
+        return Timings(
+            queued=self.started_at - self.submitted_at,
+            encode=self.encode_seconds,
+            denoise=self.last_step_at - self.first_step_at,
+            decode=self.decode_seconds,
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what the model could not read of the prompts, without repetition."""
+        embedded = [prompt for prompt in (self.prompt, self.negative_prompt) if prompt is not None]
+        return tuple(dict.fromkeys(warning for prompt in embedded for warning in prompt.warnings))
+
+
+class Slot:
+    """One clip being denoised: latents, noise and scheduler of its own, so companions can't change it."""
+
+    __slots__ = (
+        "_scheduler",
+        "_step_options",
+        "estimate_1CTF",
+        "index",
+        "job",
+        "latents_1CTF",
+        "rows",
+        "step",
+        "timesteps",
+    )
+
+    def __init__(self, pipeline: TangoPipeline, job: Job, index: int) -> None:
+        """Draw the clip's noise on the CPU, so that it is the same on every device."""
+        request = job.request
+        self.job = job
+        self.index = index
+        self.rows = rows_of(request.guidance_scale)
+        self.step = 0
+        self.estimate_1CTF: Tensor | None = None
+        generator = clip_generator(request.seed, index)
+        # Typed `Any`, for the library's schedulers carry no types. Each slot owns one: they keep a history.
+        self._scheduler: Any = pipeline.make_scheduler(request.scheduler)
+        self._scheduler.set_timesteps(request.num_inference_steps)
+        if hasattr(self._scheduler, "set_begin_index"):
+            # Else the first step looks its timestep up, and finds the second where rounding made two equal.
+            self._scheduler.set_begin_index(0)
+        # As numbers, on the host: looking one up on the device would wait for it at every step.
+        self.timesteps: list[int] = self._scheduler.timesteps.tolist()
+        draws_noise = isinstance(self._scheduler, DDPMScheduler)
+        self._step_options: dict[str, Any] = {"generator": generator} if draws_noise else {}
+        self.latents_1CTF = pipeline.prepare_latents(1, request.duration, generator)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == len(self.timesteps)
+
+    def advance(self, velocity_1CTF: Tensor) -> None:
+        """Take one denoising step along the denoiser's (guided) output."""
+        if self._wants_preview():
+            self.estimate_1CTF = self._clean_estimate(velocity_1CTF)
+        self.latents_1CTF = self._scheduler.step(
+            velocity_1CTF,
+            self.timesteps[self.step],
+            self.latents_1CTF,
+            return_dict=False,
+            **self._step_options,
+        )[0]
+        self.step += 1
+
+    def _wants_preview(self) -> bool:
+        every = self.job.request.preview_interval_steps
+        return every > 0 and self.index == 0 and (self.step + 1) % every == 0
+
+    def _clean_estimate(self, velocity_1CTF: Tensor) -> Tensor:
+        # x0 = alpha x - sigma v (Salimans and Ho, 2022, appendix D).
+        alpha_squared = float(self._scheduler.alphas_cumprod[self.timesteps[self.step]])
+        return math.sqrt(alpha_squared) * self.latents_1CTF - math.sqrt(1 - alpha_squared) * velocity_1CTF
+
+
+class Handle:
+    """The caller's hold on a submitted request."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def cancel(self) -> None:
+        """Give the request up: its places are free at the next step. Without effect once it has ended."""
+        self._job.cancelled = True
+        self._job.wake()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait at most `timeout` seconds for the request's last event; return whether it was sent."""
+        return self._job.done.wait(timeout)

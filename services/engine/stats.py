@@ -1,0 +1,95 @@
+"""What the engine counts about itself."""
+
+from dataclasses import dataclass, replace
+
+from services.engine.events import Failed, Finished
+from services.errors import DeadlineExceededError, RequestCancelledError
+
+_SMOOTHING = 0.1
+"""Weight of the newest measurement in the running means."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot. All but the first two only grow."""
+
+    queue_depth: int = 0
+    """Clips that wait for a place."""
+    running: int = 0
+    """Requests that have not ended, waiting ones included."""
+    calls: int = 0
+    """Denoiser calls."""
+    clip_steps: int = 0
+    """Denoising steps, summed over clips."""
+    rows: int = 0
+    """Rows computed in denoiser calls, padding included."""
+    padding_rows: int = 0
+    """Rows computed for nobody."""
+    denoise_seconds: float = 0.0
+    """Time in denoising steps."""
+    clips: int = 0
+    """Clips made."""
+    audio_seconds: float = 0.0
+    """Their length."""
+    decode_seconds: float = 0.0
+    """Time in decoding them."""
+    finished: int = 0
+    """Requests that got all their clips."""
+    cancelled: int = 0
+    """Requests given up by their caller."""
+    expired: int = 0
+    """Requests whose deadline passed."""
+    failed: int = 0
+    """Requests that ended otherwise."""
+
+
+class Meter:
+    """Counts on the worker thread; other threads read whole snapshots."""
+
+    def __init__(self) -> None:
+        self.totals = EngineStats()
+        self.step_seconds: float | None = None
+        """Running mean of a clip's share of a step; None before the first."""
+        self.decode_seconds: float | None = None
+        """Running mean of the time to decode a clip; None before the first."""
+
+    def count_step(self, *, clips: int, used: int, rows: int, seconds: float) -> None:
+        """Count one denoising step of `clips` clips in `used` of `rows` rows."""
+        totals = self.totals
+        self.step_seconds = _mean(self.step_seconds, seconds / clips)
+        self.totals = replace(
+            totals,
+            calls=totals.calls + 1,
+            clip_steps=totals.clip_steps + clips,
+            rows=totals.rows + rows,
+            padding_rows=totals.padding_rows + rows - used,
+            denoise_seconds=totals.denoise_seconds + seconds,
+        )
+
+    def count_clip(self, *, audio_seconds: float, seconds: float) -> None:
+        """Count one decoded clip."""
+        totals = self.totals
+        self.decode_seconds = _mean(self.decode_seconds, seconds)
+        self.totals = replace(
+            totals,
+            clips=totals.clips + 1,
+            audio_seconds=totals.audio_seconds + audio_seconds,
+            decode_seconds=totals.decode_seconds + seconds,
+        )
+
+    def count_end(self, event: Finished | Failed) -> None:
+        """Count one ended request by its last event."""
+        name = _outcome(event)
+        self.totals = replace(self.totals, **{name: getattr(self.totals, name) + 1})
+
+
+def _outcome(event: Finished | Failed) -> str:
+    if isinstance(event, Finished):
+        return "finished"
+    if isinstance(event.error, RequestCancelledError):
+        return "cancelled"
+    return "expired" if isinstance(event.error, DeadlineExceededError) else "failed"
+
+
+def _mean(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _SMOOTHING * (value - mean)
