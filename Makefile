@@ -97,4 +97,4 @@ mini: protos ## Train the embedded model family from scratch (hours; resumable)
 clean: ## Remove what was made, except .venv and training runs under build/mini
 	rm -rf dist build/demo build/bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f protos/.generated protos/milonga/v1/*_pb2*.py protos/milonga/v1/*_pb2*.pyi
-	find services training tests protos examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find services training tests protos examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

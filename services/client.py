@@ -26,12 +26,19 @@ from numpy.typing import NDArray
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
+from services.errors import (
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidInputError,
+    MilongaError,
+    ServiceUnavailableError,
+)
 from services.runtime import audio, status
+from services.runtime.tls import read_authorities, read_identity
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_RESPONSE_BYTES = 256 * 2**20
-"""Largest answer that the client takes: eight minutes of float32 sound at 48 kHz, twice over."""
+"""Largest answer that the client takes: twenty minutes of float32 sound at 48 kHz."""
 
 _KEEPALIVE_MILLISECONDS = 60_000
 _MAX_ATTEMPTS = 5  # gRPC's own ceiling
@@ -509,6 +516,11 @@ def _to_error(error: grpc.RpcError, target: str) -> MilongaError:
         return InvalidInputError(
             *(FieldViolation(v.field.removeprefix("request."), v.description) for v in found.violations)
         )
+    if isinstance(found, DeadlineExceededError):
+        # Most often gRPC's own words, which name neither cause nor remedy.
+        return DeadlineExceededError(
+            f"{target}: the deadline passed ({found}); give a longer timeout or take fewer steps"
+        )
     if isinstance(found, ServiceUnavailableError):
         return ServiceUnavailableError(
             f"{target}: {found}; is it running? start one with: milonga serve generation"
@@ -543,17 +555,8 @@ def _service_config(retries: int) -> dict[str, Any]:
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        root_certificates=_read("ca_file", tls.ca_file),
-        private_key=_read("key_file", tls.key_file),
-        certificate_chain=_read("cert_file", tls.cert_file),
-    )
-
-
-def _read(field_name: str, path: Path | None) -> bytes | None:
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError as error:
-        raise InvalidInputError(
-            FieldViolation(f"tls.{field_name}", f"is {path}, which can't be read: {error.strerror}")
-        ) from error
+    authorities = None if tls.ca_file is None else read_authorities("tls.ca_file", tls.ca_file)
+    chain, key = None, None
+    if tls.cert_file is not None and tls.key_file is not None:
+        chain, key = read_identity("tls.cert_file", tls.cert_file, "tls.key_file", tls.key_file)
+    return grpc.ssl_channel_credentials(authorities, key, chain)

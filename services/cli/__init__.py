@@ -9,6 +9,7 @@ Starts without torch: each command imports what it needs when it runs. Training 
 entry-point group `milonga.commands`; where its libraries are not installed, the command works without them.
 """
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -22,6 +23,7 @@ from services.environment import quiet_libraries
 from services.errors import (
     DeadlineExceededError,
     InvalidInputError,
+    MilongaError,
     ModelError,
     OutputError,
     QueueFullError,
@@ -40,10 +42,13 @@ EXIT_CODES: dict[type[BaseException], int] = {
     RequestCancelledError: 130,
     KeyboardInterrupt: 130,
 }
-"""Exit code by error, the nearest class first. Whatever is not here is our fault: 1."""
+"""Exit code by error, the nearest class first. Whatever is not here is our fault, or the service's: 1."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a file system that takes no more."""
 
 _EPILOG = (
-    "Exit codes: 0 done · 1 a fault of ours, or something needed is not installed · "
+    "Exit codes: 0 done · 1 a fault of milonga or of the service, or something is not installed · "
     "2 wrong input, or the model was refused · 3 service unreachable, queue full or deadline passed · "
     "4 output not writable · 130 interrupted. MILONGA_DEBUG=1 shows tracebacks."
 )
@@ -117,6 +122,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MILONGA_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno in _FULL:
+            # Of standard output, or of a folder for temporary files: ours are OutputErrors already.
+            error = OutputError(f"the output can't be written: {error.strerror}")
         code = exit_code(error)
         typer.echo(f"error: {_one_line(error, code)}", err=True)
         return code
@@ -133,7 +141,7 @@ def _one_line(error: Exception, code: int) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(("services", "training")):
         return f"{error.name} is not installed; pip install 'milonga[serving]', or generate with --server"
-    if code != 1:
+    if code != 1 or isinstance(error, MilongaError):
         return text
     return f"{type(error).__name__}: {text} (a fault of ours; MILONGA_DEBUG=1 shows where)"
 

@@ -210,7 +210,7 @@ def device_checks() -> Iterator[Check]:
 
 
 def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
-    """Each model folder with its digest, every file read and checked."""
+    """Each model folder with its digest, every file, key and shape checked: what `serve` would refuse."""
     if _installed("torch") is None:
         yield Check(
             group="models",
@@ -220,11 +220,13 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
             remedy="pip install 'milonga[serving]', or use a service with --server",
         )
         return
+    from services.models.loading import check_tango_folder
     from services.runtime import model_uri
 
     for uri in uris:
         try:
             resolved = model_uri.resolve(uri)
+            check_tango_folder(resolved.folder)
         except MilongaError as error:
             yield Check(group="models", name=uri, status="missing", found=str(error))
             continue

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Unpack
+from typing import Annotated, Any, NoReturn, Protocol, Unpack
 
 import typer
 
@@ -144,6 +145,13 @@ def generate(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="With --server: seconds that a prompt may take, waiting included.",
+            show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
+        ),
+    ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(
@@ -176,7 +184,7 @@ def generate(
         "sampling_rate": sample_rate,
     }
     place = _Place(
-        model=model, device=device, dtype=dtype, server=server,
+        model=model, device=device, dtype=dtype, server=server, timeout=timeout,
         tls=client.TLS(ca_file=tls_ca, cert_file=tls_cert, key_file=tls_key)
         if tls or tls_ca or tls_cert or tls_key
         else None,
@@ -192,13 +200,12 @@ def generate(
             _refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
         if output is None:
             _refuse("--output", "must name the folder of clips with --prompts")
-        folder = output or Path()
         jobs = prompts.read_jobs(prompt_file, options)
-        run = _Folder(folder=folder, jobs=jobs, place=place, as_json=as_json)
+        run = _Folder(folder=output, jobs=jobs, place=place, as_json=as_json)
         run.generate(parallel=parallel or _PARALLEL, overwrite=overwrite, quiet=quiet)
 
 
-def _refuse(field: str, description: str) -> None:
+def _refuse(field: str, description: str) -> NoReturn:
     raise InvalidInputError(FieldViolation(field, description))
 
 
@@ -210,11 +217,16 @@ class _Place:
     device: str | None
     dtype: str | None
     server: str | None
+    timeout: float | None
     tls: client.TLS | None
 
     def __post_init__(self) -> None:
-        if self.server is None and self.tls is not None:
-            _refuse("--tls", "is for a connection; give --server as well")
+        if self.server == "":
+            _refuse("--server", "is empty; give HOST:PORT")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            _refuse("--timeout", f"is {self.timeout:g}, must be seconds above 0")
+        if self.server is None and (self.tls is not None or self.timeout is not None):
+            _refuse("--tls, --timeout", "are for a connection; give --server as well")
         if self.server is not None and (self.model or self.device or self.dtype):
             _refuse("--model, --device, --dtype", "are the service's to choose; leave them out with --server")
 
@@ -225,7 +237,8 @@ class _Place:
     def open(self, *, batch: int | None = None) -> Source:
         """Connect to the service, or load the model: `batch` as in `services.cli.local.open_local`."""
         if self.server is not None:
-            return client.AudioClient(self.server, tls=self.tls)
+            timeout = client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
+            return client.AudioClient(self.server, tls=self.tls, timeout=timeout)
         # Torch is seconds of import: only where the engine is wanted.
         from services.cli.local import open_local
 
@@ -244,6 +257,8 @@ def _generate_one(
 ) -> None:
     """Make the clips of one prompt and write them."""
     options["encoding"] = encoding_of(output)
+    if spectrogram is not None and spectrogram.suffix.lower() != ".png":
+        _refuse("--spectrogram", f"is {spectrogram}, which must end in .png")
     for path in (output, spectrogram):
         if path is not None:
             check_writable(path)
@@ -296,7 +311,7 @@ def _warn(warnings: tuple[str, ...], name: str = "") -> None:
         typer.echo(f"warning: {name}{warning}", err=True)
 
 
-def _record(made: Made, paths: list[Path]) -> dict[str, Any]:
+def _record(made: Made, paths: Sequence[Path]) -> dict[str, Any]:
     """What was made, for machines and for the record beside the clips."""
     return {
         "clips": [
@@ -352,7 +367,7 @@ class _Folder:
             typer.echo(f"{made} made, {kept} there already, {len(refused)} refused", err=True)
             typer.echo(self.folder / prompts.INDEX)
         if refused:
-            raise InvalidInputError(*refused[:5])
+            raise InvalidInputError(*prompts.shortened(refused))
 
     def _make_all(self, todo: list[prompts.Job], parallel: int, quiet: bool) -> list[FieldViolation]:
         """Make `todo`, several at a time. Returns what was refused."""
@@ -374,18 +389,18 @@ class _Folder:
                             refused.append(FieldViolation(job.name, str(error)))
                         view.done(job.name)
             finally:
-                # Reached with jobs under way only when something failed, or on Ctrl-C.
+                # Reached with jobs under way only when something failed, or on Ctrl-C. Closing the source
+                # ends them at once: they may be waiting for a service that says nothing.
                 stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
                 source.close()
+                pool.shutdown(wait=True, cancel_futures=True)
         return refused
 
     def _write(self, job: prompts.Job, made: Made) -> None:
         """Write the clips, then the record that makes them count."""
-        locations = [numbered(Path(f"{job.name}.wav"), clip.index, len(made.clips)) for clip in made.clips]
-        for clip, location in zip(made.clips, locations, strict=True):
-            write_atomically(self.folder / location, clip.audio)
-        record = {"request": prompts.request_record(job, self.place.name), **_record(made, locations)}
+        for clip, file in zip(made.clips, job.files, strict=True):
+            write_atomically(self.folder / file, clip.audio)
+        record = {"request": prompts.request_record(job, self.place.name), **_record(made, job.files)}
         write_atomically(self.folder / f"{job.name}.json", (_json(record) + "\n").encode())
         _warn(made.finished.warnings, f"{job.name}: ")
         if self.as_json:
@@ -394,11 +409,13 @@ class _Folder:
 
 def _patiently(source: Source, job: prompts.Job, view: ProgressView, stop: threading.Event) -> Made:
     """`make`, coming back as often as a full queue asks for it."""
-    for _ in range(_MAX_TRIES):
+    for left in reversed(range(_MAX_TRIES)):
         if stop.is_set():
             break
         try:
             return make(source, job.prompt, job.options, lambda update: view.update(job.name, update), stop)
         except QueueFullError as error:
+            if not left:
+                raise
             stop.wait(error.retry_after)
-    raise RequestCancelledError("stopped, or the queue stayed full")
+    raise RequestCancelledError("stopped")

@@ -4,8 +4,6 @@ import time
 from collections.abc import Iterator
 from typing import Unpack
 
-import torch
-
 from milonga.v1 import generation_pb2 as pb
 from services import client
 from services.engine import ClipReady, Engine, EngineConfig, Event, Failed, Finished, GenerationRequest
@@ -19,24 +17,13 @@ class LocalSource:
 
     def __init__(self, engine: Engine, model: ResolvedModel) -> None:
         """Take over `engine`, which serves `model`: closing the source closes it."""
-        config = engine.pipeline.config
         self._engine = engine
         self._model = convert.write_model_version(model)
-        self._defaults = convert.Defaults(
-            duration=config.default_duration,
-            num_inference_steps=config.default_num_inference_steps,
-            guidance_scale=config.default_guidance_scale,
-            scheduler=config.default_scheduler,
-        )
+        self._reading = convert.reading_of(engine)
 
     def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:
         """As `AudioClient.stream`. Leaving the loop cancels the rest."""
-        request, output = convert.read_request(
-            client.build_request(prompt, **options),
-            limits=self._engine.limits,
-            defaults=self._defaults,
-            sampling_rate=self._engine.pipeline.geometry.sampling_rate,
-        )
+        request, output = convert.read_request(client.build_request(prompt, **options), **self._reading)
         return self._updates(request, output)
 
     def _updates(self, request: GenerationRequest, output: convert.OutputFormat) -> Iterator[client.Update]:
@@ -78,7 +65,5 @@ def open_local(
         ModelError: the model was refused.
     """
     model = resolve(uri)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     config = EngineConfig() if batch is None else EngineConfig(batch_shapes=(batch,), exact=True)
     return LocalSource(Engine(load_tango(model.folder, device=device, dtype=dtype), config), model)

@@ -28,8 +28,13 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path} is a folder; name a file in it")
     if not folder.is_dir():
         raise OutputError(f"{folder} does not exist; make it first, or write elsewhere")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} is not writable; write elsewhere")
+    temporary = _temporary(path)
+    try:
+        # Tried, not asked: to root, a read-only file system looks writable.
+        temporary.open("xb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror}; write elsewhere") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -49,7 +54,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OutputError: the folder is gone or not writable, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -60,6 +65,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
         raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def numbered(path: Path, index: int, count: int) -> Path:

@@ -30,16 +30,16 @@ class ProgressView:
 
     def __init__(self, *, jobs: int, quiet: bool) -> None:
         """Show `jobs` prompts as one bar; nothing at all if `quiet` or stderr is no terminal."""
-        self._console = Console(stderr=True)
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            console=self._console,
+            console=console,
             transient=True,
-            disable=quiet or not self._console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
         self._jobs = jobs
         self._finished = 0
@@ -60,10 +60,6 @@ class ProgressView:
     def stage(self, name: str) -> None:
         """Say what is going on."""
         self._progress.update(self._task, description=name)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar; on stderr as well where that is no terminal."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, job: str, update: client.Update) -> None:
         """Show what happened to one prompt."""

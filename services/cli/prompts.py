@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.cli.outputs import write_atomically
+from services.cli.outputs import numbered, write_atomically
 from services.client import GenerationOptions
 from services.errors import FieldViolation, InvalidInputError
 
@@ -33,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SHOWN = 5
+_MAX_NAMED_CLIPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,13 @@ class Job:
     options: GenerationOptions
     """The line's own settings over those of the command; always with a seed."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Names of the clips' files."""
+        # More than the bound are refused where they are made, and need no names.
+        count = min(self.options.get("clip_count") or 1, _MAX_NAMED_CLIPS)
+        return tuple(numbered(Path(f"{self.name}.wav"), index, count) for index in range(count))
+
 
 def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
     """Return the jobs of a file of prompts.
@@ -54,7 +62,8 @@ def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
     made later is what would have been made at once.
 
     Raises:
-        InvalidInputError: the file can't be read, or lines are wrong: every one of them is named.
+        InvalidInputError: the file can't be read, or lines are wrong: the first few are named, the rest
+            counted.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -62,26 +71,37 @@ def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InvalidInputError(FieldViolation("--prompts", f"{path} can't be read: {reason}")) from error
     faults: list[FieldViolation] = []
-    jobs: dict[str, Job] = {}
+    jobs: list[Job] = []
+    taken: set[str] = set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         fields, fault = _parse(line)
         job = None if fault else _job(number, fields, defaults)
-        if job is not None and job.name.lower() in jobs:
-            # Compared without case, since some file systems are.
-            fault = f"id {job.name!r} stands on an earlier line too; ids name files and must differ"
+        # Compared without case, since some file systems are.
+        names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
+        if job is not None and names & taken:
+            fault = f"id {job.name!r} names files that an earlier line names too; ids must differ"
         if fault:
             faults.append(FieldViolation(f"{path.name}:{number}", fault))
         elif job is not None:
-            jobs[job.name.lower()] = job
+            taken |= names
+            jobs.append(job)
     if not jobs and not faults:
         faults.append(
             FieldViolation("--prompts", f'{path} holds no prompt; write one a line: {{"prompt": "…"}}')
         )
     if faults:
-        raise InvalidInputError(*faults[:_MAX_SHOWN])
-    return tuple(jobs.values())
+        raise InvalidInputError(*shortened(faults))
+    return tuple(jobs)
+
+
+def shortened(faults: Sequence[FieldViolation]) -> list[FieldViolation]:
+    """The first few of `faults`, and how many more there are: an error is one line."""
+    shown = list(faults[:_MAX_SHOWN])
+    if len(faults) > _MAX_SHOWN:
+        shown.append(FieldViolation("…", f"and {len(faults) - _MAX_SHOWN} more"))
+    return shown
 
 
 def _parse(line: str) -> tuple[dict[str, Any], str | None]:

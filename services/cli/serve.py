@@ -7,7 +7,11 @@ import typer
 
 app = typer.Typer(help="Run a service until SIGTERM or Ctrl-C.", no_args_is_help=True)
 
-_SETTINGS = "Every flag is also read from the environment: --metrics-port is MILONGA_METRICS_PORT."
+_SETTINGS = (
+    "Every flag is also read from the environment: --metrics-port is MILONGA_METRICS_PORT. So are settings "
+    "without a flag: MILONGA_BATCH_SHAPES, MILONGA_MAX_QUEUE, MILONGA_MAX_CLIP_COUNT, MILONGA_THREADS, "
+    "MILONGA_MAX_REQUEST_BYTES, MILONGA_MAX_CONNECTION_AGE_SECONDS."
+)
 
 
 @app.callback()

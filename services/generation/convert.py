@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
 from milonga.v1 import generation_pb2 as pb
+from services.engine import Engine
 from services.engine.events import ClipReady, Preview, Progress, Queued, Timings
 from services.engine.request import GenerationRequest, Limits, violations
 from services.errors import FieldViolation, InvalidInputError
@@ -71,6 +72,21 @@ class Reading(TypedDict):
     """The model's own, in hertz."""
 
 
+def reading_of(engine: Engine) -> Reading:
+    """Return what requests to `engine` are read against."""
+    config = engine.pipeline.config
+    return {
+        "limits": engine.limits,
+        "defaults": Defaults(
+            duration=config.default_duration,
+            num_inference_steps=config.default_num_inference_steps,
+            guidance_scale=config.default_guidance_scale,
+            scheduler=config.default_scheduler,
+        ),
+        "sampling_rate": engine.pipeline.geometry.sampling_rate,
+    }
+
+
 def read_request(
     message: pb.GenerateAudioRequest, **reading: Unpack[Reading]
 ) -> tuple[GenerationRequest, OutputFormat]:
@@ -97,14 +113,12 @@ def read_stream_request(
 
 def write_clip(event: ClipReady, output: OutputFormat) -> pb.GeneratedClip:
     """Encode one clip. Takes milliseconds: call it off the event loop."""
-    duration = Duration()
-    duration.FromNanoseconds(round(len(event.waveform) / event.sampling_rate * 1e9))
     return pb.GeneratedClip(
         clip=audio_pb2.Clip(
             audio=encode_audio(event.waveform, event.sampling_rate, output.encoding, output.sampling_rate),
             encoding=ENCODINGS[output.encoding],
             sample_rate_hertz=output.sampling_rate,
-            duration=duration,
+            duration=_duration(len(event.waveform) / event.sampling_rate),
         ),
         clip_index=event.clip_index,
         seed=event.seed,

@@ -70,7 +70,7 @@ async def _serve(settings: GenerationSettings, uri: ModelURI) -> None:
 
         config = _engine_config(settings)
         pipeline = await asyncio.to_thread(
-            load_tango, model.folder, device=_device(settings.device), dtype=settings.dtype
+            load_tango, model.folder, device=settings.device, dtype=settings.dtype
         )
         engine = Engine(pipeline, config)
     except BaseException:
@@ -120,11 +120,3 @@ def _log_ready(settings: GenerationSettings, server: Server, model: ResolvedMode
         folder=str(model.folder),
         seconds=round(seconds, 2),
     )
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

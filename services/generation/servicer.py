@@ -36,17 +36,12 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     """Serves one model through one engine. Exceptions are mapped by the interceptor."""
 
     def __init__(self, engine: Engine, model: ResolvedModel) -> None:
-        config = engine.pipeline.config
         self._engine = engine
-        self._geometry = engine.pipeline.geometry
-        self._defaults = convert.Defaults(
-            duration=config.default_duration,
-            num_inference_steps=config.default_num_inference_steps,
-            guidance_scale=config.default_guidance_scale,
-            scheduler=config.default_scheduler,
-        )
+        self._reading = convert.reading_of(engine)
         self._version = convert.write_model_version(model)
-        self._model = convert.write_model(model, self._geometry, engine.limits, self._defaults)
+        self._model = convert.write_model(
+            model, engine.pipeline.geometry, engine.limits, self._reading["defaults"]
+        )
 
     async def GenerateAudio(
         self, request: pb.GenerateAudioRequest, context: Context
@@ -115,14 +110,6 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                 timings=convert.write_timings(event.timings, total),
             )
         )
-
-    @property
-    def _reading(self) -> convert.Reading:
-        return {
-            "limits": self._engine.limits,
-            "defaults": self._defaults,
-            "sampling_rate": self._geometry.sampling_rate,
-        }
 
 
 async def _clip(event: ClipReady, output: convert.OutputFormat) -> pb.GeneratedClip:

@@ -67,8 +67,9 @@ def load_tango(
 ) -> TangoPipeline:
     """The pipeline that `folder` holds, on `device`, ready for inference.
 
-    `dtype` is that of text encoder and denoiser, `decoder_dtype` that of autoencoder and vocoder: half
-    precision saves them little and is heard sooner. Whatever was stored is converted.
+    `device` is torch's name of one, or ``auto``: cuda where there is one, otherwise cpu. `dtype` is that of
+    text encoder and denoiser, `decoder_dtype` that of autoencoder and vocoder: half precision saves
+    them little and is heard sooner. Whatever was stored is converted.
 
     Raises `ModelNotFoundError` for a missing folder, `ModelFormatError` for one that is something else
     (another architecture, truncated or missing weights, a pickle payload), `InvalidInputError` for a device
@@ -112,6 +113,9 @@ def check_tango_folder(folder: Path) -> None:
     library, tokenizer = _class_of(index, "tokenizer")
     if library != "transformers" or not ("Tokenizer" in tokenizer and tokenizer.isidentifier()):
         raise ModelFormatError(f"{folder}: tokenizer is a {library}.{tokenizer}, which is not supported")
+    # Without these files the libraries ask the hub, and say so in the place of what is wrong.
+    read_json(folder / "scheduler" / "scheduler_config.json")
+    read_json(folder / "tokenizer" / "tokenizer_config.json")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -199,6 +203,8 @@ def _dtype(field: str, name: str) -> torch.dtype:
 
 def _device(name: str) -> torch.device:
     """The device called `name`, tried with one small tensor."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

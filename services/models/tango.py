@@ -7,7 +7,7 @@ N samples, M mel bins.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase, SpeechT5HifiGan, T5EncoderMode
 
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
 from services.models.geometry import Geometry
-from services.models.schedulers import make_scheduler
+from services.models.schedulers import SCHEDULERS, make_scheduler
 from services.models.vocoder import GriffinLimVocoder
+from services.resampling import resample
 
 LONGEST_TEXT = 512
 """Tokens that FLAN-T5 was trained on: the limit where the tokenizer states none."""
@@ -295,7 +296,9 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         negatives = _negatives(negative_prompt, len(prompts))
         count = len(prompts) * clips_per_prompt
-        self._check_call(prompts, negatives, duration, steps, scale, clips_per_prompt, generator, latents)
+        self._check_call(
+            prompts, negatives, duration, steps, scale, clips_per_prompt, scheduler, generator, latents
+        )
 
         conditional = self.encode_prompt(prompts)
         length = conditional.embeds_BLD.shape[1]
@@ -314,11 +317,9 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         samples = self.geometry.samples(duration)
         waveforms_BN = self.decode(latents, samples).cpu().numpy()
-        rate = self.geometry.sampling_rate
-        if output_sampling_rate is not None and output_sampling_rate != rate:
-            waveforms_BN = resample(waveforms_BN, rate, output_sampling_rate)
-            rate = output_sampling_rate
-        return TangoOutput(waveforms_BN=waveforms_BN, sampling_rate=rate)
+        rate = output_sampling_rate or self.geometry.sampling_rate
+        resampled_BN = resample(waveforms_BN, self.geometry.sampling_rate, rate).clip(-1.0, 1.0)
+        return TangoOutput(waveforms_BN=resampled_BN, sampling_rate=rate)
 
     def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
         """A fresh scheduler by name (the model's default where None) on this model's noise schedule."""
@@ -337,6 +338,7 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         steps: int,
         scale: float,
         clips: int,
+        scheduler: SchedulerMixin | str | None,
         generator: Generators,
         latents: Tensor | None,
     ) -> None:
@@ -356,6 +358,11 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
             ("guidance_scale", 0 <= scale < float("inf"), f"{scale}; give a number of 0 or more"),
             ("clips_per_prompt", clips >= 1, f"{clips}; give 1 or more"),
             (
+                "scheduler",
+                not isinstance(scheduler, str) or scheduler in SCHEDULERS,
+                f"unknown scheduler {scheduler!r}; use one of {', '.join(SCHEDULERS)}",
+            ),
+            (
                 "generator",
                 generator is None or isinstance(generator, Generator) or len(generator) == count,
                 f"not one for each of {count} clips; give one generator, or {count}",
@@ -369,15 +376,6 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 violations = [FieldViolation("latents", text)]
         if violations:
             raise InvalidInputError(*violations)
-
-
-def resample(waveform_BN: NDArray[np.float32], rate: int, target_rate: int) -> NDArray[np.float32]:
-    """`waveform_BN` at `target_rate` samples a second, polyphase, kept in [-1, 1]."""
-    from scipy.signal import resample_poly  # slow to import, and needed by few
-
-    common = gcd(rate, target_rate)
-    resampled = resample_poly(waveform_BN, target_rate // common, rate // common, axis=-1)
-    return cast("NDArray[np.float32]", np.clip(resampled, -1.0, 1.0).astype(np.float32))
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:

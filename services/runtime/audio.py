@@ -1,11 +1,10 @@
 """Samples to bytes and back, in every encoding of the wire. Shapes: N samples.
 
-Imports neither torch nor scipy (resampling does, when it is asked for), so that the client can read clips.
+Imports neither torch nor scipy, so that the client can read clips.
 """
 
 import io
 from collections.abc import Mapping
-from fractions import Fraction
 from types import MappingProxyType
 
 import numpy as np
@@ -13,6 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
+from services.resampling import resample
 
 Waveform = NDArray[np.float32]
 
@@ -41,18 +41,6 @@ def encoding_name(encoding: "audio_pb2.AudioEncoding.ValueType") -> str | None:
     if encoding == audio_pb2.AUDIO_ENCODING_UNSPECIFIED:
         return DEFAULT_ENCODING
     return next((name for name, value in ENCODINGS.items() if value == encoding), None)
-
-
-def resample(waveform_N: Waveform, sampling_rate: int, target_rate: int) -> Waveform:
-    """Return [N * target_rate / sampling_rate, rounded] samples, low-pass filtered (polyphase FIR)."""
-    if sampling_rate == target_rate:
-        return waveform_N
-    from scipy.signal import resample_poly
-
-    ratio = Fraction(target_rate, sampling_rate)
-    resampled: Waveform = resample_poly(waveform_N, ratio.numerator, ratio.denominator).astype(np.float32)
-    # resample_poly rounds the length up; the clip's duration should stay what it was.
-    return resampled[: round(len(waveform_N) * ratio)]
 
 
 def encode_audio(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 from services.errors import (
-    DigestMismatchError,
     FieldViolation,
     InvalidInputError,
     ModelError,
@@ -49,8 +48,8 @@ class ModelURI:
         Raises:
             InvalidInputError: it is no model URI, or its pin is no digest.
         """
-        location, _, pin = text.partition("#")
-        if pin and not _DIGEST.fullmatch(pin):
+        location, hash_sign, pin = text.partition("#")
+        if hash_sign and not _DIGEST.fullmatch(pin):
             raise _invalid(f"has the pin {pin[:80]!r}, must be sha256: and 64 lowercase hexadecimal digits")
         if location in EMBEDDED:
             return cls(scheme="embedded", path=location, digest=pin or None)
@@ -103,10 +102,6 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
     from services.models.manifest import verify_manifest
 
     manifest = verify_manifest(folder, uri.digest)
-    if uri.digest is not None and manifest.digest != uri.digest:
-        raise DigestMismatchError(
-            f"model: {folder} has the digest {manifest.digest}, asked for was {uri.digest}"
-        )
     return ResolvedModel(
         folder=folder,
         name=manifest.name,

@@ -13,7 +13,6 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,6 +26,7 @@ from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import MetricsServer, ServerMetrics
 from services.runtime.reflection import add_reflection
 from services.runtime.settings import ServerSettings
+from services.runtime.tls import read_authorities, read_identity
 
 log = structlog.get_logger()
 
@@ -92,7 +92,9 @@ class Server:
             second = asyncio.ensure_future(signals.get())
             await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)
             second.cancel()
-            if not drain.done():
+            if drain.done():
+                drain.result()
+            else:
                 drain.cancel()
                 await self.stop(0)
         finally:
@@ -147,7 +149,7 @@ def _bind(
     except RuntimeError as error:
         raise InvalidInputError(
             FieldViolation(
-                field, f"can't listen on {address}: the port is taken, or the address is not this machine's"
+                field, f"can't listen on {address}: it is taken, not this machine's, or in no folder"
             )
         ) from error
 
@@ -173,21 +175,8 @@ def _check_free(field: str, address: str) -> None:
 def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    pair = (_pem("tls_key_file", settings.tls_key_file), _pem("tls_cert_file", settings.tls_cert_file))
+    chain, key = read_identity("tls_cert_file", settings.tls_cert_file, "tls_key_file", settings.tls_key_file)
     if settings.tls_client_ca_file is None:
-        return grpc.ssl_server_credentials([pair])
-    authorities = _pem("tls_client_ca_file", settings.tls_client_ca_file)
-    return grpc.ssl_server_credentials([pair], root_certificates=authorities, require_client_auth=True)
-
-
-def _pem(field: str, path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidInputError(
-            FieldViolation(field, f"is {path}, which can't be read: {error.strerror}")
-        ) from error
-    # gRPC itself would only say that the port can't be bound.
-    if b"-----BEGIN " not in content:
-        raise InvalidInputError(FieldViolation(field, f"is {path}, which is not PEM"))
-    return content
+        return grpc.ssl_server_credentials([(key, chain)])
+    authorities = read_authorities("tls_client_ca_file", settings.tls_client_ca_file)
+    return grpc.ssl_server_credentials([(key, chain)], authorities, require_client_auth=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from services.errors import FieldViolation, InvalidInputError
 
@@ -83,6 +83,9 @@ def load_settings(kind: type[Settings], **flags: Any) -> Settings:
         return kind(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise InvalidInputError(*(_violation(fault) for fault in error.errors())) from error
+    except SettingsError as error:
+        # A list in the environment that is no JSON; the message names the field.
+        raise InvalidInputError(FieldViolation("settings", f"{error}; lists are JSON: [1, 2, 4]")) from error
 
 
 def _violation(fault: Any) -> FieldViolation:

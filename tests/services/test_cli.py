@@ -4,6 +4,7 @@ import io
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,10 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
         (["generate", PROMPT, "--overwrite"], "--prompts"),
         (["generate", PROMPT, "--server", "localhost:1", "--device", "cpu"], "--device"),
         (["generate", PROMPT, "--tls"], "--server"),
+        (["generate", PROMPT, "--timeout", "5"], "--server"),
+        (["generate", PROMPT, "--server", "localhost:1", "--timeout", "nan"], "--timeout"),
+        (["generate", PROMPT, "--server", ""], "--server"),
+        (["generate", PROMPT, "--spectrogram", "clip.wav"], ".png"),
         (["generate", "--prompts", "none.jsonl", "-o", "x"], "none.jsonl"),
         (["generate", PROMPT, "--model", "nonsense"], "nonsense"),
         (["generate", PROMPT, "--model", "file:nowhere"], "nowhere"),
@@ -137,6 +142,19 @@ def test_output_not_writable_is_told_before_the_work(
 ) -> None:
     assert cli.run(["generate", PROMPT, "-o", str(tmp_path / "nowhere" / "clip.wav")]) == 4
     assert "nowhere does not exist" in error_of(capsys)
+    long = tmp_path / ("a" * 250 + ".wav")
+    assert cli.run(["generate", PROMPT, "-o", str(long), "--model", "file:nowhere"]) == 4
+    assert "can't be written" in error_of(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_behind_stdout_is_no_fault_of_ours() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "services.cli", "doctor", "--json"], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 4
+    assert done.stderr.startswith(b"error: the output can't be written")
 
 
 def test_a_service_that_is_not_there_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,6 +354,20 @@ def test_a_wrong_line_is_named_with_its_number(line: str, says: str, tmp_path: P
     assert says in str(caught.value)
 
 
+def test_clips_of_two_lines_never_share_a_file(tmp_path: Path) -> None:
+    file = write_prompts(
+        tmp_path / "p.jsonl", {"prompt": "x", "id": "a", "clip_count": 2}, {"prompt": "x", "id": "A-2"}
+    )
+    with pytest.raises(InvalidInputError, match="A-2"):
+        prompts.read_jobs(file, {})
+
+
+def test_many_wrong_lines_are_counted(tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", *[{}] * 9)
+    with pytest.raises(InvalidInputError, match=r"p\.jsonl:5: has no prompt; …: and 4 more"):
+        prompts.read_jobs(file, {})
+
+
 def test_a_line_goes_before_the_command_and_seeds_are_stable(tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "p.jsonl", {"prompt": "x", "num_inference_steps": 9}, {"prompt": "x"})
     options: GenerationOptions = {"num_inference_steps": 4, "seed": None}
@@ -428,6 +460,19 @@ def test_doctor_json_names_what_is_there(capsys: pytest.CaptureFixture[str], mod
 def test_doctor_ends_with_1_where_something_needed_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor", "--model", "file:nowhere"]) == 1
     assert "nowhere" in capsys.readouterr().out
+
+
+def test_doctor_finds_what_serve_would_refuse(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(model.removeprefix("file:"), tmp_path / "cut"))
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-10])
+    write_manifest(folder, name="cut", version="1", license="unknown")
+    assert cli.run(["doctor", "--json", "--model", f"file:{folder}"]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks[f"file:{folder}"]["status"] == "missing"
+    assert "truncated" in checks[f"file:{folder}"]["found"]
 
 
 def test_doctor_wants_what_pyproject_says() -> None:

@@ -11,56 +11,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-STAGES: tuple[tuple[str, ...], ...] = (
-    ("autoencoder",),
-    ("text_encoder",),
-    ("latents",),
-    ("denoiser", "--name", "trunk", "--captions", "web", "--steps", "{trunk}", "--decay", "0"),
-    (
-        "denoiser",
-        "--name",
-        "mini-base",
-        "--captions",
-        "web",
-        "--init",
-        "{work}/trunk/final",
-        "--steps",
-        "{branch}",
-    ),
-    (
-        "denoiser",
-        "--name",
-        "mini",
-        "--captions",
-        "true",
-        "--init",
-        "{work}/trunk/final",
-        "--steps",
-        "{branch}",
-    ),
-    ("tagger",),
-    ("package",),
-    ("evaluate", "--output", "{work}/evaluation.json"),
-)
-"""Programs of this package with their arguments, in order."""
+
+def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]]:
+    """Programs of this package with their arguments, in order; `{work}` stands for the working folder."""
+    trunk = ["denoiser", "--name", "trunk", "--captions", "web", "--steps", str(trunk_steps), "--decay", "0"]
+    base = ["denoiser", "--name", "mini-base", "--captions", "web", "--steps", str(base_steps)]
+    mini = ["denoiser", "--name", "mini", "--captions", "true", "--steps", str(mini_steps)]
+    from_trunk = ["--init", "{work}/trunk/final"]
+    return [
+        ["autoencoder"],
+        ["text_encoder"],
+        ["latents"],
+        trunk,
+        base + from_trunk,
+        mini + from_trunk,
+        ["tagger"],
+        ["vocoder"],
+        ["package"],
+        ["evaluate", "--reconstruction", "300", "--output", "{work}/evaluation.json"],
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument(
-        "--trunk-steps", type=int, default=6_000, help="denoiser steps that both models share"
-    )
-    parser.add_argument(
-        "--branch-steps", type=int, default=12_000, help="denoiser steps of each model after that"
-    )
+    parser.add_argument("--trunk-steps", type=int, default=3_000, help="steps that both denoisers share")
+    parser.add_argument("--base-steps", type=int, default=2_000, help="further steps of mini-base")
+    parser.add_argument("--mini-steps", type=int, default=4_500, help="further steps of mini")
     arguments = parser.parse_args()
-    values = {"work": arguments.work, "trunk": arguments.trunk_steps, "branch": arguments.branch_steps}
-    for program, *flags in STAGES:
+    for program, *flags in stages(arguments.trunk_steps, arguments.base_steps, arguments.mini_steps):
         command = [sys.executable, "-m", f"training.mini.{program}"]
         if program != "evaluate":
             command += ["--work", str(arguments.work)]
-        command += [flag.format(**values) for flag in flags]
+        command += [flag.format(work=arguments.work) for flag in flags]
         print("▸", " ".join(command[2:]), flush=True)
         code = subprocess.run(command, check=False).returncode
         if code:

@@ -1,6 +1,6 @@
 """Measure a denoiser of the mini family on held-out prompts, by the tagger.
 
-    python -m training.mini.evaluate --prompts 300 --seeds 2                       # the shipped folders
+    python -m training.mini.evaluate --prompts 300 --seeds 2 --reconstruction 300    # the shipped folders
     python -m training.mini.evaluate --denoiser build/mini/mini/final --prompts 100  # one in training
 
 Prompts are the validation split's: no denoiser has seen their wording with any clip.
@@ -9,7 +9,7 @@ Prompts are the validation split's: no denoiser has seen their wording with any 
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,16 @@ from services.models.tango import TangoPipeline, clip_generator
 from training.mini.latents import mel_frames
 from training.mini.package import assemble
 from training.soundworld.captions import CaptionTruth
-from training.soundworld.scenes import SceneConfig, draw_caption, make_scene
+from training.soundworld.scenes import DURATIONS, SceneConfig, draw_caption, make_scene
 from training.soundworld.synthesis import CLASSES
 
 PROMPT_SEED = 606
 PROMPTS = SceneConfig(single=0.2, sequence=0.5, split="validation")
+LONG_PROMPTS = replace(PROMPTS, duration=5.12, three=0.5)
+"""For clips of twice the length: half of the sequences have three events."""
 BATCH = 8
+SILENT_PEAK = 1e-2
+"""A clip whose loudest sample is below this (-40 dB of full scale) counts as silent."""
 TIE_SECONDS = 0.1
 """Events whose centres lie closer than this count as neither in order nor reversed."""
 
@@ -102,39 +106,44 @@ def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
     }
 
 
-def held_out_prompts(count: int) -> list[tuple[str, CaptionTruth]]:
+def held_out_prompts(count: int, config: SceneConfig = PROMPTS) -> list[tuple[str, CaptionTruth]]:
     """The first `count` prompts of the validation split, always the same."""
-    return [draw_caption(np.random.default_rng([PROMPT_SEED, i]), PROMPTS) for i in range(count)]
+    return [draw_caption(np.random.default_rng([PROMPT_SEED, i]), config) for i in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How clips are generated; None is the model's default."""
+
+    duration: float = 2.56
+    """Seconds a clip: 2.56 or 5.12."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
 
 
 def evaluate_generation(
-    pipeline: TangoPipeline,
-    tagger: EventTagger,
-    *,
-    prompts: int,
-    seeds: int,
-    steps: int | None,
-    guidance: float | None,
+    pipeline: TangoPipeline, tagger: EventTagger, *, prompts: int, seeds: int, sampling: Sampling
 ) -> dict[str, object]:
     """Generate `seeds` clips of each held-out prompt and judge them."""
-    drawn = held_out_prompts(prompts)
+    drawn = held_out_prompts(prompts, PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS)
     verdicts: list[list[Verdict]] = []
+    peaks: list[float] = []
     for start in tqdm(range(0, prompts, BATCH), desc="clips", unit="batch", mininterval=5.0):
         part = drawn[start : start + BATCH]
         rows: list[list[Verdict]] = [[] for _ in part]
         for seed in range(seeds):
             generators = [clip_generator(seed, start + i) for i in range(len(part))]
-            output = pipeline(
-                [caption for caption, _ in part],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generators,
-            )
+            output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
+            peaks += np.abs(output.waveforms_BN).max(1).tolist()
             heard = tagger.detect(torch.from_numpy(output.waveforms_BN))
             for row, (_, truth), found in zip(rows, part, heard, strict=True):
                 row.append(judge(truth, found))
         verdicts += rows
-    return summarise(verdicts)
+    figures = summarise(verdicts)
+    figures["silent"] = sum(peak < SILENT_PEAK for peak in peaks)
+    figures["clipped"] = sum(peak >= 1.0 for peak in peaks)
+    return figures
 
 
 @torch.no_grad()
@@ -160,9 +169,12 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--model", action="append", choices=("mini", "mini-base"), help="default: both")
+    parser.add_argument("--duration", type=float, choices=DURATIONS, default=2.56)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--reconstruction", type=int, default=300, help="real clips to rebuild")
+    parser.add_argument("--scheduler")
+    parser.add_argument("--reconstruction", type=int, default=0, help="real clips to rebuild as well")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -170,21 +182,27 @@ def main() -> None:
         models = {str(arguments.denoiser): assemble(arguments.work, arguments.denoiser)}
         tagger = EventTagger.from_pretrained(arguments.work / "tagger" / "final").eval()
     else:
-        models = {name: load_tango(mini_folder(name)) for name in ("mini", "mini-base")}
+        models = {name: load_tango(mini_folder(name)) for name in arguments.model or ("mini", "mini-base")}
         tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
-    report: dict[str, object] = {"prompts": arguments.prompts, "seeds": arguments.seeds}
+    sampling = Sampling(
+        duration=arguments.duration,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        scheduler=arguments.scheduler,
+    )
+    report: dict[str, object] = {
+        "prompts": arguments.prompts,
+        "seeds": arguments.seeds,
+        "sampling": asdict(sampling),
+        "torch": torch.__version__,
+    }
     if arguments.reconstruction:
         first = next(iter(models.values()))
         report["reconstruction"] = evaluate_reconstruction(first, tagger, clips=arguments.reconstruction)
     for name, pipeline in models.items():
         pipeline.set_progress_bar_config(disable=True)
         report[name] = evaluate_generation(
-            pipeline,
-            tagger,
-            prompts=arguments.prompts,
-            seeds=arguments.seeds,
-            steps=arguments.steps,
-            guidance=arguments.guidance,
+            pipeline, tagger, prompts=arguments.prompts, seeds=arguments.seeds, sampling=sampling
         )
     text = json.dumps(report, indent=1)
     if arguments.output:

@@ -126,3 +126,4 @@ def test_a_taken_port_is_refused_at_start(folder: Path) -> None:
 
 def test_settings_that_do_not_fit_together_are_refused_at_start(folder: Path) -> None:
     assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="[4, 2]")
+    assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="1,2")

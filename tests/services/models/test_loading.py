@@ -65,6 +65,10 @@ def _change_keys(folder: Path) -> None:
     save_file(weights, folder / UNET)
 
 
+def _not_an_object(folder: Path) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -82,7 +86,9 @@ def _change_keys(folder: Path) -> None:
         (_pickle_only, "only a pickle payload (diffusion_pytorch_model.bin)"),
         (lambda folder: (folder / UNET).unlink(), "holds no weights"),
         (_change_keys, "1 missing keys: conv_in.bias; 1 unknown keys: extra; 1 wrong shapes: conv_out"),
-        (lambda folder: shutil.rmtree(folder / "tokenizer"), "can't be loaded"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer_config.json is missing"),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{}"), "can't be loaded"),
+        (_not_an_object, "scheduler_config.json holds no JSON object"),
         (lambda folder: shutil.rmtree(folder / "vae"), "config.json is missing"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 
 from services.errors import InvalidInputError, ModelFormatError
 from services.models.schedulers import SCHEDULERS, SD21_CONFIG, make_scheduler
-from services.models.tango import TangoPipeline, clip_generator, guide, resample
+from services.models.tango import TangoPipeline, clip_generator, guide
+from services.resampling import resample
 from tests.tiny import tiny_hifigan, tiny_pipeline, tiny_unet
 
 

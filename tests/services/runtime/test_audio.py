@@ -5,7 +5,8 @@ import pytest
 import soundfile
 
 from milonga.v1 import audio_pb2
-from services.runtime.audio import ENCODINGS, decode_audio, encode_audio, encoding_name, resample
+from services.resampling import resample
+from services.runtime.audio import ENCODINGS, decode_audio, encode_audio, encoding_name
 
 
 def _tone(seconds: float = 0.64, rate: int = 16_000) -> np.ndarray:

@@ -26,7 +26,17 @@ def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "maxi", "file:", "http://x", "hf:tango2", "hf:../../etc", "mini#sha256:12", "mini#md5:" + "0" * 64],
+    [
+        "",
+        "maxi",
+        "file:",
+        "http://x",
+        "hf:tango2",
+        "hf:../../etc",
+        "mini#",
+        "mini#sha256:12",
+        "mini#md5:" + "0" * 64,
+    ],
 )
 def test_what_is_no_model_uri_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InvalidInputError) as caught:

@@ -159,7 +159,10 @@ def test_a_second_server_never_shares_a_port(engine: Engine) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", [None, b"not pem"])
+NO_CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nzzz\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize("content", [None, b"not pem", NO_CERTIFICATE])
 def test_bad_tls_files_are_named(
     engine: Engine, identities: dict[str, Identity], tmp_path: Path, content: bytes | None
 ) -> None:
@@ -169,6 +172,20 @@ def test_bad_tls_files_are_named(
     flags = _tls_flags(identities, mutual=False) | {"tls_key_file": bad}
     with pytest.raises(InvalidInputError, match=r"tls_key_file.*bad\.key"), serving(engine, **flags):
         pass
+    flags = _tls_flags(identities, mutual=True) | {"tls_client_ca_file": bad}
+    with pytest.raises(InvalidInputError, match=r"tls_client_ca_file.*bad\.key"), serving(engine, **flags):
+        pass
+    with pytest.raises(InvalidInputError, match=r"tls\.ca_file.*bad\.key"):
+        AudioClient("localhost:1", tls=TLS(ca_file=bad))
+
+
+def test_a_key_of_another_certificate_is_refused(engine: Engine, identities: dict[str, Identity]) -> None:
+    chain, key = identities["client"].cert_file, identities["intruder"].key_file
+    flags = {"tls_cert_file": chain, "tls_key_file": key}
+    with pytest.raises(InvalidInputError, match="not the private key"), serving(engine, **flags):
+        pass
+    with pytest.raises(InvalidInputError, match="not the private key"):
+        AudioClient("localhost:1", tls=TLS(cert_file=chain, key_file=key))
 
 
 def test_a_draining_server_is_not_ready_but_serves_on(engine: Engine) -> None:

@@ -1,0 +1,95 @@
+"""What the generation service costs on this machine: time to ready, memory, a call against the engine alone.
+
+    python -m benchmarks.serving [--model mini] [--calls 12] [--output FILE]
+
+Time to ready runs from the start of the process to SERVING from its health service; importing torch and
+diffusers alone is timed beside it. Calls over gRPC and calls of an engine in this process take turns.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from examples.demo import running_service
+from services.client import AudioClient
+from services.engine import Engine, EngineConfig
+from services.models.loading import load_tango
+from services.models.mini import mini_folder
+
+PROMPT = "A dog barks then a siren wails"
+IMPORTS = "import torch, diffusers.models, transformers; from diffusers import UNet2DConditionModel"
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def resident_mib(command_words: str) -> dict[str, float]:
+    """Resident and peak memory in MiB of the process whose command line holds `command_words` (Linux)."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if command_words in (status.parent / "cmdline").read_text().replace("\0", " "):
+                rows = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                return {name: int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
+        except OSError:
+            continue
+    return {}
+
+
+def main() -> None:
+    """Measure, print, write the JSON file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--calls", type=int, default=12)
+    parser.add_argument("--output", type=Path, default=Path("build/bench/serving.json"))
+    arguments = parser.parse_args()
+    imports = _seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True))
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with running_service(arguments.model, Path(folder) / "server.log") as target:
+            ready = time.perf_counter() - start
+            idle = resident_mib(f"--listen {target}")
+            config = EngineConfig(threads=torch.get_num_threads())
+            engine = Engine(load_tango(mini_folder(arguments.model)), config)
+            with AudioClient(target) as client, engine:
+                request = engine.request(PROMPT, seed=0)
+                client.generate(PROMPT, seed=0)
+                engine.generate(request)
+                pairs = [
+                    (
+                        _seconds(lambda: client.generate(PROMPT, seed=0)),
+                        _seconds(lambda: engine.generate(request)),
+                    )
+                    for _ in range(arguments.calls)
+                ]
+            loaded = resident_mib(f"--listen {target}")
+    report = {
+        "model": arguments.model,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "start_to_ready_seconds": ready,
+        "imports_alone_seconds": imports,
+        "start_over_imports": ready / imports,
+        "resident_mib_when_ready": idle.get("VmRSS"),
+        "peak_mib_after_calls": loaded.get("VmHWM"),
+        "call_seconds": median(pair[0] for pair in pairs),
+        "engine_seconds": median(pair[1] for pair in pairs),
+        "call_over_engine": median(pair[0] / pair[1] for pair in pairs),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
