@@ -183,12 +183,16 @@ Update = Queued | Progress | Preview | Clip | Finished
 """What `stream` yields: `Queued` and `Progress` events, each `Clip` as it is done, one `Finished` last."""
 
 
+MAX_TEXT_BYTES = 2**18
+"""Longest prompt that is sent at all, in UTF-8. Services accept far less, and say how much."""
+
+
 def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.GenerateAudioRequest:
     """Return the message of a prompt and options.
 
     Raises:
-        InvalidInputError: what the wire can't carry (NaN seconds, a negative seed, an unknown encoding),
-            all at once. Limits are the service's to judge.
+        InvalidInputError: what the wire can't carry (NaN seconds, a negative seed, an unknown encoding, a
+            prompt of megabytes), all at once. Limits are the service's to judge.
     """
     given = {name: value for name, value in options.items() if value is not None}
     seconds, encoding = given.pop("duration", None), given.pop("encoding", None)
@@ -213,6 +217,11 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
         )
     elif isinstance(encoding, str):
         request.encoding = audio.ENCODINGS[encoding]
+    for name in ("prompt", "negative_prompt"):
+        size = len(getattr(request, name).encode())
+        if size > MAX_TEXT_BYTES:
+            # A larger message is refused by the transport, before the service could say why.
+            faults.append(FieldViolation(name, f"is {size} bytes long, must be {MAX_TEXT_BYTES} at most"))
     if faults:
         raise InvalidInputError(*faults)
     return request

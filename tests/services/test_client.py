@@ -60,6 +60,11 @@ def test_what_the_wire_cannot_carry_is_refused_at_once() -> None:
     assert {v.field for v in caught.value.violations} == {"seed", "clip_count", "duration", "encoding"}
 
 
+def test_a_prompt_of_megabytes_is_refused_before_the_transport_does() -> None:
+    with pytest.raises(InvalidInputError, match="prompt: is 2000000 bytes long"):
+        build_request("x" * 2_000_000)
+
+
 def test_a_misspelt_option_is_a_type_error() -> None:
     options: Any = {"steps": 5}
     with pytest.raises(TypeError, match="steps"):
