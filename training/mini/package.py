@@ -42,6 +42,9 @@ def assemble(work: Path, denoiser: Path) -> TangoPipeline:
 
 
 def _replace(source: Path, target: Path) -> None:
+    for path in source.rglob("*"):
+        # The libraries write weights that only their owner may read; a service runs as somebody else.
+        path.chmod(0o755 if path.is_dir() else 0o644)
     if target.exists():
         shutil.rmtree(target)
     source.replace(target)
