@@ -260,10 +260,13 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def decode(self, latents_BCTF: Tensor, samples: int | None = None) -> Tensor:
-        """Waveform [B, N] in [-1, 1], float32, of clean latents; cut to `samples` unless that is None."""
+        """Waveform [B, N] in [-1, 1], float32, of clean latents; cut to `samples` unless that is None.
+
+        A clip that overshoots full scale is turned down as a whole: it is neither clipped nor wrapped.
+        """
         mel_BTM = self.decode_mel(latents_BCTF)
         waveform_BN = self.vocoder(mel_BTM.to(self.vocoder.device, _compute_dtype(self.vocoder)))
-        return cast(Tensor, waveform_BN[:, :samples].float().clamp(-1.0, 1.0))
+        return within_full_scale(waveform_BN[:, :samples].float())
 
     # ------------------------------------------------------------------------------------------ everything
 
@@ -376,6 +379,11 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 violations = [FieldViolation("latents", text)]
         if violations:
             raise InvalidInputError(*violations)
+
+
+def within_full_scale(waveform_BN: Tensor) -> Tensor:
+    """Each row of [B, N] divided by its peak where that is above 1; the others bit for bit as they are."""
+    return waveform_BN / waveform_BN.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:

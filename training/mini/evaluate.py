@@ -34,6 +34,8 @@ LONG_PROMPTS = replace(PROMPTS, duration=5.12, three=0.5)
 BATCH = 8
 SILENT_PEAK = 1e-2
 """A clip whose loudest sample is below this (-40 dB of full scale) counts as silent."""
+FULL_SCALE = 0.9999
+"""A clip with more than one sample at this level or above counts as clipped."""
 TIE_SECONDS = 0.1
 """Events whose centres lie closer than this count as neither in order nor reversed."""
 
@@ -128,22 +130,21 @@ def evaluate_generation(
     """Generate `seeds` clips of each held-out prompt and judge them."""
     drawn = held_out_prompts(prompts, PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS)
     verdicts: list[list[Verdict]] = []
-    peaks: list[float] = []
+    silent = clipped = 0
     for start in tqdm(range(0, prompts, BATCH), desc="clips", unit="batch", mininterval=5.0):
         part = drawn[start : start + BATCH]
         rows: list[list[Verdict]] = [[] for _ in part]
         for seed in range(seeds):
             generators = [clip_generator(seed, start + i) for i in range(len(part))]
             output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
-            peaks += np.abs(output.waveforms_BN).max(1).tolist()
+            level = np.abs(output.waveforms_BN)
+            silent += int((level.max(1) < SILENT_PEAK).sum())
+            clipped += int(((level >= FULL_SCALE).sum(1) > 1).sum())
             heard = tagger.detect(torch.from_numpy(output.waveforms_BN))
             for row, (_, truth), found in zip(rows, part, heard, strict=True):
                 row.append(judge(truth, found))
         verdicts += rows
-    figures = summarise(verdicts)
-    figures["silent"] = sum(peak < SILENT_PEAK for peak in peaks)
-    figures["clipped"] = sum(peak >= 1.0 for peak in peaks)
-    return figures
+    return summarise(verdicts) | {"silent": silent, "clipped": clipped}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from services.errors import InvalidInputError, ModelFormatError
 from services.models.schedulers import SCHEDULERS, SD21_CONFIG, make_scheduler
-from services.models.tango import TangoPipeline, clip_generator, guide
+from services.models.tango import TangoPipeline, clip_generator, guide, within_full_scale
 from services.resampling import resample
 from tests.tiny import tiny_hifigan, tiny_pipeline, tiny_unet
 
@@ -191,3 +191,11 @@ def test_parts_that_do_not_fit_are_refused(pipeline: TangoPipeline) -> None:
 def test_parts_neither_train_nor_drop_out(pipeline: TangoPipeline) -> None:
     for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
         assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_a_clip_over_full_scale_is_turned_down_and_others_keep_every_bit() -> None:
+    quiet, loud = torch.tensor([0.5, -0.25, 1.0]), torch.tensor([2.0, -4.0, 1.0])
+    scaled = within_full_scale(torch.stack([quiet, loud]))
+    assert torch.equal(scaled[0], quiet)
+    assert torch.equal(scaled[1], torch.tensor([0.5, -1.0, 0.25]))
+    assert torch.equal(within_full_scale(torch.zeros(1, 3)), torch.zeros(1, 3))
