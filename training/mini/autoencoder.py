@@ -5,9 +5,7 @@
 Shape legend: B batch, T mel frames, M mel bins, C latent channels.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from services.models.mel import LogMel
-from training.mini.loop import LoopConfig, fit
+from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.scenes import SceneConfig, make_scene
 
 SEED = 101
@@ -71,11 +69,7 @@ def standardise_latents(vae: AutoencoderKL, mel_B1TM: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--steps", type=int, default=LOOP.steps)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = part_arguments(__doc__, LOOP.steps)
     torch.manual_seed(SEED)
     log_mel, vae = LogMel(), build()
     with torch.no_grad():

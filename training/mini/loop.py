@@ -3,6 +3,7 @@
 All randomness of a step comes from its number, so a killed run goes on exactly where it was.
 """
 
+import argparse
 import json
 import math
 import signal
@@ -56,6 +57,15 @@ def save_atomically(state: object, path: Path) -> None:
 def ema_decay(step: int, limit: float) -> float:
     """Short memory at first, `limit` in the long run."""
     return min(limit, (1 + step) / (10 + step))
+
+
+def part_arguments(description: str | None, steps: int) -> argparse.Namespace:
+    """Return the flags that every part's program takes (`work`, `steps`), and keep torch to one thread."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, default=Path("build/mini"))
+    parser.add_argument("--steps", type=int, default=steps)
+    torch.set_num_threads(1)
+    return parser.parse_args()
 
 
 def fit(

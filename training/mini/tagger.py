@@ -5,16 +5,14 @@
 Clips are scenes of the sound world with their true onsets and offsets, at random levels over random noise.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from services.models.tagger import TIME_STRIDE, EventTagger
-from training.mini.loop import LoopConfig, fit
+from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.scenes import Scene, SceneConfig, make_scene
 from training.soundworld.synthesis import CLASSES
 
@@ -47,11 +45,7 @@ def batch(step: int, tagger: EventTagger) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--steps", type=int, default=LOOP.steps)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = part_arguments(__doc__, LOOP.steps)
     torch.manual_seed(SEED)
     tagger = EventTagger(classes=list(CLASSES))
 

@@ -8,9 +8,7 @@ does not learn word order (a swapped caption ends up nearly equal), and a senten
 Shape legend: B batch, L text tokens, D text width.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from training.mini.loop import LoopConfig, fit
+from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.captions import MAX_EVENTS, CaptionTruth, caption_parts, words
 from training.soundworld.scenes import SceneConfig, draw_truth, split_of
 from training.soundworld.synthesis import CLASSES
@@ -132,11 +130,7 @@ class Parser(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--steps", type=int, default=LOOP.steps)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = part_arguments(__doc__, LOOP.steps)
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
     model = Parser(build(len(tokenizer)))

@@ -9,11 +9,9 @@ decides which of the two ships; the model card says which did.
 Shape legend: B batch, N samples, T mel frames, M mel bins.
 """
 
-import argparse
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from services.models.mel import LogMel
 from services.models.tagger import EventTagger
 from services.models.vocoder import GriffinLimVocoder
 from training.mini.latents import mel_frames
-from training.mini.loop import LoopConfig, fit
+from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.scenes import SceneConfig, make_scene
 
 SEED = 707
@@ -99,11 +97,7 @@ def compare(vocoder: nn.Module, tagger: EventTagger, clips: int = 200) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--steps", type=int, default=LOOP.steps)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = part_arguments(__doc__, LOOP.steps)
     torch.manual_seed(SEED)
     log_mel, vocoder = LogMel(), build()
 
