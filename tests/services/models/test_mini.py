@@ -1,0 +1,67 @@
+"""The shipped weights themselves."""
+
+import pytest
+import torch
+
+from services.errors import ModelNotFoundError
+from services.models.loading import load_tango
+from services.models.manifest import verify_manifest
+from services.models.mini import PARTS, mini_folder
+from services.models.tagger import EventTagger
+from services.models.tango import TangoPipeline, clip_generator
+
+
+@pytest.fixture(scope="module")
+def tagger() -> EventTagger:
+    return EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
+
+
+@pytest.fixture(scope="module")
+def mini() -> TangoPipeline:
+    return load_tango(mini_folder("mini"))
+
+
+def test_the_family_is_whole_and_small_enough_to_ship() -> None:
+    for name in PARTS:
+        manifest = verify_manifest(mini_folder(name))
+        assert (manifest.name, manifest.license) == (name, "Apache-2.0")
+    family = mini_folder("mini").parent
+    assert sum(path.stat().st_size for path in family.rglob("*") if path.is_file()) < 30e6
+    with pytest.raises(ModelNotFoundError, match="mini-large"):
+        mini_folder("mini-large")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [("A dog barks then a siren wails", "dog", "siren"), ("A dog barks after a siren wails", "siren", "dog")],
+)
+def test_mini_makes_what_the_prompt_says_in_its_order(
+    mini: TangoPipeline, tagger: EventTagger, prompt: str, first: str, second: str
+) -> None:
+    generators = [clip_generator(seed) for seed in range(2)]
+    waveforms = mini(prompt, clips_per_prompt=2, generator=generators).waveforms_BN
+    assert waveforms.shape == (2, 40_960)
+    for heard in tagger.detect(torch.from_numpy(waveforms)):
+        assert heard[first].centre < heard[second].centre
+
+
+def test_mini_makes_clips_of_twice_the_length(mini: TangoPipeline, tagger: EventTagger) -> None:
+    prompt = "A bell rings then rain falls then a cat meows"
+    output = mini(prompt, duration=5.12, generator=clip_generator(0))
+    heard = tagger.detect(torch.from_numpy(output.waveforms_BN))[0]
+    assert output.waveforms_BN.shape == (1, 81_920)
+    assert heard["bell"].centre < heard["rain"].centre < heard["cat"].centre
+
+
+def test_mini_names_the_words_it_does_not_know(mini: TangoPipeline) -> None:
+    assert mini.unknown_words("A dog barks, then a zebra hums") == ("zebra", "hums")
+
+
+def test_mini_base_is_of_the_same_architecture_and_has_other_weights(mini: TangoPipeline) -> None:
+    base = load_tango(mini_folder("mini-base"))
+    ours, theirs = mini.unet.state_dict(), base.unet.state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert any(not torch.equal(ours[k], theirs[k]) for k in ours)
+    for part in ("vae", "text_encoder"):
+        shared = getattr(base, part).state_dict()
+        assert all(torch.equal(v, shared[k]) for k, v in getattr(mini, part).state_dict().items())
