@@ -2,14 +2,12 @@
 
     python -m benchmarks.serving [--model mini] [--calls 12] [--output FILE]
 
-Time to ready runs from the start of the process to SERVING from its health service; importing torch and
-diffusers alone is timed beside it. Calls over gRPC and calls of an engine in this process take turns.
+Time to ready runs from the start of the process to SERVING from its health service. Calls over gRPC and calls
+of an engine in this process take turns.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,6 @@ from services.models.loading import load_tango
 from services.models.mini import mini_folder
 
 PROMPT = "A dog barks then a siren wails"
-IMPORTS = "import torch, diffusers.models, transformers; from diffusers import UNet2DConditionModel"
 
 
 def _seconds(act: Callable[[], object]) -> float:
@@ -53,7 +50,6 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("build/bench/serving.json"))
     arguments = parser.parse_args()
-    imports = _seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True))
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
         with running_service(arguments.model, Path(folder) / "server.log") as target:
@@ -78,8 +74,6 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "start_to_ready_seconds": ready,
-        "imports_alone_seconds": imports,
-        "start_over_imports": ready / imports,
         "resident_mib_when_ready": idle.get("VmRSS"),
         "peak_mib_after_calls": loaded.get("VmHWM"),
         "call_seconds": median(pair[0] for pair in pairs),
