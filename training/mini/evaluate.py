@@ -8,7 +8,6 @@ Prompts are the validation split's: no denoiser has seen their wording with any 
 
 import argparse
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -81,30 +80,36 @@ def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, 
 
 
 def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
-    """Figures over prompts (outer list) and their clips (inner list)."""
+    """Figures over prompts (outer list) and their clips (inner list), in all and by class."""
 
-    sequences = [v for v in verdicts if v[0].truth.relation == "then"]
-    by_class: dict[str, list[list[float]]] = defaultdict(list)
-    for prompt in verdicts:
-        for name in prompt[0].truth.classes:
-            by_class[name].append([float(name in v.heard) for v in prompt])
+    def figures(prompts: list[list[Verdict]]) -> dict[str, tuple[float, float, float]]:
+        sequences = [p for p in prompts if p[0].truth.relation == "then"]
+        ordered = [[v for v in p if v.in_order is not None] for p in sequences]
+        return {
+            "presence": interval([[float(v.present) for v in p] for p in prompts]),
+            "order_given_presence": interval([[float(bool(v.in_order)) for v in p] for p in ordered]),
+            "reversed_given_presence": interval([[float(bool(v.reversed)) for v in p] for p in ordered]),
+            "present_and_in_order": interval(
+                [[float(v.present and v.in_order is not False) for v in p] for p in prompts]
+            ),
+            "sequences_present_and_in_order": interval(
+                [[float(bool(v.in_order)) for v in p] for p in sequences]
+            ),
+            "nothing_else_heard": interval(
+                [[float(v.heard <= set(v.truth.classes)) for v in p] for p in prompts]
+            ),
+        }
+
+    def by_class(name: str) -> dict[str, float]:
+        naming = [p for p in verdicts if name in p[0].truth.classes]
+        heard = interval([[float(name in v.heard) for v in p] for p in naming])[0]
+        return {"heard": heard} | {key: value[0] for key, value in figures(naming).items()}
+
+    told = {name for prompt in verdicts for name in prompt[0].truth.classes}
     return {
         "clips": sum(map(len, verdicts)),
-        "presence": interval([[float(v.present) for v in p] for p in verdicts]),
-        "order_given_presence": interval(
-            [[float(v.in_order) for v in p if v.in_order is not None] for p in sequences]
-        ),
-        "reversed_given_presence": interval(
-            [[float(v.reversed) for v in p if v.reversed is not None] for p in sequences]
-        ),
-        "present_and_in_order": interval(
-            [[float(v.present and v.in_order is not False) for v in p] for p in verdicts]
-        ),
-        "sequences_present_and_in_order": interval([[float(bool(v.in_order)) for v in p] for p in sequences]),
-        "nothing_else_heard": interval(
-            [[float(v.heard <= set(v.truth.classes)) for v in p] for p in verdicts]
-        ),
-        "presence_by_class": {name: interval(by_class[name])[0] for name in CLASSES if by_class[name]},
+        **figures(verdicts),
+        "by_class": {name: by_class(name) for name in CLASSES if name in told},
     }
 
 

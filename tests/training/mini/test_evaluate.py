@@ -46,7 +46,10 @@ def test_figures_by_hand() -> None:
     assert figures["order_given_presence"][0] == 4 / 5  # type: ignore[index]
     assert figures["reversed_given_presence"][0] == 1 / 5  # type: ignore[index]
     assert figures["present_and_in_order"][0] == 4 / 8  # type: ignore[index]
-    assert figures["presence_by_class"] == {"dog": 5 / 8, "siren": 1.0}
+    by_class = figures["by_class"]
+    assert isinstance(by_class, dict)
+    assert {name: row["heard"] for name, row in by_class.items()} == {"dog": 5 / 8, "siren": 1.0}
+    assert by_class["dog"]["order_given_presence"] == 4 / 5
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
