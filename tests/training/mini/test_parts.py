@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from services.models.loading import load_tango
 from services.models.mel import LogMel
+from services.models.mini import mini_folder
 from training.mini import autoencoder, denoiser, text_encoder, vocoder
 from training.mini.latents import SHORT, LatentSet, load_shards
+from training.mini.package import assemble
+from training.mini.restore import restore
 from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
 from training.soundworld.scenes import split_of
 from training.soundworld.synthesis import CLASSES
@@ -115,3 +119,16 @@ def test_the_neural_vocoder_makes_a_hop_of_samples_a_frame() -> None:
     assert mels.shape == (vocoder.BATCH, vocoder.FRAMES, 64)
     with torch.no_grad():
         assert vocoder.build()(mels).shape == samples.shape == (vocoder.BATCH, vocoder.FRAMES * 160)
+
+
+def test_shipped_parts_come_apart_and_go_together_again(tmp_path: Path) -> None:
+    restore(tmp_path)
+    again = assemble(tmp_path, tmp_path / "mini" / "final")
+    shipped = load_tango(mini_folder("mini"))
+    for part in ("unet", "vae", "text_encoder"):
+        wanted = getattr(shipped, part).state_dict()
+        for name, value in getattr(again, part).state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, wanted[name]), name
+    assert again.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+    assert denoiser.TextSide(tmp_path / "text_encoder")(["A dog barks"])[0].shape == (1, 24, 128)
