@@ -114,7 +114,7 @@ class Denoiser:
         """Keep the host at most one call ahead of a GPU: enough to keep it busy, and progress stays true."""
         if not self._paced:
             return
-        previous, self._pending = self._pending, torch.cuda.Event()
+        previous, self._pending = self._pending, torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending.record()
         if previous is not None:
             previous.synchronize()

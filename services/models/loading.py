@@ -94,7 +94,8 @@ def load_tango(
     except Exception as error:  # whatever the libraries raise here, the folder is to blame
         raise ModelFormatError(f"{folder} can't be loaded: {_one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(target)
+    pipeline.to(target)
+    return pipeline
 
 
 def check_tango_folder(folder: Path) -> None:

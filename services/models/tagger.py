@@ -35,7 +35,7 @@ class EventTagger(ModelMixin, ConfigMixin):  # type: ignore[misc]
     A small convolutional recurrent network, trained with binary cross-entropy on the sound world's truth.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         classes: Sequence[str] = (),

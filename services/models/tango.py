@@ -187,7 +187,8 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         shape = (count, *self.geometry.latent_shape(duration))
         generators = generator if generator is None or isinstance(generator, Generator) else list(generator)
         drawn_on = torch.device("cpu") if generators is None else None
-        return randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32).to(self.device)
+        noise_BCTF: Tensor = randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32)
+        return noise_BCTF.to(self.device)
 
     @torch.no_grad()
     def predict(

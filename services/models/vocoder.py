@@ -28,7 +28,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sampling_rate: int = 16_000,

@@ -3,3 +3,7 @@
 In order: autoencoder ▸ text_encoder ▸ latents ▸ denoiser (a trunk, then `mini-base` and `mini`) ▸ tagger ▸
 package ▸ evaluate.
 """
+
+from services.environment import quiet_libraries
+
+quiet_libraries()
