@@ -45,7 +45,11 @@ def main() -> int:
             command += ["--work", str(arguments.work)]
         command += [flag.format(work=arguments.work) for flag in flags]
         print("▸", " ".join(command[2:]), flush=True)
-        code = subprocess.run(command, check=False).returncode
+        try:
+            code = subprocess.run(command, check=False).returncode
+        except KeyboardInterrupt:
+            # The program had it too, and saved what it had.
+            return 130
         if code:
             return code
     return 0

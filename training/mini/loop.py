@@ -7,6 +7,8 @@ import argparse
 import json
 import math
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +61,14 @@ def ema_decay(step: int, limit: float) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
+def _stop_on_signals() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set from now on, instead of breaking off wherever the program is."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
 def part_arguments(description: str | None, steps: int) -> argparse.Namespace:
     """Return the flags that every part's program takes (`work`, `steps`), and keep torch to one thread."""
     parser = argparse.ArgumentParser(description=description)
@@ -74,10 +84,8 @@ def fit(
     """Train `module` in place and load its averaged weights, if `config.ema`, at the end.
 
     Checkpoints to `folder`/checkpoint.pt, appends to `folder`/journal.jsonl; a second call goes on
-    from the checkpoint. Ctrl-C and SIGTERM save, then stop.
+    from the checkpoint. Ctrl-C and SIGTERM save, then end the program with code 130.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -104,46 +112,50 @@ def fit(
             checkpoint,
         )
 
+    stop = _stop_on_signals()
     last_save, smooth = time.monotonic(), math.nan
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=title, mininterval=5.0)
-    step = first
-    try:
-        with (folder / "journal.jsonl").open("a") as journal:
-            for step in bar:
-                began = time.process_time()
-                rate = config.learning_rate_at(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad(set_to_none=True)
-                loss, figures = loss_at(step)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimizer.step()
-                if config.ema:
-                    keep = ema_decay(step, config.ema)
-                    for name, value in module.state_dict().items():
-                        if value.dtype.is_floating_point:
-                            average[name].lerp_(value, 1 - keep)
-                seconds += time.process_time() - began
-                smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
-                if step % 20 == 0:
-                    row = {
-                        "step": step,
-                        "loss": smooth,
-                        "norm": norm.item(),
-                        "rate": rate,
-                        "cpu_seconds": seconds,
-                    }
-                    journal.write(json.dumps(row | figures) + "\n")
-                    journal.flush()
-                    bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-                if time.monotonic() - last_save > config.save_every:
-                    save(step + 1)
-                    last_save = time.monotonic()
-    except KeyboardInterrupt:
-        save(step)
-        raise
-    save(config.steps)
+    with (folder / "journal.jsonl").open("a") as journal:
+        for step in bar:
+            if stop.is_set():
+                # Between two steps, never within one: what is saved is a whole number of them.
+                save(step)
+                bar.close()
+                print(
+                    f"stopped at step {step}, and saved: the same command goes on from there", file=sys.stderr
+                )
+                sys.exit(130)
+            began = time.process_time()
+            rate = config.learning_rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss, figures = loss_at(step)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+            if config.ema:
+                keep = ema_decay(step, config.ema)
+                for name, value in module.state_dict().items():
+                    if value.dtype.is_floating_point:
+                        average[name].lerp_(value, 1 - keep)
+            seconds += time.process_time() - began
+            smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
+            if step % 20 == 0:
+                row = {
+                    "step": step,
+                    "loss": smooth,
+                    "norm": norm.item(),
+                    "rate": rate,
+                    "cpu_seconds": seconds,
+                }
+                journal.write(json.dumps(row | figures) + "\n")
+                journal.flush()
+                bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            if time.monotonic() - last_save > config.save_every:
+                save(step + 1)
+                last_save = time.monotonic()
+    save(max(first, config.steps))
     if config.ema:
         module.load_state_dict(average)
     return module

@@ -1,4 +1,6 @@
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from training.mini.loop import LoopConfig, fit
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Give the test run its own handlers back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _model() -> nn.Linear:
@@ -16,7 +27,7 @@ def _model() -> nn.Linear:
 def _problem(model: nn.Module, stop_at: int | None = None):  # type: ignore[no-untyped-def]
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         if step == stop_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         return (model(x) - x.flip(1)).square().mean(), {}
 
@@ -27,13 +38,14 @@ CONFIG = LoopConfig(steps=60, learning_rate=1e-2, warmup=5, ema=0.9)
 
 
 def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
-    whole = fit(_model(), _problem(model := _model()), CONFIG, tmp_path / "unused", title="x")
-    whole = fit(model, _problem(model), CONFIG, tmp_path / "whole", title="whole")
+    whole = _model()
+    fit(whole, _problem(whole), CONFIG, tmp_path / "whole", title="whole")
     stopped = _model()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         fit(stopped, _problem(stopped, stop_at=23), CONFIG, tmp_path / "stopped", title="stopped")
     resumed = _model()
     fit(resumed, _problem(resumed), CONFIG, tmp_path / "stopped", title="resumed")
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == CONFIG.steps
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not list(tmp_path.rglob("*.tmp"))
