@@ -78,6 +78,12 @@ def part_arguments(description: str | None, steps: int) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _update_average(average: dict[str, Tensor], module: nn.Module, keep: float) -> None:
+    for name, value in module.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value, 1 - keep)
+
+
 def fit(
     module: nn.Module, loss_at: LossFunction, config: LoopConfig, folder: Path, *, title: str
 ) -> nn.Module:
@@ -135,10 +141,7 @@ def fit(
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             if config.ema:
-                keep = ema_decay(step, config.ema)
-                for name, value in module.state_dict().items():
-                    if value.dtype.is_floating_point:
-                        average[name].lerp_(value, 1 - keep)
+                _update_average(average, module, ema_decay(step, config.ema))
             seconds += time.process_time() - began
             smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
             if step % 20 == 0:
