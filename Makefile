@@ -37,7 +37,7 @@ $(READY): pyproject.toml uv.lock hatch_build.py
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --retries 1 --no-deps $(TORCH) $(addprefix --extra-index-url ,$(TORCH_INDEX))
 	$(EXPORT) -o $(VENV)/constraints.txt
 	$(EXPORT) --prune torch -o $(VENV)/requirements.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt $(TORCH)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt $(TORCH)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 	@echo "ready: $(BIN)/milonga --help"
