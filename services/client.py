@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
+from milonga.v1 import model_pb2
 from services.errors import (
     DeadlineExceededError,
     FieldViolation,
@@ -477,7 +478,7 @@ def _read_clip(generated: pb.GeneratedClip) -> Clip:
     )
 
 
-def _read_model(model: pb.ModelVersion) -> ModelVersion:
+def _read_model(model: model_pb2.ModelVersion) -> ModelVersion:
     return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
 
 

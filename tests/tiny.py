@@ -10,13 +10,18 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
     PreTrainedTokenizerFast,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
 )
+from transformers import ClapModel as TransformersClapModel
 
+from services.models.clap import ClapModel
+from services.models.reward import RewardConfig, RewardModel
 from services.models.schedulers import SD21_CONFIG
 from services.models.tango import TangoPipeline
 from services.models.vocoder import GriffinLimVocoder
@@ -138,3 +143,84 @@ def tiny_pipeline(
             default_scheduler=default_scheduler,
             text_length=text_length,
         )
+
+
+def tiny_clap_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tiny_tokenizer`, with RoBERTa's special tokens: padding is 1."""
+    special = ("<s>", "<pad>", "</s>", "<unk>")
+    vocabulary = {word: index for index, word in enumerate((*special, *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=32,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tiny_clap(seed: int = 0, *, padding: str = "repeatpad", fused: bool = False) -> ClapModel:
+    """Random weights that depend on `seed` alone: 16 kHz, windows of 1 s, 16 dimensions."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_clap_tokenizer()
+        config = ClapConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "max_position_embeddings": 34,
+                "layer_norm_eps": 1e-5,
+            },
+            audio_config={
+                "spec_size": 64,
+                "num_mel_bins": 32,
+                "window_size": 4,
+                "patch_embeds_hidden_size": 8,
+                "depths": [1, 1],
+                "num_hidden_layers": 2,
+                "num_attention_heads": [1, 2],
+                "hidden_size": 16,
+                "enable_fusion": fused,
+                "fusion_type": "aff_2d" if fused else None,
+            },
+            projection_dim=16,
+        )
+        extractor = ClapFeatureExtractor(
+            feature_size=32,
+            sampling_rate=16_000,
+            max_length_s=1,
+            hop_length=130,
+            frequency_min=50,
+            frequency_max=8_000,
+            truncation="fusion" if fused else "rand_trunc",
+            padding=padding,
+        )
+        model = ClapModel(TransformersClapModel(config), tokenizer, extractor)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_reward(clap: ClapModel, digest: str = "sha256:" + "0" * 64, seed: int = 0) -> RewardModel:
+    """A random head on `clap`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = RewardConfig(
+            text_width=clap.text_width,
+            audio_width=clap.audio_width,
+            clap_name="tiny-clap",
+            clap_digest=digest,
+            width=16,
+            heads=2,
+            layers=1,
+            feedforward=16,
+        )
+        return RewardModel(clap, config).eval()

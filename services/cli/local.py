@@ -18,7 +18,7 @@ class LocalSource:
     def __init__(self, engine: Engine, model: ResolvedModel) -> None:
         """Take over `engine`, which serves `model`: closing the source closes it."""
         self._engine = engine
-        self._model = convert.write_model_version(model)
+        self._model = model.message()
         self._reading = convert.reading_of(engine)
 
     def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:

@@ -147,17 +147,12 @@ def write_timings(timings: Timings, total: float) -> pb.GenerationTimings:
     )
 
 
-def write_model_version(model: ResolvedModel) -> pb.ModelVersion:
-    """Return the identity of the served weights."""
-    return pb.ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
-
-
 def write_model(
     model: ResolvedModel, geometry: Geometry, limits: Limits, defaults: Defaults
 ) -> pb.GetModelResponse:
     """Return the answer of GetModel."""
     return pb.GetModelResponse(
-        model=write_model_version(model),
+        model=model.message(),
         geometry=pb.ModelGeometry(
             sample_rate_hertz=geometry.sampling_rate,
             hop_length=geometry.hop_length,

@@ -38,7 +38,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     def __init__(self, engine: Engine, model: ResolvedModel) -> None:
         self._engine = engine
         self._reading = convert.reading_of(engine)
-        self._version = convert.write_model_version(model)
+        self._version = model.message()
         self._model = convert.write_model(
             model, engine.pipeline.geometry, engine.limits, self._reading["defaults"]
         )

@@ -75,7 +75,7 @@ def load_tango(
     (another architecture, truncated or missing weights, a pickle payload), `InvalidInputError` for a device
     or type that does not exist.
     """
-    target = _device(device)
+    target = pick_device(device)
     types = {"default": _dtype("dtype", dtype)} | dict.fromkeys(
         ("vae", "vocoder"), _dtype("decoder_dtype", decoder_dtype)
     )
@@ -159,6 +159,11 @@ def _check_part(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> N
         raise ModelFormatError(f"{folder}/config.json is not valid: {_one_line(error)}") from error
     if not module.state_dict():
         return
+    check_weights(str(folder), module, read_shapes(folder))
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the safetensors files of `folder`; `ModelFormatError` where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLE_SUFFIXES]
@@ -167,7 +172,7 @@ def _check_part(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> N
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         shapes |= safetensors_shapes(path)
-    check_weights(str(folder), module, shapes)
+    return shapes
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -202,8 +207,8 @@ def _dtype(field: str, name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _device(name: str) -> torch.device:
-    """The device called `name`, tried with one small tensor."""
+def pick_device(name: str) -> torch.device:
+    """The device called `name` (``auto``: cuda where there is one), tried with one small tensor."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

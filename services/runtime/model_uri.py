@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from milonga.v1 import model_pb2
 from services.errors import (
     FieldViolation,
     InvalidInputError,
@@ -83,6 +84,12 @@ class ResolvedModel:
     """`sha256:` and the digest over every file."""
     license: str
     """SPDX identifier of the weights' licence, or `unknown`."""
+
+    def message(self) -> model_pb2.ModelVersion:
+        """The identity of the weights, for the wire."""
+        return model_pb2.ModelVersion(
+            name=self.name, version=self.version, digest=self.digest, license=self.license
+        )
 
 
 def resolve(uri: ModelURI | str) -> ResolvedModel:

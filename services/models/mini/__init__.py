@@ -4,9 +4,10 @@ from pathlib import Path
 
 from services.errors import ModelNotFoundError
 
-PARTS = ("mini", "mini-base", "tagger")
+PARTS = ("mini", "mini-base", "clap-a", "clap-b", "reward", "tagger")
 """`mini`: the default text-to-audio model. `mini-base`: taught with captions wrong on purpose, the pupil
-of alignment. `tagger`: the judge."""
+of alignment. `clap-a`, `clap-b`: the scorers. `reward`: a reward model that stands on `clap-a`.
+`tagger`: the judge."""
 
 
 def mini_folder(name: str) -> Path:

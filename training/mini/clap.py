@@ -1,0 +1,197 @@
+"""Train one of the two mini CLAP models: sound and sentence in one space, by contrast.
+
+    python -m training.mini.clap --name clap-a --work build/mini
+
+Every caption of a clip stands against those of the batch and against its own hard negatives: an event
+missing, an event replaced, and for sequences the order swapped. The architecture is that of the real ones.
+
+Shape legend: B batch, N samples, D embedding width, K captions of a clip (the true one and its negatives).
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from services.models.clap import ClapModel
+from training.mini.clap_tokenizer import build_tokenizer
+from training.mini.loop import LoopConfig, fit
+from training.soundworld.captions import (
+    CaptionTruth,
+    drop,
+    replace_event,
+    swap,
+    write_caption,
+)
+from training.soundworld.scenes import Scene, SceneConfig, make_scene, split_of
+
+SEEDS = {"clap-a": 707, "clap-b": 808}
+BATCH = 32
+LOOP = LoopConfig(steps=2_400, learning_rate=1.5e-3, warmup=150, ema=0.995, decay=0.4)
+SHORT = SceneConfig(single=0.2, sequence=0.5)
+LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
+LONG_EVERY = 4
+"""Every so many steps the batch is of 5.12 s clips."""
+
+
+def build(tokenizer: transformers.PreTrainedTokenizerBase) -> ClapModel:
+    """HTSAT and RoBERTa as LAION pairs them, but narrow: windows of 5.12 s at 16 kHz, 64 dimensions."""
+    config = transformers.ClapConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "max_position_embeddings": 48,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        audio_config={
+            "spec_size": 128,
+            "num_mel_bins": 64,
+            "window_size": 8,
+            "patch_size": 4,
+            "patch_stride": [4, 4],
+            "patch_embeds_hidden_size": 24,
+            "depths": [2, 2, 2],
+            "num_hidden_layers": 3,
+            "num_attention_heads": [2, 4, 8],
+            "hidden_size": 96,
+            "mlp_ratio": 2.0,
+            "hidden_dropout_prob": 0.0,
+            "projection_dim": 64,
+        },
+        projection_dim=64,
+        logit_scale_init_value=10.0,
+    )
+    extractor = transformers.ClapFeatureExtractor(
+        sampling_rate=16_000,
+        max_length_s=5.12,
+        hop_length=330,  # 249 frames, which the encoder stretches to its 256
+        frequency_min=50,
+        frequency_max=8_000,
+        truncation="rand_trunc",
+        padding="pad",
+    )
+    return ClapModel(transformers.ClapModel(config), tokenizer, extractor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captions:
+    """What a clip is told with."""
+
+    true: str
+    negatives: tuple[str, ...]
+
+
+def _wording(truth: CaptionTruth, rng: np.random.Generator) -> str:
+    """A wording of the training split."""
+    while True:
+        caption = write_caption(truth, rng)
+        if split_of(caption) == "train":
+            return caption
+
+
+def draw_captions(truth: CaptionTruth, rng: np.random.Generator) -> Captions:
+    """A true wording and its hard negatives: replaced, missing, swapped, as far as they exist."""
+    wrong = [replace_event(truth, rng)]
+    if len(truth.classes) > 1:
+        wrong.append(drop(truth, rng))
+    if truth.relation == "then":
+        wrong.append(swap(truth, rng))
+    return Captions(true=_wording(truth, rng), negatives=tuple(_wording(told, rng) for told in wrong))
+
+
+def told_alike(truths: list[CaptionTruth]) -> Tensor:
+    """Bool [B, B]: pairs of different clips that the same caption describes, which are no negatives."""
+    keys = [
+        (truth.relation, truth.classes if truth.relation == "then" else tuple(sorted(truth.classes)))
+        for truth in truths
+    ]
+    alike = torch.tensor([[a == b for b in keys] for a in keys])
+    return alike & ~torch.eye(len(truths), dtype=torch.bool)
+
+
+def contrastive_loss(
+    audio_BD: Tensor,
+    text_BD: Tensor,
+    negatives_BKD: Tensor,
+    known_BK: Tensor,
+    alike_BB: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """InfoNCE both ways; a clip's own hard negatives (where `known`) join its row of captions."""
+    logits_BB = (scale * audio_BD @ text_BD.T).masked_fill(alike_BB, -torch.inf)
+    hard_BK = scale * torch.einsum("bd,bkd->bk", audio_BD, negatives_BKD)
+    rows = torch.cat([logits_BB, hard_BK.masked_fill(~known_BK, -torch.inf)], dim=1)
+    targets = torch.arange(len(audio_BD))
+    by_audio = nn.functional.cross_entropy(rows, targets)
+    return 0.5 * (by_audio + nn.functional.cross_entropy(logits_BB.T, targets))
+
+
+def waveforms(scenes: list[Scene], rng: np.random.Generator) -> list[NDArray[np.float32]]:
+    """The scenes at other levels than the world's."""
+    return [scene.waveform * np.float32(10 ** (rng.uniform(-8, 2) / 20)) for scene in scenes]
+
+
+def loss_of(
+    model: ClapModel, scenes: list[Scene], rng: np.random.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one batch, and the share of clips whose own caption scores highest in its row."""
+    windows = torch.cat([model.prepare(waveform, 16_000) for waveform in waveforms(scenes, rng)])
+    captions = [draw_captions(scene.truth, rng) for scene in scenes]
+    most = max(len(c.negatives) for c in captions)
+    known_BK = torch.tensor([[k < len(c.negatives) for k in range(most)] for c in captions])
+    padded = [[*c.negatives, *[c.true] * (most - len(c.negatives))] for c in captions]
+    texts = [c.true for c in captions] + [text for row in padded for text in row]
+    with torch.autocast("cpu", torch.bfloat16):
+        audio_BD, text = model.audio_features(windows), model.text_features(texts)
+    audio_BD, text = audio_BD.float(), text.float()
+    text_BD, negatives_BKD = text[: len(scenes)], text[len(scenes) :].unflatten(0, (len(scenes), most))
+    loss = contrastive_loss(
+        audio_BD,
+        text_BD,
+        negatives_BKD,
+        known_BK,
+        told_alike([scene.truth for scene in scenes]),
+        model.clap.logit_scale_a.exp().clamp(max=100.0),
+    )
+    right = (audio_BD @ text_BD.T).argmax(1) == torch.arange(len(scenes))
+    return loss, {"retrieved": right.float().mean().item(), "scale": model.clap.logit_scale_a.exp().item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/mini"))
+    parser.add_argument("--name", choices=sorted(SEEDS), required=True)
+    parser.add_argument("--steps", type=int, default=LOOP.steps)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    seed = SEEDS[arguments.name]
+    torch.manual_seed(seed)
+    model = build(build_tokenizer())
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        config = LONG if step % LONG_EVERY == 0 else SHORT
+        scenes = [make_scene(seed, step * BATCH + i, config) for i in range(BATCH)]
+        return loss_of(model, scenes, np.random.default_rng([seed, step]))
+
+    folder = arguments.work / arguments.name
+    model.train()
+    fit(model, loss_at, replace(LOOP, steps=arguments.steps), folder, title=arguments.name)
+    model.eval().save(folder / "final")
+
+
+if __name__ == "__main__":
+    main()
