@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.milonga-ready
+PARITY := .venv-parity
 # The first interpreter that runs and is of a supported version (a pyenv shim may exist and not run).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
@@ -88,6 +89,20 @@ demo: protos ## Start the service, send it three prompts over gRPC, write clips 
 .PHONY: bench
 bench: protos ## Measure the engine and the service on this machine (ratios in one run)
 	for program in benchmarks/*.py; do $(BIN)/python $$program; done
+
+.PHONY: parity
+parity: $(PARITY)/.milonga-ready ## Compare our CLAP with laion_clap, which needs numpy < 2 and so .venv-parity
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PARITY)/bin/python -m pytest tests/parity -q -W ignore $(PYTEST_ARGS)
+
+# The lock's versions: of the extra laion-clap, and where that says nothing (torch's own needs, pytest) of dev.
+$(PARITY)/.milonga-ready: $(READY)
+	@echo "setting up $(PARITY) with $(PYTHON), $(TORCH) for CPUs — a minute or two the first time"
+	@$(PYTHON) -m venv $(PARITY)
+	@$(PARITY)/bin/python -m pip install -qq --disable-pip-version-check --retries 1 --no-deps $(TORCH) --extra-index-url $(CPU_TORCH_INDEX)
+	@$(BIN)/uv export --quiet --frozen --extra laion-clap --no-hashes --no-emit-project --no-annotate --prune torch -o $(PARITY)/requirements.txt
+	@awk -F'==' 'NR == FNR { known[$$1]; next } !($$1 in known)' $(PARITY)/requirements.txt $(VENV)/constraints.txt > $(PARITY)/constraints.txt
+	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python -c $(PARITY)/constraints.txt -r $(PARITY)/requirements.txt $(TORCH) diffusers pytest pytest-asyncio
+	@touch $@
 
 .PHONY: mini
 mini: protos ## Train the embedded model family from scratch (hours; resumable)

@@ -54,6 +54,50 @@ def sample(
     typer.echo(f"{count} clips: {folder / INDEX}")
 
 
+train = typer.Typer(
+    help="Train models. A run that was stopped goes on where it was: give the same command again.",
+    no_args_is_help=True,
+)
+
+
+@train.callback()
+def _train() -> None:
+    pass
+
+
+@train.command()
+def reward(
+    recipe: Annotated[str, typer.Option("--recipe", help="mini, smoke or baton.")] = "mini",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the model.", show_default="build/reward/NAME"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with the run that is there, or begin anew.")
+    ] = True,
+    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+) -> None:
+    """Train a reward model on a frozen CLAP model, from labels, from pairs, or from both."""
+    from training import recipes
+    from training.config import describe, override
+
+    config = override(recipes.recipe(recipes.REWARD, recipe), settings or [])
+    typer.echo(describe(config))
+    if show:
+        return
+    from training.reward_report import summary
+    from training.train_reward import train_reward
+
+    target = output or Path("build/reward") / config.name
+    report = train_reward(config, target, fresh=not resume)
+    if report:
+        typer.echo("\n".join(["", "Pair accuracy on held-out prompts, 95 % intervals:", *summary(report)]))
+        typer.echo(f"{target}: milonga serve reward --model file:{target} --clap {config.clap}")
+
+
 def _interactive() -> bool:
     import sys
 

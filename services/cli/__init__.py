@@ -1,7 +1,9 @@
 """The `milonga` command.
 
     milonga generate "A dog barks then a siren wails" -o clip.wav --seed 7
+    milonga score "A dog barks then a siren wails" clip.wav other.flac
     milonga serve generation --model mini --listen 127.0.0.1:50051
+    milonga up
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
     milonga doctor
 
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import convert, doctor, generate, serve
+from services.cli import convert, doctor, generate, score, serve, up
 from services.environment import quiet_libraries
 from services.errors import (
     DeadlineExceededError,
@@ -64,7 +66,7 @@ def build_app() -> typer.Typer:
     """Return the command with its own commands and those of the entry-point group."""
     app = typer.Typer(
         name="milonga",
-        help="Text to sound: generate clips, serve a model, convert released weights.",
+        help="Text to sound: generate and score clips, serve models, convert released weights.",
         epilog=_EPILOG,
         no_args_is_help=True,
         rich_markup_mode="rich",
@@ -80,7 +82,9 @@ def build_app() -> typer.Typer:
         pass
 
     app.command()(generate.generate)
+    app.command()(score.score)
     app.add_typer(serve.app, name="serve")
+    app.command(epilog=up.EPILOG)(up.up)
     app.command()(convert.convert)
     app.command()(doctor.doctor)
     for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):
@@ -133,14 +137,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _wants_hub(words: Sequence[str]) -> bool:
     """Whether a model or a text encoder is named by its place on the hub."""
-    named = (*words, os.environ.get("MILONGA_MODEL", ""))
-    return any(word.rpartition("=")[2].startswith("hf:") for word in named)
+    named = (*words, *(os.environ.get(f"MILONGA_{name}", "") for name in ("MODEL", "CLAP")))
+    # The scorers are a JSON object.
+    return any(word.rpartition("=")[2].startswith("hf:") for word in named) or (
+        '"hf:' in os.environ.get("MILONGA_SCORERS", "")
+    )
 
 
 def _one_line(error: Exception, code: int) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(("services", "training")):
-        return f"{error.name} is not installed; pip install 'milonga[serving]', or generate with --server"
+        return (
+            f"{error.name} is not installed; pip install 'milonga[serving]', or use services "
+            "(--server, --scoring, --reward-server)"
+        )
     if code != 1 or isinstance(error, MilongaError):
         return text
     return f"{type(error).__name__}: {text} (a fault of ours; MILONGA_DEBUG=1 shows where)"

@@ -37,9 +37,14 @@ _PURPOSES = {
     "serving": "to generate in this process, to serve and to convert",
     "training": "to train",
     "triton": "to serve from Triton",
-    "laion-clap": "to check against LAION's own CLAP (in an environment of its own)",
+    "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
+    "laion:PATH needs neither",
     "dev": "to work on milonga",
 }
+_ALONE = {"laion-clap": "numpy"}
+"""Extras that want an older release of a distribution than the others do: for environments of their own."""
+_EMBEDDED = ("mini", "mini-base", "mini:clap-a", "mini:clap-b", "mini:reward")
+"""Model URIs of the embedded models that commands use by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +123,10 @@ def package_checks() -> Iterator[Check]:
         yield _package_check(requirement, None)
     for extra, marker in _MARKERS.items():
         if _installed(marker) is None:
-            remedy = f"pip install 'milonga[{extra}]', {_PURPOSES[extra]}"
+            target = f"'milonga[{extra}]'"
+            if extra in _ALONE:
+                target = f"'milonga[serving,{extra}]' in an environment of its own ({_ALONE[extra]} < 2)"
+            remedy = f"pip install {target}, {_PURPOSES[extra]}"
             yield Check(
                 group="packages", name=f"[{extra}]", status="note", found="not installed", remedy=remedy
             )
@@ -127,6 +135,7 @@ def package_checks() -> Iterator[Check]:
         for requirement in (one for one in _wanted(extra) if one.name not in told):
             told.add(requirement.name)
             yield _package_check(requirement, extra)
+    yield from _conflict_checks()
     for name in ("torchvision", "torchaudio"):
         if _installed(name) is not None and "+cpu" in (_installed("torch") or ""):
             yield Check(
@@ -136,6 +145,19 @@ def package_checks() -> Iterator[Check]:
                 found="installed beside a CPU build of torch, where it breaks imports of transformers",
                 remedy=f"pip uninstall {name}",
             )
+
+
+def _conflict_checks() -> Iterator[Check]:
+    """What can't work beside what else is installed, whatever the ranges above say."""
+    numpy = _installed("numpy") or ""
+    if _installed(_MARKERS["laion-clap"]) is not None and not numpy.startswith("1."):
+        yield Check(
+            group="packages",
+            name="laion-clap",
+            status="missing",
+            found=f"installed beside numpy {numpy}, and it needs numpy < 2",
+            remedy="pip uninstall laion-clap; laion:PATH does without, laion-clap:PATH wants its own place",
+        )
 
 
 def python_checks() -> Iterator[Check]:
@@ -210,7 +232,7 @@ def device_checks() -> Iterator[Check]:
 
 
 def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
-    """Each model folder with its digest, every file, key and shape checked: what `serve` would refuse."""
+    """Each model with its digest, every file, key and shape checked: what `serve` would refuse."""
     if _installed("torch") is None:
         yield Check(
             group="models",
@@ -220,13 +242,13 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
             remedy="pip install 'milonga[serving]', or use a service with --server",
         )
         return
-    from services.models.loading import check_tango_folder
+    from services.cli.models import check_model
     from services.runtime import model_uri
 
     for uri in uris:
         try:
             resolved = model_uri.resolve(uri)
-            check_tango_folder(resolved.folder)
+            check_model(resolved.folder)
         except MilongaError as error:
             yield Check(group="models", name=uri, status="missing", found=str(error))
             continue
@@ -239,7 +261,7 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
 def examine(models: tuple[str, ...]) -> tuple[Check, ...]:
     """Return every check of the report, the embedded models and `models` included."""
     named = os.environ.get("MILONGA_MODEL")
-    uris = dict.fromkeys(("mini", "mini-base", *([named] if named else []), *models))
+    uris = dict.fromkeys((*_EMBEDDED, *([named] if named else []), *models))
     return (*python_checks(), *package_checks(), *device_checks(), *model_checks(tuple(uris)))
 
 

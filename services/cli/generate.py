@@ -1,79 +1,22 @@
 """`milonga generate`: clips from one prompt or a file of them, in this process or through a service."""
 
 import dataclasses
-import json
-import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Protocol, Unpack
+from typing import Annotated
 
 import typer
 
 from services import client
-from services.cli import prompts
-from services.cli.outputs import check_writable, encoding_of, make_folder, numbered, write_atomically
+from services.cli import judging, prompts
+from services.cli.folder import Folder
+from services.cli.judging import refuse
+from services.cli.making import BestOf, Made, Place, in_flags, record_of, to_json, warn
+from services.cli.outputs import check_writable, encoding_of, numbered, write_atomically
 from services.cli.progress import ProgressView
-from services.errors import (
-    FieldViolation,
-    InvalidInputError,
-    MilongaError,
-    QueueFullError,
-    RequestCancelledError,
-)
+from services.cli.table import Cell, print_table
+from services.errors import InvalidInputError
 
-_FLAGS = {
-    "prompt": "PROMPT",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "clip_count": "--clips",
-    "sample_rate_hertz": "--sample-rate",
-}
-"""How the command spells a field of the wire, where it is not just ``--field-name``."""
-_MAX_TRIES = 100
 _PARALLEL = 4
-
-
-class Source(Protocol):
-    """Where clips come from: `AudioClient`, or an engine in this process (`services.cli.local`)."""
-
-    def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:
-        """Make the clips of a prompt, telling what happens on the way."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """The clips of one prompt."""
-
-    clips: tuple[client.Clip, ...]
-    finished: client.Finished
-
-
-def make(
-    source: Source,
-    prompt: str,
-    options: client.GenerationOptions,
-    on_update: Callable[[client.Update], None],
-    stop: threading.Event | None = None,
-) -> Made:
-    """Make the clips of one prompt; `stop` gives it up between two steps."""
-    clips: list[client.Clip] = []
-    for update in source.stream(prompt, **options):
-        on_update(update)
-        if isinstance(update, client.Clip):
-            clips.append(update)
-        if isinstance(update, client.Finished):
-            return Made(clips=tuple(sorted(clips, key=lambda clip: clip.index)), finished=update)
-        if stop is not None and stop.is_set():
-            raise RequestCancelledError("stopped")
-    raise MilongaError("the stream ended before the clips were finished")
 
 
 def generate(
@@ -139,16 +82,14 @@ def generate(
     server: Annotated[
         str | None, typer.Option(help="Address of a generation service, instead of an engine in here.")
     ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS to --server.")] = False,
-    tls_ca: Annotated[
-        Path | None, typer.Option(help="Authorities (PEM) that the server's certificate must come from.")
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls: judging.TLSOption = False,
+    tls_ca: judging.TLSCAOption = None,
+    tls_cert: judging.TLSCertOption = None,
+    tls_key: judging.TLSKeyOption = None,
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="With --server: seconds that a prompt may take, waiting included.",
+            help="With a service: seconds that a call may take, waiting included.",
             show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
         ),
     ] = None,
@@ -164,15 +105,39 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --prompts: make again what exists.")
     ] = False,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="Make so many clips a prompt, and keep the best --clips of them.",
+            min=1,
+            show_default=False,
+            rich_help_panel=judging.JUDGES,
+        ),
+    ] = None,
+    rank_by: Annotated[
+        client.RankBy | None,
+        typer.Option(
+            help="What best means: the reward, or the mean of the scorers' CLAP scores.",
+            show_default="reward",
+            rich_help_panel=judging.JUDGES,
+        ),
+    ] = None,
+    reward: judging.RewardOption = None,
+    clap: judging.ClapOption = None,
+    scorer: judging.ScorerOption = None,
+    reward_server: judging.RewardServerOption = None,
+    scoring: judging.ScoringOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar, no table of candidates.")
+    ] = False,
 ) -> None:
     """Make sound from a sentence, or from a file of them.
 
     Prints the names of the files that were written, one a line; progress, warnings and errors go to stderr.
     """
     if (prompt is None) == (prompt_file is None):
-        _refuse("PROMPT", "give a prompt, or a file of them with --prompts; one of the two")
+        refuse("PROMPT", "give a prompt, or a file of them with --prompts; one of the two")
     options: client.GenerationOptions = {
         "negative_prompt": negative_prompt,
         "duration": duration,
@@ -183,70 +148,35 @@ def generate(
         "scheduler": scheduler,
         "sampling_rate": sample_rate,
     }
-    place = _Place(
-        model=model, device=device, dtype=dtype, server=server, timeout=timeout,
-        tls=client.TLS(ca_file=tls_ca, cert_file=tls_cert, key_file=tls_key)
-        if tls or tls_ca or tls_cert or tls_key
-        else None,
+    connection = judging.Connection.of_flags(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, timeout=timeout)
+    if not connection.is_default and server is None and scoring is None and reward_server is None:
+        refuse("--tls, --timeout", "are for a connection; give --server as well")
+    judges = JudgeFlags(
+        rank_by=rank_by, reward=reward, clap=clap, scorer=scorer, reward_server=reward_server, scoring=scoring
+    )
+    place = Place(
+        model=model, device=device, dtype=dtype, server=server, connection=connection,
+        best_of=judges.best_of(candidates, clips, server=server, device=device, connection=connection),
     )  # fmt: skip
     if prompt is not None:
         if overwrite or parallel is not None:
-            _refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
+            refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
         _generate_one(
             place, prompt, options, output or Path("clip.wav"), spectrogram, as_json=as_json, quiet=quiet
         )
     elif prompt_file is not None:
         if spectrogram is not None:
-            _refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
+            refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
         if output is None:
-            _refuse("--output", "must name the folder of clips with --prompts")
-        jobs = prompts.read_jobs(prompt_file, options)
-        run = _Folder(folder=output, jobs=jobs, place=place, as_json=as_json)
+            refuse("--output", "must name the folder of clips with --prompts")
+        judging_settings = {} if place.best_of is None else place.best_of.settings()
+        jobs = prompts.read_jobs(prompt_file, options, judging_settings)
+        run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json)
         run.generate(parallel=parallel or _PARALLEL, overwrite=overwrite, quiet=quiet)
 
 
-def _refuse(field: str, description: str) -> NoReturn:
-    raise InvalidInputError(FieldViolation(field, description))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """Where to make the clips: an engine in this process, or a service."""
-
-    model: str | None
-    device: str | None
-    dtype: str | None
-    server: str | None
-    timeout: float | None
-    tls: client.TLS | None
-
-    def __post_init__(self) -> None:
-        if self.server == "":
-            _refuse("--server", "is empty; give HOST:PORT")
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            _refuse("--timeout", f"is {self.timeout:g}, must be seconds above 0")
-        if self.server is None and (self.tls is not None or self.timeout is not None):
-            _refuse("--tls, --timeout", "are for a connection; give --server as well")
-        if self.server is not None and (self.model or self.device or self.dtype):
-            _refuse("--model, --device, --dtype", "are the service's to choose; leave them out with --server")
-
-    @property
-    def name(self) -> str:
-        return self.server or self.model or "mini"
-
-    def open(self, *, batch: int | None = None) -> Source:
-        """Connect to the service, or load the model: `batch` as in `services.cli.local.open_local`."""
-        if self.server is not None:
-            timeout = client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
-            return client.AudioClient(self.server, tls=self.tls, timeout=timeout)
-        # Torch is seconds of import: only where the engine is wanted.
-        from services.cli.local import open_local
-
-        return open_local(self.name, device=self.device or "auto", dtype=self.dtype or "float32", batch=batch)
-
-
 def _generate_one(
-    place: _Place,
+    place: Place,
     prompt: str,
     options: client.GenerationOptions,
     output: Path,
@@ -258,45 +188,43 @@ def _generate_one(
     """Make the clips of one prompt and write them."""
     options["encoding"] = encoding_of(output)
     if spectrogram is not None and spectrogram.suffix.lower() != ".png":
-        _refuse("--spectrogram", f"is {spectrogram}, which must end in .png")
+        refuse("--spectrogram", f"is {spectrogram}, which must end in .png")
     for path in (output, spectrogram):
         if path is not None:
             check_writable(path)
-    with ProgressView(jobs=1, quiet=quiet) as view:
-        view.stage("loading the model" if place.server is None else "connecting")
-        source = place.open()
-        try:
-            made = make(source, prompt, options, lambda update: view.update(prompt, update))
-        except InvalidInputError as error:
-            raise _in_flags(error) from None
-        finally:
-            source.close()
+    made = _make(place, prompt, options, quiet=quiet)
     count = len(made.clips)
-    paths = [numbered(output, clip.index, count) for clip in made.clips]
-    pictures = [numbered(spectrogram, clip.index, count) for clip in made.clips] if spectrogram else []
+    paths = [numbered(output, index, count) for index in range(count)]
+    pictures = [numbered(spectrogram, index, count) for index in range(count)] if spectrogram else []
     for clip, path in zip(made.clips, paths, strict=True):
         write_atomically(path, clip.audio)
     for clip, path in zip(made.clips, pictures, strict=False):
         _write_spectrogram(path, clip, prompt)
-    _warn(made.finished.warnings)
+    warn(made.generation.warnings)
     if as_json:
-        record = _record(made, paths)
-        typer.echo(_json({"prompt": prompt, **record, "spectrograms": [str(path) for path in pictures]}))
-    else:
-        for written in [*paths, *pictures]:
-            typer.echo(written)
+        record = record_of(made, paths, place.best_of)
+        typer.echo(to_json({"prompt": prompt, **record, "spectrograms": [str(path) for path in pictures]}))
+        return
+    if place.best_of is not None and not quiet:
+        _show_candidates(made, place.best_of)
+    for written in [*paths, *pictures]:
+        typer.echo(written)
 
 
-def _in_flags(error: InvalidInputError) -> InvalidInputError:
-    """Spell the fields as the command line does."""
-    return InvalidInputError(
-        *(
-            FieldViolation(_FLAGS.get(v.field, f"--{v.field.replace('_', '-')}"), v.description)
-            if not v.field.startswith("-") and v.field.isidentifier()
-            else v
-            for v in error.violations
-        )
-    )
+def _make(place: Place, prompt: str, options: client.GenerationOptions, *, quiet: bool) -> Made:
+    """Make the clips of one prompt, and choose among them."""
+    with ProgressView(jobs=1, quiet=quiet) as view:
+        view.stage(place.first_stage)
+        maker = place.open()
+        try:
+            made = maker.make(prompt, options, lambda update: view.update(prompt, update))
+            if place.best_of is not None:
+                view.stage("judging")
+            return maker.choose(prompt, made, options.get("clip_count") or 1)
+        except InvalidInputError as error:
+            raise in_flags(error, place.best_of) from None
+        finally:
+            maker.close()
 
 
 def _write_spectrogram(path: Path, clip: client.Clip, prompt: str) -> None:
@@ -306,116 +234,76 @@ def _write_spectrogram(path: Path, clip: client.Clip, prompt: str) -> None:
     write_atomically(path, spectrogram_png(clip.waveform(), clip.sampling_rate, title=prompt[:90]))
 
 
-def _warn(warnings: tuple[str, ...], name: str = "") -> None:
-    for warning in warnings:
-        typer.echo(f"warning: {name}{warning}", err=True)
+def _show_candidates(made: Made, best_of: BestOf) -> None:
+    """Print every candidate on stderr, best first."""
+    details = list(made.candidates[0].details)
+    header = ["candidate", "seed", "reward" if best_of.rank_by == "reward" else "mean CLAP score", *details]
+    rows: list[list[Cell]] = [
+        [
+            f"{candidate.number}",
+            f"{candidate.clip.seed}",
+            candidate.value,
+            *candidate.details.values(),
+            "kept" if rank < len(made.clips) else "",
+        ]
+        for rank, candidate in enumerate(made.candidates)
+    ]
+    print_table([*header, ""], rows, stderr=True)
 
 
-def _record(made: Made, paths: Sequence[Path]) -> dict[str, Any]:
-    """What was made, for machines and for the record beside the clips."""
-    return {
-        "clips": [
-            {
-                "location": str(path),
-                "clip_index": clip.index,
-                "seed": clip.seed,
-                "duration": round(clip.duration, 6),
-                "sampling_rate": clip.sampling_rate,
-            }
-            for clip, path in zip(made.clips, paths, strict=True)
-        ],
-        "model": dataclasses.asdict(made.finished.model),
-        "warnings": list(made.finished.warnings),
-        "timings": {
-            name: round(value, 4) for name, value in dataclasses.asdict(made.finished.timings).items()
-        },
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeFlags:
+    """What the flags say about who chooses among candidates."""
 
+    rank_by: client.RankBy | None
+    reward: str | None
+    clap: str | None
+    scorer: list[str] | None
+    reward_server: str | None
+    scoring: str | None
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Folder:
-    """A folder of clips being made from a file of prompts."""
-
-    folder: Path
-    jobs: tuple[prompts.Job, ...]
-    place: _Place
-    as_json: bool
-
-    def generate(self, *, parallel: int, overwrite: bool, quiet: bool) -> None:
-        """Make what is missing. A prompt that the model refuses is told at the end; the others go on.
+    def best_of(
+        self,
+        candidates: int | None,
+        clips: int | None,
+        *,
+        server: str | None,
+        device: str | None,
+        connection: judging.Connection,
+    ) -> BestOf | None:
+        """Return how the best of `candidates` are chosen; None where all clips are kept.
 
         Raises:
-            InvalidInputError: prompts were refused; all others are made.
-            MilongaError: the service went away, or the folder is full: what was made stays.
+            InvalidInputError: flags that contradict each other, or that `rank_by` does not use.
         """
-        make_folder(self.folder)
-        todo = [
-            job for job in self.jobs if overwrite or not prompts.is_done(self.folder, job, self.place.name)
-        ]
-        refused: list[FieldViolation] = []
-        try:
-            if todo:
-                refused = self._make_all(todo, parallel, quiet)
-        finally:
-            prompts.write_index(self.folder, self.jobs)
-        if not self.as_json:
-            made, kept = len(todo) - len(refused), len(self.jobs) - len(todo)
-            typer.echo(f"{made} made, {kept} there already, {len(refused)} refused", err=True)
-            typer.echo(self.folder / prompts.INDEX)
-        if refused:
-            raise InvalidInputError(*prompts.shortened(refused))
+        if candidates is None:
+            if given := self._given("rank_by", "reward", "clap", "scorer", "reward_server", "scoring"):
+                refuse(given, "chooses among candidates; give --candidates as well")
+            return None
+        if not 1 <= (clips or 1) <= candidates:
+            refuse(
+                "--clips", f"is {clips}, must be between 1 and --candidates ({candidates}), which it keeps"
+            )
+        by_reward = (self.rank_by or "reward") == "reward"
+        if (
+            given := self._given("scorer", "scoring")
+            if by_reward
+            else self._given("reward", "clap", "reward_server")
+        ):
+            other = "clap" if by_reward else "reward"
+            refuse(given, f"is not asked; leave it out, or give --rank-by {other}")
+        if server is not None and not self._given("reward", "scorer", "reward_server", "scoring"):
+            flag = "--reward-server" if by_reward else "--scoring"
+            refuse(flag, "is needed with --server: the address of the service that judges candidates")
+        judges = judging.choose_judges(
+            scorer=self.scorer, reward=self.reward, no_reward=not by_reward, clap=self.clap,
+            scoring=self.scoring, reward_server=self.reward_server, device=device, connection=connection,
+        )  # fmt: skip
+        if by_reward:
+            judges = dataclasses.replace(judges, scorers={})
+        return BestOf(candidates=candidates, rank_by="reward" if by_reward else "clap", judges=judges)
 
-    def _make_all(self, todo: list[prompts.Job], parallel: int, quiet: bool) -> list[FieldViolation]:
-        """Make `todo`, several at a time. Returns what was refused."""
-        refused: list[FieldViolation] = []
-        stop = threading.Event()
-        with ProgressView(jobs=len(todo), quiet=quiet) as view, ThreadPoolExecutor(parallel) as pool:
-            view.stage("loading the model" if self.place.server is None else "connecting")
-            source = self.place.open(batch=parallel)
-            try:
-                pending: dict[Future[Made], prompts.Job] = {
-                    pool.submit(_patiently, source, job, view, stop): job for job in todo
-                }
-                while pending:
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        job = pending.pop(future)
-                        try:
-                            self._write(job, future.result())
-                        except InvalidInputError as error:
-                            refused.append(FieldViolation(job.name, str(error)))
-                        view.done(job.name)
-            finally:
-                # Reached with jobs under way only when something failed, or on Ctrl-C. Closing the source
-                # ends them at once: they may be waiting for a service that says nothing.
-                stop.set()
-                source.close()
-                pool.shutdown(wait=True, cancel_futures=True)
-        return refused
-
-    def _write(self, job: prompts.Job, made: Made) -> None:
-        """Write the clips, then the record that makes them count."""
-        for clip, file in zip(made.clips, job.files, strict=True):
-            write_atomically(self.folder / file, clip.audio)
-        record = {"request": prompts.request_record(job, self.place.name), **_record(made, job.files)}
-        write_atomically(self.folder / f"{job.name}.json", (_json(record) + "\n").encode())
-        _warn(made.finished.warnings, f"{job.name}: ")
-        if self.as_json:
-            typer.echo(_json({"id": job.name, "prompt": job.prompt, **record}))
-
-
-def _patiently(source: Source, job: prompts.Job, view: ProgressView, stop: threading.Event) -> Made:
-    """`make`, coming back as often as a full queue asks for it."""
-    for left in reversed(range(_MAX_TRIES)):
-        if stop.is_set():
-            break
-        try:
-            return make(source, job.prompt, job.options, lambda update: view.update(job.name, update), stop)
-        except QueueFullError as error:
-            if not left:
-                raise
-            stop.wait(error.retry_after)
-    raise RequestCancelledError("stopped")
+    def _given(self, *names: str) -> str:
+        """The first of the flags that was given; empty if none was."""
+        given = (f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None)
+        return next(given, "")

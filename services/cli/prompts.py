@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from services.cli.outputs import numbered, write_atomically
@@ -46,6 +47,8 @@ class Job:
     """What to hear."""
     options: GenerationOptions
     """The line's own settings over those of the command; always with a seed."""
+    judging: Mapping[str, Any] = field(default_factory=dict)
+    """How the best of several candidates are chosen, as the record keeps it; empty where all are kept."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -55,7 +58,9 @@ class Job:
         return tuple(numbered(Path(f"{self.name}.wav"), index, count) for index in range(count))
 
 
-def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
+def read_jobs(
+    path: Path, defaults: GenerationOptions, judging: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Job, ...]:
     """Return the jobs of a file of prompts.
 
     A line without a seed, where `defaults` has none either, takes one from its name and prompt: what is
@@ -77,7 +82,7 @@ def read_jobs(path: Path, defaults: GenerationOptions) -> tuple[Job, ...]:
         if not line.strip():
             continue
         fields, fault = _parse(line)
-        job = None if fault else _job(number, fields, defaults)
+        job = None if fault else _job(number, fields, defaults, judging)
         # Compared without case, since some file systems are.
         names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
         if job is not None and names & taken:
@@ -126,7 +131,9 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
     return fields, None
 
 
-def _job(number: int, fields: Mapping[str, Any], defaults: GenerationOptions) -> Job:
+def _job(
+    number: int, fields: Mapping[str, Any], defaults: GenerationOptions, judging: Mapping[str, Any]
+) -> Job:
     prompt = str(fields["prompt"])
     name = str(fields["id"]) if "id" in fields else f"{number:05d}-{_slug(prompt)}".rstrip("-")
     own = {key: value for key, value in fields.items() if key not in ("id", "prompt")}
@@ -134,7 +141,7 @@ def _job(number: int, fields: Mapping[str, Any], defaults: GenerationOptions) ->
     if options.get("seed") is None:
         digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).digest()
         options["seed"] = int.from_bytes(digest, "big")
-    return Job(name=name, prompt=prompt, options=options)
+    return Job(name=name, prompt=prompt, options=options, judging=judging)
 
 
 def _slug(prompt: str) -> str:
@@ -146,7 +153,9 @@ def request_record(job: Job, source: str) -> dict[str, Any]:
 
     `source` is the model URI, or the service's address.
     """
-    settings = {key: value for key, value in sorted(job.options.items()) if value is not None}
+    settings = {key: value for key, value in sorted(job.options.items()) if value is not None} | {
+        **job.judging
+    }
     return {"prompt": job.prompt, "source": source, "settings": settings}
 
 

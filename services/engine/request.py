@@ -4,13 +4,10 @@ The field names are those of the wire, so that a violation found here can be rep
 """
 
 import math
-import unicodedata
 from dataclasses import dataclass
 
 from services.errors import FieldViolation, InvalidInputError
-
-# Control, surrogate, line separator, paragraph separator.
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+from services.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +38,7 @@ class GenerationRequest:
 class Limits:
     """The ranges that a request must lie in. All bounds are inclusive."""
 
-    max_prompt_characters: int = 1000
+    max_prompt_characters: int = MAX_PROMPT_CHARACTERS
     """Longest prompt and negative prompt, in characters."""
     min_duration: float
     """Shortest clip in seconds: one latent frame."""
@@ -62,8 +59,11 @@ class Limits:
 def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolation, ...]:
     """Return every violated field of `request`, in the order of the fields; empty if there is none."""
     found = (
-        ("prompt", _prompt_fault(request.prompt, limits, may_be_blank=False)),
-        ("negative_prompt", _prompt_fault(request.negative_prompt, limits, may_be_blank=True)),
+        ("prompt", prompt_fault(request.prompt, limits.max_prompt_characters)),
+        (
+            "negative_prompt",
+            prompt_fault(request.negative_prompt, limits.max_prompt_characters, may_be_blank=True),
+        ),
         ("duration", _number_fault(request.duration, limits.min_duration, limits.max_duration, " s")),
         ("clip_count", _number_fault(request.clip_count, 1, limits.max_clip_count)),
         ("seed", _number_fault(request.seed, 0, limits.max_seed)),
@@ -80,17 +80,6 @@ def validate(request: GenerationRequest, limits: Limits) -> None:
     found = violations(request, limits)
     if found:
         raise InvalidInputError(*found)
-
-
-def _prompt_fault(prompt: str, limits: Limits, *, may_be_blank: bool) -> str | None:
-    if len(prompt) > limits.max_prompt_characters:
-        return f"has {len(prompt)} characters, the limit is {limits.max_prompt_characters}; shorten it"
-    for position, character in enumerate(prompt):
-        if unicodedata.category(character) in _REFUSED_CATEGORIES:
-            return f"has the control character U+{ord(character):04X} at position {position}; remove it"
-    if not may_be_blank and not prompt.strip():
-        return "is empty; describe the sound, for example 'A dog barks then a siren wails'"
-    return None
 
 
 def _number_fault(value: float, low: float, high: float, unit: str = "") -> str | None:

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from services.models.weights import quiet_loading
 from services.resampling import resample
 
 Waveform = NDArray[np.float32]
@@ -33,6 +34,9 @@ Waveform = NDArray[np.float32]
 Padding = Literal["repeatpad", "repeat", "pad"]
 """How a clip shorter than a window is made to fill it: repeated whole times and then silence (LAION's way),
 repeated and cut, or followed by silence."""
+
+PADDINGS: tuple[str, ...] = get_args(Padding)
+"""All of them."""
 
 MIN_SECONDS, MAX_SECONDS = 0.1, 60.0
 """Shortest and longest clip that is embedded."""
@@ -188,9 +192,9 @@ class ClapModel(nn.Module):
         starts = self._starts(len(samples_N))
         return torch.from_numpy(np.stack([samples_N[start : start + size] for start in starts])).float()
 
-    def _starts(self, count: int) -> list[int]:
-        """First sample of each window of a clip of `count` samples."""
-        windows = max(1, -(-count // self.window_samples))
+    def _starts(self, count: int, windows: int | None = None) -> list[int]:
+        """First sample of each window of a clip of `count` samples; `windows` says how many, where known."""
+        windows = windows or max(1, -(-count // self.window_samples))
         return [round(s) for s in np.linspace(0, max(0, count - self.window_samples), windows)]
 
     def audio_features(self, windows_WS: Tensor) -> Tensor:
@@ -221,7 +225,9 @@ class ClapModel(nn.Module):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
             # One at a time would be one pass each; padded together they differ by rounding only.
-            made = dict(zip(missing, self.text_features(missing).float().cpu(), strict=True))
+            # Copies: as a view, each kept row would keep its whole batch.
+            rows = [row.clone() for row in self.text_features(missing).float().cpu()]
+            made = dict(zip(missing, rows, strict=True))
             self.cache.put(made)
             found |= made
         return torch.stack([found[prompt] for prompt in prompts])
@@ -251,7 +257,11 @@ class ClapModel(nn.Module):
         steps = hidden_WAC.shape[1]
         centres_A = (torch.arange(steps) + 0.5) * (self.window_samples / self.sampling_rate / steps)
         parts = torch.split(hidden_WAC, [len(clip) for clip in clips])
-        starts = [self._starts(round(length * self.sampling_rate)) for length in seconds]
+        # Seconds may round to one sample more than were cut, and so to one window more.
+        starts = [
+            self._starts(round(length * self.sampling_rate), len(clip))
+            for clip, length in zip(clips, seconds, strict=True)
+        ]
         times = [torch.cat([s / self.sampling_rate + centres_A for s in clip]) for clip in starts]
         pad = nn.utils.rnn.pad_sequence
         hidden_BAC = pad([part.flatten(0, 1) for part in parts], batch_first=True)
@@ -265,9 +275,10 @@ class ClapModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder (safetensors) that `load_clap` and `transformers.AutoModel` read."""
-        self.clap.save_pretrained(folder, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder)
-        self.extractor.save_pretrained(folder)
+        with quiet_loading():
+            self.clap.save_pretrained(folder, safe_serialization=True)
+            self.tokenizer.save_pretrained(folder)
+            self.extractor.save_pretrained(folder)
 
     def _heard(self, windows_WS: Tensor) -> dict[str, Tensor]:
         mel_W1TM = self.mel(windows_WS)

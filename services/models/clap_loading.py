@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.clap import ClapModel
+from services.models.clap import PADDINGS, ClapModel
 from services.models.loading import pick_device, read_json, read_shapes
 from services.models.weights import check_weights, on_meta, quiet_loading
 
@@ -41,6 +41,9 @@ def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
                 folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
             extractor = transformers.ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        check_extractor(folder, config.audio_config, extractor)
+    except ModelFormatError:
+        raise
     except Exception as error:  # whatever the library raises here, the folder is to blame
         raise ModelFormatError(f"{folder} can't be loaded: {_one_line(error)}") from error
     tokenizer = load_tokenizer(folder, clap.config.text_config.vocab_size)
@@ -87,6 +90,37 @@ def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
     check_weights(str(folder), module, shapes)
 
 
+def check_extractor(
+    folder: Path, audio: transformers.ClapAudioConfig, extractor: transformers.ClapFeatureExtractor
+) -> None:
+    """Raise `ModelFormatError` unless the spectrograms of `extractor` are what the audio encoder takes.
+
+    They can be of its size and yet of the other bank of filters: fused and unfused models have one each.
+    """
+    wanted = "fusion" if audio.enable_fusion else "rand_trunc"
+    faults = [
+        f"{name} is {value!r}, not {known}"
+        for name, value, known, holds in (
+            ("sampling_rate", extractor.sampling_rate, "positive", extractor.sampling_rate > 0),
+            ("padding", extractor.padding, f"one of {PADDINGS}", extractor.padding in PADDINGS),
+            ("truncation", extractor.truncation, repr(wanted), extractor.truncation == wanted),
+            (
+                "feature_size",
+                extractor.feature_size,
+                f"the model's {audio.num_mel_bins}",
+                extractor.feature_size == audio.num_mel_bins,
+            ),
+        )
+        if not holds
+    ]
+    frames = extractor.nb_max_samples // max(extractor.hop_length, 1) + 1
+    most = audio.spec_size * (audio.spec_size // audio.num_mel_bins)
+    if not 1 < frames <= most:
+        faults.append(f"a window has {frames} frames, and the model takes 2 to {most}")
+    if faults:
+        raise ModelFormatError(f"{folder}/preprocessor_config.json is not this model's: {'; '.join(faults)}")
+
+
 def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in `folder`, which must know `vocabulary` tokens.
 
@@ -105,6 +139,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedToke
             f"{folder}: its tokenizer knows {known} tokens, and the text encoder {vocabulary}; "
             "its files (tokenizer.json, or vocab.json and merges.txt) are missing or another model's"
         )
+    if tokenizer.pad_token_id is None:
+        raise ModelFormatError(f"{folder}: its tokenizer has no pad_token")
     return tokenizer
 
 

@@ -176,11 +176,16 @@ class RewardModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the head (safetensors) and its config into `folder`; CLAP stays where it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.head.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        text = json.dumps({"model_type": MODEL_TYPE, **asdict(self.config)}, indent=2) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        save_head(self.head, self.config, folder)
+
+
+def save_head(head: RewardHead, config: RewardConfig, folder: Path) -> None:
+    """Write a head's weights, in their own precision, and its config into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    text = json.dumps({"model_type": MODEL_TYPE, **asdict(config)}, indent=2) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def time_features(seconds_BA: Tensor, width: int) -> Tensor:

@@ -1,15 +1,19 @@
-"""Model URIs: names of weights that resolve once, to an immutable folder whose digest is known.
+"""Model URIs: names of weights that resolve once, to an immutable folder or file whose digest is known.
 
 ==========================  =====================================================================
-``mini``, ``mini-base``     the embedded family
+``mini``, ``mini-base``     the embedded family: the models that make sound
+``mini:NAME``               any member of it: ``mini:clap-a``
 ``file:PATH``               a model folder
 ``hf:OWNER/NAME[@REV]``     a snapshot from the Hugging Face hub; only safetensors are fetched
+``laion:PATH``              a LAION CLAP checkpoint (``.pt``)
+``laion-clap:PATH``         the same file, read by the laion_clap package
 ``models:/NAME/VERSION``    the MLflow registry (not in this release)
 ==========================  =====================================================================
 
 Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is served, or nothing.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Self
 
 from milonga.v1 import model_pb2
 from services.errors import (
+    DigestMismatchError,
     FieldViolation,
     InvalidInputError,
     ModelError,
@@ -24,7 +29,15 @@ from services.errors import (
 )
 
 EMBEDDED = ("mini", "mini-base")
+"""Members of the embedded family that need no prefix."""
 
+LAION_SCHEMES = ("laion", "laion-clap")
+"""Schemes that name one file."""
+
+_FORMS = (
+    f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH "
+    "or models:/NAME/VERSION"
+)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # Never pickles: what is not fetched can't be loaded by mistake.
@@ -36,7 +49,7 @@ class ModelURI:
     """A model URI, taken apart."""
 
     scheme: str
-    """embedded, file, hf or models."""
+    """embedded, file, hf, laion, laion-clap or models."""
     path: str
     """What follows the scheme; the name of an embedded model."""
     digest: str | None = None
@@ -55,19 +68,18 @@ class ModelURI:
         if location in EMBEDDED:
             return cls(scheme="embedded", path=location, digest=pin or None)
         scheme, _, path = location.partition(":")
-        if scheme not in ("file", "hf", "models") or not path:
-            raise _invalid(
-                f"is {text[:80]!r}, must be {', '.join(EMBEDDED)}, file:PATH, hf:OWNER/NAME "
-                "or models:/NAME/VERSION"
-            )
+        if scheme not in ("mini", "file", "hf", *LAION_SCHEMES, "models") or not path:
+            raise _invalid(f"is {text[:80]!r}, must be {_FORMS}")
+        if scheme == "mini":
+            return cls(scheme="embedded", path=_member(path), digest=pin or None)
         if scheme == "hf" and not _HUB_NAME.fullmatch(path):
             raise _invalid(f"is {text[:80]!r}, must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
         return cls(scheme=scheme, path=path, digest=pin or None)
 
     @property
     def needs_network(self) -> bool:
-        """Whether resolving may fetch something."""
-        return self.scheme == "hf"
+        """Whether resolving or loading may fetch something: LAION's checkpoints lack their tokenizer."""
+        return self.scheme in ("hf", *LAION_SCHEMES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +87,7 @@ class ResolvedModel:
     """Weights that were found, and whose every file has the digest that its manifest says."""
 
     folder: Path
-    """The model folder."""
+    """The model folder; of LAION's checkpoints the file."""
     name: str
     """Name of the model."""
     version: str
@@ -103,9 +115,11 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
         ModelError: a registry that this release does not know.
     """
     uri = ModelURI.parse(uri) if isinstance(uri, str) else uri
+    if uri.scheme in LAION_SCHEMES:
+        return _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
     folder = _folder(uri)
     if not folder.is_dir():
-        raise ModelNotFoundError(f"model: {folder} is no folder; give the folder that holds model_index.json")
+        raise ModelNotFoundError(f"model: {folder} is no folder; give the one that holds the model's files")
     from services.models.manifest import verify_manifest
 
     manifest = verify_manifest(folder, uri.digest)
@@ -116,6 +130,20 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
         digest=manifest.digest,
         license=manifest.license,
     )
+
+
+def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
+    """A single file, which carries no manifest: its bytes are its identity."""
+    try:
+        with path.open("rb") as file:
+            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"model: {path} can't be read: {error.strerror}; give the path of a LAION checkpoint (.pt)"
+        ) from error
+    if pin not in (None, digest):
+        raise DigestMismatchError(f"{path} is {digest}, not {pin}; correct the pin or the model URI")
+    return ResolvedModel(folder=path, name=path.stem, version="unversioned", digest=digest, license="unknown")
 
 
 def _folder(uri: ModelURI) -> Path:
@@ -159,6 +187,14 @@ def _snapshot(path: str) -> Path:
         raise ModelNotFoundError(
             f"model: hf:{path} is not in the cache and could not be fetched: {reason}"
         ) from error
+
+
+def _member(name: str) -> str:
+    from services.models.mini import PARTS
+
+    if name not in PARTS:
+        raise _invalid(f"is 'mini:{name[:80]}', must be mini: and one of {', '.join(PARTS)}")
+    return name
 
 
 def _invalid(description: str) -> InvalidInputError:

@@ -141,7 +141,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
 def _bind(
     server: grpc.aio.Server, field: str, address: str, credentials: grpc.ServerCredentials | None
 ) -> int:
-    _check_free(field, address)
+    check_free(field, address)
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -154,7 +154,7 @@ def _bind(
         ) from error
 
 
-def _check_free(field: str, address: str) -> None:
+def check_free(field: str, address: str) -> None:
     """Refuse an address that can't be bound, with the system's own reason: gRPC gives none."""
     host, _, port = address.rpartition(":")
     if address.startswith("unix"):

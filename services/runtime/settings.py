@@ -84,8 +84,9 @@ def load_settings(kind: type[Settings], **flags: Any) -> Settings:
     except ValidationError as error:
         raise InvalidInputError(*(_violation(fault) for fault in error.errors())) from error
     except SettingsError as error:
-        # A list in the environment that is no JSON; the message names the field.
-        raise InvalidInputError(FieldViolation("settings", f"{error}; lists are JSON: [1, 2, 4]")) from error
+        # A list or table in the environment that is no JSON; the message names the field.
+        remedy = 'lists and tables are JSON: [1, 2, 4], {"a": "mini:clap-a"}'
+        raise InvalidInputError(FieldViolation("settings", f"{error}; {remedy}")) from error
 
 
 def _violation(fault: Any) -> FieldViolation:

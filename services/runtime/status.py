@@ -105,6 +105,18 @@ def from_status(code: grpc.StatusCode, text: str, details: bytes | None) -> Milo
     return _rebuild(kind_of_error or _class_of_code(code, retry), code, message, bad_request, retry)
 
 
+def retry_delay(details: bytes | None) -> float | None:
+    """Return the seconds that a status asks its caller to stay away; None where it does not say.
+
+    `details` as for `from_status`. Any code may carry it: proxies say so of UNAVAILABLE too.
+    """
+    retry = error_details_pb2.RetryInfo()
+    for detail in _parse(details).details:
+        if detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+    return retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
+
+
 def _rebuild(
     kind: type[MilongaError],
     code: grpc.StatusCode,

@@ -30,7 +30,7 @@ from services.errors import (
 )
 from services.models.manifest import write_manifest
 from tests.services.models.released import write_released
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 
 PROMPT = "a dog barks then a siren wails"
 QUICK = ("--steps", "2", "--duration", "0.64")
@@ -74,7 +74,7 @@ def test_help_needs_no_torch_and_documents_the_exit_codes() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Exit codes" in done.stdout
-    for command in ("generate", "serve", "convert", "doctor"):
+    for command in ("generate", "score", "serve", "up", "convert", "doctor"):
         assert command in done.stdout
 
 
@@ -473,6 +473,38 @@ def test_doctor_finds_what_serve_would_refuse(
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks[f"file:{folder}"]["status"] == "missing"
     assert "truncated" in checks[f"file:{folder}"]["found"]
+
+
+def test_doctor_knows_every_kind_of_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clap, whole, cut = tiny_clap(), tmp_path / "whole", tmp_path / "cut"
+    clap.save(whole / "clap")
+    tiny_reward(clap).save(whole / "reward")
+    shutil.copytree(whole, cut)
+    for name in ("clap", "reward"):
+        (cut / name / "model.safetensors").write_bytes((whole / name / "model.safetensors").read_bytes()[:-9])
+    flags = [f"--model=file:{folder / name}" for folder in (whole, cut) for name in ("clap", "reward")]
+    cli.run(["doctor", "--json", *flags])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    for name in ("clap", "reward"):
+        assert checks[f"file:{whole / name}"]["status"] == "ok"
+        assert checks[f"file:{cut / name}"]["status"] == "missing"
+    # Whether they are there depends on what is installed; that they are looked for does not.
+    assert {"mini", "mini-base", "mini:clap-a", "mini:clap-b", "mini:reward"} <= checks.keys()
+
+
+def test_doctor_says_where_laion_clap_belongs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions: dict[str, str | None] = {"numpy": "2.4.0", "laion-clap": None}
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, installed(name)))
+    (note,) = [check for check in doctor.package_checks() if check.name == "[laion-clap]"]
+    assert note.status == "note"
+    assert "environment of its own" in note.remedy
+    versions["laion-clap"] = "1.1.7"
+    found = [check for check in doctor.package_checks() if check.name == "laion-clap"]
+    assert [check.status for check in found] == ["ok", "missing"]
+    assert "numpy 2.4.0" in found[1].found
 
 
 def test_doctor_wants_what_pyproject_says() -> None:

@@ -142,7 +142,7 @@ def test_leaving_an_asynchronous_stream_cancels_it(served: Served, engine: Engin
         async with AsyncAudioClient(served.target) as client:
             updates = client.stream("a dog barks", num_inference_steps=1000)
             await anext(updates)
-            await updates.aclose()  # type: ignore[attr-defined]  # it is a generator
+            await updates.aclose()
 
     asyncio.run(leave())
     end = time.monotonic() + 5

@@ -1,9 +1,14 @@
 """Train one of the two mini CLAP models: sound and sentence in one space, by contrast.
 
     python -m training.mini.clap --name clap-a --work build/mini
+    python -m training.mini.clap --name clap-a --work build/mini --init FOLDER    # sound side from there
 
 Every caption of a clip stands against those of the batch and against its own hard negatives: an event
 missing, an event replaced, and for sequences the order swapped. The architecture is that of the real ones.
+
+The text encoder first learns to parse captions, and goes on with it beside: its tokens keep what came first,
+as those of a language model do, for whoever reads them (the reward model). Its pooled embedding does not, as
+the one of the sound knows no order either.
 
 Shape legend: B batch, N samples, D embedding width, K captions of a clip (the true one and its negatives).
 """
@@ -19,8 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.models.clap import ClapModel
+from services.models.clap_loading import load_clap
 from training.mini.clap_tokenizer import build_tokenizer
 from training.mini.loop import LoopConfig, fit
+from training.mini.parsing import Parser, parsing_batch
 from training.soundworld.captions import (
     CaptionTruth,
     drop,
@@ -32,6 +39,10 @@ from training.soundworld.scenes import Scene, SceneConfig, make_scene, split_of
 
 SEEDS = {"clap-a": 707, "clap-b": 808}
 BATCH = 32
+PARSING = LoopConfig(steps=400, learning_rate=1.5e-3, warmup=50)
+PARSING_WEIGHT = 0.3
+PARSED = 48
+"""Captions parsed a step."""
 LOOP = LoopConfig(steps=2_400, learning_rate=1.5e-3, warmup=150, ema=0.995, decay=0.4)
 SHORT = SceneConfig(single=0.2, sequence=0.5)
 LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
@@ -176,21 +187,41 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--name", choices=sorted(SEEDS), required=True)
     parser.add_argument("--steps", type=int, default=LOOP.steps)
+    parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
+    parser.add_argument("--init", type=Path, help="take the sound side from the CLAP model in this folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seed = SEEDS[arguments.name]
     torch.manual_seed(seed)
     model = build(build_tokenizer())
+    text_config = model.clap.config.text_config
+    reader = Parser(model.clap.text_model, text_config.hidden_size, text_config.pad_token_id)
+    folder = arguments.work / arguments.name
+
+    def parsing_loss(step: int) -> Tensor:
+        return reader.loss(*parsing_batch(np.random.default_rng([seed, 1, step]), model.tokenizer, PARSED))
+
+    fit(reader, lambda step: (parsing_loss(step), {}), PARSING, folder / "parsing", title="parsing")
+    if arguments.init:
+        start = load_clap(arguments.init).clap
+        model.clap.audio_model.load_state_dict(start.audio_model.state_dict())
+        model.clap.audio_projection.load_state_dict(start.audio_projection.state_dict())
+        model.clap.text_projection.load_state_dict(start.text_projection.state_dict())
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         config = LONG if step % LONG_EVERY == 0 else SHORT
         scenes = [make_scene(seed, step * BATCH + i, config) for i in range(BATCH)]
-        return loss_of(model, scenes, np.random.default_rng([seed, step]))
+        loss, figures = loss_of(model, scenes, np.random.default_rng([seed, step]))
+        parsing = parsing_loss(PARSING.steps + step)
+        return loss + PARSING_WEIGHT * parsing, figures | {"parsing": parsing.item()}
 
-    folder = arguments.work / arguments.name
-    model.train()
-    fit(model, loss_at, replace(LOOP, steps=arguments.steps), folder, title=arguments.name)
+    both = nn.ModuleDict({"model": model, "parser": reader})
+    config = replace(LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate)
+    fit(both.train(), loss_at, config, folder, title=arguments.name)
     model.eval().save(folder / "final")
+    held_out = parsing_batch(np.random.default_rng([seed, 2]), model.tokenizer, 256, held_out=True)
+    right = reader.accuracy(*held_out)
+    print(f"held-out captions: {right:.4f} of the words told which event they name, and when")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Put the trained parts together as the folders that ship: `mini`, `mini-base` and the tagger.
+"""Put the trained parts together as the folders that ship.
 
 python -m training.mini.package --work build/mini --target services/models/mini
+python -m training.mini.package --only clap-a --only clap-b --only reward
 """
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from services.models.clap_loading import load_clap
 from services.models.manifest import write_manifest
+from services.models.mini import PARTS
+from services.models.reward import WEIGHTS_NAME, RewardHead, read_reward_config, save_head
 from services.models.schedulers import SD21_CONFIG
 from services.models.tagger import EventTagger
 from services.models.tango import TangoPipeline
@@ -50,23 +56,55 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+def package_pipeline(work: Path, name: str, target: Path) -> None:
+    """A text-to-audio model of the denoiser `name` and the parts that all share."""
+    pipeline = assemble(work, work / name / "final")
+    pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
+
+
+def package_clap(work: Path, name: str, target: Path) -> None:
+    """A CLAP model, in half precision."""
+    model = load_clap(work / name / "final")
+    model.clap.half()
+    model.save(target)
+
+
+def package_reward(work: Path, name: str, target: Path) -> None:
+    """What `milonga train reward --recipe mini` wrote, its weights in half precision."""
+    config = read_reward_config(work / name)
+    head = RewardHead(config)
+    head.load_state_dict(load_file(work / name / WEIGHTS_NAME))
+    save_head(head.half(), config, target)
+
+
+def package_tagger(work: Path, name: str, target: Path) -> None:
+    """The judge, in half precision."""
+    EventTagger.from_pretrained(work / name / "final").half().save_pretrained(target)
+
+
+PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
+    "mini": package_pipeline,
+    "mini-base": package_pipeline,
+    "clap-a": package_clap,
+    "clap-b": package_clap,
+    "reward": package_reward,
+    "tagger": package_tagger,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--target", type=Path, default=Path("services/models/mini"))
+    parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
     arguments = parser.parse_args()
     arguments.target.mkdir(parents=True, exist_ok=True)
-    for name in DENOISERS:
+    for name in arguments.only or PARTS:
         temporary = arguments.target / f".{name}.tmp"
-        assemble(arguments.work, arguments.work / name / "final").to(torch.float16).save_pretrained(
-            temporary, safe_serialization=True
-        )
+        shutil.rmtree(temporary, ignore_errors=True)
+        PACKAGERS[name](arguments.work, name, temporary)
         write_manifest(temporary, name=name, version=VERSION, license=LICENSE)
         _replace(temporary, arguments.target / name)
-    temporary = arguments.target / ".tagger.tmp"
-    EventTagger.from_pretrained(arguments.work / "tagger" / "final").half().save_pretrained(temporary)
-    write_manifest(temporary, name="tagger", version=VERSION, license=LICENSE)
-    _replace(temporary, arguments.target / "tagger")
     megabytes = sum(p.stat().st_size for p in arguments.target.rglob("*") if p.is_file()) / 1e6
     print(f"{arguments.target}: {megabytes:.1f} MB")
 

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ PIN = "sha256:" + "0" * 64
         ("file:/models/tango2", "file", "/models/tango2", None),
         ("file:tango2#" + PIN, "file", "tango2", PIN),
         ("hf:declare-lab/tango2@main", "hf", "declare-lab/tango2@main", None),
+        ("mini:clap-a", "embedded", "clap-a", None),
+        ("mini:mini", "embedded", "mini", None),
+        ("laion:/models/630k-audioset-best.pt#" + PIN, "laion", "/models/630k-audioset-best.pt", PIN),
+        ("laion-clap:best.pt", "laion-clap", "best.pt", None),
         ("models:/tango/3", "models", "/tango/3", None),
     ],
 )
@@ -34,6 +39,10 @@ def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | N
         "hf:tango2",
         "hf:../../etc",
         "mini#",
+        "mini:",
+        "mini:../tagger",
+        "laion:",
+        "laion-clap",
         "mini#sha256:12",
         "mini#md5:" + "0" * 64,
     ],
@@ -43,6 +52,13 @@ def test_what_is_no_model_uri_is_refused_in_one_line(text: str) -> None:
         ModelURI.parse(text)
     assert [v.field for v in caught.value.violations] == ["model"]
     assert "\n" not in str(caught.value)
+
+
+def test_the_refusal_lists_every_form_and_every_member() -> None:
+    with pytest.raises(InvalidInputError, match=r"mini:NAME, file:PATH.*laion:PATH, laion-clap:PATH"):
+        ModelURI.parse("maxi")
+    with pytest.raises(InvalidInputError, match=r"clap-a, clap-b, reward"):
+        ModelURI.parse("mini:clap-c")
 
 
 def test_nothing_is_where_the_uri_points(tmp_path: Path) -> None:
@@ -64,3 +80,26 @@ def test_a_folder_resolves_to_its_digest_and_the_pin_is_checked(tmp_path: Path) 
     with pytest.raises(DigestMismatchError) as caught:
         resolve(f"file:{folder}#{PIN}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_member_of_the_family_resolves_to_its_folder() -> None:
+    model = resolve("mini:tagger")
+    assert model.folder.name == "tagger"
+    assert resolve("mini:mini") == resolve("mini")
+
+
+@pytest.mark.parametrize("scheme", ["laion", "laion-clap"])
+def test_a_laion_checkpoint_is_known_by_its_bytes(tmp_path: Path, scheme: str) -> None:
+    path = tmp_path / "630k-best.pt"
+    path.write_bytes(b"weights")
+    model = resolve(f"{scheme}:{path}")
+    assert (model.folder, model.name, model.version) == (path, "630k-best", "unversioned")
+    assert model.license == "unknown"
+    assert model.digest == f"sha256:{hashlib.sha256(b'weights').hexdigest()}"
+    assert resolve(f"{scheme}:{path}#{model.digest}") == model
+    with pytest.raises(DigestMismatchError, match=PIN) as caught:
+        resolve(f"{scheme}:{path}#{PIN}")
+    assert "\n" not in str(caught.value)
+    for missing in (tmp_path / "absent.pt", tmp_path):
+        with pytest.raises(ModelNotFoundError, match="LAION checkpoint"):
+            resolve(f"{scheme}:{missing}")

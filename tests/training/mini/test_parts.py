@@ -9,7 +9,7 @@ import torch
 from services.models.loading import load_tango
 from services.models.mel import LogMel
 from services.models.mini import mini_folder
-from training.mini import autoencoder, denoiser, text_encoder, vocoder
+from training.mini import autoencoder, denoiser, parsing, text_encoder, vocoder
 from training.mini.latents import SHORT, LatentSet, load_shards
 from training.mini.package import assemble
 from training.mini.restore import restore
@@ -22,12 +22,12 @@ def test_each_word_is_labelled_with_its_event_and_rank() -> None:
     tokenizer = text_encoder.build_tokenizer()
     rng = np.random.default_rng(0)
     for _ in range(50):
-        ids, labels = text_encoder.labelled_caption(rng, tokenizer)
+        ids, labels = parsing.labelled_caption(rng, tokenizer)
         assert len(ids) == len(labels) <= text_encoder.TEXT_LENGTH
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.unk_token_id not in ids
-        roles = {label % text_encoder.ROLES for label in labels if label != text_encoder.IGNORED}
-        classes = {label // text_encoder.ROLES for label in labels if label != text_encoder.IGNORED}
+        roles = {label % parsing.ROLES for label in labels if label != parsing.IGNORED}
+        classes = {label // parsing.ROLES for label in labels if label != parsing.IGNORED}
         assert roles in ({0, 1}, {0, 1, 2}, {3}, {4})
         assert max(classes) < len(CLASSES)
 

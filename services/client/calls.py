@@ -1,0 +1,192 @@
+"""One call: its deadline, its retries, its errors. Written once, for both ways to wait."""
+
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from services.client.connection import Connection
+from services.client.transport import (
+    Answer,
+    Messages,
+    Request,
+    Response,
+    Service,
+    Stream,
+    Stub,
+    Transport,
+    Unary,
+)
+from services.errors import (
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidInputError,
+    MilongaError,
+    QueueFullError,
+    ServiceUnavailableError,
+)
+from services.runtime import status
+
+T = TypeVar("T")
+
+_FIRST_WAIT_SECONDS, _GROWTH, _LONGEST_WAIT_SECONDS = 0.2, 3.0, 5.0
+# So that callers who were refused together do not come back together.
+_JITTER = 0.2
+
+
+class Deadline:
+    """When a call, or several that make up one, must be done."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; negative when it has passed."""
+        return self._end - time.monotonic()
+
+
+class Calls:
+    """Makes calls over a transport. Raises the tree of `services.errors`."""
+
+    def __init__(self, connection: Connection, transport: Transport) -> None:
+        self._connection = connection
+        self._transport = transport
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        """Return the deadline of a call that begins now; None means the connection's own timeout."""
+        return Deadline(self._connection.timeout if timeout is None else timeout)
+
+    def address(self, service: Service[Any]) -> str:
+        """Return where a service is.
+
+        Raises:
+            InvalidInputError: nothing says so; names the missing argument.
+        """
+        return self._connection.address(service.argument, service.name)
+
+    async def unary(
+        self,
+        rpc: Unary[Stub, Request, Response, Answer],
+        build: Callable[[], Request],
+        timeout: float | None,
+    ) -> Answer:
+        """Build the request, call, and read the answer."""
+        deadline, address = self.deadline(timeout), self.address(rpc.service)
+        request = await self._transport.offload(build) if rpc.heavy else build()
+        response = await self._with_retries(
+            rpc.service,
+            address,
+            deadline,
+            lambda seconds: self._transport.unary(rpc, address, request, seconds),
+        )
+        return rpc.read(response)
+
+    async def stream(
+        self, rpc: Stream[Stub, Request, Response, Answer], request: Request, timeout: float | None
+    ) -> AsyncGenerator[Answer, None]:
+        """Call, and read the answers as they come. Tried again only while nothing has come."""
+        deadline, address = self.deadline(timeout), self.address(rpc.service)
+
+        async def begin(seconds: float) -> tuple[Messages[Response], Response | None]:
+            messages = self._transport.stream(rpc, address, request, seconds)
+            try:
+                return messages, await messages.read()
+            except BaseException:
+                messages.cancel()
+                raise
+
+        messages, message = await self._with_retries(rpc.service, address, deadline, begin)
+        try:
+            while message is not None:
+                yield rpc.read(message)
+                message = await messages.read()
+        except grpc.RpcError as error:
+            raise _read_failure(error, rpc.service, address).error from error
+        finally:
+            messages.cancel()
+
+    async def close(self) -> None:
+        """Close the channels."""
+        await self._transport.close()
+
+    async def _with_retries(
+        self,
+        service: Service[Any],
+        address: str,
+        deadline: Deadline,
+        attempt: Callable[[float], Awaitable[T]],
+    ) -> T:
+        """`attempt` within the seconds that are left, again and again while coming back helps."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return await attempt(deadline.left)
+            except grpc.RpcError as error:
+                failure = _read_failure(error, service, address)
+                wait = failure.wait(tries)
+                # Where the wait would outlast the deadline, why it was refused says more than that it passed.
+                if wait is None or tries > self._connection.retries or wait >= deadline.left:
+                    raise failure.error from error
+            await self._transport.pause(wait)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failure:
+    """Why an attempt failed."""
+
+    error: MilongaError
+    retry_after: float | None
+    """Seconds that the service asks to stay away; None where it does not say."""
+
+    def wait(self, tries: int) -> float | None:
+        """Seconds to the next attempt after so many; None where coming back does not help."""
+        full = isinstance(self.error, QueueFullError) and self.retry_after is not None
+        if not full and not isinstance(self.error, ServiceUnavailableError):
+            return None
+        backoff = min(_FIRST_WAIT_SECONDS * _GROWTH ** (tries - 1), _LONGEST_WAIT_SECONDS)
+        jittered = backoff * random.uniform(1 - _JITTER, 1 + _JITTER)
+        return max(jittered, (self.retry_after or 0.0) * random.uniform(1, 1 + _JITTER))
+
+
+def _read_failure(error: grpc.RpcError, service: Service[Any], address: str) -> _Failure:
+    # Errors of calls are calls themselves; the stubs' types do not say so.
+    call = error
+    assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
+    found = dict(call.trailing_metadata() or ()).get(status.DETAILS_KEY)
+    details = found if isinstance(found, bytes) else None
+    return _Failure(
+        error=_explain(
+            status.from_status(call.code(), call.details() or "", details), call.code(), service, address
+        ),
+        retry_after=status.retry_delay(details),
+    )
+
+
+def _explain(error: MilongaError, code: grpc.StatusCode, service: Service[Any], address: str) -> MilongaError:
+    """Add what only the caller's side knows: which service it was, and what to do."""
+    if isinstance(error, InvalidInputError):
+        # One spelling for the caller, whichever rpc it was.
+        return InvalidInputError(
+            *(FieldViolation(v.field.removeprefix("request."), v.description) for v in error.violations)
+        )
+    if isinstance(error, DeadlineExceededError):
+        # Most often gRPC's own words, which name neither cause nor remedy.
+        return DeadlineExceededError(
+            f"{address}: the deadline passed ({error}); give a longer timeout or {service.remedy}"
+        )
+    if isinstance(error, ServiceUnavailableError):
+        return ServiceUnavailableError(
+            f"{address}: {error}; is it running? start one with: milonga serve {service.name}"
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return MilongaError(
+            f"{address}: no {service.name} service answers there ({error}); give the address of one as "
+            f"{service.argument}"
+        )
+    return error

@@ -1,0 +1,205 @@
+"""The rpcs of generation.proto: requests from arguments, values from messages."""
+
+from typing import TypedDict, Unpack
+
+import numpy as np
+from google.protobuf.duration_pb2 import Duration
+
+from milonga.v1 import generation_pb2 as pb
+from milonga.v1 import generation_pb2_grpc as rpc
+from milonga.v1 import model_pb2
+from services.client.answers import (
+    Clip,
+    Finished,
+    Generation,
+    ModelVersion,
+    Preview,
+    Progress,
+    Queued,
+    Timings,
+    Update,
+)
+from services.client.transport import Service, Stream, Unary, whole
+from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.runtime import audio
+
+MAX_TEXT_BYTES = 2**18
+"""Longest prompt that is sent at all, in UTF-8. Services accept far less, and say how much."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What `generate` and `stream` take beside the prompt. None, or left out: the service's default."""
+
+    negative_prompt: str | None
+    """What not to hear."""
+    duration: float | None
+    """Seconds of each clip."""
+    clip_count: int | None
+    """Different clips of the prompt."""
+    seed: int | None
+    """0 to 2**64 - 1; without it the service draws one and says which."""
+    num_inference_steps: int | None
+    """Denoising steps."""
+    guidance_scale: float | None
+    """Classifier-free guidance; up to 1 means none."""
+    scheduler: str | None
+    """Name of a scheduler."""
+    encoding: str | None
+    """wav, flac, ogg, linear16 or float32."""
+    sampling_rate: int | None
+    """Hertz."""
+
+
+def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.GenerateAudioRequest:
+    """Return the message of a prompt and options.
+
+    Raises:
+        InvalidInputError: what the wire can't carry (NaN seconds, a negative seed, an unknown encoding, a
+            prompt of megabytes), all at once. Limits are the service's to judge.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    seconds, encoding = given.pop("duration", None), given.pop("encoding", None)
+    if "sampling_rate" in given:
+        given["sample_rate_hertz"] = given.pop("sampling_rate")
+    request = pb.GenerateAudioRequest()
+    faults: list[FieldViolation] = []
+    for name, value in {"prompt": prompt, **given}.items():
+        if name not in request.DESCRIPTOR.fields_by_name:
+            raise TypeError(f"there is no generation option {name!r}")
+        try:
+            setattr(request, name, value)
+        except (ValueError, TypeError) as error:
+            faults.append(
+                FieldViolation(name, f"is {str(value)[:40]!r}, which the wire can't carry: {error}")
+            )
+    if isinstance(seconds, int | float):
+        faults.extend(_set_duration(request.duration, seconds))
+    if isinstance(encoding, str) and encoding not in audio.ENCODINGS:
+        faults.append(
+            FieldViolation("encoding", f"is {encoding!r}, must be one of {', '.join(audio.ENCODINGS)}")
+        )
+    elif isinstance(encoding, str):
+        request.encoding = audio.ENCODINGS[encoding]
+    for name in ("prompt", "negative_prompt"):
+        size = len(getattr(request, name).encode())
+        if size > MAX_TEXT_BYTES:
+            # A larger message is refused by the transport, before the service could say why.
+            faults.append(FieldViolation(name, f"is {size} bytes long, must be {MAX_TEXT_BYTES} at most"))
+    if faults:
+        raise InvalidInputError(*faults)
+    return request
+
+
+def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb.StreamGenerateAudioRequest:
+    """Return the message of StreamGenerateAudio: `interval` steps between previews, None for none.
+
+    Raises:
+        InvalidInputError: an interval that the wire can't carry.
+    """
+    try:
+        return pb.StreamGenerateAudioRequest(request=request, preview_interval_steps=interval)
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(
+            FieldViolation("preview_interval_steps", f"is {interval!r}: {error}")
+        ) from error
+
+
+def read_response(response: pb.GenerateAudioResponse) -> Generation:
+    """Read the answer of GenerateAudio."""
+    clips = tuple(_read_clip(clip) for clip in response.clips)
+    return Generation(
+        clips=clips,
+        seed=clips[0].seed if clips else 0,
+        model=read_model(response.model),
+        warnings=tuple(response.warnings),
+        timings=_read_timings(response.timings),
+    )
+
+
+def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
+    """Read one event of StreamGenerateAudio.
+
+    Raises:
+        MilongaError: an event that this client is too old to know.
+    """
+    match response.WhichOneof("event"):
+        case "queued":
+            return Queued(position=response.queued.position)
+        case "progress":
+            return _read_progress(response.progress)
+        case "preview":
+            return _read_preview(response.preview)
+        case "clip":
+            return _read_clip(response.clip)
+        case "finished":
+            return Finished(
+                model=read_model(response.finished.model),
+                warnings=tuple(response.finished.warnings),
+                timings=_read_timings(response.finished.timings),
+            )
+        case _:
+            raise MilongaError("the service sent an event that this client does not know; update milonga")
+
+
+def read_model(model: model_pb2.ModelVersion) -> ModelVersion:
+    """Read which weights answered, of any service."""
+    return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
+
+
+SERVICE = Service(
+    name="generation",
+    argument="target",
+    stub=rpc.GenerationServiceStub,
+    remedy="take fewer steps",
+)
+GENERATE = Unary(service=SERVICE, method=lambda stub: stub.GenerateAudio, read=read_response)
+STREAM = Stream(service=SERVICE, method=lambda stub: stub.StreamGenerateAudio, read=read_update)
+GET_MODEL = Unary(service=SERVICE, method=lambda stub: stub.GetModel, read=whole)
+
+
+def _read_progress(event: pb.ProgressEvent) -> Progress:
+    return Progress(
+        clip_index=event.clip_index,
+        step=event.step,
+        num_inference_steps=event.num_inference_steps,
+        fraction=event.fraction,
+        seconds_left=_seconds(event.time_left) if event.HasField("time_left") else None,
+    )
+
+
+def _read_preview(event: pb.PreviewEvent) -> Preview:
+    mel_TM = np.frombuffer(event.log_mel, dtype=np.uint8).reshape(event.frame_count, event.mel_bin_count)
+    return Preview(clip_index=event.clip_index, step=event.step, mel_TM=mel_TM)
+
+
+def _read_clip(generated: pb.GeneratedClip) -> Clip:
+    return Clip(
+        audio=generated.clip.audio,
+        encoding=audio.encoding_name(generated.clip.encoding) or "unknown",
+        sampling_rate=generated.clip.sample_rate_hertz,
+        duration=_seconds(generated.clip.duration),
+        index=generated.clip_index,
+        seed=generated.seed,
+    )
+
+
+def _read_timings(timings: pb.GenerationTimings) -> Timings:
+    return Timings(
+        queued=_seconds(timings.queued),
+        encode=_seconds(timings.encode),
+        denoise=_seconds(timings.denoise),
+        decode=_seconds(timings.decode),
+        total=_seconds(timings.total),
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _set_duration(duration: Duration, seconds: float) -> tuple[FieldViolation, ...]:
+    try:
+        duration.FromNanoseconds(round(seconds * 1e9))
+    except (ValueError, OverflowError):
+        return (FieldViolation("duration", f"is {seconds}, which is no length of time; give finite seconds"),)
+    return ()

@@ -1,0 +1,22 @@
+"""What may not be a prompt: one judgement, for every service that reads sentences."""
+
+import unicodedata
+from typing import Final
+
+MAX_PROMPT_CHARACTERS: Final = 1000
+"""Longest prompt, unless a service says otherwise."""
+
+# Control, surrogate, line separator, paragraph separator.
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def prompt_fault(prompt: str, max_characters: int, *, may_be_blank: bool = False) -> str | None:
+    """What is wrong with `prompt` and how to mend it; None where nothing is."""
+    if len(prompt) > max_characters:
+        return f"has {len(prompt)} characters, the limit is {max_characters}; shorten it"
+    for position, character in enumerate(prompt):
+        if unicodedata.category(character) in _REFUSED_CATEGORIES:
+            return f"has the control character U+{ord(character):04X} at position {position}; remove it"
+    if not may_be_blank and not prompt.strip():
+        return "is empty; describe the sound, for example 'A dog barks then a siren wails'"
+    return None

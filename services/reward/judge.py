@@ -1,0 +1,113 @@
+"""The judge: a reward model with its batches. Loading it.
+
+Shape legend: B pairs.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from services.errors import FieldViolation, InvalidInputError, ModelError
+from services.models.clap import ClapModel
+from services.models.reward import RewardClip, RewardModel, load_reward
+from services.runtime.clips import ReadClip
+from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.runtime.model_uri import ResolvedModel
+
+if TYPE_CHECKING:
+    from services.reward.serve import RewardSettings
+
+Pair = tuple[str, RewardClip]
+"""A prompt, and a clip as the model hears it."""
+
+
+class Judge:
+    """A loaded model. Pairs of concurrent calls are judged together, on a worker thread."""
+
+    def __init__(
+        self, model: RewardModel, version: ResolvedModel, clap: ResolvedModel, settings: "RewardSettings"
+    ) -> None:
+        """Args:
+        model: the weights.
+        version: which they are.
+        clap: which CLAP model they stand on.
+        settings: how calls are gathered.
+        """
+        self.version, self.clap = version, clap
+        self.sampling_rate = model.clap.sampling_rate
+        self._model, self._threads = model, settings.threads
+        self._batcher: MicroBatcher[Pair, float] = MicroBatcher(
+            self._run,
+            cost=lambda pair: pair[1].windows_WS.numel() / model.clap.sampling_rate,
+            max_cost=settings.max_batch_seconds,
+            max_wait=settings.max_wait_seconds,
+            max_queue_cost=settings.max_queue_seconds,
+            initialize=self._set_threads,
+        )
+
+    @property
+    def stats(self) -> BatchStats:
+        """What it has done; costs are seconds of windows."""
+        return self._batcher.stats
+
+    def check(self) -> None:
+        """Raise `QueueFullError` where there is no room for any clip: before it is decoded."""
+        self._batcher.check()
+
+    def prepare(self, prompt: str, clip: ReadClip) -> Pair:
+        """What `judge` takes. Blocks for milliseconds; from any thread."""
+        return prompt, self._model.prepare(clip.waveform, clip.sampling_rate)
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[float]:
+        """Rewards of pairs: calibrated logits."""
+        return await self._batcher.submit(pairs)
+
+    async def close(self) -> None:
+        """Refuse what waits, finish what runs, end the thread."""
+        await self._batcher.close()
+
+    def _run(self, pairs: Sequence[Pair]) -> list[float]:
+        logits_B = self._model.reward([prompt for prompt, _ in pairs], [clip for _, clip in pairs])
+        if not logits_B.isfinite().all():
+            raise ValueError("the model made a reward that is not finite")
+        logits: list[float] = logits_B.tolist()
+        return logits
+
+    def _set_threads(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+
+def load_judge(
+    version: ResolvedModel, clap: ResolvedModel, clap_scheme: str, settings: "RewardSettings"
+) -> Judge:
+    """Load a reward model and the CLAP model that it stands on, which a URI of `clap_scheme` named.
+
+    Raises:
+        ModelError: one was refused, or they do not belong together.
+        InvalidInputError: the device does not exist, or the CLAP model is of a kind that shows no tokens.
+    """
+    try:
+        tokens = _load_clap(clap_scheme, clap, settings.device)
+    except ModelError as error:
+        raise type(error)(f"clap: {error}") from error
+    return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
+
+
+def _load_clap(scheme: str, version: ResolvedModel, device: str) -> ClapModel:
+    match scheme:
+        case "laion":
+            from services.models.clap_laion import load_laion
+
+            return load_laion(version.folder, device=device)
+        case "laion-clap":
+            raise InvalidInputError(
+                FieldViolation(
+                    "clap", f"is laion-clap:{version.folder}, which shows no tokens; give laion:PATH"
+                )
+            )
+        case _:
+            from services.models.clap_loading import load_clap
+
+            return load_clap(version.folder, device=device)

@@ -1,0 +1,252 @@
+"""Calls that come at the same time share a model's batches.
+
+::
+
+    batcher = MicroBatcher(run, cost=seconds, max_cost=80.0, max_queue_cost=3840.0)
+    results = await batcher.submit(items)       # from many coroutines of one event loop
+    await batcher.close()
+"""
+
+import asyncio
+import contextvars
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from services.errors import QueueFullError, ServiceUnavailableError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_FIRST_GUESS_SECONDS = 1.0
+"""When to come back, while no call has ended yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchStats:
+    """What a batcher has done so far. Costs are in the unit of its `cost`."""
+
+    calls: int = 0
+    """Calls of the model, failed ones included."""
+    items: int = 0
+    """Items in them."""
+    cost: float = 0.0
+    """Cost of those."""
+    seconds: float = 0.0
+    """Time in calls."""
+    waited: float = 0.0
+    """Time that items stood in the queue, summed over items."""
+    queue_cost: float = 0.0
+    """What waits now."""
+    refused: int = 0
+    """Submissions that found the queue full."""
+
+
+class _Call(Generic[Item, Result]):
+    """One caller's items."""
+
+    def __init__(self, items: Sequence[Item], cost: Callable[[Item], float]) -> None:
+        self.arrived = time.monotonic()
+        self.waiting = deque((index, item, cost(item)) for index, item in enumerate(items))
+        self.results: dict[int, Result] = {}
+        self.size = len(items)
+        self.done: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+
+    @property
+    def cost(self) -> float:
+        """Cost of what waits."""
+        return sum(cost for _, _, cost in self.waiting)
+
+    def deliver(self, index: int, result: Result) -> None:
+        self.results[index] = result
+        if len(self.results) == self.size and not self.done.done():
+            self.done.set_result([self.results[index] for index in range(self.size)])
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class MicroBatcher(Generic[Item, Result]):
+    """Gathers items of concurrent callers into shared calls of a model, on one worker thread of its own.
+
+    While a call runs, arrivals gather. Callers take turns, item by item, so that one clip need not wait for
+    somebody's sixty-four. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Result]],
+        *,
+        cost: Callable[[Item], float],
+        max_cost: float,
+        max_wait: float = 0.005,
+        max_queue_cost: float,
+        initialize: Callable[[], None] | None = None,
+    ) -> None:
+        """Args:
+        run: the model: items to as many results, in order; runs on the worker thread.
+        cost: of an item, in any unit: seconds of sound.
+        max_cost: of a call; an item beyond it runs alone.
+        max_wait: how long, in seconds, the first item waits for companions; not at all where a call is full.
+        max_queue_cost: of everything that waits.
+        initialize: runs on the worker thread before the first call.
+        """
+        self._run, self._cost = run, cost
+        self._max_cost, self._max_wait, self._max_queue_cost = max_cost, max_wait, max_queue_cost
+        self._initialize = initialize
+        self._calls: deque[_Call[Item, Result]] = deque()
+        self._changed = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._closing = False
+        self._running_cost = 0.0
+        self._totals = {"calls": 0, "items": 0, "cost": 0.0, "seconds": 0.0, "waited": 0.0, "refused": 0}
+        self._queue_cost = 0.0
+
+    @property
+    def stats(self) -> BatchStats:
+        """Totals since the start, and what waits now. From any thread."""
+        return BatchStats(queue_cost=self._queue_cost, **self._totals)  # type: ignore[arg-type]
+
+    def check(self, cost: float = 0.0) -> None:
+        """Raise what `submit` would raise of items of `cost`: before work is put into them."""
+        if self._closing:
+            raise ServiceUnavailableError("the service is stopping; try another, or later")
+        full = self._queue_cost >= self._max_queue_cost or self._queue_cost + cost > self._max_queue_cost
+        if self._queue_cost > 0 and full:
+            self._totals["refused"] += 1
+            raise QueueFullError(
+                f"the queue is full: {self._queue_cost:.1f} of {self._max_queue_cost:g} wait, "
+                f"no room for {cost:.1f} more; try again later",
+                retry_after=self._seconds_left(),
+            )
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Return the model's results of `items`, in order. They may spread over several calls.
+
+        Cancelled, what has not been run leaves the queue.
+
+        Raises:
+            QueueFullError: at once; but on an empty queue everything is admitted.
+            ServiceUnavailableError: the batcher is closing.
+            Exception: whatever `run` raised in a call that held one of `items`.
+        """
+        if not items:
+            return []
+        call: _Call[Item, Result] = _Call(items, self._cost)
+        self.check(call.cost)
+        self._start()
+        self._calls.append(call)
+        self._queue_cost += call.cost
+        self._changed.set()
+        try:
+            return await call.done
+        finally:
+            self._leave(call)
+
+    async def close(self) -> None:
+        """Refuse what waits, finish the call under way, and end the thread."""
+        self._closing = True
+        for call in tuple(self._calls):
+            self._leave(call)
+            call.fail(ServiceUnavailableError("the service is stopping; try another, or later"))
+        self._changed.set()
+        if self._worker is not None:
+            await self._worker
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.shutdown)
+
+    def _start(self) -> None:
+        if self._worker is not None:
+            return
+        self._thread = ThreadPoolExecutor(1, "microbatch", self._initialize or _nothing)
+        # A context of its own: its logs are not those of the call that came first.
+        self._worker = asyncio.get_running_loop().create_task(
+            self._work(self._thread), context=contextvars.Context()
+        )
+
+    async def _work(self, thread: ThreadPoolExecutor) -> None:
+        while not self._closing:
+            if self._calls:
+                await self._gather()
+                await self._call(thread, self._take())
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _gather(self) -> None:
+        """Wait for companions of the one that has waited longest."""
+        due = min(call.arrived for call in self._calls) + self._max_wait
+        with suppress(TimeoutError):
+            async with asyncio.timeout(due - time.monotonic()):
+                while 0 < self._queue_cost < self._max_cost and not self._closing:
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _take(self) -> list[tuple[_Call[Item, Result], int, Item]]:
+        """Take the next call's items from the queue, one of each caller in turn."""
+        taken: list[tuple[_Call[Item, Result], int, Item]] = []
+        now = time.monotonic()
+        self._running_cost = 0.0
+        while self._calls:
+            call = self._calls[0]
+            index, item, cost = call.waiting[0]
+            if taken and self._running_cost + cost > self._max_cost:
+                break
+            call.waiting.popleft()
+            taken.append((call, index, item))
+            self._running_cost += cost
+            self._totals["waited"] += now - call.arrived
+            self._calls.popleft()
+            if call.waiting:
+                self._calls.append(call)
+        # Summed anew: a running difference would gather rounding.
+        self._queue_cost = sum(call.cost for call in self._calls)
+        return taken
+
+    async def _call(
+        self, thread: ThreadPoolExecutor, taken: Sequence[tuple[_Call[Item, Result], int, Item]]
+    ) -> None:
+        if not taken:  # everybody left
+            return
+        start = time.monotonic()
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(
+                thread, self._run, [item for _, _, item in taken]
+            )
+            if len(results) != len(taken):
+                raise RuntimeError(f"the model gave {len(results)} results of {len(taken)} items")
+        except Exception as error:
+            for call, _, _ in taken:
+                self._leave(call)
+                call.fail(error)
+        else:
+            for (call, index, _), result in zip(taken, results, strict=True):
+                call.deliver(index, result)
+        finally:
+            self._totals["calls"] += 1
+            self._totals["items"] += len(taken)
+            self._totals["cost"] += self._running_cost
+            self._totals["seconds"] += time.monotonic() - start
+            self._running_cost = 0.0
+
+    def _leave(self, call: _Call[Item, Result]) -> None:
+        with suppress(ValueError):
+            self._calls.remove(call)
+            self._queue_cost = sum(call.cost for call in self._calls)
+
+    def _seconds_left(self) -> float:
+        """Until what waits and runs now is done, at the pace so far."""
+        if not self._totals["cost"]:
+            return _FIRST_GUESS_SECONDS
+        pace = self._totals["seconds"] / self._totals["cost"]
+        return (self._queue_cost + self._running_cost) * pace
+
+
+def _nothing() -> None:
+    pass

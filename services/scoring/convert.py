@@ -1,0 +1,114 @@
+"""Between the wire and the scorers: requests in, answers out. Pure functions, all of them off the event loop.
+
+Shapes: B clips or prompts, D embedding width, P members of the panel.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from milonga.v1 import audio_pb2
+from milonga.v1 import scoring_pb2 as pb
+from services.errors import FieldViolation, InvalidInputError
+from services.runtime.clips import AudioBounds, read_clips, read_pairs, read_prompts
+from services.scoring.scorers import Panel, Scorer
+
+Prepared = dict[Scorer, list[Tensor]]
+"""Clips as each scorer hears them."""
+
+Read = TypeVar("Read")
+
+
+def choose(names: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[Panel, tuple[FieldViolation, ...]]:
+    """Return the scorers that a request names (all where it names none), and what is wrong with the names."""
+    if not names:
+        return Panel(scorers), ()
+    chosen: dict[str, Scorer] = {}
+    faults = []
+    for index, name in enumerate(names):
+        if name not in scorers:
+            known = f"must be one of {', '.join(scorers)}"
+            faults.append(FieldViolation(f"scorers[{index}]", f"is {name[:80]!r}, {known}"))
+        elif name in chosen:
+            first = list(names).index(name)
+            faults.append(
+                FieldViolation(f"scorers[{index}]", f"is {name!r}, as scorers[{first}] is; name each once")
+            )
+        else:
+            chosen[name] = scorers[name]
+    return Panel(chosen), tuple(faults)
+
+
+def hear_pairs(
+    pairs: Sequence[audio_pb2.PromptedClip],
+    panel: Panel,
+    bounds: AudioBounds,
+    faults: Sequence[FieldViolation] = (),
+) -> tuple[list[str], Prepared]:
+    """Return the prompts, and the clips as each scorer hears them.
+
+    Raises:
+        InvalidInputError: with every violated field, and `faults` found before.
+    """
+    read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
+    return [prompt for prompt, _ in read], panel.prepare(clip for _, clip in read)
+
+
+def hear_clips(
+    clips: Sequence[audio_pb2.Clip],
+    panel: Panel,
+    bounds: AudioBounds,
+    faults: Sequence[FieldViolation] = (),
+) -> Prepared:
+    """As `hear_pairs`, without prompts."""
+    return panel.prepare(_read(lambda: read_clips(clips, "clips", bounds), faults))
+
+
+def check_prompts(
+    prompts: Sequence[str], bounds: AudioBounds, faults: Sequence[FieldViolation] = ()
+) -> list[str]:
+    """As `hear_pairs`, without clips."""
+    return _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
+
+
+def write_scores(
+    panel: Panel, texts: Sequence[NDArray[np.float32]], sounds: Sequence[NDArray[np.float32]]
+) -> pb.BatchScoreAudioResponse:
+    """Return the cosines of embeddings [B, D] of prompts and of their clips, by each member."""
+    cosines = [(text * sound).sum(-1) for text, sound in zip(texts, sounds, strict=True)]
+    scores_BP = np.stack(cosines, axis=1).clip(-1.0, 1.0)
+    return pb.BatchScoreAudioResponse(
+        scorers=write_scorers(panel.members), results=[pb.AudioScores(scores=row) for row in scores_BP]
+    )
+
+
+def write_embeddings(embeddings: Sequence[NDArray[np.float32]]) -> Iterable[pb.Embeddings]:
+    """Return embeddings [B, D] by each member, clip by clip."""
+    for rows in zip(*embeddings, strict=True):
+        yield pb.Embeddings(embeddings=[pb.Embedding(values=row) for row in rows])
+
+
+def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
+    """Return who the scorers are."""
+    return [
+        pb.Scorer(
+            name=name,
+            model=scorer.version.message(),
+            dimension=scorer.dimension,
+            sample_rate_hertz=scorer.sampling_rate,
+        )
+        for name, scorer in scorers.items()
+    ]
+
+
+def _read(read: Callable[[], Read], faults: Sequence[FieldViolation]) -> Read:
+    try:
+        made = read()
+    except InvalidInputError as error:
+        raise InvalidInputError(*error.violations, *faults) from error
+    if faults:
+        raise InvalidInputError(*faults)
+    return made

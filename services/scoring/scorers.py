@@ -1,0 +1,233 @@
+"""The scorers: CLAP models with their batches. Loading them, and asking several at once.
+
+Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.errors import ModelError
+from services.models.clap import TextCache
+from services.runtime.clips import ReadClip
+from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
+
+Embedding = NDArray[np.float32]
+"""[D], of length 1."""
+
+MAX_TEXT_BATCH = 64
+"""Prompts that are embedded in one pass."""
+
+MAX_TEXT_QUEUE = 4_096
+"""Prompts that may wait."""
+
+Made = TypeVar("Made")
+
+
+class EmbeddingModel(Protocol):
+    """What scoring uses of `services.models.clap.ClapModel`, and every backend has."""
+
+    cache: TextCache
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hertz."""
+
+    @property
+    def dimension(self) -> int:
+        """Width D of an embedding."""
+
+    def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> Tensor:
+        """Windows [W, S] of a clip."""
+
+    def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
+        """Embeddings [B, D] of prepared clips."""
+
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, D] of sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How a scorer's calls are gathered."""
+
+    max_batch_seconds: float
+    """Seconds of windows in a call of the audio side."""
+    max_wait_seconds: float
+    """How long a clip or a prompt waits for companions."""
+    max_queue_seconds: float
+    """Seconds of windows that may wait."""
+    threads: int | None = None
+    """CPU threads of each side; None: torch's choice."""
+
+
+class Scorer:
+    """A loaded model. Its audio side and its text side have a worker thread and batches each."""
+
+    def __init__(self, model: EmbeddingModel, version: ResolvedModel, config: BatchConfig) -> None:
+        self.version = version
+        self.sampling_rate, self.dimension = model.sampling_rate, model.dimension
+        self._model, self._threads = model, config.threads
+        self._audio: MicroBatcher[Tensor, Embedding] = MicroBatcher(
+            lambda clips: list(model.embed_windows(clips).numpy()),
+            cost=lambda windows: windows.numel() / model.sampling_rate,
+            max_cost=config.max_batch_seconds,
+            max_wait=config.max_wait_seconds,
+            max_queue_cost=config.max_queue_seconds,
+            initialize=self._set_threads,
+        )
+        self._text: MicroBatcher[str, Embedding] = MicroBatcher(
+            lambda prompts: list(model.embed_text(prompts).numpy()),
+            cost=lambda _: 1.0,
+            max_cost=MAX_TEXT_BATCH,
+            max_wait=config.max_wait_seconds,
+            max_queue_cost=MAX_TEXT_QUEUE,
+            initialize=self._set_threads,
+        )
+
+    @property
+    def audio_stats(self) -> BatchStats:
+        """Of the audio side; costs are seconds of windows."""
+        return self._audio.stats
+
+    @property
+    def text_stats(self) -> BatchStats:
+        """Of the text side; costs are prompts."""
+        return self._text.stats
+
+    @property
+    def cache(self) -> TextCache:
+        """The embeddings of prompts that are kept."""
+        return self._model.cache
+
+    def check(self) -> None:
+        """Raise `QueueFullError` where there is no room for any clip: before it is decoded."""
+        self._audio.check()
+
+    def prepare(self, clip: ReadClip) -> Tensor:
+        """The windows [W, S] that the model hears. Blocks for milliseconds; from any thread."""
+        return self._model.prepare(clip.waveform, clip.sampling_rate)
+
+    async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Embeddings [B, D] of prepared clips."""
+        return np.stack(await self._audio.submit(clips))
+
+    async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings [B, D] of sentences; equal ones are embedded once."""
+        unique = list(dict.fromkeys(prompts))
+        made = dict(zip(unique, await self._text.submit(unique), strict=True))
+        return np.stack([made[prompt] for prompt in prompts])
+
+    async def close(self) -> None:
+        """Refuse what waits, finish what runs, end the threads."""
+        await asyncio.gather(self._audio.close(), self._text.close())
+
+    def _set_threads(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The scorers of one call, by name, in the order of the answer. Two names may mean one scorer."""
+
+    members: Mapping[str, Scorer]
+
+    def check(self) -> None:
+        """Raise `QueueFullError` where one of them has no room."""
+        for scorer in self._distinct():
+            scorer.check()
+
+    def prepare(self, clips: Iterable[ReadClip]) -> dict[Scorer, list[Tensor]]:
+        """The clips as each scorer hears them."""
+        prepared: dict[Scorer, list[Tensor]] = {scorer: [] for scorer in self._distinct()}
+        for clip in clips:
+            for scorer, heard in prepared.items():
+                heard.append(scorer.prepare(clip))
+        return prepared
+
+    async def embed_audio(self, prepared: Mapping[Scorer, Sequence[Tensor]]) -> list[NDArray[np.float32]]:
+        """Embeddings [B, D] by each member."""
+        made = await together(*(scorer.embed_audio(clips) for scorer, clips in prepared.items()))
+        return self._by_member(dict(zip(prepared, made, strict=True)))
+
+    async def embed_text(self, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Embeddings [B, D] by each member."""
+        scorers = self._distinct()
+        made = await together(*(scorer.embed_text(prompts) for scorer in scorers))
+        return self._by_member(dict(zip(scorers, made, strict=True)))
+
+    def _distinct(self) -> list[Scorer]:
+        return list(dict.fromkeys(self.members.values()))
+
+    def _by_member(self, made: Mapping[Scorer, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        return [made[scorer] for scorer in self.members.values()]
+
+
+async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
+    """Run coroutines side by side. As soon as one fails, or the caller is cancelled, all of them end."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def load_scorers(uris: Mapping[str, ModelURI], device: str, config: BatchConfig) -> dict[str, Scorer]:
+    """Resolve and load every scorer, by name. Names of the same weights share one.
+
+    Raises:
+        ModelError: one was not found, or refused; the message begins with its name.
+        InvalidInputError: the device does not exist.
+    """
+    loaded: dict[tuple[bool, str], Scorer] = {}
+    scorers: dict[str, Scorer] = {}
+    versions: dict[str, ResolvedModel] = {}
+    # All are found before the first is loaded: a wrong one is known at once.
+    for name, uri in uris.items():
+        with _naming(name):
+            versions[name] = resolve(uri)
+    for name, uri in uris.items():
+        version = versions[name]
+        key = (uri.scheme == "laion-clap", version.digest)
+        if key not in loaded:
+            with _naming(name):
+                loaded[key] = Scorer(load_scorer(uri, version, device), version, config)
+        scorers[name] = loaded[key]
+    return scorers
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in a refusal which scorer it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise type(error)(f"scorer {name}: {error}") from error
+
+
+def load_scorer(uri: ModelURI, version: ResolvedModel, device: str) -> EmbeddingModel:
+    """Load the weights that `uri` resolved to."""
+    # Inside: each backend is installed, and imported, only where it is used.
+    match uri.scheme:
+        case "laion":
+            from services.models.clap_laion import load_laion
+
+            return load_laion(version.folder, device=device)
+        case "laion-clap":
+            from services.models.laion_clap_backend import load_laion_clap
+
+            return load_laion_clap(version.folder, device)
+        case _:
+            from services.models.clap_loading import load_clap
+
+            return load_clap(version.folder, device=device)

@@ -1,0 +1,95 @@
+from typing import Any
+
+import pytest
+
+from milonga.v1 import generation_pb2
+from services.client import Best
+from services.client.best import next_seed, portions
+from services.errors import InvalidInputError, ServiceUnavailableError
+from tests.services.client.serving import Told, ask
+
+
+def _best(face: str, target: str | None, **options: Any) -> Best:
+    best = ask(face, lambda client: client.generate_best("rain", **options), target, retries=0)
+    assert isinstance(best, Best)
+    return best
+
+
+def _seeds(told: Told) -> list[tuple[int | None, int]]:
+    """Seed and number of clips of every generation that was asked for."""
+    return [
+        (request.seed if request.HasField("seed") else None, request.clip_count)
+        for request in told.requests
+        if isinstance(request, generation_pb2.GenerateAudioRequest)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "parts"), [(4, 8, [4]), (8, 3, [3, 3, 2]), (5, 0, [5]), (1, 1, [1])]
+)
+def test_portions_add_up(count: int, most: int, parts: list[int]) -> None:
+    assert portions(count, most) == parts
+
+
+def test_seeds_are_reproducible_and_all_different() -> None:
+    used = [7]
+    for _ in range(200):
+        used.append(next_seed(used))
+    again = [7]
+    for _ in range(200):
+        again.append(next_seed(again))
+    assert used == again
+    assert len(set(used)) == 201
+    assert all(0 <= seed < 2**32 for seed in used)
+    assert next_seed([8]) != next_seed([7])
+    # What would come next is taken: another one comes.
+    taken = next_seed([7, 9])
+    assert next_seed([7, taken]) != taken
+
+
+@pytest.mark.parametrize("rank_by", ["reward", "clap"])
+def test_the_best_comes_first(face: str, told: Told, target: str, rank_by: Any) -> None:
+    best = _best(face, target, candidates=3, seed=11, rank_by=rank_by, num_inference_steps=5)
+    # Worth 77, 80, 83, by index.
+    assert [judged.clip.index for judged in best.clips] == [2, 1, 0]
+    expected = [83.0, 80.0, 77.0] if rank_by == "reward" else [0.6225, 0.6, 0.5775]
+    assert [judged.value for judged in best.clips] == pytest.approx(expected)
+    assert best.rank_by == rank_by
+    assert [judge.name for judge in best.judges] == (["told"] if rank_by == "reward" else ["told"] * 2)
+    assert [clip.index for clip in best.generation.clips] == [0, 1, 2]
+    assert _seeds(told) == [(11, 3)]
+
+
+def test_more_candidates_than_a_call_makes_come_from_several(face: str, told: Told, target: str) -> None:
+    best = _best(face, target, candidates=8, seed=11)
+    (first, second, third) = _seeds(told)
+    assert (first, second[1], third[1]) == ((11, 3), 3, 2)
+    noise = [(judged.clip.seed, judged.clip.index) for judged in best.clips]
+    assert len(set(noise)) == 8
+    assert [judged.value for judged in best.clips] == sorted((j.value for j in best.clips), reverse=True)
+    # The judge takes four at once.
+    assert [judged.value for judged in best.clips] == [float(j.clip.audio[0]) for j in best.clips]
+    assert (best.generation.seed, best.generation.timings.total) == (11, 6.0)
+    assert best.generation.warnings == ("told",)
+    assert _best(face, target, candidates=8, seed=11) == best
+
+
+def test_without_a_seed_the_drawn_one_makes_them_again(face: str, told: Told, target: str) -> None:
+    drawn = _best(face, target, candidates=5)
+    assert _seeds(told)[0] == (None, 3)
+    assert _best(face, target, candidates=5, seed=drawn.generation.seed) == drawn
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_made(face: str, told: Told, target: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        _best(face, target, candidates=0, rank_by="taste", clip_count=2)
+    assert [v.field for v in caught.value.violations] == ["candidates", "rank_by", "clip_count"]
+    assert told.requests == []
+
+
+def test_an_absent_judge_is_told_before_anything_is_made(face: str, told: Told, target: str) -> None:
+    with pytest.raises(ServiceUnavailableError, match="milonga serve reward"):
+        ask(face, lambda client: client.generate_best("rain"), target, reward="127.0.0.1:1", retries=0)
+    with pytest.raises(InvalidInputError, match="scoring service has no address"):
+        ask(face, lambda client: client.generate_best("rain", rank_by="clap"), reward=target)
+    assert told.requests == []

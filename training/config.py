@@ -1,0 +1,171 @@
+"""Configs of the training programs: frozen dataclasses, overridden field by field and written down flat.
+
+    override(recipe(), ["loop.steps=50", "objective=bce"])
+
+Field names are dotted paths through nested dataclasses; types come from their annotations.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from services.errors import FieldViolation, InvalidInputError
+
+Config = TypeVar("Config")
+"""A frozen dataclass."""
+
+Plain = None | bool | int | float | str | tuple["Plain", ...] | list["Plain"]
+"""A setting as JSON writes it."""
+
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, Plain]:
+    """Every setting by its dotted name, in the order of the fields, as JSON would give it back."""
+    assert dataclasses.is_dataclass(config)
+    found: dict[str, Plain] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = _plain(value)
+    return found
+
+
+def describe(config: object) -> str:
+    """Every setting, one a line, as ``--set`` takes it."""
+    return "\n".join(f"{name}={_written(value)}" for name, value in flatten(config).items())
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """`config` with the settings of `assignments` (``name=value``), all of them put in at once.
+
+    Values: numbers, text, paths; ``true`` or ``false``; ``none`` where a setting may be missing; lists with
+    commas. The last of several for one name holds.
+
+    Raises `InvalidInputError` with everything that is wrong: a name that is not there, a value of another
+    type, or one that the config itself refuses.
+    """
+    texts: dict[str, str] = {}
+    violations = []
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if equals:
+            texts[name.strip()] = text.strip()
+        else:
+            violations.append(FieldViolation("--set", f"{assignment!r} must be NAME=VALUE"))
+    known = flatten(config)
+    values = {}
+    for name, text in texts.items():
+        if name not in known:
+            violations.append(FieldViolation(name, _unknown(name, text, known)))
+            continue
+        try:
+            values[name] = _read(text, _annotation(config, name))
+        except ValueError as error:
+            violations.append(FieldViolation(name, f"is {text!r}, must be {error}"))
+    if violations:
+        raise InvalidInputError(*violations)
+    try:
+        return _replaced(config, values)
+    except ValueError as error:
+        given = ", ".join(f"{name}={text}" for name, text in texts.items())
+        raise InvalidInputError(FieldViolation("--set", f"{given}: {error}")) from error
+
+
+def differences(before: Mapping[str, Plain], now: Mapping[str, Plain]) -> list[str]:
+    """What differs between two flat configs, one line a setting."""
+    names = [*before, *(name for name in now if name not in before)]
+    missing = object()
+    return [
+        f"{name} was {_written(before.get(name, 'not there'))}, is {_written(now.get(name, 'not there'))}"
+        for name in names
+        if _comparable(before.get(name, missing)) != _comparable(now.get(name, missing))
+    ]
+
+
+def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with `values` by dotted name; every dataclass is made once, so checks see all of them."""
+    changes: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            changes[head] = value
+    for head, part in inner.items():
+        changes[head] = _replaced(getattr(config, head), part)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _annotation(config: object, name: str) -> Any:
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    return get_type_hints(type(config))[last]
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """`text` as a value of the annotated type. The message of its ValueError says what it must be."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (inner,) = (kind for kind in arguments if kind is not type(None))
+        return _read(text, inner)
+    if origin is Literal:
+        if text not in arguments:
+            raise ValueError(f"one of {', '.join(map(str, arguments))}")
+        return text
+    if origin is tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        kinds = [arguments[0]] * len(parts) if arguments[-1] is Ellipsis else list(arguments)
+        if len(parts) != len(kinds):
+            raise ValueError(f"{len(kinds)} values with commas between")
+        return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    if annotation is bool:
+        if text.lower() not in _TRUTHS:
+            raise ValueError("true or false")
+        return _TRUTHS[text.lower()]
+    if annotation in (int, float):
+        try:
+            return annotation(text.replace("_", ""))
+        except ValueError:
+            raise ValueError("a whole number" if annotation is int else "a number") from None
+    if annotation is Path:
+        return Path(text).expanduser()
+    if annotation is str:
+        return text
+    raise TypeError(f"no setting can have the type {annotation}")
+
+
+def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
+    # Those beside it, if it names a group; else those that are spelt alike.
+    group, dot, _ = name.rpartition(".")
+    beside = [key for key in known if dot and key.startswith(f"{group}.")]
+    near = beside or difflib.get_close_matches(name, known, n=3, cutoff=0.6) or known
+    return f"is given as {text!r}, and no setting has this name; known: {', '.join(near)}"
+
+
+def _plain(value: Any) -> Plain:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    assert value is None or isinstance(value, bool | int | float | str)
+    return value
+
+
+def _comparable(value: object) -> object:
+    return [_comparable(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _written(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(_written, value))
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

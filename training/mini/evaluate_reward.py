@@ -1,0 +1,155 @@
+"""Measure a reward model of the mini family, beside the CLAP models, on pairs of clips of held-out prompts.
+
+    python -m training.mini.evaluate_reward --prompts 400 --output benchmarks/mini-reward.json
+
+Real pairs: the scene that the prompt tells, against one with two events swapped, one missing or one replaced.
+Generated pairs: clips of `mini-base`, as the tagger hears them: in order against reversed, all events against
+one missing. The tagger judges here, and no training has heard of it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from services.models.clap import ClapModel
+from services.models.clap_loading import load_clap
+from services.models.loading import load_tango
+from services.models.manifest import verify_manifest
+from services.models.mini import mini_folder
+from services.models.reward import RewardModel, load_reward
+from services.models.tagger import EventTagger
+from services.models.tango import clip_generator
+from training.mini.evaluate import PROMPTS, Verdict, held_out_prompts, interval, judge
+from training.mini.evaluate_clap import NEGATIVES
+from training.soundworld.captions import CaptionTruth
+from training.soundworld.scenes import render
+
+Waveform = NDArray[np.float32]
+Score = Callable[[Sequence[str], Sequence[Waveform]], Tensor]
+"""Prompts and clips at 16 kHz to values [B]."""
+SEED = 1_010
+BATCH = 32
+SEQUENCES = replace(PROMPTS, single=0.0, sequence=1.0)
+
+
+def reward_score(model: RewardModel) -> Score:
+    """The rewards of `model`."""
+    return lambda prompts, clips: model.reward(prompts, [model.prepare(clip, 16_000) for clip in clips])
+
+
+def clap_score(model: ClapModel) -> Score:
+    """The CLAP scores of `model`."""
+    return lambda prompts, clips: model.score(prompts, clips, 16_000)
+
+
+def values(score: Score, prompts: Sequence[str], clips: Sequence[Waveform]) -> Tensor:
+    """All values [B], a batch at a time."""
+    parts = [slice(i, i + BATCH) for i in range(0, len(prompts), BATCH)]
+    return torch.cat([score(prompts[part], clips[part]) for part in parts])
+
+
+def pair_accuracy(
+    score: Score, pairs: Sequence[tuple[str, Waveform, Waveform]]
+) -> tuple[float, float, float] | None:
+    """Share of (prompt, chosen, rejected) with the chosen above the rejected, with a bootstrap interval."""
+    if not pairs:
+        return None
+    prompts = [prompt for prompt, _, _ in pairs]
+    chosen = values(score, prompts, [clip for _, clip, _ in pairs])
+    rejected = values(score, prompts, [clip for _, _, clip in pairs])
+    # Prompts are the units: several pairs of one are no several witnesses.
+    hits: dict[str, list[float]] = {}
+    for prompt, hit in zip(prompts, (chosen > rejected).tolist(), strict=True):
+        hits.setdefault(prompt, []).append(float(hit))
+    return interval(list(hits.values()))
+
+
+def real_pairs(kind: str, count: int) -> list[tuple[str, Waveform, Waveform]]:
+    """Prompts of sequences with the scene they tell and one that is wrong in one way."""
+    pairs = []
+    for index, (caption, truth) in enumerate(held_out_prompts(count, SEQUENCES)):
+        rng = np.random.default_rng([SEED, index])
+        wrong: CaptionTruth = NEGATIVES[kind](truth, rng)
+        chosen, rejected = (render(told, SEQUENCES.duration, rng)[0] for told in (truth, wrong))
+        pairs.append((caption, chosen, rejected))
+    return pairs
+
+
+def generated_clips(count: int, seeds: int) -> list[list[tuple[Verdict, Waveform]]]:
+    """Clips of `mini-base` with what the tagger says of them: a list for each held-out sequence."""
+    pipeline = load_tango(mini_folder("mini-base"))
+    tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
+    drawn = held_out_prompts(count, SEQUENCES)
+    rows: list[list[tuple[Verdict, Waveform]]] = [[] for _ in drawn]
+    for start in tqdm(range(0, count, 8), desc="clips", unit="batch"):
+        part = drawn[start : start + 8]
+        for seed in range(seeds):
+            generators = [clip_generator(SEED + seed, start + i) for i in range(len(part))]
+            clips = pipeline([caption for caption, _ in part], generator=generators).waveforms_BN
+            heard = tagger.detect(torch.from_numpy(clips))
+            for i, (_, truth) in enumerate(part):
+                rows[start + i].append((judge(truth, heard[i]), clips[i]))
+    return rows
+
+
+def generated_pairs(
+    rows: list[list[tuple[Verdict, Waveform]]],
+    prompts: list[str],
+    better: Callable[[Verdict], bool],
+    worse: Callable[[Verdict], bool],
+) -> list[tuple[str, Waveform, Waveform]]:
+    """Every pair of clips of one prompt of which one is `better` and the other `worse`."""
+    return [
+        (prompt, chosen, rejected)
+        for prompt, row in zip(prompts, rows, strict=True)
+        for first, chosen in row
+        if better(first)
+        for second, rejected in row
+        if worse(second)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reward", type=Path, default=mini_folder("reward"), help="a reward model's folder")
+    parser.add_argument("--prompts", type=int, default=400, help="of the real pairs of each kind")
+    parser.add_argument("--generated", type=int, default=120, help="prompts of the generated pairs")
+    parser.add_argument("--seeds", type=int, default=6, help="clips of a prompt")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    claps = {name: load_clap(mini_folder(name)) for name in ("clap-a", "clap-b")}
+    digest = verify_manifest(mini_folder("clap-a")).digest
+    reward = load_reward(arguments.reward, claps["clap-a"], digest)
+    scores = {"reward": reward_score(reward)} | {name: clap_score(clap) for name, clap in claps.items()}
+    pairs = {f"real, {kind}": real_pairs(kind, arguments.prompts) for kind in NEGATIVES}
+    rows = generated_clips(arguments.generated, arguments.seeds)
+    prompts = [caption for caption, _ in held_out_prompts(arguments.generated, SEQUENCES)]
+    pairs["generated, reversed"] = generated_pairs(
+        rows, prompts, lambda v: v.in_order is True, lambda v: v.reversed is True
+    )
+    pairs["generated, missing"] = generated_pairs(rows, prompts, lambda v: v.present, lambda v: not v.present)
+    report: dict[str, object] = {
+        "prompts": {"real": arguments.prompts, "generated": arguments.generated, "seeds": arguments.seeds},
+        "torch": torch.__version__,
+    }
+    for kind, found in pairs.items():
+        report[kind] = {"pairs": len(found), "prompts": len({prompt for prompt, _, _ in found})} | {
+            name: pair_accuracy(score, found) for name, score in scores.items()
+        }
+    text = json.dumps(report, indent=1)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

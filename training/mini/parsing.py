@@ -1,0 +1,101 @@
+"""Parsing captions, token by token: what the mini family's text encoders learn before anything else.
+
+Every word is labelled with the event that it names and with when that event happens. Released models start
+from text encoders that have read the web; these start from this. Sound alone does not teach them word order.
+
+Shape legend: B batch, L text tokens.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from training.soundworld.captions import MAX_EVENTS, CaptionTruth, caption_parts
+from training.soundworld.scenes import SceneConfig, draw_truth, split_of
+from training.soundworld.synthesis import CLASSES
+
+SCENES = SceneConfig(duration=5.12, three=0.35)
+ROLES = MAX_EVENTS + 2
+"""First, second, third; alone; together with others."""
+LABELS = len(CLASSES) * ROLES
+IGNORED = -100
+
+
+def role_of(truth: CaptionTruth, event: int) -> int:
+    """The label of an event's place: its rank in a sequence, or alone, or together."""
+    return event if truth.relation == "then" else MAX_EVENTS if truth.relation == "single" else MAX_EVENTS + 1
+
+
+def labelled_caption(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids of a caption and for each the label class x role of the event it names, or IGNORED.
+
+    The token that stands for the sentence (RoBERTa's first, T5's last) carries the label of the first event,
+    so that it too must read all of it.
+    """
+    while True:
+        truth = draw_truth(rng, SCENES)
+        parts = caption_parts(truth, rng)
+        if (split_of("".join(text for text, _ in parts)) != "train") == held_out:
+            break
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, event in parts:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        label = (
+            IGNORED if event is None else CLASSES.index(truth.classes[event]) * ROLES + role_of(truth, event)
+        )
+        labels += [label] * len(tokens)
+    first = CLASSES.index(truth.classes[0]) * ROLES + role_of(truth, 0)
+    whole = IGNORED if truth.relation == "while" else first
+    if tokenizer.bos_token_id is None:
+        return [*ids, tokenizer.eos_token_id], [*labels, whole]
+    return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], [whole, *labels, IGNORED]
+
+
+def parsing_batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, count: int, *, held_out: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Ids, padded to the tokenizer's length, and labels: int64 [B, L]."""
+    rows = [labelled_caption(rng, tokenizer, held_out=held_out) for _ in range(count)]
+    ids_BL = torch.full((count, tokenizer.model_max_length), tokenizer.pad_token_id)
+    labels_BL = torch.full_like(ids_BL, IGNORED)
+    for i, (row_ids, row_labels) in enumerate(rows):
+        ids_BL[i, : len(row_ids)] = torch.tensor(row_ids)
+        labels_BL[i, : len(row_labels)] = torch.tensor(row_labels)
+    return ids_BL, labels_BL
+
+
+class Parser(nn.Module):
+    """A text encoder with a linear head over class x role; the head is thrown away afterwards."""
+
+    def __init__(self, encoder: nn.Module, width: int, padding: int) -> None:
+        """Args:
+        encoder: called like transformers' encoders.
+        width: of its hidden states.
+        padding: the id of padding.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, LABELS)
+        self.padding = padding
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Logits [B, L, class x role]."""
+        mask_BL = (ids_BL != self.padding).long()
+        hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        logits: Tensor = self.head(hidden_BLD)
+        return logits
+
+    def loss(self, ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
+        """Cross-entropy over the labelled tokens."""
+        logits = self(ids_BL).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORED)
+
+    @torch.no_grad()
+    def accuracy(self, ids_BL: Tensor, labels_BL: Tensor) -> float:
+        """Share of the labelled tokens that are told right."""
+        return float((self(ids_BL).argmax(-1) == labels_BL)[labels_BL != IGNORED].float().mean())
