@@ -1,5 +1,6 @@
 """The commands that training adds to `milonga` (entry-point group `milonga.commands`)."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,8 @@ def reward(
     from training.config import describe, override
 
     config = override(recipes.recipe(recipes.REWARD, recipe), settings or [])
-    typer.echo(describe(config))
+    if os.environ.get("RANK", "0") == "0":  # once, of all the processes that a launcher started
+        typer.echo(describe(config))
     if show:
         return
     from training.reward_report import summary

@@ -74,7 +74,7 @@ def load_examples(config: DataConfig) -> dict[Split, Examples]:
     return found
 
 
-def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float) -> None:
+def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float, *, quiet: bool = False) -> None:
     """Tell which clips are left out. Raises `InvalidInputError` where they are more than `limit` of all."""
     if not unreadable:
         return
@@ -87,7 +87,8 @@ def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float) -> 
                 "data", f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}"
             )
         )
-    print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)
+    if not quiet:
+        print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

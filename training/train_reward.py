@@ -187,7 +187,8 @@ def ready_examples(
     for split in SPLITS:
         unreadable |= tokens.add(examples[split].clips(), scored=split == "test")
     clips = {clip for split in SPLITS for clip in examples[split].clips()}
-    check_readable(unreadable, len(clips), config.data.max_unreadable)
+    quiet = not tokens.accelerator.is_main_process
+    check_readable(unreadable, len(clips), config.data.max_unreadable, quiet=quiet)
     examples = {split: examples[split].without(set(unreadable)) for split in SPLITS}
     check_enough(examples, config)
     for split in SPLITS:

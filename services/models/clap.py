@@ -275,6 +275,10 @@ class ClapModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder (safetensors) that `load_clap` and `transformers.AutoModel` read."""
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            # The last call's would be saved, and transformers' processor would cut audio at that length, too.
+            backend.no_padding()
+            backend.no_truncation()
         with quiet_loading():
             self.clap.save_pretrained(folder, safe_serialization=True)
             self.tokenizer.save_pretrained(folder)
