@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from examples.demo import running_service
+from benchmarks.judging import memory_mib, plan
+from services.cli.processes import running
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
 from services.models.loading import load_tango
@@ -31,18 +32,6 @@ def _seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def resident_mib(command_words: str) -> dict[str, float]:
-    """Resident and peak memory in MiB of the process whose command line holds `command_words` (Linux)."""
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            if command_words in (status.parent / "cmdline").read_text().replace("\0", " "):
-                rows = dict(line.split(":", 1) for line in status.read_text().splitlines())
-                return {name: int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
-        except OSError:
-            continue
-    return {}
-
-
 def main() -> None:
     """Measure, print, write the JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -50,32 +39,32 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("build/bench/serving.json"))
     arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        with running_service(arguments.model, Path(folder) / "server.log") as target:
-            ready = time.perf_counter() - start
-            idle = resident_mib(f"--listen {target}")
-            config = EngineConfig(threads=torch.get_num_threads())
-            engine = Engine(load_tango(mini_folder(arguments.model)), config)
-            with AudioClient(target) as client, engine:
-                request = engine.request(PROMPT, seed=0)
-                client.generate(PROMPT, seed=0)
-                engine.generate(request)
-                pairs = [
-                    (
-                        _seconds(lambda: client.generate(PROMPT, seed=0)),
-                        _seconds(lambda: engine.generate(request)),
-                    )
-                    for _ in range(arguments.calls)
-                ]
-            loaded = resident_mib(f"--listen {target}")
+    plans = [plan("generation", "--model", arguments.model)]
+    with TemporaryDirectory() as folder, running(plans, logs=Path(folder)) as (service,):
+        service.wait_until_serving()
+        ready = service.ready_seconds
+        idle = memory_mib(service)
+        config = EngineConfig(threads=torch.get_num_threads())
+        engine = Engine(load_tango(mini_folder(arguments.model)), config)
+        with AudioClient(service.target) as client, engine:
+            request = engine.request(PROMPT, seed=0)
+            client.generate(PROMPT, seed=0)
+            engine.generate(request)
+            pairs = [
+                (
+                    _seconds(lambda: client.generate(PROMPT, seed=0)),
+                    _seconds(lambda: engine.generate(request)),
+                )
+                for _ in range(arguments.calls)
+            ]
+        loaded = memory_mib(service)
     report = {
         "model": arguments.model,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "start_to_ready_seconds": ready,
-        "resident_mib_when_ready": idle.get("VmRSS"),
-        "peak_mib_after_calls": loaded.get("VmHWM"),
+        "resident_mib_when_ready": idle["VmRSS"],
+        "peak_mib_after_calls": loaded["VmHWM"],
         "call_seconds": median(pair[0] for pair in pairs),
         "engine_seconds": median(pair[1] for pair in pairs),
         "call_over_engine": median(pair[0] / pair[1] for pair in pairs),

@@ -1,33 +1,30 @@
-"""From three prompts to a page you can listen to, over gRPC. Run by `make demo`.
+"""From three prompts to a page you can listen to and a table of what the judges say. Run by `make demo`.
 
     python examples/demo.py [--out build/demo] [--model mini] [--steps 25] [--seed 7]
 
-Starts `milonga serve generation` as a process of its own, waits until its health service says SERVING,
-streams each prompt's progress, writes WAV files and one self-contained HTML page, and stops the service.
+Starts the generation, scoring and reward services as processes of their own, waits until each is SERVING,
+streams the progress of each prompt, has every clip judged for every prompt, writes WAV files and one
+self-contained HTML page, and stops the services.
 """
 
 import argparse
 import base64
-import contextlib
 import html
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services import client
 from services.cli.outputs import make_folder, write_atomically
+from services.cli.processes import ServicePlan, free_port, running
 from services.cli.progress import stage_of
-from services.errors import MilongaError, ServiceUnavailableError
+from services.cli.table import Cell, print_table
+from services.errors import MilongaError
 from services.spectrogram import spectrogram_png
 
 PROMPTS = (
@@ -35,8 +32,7 @@ PROMPTS = (
     "A bird sings while rain falls",
     "A bell tolls after someone knocks",
 )
-START_SECONDS = 180.0
-STOP_SECONDS = 30.0
+SCORERS = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,52 +46,50 @@ class Sound:
     """Wall clock from asking to having it."""
 
 
-def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What the judges say of one clip for one prompt."""
+
+    scores: tuple[float, ...]
+    """CLAP score by each scorer."""
+    reward: client.Reward
 
 
-def wait_until_serving(server: subprocess.Popen[bytes], target: str, log: Path) -> None:
-    """Return when the health service says SERVING.
-
-    Raises:
-        ServiceUnavailableError: the server ended, or is not ready in time; with the end of its log.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    with grpc.insecure_channel(target) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() < deadline and server.poll() is None:
-            with contextlib.suppress(grpc.RpcError):
-                request = health_pb2.HealthCheckRequest()
-                answer = stub.Check(request, timeout=2.0)  # type: ignore[attr-defined]
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            time.sleep(0.1)
-    tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
-    raise ServiceUnavailableError(f"the service did not come up ({log}): {tail}")
+def plans(model: str) -> list[ServicePlan]:
+    """Return the three services, each on a free port."""
+    arguments = {
+        "generation": ("--model", model),
+        "scoring": tuple(word for scorer in SCORERS for word in ("--scorer", scorer)),
+        "reward": ("--model", "mini"),
+    }
+    return [
+        ServicePlan(name=name, arguments=flags, address=f"127.0.0.1:{free_port()}")
+        for name, flags in arguments.items()
+    ]
 
 
-@contextlib.contextmanager
-def running_service(model: str, log: Path) -> Iterator[str]:
-    """Run `milonga serve generation` for the time of the context. Yields its address."""
-    target = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "services.cli", "serve", "generation", "--model", model]
-    with log.open("wb") as out:
-        server = subprocess.Popen([*command, "--listen", target], stdout=out, stderr=subprocess.STDOUT)
-    try:
-        wait_until_serving(server, target, log)
-        yield target
-    finally:
-        # As Kubernetes would: SIGTERM, time to drain, and only then by force.
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+def judge(
+    audio: client.AudioClient, prompts: Sequence[str], clips: Sequence[client.Clip]
+) -> tuple[list[str], list[list[Judgement]]]:
+    """Have every clip judged for every prompt. Returns the scorers' names, and a row of judgements a clip."""
+    pairs = [(prompt, clip) for clip in clips for prompt in prompts]
+    scores, rewards = audio.score_audio(pairs), audio.compute_rewards(pairs)
+    judgements = [
+        Judgement(scores=tuple(row), reward=reward)
+        for row, reward in zip(scores.values.tolist(), rewards.rewards, strict=True)
+    ]
+    rows = [judgements[i : i + len(prompts)] for i in range(0, len(judgements), len(prompts))]
+    return [scorer.name for scorer in scores.scorers], rows
+
+
+def table_rows(prompts: Sequence[str], judgements: Sequence[Sequence[Judgement]]) -> list[list[Cell]]:
+    """Return what the table shows: each clip for its own prompt, and the best that it got for another's."""
+    rows: list[list[Cell]] = []
+    for number, (prompt, row) in enumerate(zip(prompts, judgements, strict=True)):
+        own, others = row[number], [one for index, one in enumerate(row) if index != number]
+        best = max(others, key=lambda one: one.reward.logit)
+        rows.append([prompt, *own.scores, own.reward.logit, own.reward.probability, best.reward.probability])
+    return rows
 
 
 def make_sound(
@@ -129,6 +123,7 @@ CARD = """
   <audio controls preload="metadata" src="{sound}"></audio>
   <p>seed {seed} · {duration:.2f} s of sound in {seconds:.2f} s · denoising {denoise:.2f} s,
      decoding {decode:.2f} s · <a download="{file}" href="{sound}">{file}</a>{warnings}</p>
+  <p>{judged}</p>
 </article>"""
 
 PAGE = """<!doctype html>
@@ -155,8 +150,11 @@ PAGE = """<!doctype html>
 """
 
 
-def card(sound: Sound, file: str) -> str:
+def card(sound: Sound, file: str, scorers: Sequence[str], judgement: Judgement) -> str:
     """Return the part of the page that shows one clip."""
+    scores = (
+        f"{html.escape(name)} {score:.3f}" for name, score in zip(scorers, judgement.scores, strict=True)
+    )
     warnings = "".join(
         f'<br><span class="warning">{html.escape(warning)}</span>' for warning in sound.finished.warnings
     )
@@ -172,17 +170,19 @@ def card(sound: Sound, file: str) -> str:
         decode=sound.finished.timings.decode,
         file=file,
         warnings=warnings,
+        judged=f"CLAP score {' · '.join(scores)} · reward {judgement.reward.logit:.2f}, "
+        f"probability {judgement.reward.probability:.3f}",
     )
 
 
-def page(sounds: list[Sound], files: list[str]) -> str:
+def page(sounds: Sequence[Sound], cards: Sequence[str]) -> str:
     """Return the whole page: players and spectrograms, nothing outside it."""
     model = sounds[0].finished.model
     return PAGE.format(
         name=html.escape(model.name),
         version=html.escape(model.version),
         digest=html.escape(model.digest),
-        cards="".join(card(sound, file) for sound, file in zip(sounds, files, strict=True)),
+        cards="".join(cards),
     )
 
 
@@ -190,24 +190,32 @@ def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
     """Run the whole demo. Returns the page's path."""
     console = Console(stderr=True)
     make_folder(out)
-    log = out / "server.log"
-    console.print(f"starting the generation service with {model} (log: {log})", highlight=False)
+    console.print(f"starting generation ({model}), scoring and reward (logs: {out}/*.log)", highlight=False)
     start = time.monotonic()
-    with running_service(model, log) as target, client.AudioClient(target) as audio:
-        console.print(f"ready on {target} after {time.monotonic() - start:.1f} s", highlight=False)
+    with running(plans(model), logs=out) as services:
+        for service in services:
+            service.wait_until_serving()
+        generation, scoring, reward = (service.target for service in services)
+        console.print(f"ready after {time.monotonic() - start:.1f} s", highlight=False)
         columns = (
             TextColumn("{task.description:<36}"),
             BarColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[stage]}"),
         )
-        with Progress(*columns, console=console) as bar:
-            sounds = [make_sound(audio, prompt, options, bar) for prompt in PROMPTS]
-    files = [f"clip-{number}.wav" for number in range(1, len(sounds) + 1)]
-    for sound, file in zip(sounds, files, strict=True):
+        with client.AudioClient(generation, scoring=scoring, reward=reward) as audio:
+            with Progress(*columns, console=console) as bar:
+                sounds = [make_sound(audio, prompt, options, bar) for prompt in PROMPTS]
+            scorers, judgements = judge(audio, PROMPTS, [sound.clip for sound in sounds])
+    cards = []
+    for number, sound in enumerate(sounds):
+        file = f"clip-{number + 1}.wav"
         write_atomically(out / file, sound.clip.audio)
         console.print(f"{out / file}  {sound.prompt}", highlight=False)
-    write_atomically(out / "index.html", page(sounds, files).encode())
+        cards.append(card(sound, file, scorers, judgements[number][number]))
+    header = ["prompt", *scorers, "reward", "probability", "for another prompt"]
+    print_table(header, table_rows(PROMPTS, judgements))
+    write_atomically(out / "index.html", page(sounds, cards).encode())
     return out / "index.html"
 
 

@@ -80,6 +80,8 @@ class LoopConfig:
     """Type of the forward pass's matrix products."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the accelerator that is there."""
+    threads: int = 0
+    """Torch's threads in each process; 0: as many as torch likes. On a busy machine one is far faster."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
 
@@ -141,6 +143,8 @@ class _State:
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """Accelerate on the configured device. One a process at a time: it forgets an earlier one's settings."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     # Without this a second stage in one process could not have another mixed precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)

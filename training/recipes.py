@@ -18,10 +18,12 @@ def reward_mini() -> RewardTraining:
         name="reward",
         clap="mini:clap-a",
         objective="both",
-        data=DataConfig(soundworld=SoundworldData(contrasts=4_000, generated=60, noise=0.05)),
-        loop=LoopConfig(steps=1_500, batch=32, learning_rate=1e-3, warmup=100, ema=0.995, device="cpu"),
+        data=DataConfig(soundworld=SoundworldData(contrasts=2_400, rebuilt=0.2, generated=60, noise=0.05)),
+        loop=LoopConfig(
+            steps=1_000, batch=32, learning_rate=1e-3, warmup=100, ema=0.995, device="cpu", threads=1
+        ),
         label_smoothing=0.05,
-        evaluate_every=150,
+        evaluate_every=100,
         patience=4,
     )
 
@@ -33,7 +35,7 @@ def reward_smoke() -> RewardTraining:
         clap="mini:clap-a",
         objective="both",
         data=DataConfig(soundworld=SoundworldData(contrasts=12, held_out=6, long=0.0, rebuilt=0.0)),
-        loop=LoopConfig(steps=6, batch=4, warmup=2, device="cpu"),
+        loop=LoopConfig(steps=6, batch=4, warmup=2, device="cpu", threads=1),
         head=HeadConfig(width=16, heads=2, layers=1, feedforward=16),
         evaluate_every=3,
     )

@@ -44,7 +44,7 @@ from training.reward_scenes import SPLITS, wording
 from training.run_folder import claim_folder
 from training.soundworld.scenes import Split
 
-FREE = ("loop.checkpoint_seconds",)
+FREE = ("loop.checkpoint_seconds", "loop.threads")
 """Settings that may be others when a run is resumed."""
 
 

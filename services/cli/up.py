@@ -16,7 +16,7 @@ from services.cli.processes import ServicePlan, ServiceProcess, running
 from services.cli.serve import PORTS, read_scorers
 from services.errors import FieldViolation, InvalidInputError
 
-DEFAULT_SCORERS: Final = ("a=mini:clap-a", "b=mini:clap-b")
+DEFAULT_SCORERS: Final = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
 _POLL_SECONDS: Final = 0.1
 _PER_SERVICE: Final = ("LISTEN", "MODEL", "SCORERS", "HEALTH_PORT", "METRICS_PORT")

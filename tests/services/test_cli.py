@@ -18,6 +18,7 @@ from PIL import Image
 from examples import demo
 from services import cli
 from services.cli import doctor, outputs, prompts
+from services.cli.processes import ServicePlan, free_port, running
 from services.cli.progress import stage_of
 from services.client import Clip, GenerationOptions, Progress, Queued
 from services.errors import (
@@ -48,8 +49,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def service(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a service that runs in a process of its own, started by the command."""
-    with demo.running_service(model, tmp_path_factory.mktemp("log") / "server.log") as target:
-        yield target
+    address = f"127.0.0.1:{free_port()}"
+    plan = ServicePlan(name="generation", arguments=("--model", model), address=address)
+    with running([plan], logs=tmp_path_factory.mktemp("log")) as (generation,):
+        generation.wait_until_serving()
+        yield generation.target
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -158,7 +162,7 @@ def test_a_full_disk_behind_stdout_is_no_fault_of_ours() -> None:
 
 
 def test_a_service_that_is_not_there_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = f"127.0.0.1:{demo.free_port()}"
+    target = f"127.0.0.1:{free_port()}"
     assert cli.run(["generate", PROMPT, "-o", str(tmp_path / "a.wav"), "--server", target]) == 3
     assert target in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
@@ -515,7 +519,9 @@ def test_doctor_wants_what_pyproject_says() -> None:
 # The demo
 
 
-def test_the_demo_page_needs_no_other_file(model: str, tmp_path: Path) -> None:
+def test_the_demo_page_needs_no_other_file(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options: GenerationOptions = {"seed": 7, "num_inference_steps": 2, "duration": 0.64}
     page = demo.run(tmp_path / "demo", model, options).read_text(encoding="utf-8")
     assert page.count('<audio controls preload="metadata" src="data:audio/wav;base64,') == 3
@@ -525,9 +531,13 @@ def test_the_demo_page_needs_no_other_file(model: str, tmp_path: Path) -> None:
         assert prompt in page
         sound = (tmp_path / "demo" / f"clip-{number}.wav").read_bytes()
         assert soundfile.info(io.BytesIO(sound)).samplerate == 16_000
-    log = (tmp_path / "demo" / "server.log").read_text(encoding="utf-8")
-    assert "stopped" in log
-    assert "Traceback" not in log
+    for name in ("generation", "scoring", "reward"):
+        log = (tmp_path / "demo" / f"{name}.log").read_text(encoding="utf-8")
+        assert "stopped" in log
+        assert "Traceback" not in log
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["prompt", "clap-a", "clap-b"]
+    assert len(rows) >= 3
 
 
 def test_a_demo_whose_service_does_not_come_up_says_why(tmp_path: Path) -> None:

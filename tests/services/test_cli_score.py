@@ -1,6 +1,5 @@
 """`milonga score`, and `milonga generate --candidates`: real files, real (tiny) judges, real services."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from examples import demo
 from services import cli, client
 from services.cli import score as score_command
+from services.cli.processes import ServicePlan, free_port, running
 from services.cli.score import Pair, batches, read_pair_file
 from services.errors import InvalidInputError
 from services.models.clap_loading import load_clap
@@ -79,35 +78,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def services(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    logs = tmp_path_factory.mktemp("logs")
-    with contextlib.ExitStack() as stack:
-        found = Services(
-            **{name: f"127.0.0.1:{demo.free_port()}" for name in ("generation", "scoring", "reward")}
-        )
-        commands = {
-            "generation": ["--model", f"file:{models.sound}", "--listen", found.generation],
-            "scoring": [*models.scorers, "--listen", found.scoring],
-            "reward": ["--model", *models.rewards[1:], "--listen", found.reward],
-        }
-        running = {
-            name: stack.enter_context(_running(name, arguments, logs / f"{name}.log"))
-            for name, arguments in commands.items()
-        }
-        for name, process in running.items():
-            demo.wait_until_serving(process, getattr(found, name), logs / f"{name}.log")
-        yield found
-
-
-@contextlib.contextmanager
-def _running(name: str, arguments: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "services.cli", "serve", name, *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(demo.STOP_SECONDS)
+    arguments = {
+        "generation": ("--model", f"file:{models.sound}"),
+        "scoring": tuple(models.scorers),
+        "reward": ("--model", *models.rewards[1:]),
+    }
+    plans = [
+        ServicePlan(name=name, arguments=flags, address=f"127.0.0.1:{free_port()}")
+        for name, flags in arguments.items()
+    ]
+    with running(plans, logs=tmp_path_factory.mktemp("logs")) as processes:
+        for process in processes:
+            process.wait_until_serving()
+        yield Services(**{process.plan.name: process.target for process in processes})
 
 
 @pytest.fixture
@@ -383,7 +366,7 @@ def test_some_scorers_of_a_service(
 
 
 def test_a_service_that_is_not_there_is_3(clips: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    target = f"127.0.0.1:{demo.free_port()}"
+    target = f"127.0.0.1:{free_port()}"
     assert cli.run(["score", PROMPT, *clips, "--reward-server", target]) == 3
     assert target in error_of(capsys)
 

@@ -34,6 +34,7 @@ CONFIG = LoopConfig(
     warmup=4,
     ema=0.9,
     device="cpu",
+    threads=1,
     checkpoint_seconds=0.0,
 )
 EXAMPLES = 50
@@ -55,7 +56,6 @@ def train(
     patience: int = 0,
 ) -> tuple[nn.Module, Fitted]:
     """Fit a sum of products; `kill_at` and `stop_at` are steps at which the process gets a signal."""
-    torch.set_num_threads(1)
     x = torch.randn(EXAMPLES, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, :2] * x[:, 2:]).sum(1)
     accelerator = make_accelerator(config)

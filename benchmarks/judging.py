@@ -1,0 +1,148 @@
+"""What microbatching and the embedding cache gain, and what each service weighs, on this machine.
+
+    python -m benchmarks.judging [--clips 96] [--callers 16] [--rounds 3] [--output FILE]
+
+Two processes of the scoring service, alike but for `MILONGA_MAX_BATCH_SECONDS`: the one shares batches among
+callers, the other runs every clip alone. Both are loaded in turns by as many callers, one clip a call. The
+cache: embedding prompts that were met before against new ones. Memory: of all three services, ready and after
+work.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from services.cli.processes import ServicePlan, ServiceProcess, free_port, running
+from services.client import AudioClient
+
+PROMPTS = ("A dog barks then a siren wails", "A bird sings while rain falls", "A bell tolls")
+RATE = 16_000
+ALONE = "0.001"
+"""Seconds of sound a batch: less than any clip has, so that each runs alone."""
+
+
+def plan(name: str, *arguments: str) -> ServicePlan:
+    """A service on a free port."""
+    return ServicePlan(name=name, arguments=arguments, address=f"127.0.0.1:{free_port()}")
+
+
+def memory_mib(process: ServiceProcess) -> dict[str, float]:
+    """Resident and peak memory in MiB (Linux)."""
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
+    rows = dict(line.split(":", 1) for line in status.splitlines())
+    return {name: int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
+
+
+def sounds(count: int) -> list[NDArray[np.float32]]:
+    """Clips of 2.56 s of noise, all different: what they sound like changes no cost."""
+    rng = np.random.default_rng(0)
+    return [(0.1 * rng.standard_normal(int(2.56 * RATE))).astype(np.float32) for _ in range(count)]
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """Wall clock."""
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def score_all(client: AudioClient, clips: Sequence[NDArray[np.float32]], callers: int) -> None:
+    """One call a clip, from `callers` threads."""
+    with ThreadPoolExecutor(callers) as pool:
+        for future in [pool.submit(client.score_audio, [(PROMPTS[0], (clip, RATE))]) for clip in clips]:
+            future.result()
+
+
+def batching(arguments: argparse.Namespace, logs: Path) -> dict[str, float]:
+    """Clips a second with shared batches, and with each clip alone."""
+    clips = sounds(arguments.clips)
+    plans = [plan("scoring", "--scorer", "a=mini:clap-a") for _ in range(2)]
+    alone = os.environ | {"MILONGA_MAX_BATCH_SECONDS": ALONE}
+    (logs / "alone").mkdir()
+    with (
+        running(plans[:1], logs=logs) as (shared,),
+        running(plans[1:], logs=logs / "alone", environment=alone) as (single,),
+    ):
+        clients = []
+        for service in (shared, single):
+            service.wait_until_serving()
+            clients.append(AudioClient(scoring=service.target))
+            score_all(clients[-1], clips[:8], 4)
+        rounds = [
+            [seconds(lambda one=client: score_all(one, clips, arguments.callers)) for client in clients]  # type: ignore[misc]
+            for _ in range(arguments.rounds)
+        ]
+        for client in clients:
+            client.close()
+    together, apart = (median(times) for times in zip(*rounds, strict=True))
+    return {
+        "callers": arguments.callers,
+        "shared_clips_a_second": arguments.clips / together,
+        "alone_clips_a_second": arguments.clips / apart,
+        "shared_over_alone": median(one[1] / one[0] for one in rounds),
+    }
+
+
+def caching(client: AudioClient, rounds: int) -> dict[str, float]:
+    """Seconds of embedding 64 prompts that are new, and of the same prompts again."""
+    ratios, again = [], []
+    for number in range(rounds):
+        prompts = [f"a dog barks then a siren wails {number} {index}" for index in range(64)]
+        new, old = (seconds(lambda p=prompts: client.embed_text(p, scorers=["a"])) for _ in range(2))  # type: ignore[misc]
+        ratios.append(new / old)
+        again.append(old)
+    return {"prompts": 64, "new_over_known": median(ratios), "known_seconds": median(again)}
+
+
+def main() -> None:
+    """Measure, print, write the JSON file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--callers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("build/bench/judging.json"))
+    arguments = parser.parse_args()
+    plans = [
+        plan("generation", "--model", "mini"),
+        plan("scoring", "--scorer", "a=mini:clap-a", "--scorer", "b=mini:clap-b"),
+        plan("reward", "--model", "mini"),
+    ]
+    report: dict[str, object] = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "torch": torch.__version__,
+    }
+    with TemporaryDirectory() as folder:
+        report["microbatching"] = batching(arguments, Path(folder))
+        with running(plans, logs=Path(folder)) as services:
+            for service in services:
+                service.wait_until_serving()
+            report["resident_mib_when_ready"] = {s.plan.name: memory_mib(s)["VmRSS"] for s in services}
+            generation, scoring, reward = (service.target for service in services)
+            with AudioClient(generation, scoring=scoring, reward=reward) as client:
+                client.embed_text(PROMPTS)
+                report["cache"] = caching(client, arguments.rounds)
+                clips = client.generate(PROMPTS[0], seed=0, clip_count=8).clips
+                pairs = [(prompt, clip) for prompt in PROMPTS for clip in clips]
+                client.score_audio(pairs)
+                client.compute_rewards(pairs)
+                report["peak_mib_after_work"] = {s.plan.name: memory_mib(s)["VmHWM"] for s in services}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
