@@ -18,9 +18,11 @@ def reward_mini() -> RewardTraining:
         name="reward",
         clap="mini:clap-a",
         objective="both",
-        data=DataConfig(soundworld=SoundworldData(contrasts=2_400, rebuilt=0.2, generated=60, noise=0.05)),
+        data=DataConfig(
+            soundworld=SoundworldData(contrasts=2_000, rebuilt=0.2, generated=50, noise=0.05), workers=2
+        ),
         loop=LoopConfig(
-            steps=1_000, batch=32, learning_rate=1e-3, warmup=100, ema=0.995, device="cpu", threads=1
+            steps=900, batch=32, learning_rate=1e-3, warmup=100, ema=0.995, device="cpu", threads=1
         ),
         label_smoothing=0.05,
         evaluate_every=100,
@@ -52,7 +54,7 @@ def reward_baton() -> RewardTraining:
         name="baton",
         clap="laion:630k-audioset-best.pt",
         objective="bce",
-        data=DataConfig(),
+        data=DataConfig(workers=4),
         loop=LoopConfig(
             steps=2_000, batch=64, learning_rate=1e-4, warmup=100, weight_decay=0.05, mixed_precision="bf16"
         ),

@@ -20,10 +20,11 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
-from services.models.clap import AudioTokens, ClapModel, TextTokens
+from services.models.clap import AudioTokens, ClapModel, TextTokens, Waveform
 from training.examples import Clip, Examples, read_labelled, read_pairs
 from training.reward_scenes import SPLITS, SoundworldData, soundworld_examples
 from training.soundworld.scenes import Split, split_of
@@ -51,6 +52,8 @@ class DataConfig:
     """Examples from the sound world."""
     max_unreadable: float = 0.05
     """Share of clips that may be unreadable before the training is refused."""
+    workers: int = 0
+    """Processes that read clips (or make them) while this one runs CLAP; 0: it does both in turn."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_unreadable <= 1:
@@ -102,6 +105,22 @@ class _Entry:
     """The pooled embedding; of width 0 where no score was wanted."""
 
 
+class _Reading(Dataset[tuple[Waveform, int] | str]):
+    """Clips, read when asked for; the reason where one can't be."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[Waveform, int] | str:
+        try:
+            return self.clips[index].read()
+        except (OSError, ValueError) as error:
+            return _reason(error)
+
+
 class ClapTokens:
     """CLAP's tokens of clips, on disk by content and in memory; and its tokens of prompts.
 
@@ -110,9 +129,11 @@ class ClapTokens:
     again.
     """
 
-    def __init__(self, folder: Path, clap: ClapModel, clap_digest: str, accelerator: Accelerator) -> None:
+    def __init__(
+        self, folder: Path, clap: ClapModel, clap_digest: str, accelerator: Accelerator, *, workers: int = 0
+    ) -> None:
         self.folder = folder / f"tokens-{clap_digest.removeprefix('sha256:')[:16]}"
-        self.clap, self.accelerator = clap, accelerator
+        self.clap, self.accelerator, self.workers = clap, accelerator, workers
         self._files: set[Path] = set()
         self._known: dict[str, _Entry] = {}
         self._entries: dict[Clip, _Entry] = {}
@@ -139,19 +160,29 @@ class ClapTokens:
             known = self._known.get(digest)
             if known is None or (scored and not known.embedding_D.numel()):
                 missing.append(number)
+        reading = DataLoader(
+            _Reading([wanted[number] for number in missing]),
+            batch_size=BATCH,
+            num_workers=self.workers if len(missing) > BATCH else 0,
+            collate_fn=list,
+        )
         bar = tqdm(total=len(missing), desc="CLAP tokens", unit="clip", disable=rank > 0 or not missing)
+        made: dict[str, _Entry] = {}
         with bar:
-            for start in range(0, len(missing), SHARD):
-                part = missing[start : start + SHARD]
-                made: dict[str, _Entry] = {}
-                for first in range(0, len(part), BATCH):
-                    batch = part[first : first + BATCH]
-                    made |= self._embed(
-                        [(n, wanted[n], digests[wanted[n]]) for n in batch], unreadable, scored
-                    )
-                    bar.update(len(batch))
-                if made:
+            for place, batch in enumerate(reading):
+                numbers = missing[place * BATCH :][: len(batch)]
+                heard = {}
+                for number, found in zip(numbers, batch, strict=True):
+                    if isinstance(found, str):
+                        unreadable[number] = found
+                    else:
+                        heard[digests[wanted[number]]] = found
+                made |= self._embed(heard, scored)
+                bar.update(len(batch))
+                if (place + 1) % (SHARD // BATCH) == 0:
                     self._save(made)
+                    made = {}
+            self._save(made)
         self.accelerator.wait_for_everyone()
         if processes > 1:
             everywhere = gather_object([(dict(unreadable), {n: digests.get(wanted[n]) for n in own})])
@@ -204,35 +235,26 @@ class ClapTokens:
         audio_BD = torch.stack([self._entries[clip].embedding_D for clip in clips]).float()
         return (self.clap.embed_text(prompts) * nn.functional.normalize(audio_BD, dim=-1)).sum(-1)
 
-    def _embed(
-        self, batch: Sequence[tuple[int, Clip, str]], unreadable: dict[int, str], scored: bool
-    ) -> dict[str, _Entry]:
-        """Tokens of a few clips, by digest; what can't be read is put into `unreadable`."""
-        windows, pooled, seconds, digests = [], [], [], []
-        for number, clip, digest in batch:
-            try:
-                waveform, rate = clip.read()
-            except (OSError, ValueError) as error:
-                unreadable[number] = _reason(error)
-                continue
-            # Silence after short clips, as the reward model hears them; for the scores CLAP's own way.
-            windows.append(self.clap.prepare(waveform, rate, padding="pad"))
-            if scored:
-                pooled.append(self.clap.prepare(waveform, rate))
-            seconds.append(waveform.shape[-1] / rate)
-            digests.append(digest)
-        if not digests:
+    def _embed(self, heard: Mapping[str, tuple[Waveform, int]], scored: bool) -> dict[str, _Entry]:
+        """Tokens of a few clips, by digest."""
+        if not heard:
             return {}
-        tokens = self.clap.audio_tokens(windows, seconds)
-        embeddings_BD = self.clap.embed_windows(pooled) if scored else torch.empty(len(digests), 0)
+        # Silence after short clips, as the reward model hears them; for the scores CLAP's own way.
+        windows = [self.clap.prepare(waveform, rate, padding="pad") for waveform, rate in heard.values()]
+        tokens = self.clap.audio_tokens(windows, [wave.shape[-1] / rate for wave, rate in heard.values()])
+        embeddings_BD = torch.empty(len(heard), 0)
+        if scored:
+            embeddings_BD = self.clap.embed_windows([self.clap.prepare(*pair) for pair in heard.values()])
         return {
             digest: _Entry(hidden_AC[mask_A].half().cpu(), seconds_A[mask_A].float().cpu(), embedding_D.cpu())
             for digest, hidden_AC, seconds_A, mask_A, embedding_D in zip(
-                digests, tokens.hidden_BAC, tokens.seconds_BA, tokens.mask_BA, embeddings_BD, strict=True
+                heard, tokens.hidden_BAC, tokens.seconds_BA, tokens.mask_BA, embeddings_BD, strict=True
             )
         }
 
     def _save(self, made: Mapping[str, _Entry]) -> None:
+        if not made:
+            return
         entries = list(made.values())
         name = hashlib.sha256(" ".join([*made, str(entries[0].embedding_D.shape)]).encode()).hexdigest()
         path = self.folder / f"{name[:16]}.safetensors"

@@ -44,7 +44,7 @@ from training.reward_scenes import SPLITS, wording
 from training.run_folder import claim_folder
 from training.soundworld.scenes import Split
 
-FREE = ("loop.checkpoint_seconds", "loop.threads")
+FREE = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
 """Settings that may be others when a run is resumed."""
 
 
@@ -119,7 +119,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
         claim_folder(run, settings, fresh=fresh and main, free=FREE)
 
     clap = load_any_clap(uri, resolved, str(accelerator.device))
-    tokens = ClapTokens(run, clap, resolved.digest, accelerator)
+    tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
     examples, unreadable = ready_examples(config, tokens)
     torch.manual_seed(config.loop.seed)
     model = build_model(config, clap, resolved)

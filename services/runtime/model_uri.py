@@ -7,7 +7,8 @@
 ``hf:OWNER/NAME[@REV]``     a snapshot from the Hugging Face hub; only safetensors are fetched
 ``laion:PATH``              a LAION CLAP checkpoint (``.pt``)
 ``laion-clap:PATH``         the same file, read by the laion_clap package
-``models:/NAME/VERSION``    the MLflow registry (not in this release)
+``models:/NAME/VERSION``    a version in MLflow's registry (`services.runtime.registry`)
+``models:/NAME@ALIAS``      the version that an alias points to when it is resolved
 ==========================  =====================================================================
 
 Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is served, or nothing.
@@ -24,9 +25,9 @@ from services.errors import (
     DigestMismatchError,
     FieldViolation,
     InvalidInputError,
-    ModelError,
     ModelNotFoundError,
 )
+from services.runtime.registry import fetch, parse_path
 
 EMBEDDED = ("mini", "mini-base")
 """Members of the embedded family that need no prefix."""
@@ -35,8 +36,8 @@ LAION_SCHEMES = ("laion", "laion-clap")
 """Schemes that name one file."""
 
 _FORMS = (
-    f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH "
-    "or models:/NAME/VERSION"
+    f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH, "
+    "models:/NAME/VERSION or models:/NAME@ALIAS"
 )
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -74,6 +75,8 @@ class ModelURI:
             return cls(scheme="embedded", path=_member(path), digest=pin or None)
         if scheme == "hf" and not _HUB_NAME.fullmatch(path):
             raise _invalid(f"is {text[:80]!r}, must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+        if scheme == "models":
+            parse_path(path)
         return cls(scheme=scheme, path=path, digest=pin or None)
 
     @property
@@ -112,11 +115,14 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
         ModelNotFoundError: nothing is there.
         ModelFormatError: what is there is no model folder.
         DigestMismatchError: a file differs from the manifest, or the whole from the pin.
-        ModelError: a registry that this release does not know.
+        ServiceUnavailableError: the registry does not answer.
+        ModelError: a registry's client is not installed.
     """
     uri = ModelURI.parse(uri) if isinstance(uri, str) else uri
     if uri.scheme in LAION_SCHEMES:
         return _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
+    if uri.scheme == "models":
+        return _registered(uri)
     folder = _folder(uri)
     if not folder.is_dir():
         raise ModelNotFoundError(f"model: {folder} is no folder; give the one that holds the model's files")
@@ -146,6 +152,20 @@ def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
     return ResolvedModel(folder=path, name=path.stem, version="unversioned", digest=digest, license="unknown")
 
 
+def _registered(uri: ModelURI) -> ResolvedModel:
+    """A registered version: known by the registry's name and version, not by those in its manifest."""
+    from services.models.manifest import read_manifest
+
+    found = fetch(uri.path, pin=uri.digest)
+    return ResolvedModel(
+        folder=found.folder,
+        name=found.name,
+        version=found.version,
+        digest=found.digest,
+        license=read_manifest(found.folder).license,
+    )
+
+
 def _folder(uri: ModelURI) -> Path:
     match uri.scheme:
         case "embedded":
@@ -157,10 +177,7 @@ def _folder(uri: ModelURI) -> Path:
         case "hf":
             return _snapshot(uri.path)
         case _:
-            raise ModelError(
-                f"model: models:{uri.path} is in an MLflow registry, which needs the mlflow extra of a later "
-                "release; download it and give file:PATH"
-            )
+            raise AssertionError(f"a folder of the scheme {uri.scheme}")
 
 
 def _snapshot(path: str) -> Path:

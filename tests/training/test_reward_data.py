@@ -113,6 +113,16 @@ def test_what_is_on_disk_is_not_made_again(
     assert torch.equal(mended.audio(CLIPS).hidden_BAC, expected.hidden_BAC)
 
 
+def test_other_processes_may_read(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
+    clips: list[Clip] = [Noise(0.3 + n / 100) for n in range(20)]
+    clips.insert(5, Noise(51.0))
+    alone = ClapTokens(tmp_path / "a", clap, DIGEST, accelerator)
+    helped = ClapTokens(tmp_path / "b", clap, DIGEST, accelerator, workers=2)
+    assert alone.add(clips) == helped.add(clips) == {clips[5]: "is too long"}
+    del clips[5]
+    assert torch.equal(alone.audio(clips).hidden_BAC, helped.audio(clips).hidden_BAC)
+
+
 def test_scores_are_claps_own(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
     ClapTokens(tmp_path, clap, DIGEST, accelerator).add(CLIPS[:2])
     tokens = ClapTokens(tmp_path, clap, DIGEST, accelerator)

@@ -8,7 +8,8 @@ Prompts are the validation split's: no denoiser has seen their wording with any 
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,53 +19,17 @@ from tqdm import tqdm
 from services.models.loading import load_tango
 from services.models.mel import LogMel
 from services.models.mini import mini_folder
-from services.models.tagger import Detection, EventTagger
+from services.models.tagger import EventTagger
 from services.models.tango import TangoPipeline, clip_generator
+from training.metrics.events import EVENT_FIGURES, Verdict, event_values, judge
+from training.metrics.levels import is_clipped, is_silent
+from training.metrics.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.latents import mel_frames
 from training.mini.package import assemble
-from training.soundworld.captions import CaptionTruth
-from training.soundworld.scenes import DURATIONS, SceneConfig, draw_caption, make_scene
+from training.soundworld.scenes import DURATIONS, make_scene
 from training.soundworld.synthesis import CLASSES
 
-PROMPT_SEED = 606
-PROMPTS = SceneConfig(single=0.2, sequence=0.5, split="validation")
-LONG_PROMPTS = replace(PROMPTS, duration=5.12, three=0.5)
-"""For clips of twice the length: half of the sequences have three events."""
 BATCH = 8
-SILENT_PEAK = 1e-2
-"""A clip whose loudest sample is below this (-40 dB of full scale) counts as silent."""
-FULL_SCALE = 0.9999
-"""A clip with more than one sample at this level or above counts as clipped."""
-TIE_SECONDS = 0.1
-"""Events whose centres lie closer than this count as neither in order nor reversed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What the tagger says of one clip."""
-
-    truth: CaptionTruth
-    heard: frozenset[str]
-    """All classes heard."""
-    present: bool
-    """Every event of the prompt is heard."""
-    in_order: bool | None
-    """Their centres follow the prompt's order; None where the prompt has no order or an event is missing."""
-    reversed: bool | None
-    """Their centres follow the reverse order."""
-
-
-def judge(truth: CaptionTruth, heard: dict[str, Detection]) -> Verdict:
-    """Compare what was asked for with what was heard."""
-    present = all(name in heard for name in truth.classes)
-    in_order = reversed_ = None
-    if present and truth.relation == "then":
-        centres = np.array([heard[name].centre for name in truth.classes])
-        in_order = bool((np.diff(centres) > TIE_SECONDS).all())
-        reversed_ = bool((np.diff(centres) < -TIE_SECONDS).all())
-    return Verdict(
-        truth=truth, heard=frozenset(heard), present=present, in_order=in_order, reversed=reversed_
-    )
 
 
 def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, float, float]:
@@ -83,21 +48,10 @@ def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
     """Figures over prompts (outer list) and their clips (inner list), in all and by class."""
 
     def figures(prompts: list[list[Verdict]]) -> dict[str, tuple[float, float, float]]:
-        sequences = [p for p in prompts if p[0].truth.relation == "then"]
-        ordered = [[v for v in p if v.in_order is not None] for p in sequences]
+        rows = [[event_values(verdict) for verdict in prompt] for prompt in prompts]
         return {
-            "presence": interval([[float(v.present) for v in p] for p in prompts]),
-            "order_given_presence": interval([[float(bool(v.in_order)) for v in p] for p in ordered]),
-            "reversed_given_presence": interval([[float(bool(v.reversed)) for v in p] for p in ordered]),
-            "present_and_in_order": interval(
-                [[float(v.present and v.in_order is not False) for v in p] for p in prompts]
-            ),
-            "sequences_present_and_in_order": interval(
-                [[float(bool(v.in_order)) for v in p] for p in sequences]
-            ),
-            "nothing_else_heard": interval(
-                [[float(v.heard <= set(v.truth.classes)) for v in p] for p in prompts]
-            ),
+            name: interval([[row[name] for row in prompt if not math.isnan(row[name])] for prompt in rows])
+            for name in EVENT_FIGURES
         }
 
     def by_class(name: str) -> dict[str, float]:
@@ -111,11 +65,6 @@ def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
         **figures(verdicts),
         "by_class": {name: by_class(name) for name in CLASSES if name in told},
     }
-
-
-def held_out_prompts(count: int, config: SceneConfig = PROMPTS) -> list[tuple[str, CaptionTruth]]:
-    """The first `count` prompts of the validation split, always the same."""
-    return [draw_caption(np.random.default_rng([PROMPT_SEED, i]), config) for i in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,9 +91,8 @@ def evaluate_generation(
         for seed in range(seeds):
             generators = [clip_generator(seed, start + i) for i in range(len(part))]
             output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
-            level = np.abs(output.waveforms_BN)
-            silent += int((level.max(1) < SILENT_PEAK).sum())
-            clipped += int(((level >= FULL_SCALE).sum(1) > 1).sum())
+            silent += sum(map(is_silent, output.waveforms_BN))
+            clipped += sum(map(is_clipped, output.waveforms_BN))
             heard = tagger.detect(torch.from_numpy(output.waveforms_BN))
             for row, (_, truth), found in zip(rows, part, heard, strict=True):
                 row.append(judge(truth, found))

@@ -27,7 +27,9 @@ from services.models.mini import mini_folder
 from services.models.reward import RewardModel, load_reward
 from services.models.tagger import EventTagger
 from services.models.tango import clip_generator
-from training.mini.evaluate import PROMPTS, Verdict, held_out_prompts, interval, judge
+from training.metrics.events import Verdict, judge
+from training.metrics.prompts import PROMPTS, held_out_prompts
+from training.mini.evaluate import interval
 from training.mini.evaluate_clap import NEGATIVES
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import render

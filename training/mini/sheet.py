@@ -14,7 +14,7 @@ from services.models.loading import load_tango
 from services.models.mini import mini_folder
 from services.models.tango import TangoPipeline, clip_generator
 from services.spectrogram import spectrogram_sheet_png
-from training.mini.evaluate import PROMPT_SEED, PROMPTS
+from training.metrics.prompts import PROMPT_SEED, PROMPTS
 from training.mini.package import assemble
 from training.soundworld.scenes import make_scene
 from training.soundworld.synthesis import SAMPLING_RATE

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from services.models.tagger import Detection, EventTagger, detections
-from training.mini.evaluate import held_out_prompts, interval, judge, summarise
+from training.metrics.events import judge
+from training.metrics.prompts import held_out_prompts
+from training.mini.evaluate import interval, summarise
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import split_of
 
