@@ -11,24 +11,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+from services.models.mini import PARTS
+
+MINI = "training.mini."
+
 
 def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]]:
-    """Programs of this package with their arguments, in order; `{work}` stands for the working folder."""
-    trunk = ["denoiser", "--name", "trunk", "--captions", "web", "--steps", str(trunk_steps), "--decay", "0"]
-    base = ["denoiser", "--name", "mini-base", "--captions", "web", "--steps", str(base_steps)]
-    mini = ["denoiser", "--name", "mini", "--captions", "true", "--steps", str(mini_steps)]
+    """Modules with their arguments, in order; `{work}` stands for the working folder."""
+    work = ["--work", "{work}"]
+    denoiser = [f"{MINI}denoiser", *work]
     from_trunk = ["--init", "{work}/trunk/final"]
     return [
-        ["autoencoder"],
-        ["text_encoder"],
-        ["latents"],
-        trunk,
-        base + from_trunk,
-        mini + from_trunk,
-        ["tagger"],
-        ["vocoder"],
-        ["package"],
-        ["evaluate", "--reconstruction", "300", "--output", "{work}/evaluation.json"],
+        [f"{MINI}autoencoder", *work],
+        [f"{MINI}text_encoder", *work],
+        [f"{MINI}latents", *work],
+        [*denoiser, "--name", "trunk", "--captions", "web", "--steps", str(trunk_steps), "--decay", "0"],
+        [*denoiser, "--name", "mini-base", "--captions", "web", "--steps", str(base_steps), *from_trunk],
+        [*denoiser, "--name", "mini", "--captions", "true", "--steps", str(mini_steps), *from_trunk],
+        [f"{MINI}tagger", *work],
+        [f"{MINI}vocoder", *work],
+        [f"{MINI}clap", *work, "--name", "clap-a"],
+        [f"{MINI}clap", *work, "--name", "clap-b"],
+        # The reward model stands on clap-a as it ships, and learns from what mini makes.
+        [f"{MINI}package", *work, *(f"--only={name}" for name in PARTS if name != "reward")],
+        ["services.cli", "train", "reward", "--recipe", "mini", "--output", "{work}/reward"],
+        [f"{MINI}package", *work, "--only=reward"],
+        [f"{MINI}evaluate", "--reconstruction", "300", "--output", "{work}/evaluation.json"],
+        [f"{MINI}evaluate_clap", "--output", "{work}/evaluation-clap.json"],
+        [f"{MINI}evaluate_reward", "--output", "{work}/evaluation-reward.json"],
     ]
 
 
@@ -39,11 +49,8 @@ def main() -> int:
     parser.add_argument("--base-steps", type=int, default=2_000, help="further steps of mini-base")
     parser.add_argument("--mini-steps", type=int, default=4_500, help="further steps of mini")
     arguments = parser.parse_args()
-    for program, *flags in stages(arguments.trunk_steps, arguments.base_steps, arguments.mini_steps):
-        command = [sys.executable, "-m", f"training.mini.{program}"]
-        if program != "evaluate":
-            command += ["--work", str(arguments.work)]
-        command += [flag.format(work=arguments.work) for flag in flags]
+    for stage in stages(arguments.trunk_steps, arguments.base_steps, arguments.mini_steps):
+        command = [sys.executable, "-m", *(word.format(work=arguments.work) for word in stage)]
         print("▸", " ".join(command[2:]), flush=True)
         try:
             code = subprocess.run(command, check=False).returncode
