@@ -1,9 +1,9 @@
 """The sound world as a source of preferences: clips that are what a prompt says, and clips that just aren't.
 
-A contrast is a truth and the same truth with one mistake (order swapped, an event missing or replaced), a
-clip of each and a prompt of each. Crossed, they are four labels and two pairs; each clip is right for one
-prompt and wrong for the other, so that neither prompts nor clips alone tell which is liked. Everything is a
-function of (seed, split, index).
+A contrast is a truth and the same truth with one mistake (order swapped, an event missing or replaced), or at
+times another truth altogether; a clip of each and a prompt of each. Crossed, they are four labels and two
+pairs; each clip is right for one prompt and wrong for the other, so that neither prompts nor clips alone tell
+which is liked. Everything is a function of (seed, split, index).
 """
 
 import functools
@@ -32,12 +32,13 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 GAIN = (-8.0, 2.0)
 """Bounds in dB of how much quieter or louder than the world's a clip is."""
 MISTAKES = {
-    "then": (("swapped", 0.6), ("missing", 0.2), ("replaced", 0.2)),
-    "while": (("missing", 0.5), ("replaced", 0.5)),
-    "single": (("replaced", 1.0),),
+    "then": (("swapped", 0.5), ("missing", 0.15), ("replaced", 0.15), ("other", 0.2)),
+    "while": (("missing", 0.4), ("replaced", 0.4), ("other", 0.2)),
+    "single": (("replaced", 0.7), ("other", 0.3)),
 }
-"""Mistakes by the relation of the events, and how often each is made."""
-BACKWARDS = {"swapped": "swapped", "missing": "added", "replaced": "replaced"}
+"""Mistakes by the relation of the events, and how often each is made. `other`: nothing of it is right. A
+model that has met near misses only may like what has nothing to do with the prompt."""
+BACKWARDS = {"swapped": "swapped", "missing": "added", "replaced": "replaced", "other": "other"}
 """What is wrong with the right clip, for the prompt of the mistaken one."""
 WORDINGS = 64
 """Wordings that are tried before a truth counts as having none in a split."""
@@ -200,7 +201,7 @@ def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
         truth = draw_truth(rng, scenes)
         kinds, shares = zip(*MISTAKES[truth.relation], strict=True)
         mistake = str(rng.choice(kinds, p=shares))
-        told = truth, _mistaken(truth, mistake, rng)
+        told = truth, _mistaken(truth, mistake, scenes, rng)
         prompts = [wording(said, rng, split) for said in told]
         if all(prompts):
             break
@@ -227,8 +228,15 @@ def wording(truth: CaptionTruth, rng: np.random.Generator, split: Split) -> str 
     return next((caption for caption in captions if split_of(caption) == split), None)
 
 
-def _mistaken(truth: CaptionTruth, mistake: str, rng: np.random.Generator) -> CaptionTruth:
-    return {"swapped": swap, "missing": drop, "replaced": replace_event}[mistake](truth, rng)
+def _mistaken(
+    truth: CaptionTruth, mistake: str, scenes: SceneConfig, rng: np.random.Generator
+) -> CaptionTruth:
+    if mistake != "other":
+        return {"swapped": swap, "missing": drop, "replaced": replace_event}[mistake](truth, rng)
+    while True:
+        other = draw_truth(rng, scenes)
+        if not set(other.classes) & set(truth.classes):
+            return other
 
 
 def _range(config: SoundworldData, split: Split) -> range:

@@ -2,7 +2,8 @@
 
     python -m training.mini.evaluate_reward --prompts 400 --output benchmarks/mini-reward.json
 
-Real pairs: the scene that the prompt tells, against one with two events swapped, one missing or one replaced.
+Real pairs: the scene that the prompt tells, against one with two events swapped, one missing,
+one replaced, or nothing right.
 Generated pairs: clips of `mini-base`, as the tagger hears them: in order against reversed, all events against
 one missing. The tagger judges here, and no training has heard of it.
 """
@@ -32,7 +33,7 @@ from training.metrics.prompts import PROMPTS, held_out_prompts
 from training.mini.evaluate import interval
 from training.mini.evaluate_clap import NEGATIVES
 from training.soundworld.captions import CaptionTruth
-from training.soundworld.scenes import render
+from training.soundworld.scenes import draw_truth, render
 
 Waveform = NDArray[np.float32]
 Score = Callable[[Sequence[str], Sequence[Waveform]], Tensor]
@@ -40,6 +41,18 @@ Score = Callable[[Sequence[str], Sequence[Waveform]], Tensor]
 SEED = 1_010
 BATCH = 32
 SEQUENCES = replace(PROMPTS, single=0.0, sequence=1.0)
+
+
+def another(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth:
+    """A sequence of which no event is in `truth`."""
+    while True:
+        other = draw_truth(rng, SEQUENCES)
+        if not set(other.classes) & set(truth.classes):
+            return other
+
+
+MISTAKES = NEGATIVES | {"other": another}
+"""What may be wrong with a clip, by name."""
 
 
 def reward_score(model: RewardModel) -> Score:
@@ -79,7 +92,7 @@ def real_pairs(kind: str, count: int) -> list[tuple[str, Waveform, Waveform]]:
     pairs = []
     for index, (caption, truth) in enumerate(held_out_prompts(count, SEQUENCES)):
         rng = np.random.default_rng([SEED, index])
-        wrong: CaptionTruth = NEGATIVES[kind](truth, rng)
+        wrong = MISTAKES[kind](truth, rng)
         chosen, rejected = (render(told, SEQUENCES.duration, rng)[0] for told in (truth, wrong))
         pairs.append((caption, chosen, rejected))
     return pairs
@@ -132,7 +145,7 @@ def main() -> None:
     digest = verify_manifest(mini_folder("clap-a")).digest
     reward = load_reward(arguments.reward, claps["clap-a"], digest)
     scores = {"reward": reward_score(reward)} | {name: clap_score(clap) for name, clap in claps.items()}
-    pairs = {f"real, {kind}": real_pairs(kind, arguments.prompts) for kind in NEGATIVES}
+    pairs = {f"real, {kind}": real_pairs(kind, arguments.prompts) for kind in MISTAKES}
     rows = generated_clips(arguments.generated, arguments.seeds)
     prompts = [caption for caption, _ in held_out_prompts(arguments.generated, SEQUENCES)]
     pairs["generated, reversed"] = generated_pairs(
