@@ -216,11 +216,14 @@ def find_audio(text: str, root: Path) -> Path:
     return root.joinpath(*parts)
 
 
-def read_labelled(path: Path, audio_root: Path | None = None) -> list[Labelled]:
+def read_labelled(
+    path: Path, audio_root: Path | None = None, *, label: float | None = None
+) -> list[Labelled]:
     """The examples of a JSON file in BATON's format: a list of objects, or one object a line.
 
     Each has a prompt, an audio location (relative to `audio_root`, by default the file's folder) and a label
-    in [0, 1], under one of the names above. Raises `InvalidInputError`.
+    in [0, 1], under one of the names above. With `label` every example has that one, and the file need have
+    none, as Tango's lists. Raises `InvalidInputError`.
     """
     field = "data.labelled"
     try:
@@ -234,16 +237,15 @@ def read_labelled(path: Path, audio_root: Path | None = None) -> list[Labelled]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise _invalid(field, f"{path}, example {number} is {type(row).__name__}, must be an object")
-        prompt, audio, label = (
-            _value(row, names, f"{path}, example {number}")
-            for names in (PROMPT_NAMES, AUDIO_NAMES, LABEL_NAMES)
-        )
+        where = f"{path}, example {number}"
+        prompt, audio = (_value(row, names, where) for names in (PROMPT_NAMES, AUDIO_NAMES))
+        written = _value(row, LABEL_NAMES, where) if label is None else label
         try:
-            value = float(label)
+            value = float(written)
         except (TypeError, ValueError):
             value = float("nan")
         if not 0 <= value <= 1:
-            raise _invalid(field, f"{path}, example {number} has the label {label!r}, must be 0 to 1")
+            raise _invalid(field, f"{where} has the label {written!r}, must be 0 to 1")
         clip = FileClip(path=find_audio(str(audio), root))
         found.append(Labelled(prompt=str(prompt), clip=clip, label=value))
     return found

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
 
@@ -50,7 +50,8 @@ class TrackingJournal:
         self._lock = threading.Lock()
         try:
             (folder / FILES).mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = (folder / JOURNAL).open("ab")
+            # Unbuffered: what a full disk refused must not come later, behind something else.
+            self._file = (folder / JOURNAL).open("ab", buffering=0)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 end = _whole_lines(folder / JOURNAL)
@@ -76,8 +77,8 @@ class TrackingJournal:
         with self._lock:
             before = os.fstat(self._file.fileno()).st_size
             try:
-                self._file.write(data)
-                self._file.flush()
+                while data:
+                    data = data[self._file.write(data) :]
             except OSError as error:
                 with contextlib.suppress(OSError):
                     os.truncate(self.folder / JOURNAL, before)
@@ -147,7 +148,8 @@ class Follower:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    return  # cut off by a kill; the loop will write it anew
+                    self._offset = 0  # another file after all, under a number that was free again
+                    return
                 self._offset += len(line)
                 yield row
 

@@ -266,11 +266,13 @@ class _Loop:
                         f"the loss is {figures['loss']} at step {step}; lower the learning rate, or look at "
                         f"{self.folder / JOURNAL}"
                     )
-                state.step, state.seconds = step + 1, state.seconds + time.monotonic() - began
+                elapsed = time.monotonic() - began
+                state.step, state.seconds = step + 1, state.seconds + elapsed
                 bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
                 bar.update()
                 if journal is not None:
-                    journal.write({"step": step, **figures, "seconds": state.seconds})
+                    speed = {"samples_per_second": self.config.batch / elapsed, "seconds": state.seconds}
+                    journal.write({"step": step, **figures, **speed})
                 held_out = self._evaluate()
                 if journal is not None and held_out:
                     journal.write({"step": step, "evaluation": held_out})

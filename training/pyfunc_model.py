@@ -11,7 +11,7 @@
     )
     verdict["logit"], verdict["probability"]
 
-`predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list with a dict for each.
+`predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list, a dict for each.
 A row of `milonga-tango` may say `negative_prompt`, `seed`, `num_inference_steps`, `guidance_scale` and
 `duration` (seconds); what it leaves out takes the model's default. The same seed gives the clip that the
 service gives.
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from services.environment import quiet_libraries
 
@@ -47,7 +47,7 @@ SEEDS = 2**63
 """Seeds are below this."""
 
 
-class MilongaModel(PythonModel):  # type: ignore[misc,unused-ignore]
+class MilongaModel(PythonModel):
     """A text-to-audio or a reward model, as its folder says."""
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -10,8 +10,11 @@ under the same name are the version that is there already.
 
 import contextlib
 import importlib.metadata
+import os
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,8 +196,8 @@ def clap_of(folder: Path, clap: str | None) -> Path:
     found = resolve(clap)
     if found.digest != config.clap_digest:
         raise DigestMismatchError(
-            f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), and {clap} is "
-            f"{found.digest}; give the one it was trained on"
+            f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), and {clap} "
+            f"is {found.digest}; give the one it was trained on"
         )
     return found.folder
 
@@ -241,7 +244,10 @@ def _create(
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory(prefix="milonga-") as temporary:
-            packed = _pack(Path(temporary), kind, artifacts)
+            with warnings.catch_warnings():
+                # MLflow's, of its own classes and of types that we left open on purpose.
+                warnings.simplefilter("ignore")
+                packed = _pack(Path(temporary), kind, artifacts)
             client.log_artifacts(run_id, str(packed), name)
         try:
             client.create_registered_model(name, tags={"milonga.kind": kind})
@@ -302,7 +308,9 @@ def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
     assert found is not None
     if found.lifecycle_stage == "deleted":
         raise InvalidInputError(
-            FieldViolation("experiment", f"is {name}, which was deleted; restore it with `mlflow experiments`")
+            FieldViolation(
+                "experiment", f"is {name}, which was deleted; restore it with `mlflow experiments`"
+            )
         )
     return str(found.experiment_id)
 
@@ -311,16 +319,21 @@ def _pack(folder: Path, kind: Kind, artifacts: Mapping[str, Path]) -> Path:
     """Write the pyfunc into `folder`."""
     from mlflow.pyfunc import save_model
 
-    links = {}
+    named = {}
     for name, path in artifacts.items():
-        # Named after what they are; MLflow copies what the links point to.
-        links[name] = folder / (name if path.is_dir() else f"{name}{path.suffix}")
-        links[name].symlink_to(path)
+        # MLflow names its copies after these; links out of their folder it refuses.
+        named[name] = folder / (name if path.is_dir() else f"{name}{path.suffix}")
+        if path.is_dir():
+            shutil.copytree(
+                path, named[name], ignore=shutil.ignore_patterns(".*"), copy_function=_link_or_copy
+            )
+        else:
+            _link_or_copy(str(path), str(named[name]))
     packed = folder / "packed"
     save_model(
         path=str(packed),
         python_model=str(_CODE),
-        artifacts={name: str(link) for name, link in links.items()},
+        artifacts={name: str(path) for name, path in named.items()},
         signature=signature_of(kind),
         input_example=dict(_EXAMPLES[kind]),
         pip_requirements=[
@@ -331,11 +344,21 @@ def _pack(folder: Path, kind: Kind, artifacts: Mapping[str, Path]) -> Path:
     return packed
 
 
-def signature_of(kind: Kind) -> "ModelSignature":
-    """What `predict` takes and gives. Numbers that may be missing are of any type: a table writes them NaN."""
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
+def _link_or_copy(source: str, target: str) -> None:
+    """Weights are gigabytes, and often on the same disk."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
+
+def signature_of(kind: Kind) -> "ModelSignature":
+    """What `predict` takes and gives. Numbers that may be missing are of any type: tables have NaN there."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec]
+    outputs: list[ColSpec | TensorSpec]
     text, whole = DataType.string, DataType.long
     if kind == "reward":
         inputs = [
@@ -364,5 +387,3 @@ def signature_of(kind: Kind) -> "ModelSignature":
 def _refused(uri: str, error: Exception) -> MilongaError:
     reason = " ".join(str(error).split())[:300]
     return ServiceUnavailableError(f"the MLflow server {shown(uri)} refused the model: {reason}")
-
-

@@ -1,8 +1,7 @@
 """Start the generation service: settings, model, engine, server, and the drain at the end."""
 
 import asyncio
-import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 from pydantic import Field
@@ -14,10 +13,11 @@ from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
 from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
 from services.runtime.server import Server
+from services.runtime.serving import serve
 from services.runtime.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from services.engine import EngineConfig
+    from services.engine import Engine, EngineConfig
 
 log = structlog.get_logger()
 
@@ -53,42 +53,45 @@ def run(settings: GenerationSettings) -> None:
     quiet_libraries(online=uri.needs_network)
     configure_logs(settings.log_format, settings.log_level)
     log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(_serve(settings, uri))
+    asyncio.run(
+        serve(settings, load=lambda: _load(settings, uri), add=_add, describe=_describe, close=_close)
+    )
 
 
-async def _serve(settings: GenerationSettings, uri: ModelURI) -> None:
-    start = time.monotonic()
-    metrics = ServerMetrics()
-    server = Server(settings, metrics)
-    try:
-        model = await asyncio.to_thread(resolve, uri)
-        # Only now: torch takes seconds to import, and a wrong setting should be known at once.
-        from services.engine import Engine
-        from services.generation.metrics import EngineCollector
-        from services.generation.servicer import SERVICE_NAME, GenerationServicer
-        from services.models.loading import load_tango
+def _load(settings: GenerationSettings, uri: ModelURI) -> "tuple[Engine, ResolvedModel]":
+    model = resolve(uri)
+    # Only now: torch takes seconds to import, and a wrong setting should be known at once.
+    from services.engine import Engine
+    from services.models.loading import load_tango
 
-        config = _engine_config(settings)
-        pipeline = await asyncio.to_thread(
-            load_tango, model.folder, device=settings.device, dtype=settings.dtype
-        )
-        engine = Engine(pipeline, config)
-    except BaseException:
-        await server.stop(0)
-        raise
-    servicer = GenerationServicer(engine, model)
-    metrics.registry.register(EngineCollector(engine, model))
+    config = _engine_config(settings)
+    pipeline = load_tango(model.folder, device=settings.device, dtype=settings.dtype)
+    return Engine(pipeline, config), model
+
+
+def _add(server: Server, metrics: ServerMetrics, loaded: "tuple[Engine, ResolvedModel]") -> None:
+    from services.generation.metrics import EngineCollector
+    from services.generation.servicer import SERVICE_NAME, GenerationServicer
+
+    servicer = GenerationServicer(*loaded)
+    metrics.registry.register(EngineCollector(*loaded))
     server.add(
         SERVICE_NAME, lambda grpc_server: rpc.add_GenerationServiceServicer_to_server(servicer, grpc_server)
     )
-    try:
-        await server.start()
-        _log_ready(settings, server, model, time.monotonic() - start)
-        await server.serve_until_signal()
-    finally:
-        # Every call has ended by now, or had its grace.
-        await asyncio.to_thread(engine.close, 0.0)
-    log.info("stopped")
+
+
+async def _close(loaded: "tuple[Engine, ResolvedModel]") -> None:
+    await asyncio.to_thread(loaded[0].close, 0.0)
+
+
+def _describe(loaded: "tuple[Engine, ResolvedModel]") -> dict[str, Any]:
+    model = loaded[1]
+    return {
+        "model": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "folder": str(model.folder),
+    }
 
 
 def _engine_config(settings: GenerationSettings) -> "EngineConfig":
@@ -104,19 +107,3 @@ def _engine_config(settings: GenerationSettings) -> "EngineConfig":
         )
     except ValueError as error:
         raise InvalidInputError(FieldViolation("settings", str(error))) from error
-
-
-def _log_ready(settings: GenerationSettings, server: Server, model: ResolvedModel, seconds: float) -> None:
-    log.info(
-        "ready",
-        listen=settings.listen,
-        port=server.port,
-        tls=settings.tls_cert_file is not None,
-        health_port=server.health_port,
-        metrics_port=server.metrics_port,
-        model=model.name,
-        version=model.version,
-        digest=model.digest,
-        folder=str(model.folder),
-        seconds=round(seconds, 2),
-    )

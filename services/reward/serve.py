@@ -1,9 +1,8 @@
 """Start the reward service: settings, judge, server, and the drain at the end."""
 
 import asyncio
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydantic import Field
@@ -16,6 +15,7 @@ from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
 from services.runtime.model_uri import ModelURI, resolve
 from services.runtime.server import Server
+from services.runtime.serving import serve
 from services.runtime.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -62,7 +62,15 @@ def run(settings: RewardSettings) -> None:
     quiet_libraries(online=any(uri.needs_network for uri in _uris(settings)))
     configure_logs(settings.log_format, settings.log_level)
     log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(_serve(settings))
+    asyncio.run(
+        serve(
+            settings,
+            load=lambda: load(settings),
+            add=lambda server, metrics, judge: add_reward(server, metrics, judge, settings),
+            describe=_describe,
+            close=lambda judge: judge.close(),
+        )
+    )
 
 
 def add_reward(server: Server, metrics: ServerMetrics, judge: "Judge", settings: RewardSettings) -> None:
@@ -99,26 +107,6 @@ def load(settings: RewardSettings) -> "Judge":
     return load_judge(version, clap, clap_uri.scheme, settings)
 
 
-async def _serve(settings: RewardSettings) -> None:
-    start = time.monotonic()
-    metrics = ServerMetrics()
-    server = Server(settings, metrics)
-    try:
-        judge = await asyncio.to_thread(load, settings)
-        add_reward(server, metrics, judge, settings)
-    except BaseException:
-        await server.stop(0)
-        raise
-    try:
-        await server.start()
-        _log_ready(settings, server, judge, time.monotonic() - start)
-        await server.serve_until_signal()
-    finally:
-        # Every call has ended by now, or had its grace.
-        await judge.close()
-    log.info("stopped")
-
-
 def _uris(settings: RewardSettings) -> tuple[ModelURI, ModelURI]:
     """The URIs of the reward model and of its CLAP model."""
     uris: list[ModelURI] = []
@@ -136,18 +124,11 @@ def _uris(settings: RewardSettings) -> tuple[ModelURI, ModelURI]:
     return model, clap
 
 
-def _log_ready(settings: RewardSettings, server: Server, judge: "Judge", seconds: float) -> None:
-    log.info(
-        "ready",
-        listen=settings.listen,
-        port=server.port,
-        tls=settings.tls_cert_file is not None,
-        health_port=server.health_port,
-        metrics_port=server.metrics_port,
-        model=judge.version.name,
-        version=judge.version.version,
-        digest=judge.version.digest,
-        folder=str(judge.version.folder),
-        clap={"model": judge.clap.name, "digest": judge.clap.digest},
-        seconds=round(seconds, 2),
-    )
+def _describe(judge: "Judge") -> dict[str, Any]:
+    return {
+        "model": judge.version.name,
+        "version": judge.version.version,
+        "digest": judge.version.digest,
+        "folder": str(judge.version.folder),
+        "clap": {"model": judge.clap.name, "digest": judge.clap.digest},
+    }

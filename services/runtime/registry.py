@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -53,6 +54,7 @@ ANSWER_SECONDS: Final = 10.0
 _SETTINGS: Final = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # Otherwise the uv.lock of whatever folder we stand in is packed into models.
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
@@ -109,6 +111,9 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise _not_installed("mlflow-skinny") from error
+    served = urlsplit(uri).scheme in ("http", "https")
+    if not served and find_spec("sqlalchemy") is None:
+        raise _not_installed("mlflow")
     path = database_path(uri)
     if path is not None and not path.exists():
         if not create:
@@ -118,7 +123,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
         _make_parent(path)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        if urlsplit(uri).scheme in ("http", "https"):
+        if served:
             _in_time(lambda: _ask(uri), uri)
         # MLflow's own use of SQLAlchemy is deprecated there; nothing that its user could mend.
         with warnings.catch_warnings():
@@ -262,7 +267,7 @@ def _download(source: str, folder: Path, digest: str, uri: str) -> None:
                 raise
     except OSError as error:
         raise OutputError(
-            f"{folder.parent} can't be written: {error.strerror or error}; set MILONGA_CACHE to another folder"
+            f"{folder.parent} can't be written: {error.strerror or error}; set MILONGA_CACHE elsewhere"
         ) from error
     except DigestMismatchError as error:
         raise DigestMismatchError(
@@ -279,8 +284,8 @@ def _ask(uri: str) -> None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    response = http_request(
-        get_default_host_creds(uri),
+    response = http_request(  # type: ignore[no-untyped-call]
+        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
         "/api/2.0/mlflow/experiments/search?max_results=1",
         "GET",
         max_retries=0,

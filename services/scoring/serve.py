@@ -2,9 +2,8 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydantic import Field, field_validator
@@ -17,6 +16,7 @@ from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
 from services.runtime.model_uri import ModelURI
 from services.runtime.server import Server
+from services.runtime.serving import serve
 from services.runtime.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -75,7 +75,15 @@ def run(settings: ScoringSettings) -> None:
     quiet_libraries(online=any(uri.needs_network for uri in uris.values()))
     configure_logs(settings.log_format, settings.log_level)
     log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(_serve(settings))
+    asyncio.run(
+        serve(
+            settings,
+            load=lambda: load(settings),
+            add=lambda server, metrics, scorers: add_scoring(server, metrics, scorers, settings),
+            describe=_describe,
+            close=_close,
+        )
+    )
 
 
 def add_scoring(
@@ -110,25 +118,9 @@ def load(settings: ScoringSettings) -> "dict[str, Scorer]":
     return load_scorers(_uris(settings.scorers), settings.device, config)
 
 
-async def _serve(settings: ScoringSettings) -> None:
-    start = time.monotonic()
-    metrics = ServerMetrics()
-    server = Server(settings, metrics)
-    try:
-        scorers = await asyncio.to_thread(load, settings)
-        add_scoring(server, metrics, scorers, settings)
-    except BaseException:
-        await server.stop(0)
-        raise
-    try:
-        await server.start()
-        _log_ready(settings, server, scorers, time.monotonic() - start)
-        await server.serve_until_signal()
-    finally:
-        # Every call has ended by now, or had its grace.
-        for scorer in dict.fromkeys(scorers.values()):
-            await scorer.close()
-    log.info("stopped")
+async def _close(scorers: "Mapping[str, Scorer]") -> None:
+    for scorer in dict.fromkeys(scorers.values()):
+        await scorer.close()
 
 
 def _uris(scorers: Mapping[str, str]) -> dict[str, ModelURI]:
@@ -144,19 +136,6 @@ def _uris(scorers: Mapping[str, str]) -> dict[str, ModelURI]:
     return uris
 
 
-def _log_ready(
-    settings: ScoringSettings, server: Server, scorers: "Mapping[str, Scorer]", seconds: float
-) -> None:
-    log.info(
-        "ready",
-        listen=settings.listen,
-        port=server.port,
-        tls=settings.tls_cert_file is not None,
-        health_port=server.health_port,
-        metrics_port=server.metrics_port,
-        scorers={
-            name: {"model": scorer.version.name, "digest": scorer.version.digest}
-            for name, scorer in scorers.items()
-        },
-        seconds=round(seconds, 2),
-    )
+def _describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
+    versions = {name: scorer.version for name, scorer in scorers.items()}
+    return {"scorers": {name: {"model": v.name, "digest": v.digest} for name, v in versions.items()}}

@@ -7,7 +7,7 @@ independent witnesses.
 Shape legend: N clips, P prompts, R resamples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +16,6 @@ from training.statistics import Interval, bootstrap_mean
 
 RESAMPLES = 2_000
 """Draws for a figure that is a mean over clips."""
-SET_RESAMPLES = 100
-"""Draws for a figure of a whole set, each of which costs as much as the figure itself."""
 NORMAL_QUANTILE = 1.959964
 """97.5 % of a normal distribution lie below so many deviations."""
 SEED = 0
@@ -27,7 +25,7 @@ def mean_interval(values_N: ArrayLike, prompts: Sequence[str]) -> Interval:
     """Mean with its 95 % interval over prompts; NaN marks a clip that does not count."""
     values = np.asarray(values_N, dtype=float)
     counted = np.flatnonzero(~np.isnan(values))
-    return bootstrap_mean(values[counted], [prompts[i] for i in counted], resamples=RESAMPLES)
+    return bootstrap_mean(values[counted], [prompts[i] for i in counted.tolist()], resamples=RESAMPLES)
 
 
 def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence[str]) -> Interval:
@@ -49,21 +47,19 @@ def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence
     rng = np.random.default_rng(SEED)
     picks_RP = rng.integers(0, len(numbers), (RESAMPLES, len(numbers)))
     with np.errstate(invalid="ignore"):  # a draw may hold no clip that counts
-        means = [total[picks_RP].sum(1) / count[picks_RP].sum(1) for total, count in zip(sums, counts, strict=True)]
+        means = [
+            total[picks_RP].sum(1) / count[picks_RP].sum(1) for total, count in zip(sums, counts, strict=True)
+        ]
     low, high = np.nanquantile(means[1] - means[0], [0.025, 0.975])
     value = sums[1].sum() / counts[1].sum() - sums[0].sum() / counts[0].sum()
     return Interval(value=float(value), low=float(low), high=float(high), count=len(numbers))
 
 
-def draws(prompts: Sequence[str], resamples: int = SET_RESAMPLES) -> Iterator[NDArray[np.int64]]:
-    """Indices of clips: those of as many prompts as there are, drawn with replacement. Always the same."""
-    clips: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        clips.setdefault(prompt, []).append(index)
-    groups = [np.array(indices, dtype=np.int64) for indices in clips.values()]
+def draws(prompts: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Numbers of prompts [P], drawn with replacement, `resamples` times; the same ones for two models."""
     rng = np.random.default_rng(SEED)
     for _ in range(resamples):
-        yield np.concatenate([groups[pick] for pick in rng.integers(0, len(groups), len(groups))])
+        yield rng.integers(0, prompts, prompts)
 
 
 def set_interval(value: float, draws_R: ArrayLike, count: int) -> Interval:
@@ -76,16 +72,3 @@ def set_interval(value: float, draws_R: ArrayLike, count: int) -> Interval:
     found = found[np.isfinite(found)]
     margin = NORMAL_QUANTILE * float(found.std(ddof=1)) if len(found) > 1 else float("nan")
     return Interval(value=value, low=value - margin, high=value + margin, count=count)
-
-
-def set_draws(
-    statistic: Callable[[NDArray[np.int64]], float], prompts: Sequence[str], resamples: int = SET_RESAMPLES
-) -> NDArray[np.float64]:
-    """`statistic` of each of `draws` [R]; NaN where it can't be told (one clip, many times)."""
-    found = []
-    for indices in draws(prompts, resamples):
-        try:
-            found.append(statistic(indices))
-        except ValueError:
-            found.append(float("nan"))
-    return np.array(found)

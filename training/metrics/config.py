@@ -1,7 +1,9 @@
 """The settings of an evaluation. Without the judge: recipes may import this module, training.evaluate not."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from training.metrics.divergence import Convention
 from training.soundworld.scenes import DURATIONS, Split
@@ -101,7 +103,10 @@ class EvaluationConfig:
             kind, _, location = embedder.partition(":")
             if kind not in EMBEDDERS or not location:
                 raise ValueError(f"embedders has {embedder!r}, must be tagger:URI, clap:URI or panns:PATH")
-        for names in ([scorer.partition("=")[0] for scorer in self.scorers], list(map(label_of, self.embedders))):
+        for names in (
+            [scorer.partition("=")[0] for scorer in self.scorers],
+            list(map(label_of, self.embedders)),
+        ):
             if len(set(names)) < len(names):
                 raise ValueError(f"names of scorers and of embedders must differ, got {', '.join(names)}")
         if self.prompts is None and self.sampling.duration not in (None, *DURATIONS):
@@ -152,3 +157,11 @@ def evaluation_tango2() -> EvaluationConfig:
         inception_splits=10,
         set_resamples=20,
     )
+
+
+EVALUATIONS: Final[Mapping[str, Callable[[], EvaluationConfig]]] = {
+    "mini": evaluation_mini,
+    "smoke": evaluation_smoke,
+    "tango2": evaluation_tango2,
+}
+"""Recipes of `milonga train evaluate`."""

@@ -22,8 +22,11 @@ class that is missed outright can cost."""
 def kl_divergence(
     reference_NK: ArrayLike, generated_NK: ArrayLike, convention: Convention = "softmax"
 ) -> NDArray[np.float64]:
-    """``sum_k p log(p / q)`` of each pair of clips [N], in nats; p the reference's posterior, q the generated
-    clip's, from logits. 0 where they agree (softmax: up to `FLOOR`). One pair is enough for its own figure."""
+    """``sum_k p log(p / q)`` of each pair of clips [N], in nats, from logits.
+
+    p is the reference's posterior, q the generated clip's. About 0 where they agree, 13.8 at most (softmax).
+    One pair is enough for its own figure.
+    """
     reference, generated = (np.asarray(logits, dtype=np.float64) for logits in (reference_NK, generated_NK))
     if reference.shape != generated.shape:
         raise ValueError(f"pairs of clips must have equal shapes, got {reference.shape}, {generated.shape}")

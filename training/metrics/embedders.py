@@ -1,4 +1,4 @@
-"""The spaces that sets of clips are compared in, by configuration: ``tagger:URI``, ``clap:URI``, ``panns:PATH``.
+"""The spaces that sets of clips are compared in: ``tagger:URI``, ``clap:URI``, ``panns:PATH``.
 
 Shape legend: B clips, N samples, S segments, H hidden width, D embedding width, K classes.
 """
@@ -26,6 +26,16 @@ from training.preferences.scorers import ClapScorer, LoadedScorer, load_clap_sco
 from training.preferences.store import file_digest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """A mono clip."""
+
+    waveform_N: Waveform
+    """Samples in [-1, 1]."""
+    sampling_rate: int
+    """Hertz."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Embeddings:
     """What an embedder makes of clips."""
@@ -42,8 +52,8 @@ class Embedder(Protocol):
     def digest(self) -> str:
         """Of the weights."""
 
-    def hear(self, clips: Sequence[Waveform], sampling_rate: int) -> Embeddings:
-        """Embed mono clips [N] of one sampling rate."""
+    def hear(self, clips: Sequence[Sound]) -> Embeddings:
+        """Embed clips, one at least, of any lengths and sampling rates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,11 +64,11 @@ class PannsEmbedder:
     digest: str
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[Waveform], sampling_rate: int) -> Embeddings:
+    def hear(self, clips: Sequence[Sound]) -> Embeddings:
         """As `Embedder.hear`."""
         device = self.model.fc1.weight.device
         rows: list[tuple[Tensor, Tensor]] = []
-        for batch_BN in same_lengths(clips, sampling_rate, self.model.variant.sampling_rate):
+        for batch_BN in same_lengths(clips, self.model.variant.sampling_rate):
             heard = self.model(batch_BN.to(device))
             rows += zip(heard.embeddings_BD.cpu(), heard.logits_BK.cpu(), strict=True)
         embeddings, logits = zip(*rows, strict=True)
@@ -74,9 +84,9 @@ class ClapEmbedder:
     model: ClapScorer
     digest: str
 
-    def hear(self, clips: Sequence[Waveform], sampling_rate: int) -> Embeddings:
+    def hear(self, clips: Sequence[Sound]) -> Embeddings:
         """As `Embedder.hear`."""
-        windows = [self.model.prepare(clip, sampling_rate) for clip in clips]
+        windows = [self.model.prepare(clip.waveform_N, clip.sampling_rate) for clip in clips]
         return Embeddings(embeddings_BD=self.model.embed_windows(windows).numpy(), logits_BK=None)
 
 
@@ -88,37 +98,36 @@ class TaggerEmbedder:
     digest: str
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[Waveform], sampling_rate: int) -> Embeddings:
+    def hear(self, clips: Sequence[Sound]) -> Embeddings:
         """As `Embedder.hear`."""
         device = self.model.head.weight.device
         hidden: list[Tensor] = []
-        logits: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor]) -> None:
             hidden.append(inputs[0].mean(dim=1).cpu())  # [B, S, H] to [B, H]
 
         hook = self.model.head.register_forward_pre_hook(keep)
         try:
-            for batch_BN in same_lengths(clips, sampling_rate, self.model.config.sampling_rate):
-                logits.append(self.model(batch_BN.to(device)).amax(dim=1).cpu())
+            batches = same_lengths(clips, self.model.config.sampling_rate)
+            logits = [self.model(batch_BN.to(device)).amax(dim=1).cpu() for batch_BN in batches]
         finally:
             hook.remove()
         return Embeddings(embeddings_BD=torch.cat(hidden).numpy(), logits_BK=torch.cat(logits).numpy())
 
-    def detect(self, clips: Sequence[Waveform], sampling_rate: int) -> list[dict[str, Detection]]:
+    def detect(self, clips: Sequence[Sound]) -> list[dict[str, Detection]]:
         """The events of each clip."""
         device = self.model.head.weight.device
         found: list[dict[str, Detection]] = []
-        for batch_BN in same_lengths(clips, sampling_rate, self.model.config.sampling_rate):
+        for batch_BN in same_lengths(clips, self.model.config.sampling_rate):
             found += self.model.detect(batch_BN.to(device))
         return found
 
 
-def same_lengths(clips: Sequence[Waveform], sampling_rate: int, target_rate: int) -> list[Tensor]:
+def same_lengths(clips: Sequence[Sound], target_rate: int) -> list[Tensor]:
     """Clips at `target_rate` in batches [B, N], in order: neighbours of one length go together."""
     batches: list[list[Waveform]] = []
     for clip in clips:
-        heard = resample(clip, sampling_rate, target_rate)
+        heard = resample(clip.waveform_N, clip.sampling_rate, target_rate)
         if batches and len(batches[-1][0]) == len(heard):
             batches[-1].append(heard)
         else:

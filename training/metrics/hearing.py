@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError
-from services.models.clap import Waveform
 from training.examples import Clip, FileClip
 from training.metrics.config import EvaluationConfig, label_of
 from training.metrics.divergence import kl_divergence
-from training.metrics.embedders import Embedder, Embeddings, Loader, TaggerEmbedder
+from training.metrics.embedders import Embedder, Embeddings, Loader, Sound, TaggerEmbedder
 from training.metrics.events import EVENT_FIGURES, event_values, judge
 from training.metrics.levels import is_clipped, is_silent, loudness_db
 from training.metrics.prompts import Prompt
@@ -83,7 +82,9 @@ def open_panel(config: EvaluationConfig) -> Panel:
     scorers = dict(scorer.split("=", 1) for scorer in config.scorers)
     return Panel(
         scorers={name: loader.clap(uri) for name, uri in scorers.items()},
-        reward=config.reward and load_reward_scorer(config.reward, config.reward_clap, config.device) or None,
+        reward=load_reward_scorer(config.reward, config.reward_clap, config.device)
+        if config.reward
+        else None,
         embedders={label_of(text): loader.embedder(text) for text in config.embedders},
         judge=None if config.judge is None else loader.tagger(config.judge),
     )
@@ -91,7 +92,9 @@ def open_panel(config: EvaluationConfig) -> Panel:
 
 def hear_references(plan: Sequence[Asked], panel: Panel, config: EvaluationConfig) -> References:
     """Embed the references of the plan's prompts. Raises `InvalidInputError` where too many can't be read."""
-    clips = list(dict.fromkeys(asked.prompt.reference for asked in plan if asked.prompt.reference is not None))
+    clips = list(
+        dict.fromkeys(asked.prompt.reference for asked in plan if asked.prompt.reference is not None)
+    )
     spaces: dict[str, list[Embeddings]] = {label: [] for label in panel.embedders}
     rows: dict[Clip, int] = {}
     unreadable: dict[str, str] = {}
@@ -146,15 +149,7 @@ def hear(
     return Heard(values=values, spaces=spaces, readable_N=is_readable, unreadable=unreadable)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sound:
-    """A mono clip."""
-
-    waveform_N: Waveform
-    sampling_rate: int
-
-
-def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, _Sound]]:
+def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, Sound]]:
     """Positions and sounds of those that can be read."""
     found = []
     for position, clip in enumerate(clips):
@@ -165,19 +160,13 @@ def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, 
             unreadable[clip.name] = reason
             continue
         mono = waveform if waveform.ndim == 1 else waveform.mean(axis=0)
-        found.append((position, _Sound(mono.astype(np.float32), rate)))
+        found.append((position, Sound(mono.astype(np.float32), rate)))
     return found
 
 
-def _by_rate(clips: Sequence[_Sound]) -> dict[int, list[int]]:
-    """Positions by sampling rate: models take clips of one."""
-    found: dict[int, list[int]] = {}
-    for position, clip in enumerate(clips):
-        found.setdefault(clip.sampling_rate, []).append(position)
-    return found
-
-
-def _judged(prompts: Sequence[Prompt], clips: Sequence[_Sound], panel: Panel) -> dict[str, NDArray[np.float64]]:
+def _judged(
+    prompts: Sequence[Prompt], clips: Sequence[Sound], panel: Panel
+) -> dict[str, NDArray[np.float64]]:
     """The figures of a few clips."""
     waveforms = [clip.waveform_N for clip in clips]
     found: dict[str, list[float]] = {
@@ -198,23 +187,19 @@ def _judged(prompts: Sequence[Prompt], clips: Sequence[_Sound], panel: Panel) ->
         ).tolist()
     if panel.judge is not None and any(prompt.truth for prompt in prompts):
         rows: list[dict[str, float]] = [dict.fromkeys(EVENT_FIGURES, float("nan")) for _ in clips]
-        for rate, positions in _by_rate(clips).items():
-            told = [p for p in positions if prompts[p].truth is not None]
-            heard = panel.judge.detect([waveforms[p] for p in told], rate)
-            for position, events in zip(told, heard, strict=True):
-                truth = prompts[position].truth
-                assert truth is not None
-                rows[position] = event_values(judge(truth, events))
+        told = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]
+        events = panel.judge.detect([clips[position] for position, _ in told])
+        for (position, truth), heard in zip(told, events, strict=True):
+            rows[position] = event_values(judge(truth, heard))
         found |= {name: [row[name] for row in rows] for name in EVENT_FIGURES}
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 
 
-def _embed(clips: Sequence[_Sound], panel: Panel, spaces: dict[str, list[Embeddings]]) -> None:
+def _embed(clips: Sequence[Sound], panel: Panel, spaces: dict[str, list[Embeddings]]) -> None:
     """Add what each embedder makes of `clips`, in their order."""
-    for label, embedder in panel.embedders.items():
-        for rate, positions in _by_rate(clips).items():
-            made = embedder.hear([clips[position].waveform_N for position in positions], rate)
-            spaces[label].append(made)
+    if clips:
+        for label, embedder in panel.embedders.items():
+            spaces[label].append(embedder.hear(clips))
 
 
 def _space(parts: Sequence[Embeddings], rows: Sequence[int] | None = None, count: int | None = None) -> Space:

@@ -5,10 +5,10 @@
     model = load_panns(Path("Cnn14_16k_mAP=0.438.pth"))
     model(waveform_BN)                                  # Heard(embeddings_BD, logits_BK)
 
-Written anew after ``audioset_tagging_cnn/pytorch/models.py`` (MIT), with its names of weights. The Fourier bases
-and mel filters lie in the checkpoints, and are used as they are (torchlibrosa's form). Checked against
-panns_inference with random weights in the released files' own form, see benchmarks/metrics.md; the released
-weights themselves could not be had here.
+Written anew after ``audioset_tagging_cnn/pytorch/models.py`` (MIT), with its names of weights. The Fourier
+bases and mel filters lie in the checkpoints, and are used as they are (torchlibrosa's form). Checked against
+panns_inference with random weights in the released files' form, see benchmarks/metrics.md; the released
+weights themselves could not be had.
 
 Shape legend: B clips, N samples, T frames, F frequency bins, M mel bins, C channels, D embedding, K classes.
 """
@@ -55,8 +55,8 @@ VARIANTS: Final = {
     513: Variant(sampling_rate=32_000, n_fft=1_024, hop_length=320, maximum_hertz=14_000.0),
     129: Variant(sampling_rate=8_000, n_fft=256, hop_length=80, maximum_hertz=4_000.0),
 }
-"""By the number of frequency bins, which a checkpoint's mel filters show: ``Cnn14_16k_mAP=0.438.pth`` (that of
-audioldm_eval), ``Cnn14_mAP=0.431.pth`` and ``Cnn14_8k_mAP=0.416.pth``."""
+"""By the number of frequency bins, which a checkpoint's mel filters show: ``Cnn14_16k_mAP=0.438.pth`` (that
+of audioldm_eval), ``Cnn14_mAP=0.431.pth`` and ``Cnn14_8k_mAP=0.416.pth``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,7 @@ class _ConvBlock(nn.Module):
 
 
 class Cnn14(nn.Module):
-    """Clips [B, N] at the variant's sampling rate, in [-1, 1], to embeddings and logits. For inference only."""
+    """Clips [B, N] in [-1, 1] at the variant's sampling rate to embeddings and logits. For inference only."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def load_panns(path: Path, device: str = "cpu") -> Cnn14:
         raise ModelFormatError(f"{path} is no PANNs checkpoint: it has no tensors under `model`")
     filters = state.get("logmel_extractor.melW")
     variant = VARIANTS.get(len(filters)) if filters is not None and filters.ndim == 2 else None
-    if variant is None:
+    if filters is None or variant is None:
         known = ", ".join(map(str, VARIANTS))
         raise ModelFormatError(f"{path}: it has no mel filters (logmel_extractor.melW) of {known} bins")
     model = on_meta(lambda: Cnn14(variant))
@@ -190,7 +190,7 @@ def mel_filters(variant: Variant) -> Tensor:
 
 
 def fourier_bases(variant: Variant) -> tuple[Tensor, Tensor]:
-    """The real and imaginary bases [F, 1, n_fft] under a Hann window, that a checkpoint holds: torchlibrosa's."""
+    """The real and imaginary bases [F, 1, n_fft] that a checkpoint holds: torchlibrosa's, Hann window."""
     samples = np.arange(variant.n_fft)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * samples / variant.n_fft)
     angles = 2 * np.pi * np.outer(np.arange(variant.n_fft // 2 + 1), samples) / variant.n_fft
@@ -201,6 +201,6 @@ def fourier_bases(variant: Variant) -> tuple[Tensor, Tensor]:
 def _check_filters(path: Path, variant: Variant, filters: Tensor) -> None:
     if not torch.allclose(filters.float(), mel_filters(variant), atol=1e-5):
         raise ModelFormatError(
-            f"{path}: its mel filters are not those of {variant.sampling_rate} Hz, {variant.minimum_hertz:g} to "
-            f"{variant.maximum_hertz:g} Hz, so its settings are not known"
+            f"{path}: its mel filters are not those of {variant.sampling_rate} Hz, {variant.minimum_hertz:g} "
+            f"to {variant.maximum_hertz:g} Hz, so its settings are not known"
         )

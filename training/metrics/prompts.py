@@ -93,7 +93,7 @@ def read_prompts(
 ) -> tuple[Prompt, ...]:
     """The prompts of a CSV file with a header, or of JSON Lines; one that comes again is one prompt.
 
-    Raises `InvalidInputError` where the file can't be read, lacks the column, or holds a row without a caption.
+    Raises `InvalidInputError` where the file can't be read, lacks the column, or has a row without a caption.
     """
     rows = _read_rows(path)
     if not rows:

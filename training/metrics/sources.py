@@ -131,8 +131,8 @@ def clip_seed(text: str, number: int) -> int:
 def clips_of(source: Source, plan: Sequence[Asked], config: EvaluationConfig, cache: Path) -> Clips:
     """The files of `source`, generated into `cache` as far as they are not there yet.
 
-    Raises `InvalidInputError` where the model refuses a prompt or a setting, `OutputError` where `cache` can't
-    be written.
+    Raises `InvalidInputError` where the model refuses a prompt or a setting, `OutputError` where `cache`
+    can't be written.
     """
     if isinstance(source, FolderSource):
         return _held(source, plan)
@@ -143,9 +143,14 @@ def clips_of(source: Source, plan: Sequence[Asked], config: EvaluationConfig, ca
     files = {asked: folder / _file_name(asked) for asked in plan}
     missing = [asked for asked, path in files.items() if not _is_whole(path)]
     if missing:
-        write_atomically(folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=1) + "\n")
+        write_atomically(
+            folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=1) + "\n"
+        )
         for asked, waveform_N, rate in _generate(source, missing, config):
             write_atomically(files[asked], encode_audio(waveform_N, rate))
+        gc.collect()  # the model goes before the next one comes
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     model = source.model
     identity = {
         "name": model.name,
@@ -189,10 +194,6 @@ def _generate(
                     for follower in itertools.islice(waiting, 1):
                         start(follower)
                         running += 1
-    del pipeline, engine
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def same_seeds(source: Source, plan: Sequence[Asked]) -> bool:
@@ -225,7 +226,8 @@ def _open_folder(name: str, folder: Path) -> FolderSource:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InvalidInputError(
             FieldViolation(
-                "SOURCE", f"{path} can't be read: {reason}; give a folder that `milonga generate --prompts` wrote"
+                "SOURCE",
+                f"{path} can't be read: {reason}; give a folder that `milonga generate --prompts` wrote",
             )
         ) from error
     clips: dict[str, list[tuple[int | None, Path]]] = {}
@@ -258,8 +260,8 @@ def _check_prompts(folder: FolderSource, first: FolderSource, texts: Sequence[st
         counts = [len(source.clips[text]) for source in (first, folder)]
         if counts[0] != counts[1]:
             raise _invalid(
-                f"differ: {text!r} has {counts[0]} clips in {first.name}, {counts[1]} in {folder.name}; give as "
-                "many of each"
+                f"differ: {text!r} has {counts[0]} clips in {first.name}, {counts[1]} in {folder.name}; "
+                "give as many of each"
             )
 
 

@@ -8,10 +8,10 @@ of), `kind` (what is wrong with the prompt), `slot`, `seed`, `num_inference_step
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import soundfile
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from services.errors import OutputError
 from training.config import Plain, flatten
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
 from training.preferences.perturb import PERTURBED
-from training.preferences.sources import SourceConfig, ClipSource, model_of, open_source
+from training.preferences.sources import ClipSource, SourceConfig, model_of, open_source
 from training.preferences.store import (
     REPORT,
     Row,
@@ -78,7 +78,9 @@ class CandidatesConfig:
         if ("1.2" in self.strategies and self.clips < 2) or (
             "1.1" in self.strategies and len(self.varied_steps) < 2
         ):
-            raise ValueError("strategies 1.1 and 1.2 choose among clips: clips and varied_steps need 2 or more")
+            raise ValueError(
+                "strategies 1.1 and 1.2 choose among clips: clips and varied_steps need 2 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +112,9 @@ class Job:
         return settings
 
 
-def plan(config: CandidatesConfig, captions: Sequence[str], perturbed: Sequence[Row], ordered: Sequence[str]) -> list[Job]:
+def plan(
+    config: CandidatesConfig, captions: Sequence[str], perturbed: Sequence[Row], ordered: Sequence[str]
+) -> list[Job]:
     """Every clip to make, in order.
 
     Args:
@@ -157,7 +161,9 @@ def candidates_identity(
     config: CandidatesConfig, captions: Path, perturbed: Path | None, model: ModelVersion | None = None
 ) -> dict[str, Plain]:
     """What the outcome depends on. `model`: of the source, where it is open."""
-    inputs: dict[str, Plain] = {f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)}
+    inputs: dict[str, Plain] = {
+        f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)
+    }
     if perturbed is not None:
         inputs[f"input.{PERTURBED}"] = file_digest(perturbed / PERTURBED)
     return flatten(config) | inputs | {"model.digest": (model or model_of(config.source)).digest}
@@ -174,8 +180,8 @@ def make_candidates(
 ) -> Row:
     """Run shard `shard` (index from 0, count) of the stage in `output`; return its report.
 
-    Shards may run at once, on one folder or on folders whose files are put together afterwards. `captions` and
-    `perturbed` are the folders of the stages before; without the latter there are no strategies 2 and 3.
+    Shards may run at once, on one folder or on folders whose files are put together afterwards. `captions`
+    and `perturbed` are the folders of the stages before; without the latter there are no strategies 2 and 3.
     `source` stands in for the one that the config names; it stays open.
 
     Raises:
@@ -198,7 +204,9 @@ def make_candidates(
         temporal(captions),
     )
     if not jobs:
-        raise invalid("strategies", f"{', '.join(config.strategies)} have nothing to make; give perturbed captions")
+        raise invalid(
+            "strategies", f"{', '.join(config.strategies)} have nothing to make; give perturbed captions"
+        )
     own = jobs[index::count]
     manifest = output / f"manifest-{name}.jsonl"
     rows = _make(config, own, model, output, manifest, source)
@@ -234,7 +242,8 @@ def read_candidates(folder: Path, *, partly: bool = False) -> list[Row]:
             found.setdefault(row["number"], row)
     if not partly and not (folder / REPORT).exists():
         raise invalid(
-            "candidates", f"{folder} holds {len(found)} clips and is not complete; run the stage, or its other shards"
+            "candidates",
+            f"{folder} holds {len(found)} clips and is not complete; run the stage, or its other shards",
         )
     return [found[number] for number in sorted(found)]
 
@@ -284,7 +293,9 @@ def _make(
             return row
 
         try:
-            with tqdm(total=len(jobs), initial=len(rows), desc="candidates", unit="clip", disable=None) as bar:
+            with tqdm(
+                total=len(jobs), initial=len(rows), desc="candidates", unit="clip", disable=None
+            ) as bar:
                 stop = None if opened is None else opened.close
                 for (identity, _), row in side_by_side(work, missing, config.source.in_flight, stop):
                     log.append(row)

@@ -119,7 +119,8 @@ def select_captions(config: CaptionsConfig, output: Path, *, embedder: Embedder 
     if len(captions) < config.clusters:
         raise invalid(
             "clusters",
-            f"is {config.clusters}, and there are {len(captions)} captions; give more captions, or fewer clusters",
+            f"is {config.clusters}, and there are {len(captions)} captions; give more captions, or fewer "
+            "clusters",
         )
     vectors_ND = _embed(captions, config, output / "embeddings", embedder)
     labels_N = cluster(vectors_ND, config.clusters, config.seed)
@@ -169,7 +170,9 @@ def temporal(folder: Path) -> list[str]:
 
 def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
     """All captions of the source, each once, and how many were left out for which reason."""
-    texts = _soundworld(config.soundworld) if config.source is None else read_column(config.source, config.column)
+    texts = (
+        _soundworld(config.soundworld) if config.source is None else read_column(config.source, config.column)
+    )
     found: dict[str, None] = {}
     left_out = {"unusable": 0, "repeated": 0}
     for text in texts:

@@ -52,8 +52,8 @@ class SentenceTransformersEmbedder:
         except ImportError as error:
             raise invalid(
                 "embedder",
-                f"is {self.identity}, and the package is not installed; pip install sentence-transformers, or "
-                "take an embedder that needs none: tango:mini, clap:mini:clap-a",
+                f"is {self.identity}, and the package is not installed; pip install sentence-transformers, "
+                "or take an embedder that needs none: tango:mini, clap:mini:clap-a",
             ) from error
         try:
             self._model: Any = package.SentenceTransformer(name, device=str(pick_device(device)))
@@ -61,7 +61,8 @@ class SentenceTransformersEmbedder:
             reason = str(error).strip().partition("\n")[0]
             raise invalid(
                 "embedder",
-                f"{name} can't be loaded: {reason}; give a folder, or a name on the hub with HF_HUB_OFFLINE=0",
+                f"{name} can't be loaded: {reason}; give a folder, or a name on the hub with "
+                "HF_HUB_OFFLINE=0",
             ) from error
 
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:

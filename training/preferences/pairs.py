@@ -1,6 +1,7 @@
 """From judged clips to pairs: by strategy and filtered as the paper does, or best against worst.
 
-Writes ``pairs.jsonl``: `prompt`, `strategy`, `chosen` and `rejected` (ids of clips), their scores and rewards.
+Writes ``pairs.jsonl``: `prompt`, `strategy`, `chosen` and `rejected` (ids of clips), and their scores and
+rewards.
 
 Legend: P pairs, S scorers.
 """
@@ -17,7 +18,17 @@ from numpy.typing import NDArray
 from training.config import Plain, flatten
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.scores import SCORES, read_scores
-from training.preferences.store import REPORT, Row, claim, file_digest, finish, invalid, read_json, read_rows, write_rows
+from training.preferences.store import (
+    REPORT,
+    Row,
+    claim,
+    file_digest,
+    finish,
+    invalid,
+    read_json,
+    read_rows,
+    write_rows,
+)
 
 PAIRS = "pairs.jsonl"
 RANKED = "ranked"
@@ -142,7 +153,9 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
         kept_P, conditions = ensemble_filter(pool, thresholds, names)
     if not kept_P.any():
         told = "; ".join(
-            f"{one.scorer}: {one.name} removed {one.first} (alone {one.alone})" for one in conditions if one.alone
+            f"{one.scorer}: {one.name} removed {one.first} (alone {one.alone})"
+            for one in conditions
+            if one.alone
         )
         remedy = "lower margin" if config.mode == "ranked" else "lower the thresholds, or set calibrate=true"
         raise invalid("pairs", f"none of {len(pool.rows)} pairs is left: {told}; {remedy}")
@@ -167,7 +180,9 @@ def read_pairs(folder: Path) -> list[Row]:
     return read_rows(folder / PAIRS)
 
 
-def judge(candidates: Iterable[Row], scores: Mapping[str, Row], names: Sequence[str], rank_by: str) -> list[Row]:
+def judge(
+    candidates: Iterable[Row], scores: Mapping[str, Row], names: Sequence[str], rank_by: str
+) -> list[Row]:
     """Candidates that were scored, with `scores`, `reward`, and `value`: what `rank_by` says of each.
 
     Raises `InvalidInputError` where nothing is called `rank_by`.
@@ -194,8 +209,8 @@ def judge(candidates: Iterable[Row], scores: Mapping[str, Row], names: Sequence[
 
 
 def by_strategy(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """(chosen, rejected) of section 4.1.2: in strategies 1.1 and 1.2 the best clip against each of the others,
-    in 2 and 3 the caption's clip against each perturbed caption's that is worse."""
+    """(chosen, rejected) of section 4.1.2: in strategies 1.1 and 1.2 the best clip against each of the
+    others, in 2 and 3 the caption's clip against each perturbed caption's that is worse."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in judged:
         groups[row["strategy"], row["caption"]].append(row)
@@ -248,7 +263,8 @@ def ensemble_filter(
     """Which pairs all scorers let pass [P], and what each condition removed."""
     if len(thresholds.alpha) != len(names):
         raise invalid(
-            "thresholds", f"are for {len(thresholds.alpha)} scorers, and there are {len(names)}: {', '.join(names)}"
+            "thresholds",
+            f"are for {len(thresholds.alpha)} scorers, and there are {len(names)}: {', '.join(names)}",
         )
     told: list[tuple[str, str, NDArray[np.bool_]]] = []
     for s, name in enumerate(names):
@@ -271,8 +287,8 @@ ALL: Final = "all"
 
 
 def table_2(rows: Iterable[Row], names: Sequence[str]) -> dict[str, Row]:
-    """The paper's table 2: samples, and by scorer the means of chosen, rejected and difference; by strategy and
-    of all. `rows` have `strategy`, `chosen_scores` and `rejected_scores`."""
+    """The paper's table 2: samples, and by scorer the means of chosen, rejected and difference; by strategy
+    and of all. `rows` have `strategy`, `chosen_scores` and `rejected_scores`."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["strategy"]].append(row)

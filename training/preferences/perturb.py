@@ -22,6 +22,7 @@ from training.preferences.store import Row, claim, file_digest, finish, side_by_
 
 PERTURBED = "perturbed.jsonl"
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerturbConfig:
     """Who perturbs, and how many captions. The numbers are the paper's."""
@@ -112,7 +113,9 @@ def perturb_captions(
             "by_kind": dict(sorted(Counter(row["kind"] for row in rows).items())),
             "without_any": len(without),
             "bad_answers": len(bad),
-            "bad": [{"caption": caption, "reason": bad[strategy, caption]} for strategy, caption in sorted(bad)],
+            "bad": [
+                {"caption": caption, "reason": bad[strategy, caption]} for strategy, caption in sorted(bad)
+            ],
         },
     )
 

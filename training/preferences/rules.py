@@ -24,10 +24,6 @@ from training.soundworld.captions import VOCABULARY
 Form = Literal["finite", "gerund", "phrase"]
 """What an event's words are: "a dog barks", "a dog barking", "loud music"."""
 
-_CORES = (
-    *("followed by", "and then", "then", "before", "after", "while", "as well as", "as", "with", "and", ""),
-)
-"""What a link says, commas aside; longer ones first."""
 _LINK = re.compile(
     r"(\s*,\s*(?:(?:followed by|and then|then|before|after|while|as well as|as|with|and)\s+)?"
     r"|\s+(?:followed by|and then|then|before|(?<!one )after|while|as well as|(?<!such )as|with|and)\s+)",
@@ -38,8 +34,11 @@ _FORWARD: Final = frozenset({"followed by", "and then", "then", "before"})
 _WEAK: Final = frozenset({"and", "with", "as well as", ""})
 """Links that also stand inside of an event."""
 _FUNCTION_WORDS = frozenset(
-    "a an the of in on at by to from into over is are was were be being and or while as it its his her their"
-    " some several someone very then off out up down back".split()
+    (
+        *("a", "an", "the", "of", "in", "on", "at", "by", "to", "from", "into", "over", "off", "out", "up"),
+        *("is", "are", "was", "were", "be", "being", "and", "or", "while", "as", "then", "down", "back"),
+        *("its", "his", "her", "their", "some", "several", "very"),
+    )
 )
 _VERB = re.compile(r"[a-z]+[^s\W]s")
 _POOL = 400
@@ -329,8 +328,8 @@ def _order(parsed: Parsed, index: int) -> bool:
 
 
 def _core(link: str) -> str:
-    text = link.replace(",", " ").strip().lower()
-    return next(core for core in _CORES if text == core)
+    """What a link says, commas and spaces aside."""
+    return link.replace(",", " ").strip().lower()
 
 
 def _content(event: str) -> set[str]:

@@ -1,4 +1,7 @@
-"""CLAP scorers and reward models in this process. Shapes: B clips or prompts, W windows, S samples, D width."""
+"""CLAP scorers and reward models in this process.
+
+Shapes: B clips or prompts, W windows, S samples of a window, D width.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ made of a perturbed caption is judged against the caption itself, as the paper d
 worse clip of. Clips that can't be read are left out, and listed in the report.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,10 +24,24 @@ from training.config import Plain, flatten
 from training.examples import FileClip, decode
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.scorers import LoadedReward, LoadedScorer, load_clap_scorer, load_reward_scorer
-from training.preferences.store import Row, RowLog, batches, claim, finish, invalid, read_rows, side_by_side, write_rows
+from training.preferences.store import (
+    Row,
+    RowLog,
+    batches,
+    claim,
+    finish,
+    invalid,
+    read_rows,
+    side_by_side,
+    write_rows,
+)
 
 SCORES = "scores.jsonl"
+REWARD = "reward"
+"""The reward model's name among the judges."""
 FREE: Final = ("device", "batch", "in_flight", "timeout", "server", "reward_server", "max_unreadable")
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +49,8 @@ class ScoresConfig:
     """Who judges. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
 
     scorers: tuple[str, ...] = ("mini:clap-a", "mini:clap-b")
-    """URIs of CLAP models in this process; of a service, the names of those that are asked."""
+    """CLAP models in this process: URIs, each under its model's name, or NAME=URI; of a service, the names of
+    those that are asked."""
     server: str | None = None
     """Address of a scoring service that is asked instead."""
     reward: str | None = None
@@ -74,10 +90,12 @@ class _Heard:
     sampling_rate: int
 
 
-def scores_identity(config: ScoresConfig, candidates: Path) -> dict[str, Plain]:
-    """What the outcome depends on: settings, clips, and the weights of every judge."""
-    digests = {f"digest.{name}": digest for name, digest in _digests(config).items()}
-    return flatten(config) | {"input.candidates": candidates_digest(candidates)} | digests
+def scores_identity(
+    config: ScoresConfig, candidates: Path, digests: Mapping[str, str] | None = None
+) -> dict[str, Plain]:
+    """What the outcome depends on: settings, clips, and the weights of every judge (`digests`, if known)."""
+    weights = {f"digest.{name}": digest for name, digest in (digests or _digests(config)).items()}
+    return flatten(config) | {"input.candidates": candidates_digest(candidates)} | weights
 
 
 def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Row:
@@ -89,12 +107,13 @@ def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Ro
         MilongaError: a service failed; what was judged is kept.
     """
     digests = _digests(config)
-    if report := claim(output, scores_identity(config, candidates), FREE):
+    names = [name for name in digests if name != REWARD]
+    if report := claim(output, scores_identity(config, candidates, digests), FREE):
         return report
     rows = read_candidates(candidates)
     unreadable: dict[FileClip, str] = {}
     path = output / SCORES
-    with RowLog(path) as log, _open_judges(config) as judges:
+    with RowLog(path) as log, _open_judges(config, digests) as judges:
         known = {row["id"] for row in log.rows}
         missing = [row for row in rows if row["id"] not in known]
 
@@ -122,10 +141,10 @@ def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Ro
         {
             "clips": len(rows),
             "scored": len(ordered),
-            "scorers": [{"name": name, "digest": digests[name]} for name in config.scorers],
+            "scorers": [{"name": name, "digest": digests[name]} for name in names],
             "judges": digests,
             "mean": {
-                name: float(np.mean([row["scores"][name] for row in ordered])) for name in config.scorers if ordered
+                name: float(np.mean([row["scores"][name] for row in ordered])) for name in names if ordered
             },
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
         },
@@ -169,9 +188,10 @@ class _Judges(AbstractContextManager["_Judges"]):
         scorers: Mapping[str, LoadedScorer],
         reward: LoadedReward | None,
         client: AudioClient | None,
+        digests: Mapping[str, str],
     ) -> None:
         self._config, self._scorers, self._reward, self._client = config, scorers, reward, client
-        self._digests = _digests(config)
+        self._digests = digests
 
     def __exit__(self, *_: object) -> None:
         if self._client is not None:
@@ -192,7 +212,9 @@ class _Judges(AbstractContextManager["_Judges"]):
         ]
 
     def _scores(self, prompts: Sequence[str], heard: Sequence[_Heard]) -> dict[str, list[float]]:
-        names = self._config.scorers
+        names = [name for name in self._digests if name != REWARD]
+        if not names:
+            return {}
         if self._config.server is None:
             return {name: _cosines(self._scorers[name], prompts, heard) for name in names}
         assert self._client is not None
@@ -213,13 +235,14 @@ class _Judges(AbstractContextManager["_Judges"]):
         assert self._client is not None
         pairs = [(prompt, one.content) for prompt, one in zip(prompts, heard, strict=True)]
         rewards = self._client.compute_rewards(pairs)
-        self._check("reward", rewards.model.digest)
+        self._check(REWARD, rewards.model.digest)
         return [reward.logit for reward in rewards.rewards]
 
     def _check(self, name: str, digest: str) -> None:
         if self._digests[name] != digest:
             raise MilongaError(
-                f"{name} changed its weights from {self._digests[name]} to {digest}; pin the service and run again"
+                f"{name} changed its weights from {self._digests[name]} to {digest}; pin the service and "
+                "run again"
             )
 
 
@@ -231,10 +254,10 @@ def _cosines(scorer: LoadedScorer, prompts: Sequence[str], heard: Sequence[_Hear
     return values
 
 
-def _open_judges(config: ScoresConfig) -> _Judges:
+def _open_judges(config: ScoresConfig, digests: Mapping[str, str]) -> _Judges:
     scorers: dict[str, LoadedScorer] = {}
     if config.server is None:
-        scorers = {uri: load_clap_scorer(uri, config.device) for uri in config.scorers}
+        scorers = {name: load_clap_scorer(uri, config.device) for name, uri in _named(config).items()}
     reward = None
     if config.reward is not None and config.reward_server is None:
         reward = load_reward_scorer(config.reward, config.clap, config.device)
@@ -243,16 +266,33 @@ def _open_judges(config: ScoresConfig) -> _Judges:
         client = AudioClient(
             scoring=config.server, reward=config.reward_server, timeout=config.timeout, retries=4
         )
-    return _Judges(config, scorers, reward, client)
+    return _Judges(config, scorers, reward, client, digests)
+
+
+def _named(config: ScoresConfig) -> dict[str, str]:
+    """URI by name, of scorers in this process. Raises `InvalidInputError` for one name of two."""
+    found: dict[str, str] = {}
+    for text in config.scorers:
+        given = _NAMED.fullmatch(text)
+        uri = given[2] if given else text
+        name = given[1] if given else resolve(ModelURI.parse(uri)).name
+        if name in found or name == REWARD:
+            raise invalid(
+                "scorers", f"{uri} would be called {name}, as another is; give it a name: NAME={uri}"
+            )
+        found[name] = uri
+    return found
 
 
 def _digests(config: ScoresConfig) -> dict[str, str]:
-    """The digest of every judge's weights, by scorer, and of the reward model as ``reward``."""
+    """The digest of every judge's weights, by the scorer's name, and of the reward model by `REWARD`."""
     found: dict[str, str] = {}
-    scoring = nullcontext() if config.server is None else AudioClient(scoring=config.server, timeout=config.timeout)
+    scoring = (
+        nullcontext() if config.server is None else AudioClient(scoring=config.server, timeout=config.timeout)
+    )
     with scoring as client:
         if client is None:
-            found = {uri: resolve(ModelURI.parse(uri)).digest for uri in config.scorers}
+            found = {name: resolve(ModelURI.parse(uri)).digest for name, uri in _named(config).items()}
         else:
             served = {scorer.name: scorer.model.digest for scorer in client.list_scorers().scorers}
             if unknown := [name for name in config.scorers if name not in served]:
@@ -260,7 +300,7 @@ def _digests(config: ScoresConfig) -> dict[str, str]:
             found = {name: served[name] for name in config.scorers}
     if config.reward_server is not None:
         with AudioClient(reward=config.reward_server, timeout=config.timeout) as rewarding:
-            found["reward"] = rewarding.get_reward_model().model.digest
+            found[REWARD] = rewarding.get_reward_model().model.digest
     elif config.reward is not None:
-        found["reward"] = resolve(ModelURI.parse(config.reward)).digest
+        found[REWARD] = resolve(ModelURI.parse(config.reward)).digest
     return found

@@ -143,8 +143,8 @@ class ServiceSource:
         )
         if made.model.digest != self.model.digest:
             raise MilongaError(
-                f"{self._config.server} changed its weights from {self.model.digest} to {made.model.digest}; pin "
-                "the service to one version and run again"
+                f"{self._config.server} changed its weights from {self.model.digest} to {made.model.digest}; "
+                "pin the service to one version and run again"
             )
         return made.clips[0].audio
 

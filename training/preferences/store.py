@@ -4,6 +4,7 @@ A stage's folder holds ``run.json`` (the settings and inputs that its content fo
 and, once all is made, ``report.json``.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,8 +93,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} can't be written: {error.strerror}; make room, or write elsewhere") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} can't be written: {error.strerror}; make room, or write elsewhere"
+        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -110,7 +114,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 class RowLog:
-    """JSON lines that grow by one at a time. A line that was cut off in writing is dropped at the next open."""
+    """JSON lines that grow by one at a time.
+
+    A line that was cut off in writing is dropped at the next open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,10 +1,21 @@
 import hashlib
+import socket
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from services.errors import DigestMismatchError, InvalidInputError, ModelError, ModelNotFoundError
+from services.errors import (
+    DigestMismatchError,
+    InvalidInputError,
+    ModelError,
+    ModelNotFoundError,
+    ServiceUnavailableError,
+)
+from services.models.manifest import write_manifest
 from services.runtime.model_uri import ModelURI, resolve
+from services.runtime.registry import LOCAL_STORE
 from tests.tiny import tiny_pipeline
 
 PIN = "sha256:" + "0" * 64
@@ -23,6 +34,7 @@ PIN = "sha256:" + "0" * 64
         ("laion:/models/630k-audioset-best.pt#" + PIN, "laion", "/models/630k-audioset-best.pt", PIN),
         ("laion-clap:best.pt", "laion-clap", "best.pt", None),
         ("models:/tango/3", "models", "/tango/3", None),
+        ("models:/milonga-tango@champion#" + PIN, "models", "/milonga-tango@champion", PIN),
     ],
 )
 def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | None) -> None:
@@ -43,6 +55,11 @@ def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | N
         "mini:../tagger",
         "laion:",
         "laion-clap",
+        "models:/tango",
+        "models:/tango/latest",
+        "models:/tango/3/../4",
+        "models:/../tango/3",
+        "models:tango@",
         "mini#sha256:12",
         "mini#md5:" + "0" * 64,
     ],
@@ -66,9 +83,55 @@ def test_nothing_is_where_the_uri_points(tmp_path: Path) -> None:
         resolve(f"file:{tmp_path}/absent")
 
 
-def test_a_registry_uri_says_what_is_missing() -> None:
-    with pytest.raises(ModelError, match="mlflow extra"):
+# That a registered version resolves to its files: tests/training/test_register.py, on real registries.
+
+
+def test_without_mlflow_a_registry_uri_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModelError, match="pip install 'mlflow-skinny") as caught:
         resolve("models:/tango/3")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_registry_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ModelNotFoundError, match=f"{LOCAL_STORE}.*MLFLOW_TRACKING_URI"):
+        resolve("models:/tango@champion")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registry_that_is_not_there_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ServiceUnavailableError, match="refused") as caught:
+            resolve("models:/tango/3")
+    assert time.monotonic() - began < 20  # the import of mlflow is in it
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pinned_version_in_the_cache_needs_no_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILONGA_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    made = tmp_path / "made"
+    tiny_pipeline().save_pretrained(made)
+    digest = write_manifest(made, name="tuned", version="7", license="MIT").digest
+    (tmp_path / "models").mkdir()
+    kept = made.rename(tmp_path / "models" / digest.removeprefix("sha256:"))
+    found = resolve(f"models:/milonga-tango/3#{digest}")
+    assert (found.folder, found.name, found.version) == (kept, "milonga-tango", "3")
+    assert (found.digest, found.license) == (digest, "MIT")
+    # An alias may have moved, and damaged files are none.
+    with pytest.raises(ModelError, match="mlflow"):
+        resolve(f"models:/milonga-tango@champion#{digest}")
+    (kept / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match="mlflow"):
+        resolve(f"models:/milonga-tango/3#{digest}")
+    assert not kept.exists()
 
 
 def test_a_folder_resolves_to_its_digest_and_the_pin_is_checked(tmp_path: Path) -> None:

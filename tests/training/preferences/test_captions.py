@@ -1,0 +1,133 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+
+from services.errors import InvalidInputError
+from tests.training.preferences.conftest import Models, Stages
+from training.preferences import captions as stage
+from training.preferences.captions import (
+    CaptionsConfig,
+    cluster,
+    is_temporal,
+    pick,
+    read_captions,
+    read_column,
+    select_captions,
+    selected,
+    temporal,
+)
+from training.preferences.embedders import embedder_identity, load_embedder
+from training.preferences.store import read_json, read_rows
+from training.soundworld.scenes import split_of
+
+TEXTS = ["A dog barks", "Rain falls, then a bell rings", "A dog barks", "", "Birds sing"]
+
+
+def _write(path: Path) -> Path:
+    match path.suffix:
+        case ".csv":
+            path.write_text("id,caption\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS)))
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"id": i, "caption": t}) + "\n" for i, t in enumerate(TEXTS)))
+        case ".json":
+            path.write_text(json.dumps([{"id": i, "caption": t} for i, t in enumerate(TEXTS)]))
+        case ".parquet":
+            pq.write_table(pa.table({"id": list(range(len(TEXTS))), "caption": TEXTS}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+def test_every_format_is_read_and_a_missing_column_is_told(tmp_path: Path, suffix: str) -> None:
+    path = _write(tmp_path / f"captions.{suffix}")
+    assert list(read_column(path, "caption")) == TEXTS
+    with pytest.raises(InvalidInputError, match=r"'text'.*no such column; it has: id, caption"):
+        list(read_column(path, "text"))
+    found, left_out = read_captions(CaptionsConfig(source=path))
+    assert found == ["A dog barks", "Rain falls, then a bell rings", "Birds sing"]
+    assert left_out == {"unusable": 1, "repeated": 1}
+
+
+def test_what_is_no_list_of_captions_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "x"), ("a.jsonl", "{"), ("a.parquet", "PAR1")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InvalidInputError, match="source: "):
+            list(read_column(tmp_path / name, "caption"))
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        list(read_column(tmp_path / "none.csv", "caption"))
+
+
+def test_each_cluster_gives_its_share() -> None:
+    rng = np.random.default_rng(0)
+    centres = np.eye(4, 8, dtype=np.float32)
+    vectors = np.concatenate(
+        [c + rng.normal(0, 0.02, (n, 8)) for c, n in zip(centres, (9, 5, 2, 7), strict=True)]
+    )
+    labels = cluster(vectors.astype(np.float32), 4, seed=3)
+    assert [len(set(labels[a:b])) for a, b in ((0, 9), (9, 14), (14, 16), (16, 23))] == [1, 1, 1, 1]
+    assert labels[0] == 0
+    assert list(dict.fromkeys(labels.tolist())) == [0, 1, 2, 3]
+    picked = pick(labels, 3, seed=1)
+    assert np.bincount(labels[picked]).tolist() == [3, 3, 2, 3]
+    assert picked == pick(labels, 3, seed=1) != pick(labels, 3, seed=2)
+
+
+def test_temporal_words() -> None:
+    assert is_temporal("A dog barks THEN a cat meows")
+    assert is_temporal("A bell, followed by rain")
+    assert not is_temporal("An authentic engine idles afterwards")
+
+
+def test_the_stage_on_the_sound_world(stages: Stages) -> None:
+    report = read_json(stages.captions / "report.json")
+    assert len(selected(stages.captions)) == report["selected"] == 3
+    assert {row["cluster"] for row in read_rows(stages.captions / "captions.jsonl")} == {0, 1, 2}
+    assert len(temporal(stages.captions)) == report["temporal"] == 3
+    assert all(is_temporal(caption) for caption in temporal(stages.captions))
+    assert {split_of(caption) for caption in selected(stages.captions)} == {"train"}
+
+
+def test_what_was_embedded_is_not_embedded_again(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "captions"
+    select_captions(stages.captions_config, output)
+    (output / "report.json").unlink()
+    wanted = (output / "captions.jsonl").read_bytes()
+    (output / "captions.jsonl").unlink()
+    monkeypatch.setattr(stage, "load_embedder", lambda *_: pytest.fail("embedded again"))
+    select_captions(stages.captions_config, output)
+    assert (
+        (output / "captions.jsonl").read_bytes()
+        == wanted
+        == (stages.captions / "captions.jsonl").read_bytes()
+    )
+
+
+def test_too_few_captions_are_an_error(stages: Stages, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="clusters: is 900, and there are 40"):
+        select_captions(replace(stages.captions_config, clusters=900), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["tango", "clap"])
+def test_embedders_give_unit_vectors_that_no_neighbour_changes(models: Models, kind: str) -> None:
+    name = f"{kind}:{models.tango if kind == 'tango' else models.clap_a}"
+    embedder = load_embedder(name, "cpu")
+    sentences = ["a dog barks", "a bell rings then rain falls while a cat"]
+    vectors = embedder.embed(sentences)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.allclose(embedder.embed(sentences[:1])[0], vectors[0], atol=1e-5)
+    assert embedder.identity == embedder_identity(name)
+    assert "sha256:" in embedder.identity
+
+
+def test_an_embedder_that_is_not_there_is_told() -> None:
+    with pytest.raises(InvalidInputError, match="pip install sentence-transformers"):
+        load_embedder("sentence-transformers:thenlper/gte-large")
+    for name in ("gte-large", "word2vec:x", "tango:"):
+        with pytest.raises(InvalidInputError, match="must be sentence-transformers:"):
+            load_embedder(name)

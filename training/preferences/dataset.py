@@ -1,0 +1,349 @@
+"""Preference data as Parquet, with the columns of the public audio-alpaca; reading it, and the public one.
+
+``data/train-00000-of-00003.parquet``: `prompt`, `chosen` and `rejected` (``{bytes, path}``, Hugging Face's
+Audio at 16 kHz), `strategy`; beside them, in data that was made here, the scores of each scorer, rewards,
+seeds, steps, the perturbed caption, and the digests of all models. ``datasets.load_dataset`` reads the
+folder as it is.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from services.runtime.audio import encode_audio
+from training.config import Plain, flatten
+from training.examples import Clip, FileClip, ParquetClip, decode, find_audio
+from training.preferences.candidates import candidates_digest, read_candidates
+from training.preferences.pairs import PAIRS, read_pairs, table_2
+from training.preferences.scores import refuse_unreadable
+from training.preferences.store import (
+    REPORT,
+    Row,
+    batches,
+    claim,
+    file_digest,
+    finish,
+    invalid,
+    read_json,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    import pyarrow  # type: ignore[import-untyped]
+
+DATA = "data"
+REQUIRED: Final = ("prompt", "chosen", "rejected")
+SIDES: Final = ("chosen", "rejected")
+SAMPLING_RATE: Final = 16_000
+"""Hertz of the clips, as in the public data."""
+ROW_GROUP = 32
+"""Pairs of a row group: what is read at once to get at one clip."""
+NAMES: Final[Mapping[str, str]] = {
+    "1.1": "1.1 other steps",
+    "1.2": "1.2 same steps",
+    "2": "2 perturbed",
+    "3": "3 temporal",
+}
+"""How table 2 calls the strategies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetConfig:
+    """How the data set is cut."""
+
+    rows_per_file: int = 1_000
+    """Pairs of a Parquet file."""
+    max_unreadable: float = 0.05
+    """Share of pairs that may lack a clip before the stage is refused."""
+
+    def __post_init__(self) -> None:
+        if self.rows_per_file < 1:
+            raise ValueError(f"rows_per_file is {self.rows_per_file}, must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """A pair of clips of one prompt, the first liked better. The clips are read when they are needed."""
+
+    prompt: str
+    chosen: Clip
+    rejected: Clip
+    strategy: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns: `chosen_scores`, `rejected_scores`, …; none in the public data."""
+
+
+def dataset_identity(config: DatasetConfig, candidates: Path, pairs: Path) -> dict[str, Plain]:
+    """What the outcome depends on."""
+    return flatten(config) | {
+        "input.candidates": candidates_digest(candidates),
+        f"input.{PAIRS}": file_digest(pairs / PAIRS),
+    }
+
+
+def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: Path, output: Path) -> Row:
+    """Run the stage in `output`; return its report: pairs, digest, table 2, what was left out.
+
+    `candidates`, `scores` and `pairs` are the folders of the stages before.
+
+    Raises:
+        InvalidInputError: more pairs lack a readable clip than may.
+        OutputError: the disk is full.
+    """
+    if report := claim(output, dataset_identity(config, candidates, pairs)):
+        return report
+    clips = {row["id"]: row for row in read_candidates(candidates)}
+    judges: dict[str, str] = read_json(scores / REPORT)["judges"]
+    rows = read_pairs(pairs)
+    names = list(rows[0]["chosen_scores"]) if rows else []
+    unreadable: dict[FileClip, str] = {}
+    used = dict.fromkeys(row[side] for row in rows for side in SIDES)
+    lost = {
+        name for name in used if not _is_readable(FileClip(path=candidates / clips[name]["file"]), unreadable)
+    }
+    refuse_unreadable(unreadable, len(used), config.max_unreadable)
+    schema = _schema(names, list(judges))
+    whole: list[Row] = []
+    # Cut before the unreadable are left out: a file that is there holds what it would hold now.
+    parts = list(batches(rows, config.rows_per_file))
+    with tqdm(total=len(rows), desc="data set", unit="pair", disable=None) as bar:
+        for number, part in enumerate(parts):
+            path = output / DATA / f"train-{number:05d}-of-{len(parts):05d}.parquet"
+            kept = [row for row in part if not lost & {row[side] for side in SIDES}]
+            if not path.exists():
+                columns = [_columns(row, clips, candidates, judges) for row in kept]
+                write_atomically(path, _parquet(columns, schema))
+            whole += kept
+            bar.update(len(part))
+    return finish(
+        output,
+        {
+            "pairs": len(whole),
+            "digest": dataset_digest(read_preferences(output)),
+            "scorers": names,
+            "judges": judges,
+            "models": sorted({clips[row["chosen"]]["model"]["digest"] for row in whole}),
+            "table": table_2(whole, names),
+            "left_out": len(rows) - len(whole),
+            "unreadable": {clip.name: reason for clip, reason in sorted(unreadable.items(), key=str)},
+        },
+    )
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """The pairs of a Parquet file, or of all in a folder (this module's, or the public data's), in order.
+
+    Clips that are not in the file are looked for beside it. Raises `InvalidInputError`.
+    """
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise invalid("preferences", f"{path} holds no Parquet file; give a data set's folder or file")
+    found = [preference for file in files for preference in _read_file(file)]
+    if not found:
+        raise invalid("preferences", f"{path} holds no pairs")
+    return found
+
+
+def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Preference]:
+    """Those whose clips can be read; the others are told, and are an error where they are more than `limit`.
+
+    Every clip is decoded once. Raises `InvalidInputError`.
+    """
+    from training.reward_data import check_readable
+
+    unreadable: dict[Clip, str] = {}
+    found = []
+    for preference in tqdm(preferences, desc="clips", unit="pair", disable=None):
+        clips = (preference.chosen, preference.rejected)
+        if all(_is_readable(clip, unreadable) for clip in clips):
+            found.append(preference)
+    check_readable(unreadable, 2 * len(preferences), limit)
+    return found
+
+
+def dataset_digest(preferences: Iterable[Preference]) -> str:
+    """``sha256:`` and the digest over prompts, strategies and encoded clips, in order; not over the layout.
+
+    A clip that can't be read counts as empty.
+    """
+    digest = hashlib.sha256()
+    for one in preferences:
+        row = [one.prompt, one.strategy, _content_digest(one.chosen), _content_digest(one.rejected)]
+        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def print_table(table: Mapping[str, Row], console: Console | None = None) -> None:
+    """Print table 2 (`pairs.table_2`)."""
+    scorers = list(dict.fromkeys(name for row in table.values() for name in row if name != "samples"))
+    shown = Table(title="Preference pairs: mean CLAP scores")
+    shown.add_column("strategy", no_wrap=True)
+    shown.add_column("samples", justify="right")
+    for name in scorers:
+        for figure in ("chosen", "rejected", "delta"):
+            shown.add_column(f"{name}\n{figure}", justify="right")
+    for number, (strategy, row) in enumerate(table.items()):
+        figures = [
+            f"{row[name][figure]:.3f}" if name in row else "–"
+            for name in scorers
+            for figure in ("chosen", "rejected", "delta")
+        ]
+        shown.add_row(
+            NAMES.get(strategy, strategy), str(row["samples"]), *figures, end_section=number == len(table) - 2
+        )
+    (console or Console()).print(shown)
+
+
+def _read_file(path: Path) -> Iterator[Preference]:
+    from pyarrow import ArrowException, types
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    try:
+        with ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if missing := [name for name in REQUIRED if name not in schema.names]:
+                raise invalid(
+                    "preferences",
+                    f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}",
+                )
+            embedded = {side: types.is_struct(schema.field(side).type) for side in SIDES}
+            light = [name for name in schema.names if not embedded.get(name)]
+            groups = [file.read_row_group(group, light).to_pylist() for group in range(file.num_row_groups)]
+    except (OSError, ArrowException) as error:
+        raise invalid("preferences", f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
+    root = path.parent
+    for group, rows in enumerate(groups):
+        for number, row in enumerate(rows):
+            clips: dict[str, Clip] = {
+                side: ParquetClip(
+                    path=path, column=side, group=group, row=number, audio_root=root, domain="generated"
+                )
+                if embedded[side]
+                else FileClip(path=find_audio(str(row[side]), root), domain="generated")
+                for side in SIDES
+            }
+            strategy = row.get("strategy")
+            yield Preference(
+                prompt=str(row["prompt"]),
+                chosen=clips["chosen"],
+                rejected=clips["rejected"],
+                strategy="" if strategy is None else str(strategy),
+                details={name: value for name, value in row.items() if name not in (*REQUIRED, "strategy")},
+            )
+
+
+def _is_readable(clip: Any, unreadable: dict[Any, str]) -> bool:
+    if clip in unreadable:
+        return False
+    try:
+        clip.read()
+    except (OSError, ValueError) as error:
+        unreadable[clip] = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        return False
+    return True
+
+
+def _content_digest(clip: Clip) -> str:
+    try:
+        return clip.digest
+    except (OSError, ValueError):
+        return ""
+
+
+def _columns(row: Row, clips: Mapping[str, Row], folder: Path, judges: Mapping[str, str]) -> Row:
+    chosen, rejected = clips[row["chosen"]], clips[row["rejected"]]
+    return {
+        "prompt": row["prompt"],
+        "chosen": _audio(folder / chosen["file"]),
+        "rejected": _audio(folder / rejected["file"]),
+        "strategy": row["strategy"],
+        "rejected_prompt": rejected["prompt"],
+        "rejected_kind": rejected["kind"],
+        "chosen_scores": row["chosen_scores"],
+        "rejected_scores": row["rejected_scores"],
+        "chosen_reward": row["chosen_reward"],
+        "rejected_reward": row["rejected_reward"],
+        "chosen_seed": chosen["seed"],
+        "rejected_seed": rejected["seed"],
+        "chosen_steps": chosen["num_inference_steps"],
+        "rejected_steps": rejected["num_inference_steps"],
+        "model": chosen["model"]["name"],
+        "model_version": chosen["model"]["version"],
+        "model_digest": chosen["model"]["digest"],
+        "judge_digests": dict(judges),
+    }
+
+
+def _audio(path: Path) -> Row:
+    """The file as it is; encoded anew only where it is not mono at 16 kHz."""
+    content = path.read_bytes()
+    waveform_CN, rate = decode(content)
+    if rate != SAMPLING_RATE or len(waveform_CN) != 1:
+        content = encode_audio(waveform_CN.mean(0), rate, "flac", SAMPLING_RATE)
+        path = path.with_suffix(".flac")
+    return {"bytes": content, "path": path.name}
+
+
+def _schema(scorers: Sequence[str], judges: Sequence[str]) -> "pyarrow.Schema":
+    """Arrow's schema, with the features that Hugging Face's datasets reads from its metadata."""
+    import pyarrow as pa
+
+    names: dict[str, Any] = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values = {
+        "rejected_prompt": "string",
+        "rejected_kind": "string",
+        "chosen_scores": dict.fromkeys(scorers, "float64"),
+        "rejected_scores": dict.fromkeys(scorers, "float64"),
+        "chosen_reward": "float64",
+        "rejected_reward": "float64",
+        "chosen_seed": "int64",
+        "rejected_seed": "int64",
+        "chosen_steps": "int64",
+        "rejected_steps": "int64",
+        "model": "string",
+        "model_version": "string",
+        "model_digest": "string",
+        "judge_digests": dict.fromkeys(judges, "string"),
+    }
+    # A struct without fields can't be written.
+    columns = {"prompt": "string", "chosen": audio, "rejected": audio, "strategy": "string"} | {
+        name: kind for name, kind in values.items() if kind
+    }
+
+    def arrow(kind: Any) -> Any:
+        if isinstance(kind, dict):
+            return pa.struct([(name, arrow(part)) for name, part in kind.items()])
+        return names[kind] if isinstance(kind, str) else kind
+
+    def feature(kind: Any) -> Any:
+        if isinstance(kind, dict):
+            return {name: feature(part) for name, part in kind.items()}
+        if isinstance(kind, str):
+            return {"dtype": kind, "_type": "Value"}
+        return {"sampling_rate": SAMPLING_RATE, "_type": "Audio"}
+
+    features = {name: feature(kind) for name, kind in columns.items()}
+    return pa.schema(
+        [(name, arrow(kind)) for name, kind in columns.items()],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+def _parquet(rows: list[Row], schema: "pyarrow.Schema") -> bytes:
+    import io
+
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    buffer = io.BytesIO()
+    # The clips are compressed already.
+    write_table(pa.Table.from_pylist(rows, schema), buffer, row_group_size=ROW_GROUP, compression="snappy")
+    return buffer.getvalue()

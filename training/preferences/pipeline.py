@@ -1,0 +1,223 @@
+"""All stages one after another, each in a folder named after what its content follows from.
+
+    make_preferences(preferences_mini(), Path("build/preferences/mini"))
+
+So a setting that is changed makes anew the stages that depend on it, and no others; and whatever was killed
+goes on where it was.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from training.config import Plain
+from training.preferences.candidates import (
+    FREE as CANDIDATES_FREE,
+)
+from training.preferences.candidates import (
+    CandidatesConfig,
+    candidates_identity,
+    make_candidates,
+)
+from training.preferences.captions import (
+    FREE as CAPTIONS_FREE,
+)
+from training.preferences.captions import (
+    CaptionsConfig,
+    SoundworldCaptions,
+    captions_identity,
+    select_captions,
+)
+from training.preferences.dataset import DatasetConfig, dataset_identity, write_dataset
+from training.preferences.pairs import PairsConfig, Quantiles, Thresholds, make_pairs, pairs_identity
+from training.preferences.perturb import FREE as PERTURB_FREE
+from training.preferences.perturb import PerturbConfig, perturb_captions, perturb_identity
+from training.preferences.scores import FREE as SCORES_FREE
+from training.preferences.scores import ScoresConfig, score_candidates, scores_identity
+from training.preferences.sources import SourceConfig
+from training.preferences.store import REPORT, Row, digest_of
+
+Stage = Literal["captions", "perturb", "candidates", "scores", "pairs", "dataset"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencesConfig:
+    """How preference data is made."""
+
+    name: str
+    """Of the data set, as its folder."""
+    candidates: CandidatesConfig
+    """Which clips are made."""
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    """Of which captions."""
+    perturb: PerturbConfig = field(default_factory=PerturbConfig)
+    """Who makes captions wrong."""
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
+    """Who judges."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Which pairs are kept."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """How they are written."""
+
+
+def make_preferences(
+    config: PreferencesConfig,
+    output: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    until: Stage = "dataset",
+    on_stage: Callable[[Stage, Path, Row], None] | None = None,
+) -> dict[Stage, Path]:
+    """Run the stages up to `until`; return their folders under `output`, by name.
+
+    With a `shard` of several the stages end after its candidates, unless all other shards' are there as well.
+    `on_stage` is told each stage's folder and report when it is done: the place to log them.
+
+    Raises what the stages raise.
+    """
+    run = _Run(output, until, on_stage)
+    captions = run.stage(
+        "captions",
+        captions_identity(config.captions),
+        CAPTIONS_FREE,
+        partial(select_captions, config.captions),
+    )
+    perturbed: Path | None = None
+    if run.goes_on and {"2", "3"} & set(config.candidates.strategies):
+        perturbed = run.stage(
+            "perturb",
+            perturb_identity(config.perturb, captions),
+            PERTURB_FREE,
+            partial(perturb_captions, config.perturb, captions),
+        )
+    if not run.goes_on:
+        return run.folders
+    candidates = run.stage(
+        "candidates",
+        candidates_identity(config.candidates, captions, perturbed),
+        CANDIDATES_FREE,
+        partial(make_candidates, config.candidates, captions, perturbed, shard=shard),
+    )
+    if not run.goes_on:
+        return run.folders
+    scores = run.stage(
+        "scores",
+        scores_identity(config.scores, candidates),
+        SCORES_FREE,
+        partial(score_candidates, config.scores, candidates),
+    )
+    if not run.goes_on:
+        return run.folders
+    pairs = run.stage(
+        "pairs",
+        pairs_identity(config.pairs, candidates, scores),
+        (),
+        partial(make_pairs, config.pairs, candidates, scores),
+    )
+    if run.goes_on:
+        run.stage(
+            "dataset",
+            dataset_identity(config.dataset, candidates, pairs),
+            (),
+            partial(write_dataset, config.dataset, candidates, scores, pairs),
+        )
+    return run.folders
+
+
+class _Run:
+    """Where the stages of one call are."""
+
+    def __init__(
+        self, output: Path, until: Stage, on_stage: Callable[[Stage, Path, Row], None] | None
+    ) -> None:
+        self.folders: dict[Stage, Path] = {}
+        self.goes_on = True
+        """Whether the last stage is complete, and not the one to end with."""
+        self._output, self._until, self._on_stage = output, until, on_stage
+
+    def stage(
+        self,
+        stage: Stage,
+        identity: Mapping[str, Plain],
+        free: Collection[str],
+        work: Callable[[Path], Row],
+    ) -> Path:
+        """Run one stage; return its folder."""
+        content = {name: value for name, value in identity.items() if name not in free}
+        folder = self.folders[stage] = self._output / f"{stage}-{digest_of(content)[:12]}"
+        report = work(folder)
+        if self._on_stage is not None:
+            self._on_stage(stage, folder, report)
+        self.goes_on = stage != self._until and (folder / REPORT).exists()
+        return folder
+
+
+def preferences_tango2() -> PreferencesConfig:
+    """The paper's: AudioCaps' captions, Tango-full-FT, LAION's two CLAP models.
+
+    Give ``captions.source`` (a CSV of AudioCaps' training split), ``candidates.source.model`` or ``.server``,
+    and the address, model and key of an LLM in the environment.
+    """
+    return PreferencesConfig(
+        name="tango2",
+        captions=CaptionsConfig(source=Path("audiocaps_train.csv")),
+        perturb=PerturbConfig(perturber="llm"),
+        candidates=CandidatesConfig(
+            source=SourceConfig(
+                model="file:tango-full-ft-audiocaps", dtype="bfloat16", in_flight=64, batch=16
+            )
+        ),
+        scores=ScoresConfig(scorers=("laion:630k-audioset-best.pt", "laion:630k-best.pt")),
+        pairs=PairsConfig(thresholds=Thresholds()),
+    )
+
+
+def preferences_mini() -> PreferencesConfig:
+    """The mini family's: the sound world's captions, `mini-base`, thresholds from quantiles."""
+    return PreferencesConfig(
+        name="mini",
+        captions=CaptionsConfig(
+            embedder="tango:mini",
+            clusters=40,
+            per_cluster=10,
+            temporal_limit=300,
+            soundworld=SoundworldCaptions(count=4_000),
+        ),
+        perturb=PerturbConfig(concept=1, temporal=2, temporal_kinds=("swap", "replace")),
+        candidates=CandidatesConfig(
+            source=SourceConfig(model="mini-base"), steps=10, varied_steps=(3, 6, 10, 15), guidance_scale=3.0
+        ),
+        # No floor for rejected clips: those with the order of events reversed score lowest of all here.
+        pairs=PairsConfig(calibrate=True, quantiles=Quantiles(alpha=0.2, beta=0.0, delta_max=1.0)),
+    )
+
+
+def preferences_smoke() -> PreferencesConfig:
+    """Seconds: a few clips of a few captions."""
+    mini = preferences_mini()
+    return replace(
+        mini,
+        name="smoke",
+        captions=replace(
+            mini.captions,
+            clusters=2,
+            per_cluster=2,
+            temporal_limit=2,
+            soundworld=SoundworldCaptions(count=30),
+        ),
+        candidates=replace(mini.candidates, steps=2, varied_steps=(1, 2), clips=2),
+        pairs=replace(
+            mini.pairs, quantiles=Quantiles(alpha=0.0, beta=0.0, delta_min=0.0, delta_max=1.0), rank_by="mean"
+        ),
+    )
+
+
+PREFERENCES: Final[Mapping[str, Callable[[], PreferencesConfig]]] = {
+    "mini": preferences_mini,
+    "smoke": preferences_smoke,
+    "tango2": preferences_tango2,
+}
+"""Recipes of `milonga train preferences`."""
