@@ -8,6 +8,8 @@ import typer
 from rich.progress import track
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
+from training import evaluate_command, finetune_commands, run_command, tracking_cli
+from training.preferences.commands import preferences as preferences_command
 
 soundworld = typer.Typer(
     help="The procedural sounds that the mini family learned from.", no_args_is_help=True
@@ -98,6 +100,16 @@ def reward(
     if report:
         typer.echo("\n".join(["", "Pair accuracy on held-out prompts, 95 % intervals:", *summary(report)]))
         typer.echo(f"{target}: milonga serve reward --model file:{target} --clap {config.clap}")
+
+
+train.command()(preferences_command)
+train.command()(finetune_commands.sft)
+train.command()(finetune_commands.dpo)
+train.command()(finetune_commands.baton)
+train.command()(evaluate_command.evaluate)
+train.command()(tracking_cli.register)
+train.command()(tracking_cli.sync)
+train.command()(run_command.run)
 
 
 def _interactive() -> bool:

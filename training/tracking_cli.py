@@ -10,7 +10,7 @@ _URI = Annotated[
     typer.Option(
         "--tracking-uri",
         help="MLflow server or database.",
-        show_default="MLFLOW_TRACKING_URI, else ./mlruns.db",
+        show_default="MLFLOW_TRACKING_URI, else ./mlflow.db",
     ),
 ]
 

@@ -1,6 +1,6 @@
 """MLflow's registry: which server it is, and how a registered version becomes a model folder.
 
-The server is ``MLFLOW_TRACKING_URI``'s, or without that the database ``mlruns.db`` in the current folder. A
+The server is ``MLFLOW_TRACKING_URI``'s, or without that the database ``mlflow.db`` in the current folder. A
 version is fetched once, into ``MILONGA_CACHE`` (``~/.cache/milonga``) under its digest, and never altered.
 
 Needs mlflow-skinny for a server, mlflow for a database; both are imported when a registry is asked for.
@@ -37,7 +37,7 @@ from services.errors import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LOCAL_STORE: Final = "mlruns.db"
+LOCAL_STORE: Final = "mlflow.db"
 """Name of the database where no server is given. Artifacts lie in ``mlruns/`` beside it."""
 
 DIGEST_TAG: Final = "milonga.digest"

@@ -1,0 +1,205 @@
+"""The whole loop: reward ▸ captions ▸ candidates ▸ scores ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
+
+    milonga train run --recipe mini
+
+Each stage is a program of its own and lies in a folder of its own; here they are strung together, and logged
+to MLflow: a parent run, a child a stage. Killed anywhere, the same call goes on: what is done is found done.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from services.errors import MilongaError
+from services.models.loading import load_tango
+from services.models.tango import clip_generator
+from services.runtime.model_uri import resolve
+from training.config import describe, flatten
+from training.evaluate import evaluate
+from training.finetune import FineTuning, PairData
+from training.preferences.pipeline import Stage, make_preferences
+from training.preferences.scores import ScoresConfig
+from training.preferences.store import Row
+from training.register import Provenance, Registered, register
+from training.run_folder import JOURNAL, claim_folder
+from training.run_recipes import LoopRun
+from training.tracking import TrackedRun, Tracker, data_digest
+from training.train_dpo import train_dpo
+from training.train_reward import RewardTraining, train_reward
+from training.train_sft import train_sft
+
+FREE = ("processes", "alias", "samples")
+"""Settings that may be others when a run is resumed."""
+PRIMARY = "present_and_in_order"
+"""The figure that decides, where the prompts' truth is known."""
+SEED = 7
+"""Of the samples."""
+
+Program = Literal["reward", "sft", "dpo"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopResult:
+    """What a run ended with."""
+
+    policy: Path
+    """Folder of the aligned model."""
+    registered: Registered
+    report: Mapping[str, Any]
+    """Of the evaluation."""
+    lines: tuple[str, ...]
+    """The outcome, for people."""
+
+
+def run_loop(config: LoopRun, output: Path) -> LoopResult:
+    """Run every stage, or what is left of it.
+
+    Raises what the stages raise; `InvalidInputError` where another config began the run in `output`;
+    `ServiceUnavailableError`, at the start, where the MLflow server does not answer.
+    """
+    output = output.resolve()
+    claim_folder(output, flatten(config), free=FREE)
+    with Tracker.start(config.name, output / "tracking", params=flatten(config)) as tracker:
+        judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
+        policy, data = config.start, dict[str, str]()
+        for number in range(config.rounds):
+            policy, digest = align(config, policy, judge, output / f"round-{number + 1}", number, tracker)
+            data[f"round-{number + 1}"] = digest
+        report = evaluation_stage(config, policy, output / "evaluation", tracker)
+        log_samples(config, policy, tracker)
+        registered = register(
+            Path(policy.removeprefix("file:")),
+            alias=config.alias,
+            provenance=Provenance(
+                parent=config.start, data=data, metrics=headline(report), run_id=tracker.run_id
+            ),
+        )
+        tracker.parent.log_metrics(headline(report))
+        lines = (*outcome(report), f"{registered.uri}  {registered.alias}", tracker.hint)
+    return LoopResult(
+        policy=Path(policy.removeprefix("file:")), registered=registered, report=report, lines=lines
+    )
+
+
+def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfig:
+    """Train and register the reward model; the scores' config that asks it."""
+    folder = output / "reward"
+    with tracker.stage("reward") as stage:
+        report = train("reward", config.reward, folder, config.processes, stage)
+        stage.log_metrics({"pair_accuracy": report["pair_accuracy"]["all"]["value"]})
+        for path in sorted(folder.glob("*.png")):
+            stage.log_artifact(path)
+    register(
+        folder, alias=config.alias, clap=config.reward.clap, provenance=Provenance(run_id=tracker.run_id)
+    )
+    return replace(config.preferences.scores, reward=f"file:{folder}", clap=config.reward.clap)
+
+
+def align(
+    config: LoopRun, policy: str, judge: ScoresConfig, folder: Path, number: int, tracker: Tracker
+) -> tuple[str, str]:
+    """One round: sample from `policy`, rank, train. Returns the new policy's URI and the data's digest."""
+    candidates = config.preferences.candidates
+    preferences = replace(
+        config.preferences,
+        scores=judge,
+        candidates=replace(
+            candidates, source=replace(candidates.source, model=policy), seed=candidates.seed + number
+        ),
+    )
+    suffix = "" if config.rounds == 1 else f"-{number + 1}"
+    with tracker.stage(f"preferences{suffix}") as stage:
+
+        def tell(name: Stage, place: Path, report: Row) -> None:
+            stage.log_metrics({f"{name}.{key}": v for key, v in report.items() if isinstance(v, int | float)})
+            stage.log_bytes(f"{name}.json", json.dumps(report, indent=1).encode())
+
+        folders = make_preferences(preferences, folder / "preferences", on_stage=tell)
+        stage.log_dataset("pairs", folders["dataset"])
+    data = PairData(pairs=(folders["dataset"],))
+    start = policy
+    if config.with_sft:
+        with tracker.stage(f"sft{suffix}") as stage:
+            train(
+                "sft", replace(config.sft, start=policy, data=data), folder / "sft", config.processes, stage
+            )
+        start = f"file:{folder / 'sft'}"
+    dpo = replace(config.dpo, start=start, reference=policy if config.with_sft else None, data=data)
+    with tracker.stage(f"dpo{suffix}") as stage:
+        report = train("dpo", dpo, folder / "dpo", config.processes, stage)
+        stage.log_metrics({f"last.{name}": value for name, value in report["figures"].items()})
+    return f"file:{folder / 'dpo'}", data_digest(folders["dataset"])
+
+
+def train(
+    program: Program, config: RewardTraining | FineTuning, folder: Path, processes: int, stage: TrackedRun
+) -> dict[str, Any]:
+    """Run a training program, in this process or in several; its report. Its curves go to `stage`."""
+    stage.log_params(flatten(config))
+    stage.follow(folder.with_name(f"{folder.name}.run") / JOURNAL)
+    if processes > 1:
+        launch(program, config, folder, processes)
+    # After a launch this finds all done, and reads the report.
+    programs: dict[Program, Any] = {"reward": train_reward, "sft": train_sft, "dpo": train_dpo}
+    report: dict[str, Any] = programs[program](config, folder)
+    return report
+
+
+def launch(program: Program, config: object, folder: Path, processes: int) -> None:
+    """Run a training program by ``accelerate launch``. Raises `MilongaError` where it fails."""
+    settings = [word for line in describe(config).splitlines() for word in ("--set", line)]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)),
+        *("-m", "services.cli", "train", program, "--recipe", "smoke", "--output", str(folder), *settings),
+    ]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise MilongaError(f"{program} ended with exit code {code}; what it said stands above")
+
+
+def evaluation_stage(config: LoopRun, policy: str, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """Compare the policy with the start, on the same prompts and seeds."""
+    with tracker.stage("evaluation") as stage:
+        report = evaluate(config.evaluation, [f"base={config.start}", f"aligned={policy}"], folder)
+        stage.log_metrics(headline(report))
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                stage.log_artifact(path)
+    return report
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, float]:
+    """How the aligned model differs from the start, over all prompts."""
+    differences = report["comparisons"][0]["differences"]["all"]
+    parts = (("", "value"), (".low", "low"), (".high", "high"))
+    return {
+        f"difference.{name}{suffix}": figure[key]
+        for name, figure in differences.items()
+        for suffix, key in parts
+        if figure.get(key) is not None
+    }
+
+
+def outcome(report: Mapping[str, Any]) -> list[str]:
+    """One line for each of the figures that decide."""
+    differences = report["comparisons"][0]["differences"]["all"]
+    names = [name for name in (PRIMARY, "presence", "order_given_presence", "reward") if name in differences]
+    return [
+        f"{name}: {figure['value']:+.3f} [{figure['low']:+.3f}, {figure['high']:+.3f}] against the start"
+        for name in names
+        for figure in [differences[name]]
+    ]
+
+
+def log_samples(config: LoopRun, policy: str, tracker: Tracker) -> None:
+    """Keep what both models make of a few prompts from the same noise, to listen to and to look at."""
+    with tracker.stage("samples") as stage:
+        for name, uri in (("base", config.start), ("aligned", policy)):
+            pipeline = load_tango(resolve(uri).folder)
+            for number, prompt in enumerate(config.samples):
+                made = pipeline([prompt], generator=[clip_generator(SEED, 0)])
+                stage.log_audio(f"{number}-{name}", made.waveforms_BN[0], made.sampling_rate, prompt)

@@ -1,0 +1,140 @@
+"""Recipes of the whole loop: the settings of every stage, in one config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from training.metrics.config import (
+    EvaluationConfig,
+    WorldPrompts,
+    evaluation_mini,
+    evaluation_smoke,
+    evaluation_tango2,
+)
+from training.preferences.pairs import PairsConfig
+from training.preferences.pipeline import (
+    PreferencesConfig,
+    preferences_mini,
+    preferences_smoke,
+    preferences_tango2,
+)
+from training.recipes import (
+    dpo_mini,
+    dpo_smoke,
+    dpo_tango2,
+    reward_baton,
+    reward_mini,
+    reward_smoke,
+    sft_mini,
+    sft_smoke,
+    sft_tango2,
+)
+from training.train_dpo import DpoTraining
+from training.train_reward import RewardTraining
+from training.train_sft import SftTraining
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopRun:
+    """The whole loop. What links the stages (models, data sets) is filled in from one to the next."""
+
+    name: str
+    """Of the run, as its folder and in MLflow."""
+    reward: RewardTraining
+    preferences: PreferencesConfig
+    sft: SftTraining
+    dpo: DpoTraining
+    evaluation: EvaluationConfig
+    start: str = "mini-base"
+    """URI of the model that is aligned."""
+    with_reward: bool = True
+    """Train the reward model; otherwise `preferences.scores` says who judges."""
+    with_sft: bool = False
+    """Fine-tune on the chosen clips before DPO, with the model from before it as the reference (Tango 2)."""
+    rounds: int = 1
+    """Rounds of alignment: each samples from the policy of the one before, ranks and trains again (CRPO,
+    arXiv 2412.21037)."""
+    processes: int = 1
+    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+    alias: str = "challenger"
+    """Of the registered versions."""
+    samples: tuple[str, ...] = ("A dog barks then a siren wails", "A cat meows after a bell tolls")
+    """Prompts whose clips, before and after, are kept with the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+
+
+def run_mini() -> LoopRun:
+    """`mini-base`, taught with wrong captions, learns from its own clips as the reward model ranks them.
+
+    The pairs are the best and the worst of four clips by the reward model: CLAP does not hear order.
+    """
+    preferences = preferences_mini()
+    return LoopRun(
+        name="mini",
+        reward=reward_mini(),
+        preferences=replace(
+            preferences,
+            captions=replace(
+                preferences.captions,
+                clusters=40,
+                per_cluster=15,
+                soundworld=replace(preferences.captions.soundworld, count=3_000),
+            ),
+            candidates=replace(preferences.candidates, strategies=("1.2",), clips=4, steps=12),
+            pairs=PairsConfig(mode="ranked", rank_by="reward", margin=2.0),
+        ),
+        sft=sft_mini(),
+        dpo=dpo_mini(),
+        evaluation=replace(evaluation_mini(), world=WorldPrompts(count=150), seeds=1, set_resamples=0),
+    )
+
+
+def run_smoke() -> LoopRun:
+    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    return LoopRun(
+        name="smoke",
+        reward=reward_smoke(),
+        preferences=replace(
+            preferences_smoke(),
+            candidates=replace(preferences_smoke().candidates, strategies=("1.2",)),
+            pairs=PairsConfig(mode="ranked", rank_by="reward"),
+        ),
+        sft=sft_smoke(),
+        dpo=dpo_smoke(),
+        evaluation=evaluation_smoke(),
+        with_sft=True,
+        samples=("A dog barks",),
+    )
+
+
+def run_tango2() -> LoopRun:
+    """Tango 2 (arXiv 2404.09956): Audio-alpaca by two CLAP models, one epoch of SFT, four of DPO.
+
+    Give ``preferences.captions.source``, ``start`` and ``preferences.candidates.source.model``
+    (Tango-full-FT, converted), the CLAP checkpoints, and ``processes``.
+    """
+    return LoopRun(
+        name="tango2",
+        reward=reward_baton(),
+        preferences=preferences_tango2(),
+        sft=sft_tango2(),
+        dpo=dpo_tango2(),
+        evaluation=evaluation_tango2(),
+        start="file:tango-full-ft-audiocaps",
+        with_reward=False,
+        with_sft=True,
+        processes=2,
+        samples=("A dog barks and then a siren wails in the distance",),
+    )
+
+
+RUNS: Final[Mapping[str, Callable[[], LoopRun]]] = {
+    "mini": run_mini,
+    "smoke": run_smoke,
+    "tango2": run_tango2,
+}
+"""Recipes of `milonga train run`."""
