@@ -35,7 +35,7 @@ from training.latents import LatentConfig, Latents
 from training.loop import LoopConfig, make_accelerator
 from training.noising import Noising, NoisingConfig
 from training.reward_data import check_readable
-from training.run_folder import JOURNAL, claim_folder, read_journal
+from training.run_folder import JOURNAL, claim_folder, finished_report, read_journal
 
 TRAINING = "training.json"
 """What a model folder says of its own training."""
@@ -263,7 +263,7 @@ def open_session(
         settings=kept,
         sources=sources,
     )
-    return session, None if fresh else _report_of(output, kept)
+    return session, None if fresh else finished_report(output / TRAINING, kept)
 
 
 def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedModel | None = None) -> Policy:
@@ -540,15 +540,6 @@ def _velocity(
         return_dict=False,
     )[0]
     return velocity_BCTF
-
-
-def _report_of(output: Path, settings: Mapping[str, Plain]) -> dict[str, Any] | None:
-    """The report in `output`, if the same settings made it."""
-    try:
-        report = read_json(output / TRAINING)
-    except ModelFormatError:
-        return None
-    return report if report.get("settings") == json.loads(json.dumps(dict(settings))) else None
 
 
 def _card(manifest: Manifest, report: Mapping[str, Any]) -> str:

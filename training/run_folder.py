@@ -25,6 +25,16 @@ KEPT = 2
 """Checkpoints that stay: the last, and the one before it should the last prove unreadable."""
 
 
+def finished_report(path: Path, settings: Mapping[str, Plain]) -> dict[str, Any] | None:
+    """The report at `path`, if a run with the same settings (its ``settings``) ended with it."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = report["settings"] == json.loads(json.dumps(dict(settings)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if same else None
+
+
 def claim_folder(
     folder: Path, settings: Mapping[str, Plain], *, fresh: bool = False, free: Collection[str] = ()
 ) -> None:

@@ -39,9 +39,9 @@ from training.loop import (
 )
 from training.losses import binary_cross_entropy, bradley_terry
 from training.reward_data import ClapTokens, DataConfig, check_readable, load_examples
-from training.reward_report import check_output, evaluate, hear, plot, write_model
+from training.reward_report import EVALUATION, check_output, evaluate, hear, plot, write_model
 from training.reward_scenes import SPLITS, wording
-from training.run_folder import claim_folder
+from training.run_folder import claim_folder, finished_report
 from training.soundworld.scenes import Split
 
 FREE = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
@@ -117,6 +117,9 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     with accelerator.main_process_first():
         settings = flatten(config) | {"clap_digest": resolved.digest}
         claim_folder(run, settings, fresh=fresh and main, free=FREE)
+    done = None if fresh else finished_report(output / EVALUATION, flatten(config))
+    if done is not None and done["clap"]["digest"] == resolved.digest:
+        return done if main else {}
 
     clap = load_any_clap(uri, resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
