@@ -306,6 +306,7 @@ def record_of(made: Made, paths: Sequence[Path], best_of: BestOf | None) -> dict
         record["rank_by"] = best_of.rank_by
         record["candidates"] = [
             {
+                "candidate": candidate.number,
                 "clip_index": candidate.clip.index,
                 "seed": candidate.clip.seed,
                 "value": candidate.value,

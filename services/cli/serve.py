@@ -16,7 +16,7 @@ app = typer.Typer(help="Run a service until SIGTERM or Ctrl-C.", no_args_is_help
 PORTS: Mapping[str, int] = MappingProxyType({"generation": 50051, "scoring": 50052, "reward": 50053})
 """Every service, and the port of its settings' default; here too, since help must not import them."""
 
-URI_FORMS = "file:PATH, hf:OWNER/NAME, each also with #sha256:HEX"
+URI_FORMS = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also with #sha256:HEX"
 
 _WATCHING = "Watching, TLS and stopping"
 """The panel of the help in which the flags lie that are rarely wanted."""

@@ -20,8 +20,9 @@ Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
 """What is judged: a clip that this client received, an encoded file (WAV, FLAC, OGG), the path of one, or
 samples in [-1, 1] as float32 [N] or [channels, N] with their sampling rate in hertz."""
 
-MAX_REQUEST_BYTES = 256 * 2**20
-"""Sound and text that one request may hold: eleven minutes of stereo float32 at 48 kHz."""
+MAX_REQUEST_BYTES = 255 * 2**20
+"""Sound and text that one request may hold: eleven minutes of stereo float32 at 48 kHz. The rest of the
+256 MiB that services take in is for the fields around them."""
 
 M = TypeVar("M", bound=Message)
 

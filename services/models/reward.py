@@ -68,6 +68,8 @@ class RewardConfig:
             raise ModelFormatError(
                 f"reward width ({self.width}) must be a multiple of 2 × heads ({self.heads})"
             )
+        if not 0 <= self.dropout < 1:
+            raise ModelFormatError(f"reward dropout is {self.dropout}; it must be at least 0 and below 1")
         if not 0 < self.temperature < math.inf:
             raise ModelFormatError(f"reward temperature is {self.temperature}; it must be above 0")
 

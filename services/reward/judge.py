@@ -3,6 +3,7 @@
 Shape legend: B pairs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,9 @@ class Judge:
         """What it has done; costs are seconds of windows."""
         return self._batcher.stats
 
-    def check(self) -> None:
-        """Raise `QueueFullError` where there is no room for any clip: before it is decoded."""
-        self._batcher.check()
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise `QueueFullError` where there is no room for so much sound: before work is put into it."""
+        self._batcher.check(seconds)
 
     def prepare(self, prompt: str, clip: ReadClip) -> Pair:
         """What `judge` takes. Blocks for milliseconds; from any thread."""
@@ -61,7 +62,11 @@ class Judge:
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float]:
         """Rewards of pairs: calibrated logits."""
-        return await self._batcher.submit(pairs)
+        logits = await self._batcher.submit(pairs)
+        # Here, not in the shared call: whoever was in it too is unaffected.
+        if not all(map(math.isfinite, logits)):
+            raise ValueError("the model made a reward that is not finite")
+        return logits
 
     async def close(self) -> None:
         """Refuse what waits, finish what runs, end the thread."""
@@ -69,8 +74,6 @@ class Judge:
 
     def _run(self, pairs: Sequence[Pair]) -> list[float]:
         logits_B = self._model.reward([prompt for prompt, _ in pairs], [clip for _, clip in pairs])
-        if not logits_B.isfinite().all():
-            raise ValueError("the model made a reward that is not finite")
         logits: list[float] = logits_B.tolist()
         return logits
 

@@ -54,8 +54,10 @@ class RewardServicer(rpc.RewardServiceServicer):
 
     def _hear_pairs(self, request: pb.BatchComputeRewardsRequest) -> list[Pair]:
         read = read_pairs(request.pairs, "pairs", self._bounds)
+        self._judge.check(sum(clip.seconds for _, clip in read))
         return [self._judge.prepare(prompt, clip) for prompt, clip in read]
 
     def _hear_candidates(self, request: pb.RankAudioRequest) -> list[Pair]:
         prompt, clips = convert.read_candidates(request, self._bounds)
+        self._judge.check(sum(clip.seconds for clip in clips))
         return [self._judge.prepare(prompt, clip) for clip in clips]

@@ -5,7 +5,7 @@ server's log has it), BadRequest (every violated field), RetryInfo (when to come
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -48,8 +48,11 @@ ERROR_DOMAIN = "milonga"
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata under which gRPC carries a google.rpc.Status."""
 
-MAX_TEXT_CHARACTERS = 2000
+MAX_TEXT_CHARACTERS = 1000
 """Status text travels in HTTP/2 headers, which clients limit to 8 KiB: longer messages are cut."""
+
+MAX_VIOLATION_BYTES = 2500
+"""So do the violations, a third larger in base64: of very many, the first ones are told."""
 
 _CLASSES = {error.__name__: error for error in STATUS_CODES}
 
@@ -143,13 +146,20 @@ def _class_of_code(code: grpc.StatusCode, retry: error_details_pb2.RetryInfo) ->
     return next((kind for kind, known in STATUS_CODES.items() if known is code), MilongaError)
 
 
-def _bad_request(violations: Iterable[FieldViolation]) -> error_details_pb2.BadRequest:
-    return error_details_pb2.BadRequest(
-        field_violations=[
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in violations
-        ]
-    )
+def _bad_request(violations: Sequence[FieldViolation]) -> error_details_pb2.BadRequest:
+    """The violations; of more than the trailers hold, the first ones and how many there are besides."""
+    told = error_details_pb2.BadRequest()
+    for number, violation in enumerate(violations):
+        told.field_violations.add(field=violation.field, description=violation.description)
+        if number and told.ByteSize() > MAX_VIOLATION_BYTES:
+            del told.field_violations[-1]
+            left = len(violations) - number
+            told.field_violations.add(
+                field=violation.field,
+                description=f"is wrong as well, and so are {left - 1} more; mend the others first",
+            )
+            break
+    return told
 
 
 def _duration(seconds: float) -> Duration:

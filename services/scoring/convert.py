@@ -1,4 +1,4 @@
-"""Between the wire and the scorers: requests in, answers out. Pure functions, all of them off the event loop.
+"""Between the wire and the scorers: requests in, answers out. Pure functions; what decodes runs off the loop.
 
 Shapes: B clips or prompts, D embedding width, P members of the panel.
 """
@@ -26,6 +26,9 @@ def choose(names: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[Panel, 
     """Return the scorers that a request names (all where it names none), and what is wrong with the names."""
     if not names:
         return Panel(scorers), ()
+    if len(names) > len(scorers):
+        fault = f"has {len(names)} elements, and there are {len(scorers)} scorers; name each once"
+        return Panel(scorers), (FieldViolation("scorers", fault),)
     chosen: dict[str, Scorer] = {}
     faults = []
     for index, name in enumerate(names):
@@ -54,7 +57,7 @@ def hear_pairs(
         InvalidInputError: with every violated field, and `faults` found before.
     """
     read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
-    return [prompt for prompt, _ in read], panel.prepare(clip for _, clip in read)
+    return [prompt for prompt, _ in read], panel.prepare([clip for _, clip in read])
 
 
 def hear_clips(

@@ -4,7 +4,7 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -108,9 +108,9 @@ class Scorer:
         """The embeddings of prompts that are kept."""
         return self._model.cache
 
-    def check(self) -> None:
-        """Raise `QueueFullError` where there is no room for any clip: before it is decoded."""
-        self._audio.check()
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise `QueueFullError` where there is no room for so much sound: before work is put into it."""
+        self._audio.check(seconds)
 
     def prepare(self, clip: ReadClip) -> Tensor:
         """The windows [W, S] that the model hears. Blocks for milliseconds; from any thread."""
@@ -118,13 +118,13 @@ class Scorer:
 
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Embeddings [B, D] of prepared clips."""
-        return np.stack(await self._audio.submit(clips))
+        return _finite(np.stack(await self._audio.submit(clips)))
 
     async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings [B, D] of sentences; equal ones are embedded once."""
         unique = list(dict.fromkeys(prompts))
         made = dict(zip(unique, await self._text.submit(unique), strict=True))
-        return np.stack([made[prompt] for prompt in prompts])
+        return _finite(np.stack([made[prompt] for prompt in prompts]))
 
     async def close(self) -> None:
         """Refuse what waits, finish what runs, end the threads."""
@@ -146,9 +146,11 @@ class Panel:
         for scorer in self._distinct():
             scorer.check()
 
-    def prepare(self, clips: Iterable[ReadClip]) -> dict[Scorer, list[Tensor]]:
-        """The clips as each scorer hears them."""
+    def prepare(self, clips: Sequence[ReadClip]) -> dict[Scorer, list[Tensor]]:
+        """The clips as each scorer hears them. Raises `QueueFullError` where one of them has no room."""
         prepared: dict[Scorer, list[Tensor]] = {scorer: [] for scorer in self._distinct()}
+        for scorer in prepared:
+            scorer.check(sum(clip.seconds for clip in clips))
         for clip in clips:
             for scorer, heard in prepared.items():
                 heard.append(scorer.prepare(clip))
@@ -172,6 +174,13 @@ class Panel:
         return [made[scorer] for scorer in self.members.values()]
 
 
+def _finite(embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Refuse a caller's own embeddings where the model failed: the others of its batch are unaffected."""
+    if not np.isfinite(embeddings_BD).all():
+        raise ValueError("the model made an embedding that is not finite")
+    return embeddings_BD
+
+
 async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
     """Run coroutines side by side. As soon as one fails, or the caller is cancelled, all of them end."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
@@ -183,13 +192,13 @@ async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
 
 
 def load_scorers(uris: Mapping[str, ModelURI], device: str, config: BatchConfig) -> dict[str, Scorer]:
-    """Resolve and load every scorer, by name. Names of the same weights share one.
+    """Resolve and load every scorer, by name. Names of the same version share one.
 
     Raises:
         ModelError: one was not found, or refused; the message begins with its name.
         InvalidInputError: the device does not exist.
     """
-    loaded: dict[tuple[bool, str], Scorer] = {}
+    loaded: dict[tuple[bool, ResolvedModel], Scorer] = {}
     scorers: dict[str, Scorer] = {}
     versions: dict[str, ResolvedModel] = {}
     # All are found before the first is loaded: a wrong one is known at once.
@@ -198,7 +207,7 @@ def load_scorers(uris: Mapping[str, ModelURI], device: str, config: BatchConfig)
             versions[name] = resolve(uri)
     for name, uri in uris.items():
         version = versions[name]
-        key = (uri.scheme == "laion-clap", version.digest)
+        key = (uri.scheme == "laion-clap", version)
         if key not in loaded:
             with _naming(name):
                 loaded[key] = Scorer(load_scorer(uri, version, device), version, config)

@@ -165,7 +165,7 @@ def test_one_string_is_no_list_of_prompts(face: str, target: str) -> None:
 def test_what_exceeds_a_message_is_named_before_it_is_copied(face: str, target: str) -> None:
     # Never touched, so that they take no memory.
     minutes = (np.zeros((2, MAX_REQUEST_BYTES // 16), np.float32), 48_000)
-    with pytest.raises(InvalidInputError, match="at most 256 MiB") as caught:
+    with pytest.raises(InvalidInputError, match="at most 255 MiB") as caught:
         ask(face, lambda client: client.embed_audio([minutes] * 3), target)
     assert [violation.field for violation in caught.value.violations] == ["clips[2]"]
 

@@ -1,3 +1,5 @@
+import base64
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2
@@ -63,7 +65,7 @@ def test_our_own_fault_tells_the_request_id_and_nothing_else() -> None:
 
 
 def test_long_texts_fit_into_headers() -> None:
-    assert len(to_status(errors.ModelFormatError("x" * 100_000), "id-1").message) == 2000
+    assert len(to_status(errors.ModelFormatError("x" * 100_000), "id-1").message) == 1000
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,18 @@ def test_statuses_of_others_are_understood_by_their_code(
     got = from_status(code, "a\nproxy says", details)
     assert type(got) is kind
     assert "a proxy says" in str(got)
+
+
+def test_of_very_many_violations_the_first_are_told_and_how_many_there_are_besides() -> None:
+    """Trailers have to fit into the 8 KiB of headers that gRPC clients take."""
+    violations = [
+        FieldViolation(f"pairs[{i}].clip.audio", "is empty; send an encoded clip") for i in range(192)
+    ]
+    found = to_status(InvalidInputError(*violations), "r")
+    assert len(base64.b64encode(found.SerializeToString())) + len(found.message) < 7_000
+    error = from_status(grpc.StatusCode.INVALID_ARGUMENT, "", found.SerializeToString())
+    assert isinstance(error, InvalidInputError)
+    *told, last = error.violations
+    assert list(told) == violations[: len(told)] and len(told) > 20
+    assert last.field == violations[len(told)].field
+    assert f"{192 - len(told) - 1} more" in last.description
