@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services import client
+from services.cli.judging import SCORERS
 from services.cli.outputs import make_folder, write_atomically
 from services.cli.processes import ServicePlan, free_port, running
 from services.cli.progress import stage_of
@@ -32,7 +33,6 @@ PROMPTS = (
     "A bird sings while rain falls",
     "A bell tolls after someone knocks",
 )
-SCORERS = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def plans(model: str) -> list[ServicePlan]:
     """Return the three services, each on a free port."""
     arguments = {
         "generation": ("--model", model),
-        "scoring": tuple(word for scorer in SCORERS for word in ("--scorer", scorer)),
+        "scoring": tuple(word for name, uri in SCORERS.items() for word in ("--scorer", f"{name}={uri}")),
         "reward": ("--model", "mini"),
     }
     return [

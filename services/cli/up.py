@@ -11,12 +11,13 @@ from typing import Annotated, Any, Final, Self
 
 import typer
 
+from services.cli import judging
 from services.cli.outputs import make_folder
 from services.cli.processes import ServicePlan, ServiceProcess, running
 from services.cli.serve import PORTS, read_scorers
 from services.errors import FieldViolation, InvalidInputError
 
-DEFAULT_SCORERS: Final = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
+DEFAULT_SCORERS: Final = tuple(f"{name}={uri}" for name, uri in judging.SCORERS.items())
 
 _POLL_SECONDS: Final = 0.1
 _PER_SERVICE: Final = ("LISTEN", "MODEL", "SCORERS", "HEALTH_PORT", "METRICS_PORT")

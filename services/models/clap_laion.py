@@ -22,7 +22,7 @@ from torch import Tensor
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap import QUANTISE, ClapModel
 from services.models.clap_loading import load_tokenizer
-from services.models.loading import pick_device
+from services.models.loading import one_line, pick_device
 from services.models.weights import assign_weights, check_weights, on_meta, quiet_loading, report_faults
 
 Weights = Mapping[str, Tensor]
@@ -137,7 +137,7 @@ def load_laion(path: Path, *, tokenizer: Path | None = None, device: str = "cpu"
             module = on_meta(lambda: transformers.ClapModel(config))
             extractor = laion_extractor(config, state)
     except Exception as error:  # sizes that transformers' classes refuse raise several kinds
-        raise ModelFormatError(f"{path.name}: these sizes are no CLAP model's: {_one_line(error)}") from error
+        raise ModelFormatError(f"{path.name}: these sizes are no CLAP model's: {one_line(error)}") from error
     weights = convert_state(state) | _counters(module)
     check_weights(path.name, module, {key: tensor.shape for key, tensor in weights.items()})
     check_filters(path.name, state, extractor)
@@ -218,7 +218,7 @@ def find_tokenizer(path: Path, given: Path | None = None) -> Path:
         return Path(found)
     raise ModelNotFoundError(
         f"{path.name} needs RoBERTa's tokenizer, which is not in the hub's cache and can't be fetched "
-        f"({_one_line(faults[-1])}); put the tokenizer's files of {TOKENIZER} into {beside}"
+        f"({one_line(faults[-1])}); put the tokenizer's files of {TOKENIZER} into {beside}"
     ) from faults[-1]
 
 
@@ -323,7 +323,7 @@ def laion_config(part: str, state: Weights) -> transformers.ClapConfig:
     try:
         return transformers.ClapConfig(text_config=words, audio_config=audio, projection_dim=projection)
     except Exception as error:  # validation of strict dataclasses raises several classes
-        raise ModelFormatError(f"{part}: these sizes are no CLAP model's: {_one_line(error)}") from error
+        raise ModelFormatError(f"{part}: these sizes are no CLAP model's: {one_line(error)}") from error
 
 
 def architecture(part: str, config: transformers.ClapConfig) -> str:
@@ -429,8 +429,3 @@ def _depths(state: Weights) -> list[int]:
 def _count(pattern: str, state: Weights) -> int:
     """How many numbers the first group of `pattern` has at the start of the keys."""
     return len({found[1] for key in state if (found := re.match(pattern, key))})
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

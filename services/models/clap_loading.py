@@ -12,7 +12,7 @@ import transformers
 
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap import PADDINGS, ClapModel
-from services.models.loading import pick_device, read_json, read_shapes
+from services.models.loading import one_line, pick_device, read_json, read_shapes
 from services.models.weights import check_weights, on_meta, quiet_loading
 
 ARCHITECTURE: Final = "ClapModel"
@@ -45,7 +45,7 @@ def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
     except ModelFormatError:
         raise
     except Exception as error:  # whatever the library raises here, the folder is to blame
-        raise ModelFormatError(f"{folder} can't be loaded: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder, clap.config.text_config.vocab_size)
     model = ClapModel(clap, tokenizer, extractor)
     return model.to(target).eval().requires_grad_(False)
@@ -69,7 +69,7 @@ def build_config(data: dict[str, Any], folder: Path) -> transformers.ClapConfig:
     try:
         return transformers.ClapConfig(**data)
     except Exception as error:  # validation of strict dataclasses raises several classes
-        raise ModelFormatError(f"{folder}/config.json is not valid: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
 
 
 def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
@@ -79,7 +79,7 @@ def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
         with quiet_loading():
             module = on_meta(lambda: transformers.ClapModel(config))
     except Exception as error:  # a config that its own class refuses
-        raise ModelFormatError(f"{folder}/config.json is not valid: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
     shapes = read_shapes(folder)
     own = module.state_dict()
     for buffer in BUFFERS:
@@ -132,7 +132,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedToke
         with quiet_loading():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # no files, broken files: several libraries' errors
-        raise ModelFormatError(f"{folder} holds no tokenizer: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder} holds no tokenizer: {one_line(error)}") from error
     known = len(tokenizer)
     if not _SMALLEST_SHARE * vocabulary <= known <= vocabulary:
         raise ModelFormatError(
@@ -142,8 +142,3 @@ def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedToke
     if tokenizer.pad_token_id is None:
         raise ModelFormatError(f"{folder}: its tokenizer has no pad_token")
     return tokenizer
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

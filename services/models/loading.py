@@ -92,7 +92,7 @@ def load_tango(
     except MilongaError:
         raise
     except Exception as error:  # whatever the libraries raise here, the folder is to blame
-        raise ModelFormatError(f"{folder} can't be loaded: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(target)
     return pipeline
@@ -156,7 +156,7 @@ def _check_part(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> N
     except MilongaError:
         raise
     except Exception as error:  # a config that its own class refuses
-        raise ModelFormatError(f"{folder}/config.json is not valid: {_one_line(error)}") from error
+        raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
     if not module.state_dict():
         return
     check_weights(str(folder), module, read_shapes(folder))
@@ -182,7 +182,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelFormatError(
-            f"{path} is truncated or not safetensors ({_one_line(error)}); fetch it again"
+            f"{path} is truncated or not safetensors ({one_line(error)}); fetch it again"
         ) from error
 
 
@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelFormatError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
-        raise ModelFormatError(f"{path} can't be read: {_one_line(error)}") from error
+        raise ModelFormatError(f"{path} can't be read: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise ModelFormatError(f"{path} holds no JSON object")
     return data
@@ -216,11 +216,12 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(
-            FieldViolation("device", f"{name!r} can't be used: {_one_line(error)}")
+            FieldViolation("device", f"{name!r} can't be used: {one_line(error)}")
         ) from error
     return device
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says, or the name of its error."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
