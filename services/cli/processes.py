@@ -11,6 +11,7 @@ A process stops when the context ends, and also when the process that started it
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -36,6 +37,8 @@ STOP_SECONDS: Final = 60.0
 
 _TAIL_LINES: Final = 20
 _POLL_SECONDS: Final = 0.1
+_PORTS: Final = range(15_000, 30_000)
+"""Below what Linux, macOS and Windows give to outgoing connections, and below Kubernetes' node ports."""
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 _CHANNEL_OPTIONS: Final = (
     # A service that has just bound its port should be noticed at once, and never by way of a proxy.
@@ -232,12 +235,20 @@ def stop(
             service.close()
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_port(consecutive: int = 1) -> int:
+    """A port of the loopback that nobody listens on, the first of `consecutive` such ports.
+
+    Not one that the system gives to outgoing connections: one of those, ours that asks for the service's
+    health above all, could take it before the service listens.
+    """
+    while True:
+        first = secrets.choice(_PORTS)
+        try:
+            for port in range(first, first + consecutive):
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return first
 
 
 def _open_log(path: Path) -> TextIO:

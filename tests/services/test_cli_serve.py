@@ -202,22 +202,10 @@ class Up:
     port: int
 
 
-def free_ports() -> int:
-    """The first of three consecutive ports that nobody listens on."""
-    while True:
-        first = free_port()
-        try:
-            for port in range(first, first + 3):
-                socket.create_server(("127.0.0.1", port)).close()
-        except (OSError, OverflowError):
-            continue
-        return first
-
-
 @contextmanager
 def running_up(*arguments: str) -> Iterator[Up]:
     """Run `milonga up`; nothing of it is left after the test."""
-    port = free_ports()
+    port = free_port(3)
     process = subprocess.Popen(
         [sys.executable, "-m", "services.cli", "up", "--port", str(port), *arguments],
         env=environment(),
@@ -315,7 +303,7 @@ def test_nothing_outlives_up_even_if_that_is_killed(models: Models) -> None:
 
 
 def test_wrong_flags_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    first = free_ports()
+    first = free_port(3)
     with socket.create_server(("127.0.0.1", first + 1)):
         assert cli.run(["up", "--port", str(first)]) == 2
     err = capsys.readouterr().err

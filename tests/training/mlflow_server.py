@@ -2,13 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from services.cli.processes import free_port
 
 START_SECONDS = 60.0
 
@@ -17,9 +18,7 @@ class MLflowServer:
     """On an SQLite database and a folder that only it knows: clients send it their files."""
 
     def __init__(self, folder: Path, database: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.artifacts = folder / "server-artifacts"
         self._log = folder / "server.log"
