@@ -3,6 +3,7 @@
     milonga train evaluate mini-base                            # the sound world's validation prompts
     milonga train evaluate mini-base dpo=file:build/dpo         # two models, paired
     milonga train evaluate old/ new/ --prompts captions.csv     # clips of `milonga generate --prompts`
+    milonga train evaluate mini-base a=file:a b=file:b --set comparisons=b:a    # these two as well
 
 In ``--output``: `report.json` (every figure with its interval, by split), `report.md` (the tables),
 `clips.jsonl` (what was heard of each clip), `distributions.png`, `spectrograms.png`, and `clips/`, where what
@@ -40,8 +41,19 @@ from training.metrics.report import (
     split_units,
     too_few,
 )
-from training.metrics.sources import Asked, Clips, Source, clips_of, make_plan, open_source, same_seeds
+from training.metrics.sources import (
+    Asked,
+    Clips,
+    FolderSource,
+    ModelSource,
+    Source,
+    clips_of,
+    make_plan,
+    open_source,
+    same_seeds,
+)
 from training.preferences.store import digest_of, write_atomically, write_rows
+from training.run_folder import finished_report
 
 REPORT, TABLES, HEARD = "report.json", "report.md", "clips.jsonl"
 DISTRIBUTIONS, SPECTROGRAMS = "distributions.png", "spectrograms.png"
@@ -56,17 +68,19 @@ def evaluate(
 
     Args:
         config: what is heard, and by whom.
-        sources: the first is the one that the others are compared with.
+        sources: the first is the one that the others are compared with, beside the config's comparisons.
         output: folder of the report; made if missing.
         cache: folder of generated clips, to be shared by several evaluations; None: in `output`.
 
     Raises:
-        InvalidInputError: no prompts, other prompts in another folder, or too many clips that can't be read.
+        InvalidInputError: no prompts, other prompts in another folder, a comparison of what is no source, or
+            too many clips that can't be read.
         ModelError: a model was refused.
         OutputError: `output` can't be written.
     """
     opened = [open_source(text) for text in sources]
     check_names(opened)
+    compared = compared_names([source.name for source in opened], config.comparisons)
     plan = make_plan(config, opened)
     panel = open_panel(config)
     clips = [clips_of(source, plan, config, cache or output / CLIPS) for source in opened]
@@ -94,7 +108,7 @@ def evaluate(
             "count": len({asked.prompt.text for asked in plan}),
             "clips": len(plan),
             "references": len(np.unique(references.row_N[references.row_N >= 0])),
-            "digest": digest_of([[asked.prompt.text, asked.seed] for asked in plan]),
+            "digest": plan_digest(plan),
             "splits": {split: len(units) for split, units in splits.items()},
         },
         "models": [
@@ -110,13 +124,13 @@ def evaluate(
         "comparisons": [
             {
                 "name": name,
-                "against": names[0],
+                "against": against,
                 "differences": {
-                    split: _plain(differences_of(measured[names[0]][split], part))
+                    split: _plain(differences_of(measured[against][split], part))
                     for split, part in measured[name].items()
                 },
             }
-            for name in names[1:]
+            for name, against in compared
         ],
         "unreadable_references": dict(references.unreadable),
         "warnings": warnings,
@@ -126,6 +140,49 @@ def evaluate(
     write_results(report, heard, clips, plan, config, output)
     tell(report)
     return report
+
+
+def finished_evaluation(
+    config: EvaluationConfig, sources: Sequence[str], output: Path
+) -> dict[str, Any] | None:
+    """The report in `output`, if it is of the same settings, prompts and weights; otherwise None.
+
+    None as well where a source is a folder: nothing says whether its clips are still the same. Raises what
+    `evaluate` raises of sources and prompts.
+    """
+    report = finished_report(output / REPORT, flatten(config))
+    opened = [open_source(text) for text in sources]
+    if report is None or any(isinstance(source, FolderSource) for source in opened):
+        return None
+    before = [(model["name"], model["model"].get("digest")) for model in report["models"]]
+    now = [(source.name, source.model.digest) for source in opened if isinstance(source, ModelSource)]
+    same = before == now and report["prompts"]["digest"] == plan_digest(make_plan(config, opened))
+    return report if same else None
+
+
+def plan_digest(plan: Sequence[Asked]) -> str:
+    """Of the prompts and seeds."""
+    return digest_of([[asked.prompt.text, asked.seed] for asked in plan])
+
+
+def compared_names(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom: all others with the first, in their order; then `comparisons`, each once.
+
+    Raises `InvalidInputError` where a comparison, ``NAME:AGAINST``, names what is no source.
+    """
+    pairs = [(name, names[0]) for name in names[1:]]
+    for text in comparisons:
+        name, _, against = text.partition(":")
+        if unknown := [one for one in (name, against) if one not in names]:
+            raise InvalidInputError(
+                FieldViolation(
+                    "comparisons",
+                    f"has {text!r}, and no source is called {' or '.join(unknown)}; there are "
+                    f"{', '.join(names)}",
+                )
+            )
+        pairs.append((name, against))
+    return list(dict.fromkeys(pairs))
 
 
 def check_names(sources: Sequence[Source]) -> None:

@@ -6,31 +6,23 @@ Each stage is a program of its own and lies in a folder of its own; here they ar
 to MLflow: a parent run, a child a stage. Killed anywhere, the same call goes on: what is done is found done.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from services.errors import MilongaError
 from services.models.loading import load_tango
 from services.models.tango import clip_generator
 from services.runtime.model_uri import resolve
-from training.config import describe, flatten
-from training.evaluate import evaluate
-from training.finetune import FineTuning, PairData
-from training.preferences.pipeline import Stage, make_preferences
+from training.config import flatten
+from training.evaluate import compared_names
+from training.finetune import PairData
 from training.preferences.scores import ScoresConfig
-from training.preferences.store import Row
 from training.register import Provenance, Registered, register
-from training.run_folder import JOURNAL, claim_folder
+from training.run_folder import claim_folder
 from training.run_recipes import LoopRun
-from training.tracking import TrackedRun, Tracker, data_digest
-from training.train_dpo import train_dpo
-from training.train_reward import RewardTraining, train_reward
-from training.train_sft import train_sft
+from training.stages import evaluation_stage, finetuning_stage, preferences_stage, train
+from training.tracking import Tracker, data_digest
 
 FREE = ("processes", "alias", "samples")
 """Settings that may be others when a run is resumed."""
@@ -38,8 +30,6 @@ PRIMARY = "present_and_in_order"
 """The figure that decides, where the prompts' truth is known."""
 SEED = 7
 """Of the samples."""
-
-Program = Literal["reward", "sft", "dpo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +53,17 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     """
     output = output.resolve()
     claim_folder(output, flatten(config), free=FREE)
+    compared_names(
+        ("base", "aligned"), config.evaluation.comparisons
+    )  # wrong ones are told now, not at the end
     with Tracker.start(config.name, output / "tracking", params=flatten(config)) as tracker:
         judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
         policy, data = config.start, dict[str, str]()
         for number in range(config.rounds):
             policy, digest = align(config, policy, judge, output / f"round-{number + 1}", number, tracker)
             data[f"round-{number + 1}"] = digest
-        report = evaluation_stage(config, policy, output / "evaluation", tracker)
+        models = {"base": config.start, "aligned": policy}
+        report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
         log_samples(config, policy, tracker)
         registered = register(
             Path(policy.removeprefix("file:")),
@@ -112,64 +106,16 @@ def align(
         ),
     )
     suffix = "" if config.rounds == 1 else f"-{number + 1}"
-    with tracker.stage(f"preferences{suffix}") as stage:
-
-        def tell(name: Stage, place: Path, report: Row) -> None:
-            stage.log_metrics({f"{name}.{key}": v for key, v in report.items() if isinstance(v, int | float)})
-            stage.log_bytes(f"{name}.json", json.dumps(report, indent=1).encode())
-
-        folders = make_preferences(preferences, folder / "preferences", on_stage=tell)
-        stage.log_dataset("pairs", folders["dataset"])
-    data = PairData(pairs=(folders["dataset"],))
+    pairs = preferences_stage(f"preferences{suffix}", preferences, folder / "preferences", tracker)
+    data = PairData(pairs=(pairs,))
     start = policy
     if config.with_sft:
-        with tracker.stage(f"sft{suffix}") as stage:
-            train(
-                "sft", replace(config.sft, start=policy, data=data), folder / "sft", config.processes, stage
-            )
+        sft = replace(config.sft, start=policy, data=data)
+        finetuning_stage(f"sft{suffix}", "sft", sft, folder / "sft", config.processes, tracker)
         start = f"file:{folder / 'sft'}"
     dpo = replace(config.dpo, start=start, reference=policy if config.with_sft else None, data=data)
-    with tracker.stage(f"dpo{suffix}") as stage:
-        report = train("dpo", dpo, folder / "dpo", config.processes, stage)
-        stage.log_metrics({f"last.{name}": value for name, value in report["figures"].items()})
-    return f"file:{folder / 'dpo'}", data_digest(folders["dataset"])
-
-
-def train(
-    program: Program, config: RewardTraining | FineTuning, folder: Path, processes: int, stage: TrackedRun
-) -> dict[str, Any]:
-    """Run a training program, in this process or in several; its report. Its curves go to `stage`."""
-    stage.log_params(flatten(config))
-    stage.follow(folder.with_name(f"{folder.name}.run") / JOURNAL)
-    if processes > 1:
-        launch(program, config, folder, processes)
-    # After a launch this finds all done, and reads the report.
-    programs: dict[Program, Any] = {"reward": train_reward, "sft": train_sft, "dpo": train_dpo}
-    report: dict[str, Any] = programs[program](config, folder)
-    return report
-
-
-def launch(program: Program, config: object, folder: Path, processes: int) -> None:
-    """Run a training program by ``accelerate launch``. Raises `MilongaError` where it fails."""
-    settings = [word for line in describe(config).splitlines() for word in ("--set", line)]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)),
-        *("-m", "services.cli", "train", program, "--recipe", "smoke", "--output", str(folder), *settings),
-    ]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise MilongaError(f"{program} ended with exit code {code}; what it said stands above")
-
-
-def evaluation_stage(config: LoopRun, policy: str, folder: Path, tracker: Tracker) -> dict[str, Any]:
-    """Compare the policy with the start, on the same prompts and seeds."""
-    with tracker.stage("evaluation") as stage:
-        report = evaluate(config.evaluation, [f"base={config.start}", f"aligned={policy}"], folder)
-        stage.log_metrics(headline(report))
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                stage.log_artifact(path)
-    return report
+    finetuning_stage(f"dpo{suffix}", "dpo", dpo, folder / "dpo", config.processes, tracker)
+    return f"file:{folder / 'dpo'}", data_digest(pairs)
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:

@@ -1,9 +1,11 @@
-"""`milonga train run`: the whole loop from the command line.
+"""`milonga train run`: the whole loop, or a study of methods, from the command line.
 
 milonga train run --recipe mini
 milonga train run --recipe tango2 --set preferences.captions.source=audiocaps.csv
+milonga train run --recipe mini-study
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,9 @@ import typer
 
 
 def run(
-    recipe: Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")] = "mini",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="mini, smoke or tango2; a study: mini-study or study-smoke.")
+    ] = "mini",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
     ] = None,
@@ -23,17 +27,26 @@ def run(
 ) -> None:
     """Run the whole loop: reward ▸ captions ▸ candidates ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
 
-    What is done is not done again: give the same command after whatever stopped it.
+    A study is SFT, DPO, BATON and rounds of DPO side by side, with several training seeds, and nothing is
+    registered. What is done is not done again: give the same command after whatever stopped it.
     """
     from training.config import describe, override
     from training.recipes import recipe as named
-    from training.run_recipes import RUNS
+    from training.run_recipes import RUNS, LoopRun
+    from training.study_recipes import STUDIES, StudyRun
 
-    config = override(named(RUNS, recipe), settings or [])
+    recipes: Mapping[str, Callable[[], LoopRun | StudyRun]] = {**RUNS, **STUDIES}
+    config = override(named(recipes, recipe), settings or [])
     typer.echo(describe(config))
     if show:
         return
-    from training.run import run_loop
+    folder = output or Path("build/run") / config.name
+    if isinstance(config, StudyRun):
+        from training.study import run_study
 
-    done = run_loop(config, output or Path("build/run") / config.name)
-    typer.echo("\n".join(["", *done.lines]))
+        lines = run_study(config, folder).lines
+    else:
+        from training.run import run_loop
+
+        lines = run_loop(config, folder).lines
+    typer.echo("\n".join(["", *lines]))

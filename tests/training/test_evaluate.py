@@ -21,7 +21,7 @@ from services.errors import InvalidInputError, ModelNotFoundError
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.tagger import EventTagger
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
-from training.evaluate import evaluate
+from training.evaluate import compared_names, evaluate, finished_evaluation
 from training.evaluate_command import evaluate as command
 from training.evaluation_plots import distribution_plot, spectrogram_sheet
 from training.examples import FileClip
@@ -124,6 +124,45 @@ def test_differences_are_those_of_the_figures(evaluated: tuple[Path, dict[str, A
                 second[name]["value"] - first[name]["value"], abs=1e-9
             )
     assert any(difference["value"] for difference in comparison["differences"]["all"].values())
+
+
+def test_further_comparisons_stand_beside_those_with_the_first(
+    config: EvaluationConfig, models: dict[str, str], tmp_path: Path
+) -> None:
+    light = replace(config, embedders=(), reward=None, judge=None, sheet=0, comparisons=("third:second",))
+    sources = [models["first"], models["second"], f"third={models['first']}"]
+    report = evaluate(light, sources, tmp_path / "out")
+    compared = {(one["name"], one["against"]): one["differences"] for one in report["comparisons"]}
+    assert list(compared) == [("second", "first"), ("third", "first"), ("third", "second")]
+    for name, figure in compared["third", "second"]["all"].items():  # the third is the first once more
+        assert figure["value"] == pytest.approx(-compared["second", "first"]["all"][name]["value"])
+        assert figure["low"] == pytest.approx(-compared["second", "first"]["all"][name]["high"])
+    header = "| figure | second - first | third - first | third - second |"
+    assert header in (tmp_path / "out" / "report.md").read_text()
+
+    assert finished_evaluation(light, sources, tmp_path / "out") == report
+    assert finished_evaluation(replace(light, seeds=1), sources, tmp_path / "out") is None
+    assert finished_evaluation(light, sources[:2], tmp_path / "out") is None
+    assert finished_evaluation(light, [*sources[1::-1], sources[2]], tmp_path / "out") is None
+    assert finished_evaluation(light, sources, tmp_path / "elsewhere") is None
+
+
+def test_comparisons_that_can_not_be_are_refused_before_any_clip_is_made(
+    config: EvaluationConfig, models: dict[str, str], tmp_path: Path
+) -> None:
+    assert compared_names(["a", "b", "c"], ["c:b", "b:a", "a:b"]) == [
+        ("b", "a"),
+        ("c", "a"),
+        ("c", "b"),
+        ("a", "b"),
+    ]
+    wrong = replace(config, comparisons=("second:thrid",))
+    with pytest.raises(InvalidInputError, match="no source is called thrid; there are first, second"):
+        evaluate(wrong, [models["first"], models["second"]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for text in ("second", "second:", ":first", "first:first"):
+        with pytest.raises(ValueError, match="must be NAME:AGAINST"):
+            replace(config, comparisons=(text,))
 
 
 def test_few_clips_are_warned_of(

@@ -8,8 +8,9 @@ import pytest
 
 from services.errors import InvalidInputError, MilongaError
 from services.runtime.model_uri import resolve
-from training.run import headline, launch, outcome, run_loop
+from training.run import headline, outcome, run_loop
 from training.run_recipes import RUNS, run_smoke
+from training.stages import launch
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,8 @@ class EvaluationConfig:
     """Share of the clips of a folder that may be unreadable before the evaluation is refused."""
     sheet: int = 6
     """Prompts of the sheet of spectrograms."""
+    comparisons: tuple[str, ...] = ()
+    """Further comparisons, NAME:AGAINST by names of sources. All are compared with the first in any case."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "batch", "inception_splits"):
@@ -103,6 +105,12 @@ class EvaluationConfig:
             kind, _, location = embedder.partition(":")
             if kind not in EMBEDDERS or not location:
                 raise ValueError(f"embedders has {embedder!r}, must be tagger:URI, clap:URI or panns:PATH")
+        for comparison in self.comparisons:
+            name, _, against = comparison.partition(":")
+            if not name or not against or name == against:
+                raise ValueError(
+                    f"comparisons has {comparison!r}, must be NAME:AGAINST, names of two sources"
+                )
         for names in (
             [scorer.partition("=")[0] for scorer in self.scorers],
             list(map(label_of, self.embedders)),

@@ -1,6 +1,6 @@
 """An evaluation's report as tables: for a terminal, and as Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from training.metrics.report import is_better
@@ -34,7 +34,7 @@ def figure_rows(report: Mapping[str, Any], split: str) -> tuple[Row, list[Row]]:
     names = list(dict.fromkeys(name for model in models for name in model["figures"][split]))
     header = ["figure", *(model["name"] for model in models)]
     return header, [
-        [name, *(_written(model["figures"][split].get(name)) for model in models)] for name in names
+        [name, *(written(model["figures"][split].get(name)) for model in models)] for name in names
     ]
 
 
@@ -46,7 +46,7 @@ def difference_rows(report: Mapping[str, Any], split: str) -> tuple[Row, list[Ro
     rows = []
     for name in names:
         intervals = [one["differences"][split].get(name) for one in found]
-        rows.append([name, *(f"{_written(part)}{_verdict(name, part)}" for part in intervals)])
+        rows.append([name, *(f"{written(part)}{_verdict(name, part)}" for part in intervals)])
     return header, rows
 
 
@@ -68,14 +68,33 @@ def written_report(report: Mapping[str, Any]) -> str:
             "",
             f"## {split[0].upper()}{split[1:]} ({clips} clips)",
             "",
-            *_table(*figure_rows(report, split)),
+            *table(*figure_rows(report, split)),
         ]
         if report["comparisons"]:
-            lines += ["", *_table(*difference_rows(report, split))]
+            lines += ["", *table(*difference_rows(report, split))]
     present = {name for model in report["models"] for part in model["figures"].values() for name in part}
-    used = {k: m for k, m in MEANINGS.items() if any(name.startswith(k) for name in present)}
-    lines += ["", "## Figures", "", *(f"* `{key}` {meaning}" for key, meaning in used.items()), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "## Figures", "", *meanings(present), ""])
+
+
+def meanings(names: Collection[str]) -> list[str]:
+    """A line for each kind of figure among `names`."""
+    used = {k: m for k, m in MEANINGS.items() if any(name.startswith(k) for name in names)}
+    return [f"* `{key}` {meaning}" for key, meaning in used.items()]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def written(interval: Mapping[str, float | None] | None) -> str:
+    """A figure as ``value [low, high]``, without the interval where it has none; a dash for no figure."""
+    if interval is None or interval["value"] is None:
+        return "–"
+    if interval["low"] is None or interval["high"] is None:
+        return f"{interval['value']:.3f}"
+    places = 4 if 0 < max(abs(interval["low"]), abs(interval["high"])) < 0.1 else 3
+    return f"{interval['value']:.{places}f} [{interval['low']:.{places}f}, {interval['high']:.{places}f}]"
 
 
 def _model_line(model: Mapping[str, Any]) -> str:
@@ -85,19 +104,6 @@ def _model_line(model: Mapping[str, Any]) -> str:
     )
     unreadable = f"; {len(model['unreadable'])} clips can't be read" if model["unreadable"] else ""
     return f"{model['name']}: `{model['source']}`{known}{unreadable}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _written(interval: Mapping[str, float | None] | None) -> str:
-    if interval is None or interval["value"] is None:
-        return "–"
-    if interval["low"] is None or interval["high"] is None:
-        return f"{interval['value']:.3f}"
-    places = 4 if 0 < max(abs(interval["low"]), abs(interval["high"])) < 0.1 else 3
-    return f"{interval['value']:.{places}f} [{interval['low']:.{places}f}, {interval['high']:.{places}f}]"
 
 
 def _verdict(name: str, interval: Mapping[str, float | None] | None) -> str:

@@ -1,0 +1,84 @@
+"""Candidates a second through the engine with n requests in flight, against one at a time.
+
+    python -m benchmarks.candidates [--model mini-base] [--clips 48] [--steps 12] [--output FILE]
+
+Each way makes the same clips through `training.preferences.sources`, as the candidates stage does. "one at a
+time" has a batch of one place as well, "one, padded" the batch of the others: their clips are the same bits.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.preferences.candidates import CandidatesConfig, Job, plan
+from training.preferences.sources import SourceConfig, open_source
+from training.soundworld.scenes import SceneConfig, make_scene
+
+WAYS: Mapping[str, tuple[int, int]] = {
+    "one at a time": (1, 1),
+    "one, padded": (1, 8),
+    "8 in flight": (8, 8),
+    "16 in flight": (16, 8),
+}
+"""Requests in flight, places of the engine's batch."""
+
+
+def seconds(config: SourceConfig, jobs: Sequence[Job]) -> float:
+    """How long the clips of `jobs` take, the model being loaded and warm."""
+    source = open_source(config)
+    try:
+        with ThreadPoolExecutor(config.in_flight) as pool:
+            list(pool.map(source.make, jobs[: config.in_flight]))
+            start = time.perf_counter()
+            list(pool.map(source.make, jobs))
+            return time.perf_counter() - start
+    finally:
+        source.close()
+
+
+def main() -> None:
+    """Measure, print, write the JSON file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini-base")
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, help="CPU threads of the engine; torch's choice if not given")
+    parser.add_argument("--output", type=Path, default=Path("build/bench/candidates.json"))
+    arguments = parser.parse_args()
+    captions = [make_scene(0, index, SceneConfig()).caption for index in range(arguments.clips)]
+    found: dict[str, float] = {}
+    for way, (in_flight, batch) in WAYS.items():
+        source = SourceConfig(
+            model=arguments.model, batch=batch, in_flight=in_flight, threads=arguments.threads
+        )
+        config = CandidatesConfig(source=source, strategies=("1.2",), steps=arguments.steps)
+        jobs = plan(config, captions, [], [])[: arguments.clips]
+        found[way] = round(arguments.clips / seconds(source, jobs), 3)
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "torch": torch.__version__,
+        "model": arguments.model,
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+        "clips_a_second": found,
+        "over_one_at_a_time": {way: round(rate / found["one at a time"], 2) for way, rate in found.items()},
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Recipes of the study: the settings of every method that is compared, in one config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args
+
+from training.metrics.config import (
+    EvaluationConfig,
+    Sampling,
+    WorldPrompts,
+    evaluation_mini,
+    evaluation_smoke,
+)
+from training.preferences.captions import SoundworldCaptions
+from training.preferences.pairs import PairsConfig
+from training.preferences.pipeline import PreferencesConfig, preferences_mini, preferences_smoke
+from training.preferences.scores import ScoresConfig
+from training.recipes import baton_mini, baton_smoke, dpo_mini, dpo_smoke, sft_mini, sft_smoke
+from training.train_baton import BatonTraining
+from training.train_dpo import DpoTraining
+from training.train_sft import SftTraining
+
+Variant = Literal["sft", "dpo", "baton", "rounds"]
+VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
+"""In the order of the tables."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRun:
+    """Alignment methods side by side: from one start, on the same pairs, each with several training seeds.
+
+    What links the stages (models, data sets, seeds, caches) is filled in from one to the next.
+    """
+
+    name: str
+    """Of the run, as its folder and in MLflow."""
+    preferences: PreferencesConfig
+    """Of the pairs that all methods learn from, sampled from the start."""
+    sft: SftTraining
+    """On the chosen clips."""
+    dpo: DpoTraining
+    """On the pairs; the reference is the start."""
+    baton: BatonTraining
+    """On the pairs' clips, each by its reward."""
+    second_preferences: PreferencesConfig
+    """Of the second round's pairs, sampled from what DPO made."""
+    second: DpoTraining
+    """DPO on them, from what DPO made, which is the reference as well (CRPO, arXiv 2412.21037)."""
+    evaluation: EvaluationConfig
+    start: str = "mini-base"
+    """URI of the model that is aligned."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings (`loop.seed`), one of each method for each."""
+    variants: tuple[Variant, ...] = VARIANTS
+    """Methods; `rounds` goes on from `dpo`."""
+    processes: int = 1
+    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}, must be 1 or more")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {_listed(self.seeds)}, must be different numbers, each 0 or more")
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants is {_listed(self.variants)}, must name methods, each once")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"variants has {_listed(unknown)}; there are {_listed(VARIANTS)}")
+        if "rounds" in self.variants and "dpo" not in self.variants:
+            raise ValueError(f"variants is {_listed(self.variants)}; rounds goes on from dpo, so add dpo")
+
+
+def run_mini_study() -> StudyRun:
+    """`mini-base` by every method, three training seeds each, and all of them on the test split.
+
+    The test split is touched here and nowhere else: settings are chosen on the validation split.
+    """
+    mini = preferences_mini()
+    preferences = replace(
+        mini,
+        captions=replace(
+            mini.captions,
+            clusters=40,
+            per_cluster=40,
+            soundworld=SoundworldCaptions(count=6_000, single=0.05, sequence=0.8),
+        ),
+        candidates=replace(mini.candidates, strategies=("1.2",), clips=4, steps=12),
+        scores=ScoresConfig(reward="mini:reward"),
+        pairs=PairsConfig(mode="ranked", rank_by="reward", margin=3.0),
+    )
+    dpo = dpo_mini()
+    return StudyRun(
+        name="mini-study",
+        preferences=preferences,
+        sft=sft_mini(),
+        dpo=dpo,
+        baton=baton_mini(),
+        second_preferences=replace(preferences, captions=replace(preferences.captions, per_cluster=10)),
+        second=replace(dpo, loop=replace(dpo.loop, steps=100, decay=1 - 25 / 100)),
+        evaluation=replace(
+            evaluation_mini(),
+            world=WorldPrompts(split="test", count=500),
+            seeds=2,
+            sampling=Sampling(num_inference_steps=12),
+            set_resamples=100,
+        ),
+    )
+
+
+def run_study_smoke() -> StudyRun:
+    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    smoke = preferences_smoke()
+    preferences = replace(
+        smoke,
+        candidates=replace(smoke.candidates, strategies=("1.2",)),
+        scores=ScoresConfig(reward="mini:reward"),
+        pairs=PairsConfig(mode="ranked", rank_by="reward"),
+    )
+    return StudyRun(
+        name="study-smoke",
+        preferences=preferences,
+        sft=sft_smoke(),
+        dpo=dpo_smoke(),
+        baton=replace(baton_smoke(), reward="mini:reward"),
+        second_preferences=preferences,
+        second=dpo_smoke(),
+        evaluation=evaluation_smoke(),
+        seeds=(0,),
+    )
+
+
+STUDIES: Final[Mapping[str, Callable[[], StudyRun]]] = {
+    "mini-study": run_mini_study,
+    "study-smoke": run_study_smoke,
+}
+"""Recipes of `milonga train run`, beside `training.run_recipes.RUNS`."""
+
+
+def _listed(items: tuple[object, ...] | list[Variant]) -> str:
+    return ",".join(map(str, items)) or "empty"
