@@ -11,6 +11,7 @@ from training.metrics.config import (
     evaluation_smoke,
     evaluation_tango2,
 )
+from training.preferences.captions import SoundworldCaptions
 from training.preferences.pairs import PairsConfig
 from training.preferences.pipeline import (
     PreferencesConfig,
@@ -18,6 +19,7 @@ from training.preferences.pipeline import (
     preferences_smoke,
     preferences_tango2,
 )
+from training.preferences.scores import ScoresConfig
 from training.recipes import (
     dpo_mini,
     dpo_smoke,
@@ -67,26 +69,32 @@ class LoopRun:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
 
 
-def run_mini() -> LoopRun:
-    """`mini-base`, taught with wrong captions, learns from its own clips as the reward model ranks them.
+def ranked_mini(per_cluster: int) -> PreferencesConfig:
+    """Pairs of `mini-base`'s own clips, mostly of sequences, with `per_cluster` captions of each of 40 kinds.
 
-    The pairs are the best and the worst of four clips by the reward model: CLAP does not hear order.
+    The best and the worst of four clips by the embedded reward model: CLAP does not hear order.
     """
-    preferences = preferences_mini()
+    mini = preferences_mini()
+    return replace(
+        mini,
+        captions=replace(
+            mini.captions,
+            clusters=40,
+            per_cluster=per_cluster,
+            soundworld=SoundworldCaptions(count=6_000, single=0.05, sequence=0.8),
+        ),
+        candidates=replace(mini.candidates, strategies=("1.2",), clips=4, steps=12),
+        scores=ScoresConfig(reward="mini:reward"),
+        pairs=PairsConfig(mode="ranked", rank_by="reward", margin=3.0),
+    )
+
+
+def run_mini() -> LoopRun:
+    """`mini-base`, taught with wrong captions, learns from its own clips as the reward model ranks them."""
     return LoopRun(
         name="mini",
         reward=reward_mini(),
-        preferences=replace(
-            preferences,
-            captions=replace(
-                preferences.captions,
-                clusters=40,
-                per_cluster=15,
-                soundworld=replace(preferences.captions.soundworld, count=3_000),
-            ),
-            candidates=replace(preferences.candidates, strategies=("1.2",), clips=4, steps=12),
-            pairs=PairsConfig(mode="ranked", rank_by="reward", margin=2.0),
-        ),
+        preferences=ranked_mini(per_cluster=15),
         sft=sft_mini(),
         dpo=dpo_mini(),
         evaluation=replace(evaluation_mini(), world=WorldPrompts(count=150), seeds=1, set_resamples=0),

@@ -11,11 +11,11 @@ from training.metrics.config import (
     evaluation_mini,
     evaluation_smoke,
 )
-from training.preferences.captions import SoundworldCaptions
 from training.preferences.pairs import PairsConfig
-from training.preferences.pipeline import PreferencesConfig, preferences_mini, preferences_smoke
+from training.preferences.pipeline import PreferencesConfig, preferences_smoke
 from training.preferences.scores import ScoresConfig
 from training.recipes import baton_mini, baton_smoke, dpo_mini, dpo_smoke, sft_mini, sft_smoke
+from training.run_recipes import ranked_mini
 from training.train_baton import BatonTraining
 from training.train_dpo import DpoTraining
 from training.train_sft import SftTraining
@@ -74,19 +74,7 @@ def run_mini_study() -> StudyRun:
 
     The test split is touched here and nowhere else: settings are chosen on the validation split.
     """
-    mini = preferences_mini()
-    preferences = replace(
-        mini,
-        captions=replace(
-            mini.captions,
-            clusters=40,
-            per_cluster=40,
-            soundworld=SoundworldCaptions(count=6_000, single=0.05, sequence=0.8),
-        ),
-        candidates=replace(mini.candidates, strategies=("1.2",), clips=4, steps=12),
-        scores=ScoresConfig(reward="mini:reward"),
-        pairs=PairsConfig(mode="ranked", rank_by="reward", margin=3.0),
-    )
+    preferences = ranked_mini(per_cluster=40)
     dpo = dpo_mini()
     return StudyRun(
         name="mini-study",
