@@ -82,8 +82,9 @@ def run_mini_study() -> StudyRun:
         sft=sft_mini(),
         dpo=dpo,
         baton=baton_mini(),
-        second_preferences=replace(preferences, captions=replace(preferences.captions, per_cluster=10)),
-        second=replace(dpo, loop=replace(dpo.loop, steps=100, decay=1 - 25 / 100)),
+        second_preferences=replace(ranked_mini(per_cluster=10), pairs=replace(preferences.pairs, margin=2.0)),
+        # As many passes over its fewer pairs as the first round made: 100 steps drifted far.
+        second=replace(dpo, epochs=10.0, loop=replace(dpo.loop, warmup=5, decay=0.75)),
         evaluation=replace(
             evaluation_mini(),
             world=WorldPrompts(split="test", count=500),
