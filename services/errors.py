@@ -12,6 +12,8 @@
     ├── RequestCancelledError   the caller went away
     ├── DeadlineExceededError   the caller's deadline passed before the clip was done
     ├── ServiceUnavailableError the service can't be reached, or is stopping
+    ├── UnauthenticatedError    the caller did not prove that it may do this
+    ├── AlreadyUnderWayError    what was asked for is being done for somebody else, and only once at a time
     └── OutputError             a result could not be written
 
 `services.runtime.status` maps this tree to gRPC statuses, `services.cli` maps it to exit codes.
@@ -81,6 +83,14 @@ class DeadlineExceededError(MilongaError):
 
 class ServiceUnavailableError(MilongaError):
     """The service can't be reached, or is stopping."""
+
+
+class UnauthenticatedError(MilongaError):
+    """The caller gave no token, or a wrong one."""
+
+
+class AlreadyUnderWayError(MilongaError):
+    """Something that only one can do at a time is being done; nothing was begun."""
 
 
 class OutputError(MilongaError):

@@ -4,6 +4,7 @@
     milonga score "A dog barks then a siren wails" clip.wav other.flac
     milonga serve generation --model mini --listen 127.0.0.1:50051
     milonga up
+    milonga fetch models:/milonga-tango/7
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
     milonga doctor
 
@@ -20,9 +21,10 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import convert, doctor, generate, score, serve, up
+from services.cli import convert, doctor, fetch, generate, score, serve, up
 from services.environment import quiet_libraries
 from services.errors import (
+    AlreadyUnderWayError,
     DeadlineExceededError,
     InvalidInputError,
     MilongaError,
@@ -31,15 +33,18 @@ from services.errors import (
     QueueFullError,
     RequestCancelledError,
     ServiceUnavailableError,
+    UnauthenticatedError,
 )
 
 COMMAND_GROUP = "milonga.commands"
 EXIT_CODES: dict[type[BaseException], int] = {
     InvalidInputError: 2,
     ModelError: 2,
+    UnauthenticatedError: 2,
     QueueFullError: 3,
     DeadlineExceededError: 3,
     ServiceUnavailableError: 3,
+    AlreadyUnderWayError: 3,
     OutputError: 4,
     RequestCancelledError: 130,
     KeyboardInterrupt: 130,
@@ -85,6 +90,7 @@ def build_app() -> typer.Typer:
     app.command()(score.score)
     app.add_typer(serve.app, name="serve")
     app.command(epilog=up.EPILOG)(up.up)
+    app.command()(fetch.fetch)
     app.command()(convert.convert)
     app.command()(doctor.doctor)
     for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):
@@ -137,7 +143,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _wants_hub(words: Sequence[str]) -> bool:
     """Whether a model or a text encoder is named by its place on the hub."""
-    named = (*words, *(os.environ.get(f"MILONGA_{name}", "") for name in ("MODEL", "CLAP")))
+    named = (*words, *(os.environ.get(f"MILONGA_{name}", "") for name in ("MODEL", "UNPINNED_MODEL", "CLAP")))
     # The scorers are a JSON object.
     return any(word.rpartition("=")[2].startswith("hf:") for word in named) or (
         '"hf:' in os.environ.get("MILONGA_SCORERS", "")

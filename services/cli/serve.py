@@ -92,11 +92,18 @@ def _epilog(rare: Sequence[str]) -> str:
     )
 
 
-@_service("BATCH_SHAPES", "MAX_QUEUE", "MAX_CLIP_COUNT")
+@_service("BATCH_SHAPES", "MAX_QUEUE", "MAX_CLIP_COUNT", "OPERATOR_TOKEN")
 def generation(
     model: Annotated[
         str | None,
         typer.Option(help=f"Model URI: mini, mini-base, {URI_FORMS}.", show_default=False),
+    ] = None,
+    unpinned_model: Annotated[
+        str | None,
+        typer.Option(
+            help="What to serve while there is no --model: for a first start, never in production.",
+            show_default="nothing",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32")
@@ -109,13 +116,28 @@ def generation(
             show_default="no-exact",
         ),
     ] = None,
+    operator_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a token; whoever has it may switch models while calls are served "
+            "(milonga.v1.OperatorService).",
+            show_default="off",
+        ),
+    ] = None,
     **shared: Any,
 ) -> None:
     """Serve one model: prompts in, clips out (milonga.v1.GenerationService)."""
     from services.generation import serve as service
     from services.runtime.settings import load_settings
 
-    service.run(load_settings(service.GenerationSettings, model=model, dtype=dtype, exact=exact, **shared))
+    own = {
+        "model": model,
+        "unpinned_model": unpinned_model,
+        "dtype": dtype,
+        "exact": exact,
+        "operator_token_file": operator_token_file,
+    }
+    service.run(load_settings(service.GenerationSettings, **own, **shared))
 
 
 @_service("MAX_BATCH_SECONDS", "MAX_WAIT_SECONDS", "MAX_QUEUE_SECONDS", "MAX_BATCH_SIZE")

@@ -24,6 +24,16 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSwitch:
+    """What a service serves now, and what it served before."""
+
+    previous: ModelVersion
+    current: ModelVersion
+    seconds: float
+    """Until new requests started on `current`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
     """Seconds by stage."""
 

@@ -34,6 +34,9 @@ from services.runtime import status
 T = TypeVar("T")
 
 _FIRST_WAIT_SECONDS, _GROWTH, _LONGEST_WAIT_SECONDS = 0.2, 3.0, 5.0
+# What gRPC says of a call that the other side reset without a status: of one that raced with the server's
+# goodbye. A call that we cancelled, or lost by closing the client, has other words.
+_RESET = "CANCELLED"
 # So that callers who were refused together do not come back together.
 _JITTER = 0.2
 
@@ -74,15 +77,18 @@ class Calls:
         rpc: Unary[Stub, Request, Response, Answer],
         build: Callable[[], Request],
         timeout: float | None,
+        *,
+        token: str | None = None,
     ) -> Answer:
-        """Build the request, call, and read the answer."""
+        """Build the request, call, and read the answer. `token` goes in the place of the connection's."""
         deadline, address = self.deadline(timeout), self.address(rpc.service)
+        metadata = self._connection.metadata_for(address, token)
         request = await self._transport.offload(build) if rpc.heavy else build()
         response = await self._with_retries(
             rpc.service,
             address,
             deadline,
-            lambda seconds: self._transport.unary(rpc, address, request, seconds),
+            lambda seconds: self._transport.unary(rpc, address, request, seconds, metadata),
         )
         return rpc.read(response)
 
@@ -160,10 +166,11 @@ def _read_failure(error: grpc.RpcError, service: Service[Any], address: str) -> 
     assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
     found = dict(call.trailing_metadata() or ()).get(status.DETAILS_KEY)
     details = found if isinstance(found, bytes) else None
+    code, text = call.code(), call.details() or ""
+    if code is grpc.StatusCode.CANCELLED and text == _RESET and details is None:
+        code, text = grpc.StatusCode.UNAVAILABLE, "the service stopped, and reset the call"
     return _Failure(
-        error=_explain(
-            status.from_status(call.code(), call.details() or "", details), call.code(), service, address
-        ),
+        error=_explain(status.from_status(code, text, details), code, service, address),
         retry_after=status.retry_delay(details),
     )
 
@@ -184,6 +191,8 @@ def _explain(error: MilongaError, code: grpc.StatusCode, service: Service[Any], 
         return ServiceUnavailableError(
             f"{address}: {error}; is it running? start one with: milonga serve {service.name}"
         )
+    if code is grpc.StatusCode.UNIMPLEMENTED and service.absent is not None:
+        return MilongaError(f"{address}: {service.absent}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return MilongaError(
             f"{address}: no {service.name} service answers there ({error}); give the address of one as "

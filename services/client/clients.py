@@ -9,6 +9,7 @@ from services.client.answers import (
     Best,
     Embeddings,
     Generation,
+    ModelSwitch,
     RankBy,
     Ranking,
     Rewards,
@@ -81,6 +82,25 @@ class AudioClient:
     def get_model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
         """Which model generates, with its limits and defaults."""
         return finish(self._rpcs.get_model(timeout=timeout))
+
+    def switch_model(self, uri: str, *, token: str, timeout: float | None = None) -> ModelSwitch:
+        """Have the generation service load another model beside its own and serve that; for operators.
+
+        Returns when new requests start on it. Those under way finish on the model before. Whatever is raised,
+        the service serves on; past the deadline the switch goes on as well, and `get_model` tells.
+
+        Args:
+            uri: model URI as the service resolves it, best with its pin.
+            token: the operator's, as the service was started with. Leaves this machine by TLS only.
+            timeout: in seconds.
+
+        Raises:
+            InvalidInputError: no model URI; or the token would travel in plaintext.
+            UnauthenticatedError: another token.
+            AlreadyUnderWayError: another switch is under way.
+            ModelError: the model was not found, or refused.
+        """
+        return finish(self._rpcs.switch_model(uri, token=token, timeout=timeout))
 
     def score_audio(
         self,

@@ -1,6 +1,7 @@
 """Where the services are and how to speak to them: addresses, TLS, token, channels."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,19 @@ _KEEPALIVE_MILLISECONDS = 60_000
 # A channel that failed refuses calls until it tries again: with gRPC's own 1 s, growing to 2 minutes, the
 # retries of a call would be spent before it does.
 _RECONNECT_MILLISECONDS = (100, 5_000)
+# Pods come and go within seconds, and with them the addresses of a name; gRPC's own 30 s outlast a rollout.
+_RESOLVE_MILLISECONDS = 2_000
 # gRPC holds on to one connection: without round robin, all calls would go to one replica. No retry policy:
 # `services.client.calls` retries, because gRPC's own mechanism knows no google.rpc.RetryInfo.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+# The empty name stands for the server as a whole.
+_HEALTH_CHECK: dict[str, Any] = {"healthCheckConfig": {"serviceName": ""}}
+
+# Of a gRPC name: `dns:///`, `dns://AUTHORITY/`, `ipv4:`.
+_SCHEME = re.compile(r"^(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)")
+
+Metadata = tuple[tuple[str, str], ...]
+"""What travels with a call beside its message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +74,10 @@ class ConnectionOptions(TypedDict, total=False):
     to 4. Waits grow exponentially, with jitter, and are never shorter than the service asks. Default 3."""
     max_response_bytes: int
     """Largest answer to take. Default 256 MiB."""
+    health_check: bool
+    """Watch the health of each of a name's addresses, and send no call to one that is NOT_SERVING: a replica
+    that drains is left before it refuses. For names with an address for each replica (a headless Service);
+    behind a single address there is no other to go to, and calls fail until it is SERVING. Default False."""
     channel_options: Sequence[tuple[str, Any]]
     """gRPC channel arguments, which go before the client's own."""
 
@@ -79,6 +94,7 @@ class Connection:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         retries: int = 3,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
+        health_check: bool = False,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         """`addresses`: by argument of the client, of which ``target`` stands in for those that are None.
@@ -99,8 +115,9 @@ class Connection:
         self._addresses = dict(addresses)
         self.timeout = timeout
         self.retries = retries
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._options = _channel_options(retries, max_response_bytes, tls, channel_options)
+        self.metadata: Metadata = () if token is None else _authorization(token)
+        config = _SERVICE_CONFIG | _HEALTH_CHECK if health_check else _SERVICE_CONFIG
+        self._options = _channel_options(retries, max_response_bytes, config, tls, channel_options)
         self._credentials = None if tls is None else _credentials(tls)
 
     def address(self, argument: str, service: str) -> str:
@@ -118,6 +135,20 @@ class Connection:
             )
         return address
 
+    def metadata_for(self, address: str, token: str | None) -> Metadata:
+        """Return what a call to `address` carries: with a `token` of its own, else what every call does.
+
+        Raises:
+            InvalidInputError: the token would leave this machine in plaintext.
+        """
+        if token is None:
+            return self.metadata
+        if self._credentials is None and not _stays_here(address):
+            raise InvalidInputError(
+                FieldViolation("token", f"would travel to {address} in plaintext; give tls as well")
+            )
+        return _authorization(token)
+
     def open_channel(self, address: str) -> grpc.Channel:
         """Return a channel for blocking calls. It connects at its first call."""
         if self._credentials is None:
@@ -132,7 +163,11 @@ class Connection:
 
 
 def _channel_options(
-    retries: int, max_response_bytes: int, tls: TLS | None, extra: Sequence[tuple[str, Any]]
+    retries: int,
+    max_response_bytes: int,
+    service_config: Mapping[str, Any],
+    tls: TLS | None,
+    extra: Sequence[tuple[str, Any]],
 ) -> list[tuple[str, Any]]:
     first, longest = _RECONNECT_MILLISECONDS
     options: dict[str, Any] = {
@@ -142,7 +177,8 @@ def _channel_options(
         "grpc.keepalive_time_ms": _KEEPALIVE_MILLISECONDS,
         "grpc.initial_reconnect_backoff_ms": first,
         "grpc.max_reconnect_backoff_ms": longest,
-        "grpc.service_config": json.dumps(_SERVICE_CONFIG),
+        "grpc.service_config": json.dumps(service_config),
+        "grpc.dns_min_time_between_resolutions_ms": _RESOLVE_MILLISECONDS,
         # Without a policy these are the transparent ones alone: of calls that never reached a service.
         "grpc.enable_retries": int(retries > 0),
     }
@@ -157,3 +193,17 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     if tls.cert_file is not None and tls.key_file is not None:
         chain, key = read_identity("tls.cert_file", tls.cert_file, "tls.key_file", tls.key_file)
     return grpc.ssl_channel_credentials(authorities, key, chain)
+
+
+def _authorization(token: str) -> Metadata:
+    if not (token.isascii() and token.isprintable()):
+        raise InvalidInputError(FieldViolation("token", "holds characters that no header may hold"))
+    return (("authorization", f"Bearer {token}"),)
+
+
+def _stays_here(address: str) -> bool:
+    """Whether what is sent to a gRPC name never leaves this machine."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    hosts = [one.rpartition(":")[0] or one for one in _SCHEME.sub("", address).split(",")]
+    return all(host in ("localhost", "[::1]") or host.startswith("127.") for host in hosts)

@@ -146,6 +146,11 @@ def read_model(model: model_pb2.ModelVersion) -> ModelVersion:
     return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
 
 
+def read_seconds(duration: Duration) -> float:
+    """Read a length of time."""
+    return duration.ToNanoseconds() / 1e9
+
+
 SERVICE = Service(
     name="generation",
     argument="target",
@@ -163,7 +168,7 @@ def _read_progress(event: pb.ProgressEvent) -> Progress:
         step=event.step,
         num_inference_steps=event.num_inference_steps,
         fraction=event.fraction,
-        seconds_left=_seconds(event.time_left) if event.HasField("time_left") else None,
+        seconds_left=read_seconds(event.time_left) if event.HasField("time_left") else None,
     )
 
 
@@ -177,7 +182,7 @@ def _read_clip(generated: pb.GeneratedClip) -> Clip:
         audio=generated.clip.audio,
         encoding=audio.encoding_name(generated.clip.encoding) or "unknown",
         sampling_rate=generated.clip.sample_rate_hertz,
-        duration=_seconds(generated.clip.duration),
+        duration=read_seconds(generated.clip.duration),
         index=generated.clip_index,
         seed=generated.seed,
     )
@@ -185,16 +190,12 @@ def _read_clip(generated: pb.GeneratedClip) -> Clip:
 
 def _read_timings(timings: pb.GenerationTimings) -> Timings:
     return Timings(
-        queued=_seconds(timings.queued),
-        encode=_seconds(timings.encode),
-        denoise=_seconds(timings.denoise),
-        decode=_seconds(timings.decode),
-        total=_seconds(timings.total),
+        queued=read_seconds(timings.queued),
+        encode=read_seconds(timings.encode),
+        denoise=read_seconds(timings.denoise),
+        decode=read_seconds(timings.decode),
+        total=read_seconds(timings.total),
     )
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
 
 
 def _set_duration(duration: Duration, seconds: float) -> tuple[FieldViolation, ...]:

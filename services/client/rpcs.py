@@ -4,13 +4,14 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Unpack
 
-from milonga.v1 import generation_pb2, reward_pb2, scoring_pb2
-from services.client import best, generation, reward, scoring
+from milonga.v1 import generation_pb2, operator_pb2, reward_pb2, scoring_pb2
+from services.client import best, generation, operator, reward, scoring
 from services.client.answers import (
     Best,
     Clip,
     Embeddings,
     Generation,
+    ModelSwitch,
     ModelVersion,
     RankBy,
     Ranking,
@@ -52,6 +53,11 @@ class Rpcs:
     async def get_model(self, *, timeout: float | None = None) -> generation_pb2.GetModelResponse:
         """As `AudioClient.get_model`."""
         return await self._calls.unary(generation.GET_MODEL, generation_pb2.GetModelRequest, timeout)
+
+    async def switch_model(self, uri: str, *, token: str, timeout: float | None = None) -> ModelSwitch:
+        """As `AudioClient.switch_model`."""
+        build = partial(operator_pb2.SwitchModelRequest, model_uri=uri)
+        return await self._calls.unary(operator.SWITCH_MODEL, build, timeout, token=token)
 
     async def score_audio(
         self,

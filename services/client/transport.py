@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from services.client.connection import Connection
+from services.client.connection import Connection, Metadata
 from services.errors import RequestCancelledError
 
 Stub = TypeVar("Stub")
@@ -40,6 +40,8 @@ class Service(Generic[Stub]):
     """Makes its stub from a channel of either kind."""
     remedy: str
     """What helps, beside a longer timeout, where a deadline passes."""
+    absent: str | None = None
+    """What it means, and what to do, where it is not served; None: that another service answers there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,12 @@ class Transport(Protocol):
     """
 
     async def unary(
-        self, rpc: Unary[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Unary[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Response:
         """Call once, and wait for the answer."""
         ...
@@ -127,11 +134,16 @@ class BlockingTransport:
             return service.stub(self._channels[address])
 
     async def unary(
-        self, rpc: Unary[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Unary[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Response:
         """See `Transport`."""
         call = rpc.method(self._stub(rpc.service, address))
-        return call(request, min(timeout, _LONGEST_SECONDS), self._connection.metadata)
+        return call(request, min(timeout, _LONGEST_SECONDS), metadata)
 
     def stream(
         self, rpc: Stream[Stub, Request, Response, Any], address: str, request: Request, timeout: float
@@ -183,14 +195,19 @@ class AsyncioTransport:
         return service.stub(self._channels[address])
 
     async def unary(
-        self, rpc: Unary[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Unary[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Response:
         """See `Transport`."""
         # On an asynchronous channel the stub's rpcs are other ones than the stub's type says.
         call: Any = rpc.method(self._stub(rpc.service, address))
         with self._while_open():
             response: Response = await call(
-                request, timeout=min(timeout, _LONGEST_SECONDS), metadata=self._connection.metadata
+                request, timeout=min(timeout, _LONGEST_SECONDS), metadata=metadata
             )
         return response
 

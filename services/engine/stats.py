@@ -1,6 +1,6 @@
 """What the engine counts about itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from services.engine.events import Failed, Finished
 from services.errors import DeadlineExceededError, RequestCancelledError
@@ -41,6 +41,11 @@ class EngineStats:
     """Requests whose deadline passed."""
     failed: int = 0
     """Requests that ended otherwise."""
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Of two engines together."""
+        names = (field.name for field in fields(self))
+        return EngineStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class Meter:

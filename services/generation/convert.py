@@ -118,7 +118,7 @@ def write_clip(event: ClipReady, output: OutputFormat) -> pb.GeneratedClip:
             audio=encode_audio(event.waveform, event.sampling_rate, output.encoding, output.sampling_rate),
             encoding=ENCODINGS[output.encoding],
             sample_rate_hertz=output.sampling_rate,
-            duration=_duration(len(event.waveform) / event.sampling_rate),
+            duration=write_duration(len(event.waveform) / event.sampling_rate),
         ),
         clip_index=event.clip_index,
         seed=event.seed,
@@ -139,11 +139,11 @@ def write_event(event: Queued | Progress | Preview) -> pb.StreamGenerateAudioRes
 def write_timings(timings: Timings, total: float) -> pb.GenerationTimings:
     """Return the message of the engine's timings and the `total` of the call, in seconds."""
     return pb.GenerationTimings(
-        queued=_duration(timings.queued),
-        encode=_duration(timings.encode),
-        denoise=_duration(timings.denoise),
-        decode=_duration(timings.decode),
-        total=_duration(total),
+        queued=write_duration(timings.queued),
+        encode=write_duration(timings.encode),
+        denoise=write_duration(timings.denoise),
+        decode=write_duration(timings.decode),
+        total=write_duration(total),
     )
 
 
@@ -159,11 +159,11 @@ def write_model(
             mel_bin_count=geometry.mel_bins,
             latent_channel_count=geometry.latent_channels,
             latent_downsampling=geometry.latent_downsampling,
-            duration_grid=_duration(geometry.grid * geometry.frame_multiple),
+            duration_grid=write_duration(geometry.grid * geometry.frame_multiple),
         ),
         limits=_limits(limits),
         defaults=pb.GenerationDefaults(
-            duration=_duration(defaults.duration),
+            duration=write_duration(defaults.duration),
             clip_count=1,
             num_inference_steps=defaults.num_inference_steps,
             guidance_scale=defaults.guidance_scale,
@@ -237,7 +237,7 @@ def _progress(event: Progress) -> pb.ProgressEvent:
         step=event.step,
         num_inference_steps=event.num_inference_steps,
         fraction=event.fraction,
-        time_left=None if event.seconds_left is None else _duration(event.seconds_left),
+        time_left=None if event.seconds_left is None else write_duration(event.seconds_left),
     )
 
 
@@ -261,8 +261,8 @@ def _quantise(mel_TM: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _limits(limits: Limits) -> pb.GenerationLimits:
     return pb.GenerationLimits(
         max_prompt_characters=limits.max_prompt_characters,
-        min_duration=_duration(limits.min_duration),
-        max_duration=_duration(limits.max_duration),
+        min_duration=write_duration(limits.min_duration),
+        max_duration=write_duration(limits.max_duration),
         max_clip_count=limits.max_clip_count,
         min_num_inference_steps=1,
         max_num_inference_steps=limits.max_steps,
@@ -280,7 +280,8 @@ def _seconds(duration: Duration) -> float:
     return duration.ToNanoseconds() / 1e9
 
 
-def _duration(seconds: float) -> Duration:
+def write_duration(seconds: float) -> Duration:
+    """Return the message of a length of time."""
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

@@ -6,8 +6,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from services.engine import Engine
-from services.runtime.model_uri import ResolvedModel
+from services.generation.slot import EngineSlot
 
 COUNTERS: dict[str, tuple[str, str]] = {
     "calls": ("milonga_denoiser_calls", "Calls of the denoiser, each one step of a batch."),
@@ -26,15 +25,14 @@ OUTCOMES = ("finished", "cancelled", "expired", "failed")
 
 
 class EngineCollector(Collector):
-    """Reads an engine's statistics when it is scraped."""
+    """Reads the statistics of a slot's engines when it is scraped."""
 
-    def __init__(self, engine: Engine, model: ResolvedModel) -> None:
-        self._engine = engine
-        self._model = model
+    def __init__(self, slot: EngineSlot) -> None:
+        self._slot = slot
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the engine and the model."""
-        stats = self._engine.stats
+        stats = self._slot.stats
         yield GaugeMetricFamily(
             "milonga_queue_depth", "Clips that wait for a place in the batch.", stats.queue_depth
         )
@@ -47,5 +45,6 @@ class EngineCollector(Collector):
         for outcome in OUTCOMES:
             ended.add_metric([outcome], getattr(stats, outcome))
         yield ended
-        identity = {"name": self._model.name, "version": self._model.version, "digest": self._model.digest}
+        model = self._slot.current.version
+        identity = {"name": model.name, "version": model.version, "digest": model.digest}
         yield InfoMetricFamily("milonga_model", "The served weights.", identity)

@@ -10,6 +10,7 @@ import grpc.aio
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
+from milonga.v1 import model_pb2
 from services.engine import (
     ClipReady,
     Engine,
@@ -22,7 +23,7 @@ from services.engine import (
     Queued,
 )
 from services.generation import convert
-from services.runtime.model_uri import ResolvedModel
+from services.generation.slot import EngineSlot
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -33,31 +34,28 @@ Told = Queued | Progress | Preview | ClipReady | Finished
 
 
 class GenerationServicer(rpc.GenerationServiceServicer):
-    """Serves one model through one engine. Exceptions are mapped by the interceptor."""
+    """Serves what its slot holds: each call one model. Exceptions are mapped by the interceptor."""
 
-    def __init__(self, engine: Engine, model: ResolvedModel) -> None:
-        self._engine = engine
-        self._reading = convert.reading_of(engine)
-        self._version = model.message()
-        self._model = convert.write_model(
-            model, engine.pipeline.geometry, engine.limits, self._reading["defaults"]
-        )
+    def __init__(self, slot: EngineSlot) -> None:
+        self._slot = slot
 
     async def GenerateAudio(
         self, request: pb.GenerateAudioRequest, context: Context
     ) -> pb.GenerateAudioResponse:
         """See generation.proto."""
         start = time.monotonic()
-        job, output = convert.read_request(request, **self._reading)
-        response = pb.GenerateAudioResponse(model=self._version)
         clips: list[pb.GeneratedClip] = []
-        async with aclosing(self._events(job, context)) as events:
-            async for event in events:
-                if isinstance(event, ClipReady):
-                    clips.append(await _clip(event, output))
-                elif isinstance(event, Finished):
-                    response.warnings.extend(event.warnings)
-                    response.timings.CopyFrom(convert.write_timings(event.timings, time.monotonic() - start))
+        with self._slot.lease() as served:
+            job, output = convert.read_request(request, **served.reading)
+            response = pb.GenerateAudioResponse(model=served.version)
+            async with aclosing(_events(served.engine, job, context)) as events:
+                async for event in events:
+                    if isinstance(event, ClipReady):
+                        clips.append(await _clip(event, output))
+                    elif isinstance(event, Finished):
+                        response.warnings.extend(event.warnings)
+                        total = time.monotonic() - start
+                        response.timings.CopyFrom(convert.write_timings(event.timings, total))
         response.clips.extend(sorted(clips, key=lambda clip: clip.clip_index))
         return response
 
@@ -66,50 +64,53 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     ) -> AsyncGenerator[pb.StreamGenerateAudioResponse, None]:
         """See generation.proto."""
         start = time.monotonic()
-        job, output = convert.read_stream_request(request, **self._reading)
-        async with aclosing(self._events(job, context)) as events:
-            async for event in events:
-                if isinstance(event, ClipReady):
-                    yield pb.StreamGenerateAudioResponse(clip=await _clip(event, output))
-                elif isinstance(event, Finished):
-                    yield self._finished(event, time.monotonic() - start)
-                else:
-                    yield convert.write_event(event)
+        with self._slot.lease() as served:
+            job, output = convert.read_stream_request(request, **served.reading)
+            async with aclosing(_events(served.engine, job, context)) as events:
+                async for event in events:
+                    if isinstance(event, ClipReady):
+                        yield pb.StreamGenerateAudioResponse(clip=await _clip(event, output))
+                    elif isinstance(event, Finished):
+                        yield _finished(served.version, event, time.monotonic() - start)
+                    else:
+                        yield convert.write_event(event)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
-        return self._model
+        return self._slot.current.description
 
-    async def _events(self, request: GenerationRequest, context: Context) -> AsyncGenerator[Told, None]:
-        """Yield the engine's events up to `Finished`; raise what failed. Left early, the device is freed."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
 
-        def on_event(event: Event) -> None:
-            # Called on the engine's thread, which may outlive the loop of a stopped server.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
+async def _events(engine: Engine, request: GenerationRequest, context: Context) -> AsyncGenerator[Told, None]:
+    """Yield the engine's events up to `Finished`; raise what failed. Left early, the device is freed."""
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
 
-        handle = self._engine.submit(request, on_event, deadline=_deadline(context))
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            handle.cancel()
+    def on_event(event: Event) -> None:
+        # Called on the engine's thread, which may outlive the loop of a stopped server.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-    def _finished(self, event: Finished, total: float) -> pb.StreamGenerateAudioResponse:
-        return pb.StreamGenerateAudioResponse(
-            finished=pb.FinishedEvent(
-                model=self._version,
-                warnings=event.warnings,
-                timings=convert.write_timings(event.timings, total),
-            )
+    handle = engine.submit(request, on_event, deadline=_deadline(context))
+    try:
+        while True:
+            event = await events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+            if isinstance(event, Finished):
+                return
+    finally:
+        handle.cancel()
+
+
+def _finished(
+    version: model_pb2.ModelVersion, event: Finished, total: float
+) -> pb.StreamGenerateAudioResponse:
+    return pb.StreamGenerateAudioResponse(
+        finished=pb.FinishedEvent(
+            model=version, warnings=event.warnings, timings=convert.write_timings(event.timings, total)
         )
+    )
 
 
 async def _clip(event: ClipReady, output: convert.OutputFormat) -> pb.GeneratedClip:

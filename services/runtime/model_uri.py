@@ -107,6 +107,26 @@ class ResolvedModel:
         )
 
 
+def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
+    """What a generation service serves: `model`, or `unpinned_model` where that is empty: without a pin.
+
+    Raises:
+        InvalidInputError: both are empty, or the one that counts is no model URI.
+    """
+    if model:
+        return ModelURI.parse(model)
+    if unpinned_model:
+        try:
+            return ModelURI.parse(unpinned_model)
+        except InvalidInputError as error:
+            faults = (FieldViolation("unpinned_model", fault.description) for fault in error.violations)
+            raise InvalidInputError(*faults) from error
+    raise _invalid(
+        "is empty: there is no pin; `milonga promote --bootstrap` sets one, or give a model URI: --model, or "
+        "set MILONGA_MODEL"
+    )
+
+
 def resolve(uri: ModelURI | str) -> ResolvedModel:
     """Find the weights that a URI names, and verify them.
 

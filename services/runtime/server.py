@@ -18,10 +18,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 
 from services.errors import FieldViolation, InvalidInputError
+from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import MetricsServer, ServerMetrics
 from services.runtime.reflection import add_reflection
@@ -30,7 +30,6 @@ from services.runtime.tls import read_authorities, read_identity
 
 log = structlog.get_logger()
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -74,8 +73,7 @@ class Server:
     async def start(self) -> None:
         """Start to answer, and be ready."""
         add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
-        for name in ("", *self._names):
-            await self._health.set(name, _SERVING)
+        self._health.serve(("", *self._names))
         await self._server.start()
         if self._health_server is not None:
             await self._health_server.start()
@@ -103,12 +101,14 @@ class Server:
 
     async def drain(self) -> None:
         """Stop gracefully: not ready, serve on until routers know, refuse new calls, finish the others."""
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         await asyncio.sleep(self._settings.drain_delay_seconds)
         await self.stop(self._settings.grace_seconds)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those under way `grace` seconds, then cancel them; free every port."""
+        self._health.drain()
+        self._health.close()
         await self._server.stop(grace)
         if self._health_server is not None:
             await self._health_server.stop(0)
@@ -131,10 +131,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
     if settings.max_connection_age_seconds is not None:
-        options += [
-            ("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)),
-            ("grpc.max_connection_age_grace_ms", round(settings.grace_seconds * 1000)),
-        ]
+        # gRPC sets no limit on what the calls under way on it may take then, and neither do we.
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
     return options
 
 

@@ -34,7 +34,9 @@ class ServerSettings(BaseSettings):
     max_request_bytes: int = Field(default=2**20, gt=0)
     """Largest message that is taken in."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
-    """Age at which a connection is closed gracefully, so that clients spread over replicas. None: never."""
+    """Age at which a connection is closed gracefully, its calls finished, so that clients spread over
+    replicas, and leave one that drains before it refuses: so a little less than `drain_delay_seconds`.
+    None: never."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
     """On SIGTERM: how long to go on serving after readiness is off, until routers know (5 on Kubernetes)."""
     grace_seconds: float = Field(default=30.0, ge=0, le=3600)

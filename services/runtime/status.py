@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from services.errors import (
+    AlreadyUnderWayError,
     DeadlineExceededError,
     DigestMismatchError,
     FieldViolation,
@@ -26,6 +27,7 @@ from services.errors import (
     QueueFullError,
     RequestCancelledError,
     ServiceUnavailableError,
+    UnauthenticatedError,
 )
 
 STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
@@ -38,6 +40,8 @@ STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    AlreadyUnderWayError: grpc.StatusCode.ABORTED,
     OutputError: grpc.StatusCode.INTERNAL,
 }
 """Every class of the tree that crosses the wire. What is not here is our fault: INTERNAL."""

@@ -21,7 +21,7 @@ from services.client import (
 )
 from services.engine import Engine
 from services.errors import InvalidInputError, MilongaError, ServiceUnavailableError
-from tests.services.generation.serving import Served, serving, tiny_engine
+from tests.services.generation.serving import Serving, serving, tiny_engine
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
+def served(engine: Engine) -> Iterator[Serving]:
     with serving(engine) as served:
         yield served
 
@@ -97,7 +97,7 @@ def test_a_service_that_is_not_there_is_named_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_answer_over_the_size_limit_is_no_full_queue(served: Served) -> None:
+def test_an_answer_over_the_size_limit_is_no_full_queue(served: Serving) -> None:
     with (
         AudioClient(served.target, max_response_bytes=1000) as client,
         pytest.raises(MilongaError, match="larger than max") as caught,
@@ -119,7 +119,7 @@ def test_the_client_waits_for_a_service_that_is_just_starting(engine: Engine) ->
     assert names == ["tiny"]
 
 
-def test_both_faces_give_the_same(served: Served) -> None:
+def test_both_faces_give_the_same(served: Serving) -> None:
     async def ask() -> tuple[bytes, bytes, str]:
         async with AsyncAudioClient(served.target) as client:
             unary = (await client.generate("a dog barks", seed=5)).clips[0].audio
@@ -135,7 +135,7 @@ def test_both_faces_give_the_same(served: Served) -> None:
     assert asyncio.run(ask()) == (audio, audio, "tiny")
 
 
-def test_leaving_an_asynchronous_stream_cancels_it(served: Served, engine: Engine) -> None:
+def test_leaving_an_asynchronous_stream_cancels_it(served: Serving, engine: Engine) -> None:
     before = engine.stats.cancelled
 
     async def leave() -> None:

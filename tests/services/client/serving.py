@@ -44,6 +44,8 @@ class Refusal:
     retry_after: float | None = None
     after: int = 0
     """Events of a stream before it."""
+    bare: bool = False
+    """Whether it comes without details and words, as from gRPC itself."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +79,8 @@ class Told:
 
 
 def refuse(context: grpc.ServicerContext, refusal: Refusal) -> None:
+    if refusal.bare:
+        context.abort(refusal.code, refusal.code.name)
     rich = status_pb2.Status(code=refusal.code.value[0], message="told so")
     if refusal.retry_after is not None:
         delay = Duration()

@@ -42,6 +42,18 @@ def test_a_service_that_is_away_is_tried_again(face: str, told: Told, target: st
     assert 0.45 < second < 2
 
 
+def test_a_call_that_a_stopping_server_reset_is_tried_again(face: str, told: Told, target: str) -> None:
+    reset = Refusal(code=grpc.StatusCode.CANCELLED, bare=True)
+    told.refusals = [reset]
+    assert len(ask(face, _list, target).scorers) == 2
+    told.refusals = [reset]
+    with pytest.raises(ServiceUnavailableError, match="the service stopped"):
+        ask(face, _list, target, retries=0)
+    told.refusals = [Refusal(code=grpc.StatusCode.CANCELLED)]
+    with pytest.raises(RequestCancelledError):
+        ask(face, _list, target)
+
+
 def test_a_full_queue_is_left_alone_as_long_as_it_asks(face: str, told: Told, target: str) -> None:
     told.refusals = [Refusal(code=EXHAUSTED, retry_after=0.6)]
     assert len(ask(face, _list, target).scorers) == 2

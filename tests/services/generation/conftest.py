@@ -4,7 +4,7 @@ import pytest
 
 from services.client import AudioClient
 from services.engine import Engine
-from tests.services.generation.serving import Served, serving, tiny_engine
+from tests.services.generation.serving import Serving, serving, tiny_engine
 
 
 @pytest.fixture(scope="session")
@@ -14,12 +14,12 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def served(engine: Engine) -> Iterator[Served]:
+def served(engine: Engine) -> Iterator[Serving]:
     with serving(engine) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
-def client(served: Served) -> Iterator[AudioClient]:
+def client(served: Serving) -> Iterator[AudioClient]:
     with AudioClient(served.target, retries=0, timeout=60) as client:
         yield client

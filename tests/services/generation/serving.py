@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ from typing import Any
 import structlog
 import torch
 
-from milonga.v1 import generation_pb2_grpc as rpc
 from services.engine import Engine, EngineConfig
-from services.generation.metrics import EngineCollector
-from services.generation.servicer import SERVICE_NAME, GenerationServicer
+from services.generation.serve import add_generation
+from services.generation.slot import EngineSlot, Served
 from services.runtime.metrics import ServerMetrics
 from services.runtime.model_uri import ResolvedModel
 from services.runtime.server import Server
@@ -29,15 +28,23 @@ MODEL = ResolvedModel(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
+class Serving:
     target: str
     server: Server
     engine: Engine
+    slot: EngineSlot
     loop: asyncio.AbstractEventLoop
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine on the server's loop, and wait for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+
+Started = Future[tuple[Server, EngineSlot, asyncio.AbstractEventLoop]]
+
+
+def _nothing_to_load(model: ResolvedModel) -> Engine:
+    raise AssertionError(f"nobody asked for {model.name}")
 
 
 def tiny_engine(**config: Any) -> Engine:
@@ -46,19 +53,29 @@ def tiny_engine(**config: Any) -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[Served]:
-    """Serve `engine` on a free port until the end of the context. The engine stays open."""
+def serving(
+    engine: Engine,
+    *,
+    token: str | None = None,
+    load: Callable[[ResolvedModel], Engine] = _nothing_to_load,
+    **settings: Any,
+) -> Iterator[Serving]:
+    """Serve `engine` on a free port until the end of the context. The engine stays open.
+
+    With a `token`, the operator's rpc is served too, and engines of other models are what `load` makes.
+    """
     # The access log, written from the server's thread, would land between the tests' dots.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    started: Future[tuple[Server, asyncio.AbstractEventLoop]] = Future()
+    started: Started = Future()
     stop = threading.Event()
     flags = {"listen": "127.0.0.1:0", "grace_seconds": 0, **settings}
     config = load_settings(ServerSettings, **flags)
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(engine, config, started, stop)))
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(engine, config, token, load, started, stop)))
     thread.start()
     try:
-        server, loop = started.result(30)
-        yield Served(target=f"127.0.0.1:{server.port}", server=server, engine=engine, loop=loop)
+        server, slot, loop = started.result(30)
+        target = f"127.0.0.1:{server.port}"
+        yield Serving(target=target, server=server, engine=engine, slot=slot, loop=loop)
     finally:
         stop.set()
         thread.join()
@@ -67,20 +84,18 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Served]:
 async def _serve(
     engine: Engine,
     settings: ServerSettings,
-    started: "Future[tuple[Server, asyncio.AbstractEventLoop]]",
+    token: str | None,
+    load: Callable[[ResolvedModel], Engine],
+    started: "Started",
     stop: threading.Event,
 ) -> None:
     try:
         metrics = ServerMetrics()
-        metrics.registry.register(EngineCollector(engine, MODEL))
         server = Server(settings, metrics)
-        servicer = GenerationServicer(engine, MODEL)
-        server.add(
-            SERVICE_NAME,
-            lambda grpc_server: rpc.add_GenerationServiceServicer_to_server(servicer, grpc_server),
-        )
+        slot = EngineSlot(Served(engine, MODEL), load)
+        add_generation(server, metrics, slot, token)
         await server.start()
-        started.set_result((server, asyncio.get_running_loop()))
+        started.set_result((server, slot, asyncio.get_running_loop()))
     except BaseException as error:
         started.set_exception(error)
         return

@@ -18,6 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.client import AudioClient
+from services.errors import InvalidInputError, ModelNotFoundError, UnauthenticatedError
+from services.generation.serve import GenerationSettings, run
+from services.runtime.settings import load_settings
 from tests.tiny import tiny_pipeline
 
 
@@ -113,7 +116,13 @@ def _refusal(**settings: str) -> str:
 
 
 def test_wrong_models_are_refused_at_start(folder: Path, tmp_path: Path) -> None:
-    assert "MILONGA_MODEL" in _refusal()
+    for unset in ({}, {"MILONGA_MODEL": "", "MILONGA_UNPINNED_MODEL": ""}):
+        line = _refusal(**unset)
+        assert line.startswith(
+            "error: model: is empty: there is no pin; `milonga promote --bootstrap` sets one"
+        )
+        assert "MILONGA_MODEL" in line
+    assert "unpinned_model: is 'maxi'" in _refusal(MILONGA_UNPINNED_MODEL="maxi")
     assert "absent" in _refusal(MILONGA_MODEL=f"file:{tmp_path}/absent")
     assert "sha256" in _refusal(MILONGA_MODEL=f"file:{folder}#sha256:{'0' * 64}")
 
@@ -127,3 +136,39 @@ def test_a_taken_port_is_refused_at_start(folder: Path) -> None:
 def test_settings_that_do_not_fit_together_are_refused_at_start(folder: Path) -> None:
     assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="[4, 2]")
     assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="1,2")
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", "two words", "ünicode", "two\nlines"])
+def test_a_token_that_is_none_is_refused_at_start(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidInputError) as caught:
+        run(load_settings(GenerationSettings, model="mini", operator_token_file=path))
+    assert [fault.field for fault in caught.value.violations] == ["operator_token_file"]
+
+
+def test_without_a_pin_the_unpinned_model_is_served_and_an_operator_switches_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("of-the-file\n")
+    settings = {"MILONGA_MODEL": "", "MILONGA_UNPINNED_MODEL": f"file:{folder}"}
+    settings |= {"MILONGA_OPERATOR_TOKEN": "not-this", "MILONGA_OPERATOR_TOKEN_FILE": f"{tmp_path}/token"}
+    other = tmp_path / "other"
+    tiny_pipeline(seed=1).save_pretrained(other)
+    with _service(**settings) as (process, ready, lines):
+        assert ready["model"] == "tiny"
+        with AudioClient(f"127.0.0.1:{ready['port']}", retries=0) as client:
+            with pytest.raises(UnauthenticatedError):
+                client.switch_model(f"file:{other}", token="not-this")
+            assert client.switch_model(f"file:{other}", token="of-the-file").current.name == "other"
+            with pytest.raises(ModelNotFoundError):
+                client.switch_model("file:/absent", token="of-the-file")
+            assert client.generate("a dog barks").model.name == "other"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    log = "".join(lines)
+    assert "of-the-file" not in log and "not-this" not in log
+    story = [event["event"] for event in map(json.loads, lines) if event["event"] != "call"]
+    assert story[:2] == ["settings", "ready"]
+    assert set(story[2:]) == {"switched", "unloaded", "switch refused", "draining", "stopped"}

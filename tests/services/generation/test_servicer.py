@@ -24,7 +24,7 @@ from services.errors import (
     ServiceUnavailableError,
 )
 from services.runtime.audio import ENCODINGS
-from tests.services.generation.serving import MODEL, Served, serving, tiny_engine
+from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
 
 PROMPT = "A dog barks then a siren wails"
 
@@ -141,7 +141,7 @@ BAD_FIELDS = {
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_violated_field_is_reported_at_once(served: Served, streamed: bool) -> None:
+def test_every_violated_field_is_reported_at_once(served: Serving, streamed: bool) -> None:
     with grpc.insecure_channel(served.target) as channel:
         stub = rpc.GenerationServiceStub(channel)
         message = pb.StreamGenerateAudioRequest(request=_bad_request(), preview_interval_steps=-1)
@@ -260,7 +260,7 @@ def test_leaving_the_stream_frees_the_device(client: AudioClient, engine: Engine
     assert engine.stats.clip_steps - before.clip_steps < 200
 
 
-def test_cancelling_a_unary_call_frees_the_device(served: Served, engine: Engine) -> None:
+def test_cancelling_a_unary_call_frees_the_device(served: Serving, engine: Engine) -> None:
     before = engine.stats
     with grpc.insecure_channel(served.target) as channel:
         request = pb.GenerateAudioRequest(prompt=PROMPT, num_inference_steps=1000)
@@ -273,7 +273,7 @@ def test_cancelling_a_unary_call_frees_the_device(served: Served, engine: Engine
     assert engine.stats.clip_steps - before.clip_steps < 200
 
 
-def test_a_vanished_client_frees_the_device(served: Served, engine: Engine) -> None:
+def test_a_vanished_client_frees_the_device(served: Serving, engine: Engine) -> None:
     before = engine.stats
     client = AudioClient(served.target, retries=0)
     stream = client.stream(PROMPT, num_inference_steps=1000)
@@ -298,7 +298,7 @@ def test_a_passed_deadline_frees_the_device(client: AudioClient, engine: Engine,
     assert ended == 1
 
 
-def test_many_callers_share_the_engine(served: Served, engine: Engine) -> None:
+def test_many_callers_share_the_engine(served: Serving, engine: Engine) -> None:
     async def ask() -> list[bytes]:
         async with AsyncAudioClient(served.target) as client:
             generations = await asyncio.gather(

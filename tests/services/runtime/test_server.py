@@ -46,7 +46,7 @@ def _health(channel: grpc.Channel, name: str) -> Any:
     return stub.Check(health_pb2.HealthCheckRequest(service=name)).status
 
 
-def _tls_flags(identities: dict[str, Identity], *, mutual: bool) -> dict[str, Path]:
+def _tls_flags(identities: dict[str, Identity], *, mutual: bool) -> dict[str, Any]:
     server = identities["server"]
     flags = {"tls_cert_file": server.cert_file, "tls_key_file": server.key_file}
     return flags | ({"tls_client_ca_file": identities["authority"].cert_file} if mutual else {})
@@ -181,7 +181,7 @@ def test_bad_tls_files_are_named(
 
 def test_a_key_of_another_certificate_is_refused(engine: Engine, identities: dict[str, Identity]) -> None:
     chain, key = identities["client"].cert_file, identities["intruder"].key_file
-    flags = {"tls_cert_file": chain, "tls_key_file": key}
+    flags: dict[str, Any] = {"tls_cert_file": chain, "tls_key_file": key}
     with pytest.raises(InvalidInputError, match="not the private key"), serving(engine, **flags):
         pass
     with pytest.raises(InvalidInputError, match="not the private key"):

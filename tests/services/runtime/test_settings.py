@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from services.errors import InvalidInputError
 from services.generation.serve import GenerationSettings
+from services.reward.serve import RewardSettings
 from services.runtime.settings import ServerSettings, load_settings
 
 
@@ -18,9 +20,19 @@ def test_every_wrong_setting_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MILONGA_METRICS_PORT", "http")
     with pytest.raises(InvalidInputError) as caught:
         load_settings(GenerationSettings, dtype="int4", grace_seconds=-1)
-    assert {v.field for v in caught.value.violations} == {"model", "metrics_port", "dtype", "grace_seconds"}
+    assert {v.field for v in caught.value.violations} == {"metrics_port", "dtype", "grace_seconds"}
     assert "\n" not in str(caught.value)
-    assert "set MILONGA_MODEL" in str(caught.value)
+
+
+def test_a_setting_that_must_be_given_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MILONGA_MODEL", raising=False)
+    with pytest.raises(InvalidInputError, match=r"model: is missing; give --model or set MILONGA_MODEL"):
+        load_settings(RewardSettings)
+
+
+def test_no_token_is_ever_written_down() -> None:
+    settings = load_settings(GenerationSettings, operator_token="of-the-operator")
+    assert "of-the-operator" not in json.dumps(settings.model_dump(mode="json")) + repr(settings)
 
 
 @pytest.mark.parametrize("listen", ["50051", "localhost", ":50051", "a:http", "a:70000"])

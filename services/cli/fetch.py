@@ -1,0 +1,52 @@
+"""`milonga fetch`: a model URI's weights on this machine, verified, before anything is started with them."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from services.cli.serve import URI_FORMS
+from services.cli.table import is_terminal, print_lines, print_table
+
+
+def fetch(
+    uri: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"Model URI: mini, {URI_FORMS}.",
+            envvar="MILONGA_MODEL",
+            show_default=False,
+            metavar="[URI]",
+        ),
+    ] = None,
+    unpinned_model: Annotated[
+        str | None,
+        typer.Option(
+            help="What to fetch where there is no URI, as milonga serve generation.",
+            envvar="MILONGA_UNPINNED_MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Fetch a model into the cache, verify every file, and print what it is and where it lies.
+
+    What is in the cache and whole is not fetched again; with a version and a pin
+    (models:/NAME/VERSION#sha256:HEX) that needs no registry. The cache is MILONGA_CACHE, or ~/.cache/milonga.
+    """
+    from services.runtime.model_uri import resolve, served_uri
+
+    model = resolve(served_uri(uri or "", unpinned_model or ""))
+    found = {
+        "name": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "license": model.license,
+        "folder": str(model.folder),
+    }
+    if as_json:
+        typer.echo(json.dumps(found))
+    elif is_terminal():
+        print_table(("", ""), list(found.items()))
+    else:
+        print_lines((), list(found.items()))

@@ -1,0 +1,49 @@
+"""The rpc of OperatorService: check the token, switch, encode."""
+
+import hmac
+from typing import Any
+
+import grpc.aio
+
+from milonga.v1 import operator_pb2 as pb
+from milonga.v1 import operator_pb2_grpc as rpc
+from services.errors import FieldViolation, InvalidInputError, UnauthenticatedError
+from services.generation.convert import write_duration
+from services.generation.slot import EngineSlot
+from services.runtime.model_uri import ModelURI
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["OperatorService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class OperatorServicer(rpc.OperatorServiceServicer):
+    """Lets whoever knows the token change what a slot serves. Exceptions are mapped by the interceptor."""
+
+    def __init__(self, slot: EngineSlot, token: str) -> None:
+        self._slot = slot
+        self._expected = f"Bearer {token}".encode()
+
+    async def SwitchModel(self, request: pb.SwitchModelRequest, context: Context) -> pb.SwitchModelResponse:
+        """See operator.proto."""
+        self._check_token(context)
+        switch = await self._slot.switch(_read_uri(request.model_uri))
+        return pb.SwitchModelResponse(
+            previous=switch.previous, current=switch.current, elapsed=write_duration(switch.seconds)
+        )
+
+    def _check_token(self, context: Context) -> None:
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        # In a time that tells nothing of how much of it is right.
+        if not hmac.compare_digest(given if isinstance(given, bytes) else given.encode(), self._expected):
+            raise UnauthenticatedError(
+                "the operator's token is missing or wrong; send the service's as authorization: Bearer TOKEN"
+            )
+
+
+def _read_uri(text: str) -> ModelURI:
+    try:
+        return ModelURI.parse(text)
+    except InvalidInputError as error:
+        faults = (FieldViolation("model_uri", fault.description) for fault in error.violations)
+        raise InvalidInputError(*faults) from error
