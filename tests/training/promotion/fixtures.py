@@ -1,0 +1,108 @@
+"""A target in memory whose every step can be made to fail, and versions that cost nothing to register."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from services.models.manifest import write_manifest
+from training.promote import Parts
+from training.promotion.errors import BusyError, RolloutError
+from training.promotion.ledger import Ledger
+from training.promotion.registry import Registry, Version
+from training.promotion.target import Pin, digest_of
+from training.register import Provenance, tags_of
+
+UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16], "_name_or_path": "build/a"}
+
+
+class HeldLock:
+    """A lock that can be lost."""
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise BusyError("the lock was lost")
+
+
+class MemoryTarget:
+    """Serves by saying so. `fails` are errors by step, each raised once or as often as it is asked for."""
+
+    def __init__(self, pin: Pin | None = None) -> None:
+        self.pin, self.served = pin, pin
+        self.challenger: Pin | None = None
+        self.done: list[str] = []
+        self.fails: dict[str, BaseException] = {}
+        self.always: set[str] = set()
+        self.held = HeldLock()
+        self.before: Callable[[str], None] = lambda step: None
+
+    place = "memory/test"
+    serving = "memory"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[HeldLock]:
+        yield self.held
+
+    def current_pin(self) -> Pin | None:
+        return self.pin
+
+    def start_challenger(self, pin: Pin, seconds: float) -> str:
+        self._step("challenger")
+        self.challenger = pin
+        return "nowhere:1"
+
+    def stop_challenger(self) -> None:
+        self._step("stop")
+        self.challenger = None
+
+    def roll_out(self, pin: Pin | None, seconds: float) -> None:
+        self.pin = pin  # a rollout that fails has begun
+        self._step("rollout")
+        self.served = pin
+
+    def verify(self, digest: str) -> None:
+        self._step("verify")
+        if self.served is None or digest_of(self.served) != digest:
+            raise RolloutError(f"a pod serves {self.served}, expected {digest}")
+
+    def _step(self, name: str) -> None:
+        self.done.append(name)
+        self.before(name)
+        if name in self.fails:
+            raise self.fails[name] if name in self.always else self.fails.pop(name)
+
+
+def make_version(
+    registry: Registry,
+    folder: Path,
+    *,
+    unet: dict[str, Any] | None = None,
+    kind: Any = "tango",
+    seed: int = 0,
+) -> Version:
+    """Register what looks like a model from outside: configs, a manifest, tags."""
+    root = folder / f"run-{len(list(folder.glob('run-*')))}"
+    model = root / "artifacts" / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "unet" / "config.json").write_text(
+        json.dumps(unet or {**UNET, "_name_or_path": f"build/{root.name}"})
+    )
+    (model / "unet" / "weights.safetensors").write_bytes(root.name.encode())
+    manifest = write_manifest(model, name="tiny", version="1", license="Apache-2.0")
+    with contextlib.suppress(Exception):
+        registry.client.create_registered_model("milonga-tango")
+    made = registry.client.create_model_version(
+        "milonga-tango", source=str(root), tags=tags_of(kind, manifest, Provenance())
+    )
+    return Version(name="milonga-tango", version=str(made.version), digest=manifest.digest)
+
+
+def make_parts(target: MemoryTarget, registry: Registry) -> tuple[Parts, list[str]]:
+    """Everything that takes part, and what was told."""
+    told: list[str] = []
+    parts = Parts(target=target, registry=registry, ledger=Ledger(registry), tell=told.append, deadline=5.0)
+    return parts, told

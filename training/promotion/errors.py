@@ -1,0 +1,84 @@
+"""How a promotion can end other than well, below `services.errors.MilongaError`.
+
+::
+
+    MilongaError
+    └── PromotionError
+        ├── GatesRefusedError   the challenger was measured and is not good enough
+        ├── RolloutError        the new pods, or the new weights, did not come up; all is as it was
+        ├── BusyError           another promotion runs, or one was left unfinished
+        └── RollbackError       what was changed could not be changed back: needs a person
+
+Everything else is `services.errors`' own: `InvalidInputError`, `ModelError`, `ServiceUnavailableError`, …
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from services.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    MilongaError,
+    ModelError,
+    OutputError,
+    QueueFullError,
+    RequestCancelledError,
+    ServiceUnavailableError,
+    UnauthenticatedError,
+)
+
+
+class PromotionError(MilongaError):
+    """A promotion did not come about."""
+
+
+class GatesRefusedError(PromotionError):
+    """The challenger was measured and is not good enough."""
+
+
+class RolloutError(PromotionError):
+    """The new pods, or the new weights, did not come up, or did not answer as they should."""
+
+
+class BusyError(PromotionError):
+    """Another promotion runs, or one was left unfinished, or the lock was lost to one."""
+
+
+class RollbackError(PromotionError):
+    """What was changed could not be changed back."""
+
+
+EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
+    {
+        InvalidInputError: 2,
+        ModelError: 2,
+        GatesRefusedError: 3,
+        RolloutError: 4,
+        QueueFullError: 4,
+        DeadlineExceededError: 4,
+        BusyError: 5,
+        ServiceUnavailableError: 6,
+        UnauthenticatedError: 6,
+        OutputError: 6,
+        RollbackError: 7,
+        RequestCancelledError: 130,
+        KeyboardInterrupt: 130,
+    }
+)
+"""Exit code of `milonga promote` by error, the nearest class first; 1 for what is not here: our fault."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that `error` ends `milonga promote` with."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), 1)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for people, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = " ".join(str(error).split())
+    if isinstance(error, MilongaError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,139 @@
+"""Promotion without a cluster: a service switches its model, and the challenger is a process of ours."""
+
+import os
+import time
+from contextlib import AbstractContextManager, ExitStack
+from typing import Final
+
+from services.cli.processes import ServicePlan, free_port, running
+from services.client import TLS, AudioClient
+from services.errors import (
+    AlreadyUnderWayError,
+    DeadlineExceededError,
+    MilongaError,
+    ModelError,
+    ServiceUnavailableError,
+)
+from services.models.manifest import read_manifest
+from services.models.mini import mini_folder
+from services.runtime.model_uri import EMBEDDED
+from services.runtime.registry import cache_folder
+from training.promotion.asking import CALLS, check_digest, served_model
+from training.promotion.errors import RolloutError
+from training.promotion.ledger import whoami
+from training.promotion.locks import FileLock, file_lock
+from training.promotion.registry import Registry
+from training.promotion.target import Pin, digest_of
+
+_KEPT: Final = ("MILONGA_CACHE", "MILONGA_DEVICE", "MILONGA_DTYPE", "MILONGA_THREADS", "MILONGA_BATCH_SHAPES")
+"""Settings that the challenger shares with us; ports and certificates would be the service's own."""
+_POLL_SECONDS: Final = 0.5
+
+
+class LocalTarget:
+    """A generation service of this machine, or one that is reached by its address. See `Target`."""
+
+    def __init__(self, address: str, registry: Registry, *, token: str, tls: TLS | None = None) -> None:
+        """Nothing is called yet.
+
+        Args:
+            address: of the service, which must have its operator rpcs enabled.
+            registry: where what it serves is looked up.
+            token: of its operators.
+            tls: how it is spoken to.
+        """
+        self._address, self._registry, self._token, self._tls = address, registry, token, tls
+        self._challenger: tuple[Pin, str, ExitStack] | None = None
+
+    @property
+    def place(self) -> str:
+        """See `Target`."""
+        return f"local/{self._address}"
+
+    @property
+    def serving(self) -> str:
+        """See `Target`."""
+        settings = [f"{name}={os.environ[name]}" for name in _KEPT[1:] if name in os.environ]
+        return " ".join(["process", whoami().rpartition("@")[2], *settings])
+
+    def lock(self) -> AbstractContextManager[FileLock]:
+        """See `Target`."""
+        return file_lock(self.place)
+
+    def current_pin(self) -> Pin | None:
+        """See `Target`: the model URI of what answers, as far as one is known."""
+        served = served_model(self._address, self._tls)
+        try:
+            version = self._registry.version(served.name, served.version)
+        except ModelError:
+            version = None
+        if version is not None and version.digest == served.digest:
+            return version.pin
+        for name in EMBEDDED:
+            if read_manifest(mini_folder(name)).digest == served.digest:
+                return f"{name}#{served.digest}"
+        return None
+
+    def start_challenger(self, pin: Pin, seconds: float) -> str:
+        """See `Target`."""
+        if self._challenger is not None and self._challenger[0] == pin:
+            return self._challenger[1]
+        self.stop_challenger()
+        if (served := self.current_pin()) is not None:
+            # Changes nothing; that we may not switch should be known before minutes of gates.
+            self._switch(served, seconds)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MILONGA_") or k in _KEPT}
+        environment = {**kept, "MLFLOW_TRACKING_URI": self._registry.uri}
+        logs = cache_folder() / "promotion" / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        plan = ServicePlan(name="generation", arguments=("--model", pin), address=f"127.0.0.1:{free_port()}")
+        with ExitStack() as stack:
+            (service,) = stack.enter_context(running([plan], logs=logs, environment=environment))
+            try:
+                service.wait_until_serving(seconds)
+            except ServiceUnavailableError as error:
+                raise RolloutError(f"the challenger does not come up: {error}") from error
+            check_digest(lambda: served_model(service.target), digest_of(pin), "the challenger")
+            self._challenger = (pin, service.target, stack.pop_all())
+        return service.target
+
+    def stop_challenger(self) -> None:
+        """See `Target`. One that another promoter started ended with it."""
+        if self._challenger is not None:
+            stack = self._challenger[2]
+            self._challenger = None
+            stack.close()
+
+    def roll_out(self, pin: Pin | None, seconds: float) -> None:
+        """See `Target`. What was served before any pin stays, where there is none to go back to."""
+        if pin is None:
+            return
+        self._switch(pin, seconds)
+
+    def verify(self, digest: str) -> None:
+        """See `Target`."""
+        check_digest(
+            lambda: served_model(self._address, self._tls),
+            *(digest, f"the service at {self._address}"),
+            calls=CALLS,
+        )
+
+    def _switch(self, pin: Pin, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        with AudioClient(self._address, tls=self._tls, retries=0) as client:
+            while True:
+                try:
+                    client.switch_model(pin, token=self._token, timeout=max(1.0, end - time.monotonic()))
+                    return
+                except AlreadyUnderWayError as error:
+                    # Perhaps one of ours, whose answer nobody waited for.
+                    if time.monotonic() > end:
+                        raise RolloutError(f"the service at {self._address}: {error}") from error
+                    time.sleep(_POLL_SECONDS)
+                except MilongaError as error:
+                    if type(error) is MilongaError or isinstance(error, ModelError | DeadlineExceededError):
+                        # Refused, too slow, a fault of the service's, or it has no operator rpc.
+                        raise RolloutError(
+                            f"the service at {self._address} does not switch to {pin}: {error}"
+                        ) from error
+                    raise
