@@ -1,4 +1,7 @@
-"""Hatchling's build hook: the wheel (and an editable install) carries the generated gRPC stubs."""
+"""Hatchling's build hook: the wheel (and an editable install) carries the generated gRPC stubs.
+
+The wheel alone also carries copies of files that lie elsewhere in the repository, as pyproject.toml says.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +21,7 @@ def _generator(root: Path) -> ModuleType:
 
 
 class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Generates the stubs before the wheel's files are collected, and has them collected.
+    """Generates the stubs before the wheel's files are collected, and has them and the copies collected.
 
     They are ignored by git, so hatchling would leave them out unless they are named as artifacts.
     """
@@ -32,3 +35,5 @@ class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         generator = _generator(Path(self.root))
         generator.generate()
         build_data["artifacts"].extend(f"/protos/{stub.as_posix()}" for stub in generator.stub_files())
+        if version == "standard":
+            build_data["force_include"].update(self.config["force-include"])

@@ -8,7 +8,7 @@ import typer
 from rich.progress import track
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
-from training import evaluate_command, finetune_commands, run_command, tracking_cli
+from training import evaluate_command, finetune_commands, run_command, submit_command, tracking_cli
 from training.preferences.commands import preferences as preferences_command
 
 soundworld = typer.Typer(
@@ -110,6 +110,7 @@ train.command()(evaluate_command.evaluate)
 train.command()(tracking_cli.register)
 train.command()(tracking_cli.sync)
 train.command()(run_command.run)
+train.command(epilog=submit_command.EPILOG)(submit_command.submit)
 
 
 def _interactive() -> bool:

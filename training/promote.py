@@ -17,13 +17,8 @@ from datetime import UTC, datetime
 
 from services.client import TLS
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
-from training.promotion.errors import (
-    BusyError,
-    GatesRefusedError,
-    RollbackError,
-    exit_code,
-    one_line,
-)
+from training.command_line import one_line
+from training.promotion.errors import BusyError, GatesRefusedError, RollbackError, exit_code
 from training.promotion.gates import GatesConfig
 from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Entry, Kind, Ledger, Outcome
 from training.promotion.listening import Examination, Judges

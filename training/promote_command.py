@@ -6,7 +6,6 @@ milonga promote --rollback
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import FieldViolation, InvalidInputError
+from training.command_line import exit_codes, timed_lines
+from training.promotion.errors import EXIT_CODES
 
 if TYPE_CHECKING:
     from services.client import TLS
     from training.promote import Done
     from training.promotion.registry import Registry, Version
-    from training.promotion.target import Target, Tell
+    from training.promotion.target import Target
 
 EPILOG = (
     "Exit codes: 0 done · 2 wrong input, or the model was refused · 3 the gates refused · 4 it did not come "
@@ -171,7 +172,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Of --history: as JSON.")] = False,
 ) -> None:
     """Roll a registered version through gates into the service, and back if they fail."""
-    with _exit_codes(), _termination_interrupts():
+    with exit_codes(EXIT_CODES), _termination_interrupts():
         given = [
             name
             for name, one in (
@@ -210,7 +211,7 @@ def run(
             ),
             registry=registry,
             ledger=ledger,
-            tell=_tell(),
+            tell=timed_lines(),
             alias=alias,
             deadline=deadline,
             # A local challenger is ours, and speaks no TLS.
@@ -253,7 +254,7 @@ def _open_target(
 
     return KubernetesTarget(
         connect_cluster(namespace, context),
-        tell=_tell(),
+        tell=timed_lines(),
         inside=context is None and in_cluster(),
         tls=tls,
         generation_address=generation_address,
@@ -309,30 +310,6 @@ def _tls(
     if not (tls or ca or cert or key or server_name):
         return None
     return TLS(ca_file=ca, cert_file=cert, key_file=key, server_name=server_name)
-
-
-def _tell() -> "Tell":
-    """Lines for people, on standard error, with the seconds since the start."""
-    start = time.monotonic()
-
-    def tell(line: str) -> None:
-        typer.echo(f"{time.monotonic() - start:7.1f} s  {line}", err=True)
-
-    return tell
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """End with the exit codes of a promotion, which are finer than those of other commands."""
-    try:
-        yield
-    except (MilongaError, KeyboardInterrupt) as error:
-        if os.environ.get("MILONGA_DEBUG"):
-            raise
-        from training.promotion.errors import exit_code, one_line
-
-        typer.echo(f"error: {one_line(error)}", err=True)
-        raise typer.Exit(exit_code(error)) from error
 
 
 @contextmanager

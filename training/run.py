@@ -13,11 +13,12 @@ from typing import Any
 
 from services.models.loading import load_tango
 from services.models.tango import clip_generator
-from services.runtime.model_uri import resolve
+from services.runtime.model_uri import ModelURI, resolve
 from training.config import flatten
 from training.evaluate import compared_names
 from training.finetune import PairData
 from training.preferences.scores import ScoresConfig
+from training.preferences.store import write_atomically
 from training.register import Provenance, Registered, register
 from training.run_folder import claim_folder
 from training.run_recipes import LoopRun
@@ -30,6 +31,8 @@ PRIMARY = "present_and_in_order"
 """The figure that decides, where the prompts' truth is known."""
 SEED = 7
 """Of the samples."""
+START = "start.txt"
+"""What the run began from, in its folder, where that was a registered version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +59,9 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     compared_names(
         ("base", "aligned"), config.evaluation.comparisons
     )  # wrong ones are told now, not at the end
-    with Tracker.start(config.name, output / "tracking", params=flatten(config)) as tracker:
+    params = flatten(config)
+    config = replace(config, start=settled_start(config.start, output))
+    with Tracker.start(config.name, output / "tracking", params=params) as tracker:
         judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
         policy, data = config.start, dict[str, str]()
         for number in range(config.rounds):
@@ -77,6 +82,20 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     return LoopResult(
         policy=Path(policy.removeprefix("file:")), registered=registered, report=report, lines=lines
     )
+
+
+def settled_start(uri: str, output: Path) -> str:
+    """`uri`; in the place of an alias the version that it pointed to when the run in `output` began.
+
+    Stages ask for it hours apart, and again after a pod was lost. Raises as `resolve`.
+    """
+    if ModelURI.parse(uri).scheme != "models":
+        return uri
+    path = output / START
+    if not path.exists():
+        found = resolve(uri)
+        write_atomically(path, f"models:/{found.name}/{found.version}#{found.digest}\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfig:

@@ -5,16 +5,21 @@ milonga train run --recipe tango2 --set preferences.captions.source=audiocaps.cs
 milonga train run --recipe mini-study
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from training.run_recipes import LoopRun
+    from training.study_recipes import StudyRun
 
 
 def run(
     recipe: Annotated[
-        str, typer.Option("--recipe", help="mini, smoke or tango2; a study: mini-study or study-smoke.")
+        str,
+        typer.Option("--recipe", help="align, mini, smoke or tango2; a study: mini-study or study-smoke."),
     ] = "mini",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
@@ -30,13 +35,10 @@ def run(
     A study is SFT, DPO, BATON and rounds of DPO side by side, with several training seeds, and nothing is
     registered. What is done is not done again: give the same command after whatever stopped it.
     """
-    from training.config import describe, override
-    from training.recipes import recipe as named
-    from training.run_recipes import RUNS, LoopRun
-    from training.study_recipes import STUDIES, StudyRun
+    from training.config import describe
+    from training.study_recipes import StudyRun
 
-    recipes: Mapping[str, Callable[[], LoopRun | StudyRun]] = {**RUNS, **STUDIES}
-    config = override(named(recipes, recipe), settings or [])
+    config = configured(recipe, settings or [])
     typer.echo(describe(config))
     if show:
         return
@@ -50,3 +52,14 @@ def run(
 
         lines = run_loop(config, folder).lines
     typer.echo("\n".join(["", *lines]))
+
+
+def configured(recipe: str, settings: Sequence[str]) -> "LoopRun | StudyRun":
+    """The whole config. Raises `InvalidInputError` where the recipe or a setting is none."""
+    from training.config import override
+    from training.recipes import recipe as named
+    from training.run_recipes import RUNS, LoopRun
+    from training.study_recipes import STUDIES, StudyRun
+
+    recipes: Mapping[str, Callable[[], LoopRun | StudyRun]] = {**RUNS, **STUDIES}
+    return override(named(recipes, recipe), settings)

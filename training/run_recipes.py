@@ -48,7 +48,7 @@ class LoopRun:
     dpo: DpoTraining
     evaluation: EvaluationConfig
     start: str = "mini-base"
-    """URI of the model that is aligned."""
+    """URI of the model that is aligned. An alias counts as it stands when the run begins."""
     with_reward: bool = True
     """Train the reward model; otherwise `preferences.scores` says who judges."""
     with_sft: bool = False
@@ -101,6 +101,15 @@ def run_mini() -> LoopRun:
     )
 
 
+def run_align() -> LoopRun:
+    """What the training Job does in a cluster (`k8s/jobs/align.yaml`): `mini` as it is, by a name of its own.
+
+    As it is, it needs the pod and the registry, and no service. To go on from what is served: ``start=
+    models:/milonga-tango@champion``. Clips and scores from services: docs/training.md.
+    """
+    return replace(run_mini(), name="align")
+
+
 def run_smoke() -> LoopRun:
     """Every stage in as few steps as it takes to go through it. It learns nothing."""
     return LoopRun(
@@ -141,6 +150,7 @@ def run_tango2() -> LoopRun:
 
 
 RUNS: Final[Mapping[str, Callable[[], LoopRun]]] = {
+    "align": run_align,
     "mini": run_mini,
     "smoke": run_smoke,
     "tango2": run_tango2,

@@ -45,6 +45,7 @@ def test_build_context_holds_what_the_wheel_is_built_of() -> None:
         project["project"]["readme"],
         *project["project"]["license-files"],
         wheel["hooks"]["custom"]["path"],
+        *wheel["hooks"]["custom"]["force-include"],
         *(package.partition("/")[0] for package in wheel["packages"]),
     }
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()

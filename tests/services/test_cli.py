@@ -99,7 +99,8 @@ def test_exit_codes(error: BaseException, code: int) -> None:
 
 
 def test_every_error_of_the_tree_but_its_root_has_an_exit_code() -> None:
-    assert {kind for kind in MilongaError.__subclasses__() if cli.exit_code(kind.__new__(kind)) == 1} == set()
+    tree = [kind for kind in MilongaError.__subclasses__() if kind.__module__ == MilongaError.__module__]
+    assert {kind for kind in tree if cli.exit_code(kind.__new__(kind)) == 1} == set()
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from services.errors import InvalidInputError, MilongaError
+from services.errors import InvalidInputError, MilongaError, ModelNotFoundError
+from services.models.mini import mini_folder
 from services.runtime.model_uri import resolve
-from training.run import headline, outcome, run_loop
-from training.run_recipes import RUNS, run_smoke
+from training.config import differences, flatten
+from training.register import register
+from training.run import headline, outcome, run_loop, settled_start
+from training.run_recipes import RUNS, run_align, run_mini, run_smoke
 from training.stages import launch
 
 
@@ -56,6 +59,26 @@ def test_a_launched_program_that_fails_says_which(tmp_path: Path) -> None:
 def test_every_recipe_of_the_loop_is_a_whole_config(name: str) -> None:
     config = RUNS[name]()
     assert config.rounds == 1 and config.samples
+
+
+def test_the_training_job_runs_mini_and_needs_neither_a_service_nor_the_network() -> None:
+    config = run_align()
+    assert differences(flatten(run_mini()), flatten(config)) == ["name was mini, is align"]
+    assert config.start == "mini-base"
+    services = {name: value for name, value in flatten(config).items() if name.endswith("server")}
+    assert services and not any(services.values())
+
+
+def test_an_alias_counts_as_it_stood_when_the_run_began(store: str, tmp_path: Path) -> None:
+    assert settled_start("mini-base", tmp_path) == "mini-base"
+    assert not list(tmp_path.glob("*.txt"))
+    with pytest.raises(ModelNotFoundError, match="milonga-tango@champion is not in the registry"):
+        settled_start("models:/milonga-tango@champion", tmp_path)
+    first = register(mini_folder("mini-base"), alias="champion")
+    assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri
+    register(mini_folder("mini"), alias="champion")
+    assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri
+    assert resolve(first.uri).digest == first.digest
 
 
 def test_the_outcome_tells_what_decides_and_leaves_out_what_is_not_there() -> None:

@@ -3,65 +3,33 @@
 What its Role must allow stands with each; nothing else is called.
 """
 
-import json
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
-from training.promotion.locks import ConflictError, Json
+from training.cluster import PATIENCE_SECONDS, RAW, Json, Namespace, connect, in_cluster
 from training.promotion.target import Pin
+
+__all__ = ["FIELD_MANAGER", "NAME_LABEL", "PIN_ANNOTATION", "Cluster", "connect_cluster", "in_cluster"]
 
 PIN_ANNOTATION: Final = "milonga.dev/pin"
 """Annotation of the pod template, and so of the pods, that promotion owns."""
 FIELD_MANAGER: Final = "milonga-promote"
 """Owner of that field in server-side apply."""
 NAME_LABEL: Final = "app.kubernetes.io/name"
-TIMEOUT_SECONDS: Final = (5.0, 20.0)
-"""To connect, and to wait for an answer."""
-PATIENCE_SECONDS: Final = 30.0
-"""How long an API server that does not answer is asked again, once it has answered."""
 
 _APPLY: Final = "application/apply-patch+yaml"
 _MERGE: Final = "application/merge-patch+json"
-_SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_AGAIN: Final = (429, 500, 502, 503, 504)
 
 
-class Cluster:
-    """A namespace of a cluster.
+class Cluster(Namespace):
+    """A namespace of a cluster, as a promotion needs it."""
 
-    Every call raises `ServiceUnavailableError` where the API server does not answer, or forbids it.
-    """
-
-    def __init__(
-        self, namespace: str, *, configuration: Any, where: str, patience: float = PATIENCE_SECONDS
-    ) -> None:
-        """Nothing is called yet.
-
-        Args:
-            namespace: of everything that is asked for.
-            configuration: of the client, as `connect_cluster` makes it.
-            where: the cluster, for people.
-            patience: see `PATIENCE_SECONDS`.
-        """
-        from kubernetes import client
-
-        self.namespace, self.where = namespace, where
-        self.configuration = configuration
-        self._patience, self._answered = patience, False
-        # Called by the thread that renews the lock as well, and a client is not for two.
-        self._local = threading.local()
-        self._client = client
+    RIGHTS: ClassVar[str] = "docs/promotion.md"
 
     def deployment(self, name: str) -> Json:
         """A Deployment. Role: get of deployments."""
         return self._found(
             f"the Deployment {name}",
-            lambda: self._apps.read_namespaced_deployment(name, self.namespace, **_RAW),
+            lambda: self._apps.read_namespaced_deployment(name, self.namespace, **RAW),
         )
 
     def apply_pin(self, name: str, pin: Pin | None) -> Json:
@@ -86,7 +54,7 @@ class Cluster:
                 field_manager=FIELD_MANAGER,
                 force=True,
                 _content_type=_APPLY,
-                **_RAW,
+                **RAW,
             ),
         )
 
@@ -98,7 +66,7 @@ class Cluster:
                 *(name, self.namespace, {"spec": {"replicas": replicas}}),
                 field_manager=FIELD_MANAGER,
                 _content_type=_MERGE,
-                **_RAW,
+                **RAW,
             ),
         )
 
@@ -107,7 +75,7 @@ class Cluster:
         found = self._found(
             f"the namespace {self.namespace}",
             lambda: self._core.list_namespaced_pod(
-                self.namespace, label_selector=f"{NAME_LABEL}={name}", **_RAW
+                self.namespace, label_selector=f"{NAME_LABEL}={name}", **RAW
             ),
         )
         items: list[Json] = found["items"]
@@ -115,7 +83,7 @@ class Cluster:
 
     def read_lease(self, name: str) -> Json | None:
         """A Lease. Role: get of leases."""
-        return self._call(lambda: self._coordination.read_namespaced_lease(name, self.namespace, **_RAW))
+        return self._call(lambda: self._coordination.read_namespaced_lease(name, self.namespace, **RAW))
 
     def create_lease(self, name: str, spec: Json) -> Json:
         """Make a Lease that the manifests should have made. Role: create of leases."""
@@ -127,7 +95,7 @@ class Cluster:
         }
         return self._found(
             f"the namespace {self.namespace}",
-            lambda: self._coordination.create_namespaced_lease(self.namespace, body, **_RAW),
+            lambda: self._coordination.create_namespaced_lease(self.namespace, body, **RAW),
         )
 
     def replace_lease(self, lease: Json) -> Json:
@@ -135,7 +103,7 @@ class Cluster:
         name = lease["metadata"]["name"]
         return self._found(
             f"the Lease {name}",
-            lambda: self._coordination.replace_namespaced_lease(name, self.namespace, lease, **_RAW),
+            lambda: self._coordination.replace_namespaced_lease(name, self.namespace, lease, **RAW),
         )
 
     def forward(self, pod: str, port: int) -> Any:
@@ -152,122 +120,12 @@ class Cluster:
         return self._client.AppsV1Api(self._api)
 
     @property
-    def _core(self) -> Any:
-        return self._client.CoreV1Api(self._api)
-
-    @property
     def _coordination(self) -> Any:
         return self._client.CoordinationV1Api(self._api)
-
-    @property
-    def _api(self) -> Any:
-        if not hasattr(self._local, "api"):
-            self._local.api = self._client.ApiClient(self.configuration)
-        return self._local.api
-
-    def _found(self, what: str, call: Callable[[], Any]) -> Json:
-        """The answer, which must be there."""
-        answer = self._call(call)
-        if answer is None:
-            raise InvalidInputError(
-                FieldViolation(
-                    what,
-                    f"is not in the namespace {self.namespace} of {self.where}, or there is no such "
-                    "namespace; give --namespace or --context, or apply the manifests",
-                )
-            )
-        return answer
-
-    def _call(self, call: Callable[[], Any]) -> Json | None:
-        """The answer as JSON; None for 404. What may come right is asked again, for a while."""
-        end = time.monotonic() + self._patience
-        wait = 0.25
-        while True:
-            try:
-                answer: Json = json.loads(call().data)
-            except Exception as error:
-                failure = self._explained(error)
-                if failure is None:
-                    return None
-                again = _status(error) in (None, *_AGAIN) and self._answered
-                if not again or time.monotonic() + wait > end:
-                    raise failure from error
-                time.sleep(wait)
-                wait = min(4.0, 2 * wait)
-            else:
-                self._answered = True
-                return answer
-
-    def _explained(self, error: Exception) -> MilongaError | None:
-        """The error as ours; None where something is not there."""
-        status = _status(error)
-        reason = _reason(error)
-        if status == 404:
-            return None
-        if status == 409:
-            return ConflictError(reason)
-        if status in (401, 403):
-            return ServiceUnavailableError(
-                f"{self.where} does not permit it: {reason}; see docs/promotion.md for the Role, or give "
-                "another --context"
-            )
-        if status is not None and 400 <= status < 500 and status != 429:
-            return MilongaError(f"{self.where} refused a request of ours ({status}): {reason}")
-        return ServiceUnavailableError(
-            f"{self.where} can't be reached: {reason}; start it, or give another --context"
-        )
 
 
 def connect_cluster(
     namespace: str, context: str | None = None, *, patience: float = PATIENCE_SECONDS
 ) -> Cluster:
-    """The cluster that we run in, or the one that kubeconfig names.
-
-    Raises `InvalidInputError` where there is neither, or no such context.
-    """
-    from kubernetes import client, config
-
-    configuration = client.Configuration()
-    try:
-        if context is None and in_cluster():
-            config.load_incluster_config(client_configuration=configuration)
-            where = "the cluster"
-        else:
-            # The client reads KUBECONFIG too, but when it is imported.
-            files = os.environ.get("KUBECONFIG", config.KUBE_CONFIG_DEFAULT_LOCATION)
-            config.load_kube_config(files, context, configuration)
-            where = f"the cluster {configuration.host}"
-    except Exception as error:  # ConfigException, and whatever broken YAML raises
-        reason = " ".join(str(error).split())[:200]
-        raise InvalidInputError(
-            FieldViolation(
-                "--context",
-                f"{'is ' + context + ': ' if context else ''}no cluster can be chosen: {reason}; set "
-                "KUBECONFIG, or give --context, or --target local",
-            )
-        ) from error
-    configuration.retries = False  # ours know what may be asked again
-    return Cluster(namespace, configuration=configuration, where=where, patience=patience)
-
-
-def in_cluster() -> bool:
-    """Whether we run in a pod, which reaches other pods and Services by itself."""
-    return (_SERVICE_ACCOUNT / "token").exists()
-
-
-def _status(error: Exception) -> int | None:
-    """HTTP status; None where none came."""
-    status = getattr(error, "status", None)
-    return status if isinstance(status, int) and status else None
-
-
-def _reason(error: Exception) -> str:
-    """What the API server says, or why it says nothing."""
-    try:
-        body: Mapping[str, Any] = json.loads(getattr(error, "body", None) or "")
-        return " ".join(str(body["message"]).split())[:300]
-    except (ValueError, KeyError, TypeError):
-        return " ".join(str(getattr(error, "reason", None) or error).split())[-300:]
-
-
-_RAW: Final[Mapping[str, Any]] = {"_preload_content": False, "_request_timeout": TIMEOUT_SECONDS}
+    """The cluster that we run in, or the one that kubeconfig names. Raises as `training.cluster.connect`."""
+    return connect(Cluster, namespace, context, patience=patience, otherwise=", or --target local")

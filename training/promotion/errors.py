@@ -27,6 +27,7 @@ from services.errors import (
     ServiceUnavailableError,
     UnauthenticatedError,
 )
+from training import command_line
 
 
 class PromotionError(MilongaError):
@@ -71,14 +72,4 @@ EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
 
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` ends `milonga promote` with."""
-    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), 1)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, for people, in one line."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    text = " ".join(str(error).split())
-    if isinstance(error, MilongaError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return command_line.exit_code(error, EXIT_CODES)

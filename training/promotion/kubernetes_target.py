@@ -9,12 +9,13 @@ from typing import Final
 
 from services.client import TLS
 from services.errors import FieldViolation, InvalidInputError
+from training.pods import Json
 from training.promotion.asking import CALLS, VERIFY_SECONDS, check_digest, served_model
 from training.promotion.cluster import Cluster
 from training.promotion.errors import RolloutError
 from training.promotion.forwarding import Forwarding
 from training.promotion.locks import LEASE_SECONDS, LeaseLock, lease_lock
-from training.promotion.rollouts import Json, fault_of, is_complete, pin_of, ready_pods, story
+from training.promotion.rollouts import fault_of, is_complete, pin_of, ready_pods, story
 from training.promotion.target import Pin, Tell, digest_of
 
 GENERATION: Final = "generation"

@@ -9,10 +9,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from services.errors import MilongaError, OutputError
 from services.runtime.registry import cache_folder
+from training.cluster import ConflictError, Json
 from training.promotion.errors import BusyError
 from training.promotion.ledger import whoami
 from training.promotion.target import Tell
@@ -24,12 +25,6 @@ LEASE_SECONDS: Final = 30.0
 RENEWALS: Final = 3
 """Renewals in that time."""
 POLL_SECONDS: Final = 1.0
-
-Json = dict[str, Any]
-
-
-class ConflictError(MilongaError):
-    """The object was changed since it was read. Caught here."""
 
 
 class Leases(Protocol):

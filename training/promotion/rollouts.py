@@ -1,12 +1,11 @@
 """How a rollout stands, from what the API says of a Deployment and its pods. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
+from training.pods import Json, condition, containers, how_it_ended, short, waits_for
 from training.promotion.cluster import PIN_ANNOTATION
 from training.promotion.target import Pin
-
-Json = Mapping[str, Any]
 
 HOPELESS: Final = (
     *("ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"),
@@ -17,7 +16,6 @@ TRANSIENT_EXIT_CODE: Final = 3
 """Exit code of `milonga` where a service, above all the registry, does not answer: it may come back."""
 TRIES: Final = 3
 """Starts of a container that may fail so, or for a reason that is not known."""
-_MESSAGE_CHARACTERS: Final = 400
 
 
 def is_complete(deployment: Json) -> bool:
@@ -43,7 +41,7 @@ def ready_pods(pods: Sequence[Json]) -> list[Json]:
     return [
         pod
         for pod in pods
-        if not pod["metadata"].get("deletionTimestamp") and _condition(pod, "Ready").get("status") == "True"
+        if not pod["metadata"].get("deletionTimestamp") and condition(pod, "Ready").get("status") == "True"
     ]
 
 
@@ -55,7 +53,7 @@ def pin_of(thing: Json) -> Pin | None:
 def fault_of(pods: Sequence[Json], pin: Pin) -> str | None:
     """Why the pods of `pin` will never be ready, if that can be told already."""
     for pod in pinned_pods(pods, pin):
-        for kind, status in _containers(pod):
+        for kind, status in containers(pod):
             if text := _fault(kind, status):
                 return f"pod {pod['metadata']['name']}, {kind} {status['name']}: {text}"
     return None
@@ -65,7 +63,7 @@ def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
     """How far it is, and what each pod that is not ready waits for."""
     status, wanted = deployment.get("status") or {}, deployment["spec"].get("replicas", 1)
     own = pinned_pods(pods, pin)
-    waiting = [f"pod {pod['metadata']['name']}: {_waits_for(pod)}" for pod in own if not ready_pods([pod])]
+    waiting = [f"pod {pod['metadata']['name']}: {waits_for(pod)}" for pod in own if not ready_pods([pod])]
     progress = next(
         (
             one.get("message", "")
@@ -79,19 +77,11 @@ def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
     return "; ".join([*parts, progress] if progress else parts)
 
 
-def _containers(pod: Json) -> Iterator[tuple[str, Json]]:
-    status = pod.get("status") or {}
-    for one in status.get("initContainerStatuses") or ():
-        yield "init container", one
-    for one in status.get("containerStatuses") or ():
-        yield "container", one
-
-
 def _fault(kind: str, status: Json) -> str | None:
     state = status.get("state") or {}
     waiting = state.get("waiting") or {}
     if waiting.get("reason") in HOPELESS:
-        return f"{waiting['reason']}: {_short(waiting.get('message', ''))}"
+        return f"{waiting['reason']}: {short(waiting.get('message', ''))}"
     ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated") or {}
     if not ended.get("exitCode"):
         return None
@@ -99,44 +89,5 @@ def _fault(kind: str, status: Json) -> str | None:
     # Wrong input and refused weights stay so; anything else gets another try or two.
     hopeless = code == 2 or (kind == "init container" and code != TRANSIENT_EXIT_CODE)
     if hopeless or restarts >= TRIES or (kind == "container" and waiting.get("reason") == "CrashLoopBackOff"):
-        return f"ended with {_ended(ended)}"
+        return f"ended with {how_it_ended(ended)}"
     return None
-
-
-def _ended(ended: Json) -> str:
-    reason = ended.get("reason", "Error")
-    what = f"exit code {ended['exitCode']}" + ("" if reason == "Error" else f" ({reason})")
-    message = _last_words(ended.get("message", ""))
-    return f"{what}: {message}" if message else what
-
-
-def _last_words(log: str) -> str:
-    """Of the end of a log: the refusal, if there is one, else the last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    refusals = [line for line in lines if line.startswith("error: ")]
-    return _short((refusals or lines or [""])[-1].removeprefix("error: "))
-
-
-def _waits_for(pod: Json) -> str:
-    scheduled = _condition(pod, "PodScheduled")
-    if scheduled.get("status") == "False":
-        return f"{scheduled.get('reason', 'not scheduled')}: {_short(scheduled.get('message', ''))}"
-    for kind, status in _containers(pod):
-        state = status.get("state") or {}
-        if waiting := state.get("waiting"):
-            why = f"{waiting.get('reason', '')} {_short(waiting.get('message', ''))}".strip()
-            return f"{kind} {status['name']} waits: {why}"
-        if kind == "init container" and "running" in state:
-            return f"{kind} {status['name']} is running"
-        if kind == "container" and not status.get("ready"):
-            return f"{kind} {status['name']} is running and not ready"
-    return str((pod.get("status") or {}).get("phase", "not known"))
-
-
-def _condition(pod: Json, kind: str) -> Json:
-    conditions = (pod.get("status") or {}).get("conditions") or ()
-    return next((one for one in conditions if one.get("type") == kind), {})
-
-
-def _short(text: str) -> str:
-    return " ".join(str(text).split())[:_MESSAGE_CHARACTERS]

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import grpc
 from kubernetes import client
 
 from milonga.v1 import generation_pb2, generation_pb2_grpc, model_pb2
+from training.cluster import Namespace
 from training.promotion.cluster import PIN_ANNOTATION, Cluster
 
 Json = dict[str, Any]
+Calls = TypeVar("Calls", bound=Namespace)
 
 
 @dataclass
@@ -99,8 +101,8 @@ class Api:
             },
         }
 
-    def answer(self, asked: Asked) -> tuple[int, Json]:
-        """What a request gets."""
+    def answer(self, asked: Asked) -> tuple[int, Json | Iterator[str]]:
+        """What a request gets: an object, or a text as it comes about."""
         self.asked.append(asked)
         for pattern, (code, message) in self.status.items():
             if re.search(pattern, f"{asked.method} {asked.path}"):
@@ -175,6 +177,13 @@ def weights_served() -> Iterator[tuple[Weights, int]]:
 @contextlib.contextmanager
 def api_served(api: Api, *, patience: float = 0.5) -> Iterator[Cluster]:
     """The official client of a real HTTP server."""
+    with namespace_served(api, Cluster, patience=patience) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def namespace_served(api: Api, kind: type[Calls], *, patience: float = 0.5) -> Iterator[Calls]:
+    """It, with the calls of `kind`."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -191,8 +200,15 @@ def api_served(api: Api, *, patience: float = 0.5) -> Iterator[Cluster]:
                 json.loads(text or b"null"),
             )
             code, answer = api.answer(asked)
-            body = json.dumps(answer).encode()
             self.send_response(code)
+            if not isinstance(answer, dict):
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for part in answer:
+                    self.wfile.write(f"{len(part.encode()):x}\r\n{part}\r\n".encode())
+                self.wfile.write(b"0\r\n\r\n")
+                return
+            body = json.dumps(answer).encode()
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -211,7 +227,7 @@ def api_served(api: Api, *, patience: float = 0.5) -> Iterator[Cluster]:
     configuration.host = f"http://127.0.0.1:{server.server_port}"
     configuration.retries = False
     try:
-        yield Cluster("milonga", configuration=configuration, where="the cluster test", patience=patience)
+        yield kind("milonga", configuration=configuration, where="the cluster test", patience=patience)
     finally:
         server.shutdown()
         server.server_close()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from services.errors import ServiceUnavailableError
+from training.cluster import ConflictError, Json
 from training.promotion.errors import BusyError
-from training.promotion.locks import LEASE, ConflictError, Json, file_lock, holder_of, lease_lock
+from training.promotion.locks import LEASE, file_lock, holder_of, lease_lock
 
 SECONDS = 1.0
 
