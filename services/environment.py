@@ -1,4 +1,4 @@
-"""The one place with the environment switches that keep libraries from calling home, and quiet.
+"""The one place with the environment switches that keep libraries from calling elsewhere, and quiet.
 
 Call `quiet_libraries` before the first import of transformers, diffusers or huggingface_hub: they read the
 switches when they are imported. What the user has set already stays as it is.
@@ -14,6 +14,10 @@ SWITCHES: dict[str, str] = {
     "DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GRADIO_ANALYTICS_ENABLED": "False",
+    # Artifacts pass through the MLflow server. Otherwise its client asks for addresses in the server's S3,
+    # which may be out of reach, and waits for minutes.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     # Prompts are short: threads gain nothing, and a later fork makes tokenizers warn about them.
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
