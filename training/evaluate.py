@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError
 from training.config import flatten
@@ -53,6 +52,7 @@ from training.metrics.sources import (
     same_seeds,
 )
 from training.preferences.store import digest_of, write_atomically, write_rows
+from training.progress import progress
 from training.run_folder import finished_report
 
 REPORT, TABLES, HEARD = "report.json", "report.md", "clips.jsonl"
@@ -90,7 +90,7 @@ def evaluate(
     # What can't be read of one model is left out of all: every column is of the same clips.
     splits = split_units(plan, np.logical_and.reduce([one.readable_N for one in heard.values()]))
     names = list(heard)
-    bar = tqdm(total=len(splits) * len(names), desc="intervals", unit="table", disable=None)
+    bar = progress(total=len(splits) * len(names), desc="intervals", unit="table")
     measured: dict[str, dict[str, Measured]] = {name: {} for name in names}
     with bar:
         for split, units in splits.items():

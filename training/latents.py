@@ -10,7 +10,6 @@ N samples.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from services.errors import OutputError
 from services.models.clap import Waveform
@@ -34,6 +32,7 @@ from services.models.mel import LogMel
 from services.resampling import resample
 from training.examples import Clip
 from training.mini.latents import mel_frames
+from training.progress import progress
 
 CLIPS = 16
 """Clips of one pass through the autoencoder: always as many, so that a clip's latents do not depend, not by a
@@ -292,12 +291,8 @@ class Latents:
         """Encode clips by digest; what can't be read is put into `unreadable`."""
         # In the order of the data, so that what lies side by side on disk is read once.
         todo = sorted(missing.items(), key=lambda item: item[1])
-        bar = tqdm(
-            total=len(todo),
-            desc="latents",
-            unit="clip",
-            disable=self.accelerator.process_index > 0 or not todo,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        bar = progress(
+            total=len(todo), desc="latents", unit="clip", disable=self.accelerator.process_index > 0
         )
         with bar:
             for shard in _parts(todo, SHARD):

@@ -32,9 +32,9 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError
+from training.progress import progress
 from training.run_folder import CHECKPOINTS, JOURNAL, Journal, load_checkpoint, save_checkpoint
 
 Positions = NDArray[np.int64]
@@ -242,13 +242,12 @@ class _Loop:
             stopped = stack.enter_context(_stop_on_signals())
             journal = stack.enter_context(Journal(self.folder / JOURNAL, state.step)) if main else None
             bar = stack.enter_context(
-                tqdm(
+                progress(
                     initial=state.step,
                     total=self.config.steps,
                     desc=self.title,
                     unit="step",
                     disable=not main,
-                    mininterval=0.5 if sys.stderr.isatty() else 10.0,
                 )
             )
             self.module.train()

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
 from services.models.clap import AudioTokens, ClapModel, TextTokens, Waveform
 from training.examples import Clip, Examples, read_labelled, read_pairs
+from training.progress import progress
 from training.reward_scenes import SPLITS, SoundworldData, soundworld_examples
 from training.soundworld.scenes import Split, split_of
 
@@ -166,7 +166,7 @@ class ClapTokens:
             num_workers=self.workers if len(missing) > BATCH else 0,
             collate_fn=list,
         )
-        bar = tqdm(total=len(missing), desc="CLAP tokens", unit="clip", disable=rank > 0 or not missing)
+        bar = progress(total=len(missing), desc="CLAP tokens", unit="clip", disable=rank > 0)
         made: dict[str, _Entry] = {}
         with bar:
             for place, batch in enumerate(reading):

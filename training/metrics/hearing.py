@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from services.errors import FieldViolation, InvalidInputError
 from training.examples import Clip, FileClip
@@ -23,6 +22,7 @@ from training.metrics.prompts import Prompt
 from training.metrics.sources import Asked
 from training.preferences.scorers import LoadedReward, LoadedScorer, load_reward_scorer
 from training.preferences.store import batches
+from training.progress import progress
 
 _LISTED = 5
 
@@ -98,7 +98,7 @@ def hear_references(plan: Sequence[Asked], panel: Panel, config: EvaluationConfi
     spaces: dict[str, list[Embeddings]] = {label: [] for label in panel.embedders}
     rows: dict[Clip, int] = {}
     unreadable: dict[str, str] = {}
-    bar = tqdm(total=len(clips), desc="references", unit="clip", disable=None if clips else True)
+    bar = progress(total=len(clips), desc="references", unit="clip")
     with bar:
         for batch in batches(clips, config.batch):
             read = _read(batch, unreadable)
@@ -129,7 +129,7 @@ def hear(
     parts: dict[str, list[Embeddings]] = {label: [] for label in panel.embedders}
     readable: list[int] = []
     unreadable: dict[str, str] = {}
-    bar = tqdm(total=len(plan), desc=f"hearing {name}", unit="clip", disable=None)
+    bar = progress(total=len(plan), desc=f"hearing {name}", unit="clip")
     with bar:
         for numbers in batches(range(len(plan)), config.batch):
             read = _read([FileClip(path=files[number]) for number in numbers], unreadable)

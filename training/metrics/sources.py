@@ -19,7 +19,6 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from services.engine import ClipReady, Engine, EngineConfig, Event, Failed, Finished
 from services.errors import FieldViolation, InvalidInputError
@@ -29,6 +28,7 @@ from services.runtime.model_uri import EMBEDDED, ModelURI, ResolvedModel, resolv
 from training.metrics.config import EvaluationConfig
 from training.metrics.prompts import Prompt, read_prompts, world_prompts
 from training.preferences.store import digest_of, write_atomically
+from training.progress import progress
 
 INDEX = "index.jsonl"
 """The list of clips in a folder that `milonga generate --prompts` wrote."""
@@ -169,7 +169,7 @@ def _generate(
     # One shape of batch: a clip is the same whichever others are missing.
     shapes = EngineConfig(batch_shapes=(config.batch,), exact=True, max_queue=max(64, 2 * config.batch))
     events: queue.SimpleQueue[tuple[Asked, Event]] = queue.SimpleQueue()
-    bar = tqdm(total=len(missing), desc=source.name, unit="clip", disable=None)
+    bar = progress(total=len(missing), desc=source.name, unit="clip")
     with Engine(pipeline, shapes) as engine, bar:
 
         def start(asked: Asked) -> None:

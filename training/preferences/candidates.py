@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import soundfile
-from tqdm import tqdm
 
 from services.client import ModelVersion
 from services.errors import OutputError
@@ -38,6 +37,7 @@ from training.preferences.store import (
     write_json,
     write_rows,
 )
+from training.progress import progress
 
 CLIPS = "clips"
 FREE: Final = ("source.device", "source.threads", "source.in_flight", "source.timeout", "source.server")
@@ -293,9 +293,7 @@ def _make(
             return row
 
         try:
-            with tqdm(
-                total=len(jobs), initial=len(rows), desc="candidates", unit="clip", disable=None
-            ) as bar:
+            with progress(total=len(jobs), initial=len(rows), desc="candidates", unit="clip") as bar:
                 stop = None if opened is None else opened.close
                 for (identity, _), row in side_by_side(work, missing, config.source.in_flight, stop):
                     log.append(row)

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from services.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from training.config import Plain, flatten
@@ -32,6 +31,7 @@ from training.preferences.store import (
     write_atomically,
     write_rows,
 )
+from training.progress import progress
 from training.soundworld.scenes import SceneConfig, draw_caption
 
 CAPTIONS = "captions.jsonl"
@@ -242,7 +242,7 @@ def _embed(
 ) -> NDArray[np.float32]:
     """Embeddings [N, D]; those of each `_SHARD` captions are kept on disk."""
     parts = []
-    with tqdm(total=len(captions), desc="embeddings", unit="caption", disable=None) as bar:
+    with progress(total=len(captions), desc="embeddings", unit="caption") as bar:
         for part in batches(captions, _SHARD):
             path = folder / f"{digest_of(part)[:24]}.npy"
             vectors_BD = _load(path, len(part))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from services.runtime.audio import encode_audio
 from training.config import Plain, flatten
@@ -34,6 +33,7 @@ from training.preferences.store import (
     read_json,
     write_atomically,
 )
+from training.progress import progress
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -113,7 +113,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
     whole: list[Row] = []
     # Cut before the unreadable are left out: a file that is there holds what it would hold now.
     parts = list(batches(rows, config.rows_per_file))
-    with tqdm(total=len(rows), desc="data set", unit="pair", disable=None) as bar:
+    with progress(total=len(rows), desc="data set", unit="pair") as bar:
         for number, part in enumerate(parts):
             path = output / DATA / f"train-{number:05d}-of-{len(parts):05d}.parquet"
             kept = [row for row in part if not lost & {row[side] for side in SIDES}]
@@ -160,7 +160,7 @@ def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Pre
 
     unreadable: dict[Clip, str] = {}
     found = []
-    for preference in tqdm(preferences, desc="clips", unit="pair", disable=None):
+    for preference in progress(preferences, total=len(preferences), desc="clips", unit="pair"):
         clips = (preference.chosen, preference.rejected)
         if all(_is_readable(clip, unreadable) for clip in clips):
             found.append(preference)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from tqdm import tqdm
-
 from training.config import Plain, flatten
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
 from training.preferences.llm import FREE as LLM_FREE
@@ -19,6 +17,7 @@ from training.preferences.llm import LLMConfig, LLMPerturber
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Perturber, Strategy
 from training.preferences.rules import RulePerturber
 from training.preferences.store import Row, claim, file_digest, finish, side_by_side, write_rows
+from training.progress import progress
 
 PERTURBED = "perturbed.jsonl"
 
@@ -89,7 +88,7 @@ def perturb_captions(
             return error
 
     count = config.llm.in_flight if config.perturber == "llm" else 1
-    with tqdm(total=len(asked), desc="perturbed captions", unit="caption", disable=None) as bar:
+    with progress(total=len(asked), desc="perturbed captions", unit="caption") as bar:
         for item, answer in side_by_side(work, asked, count):
             if isinstance(answer, BadAnswerError):
                 bad[item] = str(answer)

@@ -15,7 +15,6 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from services.client import AudioClient
 from services.errors import MilongaError
@@ -35,6 +34,7 @@ from training.preferences.store import (
     side_by_side,
     write_rows,
 )
+from training.progress import progress
 
 SCORES = "scores.jsonl"
 REWARD = "reward"
@@ -122,9 +122,7 @@ def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Ro
             return judges.judge(heard) if heard else []
 
         services = config.server is not None or config.reward_server is not None
-        with tqdm(
-            total=len(rows), initial=len(rows) - len(missing), desc="scores", unit="clip", disable=None
-        ) as bar:
+        with progress(total=len(rows), initial=len(rows) - len(missing), desc="scores", unit="clip") as bar:
             count = config.in_flight if services else 1
             for part, found in side_by_side(work, batches(missing, config.batch), count):
                 for row in found:

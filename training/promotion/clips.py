@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from services.client import TLS, AudioClient, Generation
 from services.errors import InvalidInputError, MilongaError
 from services.runtime.registry import cache_folder
 from training.metrics.sources import Asked
 from training.preferences.store import RowLog, digest_of, side_by_side, write_atomically
+from training.progress import progress
 from training.promotion.errors import RolloutError
 from training.promotion.gates import GatesConfig
 
@@ -89,7 +89,7 @@ def served_clips(
                     lambda asked: _generate(client, asked, config, digest),
                     *(missing, config.in_flight, client.close),
                 )
-                for asked, generation in tqdm(made, desc=name, total=len(missing), unit="clip", disable=None):
+                for asked, generation in progress(made, desc=name, total=len(missing), unit="clip"):
                     write_atomically(files[asked], generation.clips[0].audio)
                     seconds[files[asked].name] = generation.timings.total
                     log.append({"file": files[asked].name, "seconds": generation.timings.total})

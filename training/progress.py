@@ -1,0 +1,49 @@
+"""Progress bars of long work; a line now and then where nobody sees a bar, as in the log of a Job."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Final, TextIO, TypeVar
+
+from tqdm import tqdm
+
+LINE_SECONDS: Final = 15.0
+"""Between two lines in a log."""
+
+T = TypeVar("T")
+
+
+def progress(
+    work: Iterable[T] | None = None,
+    *,
+    total: int,
+    desc: str,
+    unit: str,
+    initial: int = 0,
+    disable: bool = False,
+) -> "tqdm[T]":
+    """A bar of `tqdm`, on standard error."""
+    settings: dict[str, Any] = {"mininterval": 0.5}
+    if not sys.stderr.isatty():
+        settings = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1, "ncols": 110}
+        settings["file"] = _Lines(sys.stderr)
+    disable = disable or total == 0
+    return tqdm(work, total=total, desc=desc, unit=unit, initial=initial, disable=disable, **settings)
+
+
+class _Lines:
+    """Writes each state of a bar on a line of its own: collectors of logs keep a line back until it ends."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Take what a bar writes: its state, and how it gets over the state before."""
+        line = text.strip("\r\n ")
+        if line and line != self._last:
+            self._last = line
+            self._file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        self._file.flush()
