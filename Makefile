@@ -168,6 +168,16 @@ load-kind:
 	  $(KIND) load image-archive "$$archive" --name $(KIND_CLUSTER); \
 	done
 
+# The whole loop on the cluster of KUBECONFIG, whose namespace milonga it takes and deletes (docs/kubernetes.md).
+# LOAD_IMAGES puts images into it: its arguments are their names.
+LOAD_IMAGES ?= kind load docker-image --name $(KIND_CLUSTER)
+
+.PHONY: test-cluster
+test-cluster: protos $(KUBE)/.milonga-ready images ## Test the whole loop on a cluster (KUBECONFIG, BASE_IMAGE, LOAD_IMAGES; half an hour)
+	DOCKER_BUILDKIT=1 $(CONTAINER) build --tag $(call IMAGE,stores) --build-arg BASE_IMAGE=$(BASE_IMAGE) $(BUILD_FLAGS) tests/cluster/stores
+	$(LOAD_IMAGES) $(foreach image,$(IMAGES) stores,$(call IMAGE,$(image)))
+	$(BIN)/python -m pytest tests/cluster -x -v $(PYTEST_ARGS)
+
 .PHONY: mini
 mini: protos ## Train the embedded model family from scratch (hours; resumable)
 	$(BIN)/python -m training.mini

@@ -74,6 +74,11 @@ class Namespace:
         self._client = client
 
     @property
+    def title(self) -> str:
+        """The namespace, for people."""
+        return f"the namespace {self.namespace}"
+
+    @property
     def _core(self) -> Any:
         return self._client.CoreV1Api(self._api)
 
@@ -87,11 +92,12 @@ class Namespace:
         """The answer, which must be there."""
         answer = self._call(call)
         if answer is None:
+            place = self.where
+            if what != self.title:
+                place = f"{self.title} of {place}, or there is no such namespace"
             raise InvalidInputError(
                 FieldViolation(
-                    what,
-                    f"is not in the namespace {self.namespace} of {self.where}, or there is no such "
-                    "namespace; give --namespace or --context, or apply the manifests",
+                    what, f"is not in {place}; give --namespace or --context, or apply the manifests"
                 )
             )
         return answer

@@ -42,7 +42,7 @@ class Jobs(Namespace):
     def pods(self, uid: str) -> list[Json]:
         """The pods of the Job with this uid, oldest first. Role: list of pods."""
         found = self._found(
-            f"the namespace {self.namespace}",
+            self.title,
             lambda: self._core.list_namespaced_pod(
                 self.namespace, label_selector=f"batch.kubernetes.io/controller-uid={uid}", **RAW
             ),
@@ -52,7 +52,7 @@ class Jobs(Namespace):
     def warnings(self, uid: str) -> list[Json]:
         """Events of type Warning about the object with this uid. Role: list of events."""
         found = self._found(
-            f"the namespace {self.namespace}",
+            self.title,
             lambda: self._core.list_namespaced_event(
                 self.namespace, field_selector=f"involvedObject.uid={uid},type=Warning", **RAW
             ),

@@ -73,7 +73,7 @@ class Cluster(Namespace):
     def pods(self, name: str) -> list[Json]:
         """The pods that carry the name. Role: list of pods."""
         found = self._found(
-            f"the namespace {self.namespace}",
+            self.title,
             lambda: self._core.list_namespaced_pod(
                 self.namespace, label_selector=f"{NAME_LABEL}={name}", **RAW
             ),
@@ -94,7 +94,7 @@ class Cluster(Namespace):
             "spec": spec,
         }
         return self._found(
-            f"the namespace {self.namespace}",
+            self.title,
             lambda: self._coordination.create_namespaced_lease(self.namespace, body, **RAW),
         )
 
