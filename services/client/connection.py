@@ -1,5 +1,6 @@
 """Where the services are and how to speak to them: addresses, TLS, token, channels."""
 
+import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,8 @@ _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 # The empty name stands for the server as a whole.
 _HEALTH_CHECK: dict[str, Any] = {"healthCheckConfig": {"serviceName": ""}}
 
-# Of a gRPC name: `dns:///`, `dns://AUTHORITY/`, `ipv4:`.
-_SCHEME = re.compile(r"^(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)")
+# Of a gRPC name: `dns:///`, `ipv4:`. In `dns://AUTHORITY/` somebody else says where a name is.
+_SCHEME = re.compile(r"^(?:dns:(?:///)?|ipv4:|ipv6:)")
 
 Metadata = tuple[tuple[str, str], ...]
 """What travels with a call beside its message."""
@@ -117,7 +118,7 @@ class Connection:
         self.retries = retries
         self.metadata: Metadata = () if token is None else _authorization(token)
         config = _SERVICE_CONFIG | _HEALTH_CHECK if health_check else _SERVICE_CONFIG
-        self._options = _channel_options(retries, max_response_bytes, config, tls, channel_options)
+        self._options = _channel_options(max_response_bytes, config, tls, channel_options)
         self._credentials = None if tls is None else _credentials(tls)
 
     def address(self, argument: str, service: str) -> str:
@@ -151,19 +152,25 @@ class Connection:
 
     def open_channel(self, address: str) -> grpc.Channel:
         """Return a channel for blocking calls. It connects at its first call."""
+        options = self._options_for(address)
         if self._credentials is None:
-            return grpc.insecure_channel(address, options=self._options)
-        return grpc.secure_channel(address, self._credentials, options=self._options)
+            return grpc.insecure_channel(address, options=options)
+        return grpc.secure_channel(address, self._credentials, options=options)
 
     def open_async_channel(self, address: str) -> grpc.aio.Channel:
         """Return a channel for the running event loop. It connects at its first call."""
+        options = self._options_for(address)
         if self._credentials is None:
-            return grpc.aio.insecure_channel(address, options=self._options)
-        return grpc.aio.secure_channel(address, self._credentials, options=self._options)
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, self._credentials, options=options)
+
+    def _options_for(self, address: str) -> list[tuple[str, Any]]:
+        # A proxy of the environment would get what is meant for this machine, and could not deliver it.
+        proxy = [("grpc.enable_http_proxy", 0)] if _stays_here(address) else []
+        return [*proxy, *self._options]
 
 
 def _channel_options(
-    retries: int,
     max_response_bytes: int,
     service_config: Mapping[str, Any],
     tls: TLS | None,
@@ -180,7 +187,7 @@ def _channel_options(
         "grpc.service_config": json.dumps(service_config),
         "grpc.dns_min_time_between_resolutions_ms": _RESOLVE_MILLISECONDS,
         # Without a policy these are the transparent ones alone: of calls that never reached a service.
-        "grpc.enable_retries": int(retries > 0),
+        "grpc.enable_retries": 1,
     }
     if tls is not None and tls.server_name is not None:
         options["grpc.ssl_target_name_override"] = tls.server_name
@@ -205,5 +212,15 @@ def _stays_here(address: str) -> bool:
     """Whether what is sent to a gRPC name never leaves this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
-    hosts = [one.rpartition(":")[0] or one for one in _SCHEME.sub("", address).split(",")]
-    return all(host in ("localhost", "[::1]") or host.startswith("127.") for host in hosts)
+    return all(_is_loopback(one) for one in _SCHEME.sub("", address).split(","))
+
+
+def _is_loopback(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    host = (host if colon and port.isdecimal() else address).removeprefix("[").removesuffix("]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

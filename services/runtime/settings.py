@@ -35,7 +35,7 @@ class ServerSettings(BaseSettings):
     """Largest message that is taken in."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
     """Age at which a connection is closed gracefully, its calls finished, so that clients spread over
-    replicas, and leave one that drains before it refuses: so a little less than `drain_delay_seconds`.
+    replicas, and leave one that drains before it refuses: so less than `drain_delay_seconds`.
     None: never."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
     """On SIGTERM: how long to go on serving after readiness is off, until routers know (5 on Kubernetes)."""

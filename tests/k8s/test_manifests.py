@@ -491,5 +491,14 @@ def test_numbers_that_stand_twice_are_one() -> None:
 
 
 def test_kueue_gets_the_name_of_its_queue() -> None:
-    for job in of_kind(load("jobs", "kueue"), "Job").values():
-        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "milonga"
+    jobs = of_kind(load("jobs", "kueue"), "Job")
+    queues = {name: job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") for name, job in jobs.items()}
+    assert queues.pop("promote") is None
+    assert set(queues.values()) == {"milonga"}
+
+
+def test_promotion_does_not_give_way_to_what_it_rolls_out() -> None:
+    jobs = of_kind(overlay("production-jobs"), "Job")
+    classes = {name: pod(job)["priorityClassName"] for name, job in jobs.items()}
+    assert classes.pop("promote") == "milonga-serving"
+    assert set(classes.values()) == {"milonga-training"}

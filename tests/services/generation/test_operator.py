@@ -316,7 +316,14 @@ def test_without_a_token_there_is_no_such_rpc() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["generation:50051", "dns:///10.0.0.1:50051", "ipv4:127.0.0.1:1,10.0.0.1:1"]
+    "target",
+    [
+        "generation:50051",
+        "dns:///10.0.0.1:50051",
+        "ipv4:127.0.0.1:1,10.0.0.1:1",
+        "127.evil.example:1",
+        "dns://10.0.0.1/localhost:1",
+    ],
 )
 def test_a_token_does_not_leave_this_machine_in_plaintext(target: str) -> None:
     with (
