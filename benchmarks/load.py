@@ -299,7 +299,16 @@ def plot(calls: Sequence[Call], marks: Sequence[tuple[float, str]], path: Path) 
         below += counts / width
     for moment, what in marks:
         axes.axvline(moment, color="grey", linewidth=0.8)
-        axes.annotate(what, (moment, below.max()), rotation=90, va="top", ha="right", fontsize=7)
+        axes.annotate(
+            what,
+            (moment, 0.03),
+            xycoords=axes.get_xaxis_transform(),
+            rotation=90,
+            va="bottom",
+            ha="left",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0},
+        )
     axes.set(xlabel="seconds", ylabel="calls a second")
     figure.legend(loc="outside upper center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=120)

@@ -127,7 +127,7 @@ def test_better_weights_are_promoted(cluster: Cluster, registry: str, load: PodL
     cluster.milonga("train", "register", mini_folder("mini"))
     load.mark("promote mini")
     done = cluster.milonga(*PROMOTE)
-    load.mark("promoted")
+    load.mark("")
     cluster.transcript.figure("promotion with gates, s", done.seconds)
     assert digest(cluster.pin()) == MINI
     assert cluster.challengers() == 0
@@ -136,7 +136,7 @@ def test_better_weights_are_promoted(cluster: Cluster, registry: str, load: PodL
 def test_weights_worse_only_in_order_are_refused(cluster: Cluster, registry: str, load: PodLoad) -> None:
     load.mark("promote mini-base")
     done = cluster.milonga(*PROMOTE, "--version", "1", code=3)
-    load.mark("refused")
+    load.mark("")
     cluster.transcript.figure("refusal by gates, s", done.seconds)
     assert "present_and_in_order" in done.error
     assert digest(cluster.pin()) == MINI
@@ -156,7 +156,7 @@ def test_damaged_weights_do_not_come_up(cluster: Cluster, registry: str, load: P
     cluster.kubectl("-n", NAMESPACE, "exec", "deployment/s3", "--", "sh", "-c", damage)
     load.mark("promote damaged")
     done = cluster.milonga(*PROMOTE, *QUICK, code=4)
-    load.mark("failed")
+    load.mark("")
     cluster.transcript.figure("refusal of damaged weights, s", done.seconds)
     assert "sha256" in done.error or "digest" in done.error
     assert digest(cluster.pin()) == MINI
@@ -169,7 +169,7 @@ def test_an_image_that_cannot_be_pulled_is_said(cluster: Cluster, registry: str,
     )
     load.mark("image missing")
     done = cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=4)
-    load.mark("failed")
+    load.mark("")
     cluster.transcript.figure("failure by a missing image, s", done.seconds)
     assert "localhost/missing:1" in done.error
     cluster.kubectl("apply", "-k", HERE / "stack")
@@ -187,7 +187,7 @@ def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: s
         done = run.finish()
     finally:
         cluster.kubectl("uncordon", node)
-    load.mark("rolled back")
+    load.mark("")
     assert done.code == 4, done.output
     assert "unschedulable" in done.error
     assert digest(cluster.pin()) == MINI
@@ -197,13 +197,13 @@ def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: s
 def test_rollback(cluster: Cluster, registry: str, load: PodLoad) -> None:
     load.mark("rollback")
     done = cluster.milonga("promote", "--rollback")
-    load.mark("rolled back")
+    load.mark("")
     cluster.transcript.figure("rollback, s", done.seconds)
     assert digest(cluster.pin()) == BASE
     load.mark("promote mini")
     cluster.milonga("train", "register", mini_folder("mini"))
     cluster.milonga(*PROMOTE, *QUICK)
-    load.mark("promoted")
+    load.mark("")
     assert digest(cluster.pin()) == MINI
 
 
@@ -217,7 +217,7 @@ def test_a_promoter_that_died_in_the_gates_is_undone(cluster: Cluster, registry:
     assert run.finish().code == -signal.SIGKILL
     assert "--resume" in cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=5).error
     done = cluster.milonga("promote", "--resume")
-    load.mark("undone")
+    load.mark("")
     cluster.transcript.figure("resume that undoes, s", done.seconds)
     assert digest(cluster.pin()) == MINI
     assert cluster.challengers() == 0
@@ -234,7 +234,7 @@ def test_a_promoter_that_died_in_the_rollout_is_finished(
     load.mark("promoter killed in the rollout")
     assert run.finish().code == -signal.SIGKILL
     done = cluster.milonga("promote", "--resume")
-    load.mark("finished")
+    load.mark("")
     cluster.transcript.figure("resume that finishes, s", done.seconds)
     assert digest(cluster.pin()) == BASE
 
@@ -259,7 +259,7 @@ def test_pods_that_are_deleted_meanwhile_lose_no_call(cluster: Cluster, registry
     cluster.kubectl(
         "-n", NAMESPACE, "wait", "job/promote", "--for=condition=Complete", "--timeout=600s", timeout=700
     )
-    load.mark("promoted")
+    load.mark("")
     cluster.transcript.figure("promotion by Job, two pods deleted meanwhile, s", time.monotonic() - start)
     cluster.kubectl("-n", NAMESPACE, "logs", "job/promote")
     assert digest(cluster.pin()) == MINI
