@@ -88,9 +88,9 @@ class Namespace:
             self._local.api = self._client.ApiClient(self.configuration)
         return self._local.api
 
-    def _found(self, what: str, call: Callable[[], Any]) -> Json:
+    def _found(self, what: str, call: Callable[[], Any], patience: float | None = None) -> Json:
         """The answer, which must be there."""
-        answer = self._call(call)
+        answer = self._call(call, patience)
         if answer is None:
             place = self.where
             if what != self.title:
@@ -102,13 +102,18 @@ class Namespace:
             )
         return answer
 
-    def _call(self, call: Callable[[], Any]) -> Json | None:
-        """The answer as JSON; None for 404. What may come right is asked again, for a while."""
-        end = time.monotonic() + self._patience
+    def _call(self, call: Callable[[], Any], patience: float | None = None) -> Json | None:
+        """The answer as JSON; None for 404. What may come right is asked again, for a while.
+
+        `patience` is how long that is at most. What `call` itself raises of ours is passed on.
+        """
+        end = time.monotonic() + min(self._patience, self._patience if patience is None else patience)
         wait = 0.25
         while True:
             try:
                 answer: Json = json.loads(call().data)
+            except MilongaError:
+                raise
             except Exception as error:
                 failure = self._explained(error)
                 if failure is None:
@@ -192,15 +197,16 @@ def in_cluster() -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status; None where none came."""
-    status = getattr(error, "status", None)
+    """HTTP status; None where none came. The client hides that of a websocket's handshake."""
+    status = getattr(error, "status", None) or getattr(error.__context__, "status_code", None)
     return status if isinstance(status, int) and status else None
 
 
 def _reason(error: Exception) -> str:
     """What the API server says, or why it says nothing."""
     try:
-        body: Mapping[str, Any] = json.loads(getattr(error, "body", None) or "")
+        text = getattr(error, "body", None) or getattr(error.__context__, "resp_body", None)
+        body: Mapping[str, Any] = json.loads(text or "")
         return " ".join(str(body["message"]).split())[:300]
     except (ValueError, KeyError, TypeError):
         return " ".join(str(getattr(error, "reason", None) or error).split())[-300:]

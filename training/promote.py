@@ -14,16 +14,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from services.client import TLS
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
+from services.errors import FieldViolation, InvalidInputError, MilongaError
 from training.command_line import one_line
-from training.promotion.errors import BusyError, GatesRefusedError, RollbackError, exit_code
+from training.promotion.errors import (
+    BusyError,
+    ForeignPinError,
+    GatesRefusedError,
+    RollbackError,
+    UnrecordedError,
+    exit_code,
+)
 from training.promotion.gates import GatesConfig
 from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Entry, Kind, Ledger, Outcome
 from training.promotion.listening import Examination, Judges
 from training.promotion.registry import Registry, Version
 from training.promotion.target import Lock, Pin, Target, Tell, digest_of, shown_pin, version_of
+from training.register import checked_manifest, register
+
+RESTORE_SECONDS = 600.0
+"""Least time that what was served before gets to be served again: a short deadline is not meant for that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +86,19 @@ def promote(wanted: Wanted, gates: GatesConfig, parts: Parts, judges: Judges | N
         RolloutError: it does not come up; all is as it was.
         ServiceUnavailableError: target or registry can't be reached; all is as it was.
         RollbackError: it failed, and what was changed could not be changed back.
+        UnrecordedError: it is promoted, only the ledger does not say so.
     """
     start = time.monotonic()
+    place = parts.target.place
     with parts.target.lock() as lock:
-        place = parts.target.place
         parts.ledger.refuse_unfinished(place)
         champion = served_version(parts, wanted.model)
         candidate = candidate_version(wanted, parts.registry)
         if candidate.digest == champion.digest:
             return Done(line=f"{candidate} is served already; nothing to do")
         parts.registry.check_architecture(champion, candidate)
+        parts.target.check_setup(challenger=True)
+        parts.target.check_reach()
         examination = Examination(gates, judges)
         entry = begin("promotion", champion.pin, candidate, parts, place)
         parts.tell(f"promotion of {candidate}, in place of version {champion.version}; run {entry.run_id}")
@@ -113,8 +128,8 @@ def promote(wanted: Wanted, gates: GatesConfig, parts: Parts, judges: Judges | N
 def roll_back(parts: Parts) -> Done:
     """Serve again what was served before; without gates, since it was served. Raises as `promote`."""
     start = time.monotonic()
+    place = parts.target.place
     with parts.target.lock() as lock:
-        place = parts.target.place
         parts.ledger.refuse_unfinished(place)
         pin = current_pin(parts.target)
         previous = parts.ledger.before(place, pin)
@@ -127,6 +142,9 @@ def roll_back(parts: Parts) -> Done:
                 )
             )
         version = parts.registry.of_pin(previous)
+        _check_alias(parts.registry, version.name, parts.alias, version_of(pin))
+        parts.target.check_setup(challenger=False)
+        parts.target.check_reach()
         entry = begin("rollback", pin, version, parts, place)
         parts.tell(f"rollback from {shown_pin(pin)} to {shown_pin(previous)}; run {entry.run_id}")
         with undone(entry, parts, lock):
@@ -134,30 +152,58 @@ def roll_back(parts: Parts) -> Done:
     return Done(line=f"{version} is served again, after {time.monotonic() - start:.0f} s", entry=entry)
 
 
-def bootstrap(version: Version, parts: Parts) -> Done:
+def bootstrap(what: Version | Path, parts: Parts, model: str = "milonga-tango") -> Done:
     """Pin a target that was never pinned. There is no champion to compare with, and so no gates.
 
-    Raises `InvalidInputError` where another version is pinned already, and as `promote`.
+    Args:
+        what: a version; or a model folder, registered as one of `model` when nothing stands against it.
+        parts: who takes part.
+        model: name of the registered model.
+
+    Raises `InvalidInputError` where another version is pinned, or has the alias, and as `promote`.
     """
     start = time.monotonic()
+    name = what.name if isinstance(what, Version) else model
+    digest = what.digest if isinstance(what, Version) else checked_manifest(what).digest
+    place = parts.target.place
     with parts.target.lock() as lock:
-        place = parts.target.place
         parts.ledger.refuse_unfinished(place)
-        pin = parts.target.current_pin()
-        if pin == version.pin and parts.registry.alias(version.name, parts.alias) == version.version:
-            return Done(line=f"{version} is pinned already; nothing to do")
-        if pin is not None and pin != version.pin and pin.startswith("models:"):
+        pin, alias = parts.target.current_pin(), parts.registry.alias(name, parts.alias)
+        if pin is not None and pin.startswith("models:"):
+            pinned = parts.registry.of_pin(pin)
+            if isinstance(what, Path) and (pinned.name, pinned.digest) == (name, digest):
+                what = pinned
+            if what != pinned:
+                first, version = (
+                    ("", what.version) if isinstance(what, Version) else ("register it, then ", "N")
+                )
+                raise InvalidInputError(
+                    FieldViolation(
+                        "--bootstrap",
+                        f"is {what}, and {shown_pin(pin)} is pinned; {first}promote: milonga promote --model "
+                        f"{name} --version {version}",
+                    )
+                )
+            if alias == pinned.version:
+                return Done(line=f"{pinned} is pinned already; nothing to do")
+        if alias is not None and parts.registry.version(name, alias).digest != digest:
             raise InvalidInputError(
                 FieldViolation(
                     "--bootstrap",
-                    f"is {version}, and {shown_pin(pin)} is pinned; promote: milonga promote --model "
-                    f"{version.name} --version {version.version}",
+                    f"is {what}, and {name}@{parts.alias} points to version {alias}: that is served "
+                    f"elsewhere, or was; give --bootstrap models:/{name}/{alias}, or another --alias, or "
+                    "move it in MLflow",
                 )
             )
-        entry = begin("bootstrap", pin, version, parts, place)
+        parts.target.check_setup(challenger=False)
+        parts.target.check_reach()
+        if isinstance(what, Path):
+            done = register(what, name, alias=None, uri=parts.registry.uri)
+            what = Version(name=done.name, version=done.version, digest=done.digest)
+        entry = begin("bootstrap", pin, what, parts, place)
         with undone(entry, parts, lock):
             put_live(entry, parts, lock)
-    return Done(line=f"{version} is pinned and served, after {time.monotonic() - start:.0f} s", entry=entry)
+    return Done(line=f"{what} is pinned and served, after {time.monotonic() - start:.0f} s", entry=entry)
 
 
 def resume(parts: Parts) -> Done:
@@ -165,34 +211,33 @@ def resume(parts: Parts) -> Done:
 
     Raises `InvalidInputError` where nothing is unfinished, `BusyError` where it lives, and as `promote`.
     """
+    place = parts.target.place
     with parts.target.lock() as lock:
-        entry = parts.ledger.unfinished(parts.target.place)
+        entry = parts.ledger.unfinished(place)
         if entry is None:
             raise InvalidInputError(
                 FieldViolation(
                     "--resume", "nothing was left unfinished here; see `milonga promote --history`"
                 )
             )
-        name = f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)}"
+        name = _title(entry)
         pin = parts.target.current_pin()
         if pin not in (entry.from_pin, entry.to_pin):
+            lock.check()
             parts.target.stop_challenger()
             entry.close("failed", f"while it was unfinished, somebody else pinned {shown_pin(pin)}")
-            raise RollbackError(
-                f"{name} was left unfinished, and meanwhile somebody else pinned {shown_pin(pin)}: it stays, "
-                f"the entry is closed; check that the alias {entry.alias} is what you want"
-            )
+            raise _foreign(entry, pin)
+        parts.target.check_reach()
         parts.tell(f"{name} was left in the phase {entry.phase}")
-        if entry.phase in LATE:
+        # The pin tells more than the ledger, which may have been away when all was put back.
+        if entry.phase in LATE and pin == entry.to_pin:
             with undone(entry, parts, lock):
+                lock.check()
                 parts.target.stop_challenger()
                 put_live(entry, parts, lock)
             return Done(line=f"{name} is finished", entry=entry)
-        phase, reason = entry.phase, entry.reason
         lock.check()
-        restore(entry, parts)
-        entry.close("failed", reason or f"its promoter died in the phase {phase}")
-        _tag(entry, parts)
+        undo(entry, parts, lock, "failed", entry.reason or f"its promoter died in the phase {entry.phase}")
     return Done(line=f"{name} is undone: {shown_pin(entry.from_pin)} is served", entry=entry)
 
 
@@ -200,26 +245,30 @@ def put_live(entry: Entry, parts: Parts, lock: Lock) -> None:
     """From passed gates to the end. Every step may have been done before."""
     version = parts.registry.of_pin(entry.to_pin)
     entry.enter("rollout")
-    lock.check()
     _check_alias(parts.registry, entry.model, entry.alias, entry.alias_before, version.version)
+    pin = parts.target.current_pin()
+    if pin not in (entry.from_pin, entry.to_pin):
+        raise _foreign(entry, pin)
     begun = time.monotonic()
-    parts.target.roll_out(entry.to_pin, parts.deadline)
+    lock.check()
+    parts.target.set_pin(entry.to_pin, parts.deadline)
+    parts.target.wait(entry.to_pin, parts.deadline)
     parts.tell(f"rolled out in {time.monotonic() - begun:.1f} s")
     entry.enter("verification")
     parts.target.verify(version.digest)
     parts.tell(f"verified: everything that serves answers with {version.digest}")
     entry.enter("alias")
-    lock.check()
     _check_alias(parts.registry, entry.model, entry.alias, entry.alias_before, version.version)
+    lock.check()
     parts.registry.point(entry.model, entry.alias, version.version)
     outcome = entry.outcome = OUTCOMES[entry.kind]  # from here on there is nothing to undo
-    parts.tell(f"{entry.model}@{entry.alias} is version {version.version}")
-    _tag(entry, parts)
     try:
+        parts.tell(f"{entry.model}@{entry.alias} is version {version.version}")
+        _tag(entry, parts)
         entry.close(outcome)
-    except MilongaError as error:
-        raise ServiceUnavailableError(
-            f"{version} is {outcome}, only the ledger could not be told ({one_line(error)}); "
+    except BaseException as error:
+        raise UnrecordedError(
+            f"{version} is {outcome} and served, only the ledger could not be told ({one_line(error)}); "
             "`milonga promote --resume` does it"
         ) from error
 
@@ -239,37 +288,72 @@ def undone(entry: Entry, parts: Parts, lock: Lock) -> Iterator[None]:
             raise lost from error
         reason = one_line(error)
         parts.tell(f"failed, all goes back to what it was: {reason}")
-        try:
-            restore(entry, parts, reason)
-        except BaseException as second:
-            raise RollbackError(
-                f"{shown_pin(entry.from_pin)} could not be restored: {one_line(second)}; then "
-                f"`milonga promote --resume`. It was to be restored because: {reason}"
-            ) from error
-        with _told(parts):
-            entry.close(_outcome(error), reason)
-            _tag(entry, parts)
+        undo(entry, parts, lock, _outcome(error), reason)
         raise
 
 
-def restore(entry: Entry, parts: Parts, reason: str = "") -> None:
-    """Everything as it was before `entry`. Raises where that can't be."""
+def undo(entry: Entry, parts: Parts, lock: Lock, outcome: Outcome, reason: str) -> None:
+    """Restore what was before `entry`, and close it.
+
+    Raises `RollbackError` where that can't be, `BusyError` where the lock was lost over it.
+    """
+    try:
+        restore(entry, parts, lock, reason)
+    except BusyError:
+        raise
+    except ForeignPinError:
+        with _told(parts):
+            entry.close(outcome, reason)
+        raise
+    except BaseException as error:
+        raise RollbackError(
+            f"{shown_pin(entry.from_pin)} could not be restored: {one_line(error)}; then "
+            f"`milonga promote --resume`. It was to be restored because: {reason}"
+        ) from error
+    with _told(parts):
+        entry.close(outcome, reason)
+        _tag(entry, parts)
+
+
+def restore(entry: Entry, parts: Parts, lock: Lock, reason: str = "") -> None:
+    """Everything as it was before `entry`. Raises where that can't be.
+
+    What is quick goes first: that pods come up again may take its time, or need the challenger's device.
+    """
     moved, aliased = entry.phase in (*LATE, "restoring"), entry.phase in ("alias", "restoring")
     with _told(parts):  # the ledger may be why it fails, and is not needed for this
         entry.enter("restoring", reason)
-    # Another pin than these two is somebody else's, and stays.
-    if moved and parts.target.current_pin() in (entry.from_pin, entry.to_pin):
-        begun = time.monotonic()
-        parts.target.roll_out(entry.from_pin, parts.deadline)
-        if entry.from_pin is not None:
-            parts.target.verify(digest_of(entry.from_pin))
-        parts.tell(f"{shown_pin(entry.from_pin)} is served again, after {time.monotonic() - begun:.1f} s")
+    begun = time.monotonic()
+    pin = parts.target.current_pin() if moved else entry.from_pin
+    foreign = pin not in (entry.from_pin, entry.to_pin)
+    lock.check()
+    if moved and not foreign:
+        parts.target.set_pin(entry.from_pin, max(parts.deadline, RESTORE_SECONDS))
+        lock.check()
     parts.target.stop_challenger()
+    if foreign:
+        raise _foreign(entry, pin)
     # Moved by a call of ours whose answer got lost, and by nobody else.
     if aliased and entry.alias_before != version_of(entry.to_pin) == parts.registry.alias(
         entry.model, entry.alias
     ):
+        lock.check()
         parts.registry.point(entry.model, entry.alias, entry.alias_before)
+    if moved and entry.from_pin is not None and not parts.target.idle:
+        parts.target.wait(entry.from_pin, max(parts.deadline, RESTORE_SECONDS))
+        parts.target.verify(digest_of(entry.from_pin))
+        parts.tell(f"{shown_pin(entry.from_pin)} is served again, after {time.monotonic() - begun:.1f} s")
+
+
+def _title(entry: Entry) -> str:
+    return f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)}"
+
+
+def _foreign(entry: Entry, pin: Pin | None) -> ForeignPinError:
+    return ForeignPinError(
+        f"{_title(entry)} did not come to its end, and meanwhile somebody else pinned {shown_pin(pin)}: it "
+        f"stays, the entry is closed; check that the alias {entry.alias} is what you want"
+    )
 
 
 def current_pin(target: Target) -> Pin:
@@ -331,7 +415,7 @@ def _check_alias(registry: Registry, model: str, alias: str, *expected: str | No
             FieldViolation(
                 f"{model}@{alias}",
                 f"points to {_version_text(found)}, expected {_version_text(expected[0])}: somebody else "
-                "moved it, or --alias is another one; set it right in MLflow, then promote again",
+                "moved it, or another --alias is meant; give that, or set it right in MLflow",
             )
         )
 

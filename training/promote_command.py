@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 EPILOG = (
     "Exit codes: 0 done · 2 wrong input, or the model was refused · 3 the gates refused · 4 it did not come "
     "up, and was rolled back · 5 another promotion runs, or was left unfinished · 6 cluster, registry or "
-    "service unreachable, or no permission · 7 the rollback failed: needs a person · 130 interrupted, and "
-    "rolled back."
+    "service unreachable, or no permission · 7 the rollback failed: needs a person · 8 done, but the ledger "
+    "was not told · 130 interrupted, and rolled back."
 )
 _PROGRESS, _REACHING = "Gates and deadlines", "Reaching things"
 
@@ -218,7 +218,7 @@ def run(
             tls=connection if target == "kubernetes" else None,
         )
         if bootstrap:
-            found = pin_first(_registered(bootstrap, model, registry), parts)
+            found = pin_first(_version_or_folder(bootstrap, registry), parts, model)
         elif rollback:
             found = roll_back(parts)
         elif resume:
@@ -249,7 +249,8 @@ def _open_target(
 
         address = generation_address or "127.0.0.1:50051"
         return LocalTarget(address, registry, token=_token(token_file), tls=tls)
-    from training.promotion.cluster import connect_cluster, in_cluster
+    from training.cluster import in_cluster
+    from training.promotion.cluster import connect_cluster
     from training.promotion.kubernetes_target import KubernetesTarget
 
     return KubernetesTarget(
@@ -262,11 +263,10 @@ def _open_target(
     )
 
 
-def _registered(place: str, model: str, registry: "Registry") -> "Version":
-    """The version of a model URI or folder, registered if it is not."""
+def _version_or_folder(place: str, registry: "Registry") -> "Version | Path":
+    """What a model URI or folder names."""
     from services.runtime.model_uri import ModelURI, resolve
     from services.runtime.registry import parse_path
-    from training.register import register
 
     folder = Path(place).expanduser()
     uri = ModelURI.parse(f"file:{folder}" if folder.is_dir() else place)
@@ -278,8 +278,7 @@ def _registered(place: str, model: str, registry: "Registry") -> "Version":
                 FieldViolation("--bootstrap", f"is {place}, and {name} has no alias {alias}; give a version")
             )
         return registry.version(name, number)
-    done = register(resolve(uri).folder, model, uri=registry.uri)
-    return registry.version(done.name, done.version)
+    return resolve(uri).folder
 
 
 def _token(file: Path | None) -> str:

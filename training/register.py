@@ -91,8 +91,8 @@ class Registered:
     """Of it."""
     digest: str
     """Of the model folder."""
-    alias: str
-    """That now points to it."""
+    alias: str | None
+    """That now points to it, if one was given."""
     created: bool
     """Whether it is new; not where the same files were registered before."""
 
@@ -106,7 +106,7 @@ def register(
     folder: Path,
     name: str | None = None,
     *,
-    alias: str = CHALLENGER,
+    alias: str | None = CHALLENGER,
     clap: str | None = None,
     provenance: Provenance | None = None,
     uri: str | None = None,
@@ -116,7 +116,7 @@ def register(
     Args:
         folder: a model folder with its manifest.
         name: of the registered model; None: by its kind.
-        alias: `challenger`, or `champion` to begin a registry with.
+        alias: `challenger`, or `champion` to begin a registry with; None: no alias is touched.
         clap: of a reward model: URI of the CLAP model that it stands on. None: the mini family's.
         provenance: where it comes from.
         uri: of the MLflow server; None: `services.runtime.registry.tracking_uri`.
@@ -151,7 +151,8 @@ def register(
             client.delete_model_version(name, version)
         raise
     try:
-        client.set_registered_model_alias(name, alias, version)
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
         raise _refused(uri, error) from error
     return Registered(name=name, version=version, digest=manifest.digest, alias=alias, created=created)
@@ -202,7 +203,7 @@ def clap_of(folder: Path, clap: str | None) -> Path:
     return found.folder
 
 
-def _check_names(name: str, alias: str, kind: Kind) -> None:
+def _check_names(name: str, alias: str | None, kind: Kind) -> None:
     violations = []
     if not re.fullmatch(r"[\w.-]+", name):
         violations.append(
@@ -212,7 +213,7 @@ def _check_names(name: str, alias: str, kind: Kind) -> None:
         violations.append(
             FieldViolation("--name", f"is {name}, and this is a {kind} model; give {NAMES[kind]}")
         )
-    if not re.fullmatch(r"(?![vV]\d+$)[\w-]+", alias):
+    if alias is not None and not re.fullmatch(r"(?![vV]\d+$)[\w-]+", alias):
         violations.append(FieldViolation("--alias", f"is {alias!r}, must be {CHALLENGER} or {CHAMPION}"))
     if violations:
         raise InvalidInputError(*violations)

@@ -164,17 +164,20 @@ def test_damaged_weights_do_not_come_up(cluster: Cluster, registry: str, load: P
 
 
 def test_an_image_that_cannot_be_pulled_is_said(cluster: Cluster, registry: str, load: PodLoad) -> None:
-    cluster.kubectl(
-        "-n", NAMESPACE, "set", "image", "deployment/challenger", "challenger=localhost/missing:1"
-    )
+    missing = "localhost/missing:1"
+    cluster.kubectl("-n", NAMESPACE, "set", "image", "deployment/challenger", f"*={missing}")
+    assert missing in cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=2).error
+    # Where both would run it, the challenger is who finds out; the pods that serve stay.
+    cluster.kubectl("-n", NAMESPACE, "set", "image", "deployment/generation", f"*={missing}")
     load.mark("image missing")
     done = cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=4)
     load.mark("")
     cluster.transcript.figure("failure by a missing image, s", done.seconds)
-    assert "localhost/missing:1" in done.error
-    cluster.kubectl("apply", "-k", HERE / "stack")
+    assert missing in done.error
     assert digest(cluster.pin()) == MINI
     assert cluster.challengers() == 0
+    cluster.kubectl("apply", "-k", HERE / "stack")
+    cluster.ready("generation")
 
 
 def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: str, load: PodLoad) -> None:

@@ -8,12 +8,14 @@ import pytest
 
 from services.errors import (
     DigestMismatchError,
+    FieldViolation,
     InvalidInputError,
     MilongaError,
     ModelFormatError,
     ModelNotFoundError,
     ServiceUnavailableError,
 )
+from services.models.mini import mini_folder
 from services.runtime.registry import DIGEST_TAG
 from tests.training.promotion.fixtures import UNET, MemoryTarget, make_parts, make_version
 from training import promote as promotion
@@ -24,11 +26,13 @@ from training.promotion.errors import (
     GatesRefusedError,
     RollbackError,
     RolloutError,
+    UnrecordedError,
     exit_code,
 )
 from training.promotion.gates import Gate, GatesConfig, Verdict
 from training.promotion.ledger import EVIDENCE, GATES, Entry, history_lines
 from training.promotion.registry import PROMOTION_TAG, Registry, Version
+from training.register import Registered
 from training.statistics import Interval
 
 CONFIG = GatesConfig(
@@ -193,7 +197,7 @@ def test_an_alias_that_fails_to_move_is_undone(world: World, monkeypatch: pytest
     with pytest.raises(ServiceUnavailableError):
         world.promote()
     world.assert_untouched()
-    assert world.target.done[-3:] == ["rollout", "verify", "stop"]
+    assert world.target.done[-3:] == ["stop", "rollout", "verify"]
 
 
 def test_a_rollback_that_fails_needs_a_person_and_can_be_resumed(world: World) -> None:
@@ -311,8 +315,11 @@ def test_a_ledger_that_is_away_at_the_end_does_not_undo(
         raise ServiceUnavailableError("the MLflow server can't be used")
 
     monkeypatch.setattr(world.parts.ledger, "end", away)
-    with pytest.raises(ServiceUnavailableError, match="is promoted, only the ledger could not be told"):
+    with pytest.raises(
+        UnrecordedError, match="is promoted and served, only the ledger could not be"
+    ) as caught:
         world.promote()
+    assert exit_code(caught.value) == 8
     assert (world.target.served, world.alias) == (world.candidate.pin, world.candidate.version)
 
 
@@ -422,3 +429,223 @@ def test_every_error_is_one_line(world: World) -> None:
     with pytest.raises(MilongaError):
         world.promote()
     assert "\n" not in world.entry.reason
+
+
+def test_neither_rollback_nor_bootstrap_moves_the_alias_of_another_place(
+    world: World, tmp_path: Path
+) -> None:
+    world.promote()
+    third = make_version(world.registry, tmp_path)
+    world.registry.point("milonga-tango", "champion", third.version)
+    with pytest.raises(
+        InvalidInputError, match=r"points to version 3, expected version 2: .*--alias"
+    ) as caught:
+        roll_back(world.parts)
+    assert exit_code(caught.value) == 2
+    world.target.pin = world.target.served = None
+    world.target.done.clear()
+    with pytest.raises(InvalidInputError, match=r"champion points to version 3: .*--alias") as caught:
+        bootstrap(world.champion, world.parts)
+    assert exit_code(caught.value) == 2
+    assert (world.alias, world.target.done, len(world.parts.ledger.entries())) == (third.version, [], 1)
+
+
+@pytest.mark.parametrize("check", ["setup", "reach"])
+def test_what_cannot_be_asked_is_not_changed(world: World, check: str) -> None:
+    def refuse() -> None:
+        world.target.fails[check] = ServiceUnavailableError("pods/portforward is forbidden")
+
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        world.promote()
+    assert world.parts.ledger.entries() == []
+    world.promote()
+    world.target.done.clear()
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        roll_back(world.parts)
+    world.target.pin = None
+    world.registry.point("milonga-tango", "champion", None)
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        bootstrap(world.candidate, world.parts)
+    assert (world.target.done, len(world.parts.ledger.entries())) == ([], 1)
+
+
+def test_a_promotion_is_not_resumed_by_who_cannot_ask(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "rollout", monkeypatch)
+    world.target.fails["reach"] = ServiceUnavailableError("pods/portforward is forbidden")
+    with pytest.raises(ServiceUnavailableError):
+        resume(world.parts)
+    assert (world.target.done, world.entry.outcome) == ([], None)
+
+
+def test_a_promotion_that_was_put_back_is_not_finished(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "rollout", monkeypatch)
+    world.target.pin = world.target.served = world.champion.pin  # while the ledger was away
+    assert world.entry.phase == "rollout"
+    assert "is undone" in resume(world.parts).line
+    world.assert_untouched()
+    assert world.entry.outcome == "failed"
+
+
+def test_what_is_quick_is_put_back_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str | None, object, object, float]] = []
+    wait = world.target.wait
+
+    def waiting(pin: str, seconds: float) -> None:
+        waits.append((world.target.pin, world.target.challenger, world.alias, seconds))
+        wait(pin, seconds)
+
+    monkeypatch.setattr(world.target, "wait", waiting)
+    point = world.registry.point
+
+    def lost(name: str, alias: str, version: str | None) -> None:
+        point(name, alias, version)
+        monkeypatch.setattr(world.registry, "point", point)
+        raise ServiceUnavailableError("its answer got lost")
+
+    monkeypatch.setattr(world.registry, "point", lost)
+    with pytest.raises(ServiceUnavailableError):
+        world.promote()
+    assert waits[-1] == (world.champion.pin, None, "1", 600.0)
+    assert waits[0][3] == world.parts.deadline
+
+
+def test_a_deployment_at_zero_is_restored_without_waiting(world: World) -> None:
+    def scale(step: str) -> None:
+        world.target.idle |= step == "rollout"
+
+    world.target.before = scale
+    world.target.fails["rollout"] = RolloutError("the Deployment generation is scaled to 0")
+    with pytest.raises(RolloutError):
+        world.promote()
+    assert world.target.done.count("rollout") == 1
+    assert world.entry.outcome == "failed"
+
+
+@pytest.mark.parametrize(("lost_at", "stopped"), [("verify", 1), ("pin", 1)])
+def test_a_lock_that_is_lost_while_it_is_put_back_stops_that(
+    world: World, monkeypatch: pytest.MonkeyPatch, lost_at: str, stopped: int
+) -> None:
+    set_pin = world.target.set_pin
+
+    def setting(pin: str | None, seconds: float) -> None:
+        set_pin(pin, seconds)
+        world.target.held.lost = lost_at == "pin" and pin == world.champion.pin
+
+    def lose(step: str) -> None:
+        world.target.held.lost |= lost_at == step
+
+    monkeypatch.setattr(world.target, "set_pin", setting)
+    world.target.before = lose
+    world.target.fails["verify"] = RolloutError("pod x serves another digest")
+    with pytest.raises(BusyError, match="lock was lost"):
+        world.promote()
+    assert world.target.done.count("stop") == stopped
+    assert world.entry.outcome is None
+
+
+def test_a_pin_that_somebody_else_moves_meanwhile_stays(world: World, tmp_path: Path) -> None:
+    third = make_version(world.registry, tmp_path)
+
+    def pin(step: str) -> None:
+        if step == "rollout":
+            world.target.pin = third.pin
+
+    world.target.before = pin
+    world.target.fails["rollout"] = RolloutError("the pin was changed by somebody else meanwhile")
+    with pytest.raises(
+        RollbackError, match="somebody else pinned milonga-tango version 3: it stays"
+    ) as caught:
+        world.promote()
+    assert exit_code(caught.value) == 7
+    assert (world.target.pin, world.alias, world.entry.outcome) == (third.pin, "1", "failed")
+    assert world.target.challenger is None
+
+
+def test_a_pin_that_somebody_else_moved_during_the_gates_is_not_replaced(
+    world: World, tmp_path: Path
+) -> None:
+    third = make_version(world.registry, tmp_path)
+
+    def pin(step: str) -> None:
+        if step == "gates":
+            world.target.pin = third.pin
+
+    world.target.before = pin
+    with pytest.raises(RollbackError, match="somebody else pinned milonga-tango version 3"):
+        world.promote()
+    assert world.target.pin == third.pin
+    assert "rollout" not in world.target.done
+
+
+def test_an_interruption_after_the_alias_says_what_is_served(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world.registry, "tag", interrupt)
+    with pytest.raises(UnrecordedError, match=r"version 2 is promoted and served, .*interrupted") as caught:
+        world.promote()
+    assert exit_code(caught.value) == 8
+    assert (world.target.served, world.alias, world.entry.outcome) == (world.candidate.pin, "2", None)
+    assert "is finished" in resume(world.parts).line
+    assert world.entry.outcome == "promoted"
+
+
+def test_an_undoing_that_fails_is_no_rollback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "stop", monkeypatch)
+    world.target.fails["stop"] = RolloutError("x")
+    with pytest.raises(RollbackError, match="could not be restored: x") as caught:
+        resume(world.parts)
+    assert exit_code(caught.value) == 7
+
+
+def test_a_folder_is_registered_once_nothing_stands_against_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(mini_folder("mini-base"))
+    made: list[object] = []
+
+    def register(path: Path, name: str, *, alias: str | None, uri: str) -> Registered:
+        made.append(alias)
+        version = make_version(world.registry, tmp_path)
+        return Registered(name=name, version=version.version, digest=version.digest, alias=None, created=True)
+
+    monkeypatch.setattr(promotion, "register", register)
+    with pytest.raises(
+        InvalidInputError, match=r"mini-base, and milonga-tango version 1 is pinned; register it"
+    ):
+        bootstrap(folder, world.parts)
+    world.target.pin = world.target.served = None
+    with pytest.raises(InvalidInputError, match="champion points to version 1"):
+        bootstrap(folder, world.parts)
+    world.registry.point("milonga-tango", "champion", None)
+    world.target.fails["reach"] = ServiceUnavailableError("forbidden")
+    with pytest.raises(ServiceUnavailableError):
+        bootstrap(folder, world.parts)
+    assert made == []
+    assert "version 3 is pinned and served" in bootstrap(folder, world.parts).line
+    assert made == [None]
+    assert world.registry.alias("milonga-tango", "challenger") == "2"
+    assert world.alias == "3"
+
+
+def test_a_place_that_is_not_there_leaves_no_lock_behind(world: World) -> None:
+    class Nowhere(MemoryTarget):
+        @property
+        def place(self) -> str:  # type: ignore[override]
+            raise InvalidInputError(FieldViolation("the Deployment generation", "is not there"))
+
+        def lock(self) -> Any:
+            raise AssertionError("it was locked")
+
+    parts, _ = make_parts(Nowhere(), world.registry)
+    for begin in (roll_back, resume, lambda one: bootstrap(world.champion, one)):
+        with pytest.raises(InvalidInputError, match="is not there"):
+            begin(parts)
+    with pytest.raises(InvalidInputError, match="is not there"):
+        promote(Wanted(model="milonga-tango"), CONFIG, parts)

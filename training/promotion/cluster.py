@@ -3,12 +3,12 @@
 What its Role must allow stands with each; nothing else is called.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
-from training.cluster import PATIENCE_SECONDS, RAW, Json, Namespace, connect, in_cluster
+from services.errors import ServiceUnavailableError
+from training.cluster import PATIENCE_SECONDS, RAW, ForbiddenError, Json, Namespace, connect
 from training.promotion.target import Pin
-
-__all__ = ["FIELD_MANAGER", "NAME_LABEL", "PIN_ANNOTATION", "Cluster", "connect_cluster", "in_cluster"]
 
 PIN_ANNOTATION: Final = "milonga.dev/pin"
 """Annotation of the pod template, and so of the pods, that promotion owns."""
@@ -18,12 +18,16 @@ NAME_LABEL: Final = "app.kubernetes.io/name"
 
 _APPLY: Final = "application/apply-patch+yaml"
 _MERGE: Final = "application/merge-patch+json"
+_LEASE: Final[Mapping[str, Any]] = {**RAW, "_request_timeout": (3.0, 5.0)}
 
 
 class Cluster(Namespace):
     """A namespace of a cluster, as a promotion needs it."""
 
     RIGHTS: ClassVar[str] = "docs/promotion.md"
+
+    left: Callable[[], float] | None = None
+    """Seconds that a change may take: those that the lock is still good for. Raises where there are none."""
 
     def deployment(self, name: str) -> Json:
         """A Deployment. Role: get of deployments."""
@@ -45,28 +49,28 @@ class Cluster(Namespace):
             "metadata": {"name": name, "namespace": self.namespace},
             "spec": {"template": {"metadata": {"annotations": annotations}}},
         }
-        return self._found(
+        return self._changed(
             f"the Deployment {name}",
-            lambda: self._apps.patch_namespaced_deployment(
+            lambda raw: self._apps.patch_namespaced_deployment(
                 name,
                 self.namespace,
                 body,
                 field_manager=FIELD_MANAGER,
                 force=True,
                 _content_type=_APPLY,
-                **RAW,
+                **raw,
             ),
         )
 
     def scale(self, name: str, replicas: int) -> Json:
         """Set a Deployment's replicas. Role: patch of deployments/scale."""
-        return self._found(
+        return self._changed(
             f"the Deployment {name}",
-            lambda: self._apps.patch_namespaced_deployment_scale(
+            lambda raw: self._apps.patch_namespaced_deployment_scale(
                 *(name, self.namespace, {"spec": {"replicas": replicas}}),
                 field_manager=FIELD_MANAGER,
                 _content_type=_MERGE,
-                **RAW,
+                **raw,
             ),
         )
 
@@ -95,25 +99,50 @@ class Cluster(Namespace):
         }
         return self._found(
             self.title,
-            lambda: self._coordination.create_namespaced_lease(self.namespace, body, **RAW),
+            lambda: self._coordination.create_namespaced_lease(self.namespace, body, **_LEASE),
+            patience=0,
         )
 
     def replace_lease(self, lease: Json) -> Json:
-        """Change a Lease, if it is still at the version that was read. Role: update of leases."""
+        """Change a Lease, if it is still at the version that was read. Role: update of leases.
+
+        Asked once, and soon: whoever holds it knows when to ask again.
+        """
         name = lease["metadata"]["name"]
         return self._found(
             f"the Lease {name}",
-            lambda: self._coordination.replace_namespaced_lease(name, self.namespace, lease, **RAW),
+            lambda: self._coordination.replace_namespaced_lease(name, self.namespace, lease, **_LEASE),
+            patience=0,
         )
 
     def forward(self, pod: str, port: int) -> Any:
-        """A connection to a pod's port by way of the API server. Role: create of pods/portforward."""
+        """A connection to a pod's port by way of the API server. Role: get and create of pods/portforward."""
         from kubernetes.stream import portforward
 
         core = self._client.CoreV1Api(self._client.ApiClient(self.configuration))  # it is bent while in use
-        return portforward(
-            core.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port)
-        ).socket(port)
+        try:
+            return portforward(
+                core.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port)
+            ).socket(port)
+        except Exception as error:
+            failure = self._explained(error)
+            if isinstance(failure, ForbiddenError):
+                failure = ForbiddenError(f"pods/portforward of pod {pod}: {failure}")
+            raise failure or ServiceUnavailableError(f"pod {pod} is gone") from error
+
+    def _changed(self, what: str, call: Callable[[Mapping[str, Any]], Any]) -> Json:
+        """The answer to a change, which is not sent, nor sent again, later than the lock is good for."""
+        left = self.left
+        if left is None:
+            return self._found(what, lambda: call(RAW))
+
+        def within() -> Any:
+            seconds = left()
+            connecting = min(5.0, seconds / 4)
+            timeout = (connecting, min(20.0, seconds - connecting))
+            return call({**RAW, "_request_timeout": timeout})
+
+        return self._found(what, within, patience=left())
 
     @property
     def _apps(self) -> Any:

@@ -7,7 +7,9 @@
         ├── GatesRefusedError   the challenger was measured and is not good enough
         ├── RolloutError        the new pods, or the new weights, did not come up; all is as it was
         ├── BusyError           another promotion runs, or one was left unfinished
-        └── RollbackError       what was changed could not be changed back: needs a person
+        ├── RollbackError       what was changed could not be changed back: needs a person
+        │   └── ForeignPinError since somebody else changed it meanwhile
+        └── UnrecordedError     all is done, only the ledger does not say so
 
 Everything else is `services.errors`' own: `InvalidInputError`, `ModelError`, `ServiceUnavailableError`, …
 """
@@ -28,6 +30,7 @@ from services.errors import (
     UnauthenticatedError,
 )
 from training import command_line
+from training.cluster import ConflictError, RequestRefusedError
 
 
 class PromotionError(MilongaError):
@@ -50,6 +53,14 @@ class RollbackError(PromotionError):
     """What was changed could not be changed back."""
 
 
+class ForeignPinError(RollbackError):
+    """Somebody else pinned something meanwhile. It stays."""
+
+
+class UnrecordedError(PromotionError):
+    """All is done, only the ledger does not say so."""
+
+
 EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
     {
         InvalidInputError: 2,
@@ -62,7 +73,10 @@ EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
         ServiceUnavailableError: 6,
         UnauthenticatedError: 6,
         OutputError: 6,
+        RequestRefusedError: 6,
+        ConflictError: 6,
         RollbackError: 7,
+        UnrecordedError: 8,
         RequestCancelledError: 130,
         KeyboardInterrupt: 130,
     }

@@ -18,6 +18,8 @@ class Forwarding:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         """Where it listens."""
+        self.error: Exception | None = None
+        """Why the last connection to the pod did not come about; None if it did."""
         self._closed = False
         self._open: set[Any] = set()
         self._lock = threading.Lock()
@@ -48,9 +50,11 @@ class Forwarding:
     def _serve(self, near: socket.socket) -> None:
         try:
             far = self._connect()
-        except Exception:  # websocket's errors, and the client's: who called us sees a closed connection
+        except Exception as error:  # whatever it is: who called us sees a closed connection
+            self.error = error
             _shut(near)
             return
+        self.error = None
         with self._lock:
             self._open |= {near, far}
         back = threading.Thread(target=_pump, args=(far, near), name="forwarding", daemon=True)

@@ -3,19 +3,27 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
-from services.client import TLS
-from services.errors import FieldViolation, InvalidInputError
+from services.client import TLS, ModelVersion
+from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
 from training.pods import Json
-from training.promotion.asking import CALLS, VERIFY_SECONDS, check_digest, served_model
+from training.promotion.asking import (
+    CALLS,
+    OURS,
+    VERIFY_SECONDS,
+    check_tls,
+    served_model,
+    settle,
+    wrong_answer,
+)
 from training.promotion.cluster import Cluster
 from training.promotion.errors import RolloutError
 from training.promotion.forwarding import Forwarding
 from training.promotion.locks import LEASE_SECONDS, LeaseLock, lease_lock
-from training.promotion.rollouts import fault_of, is_complete, pin_of, ready_pods, story
+from training.promotion.rollouts import difference_of, fault_of, is_complete, pin_of, ready_pods, story
 from training.promotion.target import Pin, Tell, digest_of
 
 GENERATION: Final = "generation"
@@ -75,13 +83,58 @@ class KubernetesTarget:
         template: Json = self._cluster.deployment(CHALLENGER)["spec"]["template"]["spec"]
         return f"kubernetes {hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]}"
 
-    def lock(self) -> AbstractContextManager[LeaseLock]:
+    @contextmanager
+    def lock(self) -> Iterator[LeaseLock]:
+        """See `Target`. Changes are made within the time that the Lease is good for."""
+        with lease_lock(self._cluster, self._tell, seconds=self._lease_seconds) as lock:
+            self._cluster.left = lock.left
+            try:
+                yield lock
+            finally:
+                self._cluster.left = None
+
+    @property
+    def idle(self) -> bool:
         """See `Target`."""
-        return lease_lock(self._cluster, self._tell, seconds=self._lease_seconds)
+        return not self._cluster.deployment(GENERATION)["spec"].get("replicas", 1)
+
+    def check_setup(self, *, challenger: bool) -> None:
+        """See `Target`."""
+        if self.idle:
+            raise InvalidInputError(
+                FieldViolation(f"the Deployment {GENERATION}", "is scaled to 0; scale it to 1 or more")
+            )
+        if not challenger:
+            return
+        found = difference_of(self._cluster.deployment(GENERATION), self._cluster.deployment(CHALLENGER))
+        if found:
+            raise InvalidInputError(
+                FieldViolation(
+                    f"the Deployment {CHALLENGER}",
+                    f"would not run what {GENERATION} does: {found}; apply the manifests, which have both",
+                )
+            )
+
+    def check_reach(self) -> None:
+        """See `Target`: whether one ready pod can be asked, and then whether the Service can."""
+        pods = ready_pods(self._cluster.pods(GENERATION))
+        if not any(self._answers(pod) for pod in pods):
+            return  # there is none, or they are broken
+        address = self._service(pods[0])
+        if address is None:
+            return
+        try:
+            settle(lambda: self._silence(address), seconds=self._verify)
+        except RolloutError as error:
+            check_tls(address, self._tls, f"the Service at {address}")
+            raise ServiceUnavailableError(
+                f"the Service at {address} does not answer, and its pods do: {error}; correct "
+                "--generation-address"
+            ) from error
 
     def current_pin(self) -> Pin | None:
         """See `Target`."""
-        return pin_of(self._template(GENERATION))
+        return pin_of(self._cluster.deployment(GENERATION)["spec"]["template"])
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
         """See `Target`."""
@@ -92,7 +145,8 @@ class KubernetesTarget:
         self._cluster.scale(CHALLENGER, 1)
         self._watch(CHALLENGER, pin, end, seconds)
         address = self._challenger_address or self._reach(ready_pods(self._cluster.pods(CHALLENGER)))
-        self._check(address, digest_of(pin), "the challenger")
+        ask, digest = (lambda: self._ask(address, self._forwarding)), digest_of(pin)
+        settle(lambda: wrong_answer(ask, digest, "the challenger"), seconds=self._verify)
         return address
 
     def stop_challenger(self) -> None:
@@ -100,41 +154,81 @@ class KubernetesTarget:
         self._let_go()
         self._cluster.scale(CHALLENGER, 0)
 
-    def roll_out(self, pin: Pin | None, seconds: float) -> None:
+    def set_pin(self, pin: Pin | None, seconds: float) -> None:
         """See `Target`."""
-        end = time.monotonic() + seconds
         self._cluster.apply_pin(GENERATION, pin)
-        if pin is not None:
-            self._watch(GENERATION, pin, end, seconds)
+
+    def wait(self, pin: Pin, seconds: float) -> None:
+        """See `Target`."""
+        self._watch(GENERATION, pin, time.monotonic() + seconds, seconds)
 
     def verify(self, digest: str) -> None:
         """See `Target`. Pods may come and go meanwhile: each round asks those that there are."""
-        end = time.monotonic() + self._verify
-        while True:
-            pods = ready_pods(self._cluster.pods(GENERATION))
-            try:
-                if not pods:
-                    raise RolloutError(f"no pod of the Deployment {GENERATION} is ready")
-                for pod in pods:
-                    self._check_pod(pod, digest)
-                break
-            except RolloutError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(self._poll)
-        address = self._generation_address
-        if address is None and self._inside:
-            address = f"{GENERATION}.{self._cluster.namespace}:{_port(pods[0])}"
+        settle(lambda: self._pods_fault(digest), seconds=self._verify)
+        pods = ready_pods(self._cluster.pods(GENERATION))
+        address = self._generation_address if not pods else self._service(pods[0])
         if address is not None:
-            self._check(address, digest, f"the Service at {address}", calls=CALLS)
+            settle(
+                lambda: wrong_answer(lambda: self._ask(address), digest, f"the Service at {address}"),
+                calls=CALLS,
+                seconds=self._verify,
+            )
 
-    def _check_pod(self, pod: Json, digest: str) -> None:
-        who = f"pod {pod['metadata']['name']}"
+    def _pods_fault(self, digest: str) -> str:
+        pods = ready_pods(self._cluster.pods(GENERATION))
+        if not pods:
+            return f"no pod of the Deployment {GENERATION} is ready"
+        for pod in pods:
+            with self._reached(pod) as (_, ask):
+                if fault := wrong_answer(ask, digest, _name(pod)):
+                    return fault
+        return ""
+
+    def _answers(self, pod: Json) -> bool:
+        """Whether a pod says what it serves. Raises where it does not because of us."""
+        with self._reached(pod) as (address, ask):
+            try:
+                ask()
+            except OURS:
+                raise
+            except MilongaError:
+                check_tls(address, self._tls, _name(pod))
+                return False
+        return True
+
+    def _silence(self, address: str) -> str:
+        try:
+            self._ask(address)
+        except OURS:
+            raise
+        except MilongaError as error:
+            return str(error)
+        return ""
+
+    @contextmanager
+    def _reached(self, pod: Json) -> Iterator[tuple[str, Callable[[], ModelVersion]]]:
+        """Where a pod is spoken to, and what asks it."""
         if self._inside:
-            self._check(_pod_address(pod), digest, who, seconds=0)
+            address = _pod_address(pod)
+            yield address, lambda: self._ask(address)
         else:
             with self._forward(pod) as forwarding:
-                self._check(forwarding.address, digest, who, seconds=0)
+                yield forwarding.address, lambda: self._ask(forwarding.address, forwarding)
+
+    def _ask(self, address: str, forwarding: Forwarding | None = None) -> ModelVersion:
+        """What is served. Raises the cluster's error where that is why nothing answers."""
+        try:
+            return served_model(address, self._tls)
+        except MilongaError as error:
+            if forwarding is not None and isinstance(forwarding.error, OURS):
+                raise forwarding.error from error
+            raise
+
+    def _service(self, pod: Json) -> str | None:
+        """The Service's address, where it can be reached."""
+        if self._generation_address is None and self._inside:
+            return f"{GENERATION}.{self._cluster.namespace}:{_port(pod)}"
+        return self._generation_address
 
     def _watch(self, name: str, pin: Pin, end: float, seconds: float) -> None:
         """Return when all pods of a Deployment are of `pin` and available."""
@@ -156,20 +250,6 @@ class KubernetesTarget:
                 )
             time.sleep(self._poll)
 
-    def _template(self, name: str) -> Json:
-        template: Json = self._cluster.deployment(name)["spec"]["template"]
-        return template
-
-    def _check(
-        self, address: str, digest: str, who: str, *, calls: int = 1, seconds: float | None = None
-    ) -> None:
-        check_digest(
-            lambda: served_model(address, self._tls),
-            *(digest, who),
-            calls=calls,
-            seconds=self._verify if seconds is None else seconds,
-        )
-
     def _reach(self, pods: Sequence[Json]) -> str:
         """An address of the one challenger."""
         if not pods:
@@ -187,6 +267,10 @@ class KubernetesTarget:
         if self._forwarding is not None:
             self._forwarding.close()
             self._forwarding = None
+
+
+def _name(pod: Json) -> str:
+    return f"pod {pod['metadata']['name']}"
 
 
 def _pod_address(pod: Json) -> str:

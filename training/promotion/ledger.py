@@ -84,10 +84,10 @@ class Entry:
         self.ledger.log_text(self.run_id, name, text)
 
     def close(self, outcome: Outcome, reason: str = "") -> None:
-        """Write down how it ended; last, since that makes room for the next."""
+        """Write down how it ended; the outcome last, since that makes room for the next."""
         self.outcome, self.reason = outcome, reason
-        self.ledger.set_tags(self.run_id, {"reason": reason, "outcome": outcome})
         self.ledger.end(self.run_id, well=outcome in OUTCOMES.values())
+        self.ledger.set_tags(self.run_id, {"reason": reason, "outcome": outcome})
 
 
 class Ledger:

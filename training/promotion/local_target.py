@@ -1,6 +1,8 @@
 """Promotion without a cluster: a service switches its model, and the challenger is a process of ours."""
 
 import os
+import re
+import socket
 import time
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
@@ -10,6 +12,7 @@ from services.client import TLS, AudioClient
 from services.errors import (
     AlreadyUnderWayError,
     DeadlineExceededError,
+    InvalidInputError,
     MilongaError,
     ModelError,
     ServiceUnavailableError,
@@ -18,16 +21,20 @@ from services.models.manifest import read_manifest
 from services.models.mini import mini_folder
 from services.runtime.model_uri import EMBEDDED
 from services.runtime.registry import cache_folder
-from training.promotion.asking import CALLS, check_digest, served_model
+from training.promotion.asking import CALL_SECONDS, CALLS, served_model, settle, wrong_answer
 from training.promotion.errors import RolloutError
 from training.promotion.ledger import whoami
 from training.promotion.locks import FileLock, file_lock
 from training.promotion.registry import Registry
-from training.promotion.target import Pin, digest_of
+from training.promotion.target import Pin, digest_of, shown_pin
 
 _KEPT: Final = ("MILONGA_CACHE", "MILONGA_DEVICE", "MILONGA_DTYPE", "MILONGA_THREADS", "MILONGA_BATCH_SHAPES")
 """Settings that the challenger shares with us; ports and certificates would be the service's own."""
 _POLL_SECONDS: Final = 0.5
+_LOOPBACK: Final = re.compile(
+    r"(?:dns:/*|ipv[46]:)?(?:localhost|127(?:\.\d+){3}|\[::1\])(?::(\d+))?", re.IGNORECASE
+)
+"""Addresses that mean another service on each machine."""
 
 
 class LocalTarget:
@@ -47,7 +54,11 @@ class LocalTarget:
 
     @property
     def place(self) -> str:
-        """See `Target`."""
+        """See `Target`: the address; what only this machine reaches, under its name."""
+        if found := _LOOPBACK.fullmatch(self._address):
+            return f"local/{socket.gethostname()}:{found[1] or ''}"
+        if self._address.startswith("unix"):
+            return f"local/{socket.gethostname()}/{self._address}"
         return f"local/{self._address}"
 
     @property
@@ -59,6 +70,30 @@ class LocalTarget:
     def lock(self) -> AbstractContextManager[FileLock]:
         """See `Target`."""
         return file_lock(self.place)
+
+    @property
+    def idle(self) -> bool:
+        """See `Target`."""
+        return False
+
+    def check_setup(self, *, challenger: bool) -> None:
+        """See `Target`. The challenger is a process of this very installation."""
+
+    def check_reach(self) -> None:
+        """See `Target`: whether the service takes our token."""
+        with AudioClient(self._address, tls=self._tls, retries=0) as client:
+            try:
+                # Names no model, and so changes nothing: it is refused, for that if the token is right.
+                client.switch_model("", token=self._token, timeout=CALL_SECONDS)
+            except InvalidInputError as error:
+                if "model_uri" not in str(error):
+                    raise
+            except MilongaError as error:
+                if type(error) is MilongaError:
+                    raise ServiceUnavailableError(
+                        f"the service at {self._address} can't be switched: {error}"
+                    ) from error
+                raise
 
     def current_pin(self) -> Pin | None:
         """See `Target`: the model URI of what answers, as far as one is known."""
@@ -79,9 +114,6 @@ class LocalTarget:
         if self._challenger is not None and self._challenger[0] == pin:
             return self._challenger[1]
         self.stop_challenger()
-        if (served := self.current_pin()) is not None:
-            # Changes nothing; that we may not switch should be known before minutes of gates.
-            self._switch(served, seconds)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("MILONGA_") or k in _KEPT}
         environment = {**kept, "MLFLOW_TRACKING_URI": self._registry.uri}
         logs = cache_folder() / "promotion" / "logs"
@@ -93,7 +125,9 @@ class LocalTarget:
                 service.wait_until_serving(seconds)
             except ServiceUnavailableError as error:
                 raise RolloutError(f"the challenger does not come up: {error}") from error
-            check_digest(lambda: served_model(service.target), digest_of(pin), "the challenger")
+            settle(
+                lambda: wrong_answer(lambda: served_model(service.target), digest_of(pin), "the challenger")
+            )
             self._challenger = (pin, service.target, stack.pop_all())
         return service.target
 
@@ -104,19 +138,23 @@ class LocalTarget:
             self._challenger = None
             stack.close()
 
-    def roll_out(self, pin: Pin | None, seconds: float) -> None:
-        """See `Target`. What was served before any pin stays, where there is none to go back to."""
-        if pin is None:
-            return
-        self._switch(pin, seconds)
+    def set_pin(self, pin: Pin | None, seconds: float) -> None:
+        """See `Target`. To what was served before any pin there is no way back but a restart."""
+        if pin is not None:
+            self._switch(pin, seconds)
+        elif (served := self.current_pin()) is not None:
+            raise RolloutError(
+                f"the service at {self._address} serves {shown_pin(served)} now, and what it served before "
+                "is in no registry; restart it to serve that"
+            )
+
+    def wait(self, pin: Pin, seconds: float) -> None:
+        """See `Target`. A switch is whole when it is answered."""
 
     def verify(self, digest: str) -> None:
         """See `Target`."""
-        check_digest(
-            lambda: served_model(self._address, self._tls),
-            *(digest, f"the service at {self._address}"),
-            calls=CALLS,
-        )
+        who = f"the service at {self._address}"
+        settle(lambda: wrong_answer(lambda: served_model(self._address, self._tls), digest, who), calls=CALLS)
 
     def _switch(self, pin: Pin, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -24,6 +24,11 @@ LEASE_SECONDS: Final = 30.0
 """Time after which a holder that renews no more is given up."""
 RENEWALS: Final = 3
 """Renewals in that time."""
+TRUSTED: Final = 2 / 3
+"""Part of that time in which a holder goes by its last renewal: others need all of it to give it up."""
+FRESH: Final = 0.1
+"""Part of that time after which it renews before it changes something."""
+_AGAIN: Final = 1 / 30
 POLL_SECONDS: Final = 1.0
 
 
@@ -41,26 +46,37 @@ class Leases(Protocol):
 
 
 class LeaseLock:
-    """Holds a Lease, and renews it on a thread."""
+    """Holds a Lease, and renews it on a thread. `since`: when it was asked for."""
 
-    def __init__(self, leases: Leases, lease: Json, identity: str, seconds: float) -> None:
+    def __init__(self, leases: Leases, lease: Json, identity: str, seconds: float, since: float) -> None:
         self._leases, self._lease, self._identity, self._seconds = leases, lease, identity, seconds
-        self._renewed = time.monotonic()
+        self._renewed = since
         self._taken = ""
+        self._turn = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="promotion-lease", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="promotion-lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `BusyError` where somebody else may hold it by now."""
-        if self._taken:
-            raise BusyError(f"the Lease {LEASE} was taken over by {self._taken}; see `--history`")
-        silent = time.monotonic() - self._renewed
-        if silent > self._seconds:
-            raise BusyError(
-                f"the Lease {LEASE} could not be renewed for {silent:.0f} s, so somebody else may hold it; "
-                "see `--history`, then `milonga promote --resume`"
-            )
+        """Raise `BusyError` where somebody else may hold it. If it was not renewed just now, that is done.
+
+        An API server that does not answer is asked for as long as a Lease lasts: one that is renewed late
+        was held by nobody else, or it would have changed.
+        """
+        end = _now() + self._seconds
+        while not self._renew():
+            if self._taken:
+                raise BusyError(f"the Lease {LEASE} was taken over by {self._taken}; see `--history`")
+            if _now() > end:
+                raise self._silent()
+            time.sleep(self._seconds * _AGAIN)
+
+    def left(self) -> float:
+        """Seconds that it is held for certain. Raises `BusyError` where there are none."""
+        left = self._seconds * TRUSTED - (_now() - self._renewed)
+        if self._taken or left <= 0:
+            raise self._silent()
+        return left
 
     def release(self) -> None:
         """Let go of it."""
@@ -70,21 +86,40 @@ class LeaseLock:
             with contextlib.suppress(MilongaError):  # it runs out by itself
                 self._leases.replace_lease(_held(self._lease, "", self._seconds))
 
-    def _renew(self) -> None:
-        while not self._stop.wait(self._seconds / RENEWALS):
+    def _keep(self) -> None:
+        wait = self._seconds / RENEWALS
+        while not self._stop.wait(wait) and not self._taken:
+            wait = self._seconds * (1 / RENEWALS if self._renew() else _AGAIN)
+
+    def _renew(self) -> bool:
+        """Renew it once, if that is not fresh; whether it is held for certain."""
+        with self._turn:
+            if self._taken:
+                return False
+            begun = _now()
+            if begun - self._renewed <= self._seconds * FRESH:
+                return True
             try:
                 self._lease = self._leases.replace_lease(_held(self._lease, self._identity, self._seconds))
-                self._renewed = time.monotonic()
             except ConflictError:
                 with contextlib.suppress(MilongaError):
                     found = self._leases.read_lease(LEASE)
                     if found is not None and holder_of(found) == self._identity:
                         self._lease = found  # our own change, whose answer got lost
-                        continue
-                    self._taken = "nobody" if found is None else holder_of(found) or "nobody"
-                    return
+                    else:
+                        self._taken = "nobody" if found is None else holder_of(found) or "nobody"
             except MilongaError:
-                pass  # tried again; `check` tells when it was too long
+                pass  # tried again
+            else:
+                self._renewed = begun  # it may have counted from then on
+                return True
+            return False
+
+    def _silent(self) -> BusyError:
+        return BusyError(
+            f"the Lease {LEASE} could not be renewed for {_now() - self._renewed:.0f} s, so somebody else "
+            "may hold it; see `--history`, then `milonga promote --resume`"
+        )
 
 
 @contextlib.contextmanager
@@ -108,6 +143,7 @@ def lease_lock(
         lasts = float(lease["spec"].get("leaseDurationSeconds") or seconds)
         tell(f"the Lease {LEASE} is held by {holder}: waiting up to {lasts:.0f} s to see whether it is alive")
         lease = _outlived(leases, lease, lasts, sleep)
+    since = _now()
     try:
         if lease is None:
             held = leases.create_lease(LEASE, _held({}, identity, seconds)["spec"])
@@ -115,11 +151,13 @@ def lease_lock(
             held = leases.replace_lease(_held(lease, identity, seconds))
     except ConflictError as error:
         raise BusyError("another promotion began at this moment; wait for its end") from error
-    lock = LeaseLock(leases, held, identity, seconds)
+    lock = LeaseLock(leases, held, identity, seconds, since)
     try:
         yield lock
     finally:
-        lock.release()
+        # What was done is done, and said; the Lease runs out by itself.
+        with contextlib.suppress(KeyboardInterrupt):
+            lock.release()
 
 
 def _outlived(leases: Leases, lease: Json, lasts: float, sleep: Callable[[float], None]) -> Json | None:
@@ -136,6 +174,11 @@ def _outlived(leases: Leases, lease: Json, lasts: float, sleep: Callable[[float]
         if holder_of(lease) != holder or lease["spec"].get("renewTime") != first:
             raise BusyError(f"another promotion runs: {holder_of(lease)} holds the Lease {LEASE}")
     return lease
+
+
+def _now() -> float:
+    """Seconds on a clock that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def holder_of(lease: Json) -> str:

@@ -15,7 +15,10 @@ HOPELESS: Final = (
 TRANSIENT_EXIT_CODE: Final = 3
 """Exit code of `milonga` where a service, above all the registry, does not answer: it may come back."""
 TRIES: Final = 3
-"""Starts of a container that may fail so, or for a reason that is not known."""
+"""Starts of an init container that may fail so."""
+
+_RUNS: Final = ("image", "command", "args", "env", "envFrom", "resources")
+"""What of a container says what it runs."""
 
 
 def is_complete(deployment: Json) -> bool:
@@ -77,17 +80,54 @@ def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
     return "; ".join([*parts, progress] if progress else parts)
 
 
+def difference_of(served: Json, judged: Json) -> str:
+    """The first difference between what the containers of two Deployments run; empty where there is none."""
+    for kind in ("initContainers", "containers"):
+        found, expected = _containers(judged, kind), _containers(served, kind)
+        if list(found) != list(expected):
+            return f"{kind} {', '.join(found) or 'none'}, expected {', '.join(expected) or 'none'}"
+        for name, container in expected.items():
+            for field in sorted({*container, *found[name]}):
+                value, wanted = found[name].get(field), container.get(field)
+                if value != wanted:
+                    return f"{field} of {name} {short(_shown(value))}, expected {short(_shown(wanted))}"
+    return ""
+
+
+def _containers(deployment: Json, kind: str) -> dict[str, dict[str, object]]:
+    """What each runs, by field, its variables by name. The Deployment's own name is left out of it."""
+    own, spec = deployment["metadata"]["name"], deployment["spec"]["template"]["spec"]
+    result: dict[str, dict[str, object]] = {}
+    for container in spec.get(kind) or ():
+        fields: dict[str, object] = {f: container[f] for f in _RUNS if f != "env" and container.get(f)}
+        for variable in container.get("env") or ():
+            value = variable.get("value") or variable.get("valueFrom") or ""
+            if isinstance(value, dict) and value.get("resourceFieldRef", {}).get("containerName") == own:
+                value = {"resourceFieldRef": {**value["resourceFieldRef"], "containerName": "its own"}}
+            fields[f"env {variable['name']}"] = value
+        name = container.get("name", "")
+        result["the main container" if name == own else name] = fields
+    return result
+
+
+def _shown(value: object) -> str:
+    return "is missing" if value is None else f"is {value}"
+
+
 def _fault(kind: str, status: Json) -> str | None:
     state = status.get("state") or {}
     waiting = state.get("waiting") or {}
     if waiting.get("reason") in HOPELESS:
         return f"{waiting['reason']}: {short(waiting.get('message', ''))}"
-    ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated") or {}
+    ended = state.get("terminated") or {}
+    if waiting:
+        # One that runs may have died of anything, weeks ago; one in a crash loop is back here at once.
+        ended = (status.get("lastState") or {}).get("terminated") or {}
     if not ended.get("exitCode"):
         return None
-    code, restarts = ended["exitCode"], status.get("restartCount", 0)
     # Wrong input and refused weights stay so; anything else gets another try or two.
-    hopeless = code == 2 or (kind == "init container" and code != TRANSIENT_EXIT_CODE)
-    if hopeless or restarts >= TRIES or (kind == "container" and waiting.get("reason") == "CrashLoopBackOff"):
-        return f"ended with {how_it_ended(ended)}"
-    return None
+    if kind == "init container":
+        hopeless = ended["exitCode"] != TRANSIENT_EXIT_CODE or status.get("restartCount", 0) >= TRIES
+    else:
+        hopeless = ended["exitCode"] == 2 or waiting.get("reason") == "CrashLoopBackOff"
+    return f"ended with {how_it_ended(ended)}" if hopeless else None

@@ -38,6 +38,19 @@ class Target(Protocol):
     def lock(self) -> AbstractContextManager[Lock]:
         """Exclude other promotions for the time of the context. Raises `BusyError`."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to serve: there is nothing to wait for, and nobody to ask."""
+
+    def check_setup(self, *, challenger: bool) -> None:
+        """Raise `InvalidInputError` where it serves nothing, or its challenger would run something else."""
+
+    def check_reach(self) -> None:
+        """Raise where what serves can't be asked, or changed, because of us: rights, TLS, a token.
+
+        What serves may be broken: that is what a rollback is for.
+        """
+
     def current_pin(self) -> Pin | None:
         """What is served, or is to be; None where nothing was pinned yet."""
 
@@ -50,8 +63,14 @@ class Target(Protocol):
     def stop_challenger(self) -> None:
         """Serve no challenger any more."""
 
-    def roll_out(self, pin: Pin | None, seconds: float) -> None:
-        """Serve `pin`, without a pause, and return when nothing else is served. None takes the pin away.
+    def set_pin(self, pin: Pin | None, seconds: float) -> None:
+        """Begin to serve `pin`, without a pause. None takes the pin away.
+
+        Raises `RolloutError` where it is refused, or does not begin within `seconds`.
+        """
+
+    def wait(self, pin: Pin, seconds: float) -> None:
+        """Return when nothing but `pin` is served.
 
         Raises `RolloutError` where that is not so within `seconds`, or can be seen never to be.
         """

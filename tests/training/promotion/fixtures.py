@@ -42,6 +42,7 @@ class MemoryTarget:
 
     place = "memory/test"
     serving = "memory"
+    idle = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[HeldLock]:
@@ -59,8 +60,18 @@ class MemoryTarget:
         self._step("stop")
         self.challenger = None
 
-    def roll_out(self, pin: Pin | None, seconds: float) -> None:
+    def check_setup(self, *, challenger: bool) -> None:
+        self._check("setup")
+
+    def check_reach(self) -> None:
+        self._check("reach")
+
+    def set_pin(self, pin: Pin | None, seconds: float) -> None:
         self.pin = pin  # a rollout that fails has begun
+        if pin is None:
+            self.served = None
+
+    def wait(self, pin: Pin, seconds: float) -> None:
         self._step("rollout")
         self.served = pin
 
@@ -68,6 +79,10 @@ class MemoryTarget:
         self._step("verify")
         if self.served is None or digest_of(self.served) != digest:
             raise RolloutError(f"a pod serves {self.served}, expected {digest}")
+
+    def _check(self, name: str) -> None:
+        if name in self.fails:
+            raise self.fails.pop(name)
 
     def _step(self, name: str) -> None:
         self.done.append(name)

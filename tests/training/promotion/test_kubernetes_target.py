@@ -1,13 +1,19 @@
 """What is asked of the Kubernetes API, and what its answers lead to."""
 
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from kubernetes import client
 
+from milonga.v1 import generation_pb2_grpc
+from services.client import TLS
 from services.errors import InvalidInputError, MilongaError, ServiceUnavailableError
 from tests.training.promotion.api import Api, Json, Weights, api_served, weights_served
 from training.promotion.cluster import Cluster, connect_cluster
@@ -56,10 +62,15 @@ def target(
     )
 
 
+def roll_out(target: KubernetesTarget) -> None:
+    target.set_pin(NEW, SECONDS)
+    target.wait(NEW, SECONDS)
+
+
 def test_the_pin_is_server_side_applied_by_its_owner_and_nothing_else(
     target: KubernetesTarget, api: Api
 ) -> None:
-    target.roll_out(NEW, SECONDS)
+    roll_out(target)
     assert api.pin("generation") == NEW
     (patch,) = [asked for asked in api.asked if asked.method == "PATCH"]
     assert patch.path == "/apis/apps/v1/namespaces/milonga/deployments/generation"
@@ -71,9 +82,9 @@ def test_the_pin_is_server_side_applied_by_its_owner_and_nothing_else(
         "metadata": {"name": "generation", "namespace": "milonga"},
         "spec": {"template": {"metadata": {"annotations": {"milonga.dev/pin": NEW}}}},
     }
-    target.roll_out(NEW, SECONDS)  # once more changes nothing
+    roll_out(target)  # once more changes nothing
     assert api.deployments["generation"]["metadata"]["generation"] == 2
-    target.roll_out(None, SECONDS)
+    target.set_pin(None, SECONDS)
     assert target.current_pin() is None
 
 
@@ -130,14 +141,14 @@ def broken(state: Json) -> Callable[[Api, str], None]:
 def test_a_rollout_that_fails_says_why(target: KubernetesTarget, api: Api, state: Json, message: str) -> None:
     api.roll = broken(state)
     with pytest.raises(RolloutError, match=message) as caught:
-        target.roll_out(NEW, SECONDS)
+        roll_out(target)
     assert exit_code(caught.value) == 4
 
 
 def test_a_deployment_at_zero_is_told(target: KubernetesTarget, api: Api) -> None:
     api.add("generation", 0, OLD)
     with pytest.raises(RolloutError, match="scaled to 0; scale it to 1 or more"):
-        target.roll_out(NEW, SECONDS)
+        roll_out(target)
 
 
 def test_a_pin_that_somebody_else_moves_is_told(target: KubernetesTarget, api: Api) -> None:
@@ -146,7 +157,122 @@ def test_a_pin_that_somebody_else_moves_is_told(target: KubernetesTarget, api: A
 
     api.roll = roll
     with pytest.raises(RolloutError, match="changed by somebody else"):
-        target.roll_out(NEW, SECONDS)
+        roll_out(target)
+
+
+def test_nothing_is_promoted_to_a_deployment_at_zero(target: KubernetesTarget, api: Api) -> None:
+    target.check_setup(challenger=False)
+    api.add("generation", 0, OLD)
+    with pytest.raises(InvalidInputError, match="the Deployment generation: is scaled to 0"):
+        target.check_setup(challenger=False)
+    assert target.idle
+
+
+def test_a_challenger_that_would_run_something_else_is_refused(target: KubernetesTarget, api: Api) -> None:
+    target.check_setup(challenger=True)
+    image(api, "challenger", "localhost/missing:1")
+    target.check_setup(challenger=False)
+    with pytest.raises(InvalidInputError, match=r"image of .* is localhost/missing:1, .*apply the manifests"):
+        target.check_setup(challenger=True)
+    image(api, "generation", "localhost/missing:1")
+    target.check_setup(challenger=True)
+
+
+def image(api: Api, name: str, text: str) -> None:
+    api.deployments[name]["spec"]["template"]["spec"]["containers"][0]["image"] = text
+
+
+def outside(cluster: Cluster, tls: TLS | None = None) -> KubernetesTarget:
+    return KubernetesTarget(cluster, tell=lambda line: None, inside=False, tls=tls, verify_seconds=0.2)
+
+
+def test_pods_that_may_not_be_asked_are_told_before_anything_is_changed(cluster: Cluster, api: Api) -> None:
+    words = 'pods "generation-0" is forbidden: User "x" cannot get resource "pods/portforward"'
+    api.status["portforward"] = (403, words)
+    for ask in (lambda one: one.check_reach(), lambda one: one.verify(OLD_DIGEST)):
+        with pytest.raises(
+            ServiceUnavailableError, match=r"pods/portforward of pod .*does not permit it: pods"
+        ):
+            ask(outside(cluster))
+    with pytest.raises(ServiceUnavailableError) as caught:
+        outside(cluster).check_reach()
+    assert (exit_code(caught.value), str(caught.value).count("\n")) == (6, 0)
+    api.status["portforward"] = (500, "the pod's node is away")
+    outside(cluster).check_reach()  # broken pods are what a rollback is for
+    api.pods["generation"] = []
+    outside(cluster).check_reach()
+
+
+def test_tls_that_was_forgotten_or_is_not_spoken_is_told(
+    cluster: Cluster, api: Api, weights: tuple[Weights, int], tmp_path: Path
+) -> None:
+    key, certificate = self_signed(tmp_path)
+    tls = TLS(ca_file=certificate, server_name="generation")
+    target = KubernetesTarget(cluster, tell=lambda line: None, inside=True, tls=tls, verify_seconds=0.2)
+    with pytest.raises(InvalidInputError, match=r"--tls: pod generation-0 can't be spoken to: .*plaintext"):
+        target.check_reach()
+    server = grpc.server(ThreadPoolExecutor(2))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(weights[0], server)
+    identity = [(key.read_bytes(), certificate.read_bytes())]
+    api.port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(identity))
+    api.settle("generation")
+    server.start()
+    try:
+        KubernetesTarget(
+            cluster,
+            tell=lambda line: None,
+            inside=True,
+            tls=tls,
+            generation_address=f"127.0.0.1:{api.port}",
+            verify_seconds=0.2,
+        ).check_reach()
+        with pytest.raises(InvalidInputError, match="--tls: is missing, and pod generation-0 speaks TLS"):
+            KubernetesTarget(cluster, tell=lambda line: None, inside=True).check_reach()
+        other = KubernetesTarget(
+            cluster, tell=lambda line: None, inside=True, tls=TLS(ca_file=certificate), verify_seconds=0.2
+        )
+        with pytest.raises(
+            InvalidInputError, match=r"--tls: pod generation-0 can't be spoken to: .*127.0.0.1"
+        ):
+            other.check_reach()
+    finally:
+        server.stop(0).wait()
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    key, certificate = folder / "tls.key", folder / "tls.crt"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"),
+            *("-addext", "subjectAltName=DNS:generation", "-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return key, certificate
+
+
+def test_a_service_address_that_is_wrong_is_told_before_anything_is_changed(cluster: Cluster) -> None:
+    target = KubernetesTarget(
+        cluster,
+        tell=lambda line: None,
+        inside=True,
+        generation_address="127.0.0.1:1",
+        verify_seconds=0.2,
+    )
+    with pytest.raises(ServiceUnavailableError, match=r"127.0.0.1:1 does not answer, and its pods do"):
+        target.check_reach()
+
+
+def test_a_change_is_not_sent_later_than_the_lease_is_good_for(target: KubernetesTarget, api: Api) -> None:
+    with target.lock():
+        target._cluster._patience = 30.0
+        api.status["PATCH"] = (503, "etcdserver: leader changed")
+        begun = time.monotonic()
+        with pytest.raises(MilongaError):
+            target.set_pin(NEW, SECONDS)
+        assert time.monotonic() - begun < 2.5  # two thirds of 3 s
+    assert target._cluster.left is None
 
 
 def test_the_lease_is_held_and_let_go(target: KubernetesTarget, api: Api) -> None:
@@ -183,8 +309,9 @@ def test_what_is_missing_or_forbidden_is_one_line(target: KubernetesTarget, api:
         target.start_challenger(NEW, SECONDS)
     assert exit_code(forbidden.value) == 6
     api.status = {"PATCH": (422, "is invalid")}
-    with pytest.raises(MilongaError, match=r"refused a request of ours \(422\): is invalid"):
+    with pytest.raises(MilongaError, match=r"refused a request of ours \(422\): is invalid") as refused:
         target.stop_challenger()
+    assert exit_code(refused.value) == 6
 
 
 def test_what_may_come_right_is_asked_again(target: KubernetesTarget, api: Api) -> None:

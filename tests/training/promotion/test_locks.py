@@ -11,6 +11,7 @@ import pytest
 
 from services.errors import ServiceUnavailableError
 from training.cluster import ConflictError, Json
+from training.promotion import locks
 from training.promotion.errors import BusyError
 from training.promotion.locks import LEASE, file_lock, holder_of, lease_lock
 
@@ -133,6 +134,42 @@ def test_a_lease_that_is_taken_or_cannot_be_renewed_is_lost() -> None:
             lock.check()
         leases.away = False
         time.sleep(0.4)
+        lock.check()
+
+
+def test_a_holder_trusts_itself_for_less_time_than_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(locks, "_now", lambda: now)
+
+    class Slow(Leases):
+        def replace_lease(self, lease: Json) -> Json:
+            nonlocal now
+            found = super().replace_lease(lease)
+            now += 1.0  # the answer takes its time, the Lease counts from before
+            return found
+
+    leases = Slow({})
+    with lease_lock(leases, ignore, seconds=30.0) as lock:
+        assert lock.left() == pytest.approx(19.0)
+        now += 2.5  # a machine that sleeps lets its thread renew nothing
+        lock.check()
+        assert lock.left() == pytest.approx(19.0)
+        writes = leases.writes
+        lock.check()
+        assert leases.writes == writes, "it was renewed just now"
+        now += 19.0
+        with pytest.raises(BusyError, match="could not be renewed for 20 s"):
+            lock.left()
+        lock.check()
+        assert lock.left() > 0
+
+
+def test_a_check_waits_for_an_api_server_that_comes_back() -> None:
+    leases = Leases({})
+    with lease_lock(leases, ignore, seconds=2.0) as lock:
+        leases.away = True
+        time.sleep(0.5)
+        threading.Timer(0.3, setattr, (leases, "away", False)).start()
         lock.check()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from training.promotion.cluster import PIN_ANNOTATION
-from training.promotion.rollouts import fault_of, is_complete, ready_pods, story
+from training.promotion.rollouts import difference_of, fault_of, is_complete, ready_pods, story
 
 PIN = "models:/milonga-tango/7#sha256:" + "7" * 64
 OLD = "models:/milonga-tango/6#sha256:" + "6" * 64
@@ -116,6 +116,10 @@ WAITING = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}}
             "pod generation-x, container generation: ended with exit code 137 (OOMKilled)",
         ),
         (pod(main={"running": {}}, restarts=1, last={"terminated": {"exitCode": 1}}), None),
+        # It serves, or did until just now: what it died of weeks ago says nothing of this rollout.
+        (pod(ready=True, main={"running": {}}, restarts=9, last={"terminated": {"exitCode": 2}}), None),
+        (pod(main={"running": {}}, restarts=9, last={"terminated": {"exitCode": 137}}), None),
+        (pod(main={"terminated": {"exitCode": 137}}, restarts=9), None),
         (
             pod(main={"terminated": {"exitCode": 2, "message": "error: --model: is empty"}}),
             "pod generation-x, container generation: ended with exit code 2: --model: is empty",
@@ -148,3 +152,33 @@ def test_the_story_says_what_is_waited_for() -> None:
 def test_pods_that_go_away_get_no_traffic() -> None:
     assert ready_pods([pod(), pod(ready=True, deleted=True)]) == []
     assert len(ready_pods([pod(ready=True)])) == 1
+
+
+def runs(name: str, **changes: Any) -> dict[str, Any]:
+    threads = {"resourceFieldRef": {"containerName": name, "resource": "limits.cpu"}}
+    main = {
+        "name": name,
+        "image": "services:1",
+        "env": [{"name": "B", "value": "1"}, {"name": "MILONGA_THREADS", "valueFrom": threads}],
+        "resources": {"limits": {"cpu": "1"}},
+        **changes,
+    }
+    spec = {"initContainers": [{"name": "fetch", "image": "services:1"}], "containers": [main]}
+    return {"metadata": {"name": name}, "spec": {"template": {"spec": spec}}}
+
+
+def test_what_two_deployments_run_differs_in_more_than_their_names() -> None:
+    served = runs("generation")
+    assert difference_of(served, runs("challenger")) == ""
+    assert difference_of(served, runs("challenger", image="localhost/missing:1")) == (
+        "image of the main container is localhost/missing:1, expected is services:1"
+    )
+    assert "resources of the main container is {'limits': {'cpu': '2'}}" in difference_of(
+        served, runs("challenger", resources={"limits": {"cpu": "2"}})
+    )
+    assert difference_of(served, runs("challenger", env=[{"name": "B", "value": "1"}])).startswith(
+        "env MILONGA_THREADS of the main container is missing, expected is {"
+    )
+    bare = runs("challenger")
+    del bare["spec"]["template"]["spec"]["initContainers"]
+    assert difference_of(served, bare) == "initContainers none, expected fetch"
