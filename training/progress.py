@@ -9,6 +9,10 @@ from tqdm import tqdm
 LINE_SECONDS: Final = 15.0
 """Between two lines in a log."""
 
+_LINE: Final = (
+    "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+)
+
 T = TypeVar("T")
 
 
@@ -24,8 +28,8 @@ def progress(
     """A bar of `tqdm`, on standard error."""
     settings: dict[str, Any] = {"mininterval": 0.5}
     if not sys.stderr.isatty():
-        settings = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1, "ncols": 110}
-        settings["file"] = _Lines(sys.stderr)
+        settings = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1}
+        settings |= {"bar_format": _LINE, "file": _Lines(sys.stderr)}
     disable = disable or total == 0
     return tqdm(work, total=total, desc=desc, unit=unit, initial=initial, disable=disable, **settings)
 
