@@ -236,7 +236,7 @@ class PodLoad:
         self.cluster = cluster
         self.marks: list[tuple[float, str]] = []
         """What happened when, in seconds of this machine's clock."""
-        self._begun = 0.0
+        self._summary: dict[str, Any] = {}
 
     def start(self) -> None:
         """Begin, and return when answers come."""
@@ -261,11 +261,13 @@ class PodLoad:
         return [Call(**json.loads(line)) for line in text.splitlines() if line.endswith("}")]
 
     def stop(self) -> dict[str, Any]:
-        """End it; the summary, which is written to `OUTPUT` with a plot."""
+        """End it, once; the summary, which is written to `OUTPUT` with a plot."""
+        if self._summary:
+            return self._summary
         calls = self.calls()
         begun = float(self._exec("cat", "/out/begun"))
         marks = [(moment - begun, what) for moment, what in self.marks]
-        summary = summarize(calls, marks)
+        summary = self._summary = summarize(calls, marks)
         (OUTPUT / "load.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         lines = "".join(
             json.dumps({"code": call.code, "error": call.error, "start": call.start}) + "\n"

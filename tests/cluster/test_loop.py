@@ -111,8 +111,6 @@ def test_shards_and_nodes_share_a_volume(cluster: Cluster, registry: str) -> Non
         (["--version", "99"], 2, "99"),
         (["--version", "2", "--namespace", "elsewhere"], 2, "elsewhere"),
         (["--version", "2", "--context", "none"], 2, "--context"),
-        (["--version", "2", "--gates", HERE / "harness.py"], 2, "--gates"),
-        (["--version", "2", "--alias", "of-another"], 2, "of-another"),
     ],
 )
 def test_wrong_input_changes_nothing(
@@ -183,7 +181,7 @@ def test_an_image_that_cannot_be_pulled_is_said(cluster: Cluster, registry: str,
 def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: str, load: PodLoad) -> None:
     (node,) = (node["metadata"]["name"] for node in cluster.get("nodes")["items"])
     load.mark("no room")
-    run = cluster.start(MILONGA, *PROMOTE, "--version", "1", *QUICK, "--deadline", "45")
+    run = cluster.start(MILONGA, *PROMOTE, "--version", "1", *QUICK, "--deadline", "35")
     run.wait_for("passed ")
     cluster.kubectl("cordon", node)
     try:
@@ -325,8 +323,7 @@ def test_the_promoter_may_do_what_it_must_and_nothing_else(cluster: Cluster) -> 
     for expected, requests in (("yes", ALLOWED), ("no", REFUSED)):
         for verb, what in requests:
             done = cluster.run(KUBECTL, "-n", NAMESPACE, "auth", "can-i", verb, *what.split(), account)
-            answer = next(line for line in done.output.splitlines() if not line.startswith("Warning"))
-            assert answer.split(" ")[0] == expected, (verb, what)
+            assert done.output.split()[-1] == expected, (verb, what)
     done = cluster.run(
         KUBECTL,
         "-n",
@@ -341,10 +338,11 @@ def test_the_promoter_may_do_what_it_must_and_nothing_else(cluster: Cluster) -> 
 
 
 def test_production_is_accepted_as_it_is(cluster: Cluster) -> None:
-    cluster.kubectl(
-        "apply", "--dry-run=server", "--server-side", "--force-conflicts", "-k", "k8s/overlays/production"
-    )
-    cluster.kubectl("apply", "--dry-run=server", "-k", "k8s/overlays/production-jobs")
+    """In an empty namespace: of a volume that is there the access mode can't be changed."""
+    cluster.kubectl("delete", "namespace", NAMESPACE, timeout=300)
+    cluster.kubectl("apply", "-f", "k8s/base/namespace.yaml")
+    for overlay in ("production", "production-jobs"):
+        cluster.kubectl("apply", "--dry-run=server", "-k", f"k8s/overlays/{overlay}")
 
 
 def test_production_is_scheduled_on_gpus_and_says_that_it_has_no_pin(cluster: Cluster) -> None:
@@ -353,8 +351,6 @@ def test_production_is_scheduled_on_gpus_and_says_that_it_has_no_pin(cluster: Cl
     resource = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "4"}]
     cluster.kubectl("patch", "node", node, "--subresource=status", "--type=json", "-p", json.dumps(resource))
     cluster.kubectl("label", "node", node, "nvidia.com/gpu.present=true", "--overwrite")
-    cluster.kubectl("delete", "namespace", NAMESPACE, timeout=300)
-    cluster.kubectl("apply", "-f", "k8s/base/namespace.yaml")
     make_store_secret(cluster)
     make_certificate(cluster)
     cluster.kubectl("apply", "-k", HERE / "production")
