@@ -268,11 +268,11 @@ def test_the_commands(store: str, model: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["register", str(model), "--alias", "champion", "--tracking-uri", store])
     assert done.exit_code == 0, done.output
     manifest: Manifest = verify_manifest(model)
-    assert done.output == f"milonga-tango version 1, champion\nmodels:/milonga-tango/1#{manifest.digest}\n"
+    assert done.stdout == f"milonga-tango version 1, champion\nmodels:/milonga-tango/1#{manifest.digest}\n"
     assert "registered before" in CliRunner().invoke(app, ["register", str(model)]).output
     with Tracker.start("run", tmp_path / "t"):
         pass
-    assert CliRunner().invoke(app, ["sync", str(tmp_path / "t")]).output == "0 entries sent\n"
+    assert CliRunner().invoke(app, ["sync", str(tmp_path / "t")]).stdout == "0 entries sent\n"
     failed = CliRunner().invoke(app, ["register", str(tmp_path)])
     assert isinstance(failed.exception, ModelError)
 
