@@ -14,6 +14,7 @@
     ├── ServiceUnavailableError the service can't be reached, or is stopping
     ├── UnauthenticatedError    the caller did not prove that it may do this
     ├── AlreadyUnderWayError    what was asked for is being done for somebody else, and only once at a time
+    ├── UnsupportedError        what was asked for is not offered here
     └── OutputError             a result could not be written
 
 `services.runtime.status` maps this tree to gRPC statuses, `services.cli` maps it to exit codes.
@@ -91,6 +92,10 @@ class UnauthenticatedError(MilongaError):
 
 class AlreadyUnderWayError(MilongaError):
     """Something that only one can do at a time is being done; nothing was begun."""
+
+
+class UnsupportedError(MilongaError):
+    """What was asked for exists, and is not offered here."""
 
 
 class OutputError(MilongaError):

@@ -34,6 +34,7 @@ from services.errors import (
     RequestCancelledError,
     ServiceUnavailableError,
     UnauthenticatedError,
+    UnsupportedError,
 )
 
 COMMAND_GROUP = "milonga.commands"
@@ -41,6 +42,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     InvalidInputError: 2,
     ModelError: 2,
     UnauthenticatedError: 2,
+    UnsupportedError: 2,
     QueueFullError: 3,
     DeadlineExceededError: 3,
     ServiceUnavailableError: 3,

@@ -22,17 +22,25 @@ class OperatorServicer(rpc.OperatorServiceServicer):
 
     def __init__(self, slot: EngineSlot, token: str) -> None:
         self._slot = slot
-        self._expected = f"Bearer {token}".encode()
+        self._check_token = TokenCheck(token)
 
     async def SwitchModel(self, request: pb.SwitchModelRequest, context: Context) -> pb.SwitchModelResponse:
         """See operator.proto."""
         self._check_token(context)
-        switch = await self._slot.switch(_read_uri(request.model_uri))
+        switch = await self._slot.switch(read_uri(request.model_uri))
         return pb.SwitchModelResponse(
             previous=switch.previous, current=switch.current, elapsed=write_duration(switch.seconds)
         )
 
-    def _check_token(self, context: Context) -> None:
+
+class TokenCheck:
+    """Tells whether a caller is the operator."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    def __call__(self, context: Context) -> None:
+        """Raise `UnauthenticatedError` where the call's metadata do not carry the token."""
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
         # In a time that tells nothing of how much of it is right.
         if not hmac.compare_digest(given if isinstance(given, bytes) else given.encode(), self._expected):
@@ -41,7 +49,8 @@ class OperatorServicer(rpc.OperatorServiceServicer):
             )
 
 
-def _read_uri(text: str) -> ModelURI:
+def read_uri(text: str) -> ModelURI:
+    """Take a model URI of a request apart. Violations are of its field, `model_uri`."""
     try:
         return ModelURI.parse(text)
     except InvalidInputError as error:

@@ -78,7 +78,9 @@ def run(settings: GenerationSettings) -> None:
 def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", token: str | None) -> None:
     """Add the services of a slot, and its metrics, to a server; the operator's where there is a `token`."""
     from services.generation import operator, servicer
+    from services.generation.inference import SlotOperator, TangoModel
     from services.generation.metrics import EngineCollector
+    from services.runtime.inference import add_inference
 
     metrics.registry.register(EngineCollector(slot))
     generation = servicer.GenerationServicer(slot)
@@ -92,6 +94,7 @@ def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", t
             operator.SERVICE_NAME,
             lambda to: operator_pb2_grpc.add_OperatorServiceServicer_to_server(switching, to),
         )
+    add_inference(server, TangoModel(slot), None if token is None else SlotOperator(slot, token))
 
 
 def _load(settings: GenerationSettings, uri: ModelURI) -> "EngineSlot":

@@ -4,33 +4,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import grpc.aio
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
 from milonga.v1 import model_pb2
-from services.engine import (
-    ClipReady,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Preview,
-    Progress,
-    Queued,
-)
+from services.engine import ClipReady, Finished
 from services.generation import convert
+from services.generation.running import run
 from services.generation.slot import EngineSlot
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-Told = Queued | Progress | Preview | ClipReady | Finished
-"""The engine's events but `Failed`, which is raised."""
 
 
 class GenerationServicer(rpc.GenerationServiceServicer):
@@ -48,8 +36,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         with self._slot.lease() as served:
             job, output = convert.read_request(request, **served.reading)
             response = pb.GenerateAudioResponse(model=served.version)
-            async with aclosing(_events(served.engine, job, context)) as events:
-                async for event in events:
+            async with aclosing(run(served.engine, [job], context)) as events:
+                async for _, event in events:
                     if isinstance(event, ClipReady):
                         clips.append(await _clip(event, output))
                     elif isinstance(event, Finished):
@@ -66,8 +54,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         start = time.monotonic()
         with self._slot.lease() as served:
             job, output = convert.read_stream_request(request, **served.reading)
-            async with aclosing(_events(served.engine, job, context)) as events:
-                async for event in events:
+            async with aclosing(run(served.engine, [job], context)) as events:
+                async for _, event in events:
                     if isinstance(event, ClipReady):
                         yield pb.StreamGenerateAudioResponse(clip=await _clip(event, output))
                     elif isinstance(event, Finished):
@@ -78,29 +66,6 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
         return self._slot.current.description
-
-
-async def _events(engine: Engine, request: GenerationRequest, context: Context) -> AsyncGenerator[Told, None]:
-    """Yield the engine's events up to `Finished`; raise what failed. Left early, the device is freed."""
-    loop = asyncio.get_running_loop()
-    events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def on_event(event: Event) -> None:
-        # Called on the engine's thread, which may outlive the loop of a stopped server.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    handle = engine.submit(request, on_event, deadline=_deadline(context))
-    try:
-        while True:
-            event = await events.get()
-            if isinstance(event, Failed):
-                raise event.error
-            yield event
-            if isinstance(event, Finished):
-                return
-    finally:
-        handle.cancel()
 
 
 def _finished(
@@ -116,9 +81,3 @@ def _finished(
 async def _clip(event: ClipReady, output: convert.OutputFormat) -> pb.GeneratedClip:
     # Off the event loop: encoding ten seconds takes tens of milliseconds.
     return await asyncio.to_thread(convert.write_clip, event, output)
-
-
-def _deadline(context: Context) -> float | None:
-    """Return the caller's deadline on `time.monotonic`'s clock."""
-    left = cast("float | None", context.time_remaining())  # the stubs forget None
-    return None if left is None else time.monotonic() + left

@@ -75,18 +75,18 @@ def run(settings: RewardSettings) -> None:
 
 def add_reward(server: Server, metrics: ServerMetrics, judge: "Judge", settings: RewardSettings) -> None:
     """Add the service of a loaded judge, and its metrics, to a server."""
+    from services.reward.inference import JudgeModel
     from services.reward.metrics import RewardCollector
     from services.reward.servicer import SERVICE_NAME, RewardServicer
+    from services.runtime.inference import add_inference
 
-    servicer = RewardServicer(
-        judge,
-        AudioBounds(max_batch_size=settings.max_batch_size),
-        max_request_bytes=settings.max_request_bytes,
-    )
+    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
+    servicer = RewardServicer(judge, bounds, max_request_bytes=settings.max_request_bytes)
     metrics.registry.register(RewardCollector(judge))
     server.add(
         SERVICE_NAME, lambda grpc_server: rpc.add_RewardServiceServicer_to_server(servicer, grpc_server)
     )
+    add_inference(server, JudgeModel(servicer, judge, bounds))
 
 
 def load(settings: RewardSettings) -> "Judge":

@@ -24,6 +24,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
         self._closed = False
 
+    def is_serving(self, name: str) -> bool:
+        """Whether `name` is SERVING."""
+        return bool(self._statuses.get(name) == _Status.SERVING)
+
     def serve(self, names: Iterable[str]) -> None:
         """Be SERVING under each of `names`."""
         self._change(dict.fromkeys(names, _Status.SERVING))

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from services.errors import MilongaError
 from services.runtime import status
 from services.runtime.metrics import ServerMetrics
 
@@ -19,8 +20,14 @@ log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-OUR_PREFIX = "/milonga."
-"""Rpcs of ours. Health and reflection are left alone: probes would fill the log."""
+CODES: dict[str, Mapping[type[MilongaError], grpc.StatusCode]] = {
+    "/milonga.": status.STATUS_CODES,
+    "/inference.": status.INFERENCE_STATUS_CODES,
+}
+"""Prefix of our rpcs to their statuses. Health and reflection are left alone: probes would fill the log."""
+
+PROBES = ("ServerLive", "ServerReady", "ModelReady")
+"""So are these."""
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -43,14 +50,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Quoted annotations: RpcMethodHandler takes type parameters in its stubs only.
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(OUR_PREFIX):
+        if handler is None or not method.startswith(tuple(CODES)) or method.endswith(PROBES):
             return handler
-        if handler.request_streaming:
-            raise NotImplementedError(f"{method}: no service of ours takes a stream of requests")
         codec = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
+        if handler.request_streaming:
+            raise NotImplementedError(f"{method}: no service of ours answers a stream of requests once")
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
@@ -80,6 +89,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 async def _observed(method: str, context: Context, metrics: ServerMetrics) -> AsyncIterator[None]:
     """Count and log one call, and end it with the status of whatever it raises."""
     rpc = method.rpartition("/")[2]
+    codes = next(codes for prefix, codes in CODES.items() if method.startswith(prefix))
     request_id = _request_id(context)
     start = time.monotonic()
     code = grpc.StatusCode.OK
@@ -92,8 +102,8 @@ async def _observed(method: str, context: Context, metrics: ServerMetrics) -> As
             code, error = _cancellation_code(context), cancelled
             raise
         except Exception as raised:
-            code, error = status.status_code(raised), raised
-            await _abort(context, raised, request_id)
+            code, error = status.status_code(raised, codes), raised
+            await _abort(context, raised, request_id, codes)
         finally:
             seconds = time.monotonic() - start
             metrics.in_flight.labels(rpc).dec()
@@ -112,10 +122,15 @@ def _write_line(code: grpc.StatusCode, error: BaseException | None, seconds: flo
         log.info("call", **facts, reason=str(error)[: status.MAX_TEXT_CHARACTERS])
 
 
-async def _abort(context: Context, error: Exception, request_id: str) -> None:
-    rich = status.to_status(error, request_id)
+async def _abort(
+    context: Context,
+    error: Exception,
+    request_id: str,
+    codes: Mapping[type[MilongaError], grpc.StatusCode],
+) -> None:
+    rich = status.to_status(error, request_id, codes)
     metadata: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, rich.SerializeToString())]
-    await context.abort(status.status_code(error), rich.message, tuple(metadata))
+    await context.abort(status.status_code(error, codes), rich.message, tuple(metadata))
 
 
 def _cancellation_code(context: Context) -> grpc.StatusCode:

@@ -65,6 +65,11 @@ class Server:
         """Port of the metrics, None where they are off."""
         return None if self._metrics_server is None else self._metrics_server.port
 
+    @property
+    def ready(self) -> bool:
+        """Whether it answers, and does not drain yet."""
+        return self._health.is_serving("")
+
     def add(self, name: str, register: Callable[[grpc.aio.Server], None]) -> None:
         """Add a service: its full name on the wire, and how it registers."""
         register(self._server)

@@ -5,7 +5,7 @@ server's log has it), BadRequest (every violated field), RetryInfo (when to come
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -28,6 +28,7 @@ from services.errors import (
     RequestCancelledError,
     ServiceUnavailableError,
     UnauthenticatedError,
+    UnsupportedError,
 )
 
 STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
@@ -42,9 +43,19 @@ STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
     ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     AlreadyUnderWayError: grpc.StatusCode.ABORTED,
+    UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     OutputError: grpc.StatusCode.INTERNAL,
 }
 """Every class of the tree that crosses the wire. What is not here is our fault: INTERNAL."""
+
+INFERENCE_STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = STATUS_CODES | {
+    ModelError: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelFormatError: grpc.StatusCode.INVALID_ARGUMENT,
+    DigestMismatchError: grpc.StatusCode.INVALID_ARGUMENT,
+    QueueFullError: grpc.StatusCode.UNAVAILABLE,
+    AlreadyUnderWayError: grpc.StatusCode.UNAVAILABLE,
+}
+"""The same for the Open Inference Protocol: what Triton answers in their place."""
 
 ERROR_DOMAIN = "milonga"
 """`domain` of every ErrorInfo."""
@@ -60,19 +71,33 @@ MAX_VIOLATION_BYTES = 2500
 
 _CLASSES = {error.__name__: error for error in STATUS_CODES}
 
+_AMBIGUOUS = (
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+)
+"""Codes that alone, without our ErrorInfo, name no class of the tree."""
 
-def status_code(error: BaseException) -> grpc.StatusCode:
-    """Code of an exception: that of its nearest class in `STATUS_CODES`, INTERNAL where there is none."""
-    known = (STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
+
+def status_code(
+    error: BaseException, codes: Mapping[type[MilongaError], grpc.StatusCode] = STATUS_CODES
+) -> grpc.StatusCode:
+    """Code of an exception: that of its nearest class in `codes`, INTERNAL where there is none."""
+    known = (codes[kind] for kind in type(error).__mro__ if kind in codes)
     return next(known, grpc.StatusCode.INTERNAL)
 
 
-def to_status(error: BaseException, request_id: str) -> status_pb2.Status:
+def to_status(
+    error: BaseException,
+    request_id: str,
+    codes: Mapping[type[MilongaError], grpc.StatusCode] = STATUS_CODES,
+) -> status_pb2.Status:
     """Return the status of an exception, details included.
 
     The text of an exception outside the tree stays on the server: it may hold paths or prompts of others.
     """
-    code: int = status_code(error).value[0]
+    code: int = status_code(error, codes).value[0]
     if not isinstance(error, MilongaError):
         message = f"internal error; the service's log has its cause under request_id {request_id}"
         return status_pb2.Status(
@@ -145,7 +170,7 @@ def _class_of_code(code: grpc.StatusCode, retry: error_details_pb2.RetryInfo) ->
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # gRPC itself gives this code to messages over the size limit, where coming back would not help.
         return QueueFullError if retry.HasField("retry_delay") else MilongaError
-    if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INTERNAL):
+    if code in _AMBIGUOUS:
         return MilongaError
     return next((kind for kind, known in STATUS_CODES.items() if known is code), MilongaError)
 

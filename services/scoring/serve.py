@@ -90,18 +90,18 @@ def add_scoring(
     server: Server, metrics: ServerMetrics, scorers: "Mapping[str, Scorer]", settings: ScoringSettings
 ) -> None:
     """Add the service of loaded scorers, and its metrics, to a server."""
+    from services.runtime.inference import add_inference
+    from services.scoring.inference import ClapModel
     from services.scoring.metrics import ScoringCollector
     from services.scoring.servicer import SERVICE_NAME, ScoringServicer
 
-    servicer = ScoringServicer(
-        scorers,
-        AudioBounds(max_batch_size=settings.max_batch_size),
-        max_request_bytes=settings.max_request_bytes,
-    )
+    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
+    servicer = ScoringServicer(scorers, bounds, max_request_bytes=settings.max_request_bytes)
     metrics.registry.register(ScoringCollector(scorers))
     server.add(
         SERVICE_NAME, lambda grpc_server: rpc.add_ScoringServiceServicer_to_server(servicer, grpc_server)
     )
+    add_inference(server, ClapModel(servicer, scorers, bounds))
 
 
 def load(settings: ScoringSettings) -> "dict[str, Scorer]":

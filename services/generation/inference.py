@@ -1,0 +1,256 @@
+"""The generation service as a model of the Open Inference Protocol: tensors in, tensors out.
+
+Row i is the clip that GenerateAudio makes of prompt i with seed i, bit for bit.
+Shapes: n prompts, N samples.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.engine import ClipReady, Finished, Progress, Queued
+from services.engine.events import Timings
+from services.engine.request import GenerationRequest, violations
+from services.errors import FieldViolation, InvalidInputError
+from services.generation import convert
+from services.generation.operator import TokenCheck, read_uri
+from services.generation.running import run
+from services.generation.slot import EngineSlot, Served
+from services.runtime.inference import Response, Stages, Tensors, TensorSpec, spread, texts
+from services.runtime.inference.model import Context, Parameter
+from services.runtime.inference.tensors import decimals, row_field
+
+NAME: Final = "tango"
+"""The model's name, whichever weights are served."""
+
+PROMPT: Final = TensorSpec(name="PROMPT", field="prompt", forms={"BYTES": ("n",)})
+NEGATIVE_PROMPT: Final = TensorSpec(
+    name="NEGATIVE_PROMPT", field="negative_prompt", forms={"BYTES": ("n",)}, optional=True, one_for_all=True
+)
+SEED: Final = TensorSpec(name="SEED", field="seed", forms={"INT64": ("n",)}, optional=True, one_for_all=True)
+NUM_INFERENCE_STEPS: Final = TensorSpec(
+    name="NUM_INFERENCE_STEPS",
+    field="num_inference_steps",
+    forms={"INT32": ("n",)},
+    optional=True,
+    one_for_all=True,
+)
+GUIDANCE_SCALE: Final = TensorSpec(
+    name="GUIDANCE_SCALE", field="guidance_scale", forms={"FP32": ("n",)}, optional=True, one_for_all=True
+)
+DURATION: Final = TensorSpec(
+    name="DURATION", field="duration", forms={"FP32": ("n",)}, optional=True, one_for_all=True
+)
+SCHEDULER: Final = TensorSpec(
+    name="SCHEDULER", field="scheduler", forms={"BYTES": ("n",)}, optional=True, one_for_all=True
+)
+INPUTS: Final = (PROMPT, NEGATIVE_PROMPT, SEED, NUM_INFERENCE_STEPS, GUIDANCE_SCALE, DURATION, SCHEDULER)
+
+OUTPUTS: Final = (
+    TensorSpec(name="AUDIO", field="audio", forms={"FP32": ("n", "samples")}),
+    TensorSpec(name="SAMPLE_RATE", field="sample_rate_hertz", forms={"INT32": (1,)}),
+    TensorSpec(name="SEED", field="seed", forms={"INT64": ("n",)}),
+    TensorSpec(name="PROGRESS", field="progress", forms={"FP32": (1,)}, optional=True),
+)
+"""Of a stream, each answer is of one row: PROGRESS on the way, the others with its clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One prompt's clip."""
+
+    waveform_N: NDArray[np.float32]
+    """Samples."""
+    seed: int
+    """Given or drawn."""
+    finished: Finished
+    """What else the engine said."""
+
+
+class TangoModel:
+    """What the slot of a generation service serves."""
+
+    name, inputs, outputs, decoupled = NAME, INPUTS, OUTPUTS, True
+
+    def __init__(self, slot: EngineSlot) -> None:
+        self._slot = slot
+
+    @property
+    def max_rows(self) -> int:
+        """As many prompts as the native API makes clips in one request."""
+        return self._slot.current.engine.limits.max_clip_count
+
+    @property
+    def limits(self) -> Mapping[str, str]:
+        """What a request may ask for; durations are in seconds."""
+        limits = self._slot.current.engine.limits
+        return {
+            "min_duration": f"{limits.min_duration:g}",
+            "max_duration": f"{limits.max_duration:g}",
+            "max_num_inference_steps": str(limits.max_steps),
+            "schedulers": ",".join(limits.schedulers),
+        }
+
+    @contextmanager
+    def lease(self) -> Iterator["LeasedTango"]:
+        """Hold the served weights for the time of one call."""
+        with self._slot.lease() as served:
+            yield LeasedTango(served)
+
+
+class LeasedTango:
+    """The weights of one call."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self.version = served.version.version
+        self.parameters = {
+            "name": served.version.name,
+            "version": served.version.version,
+            "digest": served.version.digest,
+        }
+
+    def read(self, tensors: Tensors) -> list[GenerationRequest]:
+        """Return a request for each prompt."""
+        engine = self._served.engine
+        prompts, prompt_faults = texts(tensors, PROMPT)
+        negative_prompts, negative_faults = texts(tensors, NEGATIVE_PROMPT)
+        schedulers, scheduler_faults = texts(tensors, SCHEDULER)
+        assert prompts is not None
+        n = len(prompts)
+        requests = [
+            engine.request(
+                prompt,
+                negative_prompt=negative_prompt or "",
+                duration=duration,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                scheduler=scheduler or None,
+            )
+            for prompt, negative_prompt, duration, seed, steps, scale, scheduler in zip(
+                prompts,
+                spread(negative_prompts, n),
+                spread(decimals(tensors.get(DURATION.name)), n),
+                spread(tensors.get(SEED.name), n),
+                spread(tensors.get(NUM_INFERENCE_STEPS.name), n),
+                spread(decimals(tensors.get(GUIDANCE_SCALE.name)), n),
+                spread(schedulers, n),
+                strict=True,
+            )
+        ]
+        found = (*prompt_faults, *negative_faults, *scheduler_faults)
+        # What is not text is said once, as such.
+        told = {fault.field for fault in found}
+        faults = [fault for fault in self._violations(requests) if fault.field not in told]
+        if found or faults:
+            raise InvalidInputError(*found, *faults)
+        return requests
+
+    def _violations(self, requests: Sequence[GenerationRequest]) -> Iterator[FieldViolation]:
+        """What the native API would say of each, and what would not fit into one tensor."""
+        n = len(requests)
+        for index, request in enumerate(requests):
+            for fault in violations(request, self._served.engine.limits):
+                yield replace(fault, field=row_field(fault.field, index, n))
+        durations = sorted({request.duration for request in requests})
+        if len(durations) > 1:
+            yield FieldViolation(
+                DURATION.field,
+                f"tensor DURATION has the values {', '.join(map(str, durations))}, expected one for all rows "
+                "of AUDIO; send them in several requests",
+            )
+
+    async def run(
+        self, job: Sequence[GenerationRequest], context: Context, *, stream: bool
+    ) -> AsyncGenerator[Response, None]:
+        """Yield progress and each clip as it is done; without `stream`, all clips at once."""
+        rate = self._served.engine.pipeline.geometry.sampling_rate
+        clips: dict[int, ClipReady] = {}
+        rows: dict[int, Row] = {}
+        async with aclosing(run(self._served.engine, job, context)) as events:
+            async for index, event in events:
+                match event:
+                    case Queued() | Progress() if stream:
+                        yield _progress(index, event)
+                    case ClipReady():
+                        clips[index] = event
+                    case Finished():
+                        # Off the event loop, as the native API does it.
+                        waveform_N = await asyncio.to_thread(_waveform, clips[index])
+                        rows[index] = Row(waveform_N=waveform_N, seed=clips[index].seed, finished=event)
+                        if stream:
+                            yield _audio(
+                                [rows[index]], rate, {"row": index}, rows, final=len(rows) == len(job)
+                            )
+        if not stream:
+            yield _audio([rows[index] for index in range(len(job))], rate, {}, rows, final=True)
+
+
+class SlotOperator:
+    """Lets whoever knows the token change what a slot serves."""
+
+    def __init__(self, slot: EngineSlot, token: str) -> None:
+        self._slot = slot
+        self.authorise = TokenCheck(token)
+
+    async def load(self, uri: str) -> None:
+        """Serve what `uri` names."""
+        await self._slot.switch(read_uri(uri))
+
+
+def _waveform(event: ClipReady) -> NDArray[np.float32]:
+    """[N]: the very samples that the native API sends as FLOAT32."""
+    output = convert.OutputFormat(encoding="float32", sampling_rate=event.sampling_rate)
+    return np.frombuffer(convert.write_clip(event, output).clip.audio, dtype="<f4")
+
+
+def _progress(row: int, event: Queued | Progress) -> Response:
+    parameters: dict[str, Parameter] = {"row": row}
+    if isinstance(event, Queued):
+        parameters["queue_position"] = event.position
+        fraction = 0.0
+    else:
+        parameters |= {"step": event.step, "num_inference_steps": event.num_inference_steps}
+        if event.seconds_left is not None:
+            parameters["seconds_left"] = event.seconds_left
+        fraction = event.fraction
+    return Response(outputs={"PROGRESS": np.array([fraction], dtype=np.float32)}, parameters=parameters)
+
+
+def _audio(
+    rows: Sequence[Row],
+    rate: int,
+    parameters: Mapping[str, Parameter],
+    done: Mapping[int, Row],
+    *,
+    final: bool,
+) -> Response:
+    """The clips of `rows`; with the `final` answer, the times of all that are `done`."""
+    warnings = dict.fromkeys(warning for row in rows for warning in row.finished.warnings)
+    return Response(
+        outputs={
+            "AUDIO": np.stack([row.waveform_N for row in rows]),
+            "SAMPLE_RATE": np.array([rate], dtype=np.int32),
+            "SEED": np.array([row.seed for row in rows], dtype=np.int64),
+        },
+        parameters={**parameters, **({"warnings": "\n".join(warnings)} if warnings else {})},
+        rows=len(rows),
+        stages=_stages([row.finished.timings for row in done.values()]) if final else None,
+        final=final,
+    )
+
+
+def _stages(timings: Sequence[Timings]) -> Stages:
+    """Rows run side by side, so the longest of each counts."""
+    return Stages(
+        queue=max(one.queued for one in timings),
+        compute_input=max(one.encode for one in timings),
+        compute_infer=max(one.denoise for one in timings),
+        compute_output=max(one.decode for one in timings),
+    )

@@ -1,0 +1,67 @@
+"""Requests of one call on the engine, and their events as the engine tells them."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, cast
+
+import grpc.aio
+
+from services.engine import (
+    ClipReady,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Preview,
+    Progress,
+    Queued,
+)
+from services.engine.jobs import Handle
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+Told = Queued | Progress | Preview | ClipReady | Finished
+"""The engine's events but `Failed`, which is raised."""
+
+
+async def run(
+    engine: Engine, requests: Sequence[GenerationRequest], context: Context
+) -> AsyncGenerator[tuple[int, Told], None]:
+    """Yield the index of a request and what the engine tells of it, until each of `requests` is `Finished`.
+
+    Raises what one failed with, or what refused it; then, and left early, the places of all are freed.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    deadline = _deadline(context)
+    handles: list[Handle] = []
+
+    def submit(index: int, request: GenerationRequest) -> Handle:
+        def on_event(event: Event) -> None:
+            # Called on the engine's thread, which may outlive the loop of a stopped server.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        return engine.submit(request, on_event, deadline=deadline)
+
+    try:
+        for index, request in enumerate(requests):
+            handles.append(submit(index, request))
+        left = len(requests)
+        while left:
+            index, event = await events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            yield index, event
+            left -= isinstance(event, Finished)
+    finally:
+        for handle in handles:
+            handle.cancel()
+
+
+def _deadline(context: Context) -> float | None:
+    """Return the caller's deadline on `time.monotonic`'s clock."""
+    left = cast("float | None", context.time_remaining())  # the stubs forget None
+    return None if left is None else time.monotonic() + left

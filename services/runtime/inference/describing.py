@@ -1,0 +1,108 @@
+"""What the protocol tells of a model without running it: metadata, configuration, repository index."""
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc import service_pb2 as pb
+
+from services.errors import FieldViolation, InvalidInputError, UnsupportedError
+from services.runtime.inference.model import Leased, Model
+from services.runtime.inference.tensors import TensorSpec
+
+PLATFORM: Final = "milonga"
+"""Of the models, where Triton names a backend."""
+
+EXTENSIONS: Final = ("model_configuration", "model_repository", "parameters", "statistics")
+"""Of the protocol, by Triton's names."""
+
+_CONFIG_TYPES: Final = {"BYTES": "TYPE_STRING"}
+
+
+def server_metadata() -> pb.ServerMetadataResponse:
+    """The answer of ServerMetadata."""
+    return pb.ServerMetadataResponse(
+        name="milonga", version=importlib.metadata.version("milonga"), extensions=EXTENSIONS
+    )
+
+
+def model_metadata(model: Model, leased: Leased[Any]) -> pb.ModelMetadataResponse:
+    """The answer of ModelMetadata."""
+
+    def tensors(specs: Sequence[TensorSpec]) -> list[Any]:
+        kind = pb.ModelMetadataResponse.TensorMetadata
+        return [kind(name=spec.name, datatype=spec.datatype, shape=spec.shape) for spec in specs]
+
+    return pb.ModelMetadataResponse(
+        name=model.name,
+        versions=[leased.version],
+        platform=PLATFORM,
+        inputs=tensors(model.inputs),
+        outputs=tensors(model.outputs),
+    )
+
+
+def model_config(model: Model, leased: Leased[Any]) -> pb.ModelConfigResponse:
+    """The answer of ModelConfig: also what a request may ask for, and which weights are served.
+
+    `max_batch_size` is 0, as the shapes name their rows; how many there may be is among the parameters.
+    """
+    config = model_config_pb2.ModelConfig(
+        name=model.name,
+        platform=PLATFORM,
+        input=[
+            model_config_pb2.ModelInput(
+                name=spec.name, data_type=_config_type(spec), dims=spec.shape, optional=spec.optional
+            )
+            for spec in model.inputs
+        ],
+        output=[
+            model_config_pb2.ModelOutput(name=spec.name, data_type=_config_type(spec), dims=spec.shape)
+            for spec in model.outputs
+        ],
+        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=model.decoupled),
+    )
+    limits = {"max_rows": str(model.max_rows), **model.limits}
+    for name, value in {**limits, **leased.parameters}.items():
+        config.parameters[name].string_value = value
+    return pb.ModelConfigResponse(config=config)
+
+
+def repository_index(model: Model, leased: Leased[Any]) -> pb.RepositoryIndexResponse:
+    """The answer of RepositoryIndex: the one model, which is ready as long as anything answers."""
+    entry = pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=leased.version, state="READY")
+    return pb.RepositoryIndexResponse(models=[entry])
+
+
+def read_load(request: pb.RepositoryModelLoadRequest) -> str | None:
+    """Return the model URI that RepositoryModelLoad asks for; None where it names none.
+
+    It stands where a model configuration has its parameters, so that any client can send it:
+    ``{"parameters": {"model_uri": {"string_value": "mini"}}}``.
+
+    Raises:
+        InvalidInputError: a configuration that is not of this form.
+        UnsupportedError: parameters that this service does not read: files.
+    """
+    others = [name for name in request.parameters if name != "config"]
+    if others:
+        raise UnsupportedError(
+            f"parameter {others[0][:80]!r} is not read: models are loaded by their URI, not sent; "
+            "give `config` with the parameter model_uri"
+        )
+    if "config" not in request.parameters:
+        return None
+    try:
+        uri = json.loads(request.parameters["config"].string_param)["parameters"]["model_uri"]["string_value"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        uri = None
+    if not isinstance(uri, str):
+        form = '{"parameters": {"model_uri": {"string_value": "MODEL_URI"}}}'
+        raise InvalidInputError(FieldViolation("model_uri", f"is not in `config`, expected {form}"))
+    return uri
+
+
+def _config_type(spec: TensorSpec) -> Any:
+    return model_config_pb2.DataType.Value(_CONFIG_TYPES.get(spec.datatype, f"TYPE_{spec.datatype}"))

@@ -1,0 +1,297 @@
+"""Tensors on the wire: described, read from raw or typed contents, written. Pure functions.
+
+Shapes: n rows, one a prompt.
+"""
+
+import math
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+
+from services.errors import FieldViolation, InvalidInputError, UnsupportedError
+
+Tensors = Mapping[str, NDArray[Any]]
+"""Tensors by name. The elements of BYTES are `bytes`, in an array of objects."""
+
+Dims = tuple[str | int, ...]
+"""Sizes that are fixed, and names of those that are not: ``("n", "samples")``."""
+
+BYTES: Final = "BYTES"
+
+_NUMBERS: Final[Mapping[str, tuple[np.dtype[Any], str]]] = {
+    "FP32": (np.dtype("<f4"), "fp32_contents"),
+    "INT32": (np.dtype("<i4"), "int_contents"),
+    "INT64": (np.dtype("<i8"), "int64_contents"),
+}
+"""Datatype to its elements in raw contents, and to the field of its typed ones."""
+
+_MAX_NAME_CHARACTERS: Final = 80
+_SHARED_MEMORY: Final = "shared_memory_region"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """What a tensor must be, or will be."""
+
+    name: str
+    """On the wire: ``NUM_INFERENCE_STEPS``."""
+    field: str
+    """The native API's name of it, which violations carry: ``num_inference_steps``."""
+    forms: Mapping[str, Dims]
+    """Datatypes that it may have, and its shape in each. Metadata tell the first."""
+    optional: bool = False
+    """Whether a request may leave it out, or an answer of a stream."""
+    one_for_all: bool = False
+    """Whether [1] will do for any n."""
+
+    @property
+    def datatype(self) -> str:
+        """The first of its datatypes."""
+        return next(iter(self.forms))
+
+    @property
+    def shape(self) -> list[int]:
+        """Its shape in the first of its datatypes; -1 is a size that is not fixed."""
+        return [size if isinstance(size, int) else -1 for size in self.forms[self.datatype]]
+
+    @property
+    def expected(self) -> str:
+        """What it must be, in words."""
+        forms = (f"{datatype} {_write_dims(dims)}" for datatype, dims in self.forms.items())
+        return " or ".join(forms) + (", or [1] for all" if self.one_for_all else "")
+
+
+def read_inputs(
+    request: pb.ModelInferRequest, specs: Sequence[TensorSpec], max_rows: int
+) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a request. The first of `specs`, which is never optional, says what n is.
+
+    What has more than `max_rows` is refused before its contents are looked at. Blocks for milliseconds where
+    they are large.
+
+    Raises:
+        InvalidInputError: with every tensor that is missing, not known, or not as its spec says.
+        UnsupportedError: one lies in shared memory.
+    """
+    known = {spec.name: spec for spec in specs}
+    faults: list[FieldViolation] = []
+    read: dict[str, NDArray[Any]] = {}
+    given: set[str] = set()
+    raw = _raw_contents(request)
+    for index, tensor in enumerate(request.inputs):
+        spec = known.get(tensor.name)
+        if spec is None:
+            faults.append(_unknown("inputs", tensor.name, known))
+        elif tensor.name in given:
+            faults.append(FieldViolation(spec.field, f"tensor {spec.name} is there twice; give it once"))
+        else:
+            given.add(spec.name)
+            try:
+                read[spec.name] = _read_tensor(tensor, spec, max_rows, None if raw is None else raw[index])
+            except InvalidInputError as error:
+                faults += error.violations
+    for spec in specs:
+        if spec.name not in given and not spec.optional:
+            faults.append(
+                FieldViolation(spec.field, f"tensor {spec.name} is missing, expected {spec.expected}")
+            )
+    faults += _row_faults(read, specs)
+    if faults:
+        raise InvalidInputError(*faults)
+    return read
+
+
+def read_wanted(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> frozenset[str]:
+    """Return the names of the outputs that a request wants; all where it names none.
+
+    Raises:
+        InvalidInputError: one that the model does not make.
+        UnsupportedError: in shared memory, or as classes.
+    """
+    known = {spec.name: spec for spec in specs}
+    for output in request.outputs:
+        if _SHARED_MEMORY in output.parameters:
+            raise _no_shared_memory(output.name)
+        if "classification" in output.parameters:
+            name = output.name[:_MAX_NAME_CHARACTERS]
+            raise UnsupportedError(f"tensor {name!r} holds no classes; leave `class_count` out")
+    faults = [
+        _unknown("outputs", output.name, known) for output in request.outputs if output.name not in known
+    ]
+    if faults:
+        raise InvalidInputError(*faults)
+    return frozenset(output.name for output in request.outputs) or frozenset(known)
+
+
+def write_outputs(
+    response: pb.ModelInferResponse, outputs: Tensors, specs: Sequence[TensorSpec], wanted: Collection[str]
+) -> None:
+    """Add the `wanted` ones of `outputs` to `response`, with raw contents, as Triton does."""
+    for spec in specs:
+        values = outputs.get(spec.name)
+        if values is not None and spec.name in wanted:
+            response.outputs.add(name=spec.name, datatype=spec.datatype, shape=values.shape)
+            response.raw_output_contents.append(
+                values.astype(_NUMBERS[spec.datatype][0], copy=False).tobytes()
+            )
+
+
+def texts(tensors: Tensors, spec: TensorSpec) -> tuple[list[str] | None, list[FieldViolation]]:
+    """Return a tensor of BYTES as text (None where it was left out), and what of it is not UTF-8."""
+    values = tensors.get(spec.name)
+    if values is None:
+        return None, []
+    made: list[str] = []
+    faults: list[FieldViolation] = []
+    for index, value in enumerate(values):
+        try:
+            made.append(value.decode())
+        except UnicodeDecodeError as error:
+            made.append("")
+            field = row_field(spec.field, index, len(values))
+            faults.append(
+                FieldViolation(
+                    field, f"tensor {spec.name} is not UTF-8 from byte {error.start} on; encode text as UTF-8"
+                )
+            )
+    return made, faults
+
+
+def spread(values: Any, n: int) -> list[Any]:
+    """Return `values` as a list of `n`: of one, that for all; of None, `n` times None."""
+    if values is None:
+        return [None] * n
+    listed = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    return listed if len(listed) == n else listed * n
+
+
+def decimals(values: NDArray[np.float32] | None) -> list[float] | None:
+    """Return FP32 elements as the shortest decimals that they are nearest to.
+
+    So 0.64 means here what it means in the native API, whose numbers are wider, and makes the same clip.
+    """
+    return None if values is None else [float(str(value)) for value in values]
+
+
+def row_field(field: str, index: int, n: int) -> str:
+    """Return the path of a row's field: ``prompt[2]``, and ``prompt`` where there is one row only."""
+    return field if n == 1 else f"{field}[{index}]"
+
+
+def _raw_contents(request: pb.ModelInferRequest) -> Sequence[bytes] | None:
+    """The raw contents, one an input; None where contents are typed."""
+    for tensor in request.inputs:
+        if _SHARED_MEMORY in tensor.parameters:
+            raise _no_shared_memory(tensor.name)
+    raw: Sequence[bytes] = request.raw_input_contents
+    if not raw:
+        return None
+    if len(raw) != len(request.inputs):
+        raise _invalid(
+            "raw_input_contents",
+            f"has {len(raw)} elements, expected {len(request.inputs)}: one for each tensor, or none at all",
+        )
+    return raw
+
+
+def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None) -> NDArray[Any]:
+    """One tensor; `raw` are its raw contents, None where they are typed."""
+
+    def refuse(what: str) -> InvalidInputError:
+        return _invalid(spec.field, f"tensor {spec.name} {what}")
+
+    if tensor.datatype not in spec.forms:
+        found = tensor.datatype[:_MAX_NAME_CHARACTERS]
+        raise refuse(f"has datatype {found or '(none)'}, expected {spec.expected}")
+    dims, shape = spec.forms[tensor.datatype], tuple(tensor.shape)
+    fixed = all(size in (actual, -1) for size, actual in zip(_sizes(dims), shape, strict=False))
+    if len(shape) != len(dims) or min(shape, default=0) < 0 or not fixed:
+        raise refuse(f"has shape {list(shape[:8])}, expected {spec.expected}")
+    if not 1 <= shape[0] <= max_rows:
+        raise refuse(f"has {shape[0]} rows, expected between 1 and {max_rows}; send more in several requests")
+    count = math.prod(shape)
+    if raw is not None and tensor.HasField("contents"):
+        raise refuse("has typed contents beside raw_input_contents; give the one or the other")
+    if tensor.datatype == BYTES:
+        elements = list(tensor.contents.bytes_contents) if raw is None else _split(raw, count, refuse)
+        if len(elements) != count:
+            raise refuse(f"holds {len(elements)} elements, expected {count} by its shape {list(shape)}")
+        values = np.empty(count, dtype=object)
+        values[:] = elements
+        return values.reshape(shape)
+    kind, typed = _NUMBERS[tensor.datatype]
+    if raw is None:
+        numbers = np.array(getattr(tensor.contents, typed), dtype=kind)
+        if numbers.size != count:
+            raise refuse(
+                f"holds {numbers.size} elements in {typed}, expected {count} by its shape {list(shape)}"
+            )
+        return numbers.reshape(shape)
+    if len(raw) != count * kind.itemsize:
+        expected = f"expected {count * kind.itemsize}: {tensor.datatype} {list(shape)}"
+        raise refuse(f"holds {len(raw)} bytes, {expected}")
+    return np.frombuffer(raw, dtype=kind).reshape(shape)
+
+
+def _split(raw: bytes, count: int, refuse: Any) -> list[bytes]:
+    """The elements of raw BYTES: each after its length, in four bytes, little-endian."""
+    elements: list[bytes] = []
+    position = 0
+    while position < len(raw):
+        if len(elements) == count:
+            raise refuse(f"holds more than the {count} elements that its shape says")
+        start = position + 4
+        if start > len(raw):
+            raise refuse(f"holds {len(raw) - position} bytes at its end, expected a length of 4")
+        (length,) = struct.unpack_from("<I", raw, position)
+        position = start + length
+        if position > len(raw):
+            raise refuse(
+                f"says that element {len(elements)} has {length} bytes, and {len(raw) - start} are left"
+            )
+        elements.append(raw[start:position])
+    return elements
+
+
+def _row_faults(read: Tensors, specs: Sequence[TensorSpec]) -> Iterator[FieldViolation]:
+    """Tensors that have not as many rows as the first."""
+    first = read.get(specs[0].name)
+    for spec in specs:
+        rows = len(read[spec.name]) if spec.name in read else None
+        if rows is None or first is None or rows == len(first) or (spec.one_for_all and rows == 1):
+            continue
+        yield FieldViolation(
+            spec.field,
+            f"tensor {spec.name} has {rows} rows, expected {len(first)}, as {specs[0].name} has"
+            + (", or 1" if spec.one_for_all else ""),
+        )
+
+
+def _sizes(dims: Dims) -> Iterable[int]:
+    return (size if isinstance(size, int) else -1 for size in dims)
+
+
+def _write_dims(dims: Dims) -> str:
+    return f"[{', '.join(map(str, dims))}]"
+
+
+def _unknown(field: str, name: str, known: Collection[str]) -> FieldViolation:
+    return FieldViolation(
+        field, f"hold a tensor {name[:_MAX_NAME_CHARACTERS]!r}, expected some of {', '.join(known)}"
+    )
+
+
+def _no_shared_memory(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"tensor {name[:_MAX_NAME_CHARACTERS]!r} lies in shared memory, which this service does not read or "
+        "write; send contents in the message"
+    )
+
+
+def _invalid(field: str, description: str) -> InvalidInputError:
+    return InvalidInputError(FieldViolation(field, description))

@@ -1,0 +1,67 @@
+"""The scoring service as a model of the Open Inference Protocol: SCORE of prompts and their clips.
+
+Shapes: n pairs.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+import numpy as np
+
+from milonga.v1 import audio_pb2
+from milonga.v1 import scoring_pb2 as pb
+from services.runtime.clips import AudioBounds
+from services.runtime.inference import Response, Stages, Tensors, TensorSpec
+from services.runtime.inference.model import Context
+from services.runtime.inference.pairs import INPUTS, limits_of, read_pairs
+from services.scoring.scorers import Scorer
+from services.scoring.servicer import ScoringServicer
+
+NAME: Final = "clap"
+"""The model's name, whichever scorers are served."""
+
+
+class ClapModel:
+    """The scorers of a service, which are a column of SCORE each."""
+
+    name, inputs, decoupled = NAME, INPUTS, False
+
+    def __init__(self, servicer: ScoringServicer, scorers: Mapping[str, Scorer], bounds: AudioBounds) -> None:
+        self._servicer = servicer
+        self.outputs: Sequence[TensorSpec] = (
+            TensorSpec(name="SCORE", field="scores", forms={"FP32": ("n", len(scorers))}),
+        )
+        self.max_rows = bounds.max_batch_size
+        self.limits = limits_of(bounds)
+        versions = {name: scorer.version for name, scorer in scorers.items()}
+        self.version = ",".join(dict.fromkeys(version.version for version in versions.values()))
+        self.parameters = {"scorers": ",".join(versions)}
+        for name, version in versions.items():
+            self.parameters |= {
+                f"name.{name}": version.name,
+                f"version.{name}": version.version,
+                f"digest.{name}": version.digest,
+            }
+
+    def lease(self) -> AbstractContextManager["ClapModel"]:
+        """Itself: the scorers stay."""
+        return nullcontext(self)
+
+    def read(self, tensors: Tensors) -> list[audio_pb2.PromptedClip]:
+        """Return the pairs; the native API decodes and checks them."""
+        return read_pairs(tensors)
+
+    async def run(
+        self, job: Sequence[audio_pb2.PromptedClip], context: Context, *, stream: bool
+    ) -> AsyncGenerator[Response, None]:
+        """Yield the one answer."""
+        start = time.monotonic()
+        answer = await self._servicer.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=job), context)
+        yield Response(
+            outputs={"SCORE": np.array([result.scores for result in answer.results], dtype=np.float32)},
+            rows=len(job),
+            stages=Stages(compute_infer=time.monotonic() - start),
+            final=True,
+        )

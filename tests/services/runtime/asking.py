@@ -1,0 +1,31 @@
+"""Requests of tritonclient, and what a refused one says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+_KINDS = {"FP32": np.float32, "INT32": np.int32, "INT64": np.int64, "BYTES": np.object_}
+
+
+def tensor(name: str, datatype: str, values: Any) -> triton.InferInput:
+    """An input tensor with raw contents."""
+    array = np.array(values, dtype=_KINDS[datatype])
+    made = triton.InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array)
+    return made
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, str]:
+    """The status of a call that fails, and its text."""
+    with pytest.raises(triton.InferenceServerException) as caught:
+        call()
+    return caught.value.status().removeprefix("StatusCode."), caught.value.message()
+
+
+def parameters(result: Any) -> dict[str, Any]:
+    """The parameters of an answer."""
+    found = result.get_response().parameters
+    return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in found.items()}
