@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.milonga-ready
 PARITY := .venv-parity
 KUBE := .venv-k8s
+TRITON := .venv-triton
 # The first interpreter that runs and is of a supported version (a pyenv shim may exist and not run).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
@@ -177,6 +178,25 @@ test-cluster: protos $(KUBE)/.milonga-ready images ## Test the whole loop on a c
 	DOCKER_BUILDKIT=1 $(CONTAINER) build --tag $(call IMAGE,stores) --build-arg BASE_IMAGE=$(BASE_IMAGE) $(BUILD_FLAGS) tests/cluster/stores
 	$(LOAD_IMAGES) $(foreach image,$(IMAGES) stores,$(call IMAGE,$(image)))
 	$(BIN)/python -m pytest tests/cluster -x -v $(PYTEST_ARGS)
+
+# A real Triton on CPUs. Its programs come from the wheel of PyTriton, of which nothing else is used. Its Python backend
+# returns empty tensors, and no error, with numpy 2: so the models' libraries are there a second time, with numpy 1.
+PYTRITON := nvidia-pytriton==0.7.0
+
+.PHONY: test-triton
+test-triton: protos $(TRITON)/.milonga-ready ## Test our models in a real Triton, which comes from PyPI (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -v $(PYTEST_ARGS)
+
+$(TRITON)/.milonga-ready: $(READY)
+	@echo "setting up $(TRITON) with $(PYTHON), $(TORCH) for CPUs, $(PYTRITON) — a minute or two the first time"
+	@$(PYTHON) -m venv --clear $(TRITON)
+	@$(TRITON)/bin/python -m pip install -qq --disable-pip-version-check --retries 1 --no-deps $(TORCH) --extra-index-url $(CPU_TORCH_INDEX)
+	@$(BIN)/uv export --quiet --frozen --extra serving --no-hashes --no-emit-project --no-annotate --prune torch | grep -v '^numpy==' > $(TRITON)/requirements.txt
+	@grep -v '^numpy==' $(VENV)/constraints.txt > $(TRITON)/constraints.txt
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(TRITON)/bin/python -c $(TRITON)/constraints.txt -r $(TRITON)/requirements.txt $(TORCH) 'numpy<2'
+	@$(BIN)/uv pip install --quiet --python $(TRITON)/bin/python --no-deps $(PYTRITON)
+	@$(BIN)/uv pip install --quiet --python $(TRITON)/bin/python --no-deps -e .
+	@touch $@
 
 .PHONY: mini
 mini: protos ## Train the embedded model family from scratch (hours; resumable)

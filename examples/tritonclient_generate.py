@@ -4,7 +4,7 @@
     milonga serve generation --model mini                   # elsewhere
     python examples/tritonclient_generate.py "A dog barks then a siren wails" [--out clip.wav] [--seed 7]
 
-Speaks the Open Inference Protocol (docs/inference-protocol.md).
+Speaks the Open Inference Protocol (docs/inference-protocol.md), to our services as to Triton's port 8001.
 """
 
 import argparse
@@ -36,18 +36,20 @@ def ask(client: triton.InferenceServerClient, prompt: str, seed: int, steps: int
     ]
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
+    under_way = True
     try:
         client.async_stream_infer(MODEL, inputs)
         while True:
             result, error = answers.get()
+            under_way = error is None and result.as_numpy("AUDIO") is None
             if error is not None:
                 raise error
-            if result.as_numpy("AUDIO") is not None:
+            if not under_way:
                 return result
             print(f"\r{result.as_numpy('PROGRESS')[0]:4.0%}", end="", file=sys.stderr, flush=True)
     finally:
         print(file=sys.stderr)
-        client.stop_stream(cancel_requests=True)
+        client.stop_stream(cancel_requests=under_way)  # Ctrl-C: nobody makes what nobody waits for
 
 
 def main() -> int:
@@ -75,8 +77,8 @@ def main() -> int:
         file.setsampwidth(2)
         file.setframerate(int(rate))
         file.writeframes(np.rint(waveform_N * 32767).astype("<i2").tobytes())
-    weights = result.get_response().parameters
-    print(f"{options.out}  {weights['name'].string_param} {weights['version'].string_param}")
+    (digest,) = result.as_numpy("DIGEST")
+    print(f"{options.out}  version {result.get_response().model_version}, {digest.decode()}")
     return 0
 
 

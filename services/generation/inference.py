@@ -8,56 +8,33 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.engine import ClipReady, Finished, Progress, Queued
-from services.engine.events import Timings
 from services.engine.request import GenerationRequest, violations
 from services.errors import FieldViolation, InvalidInputError
 from services.generation import convert
 from services.generation.operator import TokenCheck, read_uri
 from services.generation.running import run
 from services.generation.slot import EngineSlot, Served
-from services.runtime.inference import Response, Stages, Tensors, TensorSpec, spread, texts
-from services.runtime.inference.model import Context, Parameter
+from services.generation.tensors import (
+    DURATION,
+    GUIDANCE_SCALE,
+    INPUTS,
+    NAME,
+    NEGATIVE_PROMPT,
+    NUM_INFERENCE_STEPS,
+    OUTPUTS,
+    PROMPT,
+    SCHEDULER,
+    SEED,
+)
+from services.runtime.inference import Response, Stages, Tensors, spread, texts
+from services.runtime.inference.model import Caller, Parameter
 from services.runtime.inference.tensors import decimals, row_field
-
-NAME: Final = "tango"
-"""The model's name, whichever weights are served."""
-
-PROMPT: Final = TensorSpec(name="PROMPT", field="prompt", forms={"BYTES": ("n",)})
-NEGATIVE_PROMPT: Final = TensorSpec(
-    name="NEGATIVE_PROMPT", field="negative_prompt", forms={"BYTES": ("n",)}, optional=True, one_for_all=True
-)
-SEED: Final = TensorSpec(name="SEED", field="seed", forms={"INT64": ("n",)}, optional=True, one_for_all=True)
-NUM_INFERENCE_STEPS: Final = TensorSpec(
-    name="NUM_INFERENCE_STEPS",
-    field="num_inference_steps",
-    forms={"INT32": ("n",)},
-    optional=True,
-    one_for_all=True,
-)
-GUIDANCE_SCALE: Final = TensorSpec(
-    name="GUIDANCE_SCALE", field="guidance_scale", forms={"FP32": ("n",)}, optional=True, one_for_all=True
-)
-DURATION: Final = TensorSpec(
-    name="DURATION", field="duration", forms={"FP32": ("n",)}, optional=True, one_for_all=True
-)
-SCHEDULER: Final = TensorSpec(
-    name="SCHEDULER", field="scheduler", forms={"BYTES": ("n",)}, optional=True, one_for_all=True
-)
-INPUTS: Final = (PROMPT, NEGATIVE_PROMPT, SEED, NUM_INFERENCE_STEPS, GUIDANCE_SCALE, DURATION, SCHEDULER)
-
-OUTPUTS: Final = (
-    TensorSpec(name="AUDIO", field="audio", forms={"FP32": ("n", "samples")}),
-    TensorSpec(name="SAMPLE_RATE", field="sample_rate_hertz", forms={"INT32": (1,)}),
-    TensorSpec(name="SEED", field="seed", forms={"INT64": ("n",)}),
-    TensorSpec(name="PROGRESS", field="progress", forms={"FP32": (1,)}, optional=True),
-)
-"""Of a stream, each answer is of one row: PROGRESS on the way, the others with its clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,13 +144,13 @@ class LeasedTango:
             )
 
     async def run(
-        self, job: Sequence[GenerationRequest], context: Context, *, stream: bool
+        self, job: Sequence[GenerationRequest], caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield progress and each clip as it is done; without `stream`, all clips at once."""
         rate = self._served.engine.pipeline.geometry.sampling_rate
         clips: dict[int, ClipReady] = {}
         rows: dict[int, Row] = {}
-        async with aclosing(run(self._served.engine, job, context)) as events:
+        async with aclosing(run(self._served.engine, job, caller)) as events:
             async for index, event in events:
                 match event:
                     case Queued() | Progress() if stream:
@@ -185,11 +162,33 @@ class LeasedTango:
                         waveform_N = await asyncio.to_thread(_waveform, clips[index])
                         rows[index] = Row(waveform_N=waveform_N, seed=clips[index].seed, finished=event)
                         if stream:
-                            yield _audio(
-                                [rows[index]], rate, {"row": index}, rows, final=len(rows) == len(job)
+                            final = len(rows) == len(job)
+                            yield self._audio(
+                                [rows[index]], rate, _stages(rows) if final else None, row=index
                             )
         if not stream:
-            yield _audio([rows[index] for index in range(len(job))], rate, {}, rows, final=True)
+            yield self._audio([rows[index] for index in range(len(job))], rate, _stages(rows))
+
+    def _audio(
+        self, rows: Sequence[Row], rate: int, stages: Stages | None, *, row: int | None = None
+    ) -> Response:
+        """The clips of `rows`. The last answer has `stages`; that of a stream its one `row`."""
+        outputs: dict[str, NDArray[Any]] = {
+            "AUDIO": np.stack([one.waveform_N for one in rows]),
+            "SAMPLE_RATE": np.array([rate], dtype=np.int32),
+            "SEED": np.array([one.seed for one in rows], dtype=np.int64),
+            "DIGEST": np.array([self._served.version.digest.encode()] * len(rows), dtype=object),
+        }
+        if row is not None:
+            outputs["ROW"] = np.array([row], dtype=np.int32)
+        warnings = dict.fromkeys(warning for one in rows for warning in one.finished.warnings)
+        return Response(
+            outputs=outputs,
+            parameters={"warnings": "\n".join(warnings)} if warnings else {},
+            rows=len(rows),
+            stages=stages,
+            final=stages is not None,
+        )
 
 
 class SlotOperator:
@@ -211,7 +210,7 @@ def _waveform(event: ClipReady) -> NDArray[np.float32]:
 
 
 def _progress(row: int, event: Queued | Progress) -> Response:
-    parameters: dict[str, Parameter] = {"row": row}
+    parameters: dict[str, Parameter] = {}
     if isinstance(event, Queued):
         parameters["queue_position"] = event.position
         fraction = 0.0
@@ -220,34 +219,13 @@ def _progress(row: int, event: Queued | Progress) -> Response:
         if event.seconds_left is not None:
             parameters["seconds_left"] = event.seconds_left
         fraction = event.fraction
-    return Response(outputs={"PROGRESS": np.array([fraction], dtype=np.float32)}, parameters=parameters)
+    outputs = {"PROGRESS": np.array([fraction], dtype=np.float32), "ROW": np.array([row], dtype=np.int32)}
+    return Response(outputs=outputs, parameters=parameters)
 
 
-def _audio(
-    rows: Sequence[Row],
-    rate: int,
-    parameters: Mapping[str, Parameter],
-    done: Mapping[int, Row],
-    *,
-    final: bool,
-) -> Response:
-    """The clips of `rows`; with the `final` answer, the times of all that are `done`."""
-    warnings = dict.fromkeys(warning for row in rows for warning in row.finished.warnings)
-    return Response(
-        outputs={
-            "AUDIO": np.stack([row.waveform_N for row in rows]),
-            "SAMPLE_RATE": np.array([rate], dtype=np.int32),
-            "SEED": np.array([row.seed for row in rows], dtype=np.int64),
-        },
-        parameters={**parameters, **({"warnings": "\n".join(warnings)} if warnings else {})},
-        rows=len(rows),
-        stages=_stages([row.finished.timings for row in done.values()]) if final else None,
-        final=final,
-    )
-
-
-def _stages(timings: Sequence[Timings]) -> Stages:
+def _stages(rows: Mapping[int, Row]) -> Stages:
     """Rows run side by side, so the longest of each counts."""
+    timings = [row.finished.timings for row in rows.values()]
     return Stages(
         queue=max(one.queued for one in timings),
         compute_input=max(one.encode for one in timings),

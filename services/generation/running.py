@@ -3,9 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, cast
-
-import grpc.aio
 
 from services.engine import (
     ClipReady,
@@ -19,15 +16,14 @@ from services.engine import (
     Queued,
 )
 from services.engine.jobs import Handle
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from services.runtime.inference.model import Caller
 
 Told = Queued | Progress | Preview | ClipReady | Finished
 """The engine's events but `Failed`, which is raised."""
 
 
 async def run(
-    engine: Engine, requests: Sequence[GenerationRequest], context: Context
+    engine: Engine, requests: Sequence[GenerationRequest], caller: Caller
 ) -> AsyncGenerator[tuple[int, Told], None]:
     """Yield the index of a request and what the engine tells of it, until each of `requests` is `Finished`.
 
@@ -35,7 +31,7 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    deadline = _deadline(context)
+    deadline = _deadline(caller)
     handles: list[Handle] = []
 
     def submit(index: int, request: GenerationRequest) -> Handle:
@@ -61,7 +57,7 @@ async def run(
             handle.cancel()
 
 
-def _deadline(context: Context) -> float | None:
+def _deadline(caller: Caller) -> float | None:
     """Return the caller's deadline on `time.monotonic`'s clock."""
-    left = cast("float | None", context.time_remaining())  # the stubs forget None
+    left: float | None = caller.time_remaining()  # of which grpc's stubs forget that it may be None
     return None if left is None else time.monotonic() + left

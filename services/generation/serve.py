@@ -102,10 +102,11 @@ def _load(settings: GenerationSettings, uri: ModelURI) -> "EngineSlot":
     # Only now: torch takes seconds to import, and a wrong setting should be known at once.
     from services.generation.slot import EngineSlot, Served
 
-    return EngineSlot(Served(_load_engine(settings, model), model), partial(_load_engine, settings))
+    return EngineSlot(Served(load_engine(settings, model), model), partial(load_engine, settings))
 
 
-def _load_engine(settings: GenerationSettings, model: ResolvedModel) -> "Engine":
+def load_engine(settings: GenerationSettings, model: ResolvedModel) -> "Engine":
+    """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
     from services.engine import Engine
     from services.models.loading import load_tango
 

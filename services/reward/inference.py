@@ -6,7 +6,6 @@ Shapes: n pairs.
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
 
 import numpy as np
 
@@ -14,18 +13,11 @@ from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2 as pb
 from services.reward.judge import Judge
 from services.reward.servicer import RewardServicer
+from services.reward.tensors import INPUTS, NAME, OUTPUTS
 from services.runtime.clips import AudioBounds
-from services.runtime.inference import Response, Stages, Tensors, TensorSpec
-from services.runtime.inference.model import Context
-from services.runtime.inference.pairs import INPUTS, limits_of, read_pairs
-
-NAME: Final = "reward"
-"""The model's name, whichever weights are served."""
-
-OUTPUTS: Final = (
-    TensorSpec(name="REWARD", field="logit", forms={"FP32": ("n",)}),
-    TensorSpec(name="PROBABILITY", field="probability", forms={"FP32": ("n",)}),
-)
+from services.runtime.inference import Response, Stages, Tensors
+from services.runtime.inference.model import Caller
+from services.runtime.inference.pairs import limits_of, read_pairs
 
 
 class JudgeModel:
@@ -53,15 +45,16 @@ class JudgeModel:
         return read_pairs(tensors)
 
     async def run(
-        self, job: Sequence[audio_pb2.PromptedClip], context: Context, *, stream: bool
+        self, job: Sequence[audio_pb2.PromptedClip], caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield the one answer."""
         start = time.monotonic()
-        answer = await self._servicer.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=job), context)
+        answer = await self._servicer.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=job), caller)
         yield Response(
             outputs={
-                "REWARD": np.array([reward.logit for reward in answer.rewards], dtype=np.float32),
-                "PROBABILITY": np.array([reward.probability for reward in answer.rewards], dtype=np.float32),
+                "REWARD": np.array([[one.logit] for one in answer.rewards], dtype=np.float32),
+                "PROBABILITY": np.array([[one.probability] for one in answer.rewards], dtype=np.float32),
+                "DIGEST": np.array([[self.parameters["digest"].encode()]] * len(job), dtype=object),
             },
             rows=len(job),
             stages=Stages(compute_infer=time.monotonic() - start),

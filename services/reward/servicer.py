@@ -1,9 +1,5 @@
 """The rpcs of RewardService: decode, let the judge judge, encode."""
 
-from typing import Any
-
-import grpc.aio
-
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.reward import convert
@@ -13,7 +9,8 @@ from services.runtime.offloading import OffLoop
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = object
+"""Of the call itself nothing is looked at."""
 
 
 class RewardServicer(rpc.RewardServiceServicer):

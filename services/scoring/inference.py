@@ -6,7 +6,6 @@ Shapes: n pairs.
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
 
 import numpy as np
 
@@ -14,13 +13,11 @@ from milonga.v1 import audio_pb2
 from milonga.v1 import scoring_pb2 as pb
 from services.runtime.clips import AudioBounds
 from services.runtime.inference import Response, Stages, Tensors, TensorSpec
-from services.runtime.inference.model import Context
-from services.runtime.inference.pairs import INPUTS, limits_of, read_pairs
+from services.runtime.inference.model import Caller
+from services.runtime.inference.pairs import limits_of, read_pairs
 from services.scoring.scorers import Scorer
 from services.scoring.servicer import ScoringServicer
-
-NAME: Final = "clap"
-"""The model's name, whichever scorers are served."""
+from services.scoring.tensors import INPUTS, NAME, outputs_of
 
 
 class ClapModel:
@@ -30,13 +27,12 @@ class ClapModel:
 
     def __init__(self, servicer: ScoringServicer, scorers: Mapping[str, Scorer], bounds: AudioBounds) -> None:
         self._servicer = servicer
-        self.outputs: Sequence[TensorSpec] = (
-            TensorSpec(name="SCORE", field="scores", forms={"FP32": ("n", len(scorers))}),
-        )
+        self.outputs: Sequence[TensorSpec] = outputs_of(len(scorers))
         self.max_rows = bounds.max_batch_size
         self.limits = limits_of(bounds)
         versions = {name: scorer.version for name, scorer in scorers.items()}
         self.version = ",".join(dict.fromkeys(version.version for version in versions.values()))
+        self._digests = [version.digest.encode() for version in versions.values()]
         self.parameters = {"scorers": ",".join(versions)}
         for name, version in versions.items():
             self.parameters |= {
@@ -54,13 +50,16 @@ class ClapModel:
         return read_pairs(tensors)
 
     async def run(
-        self, job: Sequence[audio_pb2.PromptedClip], context: Context, *, stream: bool
+        self, job: Sequence[audio_pb2.PromptedClip], caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield the one answer."""
         start = time.monotonic()
-        answer = await self._servicer.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=job), context)
+        answer = await self._servicer.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=job), caller)
         yield Response(
-            outputs={"SCORE": np.array([result.scores for result in answer.results], dtype=np.float32)},
+            outputs={
+                "SCORE": np.array([result.scores for result in answer.results], dtype=np.float32),
+                "DIGEST": np.array([self._digests] * len(job), dtype=object),
+            },
             rows=len(job),
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,

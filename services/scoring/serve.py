@@ -81,7 +81,7 @@ def run(settings: ScoringSettings) -> None:
             load=lambda: load(settings),
             add=lambda server, metrics, scorers: add_scoring(server, metrics, scorers, settings),
             describe=_describe,
-            close=_close,
+            close=close,
         )
     )
 
@@ -118,7 +118,8 @@ def load(settings: ScoringSettings) -> "dict[str, Scorer]":
     return load_scorers(_uris(settings.scorers), settings.device, config)
 
 
-async def _close(scorers: "Mapping[str, Scorer]") -> None:
+async def close(scorers: "Mapping[str, Scorer]") -> None:
+    """Close each scorer once."""
     for scorer in dict.fromkeys(scorers.values()):
         await scorer.close()
 

@@ -1,9 +1,6 @@
 """The rpcs of ScoringService: decode, let the scorers embed, encode."""
 
 from collections.abc import Mapping
-from typing import Any
-
-import grpc.aio
 
 from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
@@ -14,7 +11,8 @@ from services.scoring.scorers import Scorer, together
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ScoringService"].full_name
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = object
+"""Of the call itself nothing is looked at."""
 
 
 class ScoringServicer(rpc.ScoringServiceServicer):

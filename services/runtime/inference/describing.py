@@ -45,29 +45,46 @@ def model_metadata(model: Model, leased: Leased[Any]) -> pb.ModelMetadataRespons
 
 
 def model_config(model: Model, leased: Leased[Any]) -> pb.ModelConfigResponse:
-    """The answer of ModelConfig: also what a request may ask for, and which weights are served.
-
-    `max_batch_size` is 0, as the shapes name their rows; how many there may be is among the parameters.
-    """
-    config = model_config_pb2.ModelConfig(
-        name=model.name,
-        platform=PLATFORM,
-        input=[
-            model_config_pb2.ModelInput(
-                name=spec.name, data_type=_config_type(spec), dims=spec.shape, optional=spec.optional
-            )
-            for spec in model.inputs
-        ],
-        output=[
-            model_config_pb2.ModelOutput(name=spec.name, data_type=_config_type(spec), dims=spec.shape)
-            for spec in model.outputs
-        ],
-        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=model.decoupled),
-    )
+    """The answer of ModelConfig: also what a request may ask for, and which weights are served."""
+    config = write_config(model.name, model.inputs, model.outputs, model.max_rows, decoupled=model.decoupled)
+    config.platform = PLATFORM
     limits = {"max_rows": str(model.max_rows), **model.limits}
     for name, value in {**limits, **leased.parameters}.items():
         config.parameters[name].string_value = value
     return pb.ModelConfigResponse(config=config)
+
+
+def write_config(
+    name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], max_rows: int, *, decoupled: bool
+) -> Any:
+    """Return a ModelConfig, for this protocol and for Triton.
+
+    Where Triton may make batches of several requests, `max_batch_size` is `max_rows` and the shapes leave the
+    rows out; a decoupled model has none, and its shapes name them.
+    """
+    first = 0 if decoupled else 1
+    return model_config_pb2.ModelConfig(
+        name=name,
+        max_batch_size=0 if decoupled else max_rows,
+        input=[
+            model_config_pb2.ModelInput(
+                name=spec.name,
+                data_type=_config_type(spec),
+                dims=spec.shape[first:],
+                optional=spec.optional,
+                # Clips of several lengths may be one batch: each request keeps its own tensor.
+                allow_ragged_batch=not decoupled and -1 in spec.shape[first:],
+            )
+            for spec in inputs
+        ],
+        output=[
+            model_config_pb2.ModelOutput(
+                name=spec.name, data_type=_config_type(spec), dims=spec.shape[first:]
+            )
+            for spec in outputs
+        ],
+        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=decoupled),
+    )
 
 
 def repository_index(model: Model, leased: Leased[Any]) -> pb.RepositoryIndexResponse:

@@ -1,6 +1,6 @@
 """What a service says of its model to the protocol. Shapes: n rows, one a prompt."""
 
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -43,6 +43,17 @@ class Response:
     final: bool = False
     """Whether this is the last answer."""
 
+    def is_sent(self, wanted: Collection[str]) -> bool:
+        """Whether it goes to a caller who wants the outputs `wanted`: on the way, if they want its first."""
+        return self.final or any(name in wanted for name in list(self.outputs)[: None if self.rows else 1])
+
+
+class Caller(Protocol):
+    """Whoever waits for the answer; a gRPC context is one."""
+
+    def time_remaining(self) -> Any:
+        """Seconds until the deadline, None: there is none."""
+
 
 class Leased(Protocol[Job]):
     """The weights that one call is answered with."""
@@ -62,7 +73,7 @@ class Leased(Protocol[Job]):
             InvalidInputError: with the native API's field names.
         """
 
-    def run(self, job: Job, context: Context, *, stream: bool) -> AsyncGenerator[Response, None]:
+    def run(self, job: Job, caller: "Caller", *, stream: bool) -> AsyncGenerator[Response, None]:
         """Yield the answers; without `stream` there is one. Left early, the work is given up."""
 
 
@@ -87,7 +98,10 @@ class Model(Protocol):
 
     @property
     def decoupled(self) -> bool:
-        """Whether a request of a stream has several answers."""
+        """Whether a request of a stream has several answers.
+
+        If not, Triton may put several requests into one batch: every tensor has its rows first.
+        """
 
     @property
     def limits(self) -> Mapping[str, str]:

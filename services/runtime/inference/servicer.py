@@ -223,7 +223,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 async with aclosing(leased.run(job, context, stream=stream)) as responses:
                     async for response in responses:
                         measured.add(response)
-                        if response.final or not wanted.isdisjoint(response.outputs):
+                        if response.is_sent(wanted):
                             yield response.final, self._write(request, leased, response, wanted)
 
     def _read(self, request: pb.ModelInferRequest) -> Tensors:

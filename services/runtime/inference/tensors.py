@@ -5,7 +5,7 @@ Shapes: n rows, one a prompt.
 
 import math
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +30,8 @@ _NUMBERS: Final[Mapping[str, tuple[np.dtype[Any], str]]] = {
 }
 """Datatype to its elements in raw contents, and to the field of its typed ones."""
 
+_DATATYPES: Final = {kind: datatype for datatype, (kind, _) in _NUMBERS.items()}
+
 _MAX_NAME_CHARACTERS: Final = 80
 _SHARED_MEMORY: Final = "shared_memory_region"
 
@@ -42,28 +44,25 @@ class TensorSpec:
     """On the wire: ``NUM_INFERENCE_STEPS``."""
     field: str
     """The native API's name of it, which violations carry: ``num_inference_steps``."""
-    forms: Mapping[str, Dims]
-    """Datatypes that it may have, and its shape in each. Metadata tell the first."""
+    datatype: str
+    """BYTES, FP32, INT32 or INT64."""
+    dims: Dims
+    """Its shape."""
     optional: bool = False
     """Whether a request may leave it out, or an answer of a stream."""
     one_for_all: bool = False
     """Whether [1] will do for any n."""
 
     @property
-    def datatype(self) -> str:
-        """The first of its datatypes."""
-        return next(iter(self.forms))
-
-    @property
     def shape(self) -> list[int]:
-        """Its shape in the first of its datatypes; -1 is a size that is not fixed."""
-        return [size if isinstance(size, int) else -1 for size in self.forms[self.datatype]]
+        """Its shape; -1 is a size that is not fixed."""
+        return [size if isinstance(size, int) else -1 for size in self.dims]
 
     @property
     def expected(self) -> str:
         """What it must be, in words."""
-        forms = (f"{datatype} {_write_dims(dims)}" for datatype, dims in self.forms.items())
-        return " or ".join(forms) + (", or [1] for all" if self.one_for_all else "")
+        dims = ", ".join(map(str, self.dims))
+        return f"{self.datatype} [{dims}]" + (", or [1] for all" if self.one_for_all else "")
 
 
 def read_inputs(
@@ -95,15 +94,32 @@ def read_inputs(
                 read[spec.name] = _read_tensor(tensor, spec, max_rows, None if raw is None else raw[index])
             except InvalidInputError as error:
                 faults += error.violations
-    for spec in specs:
-        if spec.name not in given and not spec.optional:
-            faults.append(
-                FieldViolation(spec.field, f"tensor {spec.name} is missing, expected {spec.expected}")
-            )
+    faults += _missing(given, specs)
     faults += _row_faults(read, specs)
     if faults:
         raise InvalidInputError(*faults)
     return read
+
+
+def check_inputs(tensors: Tensors, specs: Sequence[TensorSpec], max_rows: int) -> None:
+    """Say of tensors that another server has read what `read_inputs` would say of them.
+
+    Raises `InvalidInputError`.
+    """
+    faults = []
+    right: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        if (values := tensors.get(spec.name)) is None:
+            continue
+        datatype = BYTES if values.dtype == object else _DATATYPES.get(values.dtype, str(values.dtype))
+        if fault := _form_fault(spec, datatype, values.shape, max_rows):
+            faults.append(FieldViolation(spec.field, f"tensor {spec.name} {fault}"))
+        else:
+            right[spec.name] = values
+    faults += _missing(tensors.keys(), specs)
+    faults += _row_faults(right, specs)
+    if faults:
+        raise InvalidInputError(*faults)
 
 
 def read_wanted(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> frozenset[str]:
@@ -136,9 +152,7 @@ def write_outputs(
         values = outputs.get(spec.name)
         if values is not None and spec.name in wanted:
             response.outputs.add(name=spec.name, datatype=spec.datatype, shape=values.shape)
-            response.raw_output_contents.append(
-                values.astype(_NUMBERS[spec.datatype][0], copy=False).tobytes()
-            )
+            response.raw_output_contents.append(_raw(spec, values))
 
 
 def texts(tensors: Tensors, spec: TensorSpec) -> tuple[list[str] | None, list[FieldViolation]]:
@@ -148,7 +162,7 @@ def texts(tensors: Tensors, spec: TensorSpec) -> tuple[list[str] | None, list[Fi
         return None, []
     made: list[str] = []
     faults: list[FieldViolation] = []
-    for index, value in enumerate(values):
+    for index, value in enumerate(values.flat):
         try:
             made.append(value.decode())
         except UnicodeDecodeError as error:
@@ -166,7 +180,7 @@ def spread(values: Any, n: int) -> list[Any]:
     """Return `values` as a list of `n`: of one, that for all; of None, `n` times None."""
     if values is None:
         return [None] * n
-    listed = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    listed = values.flatten().tolist() if isinstance(values, np.ndarray) else list(values)
     return listed if len(listed) == n else listed * n
 
 
@@ -205,15 +219,9 @@ def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None
     def refuse(what: str) -> InvalidInputError:
         return _invalid(spec.field, f"tensor {spec.name} {what}")
 
-    if tensor.datatype not in spec.forms:
-        found = tensor.datatype[:_MAX_NAME_CHARACTERS]
-        raise refuse(f"has datatype {found or '(none)'}, expected {spec.expected}")
-    dims, shape = spec.forms[tensor.datatype], tuple(tensor.shape)
-    fixed = all(size in (actual, -1) for size, actual in zip(_sizes(dims), shape, strict=False))
-    if len(shape) != len(dims) or min(shape, default=0) < 0 or not fixed:
-        raise refuse(f"has shape {list(shape[:8])}, expected {spec.expected}")
-    if not 1 <= shape[0] <= max_rows:
-        raise refuse(f"has {shape[0]} rows, expected between 1 and {max_rows}; send more in several requests")
+    shape = tuple(tensor.shape)
+    if fault := _form_fault(spec, tensor.datatype, shape, max_rows):
+        raise refuse(fault)
     count = math.prod(shape)
     if raw is not None and tensor.HasField("contents"):
         raise refuse("has typed contents beside raw_input_contents; give the one or the other")
@@ -272,12 +280,28 @@ def _row_faults(read: Tensors, specs: Sequence[TensorSpec]) -> Iterator[FieldVio
         )
 
 
-def _sizes(dims: Dims) -> Iterable[int]:
-    return (size if isinstance(size, int) else -1 for size in dims)
+def _form_fault(spec: TensorSpec, datatype: str, shape: tuple[int, ...], max_rows: int) -> str:
+    """What is wrong with a tensor's datatype or shape; or nothing."""
+    if datatype != spec.datatype:
+        return f"has datatype {datatype[:_MAX_NAME_CHARACTERS] or '(none)'}, expected {spec.expected}"
+    fixed = all(size in (actual, -1) for size, actual in zip(spec.shape, shape, strict=False))
+    if len(shape) != len(spec.dims) or min(shape, default=0) < 0 or not fixed:
+        return f"has shape {list(shape[:8])}, expected {spec.expected}"
+    if not 1 <= shape[0] <= max_rows:
+        return f"has {shape[0]} rows, expected between 1 and {max_rows}; send more in several requests"
+    return ""
 
 
-def _write_dims(dims: Dims) -> str:
-    return f"[{', '.join(map(str, dims))}]"
+def _missing(given: Collection[str], specs: Sequence[TensorSpec]) -> Iterator[FieldViolation]:
+    for spec in specs:
+        if spec.name not in given and not spec.optional:
+            yield FieldViolation(spec.field, f"tensor {spec.name} is missing, expected {spec.expected}")
+
+
+def _raw(spec: TensorSpec, values: NDArray[Any]) -> bytes:
+    if spec.datatype == BYTES:
+        return b"".join(struct.pack("<I", len(value)) + value for value in values.flat)
+    return values.astype(_NUMBERS[spec.datatype][0], copy=False).tobytes()
 
 
 def _unknown(field: str, name: str, known: Collection[str]) -> FieldViolation:

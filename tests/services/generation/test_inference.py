@@ -90,6 +90,10 @@ def _stream(client: triton.InferenceServerClient, **options: Any) -> Iterator[St
         client.stop_stream(cancel_requests=True)
 
 
+def _row(result: Any) -> int:
+    return int(result.as_numpy("ROW")[0])
+
+
 def _native(served: Serving, prompt: str, **options: Any) -> bytes:
     with AudioClient(served.target, retries=0, timeout=60) as native:
         return native.generate(prompt, encoding="float32", **options).clips[0].audio
@@ -125,6 +129,8 @@ def test_the_server_says_what_it_serves(client: triton.InferenceServerClient) ->
         ("AUDIO", "FP32", (-1, -1)),
         ("SAMPLE_RATE", "INT32", (1,)),
         ("SEED", "INT64", (-1,)),
+        ("DIGEST", "BYTES", (-1,)),
+        ("ROW", "INT32", (1,)),
         ("PROGRESS", "FP32", (1,)),
     }
     config = client.get_model_config("tango", as_json=True)["config"]
@@ -158,6 +164,7 @@ def test_one_request_of_several_prompts(client: triton.InferenceServerClient, se
     assert result.as_numpy("AUDIO").dtype == np.float32
     assert result.as_numpy("SAMPLE_RATE").tolist() == [16_000]
     assert result.as_numpy("SEED").tolist() == [7, 8]
+    assert result.as_numpy("DIGEST").tolist() == [MODEL.digest.encode()] * 2
     assert result.as_numpy("PROGRESS") is None
     assert parameters(result) == IDENTITY
     response = result.get_response()
@@ -218,7 +225,7 @@ def test_typed_contents(served: Serving) -> None:
     with grpc.insecure_channel(served.target) as channel:
         stub = rpc.GRPCInferenceServiceStub(channel)
         response = stub.ModelInfer(pb.ModelInferRequest(model_name="tango", inputs=[prompt, seed]))
-    assert [one.name for one in response.outputs] == ["AUDIO", "SAMPLE_RATE", "SEED"]
+    assert [one.name for one in response.outputs] == ["AUDIO", "SAMPLE_RATE", "SEED", "DIGEST"]
     assert response.raw_output_contents[0] == _native(served, PROMPTS[0], seed=7)
 
 
@@ -233,12 +240,12 @@ def test_a_stream_tells_progress_and_gives_each_clip(
     clips = [result for result in results if result.as_numpy("AUDIO") is not None]
     assert results[-1] is clips[-1]
     for clip in clips:
-        row = parameters(clip)["row"]
+        row = _row(clip)
         assert clip.as_numpy("AUDIO").shape == (1, 10_240)
         assert clip.as_numpy("SEED").tolist() == [7 + row]
         assert clip.as_numpy("AUDIO").tobytes() == _native(served, PROMPTS[row], seed=7 + row)
     for row in range(2):
-        told = [one for one in results if one not in clips and parameters(one)["row"] == row]
+        told = [one for one in results if one not in clips and _row(one) == row]
         fractions = [float(one.as_numpy("PROGRESS")[0]) for one in told]
         assert fractions == sorted(fractions)
         assert (fractions[0], fractions[-1]) == (0.0, 1.0)
@@ -296,7 +303,7 @@ async def test_asyncio(served: Serving) -> None:
         async for result, error in client.stream_infer(requests()):
             assert error is None
             if result.as_numpy("AUDIO") is not None:
-                clips[parameters(result)["row"]] = result.as_numpy("AUDIO")
+                clips[_row(result)] = result.as_numpy("AUDIO")
         np.testing.assert_array_equal(np.concatenate([clips[0], clips[1]]), one.as_numpy("AUDIO"))
 
 
@@ -567,7 +574,7 @@ def test_the_example(
         runpy.run_path(str(example), run_name="__main__")
     assert caught.value.code == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{out}  tiny 1\n"
+    assert printed.out == f"{out}  version 1, {MODEL.digest}\n"
     assert "100%" in printed.err
     with wave.open(io.BytesIO(out.read_bytes())) as file:
         assert (file.getframerate(), file.getnframes()) == (16_000, 10_240)

@@ -9,14 +9,20 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import serialize_byte_tensor
 
 from services.errors import InvalidInputError, UnsupportedError
-from services.runtime.inference.tensors import TensorSpec, decimals, read_inputs, read_wanted, texts
-
-PROMPT = TensorSpec(name="PROMPT", field="prompt", forms={"BYTES": ("n",)})
-AUDIO = TensorSpec(
-    name="AUDIO", field="audio", forms={"FP32": ("n", "samples"), "BYTES": ("n",)}, optional=True
+from services.runtime.inference.tensors import (
+    TensorSpec,
+    check_inputs,
+    decimals,
+    read_inputs,
+    read_wanted,
+    texts,
+    write_outputs,
 )
-SEED = TensorSpec(name="SEED", field="seed", forms={"INT64": ("n",)}, optional=True, one_for_all=True)
-STEPS = TensorSpec(name="STEPS", field="num_inference_steps", forms={"INT32": ("n",)}, optional=True)
+
+PROMPT = TensorSpec(name="PROMPT", field="prompt", datatype="BYTES", dims=("n",))
+AUDIO = TensorSpec(name="AUDIO", field="audio", datatype="FP32", dims=("n", "samples"), optional=True)
+SEED = TensorSpec(name="SEED", field="seed", datatype="INT64", dims=("n",), optional=True, one_for_all=True)
+STEPS = TensorSpec(name="STEPS", field="num_inference_steps", datatype="INT32", dims=("n",), optional=True)
 MAX_ROWS = 8
 SPECS = (PROMPT, AUDIO, SEED, STEPS)
 
@@ -97,7 +103,7 @@ def test_any_raw_bytes_are_read_or_refused(raw: bytes) -> None:
         (
             [ONE, _input("AUDIO", "FP32", [2], fp32_contents=[0, 0])],
             "audio",
-            "FP32 [n, samples] or BYTES [n]",
+            "shape [2], expected FP32 [n, samples]",
         ),
         (
             [ONE, _input("STEPS", "INT32", [2], int_contents=[1, 2])],
@@ -167,3 +173,32 @@ def test_text_is_utf_8() -> None:
 
 def test_fp32_means_the_decimal_that_was_meant() -> None:
     assert decimals(np.array([0.64, 3.1, 1 / 3, 1e38], dtype=np.float32)) == [0.64, 3.1, 0.33333334, 1e38]
+
+
+def test_tensors_that_another_server_has_read_are_checked_the_same() -> None:
+    right = {"PROMPT": np.array([b"a", b"b"], dtype=object), "SEED": np.array([1], dtype=np.int64)}
+    check_inputs(right, SPECS, MAX_ROWS)
+    wrong: dict[str, Any] = {
+        "AUDIO": np.zeros(2, dtype=np.float32),
+        "SEED": np.array([1.0], dtype=np.float64),
+        "STEPS": np.zeros(9, dtype=np.int32),
+    }
+    with pytest.raises(InvalidInputError) as caught:
+        check_inputs(wrong, SPECS, MAX_ROWS)
+    assert {violation.field: violation.description for violation in caught.value.violations} == {
+        "prompt": "tensor PROMPT is missing, expected BYTES [n]",
+        "audio": "tensor AUDIO has shape [2], expected FP32 [n, samples]",
+        "seed": "tensor SEED has datatype float64, expected INT64 [n], or [1] for all",
+        "num_inference_steps": (
+            "tensor STEPS has 9 rows, expected between 1 and 8; send more in several requests"
+        ),
+    }
+
+
+def test_bytes_are_written_as_triton_writes_them() -> None:
+    response = pb.ModelInferResponse()
+    values = np.array([[b"one"], [b""]], dtype=object)
+    spec = TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", 1))
+    write_outputs(response, {"DIGEST": values}, [spec], {"DIGEST"})
+    assert list(response.outputs[0].shape) == [2, 1]
+    assert response.raw_output_contents[0] == serialize_byte_tensor(values).item()

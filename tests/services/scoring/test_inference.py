@@ -27,15 +27,23 @@ def client(served: Served) -> Iterator[triton.InferenceServerClient]:
         yield client
 
 
+def _prompts(*prompts: Any) -> triton.InferInput:
+    return tensor("PROMPT", "BYTES", np.array(prompts, dtype=object).reshape(-1, 1))
+
+
+def _rates(*rates: int) -> triton.InferInput:
+    return tensor("SAMPLE_RATE", "INT32", [[rate] for rate in rates])
+
+
 def _samples(
     prompts: list[Any] = PROMPTS, audio: Any = TONES, rates: list[int] | None = None
 ) -> list[triton.InferInput]:
-    inputs = [tensor("PROMPT", "BYTES", prompts), tensor("AUDIO", "FP32", audio)]
-    return [*inputs, tensor("SAMPLE_RATE", "INT32", [16_000] if rates is None else rates)]
+    inputs = [_prompts(*prompts), tensor("AUDIO", "FP32", audio)]
+    return [*inputs, _rates(*([16_000] * len(prompts) if rates is None else rates))]
 
 
 def _files(*files: bytes) -> list[triton.InferInput]:
-    return [tensor("PROMPT", "BYTES", PROMPTS[: len(files)]), tensor("AUDIO", "BYTES", files)]
+    return [_prompts(*PROMPTS[: len(files)]), tensor("ENCODED_AUDIO", "BYTES", [[file] for file in files])]
 
 
 def test_samples_score_as_through_the_native_api(
@@ -60,19 +68,21 @@ def test_files_score_as_their_samples(client: triton.InferenceServerClient) -> N
     of_samples = client.infer("clap", _samples()).as_numpy("SCORE")
     of_files = client.infer("clap", _files(*files)).as_numpy("SCORE")
     np.testing.assert_allclose(of_files, of_samples, atol=1e-6)
-    agreeing = [*_files(*files), tensor("SAMPLE_RATE", "INT32", [16_000])]
+    agreeing = [*_files(*files), _rates(16_000, 16_000)]
     np.testing.assert_allclose(client.infer("clap", agreeing).as_numpy("SCORE"), of_files, atol=1e-6)
 
 
 def test_metadata_count_the_scorers(client: triton.InferenceServerClient) -> None:
     metadata = client.get_model_metadata("clap")
     assert [(one.name, one.datatype, list(one.shape)) for one in metadata.outputs] == [
-        ("SCORE", "FP32", [-1, 3])
+        ("SCORE", "FP32", [-1, 3]),
+        ("DIGEST", "BYTES", [-1, 3]),
     ]
     assert {one.name: one.datatype for one in metadata.inputs} == {
         "PROMPT": "BYTES",
         "AUDIO": "FP32",
         "SAMPLE_RATE": "INT32",
+        "ENCODED_AUDIO": "BYTES",
     }
     config = client.get_model_config("clap", as_json=True)["config"]
     assert config["parameters"]["max_rows"]["string_value"] == "64"
@@ -99,17 +109,17 @@ async def test_asyncio_and_streams(served: Served) -> None:
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        (_samples()[1:], "prompt: tensor PROMPT is missing, expected BYTES [n]"),
-        (_samples()[:1], "audio: tensor AUDIO is missing, expected FP32 [n, samples] or BYTES [n]"),
+        (_samples()[1:], "prompt: tensor PROMPT is missing, expected BYTES [n, 1]"),
+        (_samples()[:1], "audio: tensor AUDIO is missing, expected FP32 [n, samples]; or ENCODED"),
         (
             _samples()[:2],
-            "sample_rate_hertz: tensor SAMPLE_RATE is missing, expected INT32 [n], or [1] for all",
+            "sample_rate_hertz: tensor SAMPLE_RATE is missing, expected INT32 [n, 1]: samples carry none",
         ),
         (_samples(audio=TONES[0]), "audio: tensor AUDIO has shape [8000], expected FP32 [n, samples]"),
-        (_samples(PROMPTS[:1]), "audio: tensor AUDIO has 2 rows, expected 1, as PROMPT has"),
+        (_samples(PROMPTS[:1], rates=[16_000]), "audio: tensor AUDIO has 2 rows, expected 1, as PROMPT has"),
         (_samples([b"\xff", "a dog"]), "prompt[0]: tensor PROMPT is not UTF-8 from byte 0 on"),
         (_samples(["", "a dog"]), "pairs[0].prompt: is empty"),
-        (_samples(rates=[7]), "pairs[0].clip.sample_rate_hertz: is 7, must be between 8000"),
+        (_samples(rates=[7, 16_000]), "pairs[0].clip.sample_rate_hertz: is 7, must be between 8000"),
         (_samples(rates=[16_000, -1]), "pairs[1].clip.sample_rate_hertz: is -1, must be between 8000"),
         (_samples(audio=[[0.0] * 10] * 2), "pairs[0].clip.audio: lasts 0.000625 s"),
         (_samples(audio=[[float("nan")] * 8000] * 2), "pairs[0].clip.audio: holds NaN or infinity"),
@@ -118,6 +128,7 @@ async def test_asyncio_and_streams(served: Served) -> None:
             "prompt: tensor PROMPT has 65 rows, expected between 1 and 64; send more",
         ),
         (_samples([], np.zeros((0, 8000))), "prompt: tensor PROMPT has 0 rows, expected between 1 and 64"),
+        (_samples() + _files(b"x", b"y")[1:], "audio: has both tensors AUDIO and ENCODED_AUDIO"),
         (_files(b"nonsense"), "pairs[0].clip.audio: begins with 6e 6f 6e 73"),
         (_files(b""), "pairs[0].clip.audio: is empty"),
         (_files(silent_flac(1)), "pairs[0].clip.audio: lasts 3600 s"),
@@ -137,5 +148,5 @@ def test_a_large_request_is_taken_in(uris: dict[str, str]) -> None:
     """Beyond gRPC's usual 4 MiB: three clips of a minute at 48 kHz."""
     with serving({"a": uris["a"]}) as served, triton.InferenceServerClient(served.hosted.target) as client:
         audio = np.zeros((3, 60 * 48_000), dtype=np.float32)
-        result = client.infer("clap", _samples(["a dog"] * 3, audio, [48_000]))
+        result = client.infer("clap", _samples(["a dog"] * 3, audio, [48_000] * 3))
         assert result.as_numpy("SCORE").shape == (3, 1)

@@ -1,0 +1,147 @@
+"""What `milonga triton export` puts into a repository: the three models, each from model URIs."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from tritonclient.grpc import model_config_pb2
+
+from services.errors import FieldViolation, InvalidInputError
+from services.generation import tensors as tango
+from services.generation.serve import GenerationSettings
+from services.models.manifest import read_manifest
+from services.reward import tensors as rewarding
+from services.reward.serve import FAMILY, MEMBER, RewardSettings
+from services.runtime.inference.describing import write_config
+from services.runtime.model_uri import LAION_SCHEMES, ModelURI, ResolvedModel, resolve
+from services.runtime.settings import ServerSettings
+from services.scoring import tensors as scoring
+from services.scoring.serve import ScoringSettings
+from services.triton.repository import Exported, Weights
+
+MODELS: Final = (tango.NAME, scoring.NAME, rewarding.NAME)
+"""Their names in Triton."""
+
+WAITING: Final = 256
+"""Requests to clap or reward that may wait in Triton; beyond that it answers UNAVAILABLE."""
+WAIT_MICROSECONDS: Final = 5_000
+"""How long one waits for companions: as long as in our services."""
+
+_CODE: Final = '''\
+"""Written by `milonga triton export`: the model that the {service} service serves, under Triton."""
+
+from services.{service}.triton import open_model
+from services.triton.backend import python_model
+
+TritonPythonModel = python_model(open_model)
+'''
+
+
+def export_tango(
+    uri: str, settings: Mapping[str, str] | None = None, name: str = tango.NAME
+) -> tuple[Exported, int]:
+    """Return the generating model that a URI names, and its version number.
+
+    Args:
+        uri: of the weights.
+        settings: of the generation service, for config.pbtxt.
+        name: the model's, in Triton.
+
+    Raises:
+        ModelError, InvalidInputError: it was not found or refused, is no generating model, or a setting is
+            not known.
+    """
+    found = _find("--model", uri)
+    if not (found.folder / "model_index.json").exists():
+        raise InvalidInputError(
+            FieldViolation("--model", f"is {uri}, which makes no sound: it has no model_index.json")
+        )
+    config = write_config(name, tango.INPUTS, tango.OUTPUTS, 0, decoupled=True)
+    _configure(config, GenerationSettings, settings)
+    return _exported(config, "generation", {tango.PART: found}), _number(found)
+
+
+def export_clap(uris: Mapping[str, str], settings: Mapping[str, str] | None = None) -> tuple[Exported, int]:
+    """Return the scorers that URIs name, and the version number of the first. Raises as `export_tango`."""
+    found = {name: _find(f"--scorer {name}", uri) for name, uri in uris.items()}
+    rows = _rows(ScoringSettings, settings)
+    config = write_config(scoring.NAME, scoring.INPUTS, scoring.outputs_of(len(found)), rows, decoupled=False)
+    _configure(config, ScoringSettings, settings)
+    return _exported(config, "scoring", found), _number(next(iter(found.values())))
+
+
+def export_reward(uri: str, clap: str, settings: Mapping[str, str] | None = None) -> tuple[Exported, int]:
+    """Return the reward model that a URI names, with its CLAP model; its number. Raises as `export_tango`."""
+    named = f"{FAMILY}:{MEMBER}" if uri == FAMILY else uri
+    found = {rewarding.REWARD: _find("--reward", named), rewarding.CLAP: _find("--clap", clap)}
+    rows = _rows(RewardSettings, settings)
+    config = write_config(rewarding.NAME, rewarding.INPUTS, rewarding.OUTPUTS, rows, decoupled=False)
+    _configure(config, RewardSettings, settings)
+    return _exported(config, "reward", found), _number(found[rewarding.REWARD])
+
+
+def _find(flag: str, uri: str) -> ResolvedModel:
+    try:
+        parsed = ModelURI.parse(uri)
+    except InvalidInputError as error:
+        raise InvalidInputError(*(FieldViolation(flag, v.description) for v in error.violations)) from error
+    if parsed.scheme in LAION_SCHEMES:
+        raise InvalidInputError(
+            FieldViolation(
+                flag,
+                f"is {uri}: a LAION checkpoint is no model folder, and is not exported; serve it by milonga "
+                "serve scoring, which speaks the same protocol",
+            )
+        )
+    return resolve(parsed)
+
+
+def _number(found: ResolvedModel) -> int:
+    """The version as Triton's folders have it: a registered model's own; others are 1 unless they say."""
+    return int(found.version) if found.version.isdecimal() and int(found.version) else 1
+
+
+def _rows(kind: type[ServerSettings], settings: Mapping[str, str] | None) -> int:
+    """Most rows of a request."""
+    given = (settings or {}).get("max_batch_size", kind.model_fields["max_batch_size"].default)
+    if not str(given).isdecimal() or not int(given):
+        raise InvalidInputError(FieldViolation("--set max_batch_size", f"is {given!r}, must be at least 1"))
+    return int(given)
+
+
+def _configure(
+    config: model_config_pb2.ModelConfig, kind: type[ServerSettings], settings: Mapping[str, str] | None
+) -> None:
+    """Fill in how Triton runs it, and the service's settings as parameters."""
+    config.backend = "python"
+    # The setting `device` says where it runs. One instance: requests share its batches.
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_MODEL, count=1)
+    if not config.model_transaction_policy.decoupled:
+        config.dynamic_batching.max_queue_delay_microseconds = WAIT_MICROSECONDS
+        config.dynamic_batching.default_queue_policy.max_queue_size = WAITING
+    unknown = sorted(
+        (settings or {}).keys() - (kind.model_fields.keys() - ServerSettings.model_fields.keys())
+    )
+    if unknown:
+        known = sorted(kind.model_fields.keys() - ServerSettings.model_fields.keys())
+        raise InvalidInputError(
+            FieldViolation(
+                f"--set {unknown[0]}", f"is no setting of {config.name}; known: {', '.join(known)}"
+            )
+        )
+    for name, value in (settings or {}).items():
+        config.parameters[name].string_value = value
+
+
+def _exported(
+    config: model_config_pb2.ModelConfig, service: str, found: Mapping[str, ResolvedModel]
+) -> Exported:
+    for model in found.values():
+        read_manifest(model.folder)  # without one it could not be verified where it is served
+    return Exported(
+        config=config,
+        code=_CODE.format(service=service),
+        weights={
+            part: Weights(name=one.name, version=one.version, digest=one.digest, folder=one.folder)
+            for part, one in found.items()
+        },
+    )

@@ -1,0 +1,1 @@
+"""Our models in a real Triton: `make test-triton`."""
