@@ -35,7 +35,10 @@ FOREIGN: Final = ("ServiceMonitor",)
 IMAGES: Final = ("milonga-services", "milonga-training")
 """Images as base and components name them; the overlays say where they are, and which."""
 
-DOCKERFILES: Final = ("services/Dockerfile", "training/Dockerfile")
+DOCKERFILES: Final = ("services/Dockerfile", "training/Dockerfile", "services/triton/Dockerfile")
+
+EXAMPLES: Final = ("examples/kserve/generation.yaml",)
+"""Objects of KServe, whose schemas are in `k8s/schemas/`."""
 
 ALTERNATIVES: Final = (("mlflow", "mlflow-sqlite"), ("hpa-queue", "hpa-cpu"))
 """Components of which an overlay takes one."""
@@ -110,7 +113,7 @@ def objects(text: str) -> list[str]:
 def main() -> int:
     """Run all checks; the exit code."""
     start = time.monotonic()
-    missing = [path for path in DOCKERFILES if not (ROOT / path).exists()]
+    missing = [path for path in (*DOCKERFILES, *EXAMPLES) if not (ROOT / path).exists()]
     try:
         if missing:
             raise LintError(f"{', '.join(missing)} is not there to be checked")
@@ -123,6 +126,8 @@ def main() -> int:
         print(f"kubectl kustomize: {len(rendered)} scenarios, {_passed(start)}", flush=True)
         validate(files)
         print(f"kubernetes-validate: Kubernetes {' and '.join(VERSIONS)}, {_passed(start)}", flush=True)
+        run("python", "k8s/schemas/kserve.py", *EXAMPLES)
+        print(f"KServe's models: {', '.join(EXAMPLES)}, {_passed(start)}", flush=True)
         run("checkov", *_checkov(files))
         print(f"checkov: {_passed(start)}", flush=True)
         run("hadolint", *DOCKERFILES)

@@ -30,6 +30,8 @@ from training.run_recipes import RUNS
 Object = dict[str, Any]
 
 OVERLAYS: Final = ("local", "production")
+OTHER_OVERLAYS: Final = ("production-jobs", "production-triton", "production-triton-jobs")
+"""Of Jobs; and of a Triton, see test_triton.py."""
 JOBS: Final = ("align", "candidates", "multi-gpu", "multi-node", "promote")
 SETTINGS: Final[dict[str, type[ServerSettings]]] = {
     "generation": GenerationSettings,
@@ -87,7 +89,7 @@ def environment(objects: list[Object], container: Object) -> dict[str, str]:
 
 def running() -> Iterator[tuple[str, Object]]:
     """Everything that has pods, with where it was found."""
-    for place in ("overlays/local", "overlays/production", "overlays/production-jobs", "jobs"):
+    for place in ("jobs", *(f"overlays/{name}" for name in (*OVERLAYS, *OTHER_OVERLAYS))):
         for one in load(place):
             if one["kind"] in ("Deployment", "Job"):
                 yield place, one
@@ -122,6 +124,7 @@ def test_everything_there_is_is_rendered_by_the_linter() -> None:
         "jobs",
         *(f"overlays/{path.name}" for path in (lint.K8S / "overlays").iterdir()),
     }
+    assert {f"overlays/{name}" for name in (*OVERLAYS, *OTHER_OVERLAYS)} <= folders
     assert used == {path.name for path in (lint.K8S / "components").iterdir()}
     assert set(JOBS) == {path.stem for path in (lint.K8S / "jobs").glob("*.yaml")} - {"kustomization"}
 
@@ -350,7 +353,7 @@ def test_every_pod_is_restricted() -> None:
     for place, one in running():
         assert faults(pod(one)) == [], f"{one['metadata']['name']} in {place}"
         seen += 1
-    assert seen == 2 * 5 + 2 * len(JOBS)
+    assert seen == 2 * 5 + 2 + 3 * len(JOBS)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
