@@ -90,7 +90,11 @@ demo: protos ## Start the service, send it three prompts over gRPC, write clips 
 
 .PHONY: bench
 bench: protos ## Measure the engine and the service on this machine (ratios in one run)
-	for program in benchmarks/*.py; do $(BIN)/python $$program; done
+	for program in $(filter-out benchmarks/triton_overhead.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$program; done
+
+.PHONY: bench-triton
+bench-triton: protos $(TRITON)/.milonga-ready ## Measure the native API, the Open Inference Protocol and Triton beside each other
+	$(BIN)/python benchmarks/triton_overhead.py
 
 .PHONY: parity
 parity: $(PARITY)/.milonga-ready ## Compare our CLAP with laion_clap, which needs numpy < 2 and so .venv-parity

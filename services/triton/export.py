@@ -1,6 +1,7 @@
 """What `milonga triton export` puts into a repository: the three models, each from model URIs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from tritonclient.grpc import model_config_pb2
@@ -8,11 +9,10 @@ from tritonclient.grpc import model_config_pb2
 from services.errors import FieldViolation, InvalidInputError
 from services.generation import tensors as tango
 from services.generation.serve import GenerationSettings
-from services.models.manifest import read_manifest
 from services.reward import tensors as rewarding
 from services.reward.serve import FAMILY, MEMBER, RewardSettings
 from services.runtime.inference.describing import write_config
-from services.runtime.model_uri import LAION_SCHEMES, ModelURI, ResolvedModel, resolve
+from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
 from services.runtime.settings import ServerSettings
 from services.scoring import tensors as scoring
 from services.scoring.serve import ScoringSettings
@@ -20,6 +20,9 @@ from services.triton.repository import Exported, Weights
 
 MODELS: Final = (tango.NAME, scoring.NAME, rewarding.NAME)
 """Their names in Triton."""
+
+TOKENIZER: Final = "roberta-base"
+"""Folder beside a LAION checkpoint in which its tokenizer is looked for."""
 
 WAITING: Final = 256
 """Requests to clap or reward that may wait in Triton; beyond that it answers UNAVAILABLE."""
@@ -84,13 +87,9 @@ def _find(flag: str, uri: str) -> ResolvedModel:
         parsed = ModelURI.parse(uri)
     except InvalidInputError as error:
         raise InvalidInputError(*(FieldViolation(flag, v.description) for v in error.violations)) from error
-    if parsed.scheme in LAION_SCHEMES:
+    if parsed.scheme == "laion-clap":
         raise InvalidInputError(
-            FieldViolation(
-                flag,
-                f"is {uri}: a LAION checkpoint is no model folder, and is not exported; serve it by milonga "
-                "serve scoring, which speaks the same protocol",
-            )
+            FieldViolation(flag, f"is {uri}, which needs the package laion_clap; give laion:{parsed.path}")
         )
     return resolve(parsed)
 
@@ -135,13 +134,30 @@ def _configure(
 def _exported(
     config: model_config_pb2.ModelConfig, service: str, found: Mapping[str, ResolvedModel]
 ) -> Exported:
-    for model in found.values():
-        read_manifest(model.folder)  # without one it could not be verified where it is served
     return Exported(
         config=config,
         code=_CODE.format(service=service),
         weights={
-            part: Weights(name=one.name, version=one.version, digest=one.digest, folder=one.folder)
-            for part, one in found.items()
+            part: _checkpoint(one) if one.folder.is_file() else _folder(one) for part, one in found.items()
+        },
+    )
+
+
+def _folder(model: ResolvedModel) -> Weights:
+    return Weights(name=model.name, version=model.version, digest=model.digest, folder=model.folder)
+
+
+def _checkpoint(model: ResolvedModel) -> Weights:
+    """A LAION checkpoint, and the tokenizer that it lacks."""
+    from services.models.clap_laion import TOKENIZER_FILES, find_tokenizer
+
+    tokenizer = find_tokenizer(model.folder)
+    return replace(
+        _folder(model),
+        checkpoint=model.folder.name,
+        beside={
+            f"{TOKENIZER}/{name}": tokenizer / name
+            for name in TOKENIZER_FILES
+            if (tokenizer / name).is_file()
         },
     )

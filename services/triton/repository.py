@@ -14,7 +14,7 @@ Knows files only. Where they lie is a `Storage`: a folder, or S3 (`services.trit
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +50,10 @@ class Weights:
     """`sha256:` and the digest over every file."""
     folder: Path | None = None
     """The model folder (of LAION's checkpoints the file) to copy from; None when read back."""
+    checkpoint: str = ""
+    """Of LAION's checkpoints: the file's name."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """What else is copied, by its path below the weights' folder; none when read back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +227,12 @@ def parse_served(data: bytes) -> dict[str, Weights]:
     if told["format"] != FORMAT:
         raise ValueError(f"format {told['format']}, this release reads {FORMAT}")
     return {
-        name: Weights(name=str(one["name"]), version=str(one["version"]), digest=str(one["digest"]))
+        name: Weights(
+            name=str(one["name"]),
+            version=str(one["version"]),
+            digest=str(one["digest"]),
+            checkpoint=str(one.get("checkpoint", "")),
+        )
         for name, one in told["weights"].items()
     }
 
@@ -239,12 +248,14 @@ def _files_of(exported: Exported) -> dict[str, bytes | Path]:
         for path in _walk(weights.folder):
             inside = path.relative_to(weights.folder).as_posix() if path != weights.folder else path.name
             files[f"{WEIGHTS}/{name}/{inside}"] = path
+        files |= {f"{WEIGHTS}/{name}/{inside}": path for inside, path in weights.beside.items()}
     return {**files, SERVED: _served(exported)}
 
 
 def _served(exported: Exported) -> bytes:
     weights = {
         name: {"name": one.name, "version": one.version, "digest": one.digest}
+        | ({"checkpoint": one.checkpoint} if one.checkpoint else {})
         for name, one in exported.weights.items()
     }
     return (json.dumps({"format": FORMAT, "weights": weights}, indent=1) + "\n").encode()

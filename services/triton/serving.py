@@ -31,7 +31,13 @@ def served_models(folder: Path) -> dict[str, ResolvedModel]:
         ) from error
     return {
         part: replace(
-            resolve(ModelURI(scheme="file", path=str(folder / WEIGHTS / part), digest=weights.digest)),
+            resolve(
+                ModelURI(
+                    scheme="laion" if weights.checkpoint else "file",
+                    path=str(folder / WEIGHTS / part / weights.checkpoint),
+                    digest=weights.digest,
+                )
+            ),
             name=weights.name,
             version=weights.version,
         )
@@ -40,8 +46,8 @@ def served_models(folder: Path) -> dict[str, ResolvedModel]:
 
 
 def file_uri(model: ResolvedModel) -> str:
-    """Return the model URI of weights that were found."""
-    return f"file:{model.folder}#{model.digest}"
+    """Return the model URI of weights that were found; a single file is a LAION checkpoint."""
+    return f"{'laion' if model.folder.is_file() else 'file'}:{model.folder}#{model.digest}"
 
 
 def read_settings(kind: type[Settings], parameters: Mapping[str, str], **given: Any) -> Settings:
