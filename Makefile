@@ -151,6 +151,13 @@ $(IMAGES:%=image-%): image-%:
 	  --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)" \
 	  $(BUILD_FLAGS) .
 
+# NVIDIA's Triton with Milonga in it. Not among IMAGES: it needs NVIDIA's registry, and services built for its Python.
+.PHONY: image-triton
+image-triton: ## Build the image of Triton (docs/triton.md says on which image of the services)
+	@test -n "$(CONTAINER)" || { echo "make image-triton needs docker, with its daemon running, or podman"; exit 1; }
+	DOCKER_BUILDKIT=1 $(CONTAINER) build --file services/triton/Dockerfile --tag $(call IMAGE,triton) \
+	  --build-arg SERVICES_IMAGE=$(call IMAGE,services) $(BUILD_FLAGS) .
+
 .PHONY: kind
 kind: load-kind ## A kind cluster with the stack: create it unless there, load the images, apply k8s/milonga.yaml, wait
 	@command -v kubectl >/dev/null || { echo "make kind needs kubectl: https://kubernetes.io/docs/tasks/tools"; exit 1; }
