@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.client import TLS
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 from training.command_line import one_line
 from training.promotion.errors import (
@@ -51,8 +50,6 @@ class Parts:
     """That says what is served."""
     deadline: float = 600.0
     """Seconds that challenger and rollout may each take to be ready."""
-    tls: TLS | None = None
-    """How the challenger is spoken to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +104,6 @@ def promote(wanted: Wanted, gates: GatesConfig, parts: Parts, judges: Judges | N
             entry.enter("gates")
             verdicts, evidence = examination.examine(
                 *(champion, candidate, parts.target, parts.deadline, parts.tell),
-                tls=parts.tls,
                 check=lock.check,
             )
             entry.attach(EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False))

@@ -2,15 +2,17 @@
 
 milonga promote --model milonga-tango --version 7
 milonga promote --rollback
+milonga promote --target triton://HOST:8001 --repository PATH --version 7
 """
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -57,8 +59,20 @@ def run(
         ),
     ] = None,
     target: Annotated[
-        Literal["kubernetes", "local"], typer.Option("--target", help="What serves.")
+        str,
+        typer.Option(
+            "--target", help="What serves: kubernetes, local, or triton://HOST:PORT.", metavar="TARGET"
+        ),
     ] = "kubernetes",
+    repository: Annotated[
+        str | None,
+        typer.Option(
+            "--repository",
+            help="The model repository that the Triton reads: a folder, or s3://…",
+            metavar="PLACE",
+            show_default=False,
+        ),
+    ] = None,
     gates: Annotated[
         Path | None,
         typer.Option(
@@ -134,8 +148,8 @@ def run(
         Path | None,
         typer.Option(
             "--operator-token-file",
-            help="Token of the local service's operators.",
-            show_default="MILONGA_OPERATOR_TOKEN_FILE, MILONGA_OPERATOR_TOKEN",
+            help="Token of the local service's operators; of a Triton's, where loading is restricted.",
+            show_default="local: MILONGA_OPERATOR_TOKEN_FILE, MILONGA_OPERATOR_TOKEN",
             rich_help_panel=_REACHING,
         ),
     ] = None,
@@ -205,6 +219,7 @@ def run(
         parts = Parts(
             target=_open_target(
                 *(target, registry, namespace, context, connection),
+                repository=repository,
                 generation_address=generation_address,
                 challenger_address=challenger_address,
                 token_file=operator_token_file,
@@ -214,8 +229,6 @@ def run(
             tell=timed_lines(),
             alias=alias,
             deadline=deadline,
-            # A local challenger is ours, and speaks no TLS.
-            tls=connection if target == "kubernetes" else None,
         )
         if bootstrap:
             found = pin_first(_version_or_folder(bootstrap, registry), parts, model)
@@ -240,15 +253,33 @@ def _open_target(
     context: str | None,
     tls: "TLS | None",
     *,
+    repository: str | None,
     generation_address: str | None,
     challenger_address: str | None,
     token_file: Path | None,
 ) -> "Target":
+    if kind.startswith("triton://"):
+        from services.triton.repository import ModelRepository, open_storage
+        from training.promotion.triton_target import TritonTarget
+
+        if repository is None:
+            raise InvalidInputError(
+                FieldViolation("--repository", "is missing; give the model repository that the Triton reads")
+            )
+        token = "" if token_file is None else _token(token_file)
+        models = ModelRepository(open_storage(repository))
+        return TritonTarget(_triton_address(kind), models, registry, tls=tls, token=token)
+    if repository is not None:
+        raise InvalidInputError(
+            FieldViolation("--repository", f"is of a Triton, and --target is {kind}; give triton://HOST:PORT")
+        )
     if kind == "local":
         from training.promotion.local_target import LocalTarget
 
         address = generation_address or "127.0.0.1:50051"
         return LocalTarget(address, registry, token=_token(token_file), tls=tls)
+    if kind != "kubernetes":
+        raise _no_target(kind)
     from training.cluster import in_cluster
     from training.promotion.cluster import connect_cluster
     from training.promotion.kubernetes_target import KubernetesTarget
@@ -260,6 +291,20 @@ def _open_target(
         tls=tls,
         generation_address=generation_address,
         challenger_address=challenger_address,
+    )
+
+
+def _triton_address(target: str) -> str:
+    """HOST:PORT of ``triton://HOST:PORT``. Raises `InvalidInputError`."""
+    found = re.fullmatch(r"triton://((?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?)/?", target)
+    if found is None:
+        raise _no_target(target)
+    return found[1]
+
+
+def _no_target(target: str) -> InvalidInputError:
+    return InvalidInputError(
+        FieldViolation("--target", f"is {target!r}, must be kubernetes, local or triton://HOST:PORT")
     )
 
 

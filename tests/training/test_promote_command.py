@@ -6,8 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.cli import run
+from services.triton.repository import Exported, ModelRepository, Weights, open_storage
 from tests.training.promotion.fixtures import MemoryTarget, make_parts, make_version
 from training.promote import bootstrap
 from training.promote_command import _termination_interrupts
@@ -44,6 +46,19 @@ def nowhere(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (["--target", "local", "--rollback"], 2, "--operator-token-file: is missing; start the service with"),
         (["--bootstrap", "models:/milonga-tango@champion"], 2, "milonga-tango has no alias champion"),
         (["--bootstrap", "nonsense"], 2, "must be mini"),
+        (["--target", "docker"], 2, "--target: is 'docker', must be kubernetes, local or triton://HOST:PORT"),
+        (["--target", "triton://"], 2, "--repository: is missing"),
+        (["--target", "triton://a:b", "--repository", "models"], 2, "--target: is 'triton://a:b', must be"),
+        (["--target", "triton://127.0.0.1:1"], 2, "--repository: is missing; give the model repository"),
+        (["--repository", "models", "--rollback"], 2, "--repository: is of a Triton, and --target is kub"),
+        (
+            ["--target", "triton://127.0.0.1:1", "--repository", "gs://models"],
+            *(2, "--repository: is 'gs://models', must be a folder, s3://BUCKET/PREFIX"),
+        ),
+        (
+            ["--target", "triton://127.0.0.1:1", "--repository", "empty", "--rollback"],
+            *(2, "--repository: empty has no tango with a pinned version; `milonga triton export`"),
+        ),
         (["--tls", "--tls-ca", "none.pem", "--target", "local", "--rollback"], 2, "--operator-token-file"),
     ],
 )
@@ -64,6 +79,17 @@ def test_a_local_service_that_is_not_there(
     words = ["--target", "local", "--generation-address", "127.0.0.1:1", "--rollback"]
     assert run(["promote", *words]) == 6
     assert "127.0.0.1:1: " in capsys.readouterr().err
+
+
+def test_a_triton_that_is_not_there(nowhere: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = Registry()
+    version = make_version(registry, tmp_path)
+    weights = Weights(name=version.name, version="1", digest=version.digest, folder=tmp_path / "run-0")
+    model = Exported(config=ModelConfig(name="tango"), code="# none\n", weights={"tango": weights})
+    ModelRepository(open_storage(str(tmp_path / "repository"))).add(model, 1)
+    words = ["--target", "triton://127.0.0.1:1", "--repository", str(tmp_path / "repository")]
+    assert run(["promote", *words, "--bootstrap", f"models:/{version.name}/1"]) == 6
+    assert "the Triton at 127.0.0.1:1: " in capsys.readouterr().err
 
 
 def test_the_ledger_is_printed(nowhere: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

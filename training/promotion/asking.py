@@ -1,5 +1,6 @@
 """Asking a generation service which weights it serves."""
 
+import re
 import socket
 import ssl
 import time
@@ -21,8 +22,22 @@ _POLL_SECONDS = 0.5
 OURS: Final = (InvalidInputError, ForbiddenError, RequestRefusedError)
 """Why whoever asks can't: nothing that waiting would mend, and no fault of who is asked."""
 
+_LOOPBACK: Final = re.compile(
+    r"(?:dns:/*|ipv[46]:)?(?:localhost|127(?:\.\d+){3}|\[::1\])(?::(\d+))?", re.IGNORECASE
+)
+"""Addresses that mean another service on each machine."""
+
 # Whoever asks wants to meet a pod, and not the one that an earlier channel is connected to.
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+
+
+def place_of(kind: str, address: str) -> str:
+    """The place (`Target`) of what has an address; what only this machine reaches, under its name."""
+    if found := _LOOPBACK.fullmatch(address):
+        return f"{kind}/{socket.gethostname()}:{found[1] or ''}"
+    if address.startswith("unix"):
+        return f"{kind}/{socket.gethostname()}/{address}"
+    return f"{kind}/{address}"
 
 
 def served_model(address: str, tls: TLS | None = None, *, timeout: float = CALL_SECONDS) -> ModelVersion:

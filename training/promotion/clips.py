@@ -1,12 +1,12 @@
-"""The clips of a service, by gRPC: what gates hear is what callers would.
+"""The clips of a challenger, by gRPC: what gates hear is what callers would.
 
 Clips are kept under the digest of the weights, the way they are served, and the settings, a file a prompt and
 seed; so the champion's are there for the next promotion, and the live service is never asked.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from services.client import TLS, AudioClient, Generation
 from services.errors import InvalidInputError, MilongaError
 from services.runtime.registry import cache_folder
 from training.metrics.sources import Asked
 from training.preferences.store import RowLog, digest_of, side_by_side, write_atomically
 from training.progress import progress
+from training.promotion.clip_clients import ClipClient, MadeClip
 from training.promotion.errors import RolloutError
 from training.promotion.gates import GatesConfig
 
@@ -33,7 +33,7 @@ class ServedClips:
 
     files: tuple[Path, ...]
     seconds_N: NDArray[np.float64]
-    """From request to answer, as the service counts them."""
+    """From request to clip, as a service counts them; of a Triton, which does not, as its client does."""
     made: int
     """How many were not there before."""
 
@@ -58,10 +58,9 @@ def served_clips(
     plan: Sequence[Asked],
     folder: Path,
     config: GatesConfig,
-    address: Callable[[], str],
-    tls: TLS | None = None,
+    open_client: Callable[[], ClipClient],
 ) -> ServedClips:
-    """The clips of `plan`, got from a service as far as they are not in `folder`.
+    """The clips of `plan`, asked for as far as they are not in `folder`.
 
     Args:
         name: for people.
@@ -69,11 +68,10 @@ def served_clips(
         plan: prompts and seeds.
         folder: as `clips_folder`.
         config: how clips are asked for.
-        address: gives the service's address; called only if something is missing.
-        tls: how it is spoken to.
+        open_client: starts who is asked; called only if something is missing.
 
     Raises:
-        InvalidInputError: the service refuses a prompt or a setting.
+        InvalidInputError: it refuses a prompt or a setting.
         RolloutError: it fails, or other weights answer.
         OutputError: `folder` can't be written.
     """
@@ -82,44 +80,32 @@ def served_clips(
         seconds = {str(row["file"]): float(row["seconds"]) for row in log.rows}
         missing = [a for a, path in files.items() if path.name not in seconds or not _is_whole(path)]
         if missing:
-            with AudioClient(address(), tls=tls, timeout=config.timeout, retries=4) as client:
+            with closing(open_client()) as client:
                 # The first call is slower, and counts for nobody.
                 _generate(client, missing[0], config, digest)
                 made = side_by_side(
                     lambda asked: _generate(client, asked, config, digest),
                     *(missing, config.in_flight, client.close),
                 )
-                for asked, generation in progress(made, desc=name, total=len(missing), unit="clip"):
-                    write_atomically(files[asked], generation.clips[0].audio)
-                    seconds[files[asked].name] = generation.timings.total
-                    log.append({"file": files[asked].name, "seconds": generation.timings.total})
+                for asked, clip in progress(made, desc=name, total=len(missing), unit="clip"):
+                    write_atomically(files[asked], clip.wav)
+                    seconds[files[asked].name] = clip.seconds
+                    log.append({"file": files[asked].name, "seconds": clip.seconds})
     times = [max(seconds[path.name], 1e-9) for path in files.values()]
     return ServedClips(files=tuple(files.values()), seconds_N=np.array(times), made=len(missing))
 
 
-def _generate(client: AudioClient, asked: Asked, config: GatesConfig, digest: str) -> Generation:
-    sampling = config.evaluation.sampling
+def _generate(client: ClipClient, asked: Asked, config: GatesConfig, digest: str) -> MadeClip:
     try:
-        made = client.generate(
-            asked.prompt.text,
-            seed=asked.seed,
-            clip_count=1,
-            encoding="wav",
-            duration=sampling.duration,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            scheduler=sampling.scheduler,
-        )
+        made = client.generate(asked.prompt.text, asked.seed, config.evaluation.sampling)
     except InvalidInputError:
         raise
     except MilongaError as error:
         raise RolloutError(f"the challenger made no clip of {asked.prompt.text!r}: {error}") from error
-    if made.model.digest != digest:
+    if made.digest != digest:
         raise RolloutError(
-            f"the challenger answered with {made.model.digest}, expected {digest}: somebody else changed it"
+            f"the challenger answered with {made.digest}, expected {digest}: somebody else changed it"
         )
-    if not math.isfinite(made.timings.total):
-        raise RolloutError("the challenger says no time that a clip took")
     return made
 
 

@@ -19,6 +19,7 @@ from training.promotion.asking import (
     settle,
     wrong_answer,
 )
+from training.promotion.clip_clients import ServiceClips
 from training.promotion.cluster import Cluster
 from training.promotion.errors import RolloutError
 from training.promotion.forwarding import Forwarding
@@ -148,6 +149,10 @@ class KubernetesTarget:
         ask, digest = (lambda: self._ask(address, self._forwarding)), digest_of(pin)
         settle(lambda: wrong_answer(ask, digest, "the challenger"), seconds=self._verify)
         return address
+
+    def clip_client(self, address: str, timeout: float) -> ServiceClips:
+        """See `Target`."""
+        return ServiceClips(address, tls=self._tls, timeout=timeout)
 
     def stop_challenger(self) -> None:
         """See `Target`."""

@@ -9,6 +9,7 @@ Shapes: N clips, B elements of a call, W windows, S samples, D width.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from training.metrics.report import differences_of, figures_of, measure, split_u
 from training.metrics.sources import Asked, make_plan
 from training.preferences.scorers import LoadedReward, LoadedScorer
 from training.preferences.store import digest_of
+from training.promotion.clip_clients import ClipClient
 from training.promotion.clips import clips_folder, served_clips
 from training.promotion.gates import LATENCY, GatesConfig, Verdict, decide
 from training.promotion.registry import Version
@@ -62,7 +64,6 @@ class Examination:
         seconds: float,
         tell: Tell,
         *,
-        tls: TLS | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[list[Verdict], dict[str, Any]]:
         """What the gates say of `candidate` against `champion`, and the evidence.
@@ -76,7 +77,6 @@ class Examination:
             target: whose challenger generates.
             seconds: that the challenger may take to be ready.
             tell: says what goes on.
-            tls: how the challenger is spoken to.
             check: called before each change of the target.
 
         Raises:
@@ -91,10 +91,10 @@ class Examination:
             challenger = _Challenger(target, version, seconds, tell, check)
             if role == "challenger":
                 # One that does not come up is not promoted, whatever its clips of an earlier day were.
-                challenger.address()
+                challenger.start()
             clips = served_clips(
                 *(role, version.digest, self.plan, clips_folder(version.digest, serving, self.config)),
-                *(self.config, challenger.address, tls),
+                *(self.config, partial(challenger.client, self.config.timeout)),
             )
             tell(f"{role}: {clips.made} of {len(self.plan)} clips made, the others were there")
             one = self._hear(role, clips.files)
@@ -176,7 +176,7 @@ class Examination:
 
 
 class _Challenger:
-    """A challenger that is started when its address is asked for."""
+    """A challenger that is started when it is first needed."""
 
     def __init__(
         self, target: Target, version: Version, seconds: float, tell: Tell, check: Callable[[], None]
@@ -186,7 +186,8 @@ class _Challenger:
         self._address: str | None = None
         self.ready_seconds: float | None = None
 
-    def address(self) -> str:
+    def start(self) -> str:
+        """Its address."""
         if self._address is None:
             self._check()
             self._tell(f"a challenger is started on {self._version}")
@@ -195,6 +196,10 @@ class _Challenger:
             self.ready_seconds = round(time.monotonic() - begun, 2)
             self._tell(f"it serves, after {self.ready_seconds:.1f} s")
         return self._address
+
+    def client(self, timeout: float) -> ClipClient:
+        """Who asks it for clips, in up to `timeout` seconds each."""
+        return self._target.clip_client(self.start(), timeout)
 
 
 def remote_scorers(address: str, names: Sequence[str], tls: TLS | None = None) -> dict[str, LoadedScorer]:

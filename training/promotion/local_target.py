@@ -1,8 +1,6 @@
 """Promotion without a cluster: a service switches its model, and the challenger is a process of ours."""
 
 import os
-import re
-import socket
 import time
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
@@ -21,7 +19,8 @@ from services.models.manifest import read_manifest
 from services.models.mini import mini_folder
 from services.runtime.model_uri import EMBEDDED
 from services.runtime.registry import cache_folder
-from training.promotion.asking import CALL_SECONDS, CALLS, served_model, settle, wrong_answer
+from training.promotion.asking import CALL_SECONDS, CALLS, place_of, served_model, settle, wrong_answer
+from training.promotion.clip_clients import ServiceClips
 from training.promotion.errors import RolloutError
 from training.promotion.ledger import whoami
 from training.promotion.locks import FileLock, file_lock
@@ -31,10 +30,6 @@ from training.promotion.target import Pin, digest_of, shown_pin
 _KEPT: Final = ("MILONGA_CACHE", "MILONGA_DEVICE", "MILONGA_DTYPE", "MILONGA_THREADS", "MILONGA_BATCH_SHAPES")
 """Settings that the challenger shares with us; ports and certificates would be the service's own."""
 _POLL_SECONDS: Final = 0.5
-_LOOPBACK: Final = re.compile(
-    r"(?:dns:/*|ipv[46]:)?(?:localhost|127(?:\.\d+){3}|\[::1\])(?::(\d+))?", re.IGNORECASE
-)
-"""Addresses that mean another service on each machine."""
 
 
 class LocalTarget:
@@ -55,11 +50,7 @@ class LocalTarget:
     @property
     def place(self) -> str:
         """See `Target`: the address; what only this machine reaches, under its name."""
-        if found := _LOOPBACK.fullmatch(self._address):
-            return f"local/{socket.gethostname()}:{found[1] or ''}"
-        if self._address.startswith("unix"):
-            return f"local/{socket.gethostname()}/{self._address}"
-        return f"local/{self._address}"
+        return place_of("local", self._address)
 
     @property
     def serving(self) -> str:
@@ -130,6 +121,10 @@ class LocalTarget:
             )
             self._challenger = (pin, service.target, stack.pop_all())
         return service.target
+
+    def clip_client(self, address: str, timeout: float) -> ServiceClips:
+        """See `Target`. The challenger is ours, and speaks no TLS."""
+        return ServiceClips(address, tls=None, timeout=timeout)
 
     def stop_challenger(self) -> None:
         """See `Target`. One that another promoter started ended with it."""

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from services.runtime.model_uri import ModelURI
+from training.promotion.clip_clients import ClipClient
 
 Pin = str
 """A model URI with its digest: ``models:/milonga-tango/7#sha256:…``."""
@@ -59,6 +60,9 @@ class Target(Protocol):
 
         Raises `RolloutError` where it is not ready within `seconds`, or can be seen never to be.
         """
+
+    def clip_client(self, address: str, timeout: float) -> ClipClient:
+        """Who asks the challenger at `address` for clips, in up to `timeout` seconds each. Calls nothing."""
 
     def stop_challenger(self) -> None:
         """Serve no challenger any more."""

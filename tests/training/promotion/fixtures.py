@@ -8,6 +8,7 @@ from typing import Any
 
 from services.models.manifest import write_manifest
 from training.promote import Parts
+from training.promotion.clip_clients import ClipClient
 from training.promotion.errors import BusyError, RolloutError
 from training.promotion.ledger import Ledger
 from training.promotion.registry import Registry, Version
@@ -55,6 +56,9 @@ class MemoryTarget:
         self._step("challenger")
         self.challenger = pin
         return "nowhere:1"
+
+    def clip_client(self, address: str, timeout: float) -> ClipClient:
+        raise AssertionError("no gate of these tests hears clips")
 
     def stop_challenger(self) -> None:
         self._step("stop")
