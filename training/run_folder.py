@@ -7,6 +7,7 @@ another name and renamed.
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -167,6 +168,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    # A name of its own: every process of a run on several devices writes the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
