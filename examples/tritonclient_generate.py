@@ -61,6 +61,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7, help="same seed, same clip (%(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (%(default)s)")
     options = parser.parse_args()
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed is {options.seed}, must be between 0 and {2**63 - 1}")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out is {options.out}, and {options.out.parent} is no folder")
     with triton.InferenceServerClient(options.url) as client:
         try:
             if not client.is_model_ready(MODEL):

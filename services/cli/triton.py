@@ -50,6 +50,7 @@ def export(
         int | None,
         typer.Option(
             min=1,
+            max=2**63 - 1,
             help="Number of the version folder, of what --only names.",
             show_default="the registered version, else the manifest's, else 1",
         ),

@@ -4,12 +4,11 @@ Shapes: n pairs.
 """
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2 as pb
 from services.reward.judge import Judge
 from services.reward.servicer import RewardServicer
@@ -40,23 +39,23 @@ class JudgeModel:
         """Itself: the weights stay."""
         return nullcontext(self)
 
-    def read(self, tensors: Tensors) -> list[audio_pb2.PromptedClip]:
-        """Return the pairs; the native API decodes and checks them."""
-        return read_pairs(tensors)
+    def read(self, tensors: Tensors) -> pb.BatchComputeRewardsRequest:
+        """Return the native API's request; it decodes and checks the pairs."""
+        return pb.BatchComputeRewardsRequest(pairs=read_pairs(tensors))
 
     async def run(
-        self, job: Sequence[audio_pb2.PromptedClip], caller: Caller, *, stream: bool
+        self, job: pb.BatchComputeRewardsRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield the one answer."""
         start = time.monotonic()
-        answer = await self._servicer.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=job), caller)
+        answer = await self._servicer.BatchComputeRewards(job, caller)
         yield Response(
             outputs={
                 "REWARD": np.array([[one.logit] for one in answer.rewards], dtype=np.float32),
                 "PROBABILITY": np.array([[one.probability] for one in answer.rewards], dtype=np.float32),
-                "DIGEST": np.array([[self.parameters["digest"].encode()]] * len(job), dtype=object),
+                "DIGEST": np.array([[self.parameters["digest"].encode()]] * len(job.pairs), dtype=object),
             },
-            rows=len(job),
+            rows=len(job.pairs),
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,
         )

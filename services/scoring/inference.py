@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from milonga.v1 import audio_pb2
 from milonga.v1 import scoring_pb2 as pb
 from services.runtime.clips import AudioBounds
 from services.runtime.inference import Response, Stages, Tensors, TensorSpec
@@ -45,22 +44,22 @@ class ClapModel:
         """Itself: the scorers stay."""
         return nullcontext(self)
 
-    def read(self, tensors: Tensors) -> list[audio_pb2.PromptedClip]:
-        """Return the pairs; the native API decodes and checks them."""
-        return read_pairs(tensors)
+    def read(self, tensors: Tensors) -> pb.BatchScoreAudioRequest:
+        """Return the native API's request; it decodes and checks the pairs."""
+        return pb.BatchScoreAudioRequest(pairs=read_pairs(tensors))
 
     async def run(
-        self, job: Sequence[audio_pb2.PromptedClip], caller: Caller, *, stream: bool
+        self, job: pb.BatchScoreAudioRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield the one answer."""
         start = time.monotonic()
-        answer = await self._servicer.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=job), caller)
+        answer = await self._servicer.BatchScoreAudio(job, caller)
         yield Response(
             outputs={
                 "SCORE": np.array([result.scores for result in answer.results], dtype=np.float32),
-                "DIGEST": np.array([self._digests] * len(job), dtype=object),
+                "DIGEST": np.array([self._digests] * len(job.pairs), dtype=object),
             },
-            rows=len(job),
+            rows=len(job.pairs),
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,
         )

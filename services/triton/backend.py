@@ -11,6 +11,7 @@ answer the protocol with. Imported within Triton's process for Python models onl
 import asyncio
 import json
 import threading
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from services.runtime.logs import configure_logs
 
 log = structlog.get_logger()
 
-CANCEL_SECONDS: Final = 0.02
+CANCEL_SECONDS: Final = 0.01
 """Between two looks at whether a caller has gone: less than a step of any model takes."""
 
 
@@ -98,7 +99,7 @@ class PythonModel:
 
     def finalize(self) -> None:
         """Let go of the weights. Triton waits before this until every request is answered."""
-        self._watch.cancel()
+        self._loop.call_soon_threadsafe(self._watch.cancel)
         self._run(self._opened.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -119,7 +120,7 @@ class PythonModel:
                 (made,) = [made async for made in self._responses(request, leased, stream=False)]
                 return self._response(request, leased, made)
         except Exception as error:
-            return self._failure(error)
+            return self._failure(request, error)
 
     def _begin(self, request: Any, sender: Any) -> None:
         task = asyncio.create_task(self._stream(request, sender))
@@ -137,9 +138,16 @@ class PythonModel:
                             sender.send(self._response(request, leased, made), final if made.final else 0)
         except asyncio.CancelledError:
             error = self._pb_utils.TritonError("the caller has gone", self._pb_utils.TritonError.CANCELLED)
-            sender.send(self._pb_utils.InferenceResponse(error=error), final)
+            self._end(sender, self._pb_utils.InferenceResponse(error=error))
         except Exception as error:
-            sender.send(self._failure(error), final)
+            self._end(sender, self._failure(request, error))
+
+    def _end(self, sender: Any, response: Any) -> None:
+        """Send the last answer; it may be that none can be sent any more."""
+        try:
+            sender.send(response, self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:
+            log.error("answer", exc_info=error)
 
     async def _responses(self, request: Any, leased: Leased[Any], *, stream: bool) -> Any:
         model = self._opened.model
@@ -166,11 +174,12 @@ class PythonModel:
         parameters = {name: str(one) if isinstance(one, float) else one for name, one in told.items()}
         return self._pb_utils.InferenceResponse(tensors, parameters=parameters)
 
-    def _failure(self, error: Exception) -> Any:
+    def _failure(self, request: Any, error: Exception) -> Any:
         code = status.status_code(error, status.INFERENCE_STATUS_CODES)
+        identity = request.request_id() or uuid.uuid4().hex
         if not isinstance(error, MilongaError):
-            log.error("request", exc_info=error)
-        message = status.to_status(error, "", status.INFERENCE_STATUS_CODES).message
+            log.error("request", request_id=identity[:80], exc_info=error)
+        message = status.to_status(error, identity, status.INFERENCE_STATUS_CODES).message
         return self._pb_utils.InferenceResponse(error=self._pb_utils.TritonError(message, self._code(code)))
 
     def _code(self, code: grpc.StatusCode) -> Any:
@@ -192,8 +201,11 @@ class PythonModel:
         while True:
             await asyncio.sleep(CANCEL_SECONDS)
             for sender, task in tuple(self._live.items()):
-                if not task.done() and sender.is_cancelled():
-                    task.cancel()
+                try:
+                    if not task.done() and sender.is_cancelled():
+                        task.cancel()
+                except Exception as error:  # Triton's; the others are watched on
+                    log.error("cancellation", exc_info=error)
 
 
 def python_model(open_model: Open) -> type:

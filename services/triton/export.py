@@ -1,5 +1,6 @@
 """What `milonga triton export` puts into a repository: the three models, each from model URIs."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
@@ -13,10 +14,10 @@ from services.reward import tensors as rewarding
 from services.reward.serve import FAMILY, MEMBER, RewardSettings
 from services.runtime.inference.describing import write_config
 from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
-from services.runtime.settings import ServerSettings
 from services.scoring import tensors as scoring
 from services.scoring.serve import ScoringSettings
 from services.triton.repository import Exported, Weights
+from services.triton.serving import read_settings
 
 MODELS: Final = (tango.NAME, scoring.NAME, rewarding.NAME)
 """Their names in Triton."""
@@ -29,6 +30,8 @@ WAITING: Final = 256
 WAIT_MICROSECONDS: Final = 5_000
 """How long one waits for companions: as long as in our services."""
 
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SET: Final = "--set {}.{{}}"
 _CODE: Final = '''\
 """Written by `milonga triton export`: the model that the {service} service serves, under Triton."""
 
@@ -58,17 +61,29 @@ def export_tango(
         raise InvalidInputError(
             FieldViolation("--model", f"is {uri}, which makes no sound: it has no model_index.json")
         )
+    read_settings(GenerationSettings, settings or {}, _SET.format(tango.NAME), model=uri)
     config = write_config(name, tango.INPUTS, tango.OUTPUTS, 0, decoupled=True)
-    _configure(config, GenerationSettings, settings)
+    _configure(config, settings)
     return _exported(config, "generation", {tango.PART: found}), _number(found)
 
 
 def export_clap(uris: Mapping[str, str], settings: Mapping[str, str] | None = None) -> tuple[Exported, int]:
     """Return the scorers that URIs name, and the version number of the first. Raises as `export_tango`."""
+    for name in uris:
+        if not _NAME.fullmatch(name):
+            raise InvalidInputError(
+                FieldViolation(
+                    "--scorer",
+                    f"has the name {name[:80]!r}, must be letters, digits, dots, underscores and hyphens, "
+                    "the first of them a letter or a digit: it names a folder",
+                )
+            )
     found = {name: _find(f"--scorer {name}", uri) for name, uri in uris.items()}
-    rows = _rows(ScoringSettings, settings)
+    rows = read_settings(
+        ScoringSettings, settings or {}, _SET.format(scoring.NAME), scorers=dict(uris)
+    ).max_batch_size
     config = write_config(scoring.NAME, scoring.INPUTS, scoring.outputs_of(len(found)), rows, decoupled=False)
-    _configure(config, ScoringSettings, settings)
+    _configure(config, settings)
     return _exported(config, "scoring", found), _number(next(iter(found.values())))
 
 
@@ -76,9 +91,11 @@ def export_reward(uri: str, clap: str, settings: Mapping[str, str] | None = None
     """Return the reward model that a URI names, with its CLAP model; its number. Raises as `export_tango`."""
     named = f"{FAMILY}:{MEMBER}" if uri == FAMILY else uri
     found = {rewarding.REWARD: _find("--reward", named), rewarding.CLAP: _find("--clap", clap)}
-    rows = _rows(RewardSettings, settings)
+    rows = read_settings(
+        RewardSettings, settings or {}, _SET.format(rewarding.NAME), model=named, clap=clap
+    ).max_batch_size
     config = write_config(rewarding.NAME, rewarding.INPUTS, rewarding.OUTPUTS, rows, decoupled=False)
-    _configure(config, RewardSettings, settings)
+    _configure(config, settings)
     return _exported(config, "reward", found), _number(found[rewarding.REWARD])
 
 
@@ -99,17 +116,7 @@ def _number(found: ResolvedModel) -> int:
     return int(found.version) if found.version.isdecimal() and int(found.version) else 1
 
 
-def _rows(kind: type[ServerSettings], settings: Mapping[str, str] | None) -> int:
-    """Most rows of a request."""
-    given = (settings or {}).get("max_batch_size", kind.model_fields["max_batch_size"].default)
-    if not str(given).isdecimal() or not int(given):
-        raise InvalidInputError(FieldViolation("--set max_batch_size", f"is {given!r}, must be at least 1"))
-    return int(given)
-
-
-def _configure(
-    config: model_config_pb2.ModelConfig, kind: type[ServerSettings], settings: Mapping[str, str] | None
-) -> None:
+def _configure(config: model_config_pb2.ModelConfig, settings: Mapping[str, str] | None) -> None:
     """Fill in how Triton runs it, and the service's settings as parameters."""
     config.backend = "python"
     # The setting `device` says where it runs. One instance: requests share its batches.
@@ -117,16 +124,6 @@ def _configure(
     if not config.model_transaction_policy.decoupled:
         config.dynamic_batching.max_queue_delay_microseconds = WAIT_MICROSECONDS
         config.dynamic_batching.default_queue_policy.max_queue_size = WAITING
-    unknown = sorted(
-        (settings or {}).keys() - (kind.model_fields.keys() - ServerSettings.model_fields.keys())
-    )
-    if unknown:
-        known = sorted(kind.model_fields.keys() - ServerSettings.model_fields.keys())
-        raise InvalidInputError(
-            FieldViolation(
-                f"--set {unknown[0]}", f"is no setting of {config.name}; known: {', '.join(known)}"
-            )
-        )
     for name, value in (settings or {}).items():
         config.parameters[name].string_value = value
 

@@ -82,15 +82,19 @@ class ModelRepository:
     def add(self, exported: Exported, version: int) -> bool:
         """Put a version there, whole or not at all; whether it was not there before, just so.
 
-        The first version of a model is pinned. Later ones are not, and leave the pin where it is; the rest
-        of the configuration is renewed. Weights that are there stay, whatever they were called: code and
-        names are renewed.
+        The first version of a model is pinned. Later ones are not, and leave the configuration as it is, but
+        for parameters that they bring. Weights that are there stay, whatever they were called: code and names
+        are renewed.
 
-        Raises `InvalidInputError` where `version` is taken by other weights, or no number that Triton takes.
+        Raises `InvalidInputError` where `version` is taken by other weights, or no number that Triton takes,
+        and where the configuration that is there has other tensors.
         """
         model, place = exported.config.name, f"{exported.config.name}/{version}"
         if version < 1:
             raise InvalidInputError(FieldViolation("--version", f"is {version}, must be at least 1"))
+        there = self.config(model)
+        if there is not None:
+            self._check_tensors(there, exported.config)
         added = not self._holds(exported, version)
         if added:
             try:
@@ -103,7 +107,10 @@ class ModelRepository:
             if self.storage.read(f"{place}/{name}") != content:
                 self.storage.write(f"{place}/{name}", content)
                 added = True
-        self._write_config(exported.config, *(self.pinned(model) or (version,)))
+        if there is None:
+            self._write_config(exported.config, version)
+        else:
+            self._set_parameters(there, exported.config)
         return added
 
     def versions(self, model: str) -> list[int]:
@@ -122,7 +129,7 @@ class ModelRepository:
         except (text_format.ParseError, UnicodeDecodeError) as error:
             raise ModelFormatError(
                 f"{self.storage.place}: {path} is no model configuration ({' '.join(str(error).split())}); "
-                "correct it, or export the model again"
+                "correct it; or remove it, and export again"
             ) from error
 
     def pinned(self, model: str) -> tuple[int, ...]:
@@ -187,7 +194,8 @@ class ModelRepository:
         if SERVED not in self.storage.names(f"{model}/{version}"):
             return False
         found = {name: weights.digest for name, weights in self.weights(model, version).items()}
-        if found != {name: weights.digest for name, weights in exported.weights.items()}:
+        # In their order, which is that of the columns of SCORE.
+        if list(found.items()) != [(name, one.digest) for name, one in exported.weights.items()]:
             raise InvalidInputError(
                 FieldViolation(
                     "--version",
@@ -196,6 +204,27 @@ class ModelRepository:
                 )
             )
         return True
+
+    def _check_tensors(self, there: ModelConfig, wanted: ModelConfig) -> None:
+        """All versions of a model have one configuration. Raises `InvalidInputError` where it can't be."""
+        for side in ("input", "output"):
+            if list(getattr(there, side)) != list(getattr(wanted, side)):
+                raise InvalidInputError(
+                    FieldViolation(
+                        f"{self.storage.place}: {wanted.name}",
+                        f"has other {side}s in {CONFIG} than this version; export into another repository, "
+                        "or remove that file, which pins this version alone",
+                    )
+                )
+
+    def _set_parameters(self, there: ModelConfig, wanted: ModelConfig) -> None:
+        """Take over the settings that were given; what else there is may be somebody's own."""
+        before = there.SerializeToString(deterministic=True)
+        for name, value in wanted.parameters.items():
+            there.parameters[name].CopyFrom(value)
+        if there.SerializeToString(deterministic=True) != before:
+            text = text_format.MessageToString(there).encode()
+            self.storage.write(f"{wanted.name}/{CONFIG}", text)
 
     def _write_config(self, config: ModelConfig, *versions: int) -> None:
         written = ModelConfig()

@@ -50,20 +50,36 @@ def file_uri(model: ResolvedModel) -> str:
     return f"{'laion' if model.folder.is_file() else 'file'}:{model.folder}#{model.digest}"
 
 
-def read_settings(kind: type[Settings], parameters: Mapping[str, str], **given: Any) -> Settings:
+def read_settings(
+    kind: type[Settings], parameters: Mapping[str, str], field: str = "parameters.{}", **given: Any
+) -> Settings:
     """Build a service's settings: from config.pbtxt's parameters, which have their names, then as everywhere.
 
-    This process serves one model, so they become its environment, which is where they are parsed.
+    Names in capitals are Triton's own parameters. The others pass through the environment, which is where
+    settings are parsed; it stays as it was.
 
     Raises:
-        InvalidInputError: a parameter that is no setting, or a wrong one.
+        InvalidInputError: a parameter that is no setting, or a wrong one; `field` says how it is called.
     """
-    unknown = sorted(parameters.keys() - (kind.model_fields.keys() - given.keys()))
+    known = kind.model_fields.keys() - ServerSettings.model_fields.keys() - given.keys()
+    ours = {name: value for name, value in parameters.items() if not name.isupper()}
+    unknown = sorted(ours.keys() - known)
     if unknown:
-        known = ", ".join(sorted(kind.model_fields.keys() - given.keys()))
         raise InvalidInputError(
-            FieldViolation(f"parameters.{unknown[0]}", f"is no setting of this model; known: {known}")
+            FieldViolation(
+                field.format(unknown[0]), f"is no setting of this model; known: {', '.join(sorted(known))}"
+            )
         )
-    for name, value in parameters.items():
-        os.environ[f"{ENV_PREFIX}{name.upper()}"] = value
-    return load_settings(kind, **given)
+    variables = {f"{ENV_PREFIX}{name.upper()}": value for name, value in ours.items()}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        return load_settings(kind, **given)
+    except InvalidInputError as error:
+        faults = (FieldViolation(field.format(one.field), one.description) for one in error.violations)
+        raise InvalidInputError(*faults) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

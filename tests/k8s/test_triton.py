@@ -102,8 +102,12 @@ def test_probes_ask_tritons_health_and_ports_are_tritons_own() -> None:
         "grpc": 8001,
         "metrics": 8002,
     }
-    for probe, path in (("startup", "ready"), ("readiness", "ready"), ("liveness", "live")):
-        assert server[f"{probe}Probe"]["httpGet"] == {"path": f"/v2/health/{path}", "port": "http"}
+    for probe in ("startup", "readiness"):
+        assert server[f"{probe}Probe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
+    loaded = arguments(server)["--load-model"]
+    assert server["livenessProbe"]["exec"]["command"] == [
+        *("python3", "-m", "services.triton.alive", "--models", str(len(loaded)))
+    ]
     start = server["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 600
     assert (

@@ -27,4 +27,4 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def served(server: Server) -> Addresses:
-    return Addresses(tango=server.grpc, clap=server.grpc, reward=server.grpc)
+    return Addresses(tango=server.grpc, clap=server.grpc, reward=server.grpc, is_triton=True)

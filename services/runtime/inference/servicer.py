@@ -31,9 +31,6 @@ MAX_STREAM_REQUESTS: Final = 64
 FINAL: Final = "triton_final_response"
 """Parameter of each answer of a stream: whether it is its request's last."""
 
-EMPTY_FINAL: Final = "triton_enable_empty_final_response"
-"""Parameter of a request of a stream: the last answer is one without tensors, after all others."""
-
 STATUS_HEADER: Final = "triton_grpc_error"
 """Metadata of a stream, `true`: an error ends it with its status. Otherwise errors are answers."""
 
@@ -189,27 +186,15 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self, request: pb.ModelInferRequest, context: Context, *, strict: bool
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         """The answers to one request of a stream, an error among them unless `strict`."""
-        empty_final = (
-            request.parameters[EMPTY_FINAL].bool_param if EMPTY_FINAL in request.parameters else False
-        )
-        last: pb.ModelInferResponse | None = None
         try:
             async with aclosing(self._infer(request, context, stream=True)) as responses:
                 async for final, response in responses:
-                    response.parameters[FINAL].bool_param = final and not empty_final
+                    response.parameters[FINAL].bool_param = final
                     yield pb.ModelStreamInferResponse(infer_response=response)
-                    last = response
         except Exception as error:
             if strict:
                 raise
             yield _failed(request, error)
-            return
-        if empty_final and last is not None:
-            ended = pb.ModelInferResponse(
-                model_name=last.model_name, model_version=last.model_version, id=request.id
-            )
-            ended.parameters[FINAL].bool_param = True
-            yield pb.ModelStreamInferResponse(infer_response=ended)
 
     async def _infer(
         self, request: pb.ModelInferRequest, context: Context, *, stream: bool

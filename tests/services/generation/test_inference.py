@@ -252,18 +252,6 @@ def test_a_stream_tells_progress_and_gives_each_clip(
         assert [parameters(one).get("step", 0) for one in told[-4:]] == [1, 2, 3, 4]
 
 
-def test_the_last_answer_can_be_an_empty_one(client: triton.InferenceServerClient) -> None:
-    with _stream(client) as stream:
-        outputs = [triton.InferRequestedOutput("AUDIO")]
-        client.async_stream_infer(
-            "tango", _inputs(), outputs=outputs, request_id="mine", enable_empty_final_response=True
-        )
-        *clips, last = stream.until_final()
-    assert [one.as_numpy("AUDIO").shape for one in clips] == [(1, 10_240)] * 2
-    assert not last.get_response().outputs
-    assert last.get_response().id == "mine"
-
-
 def test_requests_of_one_stream_are_answered_side_by_side(client: triton.InferenceServerClient) -> None:
     with _stream(client) as stream:
         long, short = (_inputs(PROMPTS[:1], NUM_INFERENCE_STEPS=("INT32", [n])) for n in (60, 2))

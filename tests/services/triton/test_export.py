@@ -1,6 +1,7 @@
 """`milonga triton export`, and what is read back of it where Triton loads a version."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,13 @@ def test_a_later_version_lies_beside_the_pinned_one(
         (["--only", "bark"], "--only: is 'bark', must be one of tango, clap, reward"),
         (["--version", "3"], "--version: is for one model; name it by --only"),
         (["--set", "exact=true"], "--set: is 'exact=true', must be MODEL.NAME=VALUE"),
-        (["--set", "tango.colour=red"], "--set colour: is no setting of tango; known: batch_shapes"),
-        (["--set", "clap.max_batch_size=many"], "--set max_batch_size: is 'many', must be at least 1"),
+        (
+            ["--set", "tango.colour=red"],
+            "--set tango.colour: is no setting of this model; known: batch_shapes",
+        ),
+        (["--set", "clap.max_batch_size=many"], "--set clap.max_batch_size: is 'many': Input should be"),
+        (["--set", "tango.exact=maybe"], "--set tango.exact: is 'maybe': Input should be a valid boolean"),
+        (["--scorer", "../../x=mini:clap-a"], "the name '../../x'"),
     ],
 )
 def test_wrong_input_writes_nothing(
@@ -85,6 +91,32 @@ def test_wrong_input_writes_nothing(
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "models").exists()
+
+
+def test_what_is_exported_later_changes_nothing_of_what_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["triton", "export", str(tmp_path), "--only"]
+    assert run([*export, "tango", "--model", "mini-base", "--set", "tango.exact=true"]) == 0
+    config = tmp_path / "tango" / "config.pbtxt"
+    config.write_text(
+        config.read_text() + 'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "x" } }\n'
+    )
+    before = config.read_text()
+    assert run([*export, "tango", "--model", "mini", "--version", "2"]) == 0
+    assert config.read_text() == before
+    assert run([*export, "tango", "--model", "mini", "--version", "2", "--set", "tango.threads=2"]) == 0
+    settings = {name: one.string_value for name, one in _config(tmp_path, "tango").parameters.items()}
+    assert settings == {"exact": "true", "EXECUTION_ENV_PATH": "x", "threads": "2"}
+    # Columns of SCORE stay as many, and in their order.
+    assert run([*export, "clap"]) == 0
+    capsys.readouterr()
+    assert run([*export, "clap", "--version", "2", "--scorer", "a=mini:clap-a"]) == 2
+    assert "clap: has other outputs in config.pbtxt than this version" in capsys.readouterr().err
+    swapped = ["--scorer", "clap-b=mini:clap-b", "--scorer", "clap-a=mini:clap-a"]
+    assert run([*export, "clap", *swapped]) == 2
+    assert "with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "clap" / "2").exists()
 
 
 def test_a_laion_checkpoint_takes_its_tokenizer_along(tmp_path: Path) -> None:
@@ -118,11 +150,11 @@ def test_what_is_served_is_known_by_its_registered_name(tmp_path: Path) -> None:
 
 
 def test_parameters_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MILONGA_EXACT", "MILONGA_BATCH_SHAPES", "MILONGA_DEVICE"):
-        monkeypatch.setenv(name, "")  # so that what is set here does not outlive the test
-        monkeypatch.delenv(name)
     settings = read_settings(GenerationSettings, {"exact": "true", "batch_shapes": "[2, 4]"}, model="mini")
     assert (settings.exact, settings.batch_shapes, settings.model) == (True, (2, 4), "mini")
+    monkeypatch.setenv("MILONGA_EXACT", "false")
+    assert read_settings(GenerationSettings, {"exact": "true", "EXECUTION_ENV_PATH": "x"}, model="mini").exact
+    assert os.environ["MILONGA_EXACT"] == "false"
     with pytest.raises(InvalidInputError, match=r"parameters\.colour: is no setting of this model"):
         read_settings(RewardSettings, {"colour": "red"}, model="mini")
     with pytest.raises(InvalidInputError, match=r"parameters\.model: is no setting"):
