@@ -2,8 +2,8 @@
 
     python3 -m services.triton.alive --models 3 [--http 127.0.0.1:8000]
 
-Triton 2.51 goes on calling a model ready whose Python process has died, and loading it again does not help;
-only a restart does. Exit code 1, and a line that says why: something is dead.
+Triton 2.51 goes on calling a model ready whose Python process has died, and loading it again does not help:
+it has to be unloaded before, or Triton restarted. Exit code 1, and a line that says why: something is dead.
 """
 
 import argparse
