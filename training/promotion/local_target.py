@@ -15,9 +15,6 @@ from services.errors import (
     ModelError,
     ServiceUnavailableError,
 )
-from services.models.manifest import read_manifest
-from services.models.mini import mini_folder
-from services.runtime.model_uri import EMBEDDED
 from services.runtime.registry import cache_folder
 from training.promotion.asking import CALL_SECONDS, CALLS, place_of, served_model, settle, wrong_answer
 from training.promotion.clip_clients import ServiceClips
@@ -89,16 +86,7 @@ class LocalTarget:
     def current_pin(self) -> Pin | None:
         """See `Target`: the model URI of what answers, as far as one is known."""
         served = served_model(self._address, self._tls)
-        try:
-            version = self._registry.version(served.name, served.version)
-        except ModelError:
-            version = None
-        if version is not None and version.digest == served.digest:
-            return version.pin
-        for name in EMBEDDED:
-            if read_manifest(mini_folder(name)).digest == served.digest:
-                return f"{name}#{served.digest}"
-        return None
+        return self._registry.pin_of(served.name, served.version, served.digest)
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
         """See `Target`."""

@@ -16,11 +16,14 @@ from services.errors import (
     FieldViolation,
     InvalidInputError,
     MilongaError,
+    ModelError,
     ModelFormatError,
     ModelNotFoundError,
     ServiceUnavailableError,
 )
-from services.models.manifest import MANIFEST_NAME
+from services.models.manifest import MANIFEST_NAME, read_manifest
+from services.models.mini import mini_folder
+from services.runtime.model_uri import EMBEDDED
 from services.runtime.registry import DIGEST_TAG, FOLDER_TAG, connect, shown, tracking_uri
 from training.promotion.target import Pin
 
@@ -120,6 +123,17 @@ class Registry:
                 f"{found['digest']}; is MLFLOW_TRACKING_URI the registry that was pinned from?"
             )
         return version
+
+    def pin_of(self, name: str, version: str, digest: str) -> Pin | None:
+        """The pin of weights by what they are called: of a version, or embedded; None where it is neither."""
+        try:
+            found = self.version(name, version)
+        except ModelError:
+            found = None
+        if found is not None and found.digest == digest:
+            return found.pin
+        embedded = (one for one in EMBEDDED if read_manifest(mini_folder(one)).digest == digest)
+        return next((f"{one}#{digest}" for one in embedded), None)
 
     def alias(self, name: str, alias: str) -> str | None:
         """The version that an alias points to; None where there is no such alias, or model."""

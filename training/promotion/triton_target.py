@@ -21,12 +21,9 @@ from services.errors import (
     FieldViolation,
     InvalidInputError,
     MilongaError,
-    ModelError,
     ServiceUnavailableError,
 )
-from services.models.manifest import read_manifest
-from services.models.mini import mini_folder
-from services.runtime.model_uri import EMBEDDED, ModelURI, resolve
+from services.runtime.model_uri import ModelURI, resolve
 from services.runtime.registry import fetch
 from services.triton.repository import Exported, ModelRepository, Weights
 from training.promotion.asking import CALLS, VERIFY_SECONDS, check_tls, place_of, settle, wrong_answer
@@ -142,16 +139,7 @@ class TritonTarget:
     def current_pin(self) -> Pin | None:
         """See `Target`: what the repository has pinned; of two, what the server prefers."""
         _, weights = self._highest()
-        try:
-            version = self._registry.version(weights.name, weights.version)
-        except ModelError:
-            version = None
-        if version is not None and version.digest == weights.digest:
-            return version.pin
-        for name in EMBEDDED:
-            if read_manifest(mini_folder(name)).digest == weights.digest:
-                return f"{name}#{weights.digest}"
-        return None
+        return self._registry.pin_of(weights.name, weights.version, weights.digest)
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
         """See `Target`. In the same server, beside what serves."""
