@@ -125,7 +125,12 @@ class PythonModel:
     def _begin(self, request: Any, sender: Any) -> None:
         task = asyncio.create_task(self._stream(request, sender))
         self._live[sender] = task
-        task.add_done_callback(lambda _: self._live.pop(sender))
+        task.add_done_callback(lambda ended: self._ended(ended, sender))
+
+    def _ended(self, task: "asyncio.Task[None]", sender: Any) -> None:
+        del self._live[sender]
+        if task.cancelled():  # before it had begun
+            self._end(sender, self._gone())
 
     async def _stream(self, request: Any, sender: Any) -> None:
         final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -137,10 +142,13 @@ class PythonModel:
                         if made.is_sent(wanted):
                             sender.send(self._response(request, leased, made), final if made.final else 0)
         except asyncio.CancelledError:
-            error = self._pb_utils.TritonError("the caller has gone", self._pb_utils.TritonError.CANCELLED)
-            self._end(sender, self._pb_utils.InferenceResponse(error=error))
+            self._end(sender, self._gone())
         except Exception as error:
             self._end(sender, self._failure(request, error))
+
+    def _gone(self) -> Any:
+        error = self._pb_utils.TritonError("the caller has gone", self._pb_utils.TritonError.CANCELLED)
+        return self._pb_utils.InferenceResponse(error=error)
 
     def _end(self, sender: Any, response: Any) -> None:
         """Send the last answer; it may be that none can be sent any more."""
@@ -202,7 +210,7 @@ class PythonModel:
             await asyncio.sleep(CANCEL_SECONDS)
             for sender, task in tuple(self._live.items()):
                 try:
-                    if not task.done() and sender.is_cancelled():
+                    if not task.done() and not task.cancelling() and sender.is_cancelled():
                         task.cancel()
                 except Exception as error:  # Triton's; the others are watched on
                     log.error("cancellation", exc_info=error)

@@ -19,9 +19,6 @@ from services.scoring.serve import ScoringSettings
 from services.triton.repository import Exported, Weights
 from services.triton.serving import read_settings
 
-MODELS: Final = (tango.NAME, scoring.NAME, rewarding.NAME)
-"""Their names in Triton."""
-
 TOKENIZER: Final = "roberta-base"
 """Folder beside a LAION checkpoint in which its tokenizer is looked for."""
 
@@ -42,15 +39,12 @@ TritonPythonModel = python_model(open_model)
 '''
 
 
-def export_tango(
-    uri: str, settings: Mapping[str, str] | None = None, name: str = tango.NAME
-) -> tuple[Exported, int]:
+def export_tango(uri: str, settings: Mapping[str, str] | None = None) -> tuple[Exported, int]:
     """Return the generating model that a URI names, and its version number.
 
     Args:
         uri: of the weights.
         settings: of the generation service, for config.pbtxt.
-        name: the model's, in Triton.
 
     Raises:
         ModelError, InvalidInputError: it was not found or refused, is no generating model, or a setting is
@@ -62,7 +56,7 @@ def export_tango(
             FieldViolation("--model", f"is {uri}, which makes no sound: it has no model_index.json")
         )
     read_settings(GenerationSettings, settings or {}, _SET.format(tango.NAME), model=uri)
-    config = write_config(name, tango.INPUTS, tango.OUTPUTS, 0, decoupled=True)
+    config = write_config(tango.NAME, tango.INPUTS, tango.OUTPUTS, 0, decoupled=True)
     _configure(config, settings)
     return _exported(config, "generation", {tango.PART: found}), _number(found)
 
