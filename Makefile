@@ -155,7 +155,7 @@ $(IMAGES:%=image-%): image-%:
 .PHONY: image-triton
 image-triton: ## Build the image of Triton (docs/triton.md says on which image of the services)
 	@test -n "$(CONTAINER)" || { echo "make image-triton needs docker, with its daemon running, or podman"; exit 1; }
-	DOCKER_BUILDKIT=1 $(CONTAINER) build --file services/triton/Dockerfile --tag $(call IMAGE,triton) \
+	DOCKER_BUILDKIT=1 $(CONTAINER) build --file services/inference/triton/Dockerfile --tag $(call IMAGE,triton) \
 	  --build-arg SERVICES_IMAGE=$(call IMAGE,services) $(BUILD_FLAGS) .
 
 .PHONY: kind

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from training.preferences.candidates import CandidatesConfig, Job, plan
-from training.preferences.sources import SourceConfig, open_source
+from training.preferences.candidates import CandidatesConfig, plan
+from training.preferences.sources import Job, SourceConfig, open_source
 from training.soundworld.scenes import SceneConfig, make_scene
 
 WAYS: Mapping[str, tuple[int, int]] = {

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from services.engine import Engine, EngineConfig, GenerationRequest, Progress
-from services.models.loading import load_tango
 from services.models.mini import mini_folder
-from services.models.tango import TangoPipeline
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline
 
 PROMPT = "A dog barks then a siren wails"
 STEPS_A_ROUND = 20

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.cli.processes import ServicePlan, ServiceProcess, free_port, running
 from services.client import AudioClient
+from services.processes import ServicePlan, ServiceProcess, free_port, running
 
 PROMPTS = ("A dog barks then a siren wails", "A bird sings while rain falls", "A bell tolls")
 RATE = 16_000

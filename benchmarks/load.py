@@ -341,8 +341,8 @@ def _demonstrate(plan: LoadPlan, measure: bool, seconds: float, output: Path) ->
     """Load a service of our own that switches from `mini-base` to `mini` and back."""
     import os
 
-    from services.cli.processes import ServicePlan, free_port, running
     from services.client import AudioClient
+    from services.processes import ServicePlan, free_port, running
 
     token = secrets.token_urlsafe(16)
     service = ServicePlan(

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.judging import memory_mib, plan
-from services.cli.processes import running
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
-from services.models.loading import load_tango
 from services.models.mini import mini_folder
+from services.models.tango.loading import load_tango
+from services.processes import running
 
 PROMPT = "A dog barks then a siren wails"
 

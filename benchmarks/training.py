@@ -25,13 +25,13 @@ from typing import Any
 import soundfile
 import torch
 
-from training.finetune import LoraConfig, PairData
-from training.latents import LatentConfig
-from training.recipes import dpo_mini
-from training.run_folder import JOURNAL, read_journal
+from training.data.latents import LatentConfig
+from training.finetuning.dpo import DpoTraining, train_dpo
+from training.finetuning.session import LoraConfig, PairData
+from training.loop.run_folder import JOURNAL, read_journal
+from training.runs.recipes import dpo_mini
 from training.soundworld.scenes import SceneConfig, make_scene
 from training.soundworld.synthesis import SAMPLING_RATE
-from training.train_dpo import DpoTraining, train_dpo
 
 SCENES = SceneConfig()
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

@@ -29,7 +29,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from benchmarks.judging import plan, sounds
 from milonga.v1 import audio_pb2, generation_pb2, generation_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 from services.cli import run
-from services.cli.processes import running
+from services.processes import running
 from tests.triton.server import running as triton_running
 
 PROMPT = "A dog barks then a siren wails"

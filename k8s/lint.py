@@ -35,7 +35,7 @@ FOREIGN: Final = ("ServiceMonitor",)
 IMAGES: Final = ("milonga-services", "milonga-training")
 """Images as base and components name them; the overlays say where they are, and which."""
 
-DOCKERFILES: Final = ("services/Dockerfile", "training/Dockerfile", "services/triton/Dockerfile")
+DOCKERFILES: Final = ("services/Dockerfile", "training/Dockerfile", "services/inference/triton/Dockerfile")
 
 EXAMPLES: Final = ("examples/kserve/generation.yaml",)
 """Objects of KServe, whose schemas are in `k8s/schemas/`."""

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers import ClapModel as TransformersClapModel
 
-from services.models.clap import ClapModel
-from services.models.reward import RewardConfig, RewardModel
-from services.models.schedulers import SD21_CONFIG
-from services.models.tango import TangoPipeline
+from services.models.clap.model import ClapModel
+from services.models.reward.model import RewardConfig, RewardModel
+from services.models.tango.pipeline import TangoPipeline
+from services.models.tango.schedulers import SD21_CONFIG
 from services.models.vocoder import GriffinLimVocoder
 
 WORDS = (

@@ -30,7 +30,7 @@ def convert(
 
     Serve it with: milonga serve generation --model file:TARGET. The checkpoint's own licence travels with it.
     """
-    from services.models.tango_checkpoint import convert_checkpoint
+    from services.models.tango.checkpoint import convert_checkpoint
 
     def tell(message: str) -> None:
         if not quiet:

@@ -243,7 +243,7 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
         )
         return
     from services.cli.models import check_model
-    from services.runtime import model_uri
+    from services.weights import uri as model_uri
 
     for uri in uris:
         try:

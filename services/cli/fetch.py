@@ -34,7 +34,7 @@ def fetch(
     What is in the cache and whole is not fetched again; with a version and a pin
     (models:/NAME/VERSION#sha256:HEX) that needs no registry. The cache is MILONGA_CACHE, or ~/.cache/milonga.
     """
-    from services.runtime.model_uri import resolve, served_uri
+    from services.weights.uri import resolve, served_uri
 
     model = resolve(served_uri(uri or "", unpinned_model or ""))
     found = {

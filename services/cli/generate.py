@@ -228,7 +228,7 @@ def _make(place: Place, prompt: str, options: client.GenerationOptions, *, quiet
 
 
 def _write_spectrogram(path: Path, clip: client.Clip, prompt: str) -> None:
-    from services.spectrogram import spectrogram_png
+    from services.audio.spectrogram import spectrogram_png
 
     # A clip's waveform comes at the rate of its file, which is what was written.
     write_atomically(path, spectrogram_png(clip.waveform(), clip.sampling_rate, title=prompt[:90]))

@@ -127,7 +127,7 @@ class Connection:
 
 
 class Scoring(Protocol):
-    """Gives CLAP scores: `AudioClient`, or `services.cli.local.LocalJudges`."""
+    """Gives CLAP scores: `AudioClient`, or `services.local.LocalJudges`."""
 
     def score_audio(
         self, pairs: Sequence[tuple[str, bytes]], *, scorers: Sequence[str] | None = None
@@ -137,7 +137,7 @@ class Scoring(Protocol):
 
 
 class Rewarding(Protocol):
-    """Gives rewards: `AudioClient`, or `services.cli.local.LocalJudges`."""
+    """Gives rewards: `AudioClient`, or `services.local.LocalJudges`."""
 
     def compute_rewards(self, pairs: Sequence[tuple[str, bytes]]) -> client.Rewards:
         """Judge files of sound, each for its own prompt."""
@@ -188,7 +188,7 @@ class Judges:
         here = there = None
         if self.are_here:
             # Torch is seconds of import: only where a judge is wanted in here.
-            from services.cli.local import open_judges
+            from services.local import open_judges
 
             here = open_judges(self.scorers, reward=self.reward, clap=self.clap, device=self.device)
         if self.scoring is not None or self.reward_server is not None:

@@ -28,7 +28,7 @@ _FLAGS = {
 
 
 class Source(Protocol):
-    """Where clips come from: `AudioClient`, or an engine in this process (`services.cli.local`)."""
+    """Where clips come from: `AudioClient`, or an engine in this process (`services.local`)."""
 
     def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:
         """Make the clips of a prompt, telling what happens on the way."""
@@ -92,7 +92,7 @@ class Place:
         return "loading the models" if self.server is None or judges_here else "connecting"
 
     def open(self, *, batch: int | None = None) -> "Maker":
-        """Connect to the services, or load the models: `batch` as in `services.cli.local.open_local`.
+        """Connect to the services, or load the models: `batch` as in `services.local.open_local`.
 
         Raises:
             InvalidInputError: no model URI, no such device; in the words of the flag.
@@ -114,7 +114,7 @@ class Place:
         if self.server is not None:
             return client.AudioClient(self.server, tls=self.connection.tls, timeout=self.connection.seconds)
         # Torch is seconds of import: only where the engine is wanted.
-        from services.cli.local import open_local
+        from services.local import open_local
 
         return open_local(self.name, device=self.device or "auto", dtype=self.dtype or "float32", batch=batch)
 

@@ -13,12 +13,12 @@ import typer
 
 from milonga.v1 import audio_pb2
 from services import client
+from services.audio.clips import AudioBounds, check_prompt, read_clip
 from services.cli import judging, prompts
 from services.cli.judging import refuse
 from services.cli.progress import ProgressView
 from services.cli.table import Cell, is_terminal, print_lines, print_table
 from services.errors import FieldViolation, InvalidInputError
-from services.runtime.clips import AudioBounds, check_prompt, read_clip
 
 _MAX_BATCH_BYTES = 128 * 2**20
 """Bytes of the clips that a call of a judge takes, as files or decoded, unless a single one is larger."""

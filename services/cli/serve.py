@@ -128,6 +128,7 @@ def generation(
 ) -> None:
     """Serve one model: prompts in, clips out (milonga.v1.GenerationService)."""
     from services.generation import serve as service
+    from services.generation.settings import GenerationSettings
     from services.runtime.settings import load_settings
 
     own = {
@@ -137,7 +138,7 @@ def generation(
         "exact": exact,
         "operator_token_file": operator_token_file,
     }
-    service.run(load_settings(service.GenerationSettings, **own, **shared))
+    service.run(load_settings(GenerationSettings, **own, **shared))
 
 
 @_service("MAX_BATCH_SECONDS", "MAX_WAIT_SECONDS", "MAX_QUEUE_SECONDS", "MAX_BATCH_SIZE")
@@ -157,8 +158,9 @@ def scoring(
     """Serve CLAP scores: clips and prompts in, how well they go together out (milonga.v1.ScoringService)."""
     from services.runtime.settings import load_settings
     from services.scoring import serve as service
+    from services.scoring.settings import ScoringSettings
 
-    service.run(load_settings(service.ScoringSettings, scorers=read_scorers(scorer), **shared))
+    service.run(load_settings(ScoringSettings, scorers=read_scorers(scorer), **shared))
 
 
 @_service("MAX_BATCH_SECONDS", "MAX_WAIT_SECONDS", "MAX_QUEUE_SECONDS", "MAX_BATCH_SIZE")
@@ -181,9 +183,10 @@ def reward(
 ) -> None:
     """Serve a reward model: clips and prompts in, preferences out (milonga.v1.RewardService)."""
     from services.reward import serve as service
+    from services.reward.settings import RewardSettings
     from services.runtime.settings import load_settings
 
-    service.run(load_settings(service.RewardSettings, model=model, clap=clap, **shared))
+    service.run(load_settings(RewardSettings, model=model, clap=clap, **shared))
 
 
 def read_scorers(pairs: Sequence[str] | None) -> dict[str, str] | None:

@@ -76,8 +76,8 @@ def export(
         raise InvalidInputError(FieldViolation("--version", "is for one model; name it by --only"))
     settings = _settings(setting, chosen)
     # Only now: the services' modules import torch.
-    from services.triton import export as exporting
-    from services.triton.repository import ModelRepository, open_storage
+    from services.cli import triton_export as exporting
+    from services.inference.triton.repository import ModelRepository, open_storage
 
     storage = open_storage(repository)
     scorers = read_scorers(scorer or tuple(f"{n}={uri}" for n, uri in judging.SCORERS.items())) or {}

@@ -13,9 +13,9 @@ import typer
 
 from services.cli import judging
 from services.cli.outputs import make_folder
-from services.cli.processes import ServicePlan, ServiceProcess, running
 from services.cli.serve import PORTS, read_scorers
 from services.errors import FieldViolation, InvalidInputError
+from services.processes import ServicePlan, ServiceProcess, running
 
 DEFAULT_SCORERS: Final = tuple(f"{name}={uri}" for name, uri in judging.SCORERS.items())
 
@@ -140,7 +140,7 @@ def _tell_how_to_call(targets: Mapping[str, str]) -> None:
 
 def _check_models(models: Mapping[str, Iterable[str]]) -> None:
     """Refuse what is no model URI before anything is started."""
-    from services.runtime.model_uri import ModelURI
+    from services.weights.uri import ModelURI
 
     faults = []
     for flag, uris in models.items():

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from services.runtime import audio
+from services.audio import encoding as audio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
 from milonga.v1 import model_pb2
+from services.audio import encoding as audio
 from services.client.answers import (
     Clip,
     Finished,
@@ -21,7 +22,6 @@ from services.client.answers import (
 )
 from services.client.transport import Service, Stream, Unary, whole
 from services.errors import FieldViolation, InvalidInputError, MilongaError
-from services.runtime import audio
 
 MAX_TEXT_BYTES = 2**18
 """Longest prompt that is sent at all, in UTF-8. Services accept far less, and say how much."""

@@ -12,9 +12,9 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
+from services.audio.encoding import ENCODINGS
 from services.client.answers import Clip
 from services.errors import FieldViolation, InvalidInputError
-from services.runtime.audio import ENCODINGS
 
 Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
 """What is judged: a clip that this client received, an encoded file (WAV, FLAC, OGG), the path of one, or

@@ -13,7 +13,7 @@ from torch import Tensor
 from services.engine.batching import GUIDED_ROWS, choose_rows
 from services.engine.jobs import GroupKey, Slot
 from services.engine.prompts import EmbeddedPrompt
-from services.models.tango import TangoPipeline, guide
+from services.models.tango.pipeline import TangoPipeline, guide
 
 # Buffers are small (a few MB each at released size), but callers choose the durations: keep the recent ones.
 _MAX_BUFFERS = 16

@@ -15,8 +15,8 @@ from services.engine.jobs import Handle, Job
 from services.engine.request import GenerationRequest, Limits, validate
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
-from services.models.schedulers import SCHEDULERS
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
+from services.models.tango.schedulers import SCHEDULERS
 
 __all__ = ["Engine", "EngineConfig", "Result"]
 

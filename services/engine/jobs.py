@@ -18,7 +18,7 @@ from services.engine.batching import rows_of
 from services.engine.events import Event, Progress, Timings
 from services.engine.prompts import EmbeddedPrompt
 from services.engine.request import GenerationRequest
-from services.models.tango import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline, clip_generator
 
 
 class GroupKey(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.engine.batching import text_length
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 
 # Text is padded to one of these where the pipeline fixes no length; AudioCaps' captions fit the first.
 TEXT_LENGTHS = (64, 128, 256, 512)

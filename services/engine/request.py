@@ -6,8 +6,8 @@ The field names are those of the wire, so that a violation found here can be rep
 import math
 from dataclasses import dataclass
 
+from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError
-from services.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class GenerationRequest:
     guidance_scale: float
     """Classifier-free guidance; up to 1 means none."""
     scheduler: str
-    """Name of a scheduler in `services.models.schedulers`."""
+    """Name of a scheduler in `services.models.tango.schedulers`."""
     preview_interval_steps: int = 0
     """Send a `Preview` of the first clip every so many steps; 0 sends none. Changes no bit of the clips."""
 

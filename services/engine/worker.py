@@ -22,7 +22,7 @@ from services.engine.jobs import GroupKey, Job, Slot
 from services.engine.prompts import PromptCache
 from services.engine.stats import Meter
 from services.errors import DeadlineExceededError, RequestCancelledError, ServiceUnavailableError
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ them as flags. Exit codes: 0 stopped by a signal, 1 our fault, 2 a setting or th
 import sys
 
 from services.errors import InvalidInputError, MilongaError, ModelError
-from services.generation.serve import GenerationSettings, run
+from services.generation.serve import run
+from services.generation.settings import GenerationSettings
 from services.runtime.settings import load_settings
 
 

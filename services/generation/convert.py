@@ -14,12 +14,7 @@ from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
 from milonga.v1 import generation_pb2 as pb
-from services.engine import Engine
-from services.engine.events import ClipReady, Preview, Progress, Queued, Timings
-from services.engine.request import GenerationRequest, Limits, violations
-from services.errors import FieldViolation, InvalidInputError
-from services.models.geometry import Geometry
-from services.runtime.audio import (
+from services.audio.encoding import (
     DEFAULT_ENCODING,
     ENCODINGS,
     MAX_SAMPLING_RATE,
@@ -27,7 +22,12 @@ from services.runtime.audio import (
     encode_audio,
     encoding_name,
 )
-from services.runtime.model_uri import ResolvedModel
+from services.engine import Engine
+from services.engine.events import ClipReady, Preview, Progress, Queued, Timings
+from services.engine.request import GenerationRequest, Limits, violations
+from services.errors import FieldViolation, InvalidInputError
+from services.models.tango.geometry import Geometry
+from services.weights.uri import ResolvedModel
 
 # Drawn seeds stay below 2**32: easy to type, and exact in JSON.
 _DRAWN_SEED_BITS = 32
@@ -56,7 +56,7 @@ class OutputFormat:
     """How the caller wants the sound."""
 
     encoding: str
-    """A key of `services.runtime.audio.ENCODINGS`."""
+    """A key of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int
     """Hertz."""
 

@@ -32,9 +32,9 @@ from services.generation.tensors import (
     SCHEDULER,
     SEED,
 )
-from services.runtime.inference import Response, Stages, Tensors, spread, texts
-from services.runtime.inference.model import Caller, Parameter
-from services.runtime.inference.tensors import decimals, row_field
+from services.inference import Response, Stages, Tensors, spread, texts
+from services.inference.model import Caller, Parameter
+from services.inference.tensors import decimals, row_field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

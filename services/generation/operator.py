@@ -10,7 +10,7 @@ from milonga.v1 import operator_pb2_grpc as rpc
 from services.errors import FieldViolation, InvalidInputError, UnauthenticatedError
 from services.generation.convert import write_duration
 from services.generation.slot import EngineSlot
-from services.runtime.model_uri import ModelURI
+from services.weights.uri import ModelURI
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["OperatorService"].full_name
 

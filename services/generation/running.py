@@ -16,7 +16,7 @@ from services.engine import (
     Queued,
 )
 from services.engine.jobs import Handle
-from services.runtime.inference.model import Caller
+from services.inference.model import Caller
 
 Told = Queued | Progress | Preview | ClipReady | Finished
 """The engine's events but `Failed`, which is raised."""

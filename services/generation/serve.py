@@ -2,55 +2,24 @@
 
 import asyncio
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import structlog
-from pydantic import Field, SecretStr
 
 from milonga.v1 import generation_pb2_grpc, operator_pb2_grpc
 from services.environment import quiet_libraries
 from services.errors import FieldViolation, InvalidInputError
+from services.generation.settings import GenerationSettings
 from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
-from services.runtime.model_uri import ModelURI, ResolvedModel, resolve, served_uri
 from services.runtime.server import Server
 from services.runtime.serving import serve
-from services.runtime.settings import ServerSettings
+from services.weights.uri import ModelURI, resolve, served_uri
 
 if TYPE_CHECKING:
-    from services.engine import Engine, EngineConfig
     from services.generation.slot import EngineSlot
 
 log = structlog.get_logger()
-
-
-class GenerationSettings(ServerSettings):
-    """Settings of the generation service."""
-
-    model: str = ""
-    """Model URI, best with a pin. Empty: there is no pin, and without `unpinned_model` nothing is served: a
-    service must not fall back to other weights by itself."""
-    unpinned_model: str = ""
-    """Model URI of what is served while `model` is empty: for a first start, never in production."""
-    device: str = "auto"
-    """auto (cuda where there is one, otherwise cpu), cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of text encoder and denoiser; autoencoder and vocoder stay in float32."""
-    batch_shapes: tuple[int, ...] = Field(default=(1, 2, 4, 8), min_length=1)
-    """Clips that a denoiser call may hold, ascending; calls are padded to the smallest that fits."""
-    exact: bool = False
-    """Always pad to the largest batch shape: the same clip bit for bit, whoever else is served. Slower."""
-    max_queue: int = Field(default=64, gt=0)
-    """Clips that may wait. Beyond that, RESOURCE_EXHAUSTED at once."""
-    max_clip_count: int = Field(default=8, gt=0)
-    """Most clips in one request; never more than `max_queue`."""
-    threads: int | None = Field(default=None, gt=0)
-    """CPU threads of the model; None: torch's choice."""
-    operator_token_file: Path | None = None
-    """File with the token of the operator rpc, which switches models. None: off, without `operator_token`."""
-    operator_token: SecretStr | None = None
-    """The token itself, where there is no file: from the environment, never a flag that others can list."""
 
 
 def run(settings: GenerationSettings) -> None:
@@ -80,7 +49,7 @@ def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", t
     from services.generation import operator, servicer
     from services.generation.inference import SlotOperator, TangoModel
     from services.generation.metrics import EngineCollector
-    from services.runtime.inference import add_inference
+    from services.inference import add_inference
 
     metrics.registry.register(EngineCollector(slot))
     generation = servicer.GenerationServicer(slot)
@@ -100,18 +69,9 @@ def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", t
 def _load(settings: GenerationSettings, uri: ModelURI) -> "EngineSlot":
     model = resolve(uri)
     # Only now: torch takes seconds to import, and a wrong setting should be known at once.
-    from services.generation.slot import EngineSlot, Served
+    from services.generation.slot import EngineSlot, Served, load_engine
 
     return EngineSlot(Served(load_engine(settings, model), model), partial(load_engine, settings))
-
-
-def load_engine(settings: GenerationSettings, model: ResolvedModel) -> "Engine":
-    """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
-    from services.engine import Engine
-    from services.models.loading import load_tango
-
-    config = _engine_config(settings)
-    return Engine(load_tango(model.folder, device=settings.device, dtype=settings.dtype), config)
 
 
 def _describe(slot: "EngineSlot") -> dict[str, Any]:
@@ -149,18 +109,3 @@ def _operator_token(settings: GenerationSettings) -> str | None:
             FieldViolation(field, "holds no token: give one line of printable ASCII without spaces")
         )
     return text
-
-
-def _engine_config(settings: GenerationSettings) -> "EngineConfig":
-    from services.engine import EngineConfig
-
-    try:
-        return EngineConfig(
-            batch_shapes=settings.batch_shapes,
-            max_queue=settings.max_queue,
-            max_clip_count=min(settings.max_clip_count, settings.max_queue),
-            exact=settings.exact,
-            threads=settings.threads,
-        )
-    except ValueError as error:
-        raise InvalidInputError(FieldViolation("settings", str(error))) from error

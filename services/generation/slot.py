@@ -17,17 +17,21 @@ import structlog
 import torch
 
 from milonga.v1 import model_pb2
-from services.engine import Engine, EngineStats
+from services.engine import Engine, EngineConfig, EngineStats
 from services.errors import (
     AlreadyUnderWayError,
+    FieldViolation,
+    InvalidInputError,
     MilongaError,
     ModelError,
     ModelFormatError,
     ServiceUnavailableError,
 )
 from services.generation import convert
-from services.models.geometry import Geometry
-from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
+from services.generation.settings import GenerationSettings
+from services.models.tango.geometry import Geometry
+from services.models.tango.loading import load_tango
+from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 log = structlog.get_logger()
 
@@ -227,3 +231,22 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelFormatError(f"model: {model.name} {model.version} makes no sound: {reason}") from error
+
+
+def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
+    """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
+    config = _engine_config(settings)
+    return Engine(load_tango(model.folder, device=settings.device, dtype=settings.dtype), config)
+
+
+def _engine_config(settings: GenerationSettings) -> EngineConfig:
+    try:
+        return EngineConfig(
+            batch_shapes=settings.batch_shapes,
+            max_queue=settings.max_queue,
+            max_clip_count=min(settings.max_clip_count, settings.max_queue),
+            exact=settings.exact,
+            threads=settings.threads,
+        )
+    except ValueError as error:
+        raise InvalidInputError(FieldViolation("settings", str(error))) from error

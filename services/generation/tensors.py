@@ -5,7 +5,7 @@ Shapes: n prompts.
 
 from typing import Final
 
-from services.runtime.inference import TensorSpec
+from services.inference import TensorSpec
 
 NAME: Final = "tango"
 """The model's name, whichever weights are served."""

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from services.generation.inference import TangoModel
-from services.generation.serve import GenerationSettings, load_engine
-from services.generation.slot import EngineSlot, Served
+from services.generation.settings import GenerationSettings
+from services.generation.slot import EngineSlot, Served, load_engine
 from services.generation.tensors import PART
-from services.triton.backend import Opened
-from services.triton.serving import file_uri, read_settings, served_models
+from services.inference.triton.backend import Opened
+from services.inference.triton.serving import file_uri, read_settings, served_models
 
 
 async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:

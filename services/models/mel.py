@@ -69,3 +69,9 @@ class LogMel(nn.Module):
         )
         mel_BTM = spectrum.abs().transpose(1, 2) @ self.filters
         return mel_BTM.clamp(min=LOG_FLOOR).log()
+
+
+def mel_frames(waveform_BN: Tensor, log_mel: LogMel) -> Tensor:
+    """Log-mel [B, 1, T, M], the last frame cut off so that T is samples / hop (upstream cuts alike)."""
+    mel_BTM: Tensor = log_mel(waveform_BN)
+    return mel_BTM[:, None, : waveform_BN.shape[1] // log_mel.hop_length]

@@ -9,7 +9,8 @@ flags. Exit codes: 0 stopped by a signal, 1 our fault, 2 a setting or a model wa
 import sys
 
 from services.errors import InvalidInputError, MilongaError, ModelError
-from services.reward.serve import RewardSettings, run
+from services.reward.serve import run
+from services.reward.settings import RewardSettings
 from services.runtime.settings import load_settings
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milonga.v1 import reward_pb2 as pb
+from services.audio.clips import AudioBounds, ReadClip, check_prompt, read_clips
 from services.errors import FieldViolation, InvalidInputError
-from services.runtime.clips import AudioBounds, ReadClip, check_prompt, read_clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from milonga.v1 import reward_pb2 as pb
+from services.audio.clips import AudioBounds
+from services.inference import Response, Stages, Tensors
+from services.inference.model import Caller
+from services.inference.pairs import limits_of, read_pairs
 from services.reward.judge import Judge
 from services.reward.servicer import RewardServicer
 from services.reward.tensors import INPUTS, NAME, OUTPUTS
-from services.runtime.clips import AudioBounds
-from services.runtime.inference import Response, Stages, Tensors
-from services.runtime.inference.model import Caller
-from services.runtime.inference.pairs import limits_of, read_pairs
 
 
 class JudgeModel:

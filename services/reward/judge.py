@@ -5,19 +5,16 @@ Shape legend: B pairs.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from services.audio.clips import ReadClip
 from services.errors import FieldViolation, InvalidInputError, ModelError
-from services.models.clap import ClapModel
-from services.models.reward import RewardClip, RewardModel, load_reward
-from services.runtime.clips import ReadClip
+from services.models.clap.model import ClapModel
+from services.models.reward.model import RewardClip, RewardModel, load_reward
+from services.reward.settings import RewardSettings, model_uris
 from services.runtime.microbatching import BatchStats, MicroBatcher
-from services.runtime.model_uri import ResolvedModel
-
-if TYPE_CHECKING:
-    from services.reward.serve import RewardSettings
+from services.weights.uri import ResolvedModel, resolve
 
 Pair = tuple[str, RewardClip]
 """A prompt, and a clip as the model hears it."""
@@ -27,7 +24,7 @@ class Judge:
     """A loaded model. Pairs of concurrent calls are judged together, on a worker thread."""
 
     def __init__(
-        self, model: RewardModel, version: ResolvedModel, clap: ResolvedModel, settings: "RewardSettings"
+        self, model: RewardModel, version: ResolvedModel, clap: ResolvedModel, settings: RewardSettings
     ) -> None:
         """Args:
         model: the weights.
@@ -83,7 +80,7 @@ class Judge:
 
 
 def load_judge(
-    version: ResolvedModel, clap: ResolvedModel, clap_scheme: str, settings: "RewardSettings"
+    version: ResolvedModel, clap: ResolvedModel, clap_scheme: str, settings: RewardSettings
 ) -> Judge:
     """Load a reward model and the CLAP model that it stands on, which a URI of `clap_scheme` named.
 
@@ -101,7 +98,7 @@ def load_judge(
 def _load_clap(scheme: str, version: ResolvedModel, device: str) -> ClapModel:
     match scheme:
         case "laion":
-            from services.models.clap_laion import load_laion
+            from services.models.clap.laion import load_laion
 
             return load_laion(version.folder, device=device)
         case "laion-clap":
@@ -111,6 +108,21 @@ def _load_clap(scheme: str, version: ResolvedModel, device: str) -> ClapModel:
                 )
             )
         case _:
-            from services.models.clap_loading import load_clap
+            from services.models.clap.loading import load_clap
 
             return load_clap(version.folder, device=device)
+
+
+def load(settings: RewardSettings) -> Judge:
+    """Find and load the models of the settings.
+
+    Raises:
+        ModelError: one was not found or refused, or they do not belong together.
+    """
+    uri, clap_uri = model_uris(settings)
+    version = resolve(uri)
+    try:
+        clap = resolve(clap_uri)
+    except ModelError as error:
+        raise type(error)(f"clap: {error}") from error
+    return load_judge(version, clap, clap_uri.scheme, settings)

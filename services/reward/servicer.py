@@ -2,9 +2,9 @@
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
+from services.audio.clips import AudioBounds, read_pairs
 from services.reward import convert
 from services.reward.judge import Judge, Pair
-from services.runtime.clips import AudioBounds, read_pairs
 from services.runtime.offloading import OffLoop
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["RewardService"].full_name

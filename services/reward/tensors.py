@@ -5,8 +5,8 @@ Shapes: n pairs.
 
 from typing import Final
 
-from services.runtime.inference import TensorSpec
-from services.runtime.inference.pairs import INPUTS
+from services.inference import TensorSpec
+from services.inference.pairs import INPUTS
 
 __all__ = ["CLAP", "INPUTS", "NAME", "OUTPUTS", "REWARD"]
 

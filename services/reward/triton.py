@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from services.audio.clips import AudioBounds
+from services.inference.triton.backend import Opened
+from services.inference.triton.serving import file_uri, read_settings, served_models
 from services.reward.inference import JudgeModel
-from services.reward.serve import RewardSettings, load
+from services.reward.judge import load
 from services.reward.servicer import RewardServicer
+from services.reward.settings import RewardSettings
 from services.reward.tensors import CLAP, REWARD
-from services.runtime.clips import AudioBounds
-from services.triton.backend import Opened
-from services.triton.serving import file_uri, read_settings, served_models
 
 
 async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:

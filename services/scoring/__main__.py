@@ -10,7 +10,8 @@ import sys
 
 from services.errors import InvalidInputError, MilongaError, ModelError
 from services.runtime.settings import load_settings
-from services.scoring.serve import ScoringSettings, run
+from services.scoring.serve import run
+from services.scoring.settings import ScoringSettings
 
 
 def main() -> int:

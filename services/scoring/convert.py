@@ -12,8 +12,8 @@ from torch import Tensor
 
 from milonga.v1 import audio_pb2
 from milonga.v1 import scoring_pb2 as pb
+from services.audio.clips import AudioBounds, read_clips, read_pairs, read_prompts
 from services.errors import FieldViolation, InvalidInputError
-from services.runtime.clips import AudioBounds, read_clips, read_pairs, read_prompts
 from services.scoring.scorers import Panel, Scorer
 
 Prepared = dict[Scorer, list[Tensor]]

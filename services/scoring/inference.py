@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from milonga.v1 import scoring_pb2 as pb
-from services.runtime.clips import AudioBounds
-from services.runtime.inference import Response, Stages, Tensors, TensorSpec
-from services.runtime.inference.model import Caller
-from services.runtime.inference.pairs import limits_of, read_pairs
+from services.audio.clips import AudioBounds
+from services.inference import Response, Stages, Tensors, TensorSpec
+from services.inference.model import Caller
+from services.inference.pairs import limits_of, read_pairs
 from services.scoring.scorers import Scorer
 from services.scoring.servicer import ScoringServicer
 from services.scoring.tensors import INPUTS, NAME, outputs_of

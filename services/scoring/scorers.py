@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.audio.clips import ReadClip
 from services.errors import ModelError
-from services.models.clap import TextCache
-from services.runtime.clips import ReadClip
-from services.runtime.microbatching import BatchStats, MicroBatcher
-from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
+from services.models.clap.model import TextCache
+from services.runtime.microbatching import BatchConfig, BatchStats, MicroBatcher
+from services.scoring.settings import ScoringSettings, model_uris
+from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 Embedding = NDArray[np.float32]
 """[D], of length 1."""
@@ -33,7 +34,7 @@ Made = TypeVar("Made")
 
 
 class EmbeddingModel(Protocol):
-    """What scoring uses of `services.models.clap.ClapModel`, and every backend has."""
+    """What scoring uses of `services.models.clap.model.ClapModel`, and every backend has."""
 
     cache: TextCache
 
@@ -53,20 +54,6 @@ class EmbeddingModel(Protocol):
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, D] of sentences."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchConfig:
-    """How a scorer's calls are gathered."""
-
-    max_batch_seconds: float
-    """Seconds of windows in a call of the audio side."""
-    max_wait_seconds: float
-    """How long a clip or a prompt waits for companions."""
-    max_queue_seconds: float
-    """Seconds of windows that may wait."""
-    threads: int | None = None
-    """CPU threads of each side; None: torch's choice."""
 
 
 class Scorer:
@@ -229,14 +216,31 @@ def load_scorer(uri: ModelURI, version: ResolvedModel, device: str) -> Embedding
     # Inside: each backend is installed, and imported, only where it is used.
     match uri.scheme:
         case "laion":
-            from services.models.clap_laion import load_laion
+            from services.models.clap.laion import load_laion
 
             return load_laion(version.folder, device=device)
         case "laion-clap":
-            from services.models.laion_clap_backend import load_laion_clap
+            from services.models.clap.laion_package import load_laion_clap
 
             return load_laion_clap(version.folder, device)
         case _:
-            from services.models.clap_loading import load_clap
+            from services.models.clap.loading import load_clap
 
             return load_clap(version.folder, device=device)
+
+
+def load(settings: ScoringSettings) -> dict[str, Scorer]:
+    """Load every scorer of the settings, by name."""
+    config = BatchConfig(
+        max_batch_seconds=settings.max_batch_seconds,
+        max_wait_seconds=settings.max_wait_seconds,
+        max_queue_seconds=settings.max_queue_seconds,
+        threads=settings.threads,
+    )
+    return load_scorers(model_uris(settings.scorers), settings.device, config)
+
+
+async def close(scorers: Mapping[str, Scorer]) -> None:
+    """Close each scorer once."""
+    for scorer in dict.fromkeys(scorers.values()):
+        await scorer.close()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
-from services.runtime.clips import AudioBounds
+from services.audio.clips import AudioBounds
 from services.runtime.offloading import OffLoop
 from services.scoring import convert
 from services.scoring.scorers import Scorer, together

@@ -6,8 +6,8 @@ Shapes: n pairs.
 from collections.abc import Sequence
 from typing import Final
 
-from services.runtime.inference import TensorSpec
-from services.runtime.inference.pairs import INPUTS
+from services.inference import TensorSpec
+from services.inference.pairs import INPUTS
 
 __all__ = ["INPUTS", "NAME", "outputs_of"]
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.runtime.clips import AudioBounds
+from services.audio.clips import AudioBounds
+from services.inference.triton.backend import Opened
+from services.inference.triton.serving import file_uri, read_settings, served_models
 from services.scoring.inference import ClapModel
-from services.scoring.serve import ScoringSettings, close, load
+from services.scoring.scorers import close, load
 from services.scoring.servicer import ScoringServicer
-from services.triton.backend import Opened
-from services.triton.serving import file_uri, read_settings, served_models
+from services.scoring.settings import ScoringSettings
 
 
 async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:

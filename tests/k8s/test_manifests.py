@@ -14,18 +14,18 @@ from k8s import lint
 from milonga.v1 import generation_pb2, reward_pb2, scoring_pb2
 from services.cli.serve import PORTS
 from services.generation.metrics import EngineCollector
-from services.generation.serve import GenerationSettings
+from services.generation.settings import GenerationSettings
 from services.reward.metrics import RewardCollector
-from services.reward.serve import RewardSettings
-from services.runtime.model_uri import served_uri
+from services.reward.settings import RewardSettings
 from services.runtime.settings import ENV_PREFIX, ServerSettings, load_settings
 from services.scoring.metrics import ScoringCollector
-from services.scoring.serve import ScoringSettings
-from training.config import override
+from services.scoring.settings import ScoringSettings
+from services.weights.uri import served_uri
+from training.loop.config import override
 from training.preferences.pipeline import PREFERENCES
-from training.promotion.cluster import NAME_LABEL, PIN_ANNOTATION
-from training.recipes import DPO, recipe
-from training.run_recipes import RUNS
+from training.promotion.targets.cluster import NAME_LABEL, PIN_ANNOTATION
+from training.runs.recipes import DPO, recipe
+from training.runs.run_recipes import RUNS
 
 Object = dict[str, Any]
 

@@ -13,10 +13,10 @@ from k8s import lint
 from milonga.v1 import generation_pb2
 from services.cli.serve import PORTS
 from services.cli.triton import MODELS
-from services.generation.serve import GenerationSettings
+from services.generation.settings import GenerationSettings
 from services.runtime.settings import ENV_PREFIX
 from tests.k8s.test_manifests import SECRETS, containers, faults, load, of_kind, pod
-from training.promotion.triton_client import RESTRICTION
+from training.promotion.targets.triton_client import RESTRICTION
 
 Object = dict[str, Any]
 
@@ -106,7 +106,7 @@ def test_probes_ask_tritons_health_and_ports_are_tritons_own() -> None:
         assert server[f"{probe}Probe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
     loaded = arguments(server)["--load-model"]
     assert server["livenessProbe"]["exec"]["command"] == [
-        *("python3", "-m", "services.triton.alive", "--models", str(len(loaded)))
+        *("python3", "-m", "services.inference.triton.alive", "--models", str(len(loaded)))
     ]
     start = server["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 600
@@ -254,7 +254,7 @@ def test_promotion_alone_has_the_token_that_loads_models() -> None:
 
 
 def test_the_image_stands_on_nvidias_by_tag_and_digest() -> None:
-    text = (lint.ROOT / "services/triton/Dockerfile").read_text(encoding="utf-8")
+    text = (lint.ROOT / "services/inference/triton/Dockerfile").read_text(encoding="utf-8")
     (image,) = re.findall(r"^ARG TRITON_IMAGE=(\S+)$", text, re.MULTILINE)
     assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-py3@sha256:[0-9a-f]{64}", image)
 
@@ -262,7 +262,7 @@ def test_the_image_stands_on_nvidias_by_tag_and_digest() -> None:
 def test_the_image_has_tools_of_the_other_images_and_runs_as_a_number() -> None:
     services, triton = (
         (lint.ROOT / path).read_text(encoding="utf-8")
-        for path in ("services/Dockerfile", "services/triton/Dockerfile")
+        for path in ("services/Dockerfile", "services/inference/triton/Dockerfile")
     )
     for tool in ("pip", "uv"):
         found = re.search(rf" {tool}==(\S+) ", services)

@@ -19,9 +19,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from services.errors import ModelError
-from services.models.clap import QUANTISE, ClapModel
-from services.models.clap_laion import load_laion
-from services.models.laion_clap_backend import POSITIONS, LaionClap, load_laion_clap, make_laion_clap
+from services.models.clap.laion import load_laion
+from services.models.clap.laion_package import POSITIONS, LaionClap, load_laion_clap, make_laion_clap
+from services.models.clap.model import QUANTISE, ClapModel
 from tests.parity.conftest import MEASURED
 
 TOLERANCE = 1e-5
@@ -136,7 +136,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokenizer = write_tokenizer(folder / "roberta-base")
     with pytest.MonkeyPatch.context() as patch:
         if fused:  # torchaudio computes its spectrograms, which this environment lacks: its weights alone
-            patch.setattr("services.models.laion_clap_backend.find_spec", lambda _: True)
+            patch.setattr("services.models.clap.laion_package.find_spec", lambda _: True)
         upstream = make_laion_clap("random", config_of(name, fused=fused), tokenizer)
     enliven(upstream.model)
     state = {f"module.{key}": tensor for key, tensor in upstream.model.state_dict().items()}

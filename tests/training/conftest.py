@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.runtime.registry import LOCAL_STORE, connect
-from tests.training.mlflow_server import MLflowServer
+from services.weights.registry import LOCAL_STORE, connect
+from tests.training.tracking.mlflow_server import MLflowServer
 
 # MLflow reads them when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -9,7 +9,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from services.cli import run
-from tests.inference_suite import SETTINGS, Addresses
+from tests.services.inference.suite import SETTINGS, Addresses
 from tests.triton.server import ENVIRONMENT, PYTHON, Server, running
 
 TRITON: pytest.StashKey[str] = pytest.StashKey()

@@ -13,7 +13,7 @@ from typing import Any
 
 import tritonclient.grpc as triton
 
-from services.cli.processes import free_port
+from services.processes import free_port
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-triton"
 """Made by `make test-triton`: the wheel, our models' libraries, numpy below 2."""

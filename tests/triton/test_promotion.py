@@ -19,20 +19,20 @@ import pytest
 
 from services.cli import run
 from services.errors import InvalidInputError
+from services.inference.triton.repository import ModelRepository, open_storage
 from services.models.manifest import write_manifest
 from services.models.mini import mini_folder
-from services.runtime.registry import connect
-from services.triton.repository import ModelRepository, open_storage
-from tests.inference_suite import SETTINGS, Stream, inputs
+from services.weights.registry import connect
+from tests.services.inference.suite import SETTINGS, Stream, inputs
 from tests.triton.server import Server, running
-from training.promote import Parts, Wanted, bootstrap, promote, roll_back
 from training.promotion.errors import GatesRefusedError, RolloutError
-from training.promotion.gates import GatesConfig, read_gates
+from training.promotion.gates.gates import GatesConfig, read_gates
 from training.promotion.ledger import EVIDENCE, Ledger
+from training.promotion.promote import Parts, Wanted, bootstrap, promote, roll_back
 from training.promotion.registry import Registry, Version
-from training.promotion.triton_client import TritonClient
-from training.promotion.triton_target import CHALLENGER, MODEL, TritonTarget
-from training.register import register
+from training.promotion.targets.triton import CHALLENGER, MODEL, TritonTarget
+from training.promotion.targets.triton_client import TritonClient
+from training.tracking.register import register
 
 GATES = """
 independent = ["clap-b"]

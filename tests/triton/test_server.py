@@ -12,11 +12,21 @@ import pytest
 import tritonclient.grpc as triton
 
 from services.cli import run
-from services.cli.processes import ServicePlan, free_port
-from services.cli.processes import running as services_running
 from services.client import AudioClient
-from tests.inference_suite import PROMPTS, SETTINGS, TONES, Stream, clip, clips_of, inputs, pairs, stream
-from tests.services.runtime.asking import refusal
+from services.processes import ServicePlan, free_port
+from services.processes import running as services_running
+from tests.services.inference.asking import refusal
+from tests.services.inference.suite import (
+    PROMPTS,
+    SETTINGS,
+    TONES,
+    Stream,
+    clip,
+    clips_of,
+    inputs,
+    pairs,
+    stream,
+)
 from tests.triton.server import Server, index, running
 
 

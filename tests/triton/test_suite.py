@@ -1,3 +1,3 @@
 """The suite that our own services pass, on a real Triton."""
 
-from tests.inference_suite import *  # noqa: F403  # its tests
+from tests.services.inference.suite import *  # noqa: F403  # its tests

@@ -23,8 +23,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from services.models.clap import ClapModel
-from services.models.clap_loading import load_clap
+from services.models.clap.loading import load_clap
+from services.models.clap.model import ClapModel
 from training.mini.clap_tokenizer import build_tokenizer
 from training.mini.loop import LoopConfig, fit
 from training.mini.parsing import Parser, parsing_batch

@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from services.models.loading import load_tango
-from services.models.mel import LogMel
+from services.models.mel import LogMel, mel_frames
 from services.models.mini import mini_folder
-from services.models.tagger import EventTagger
-from services.models.tango import TangoPipeline, clip_generator
-from training.metrics.events import EVENT_FIGURES, Verdict, event_values, judge
-from training.metrics.levels import is_clipped, is_silent
-from training.metrics.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
-from training.mini.latents import mel_frames
+from services.models.mini.tagger import EventTagger
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline, clip_generator
+from training.evaluation.events import EVENT_FIGURES, Verdict, event_values, judge
+from training.evaluation.levels import is_clipped, is_silent
+from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
 from training.soundworld.scenes import DURATIONS, make_scene
 from training.soundworld.synthesis import CLASSES

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from services.models.clap import ClapModel
-from services.models.clap_loading import load_clap
+from services.models.clap.loading import load_clap
+from services.models.clap.model import ClapModel
 from services.models.mini import mini_folder
 from training.mini.clap import told_alike
 from training.mini.evaluate import interval

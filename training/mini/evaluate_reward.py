@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from services.models.clap import ClapModel
-from services.models.clap_loading import load_clap
-from services.models.loading import load_tango
+from services.models.clap.loading import load_clap
+from services.models.clap.model import ClapModel
 from services.models.manifest import verify_manifest
 from services.models.mini import mini_folder
-from services.models.reward import RewardModel, load_reward
-from services.models.tagger import EventTagger
-from services.models.tango import clip_generator
-from training.metrics.events import Verdict, judge
-from training.metrics.prompts import PROMPTS, held_out_prompts
+from services.models.mini.tagger import EventTagger
+from services.models.reward.model import RewardModel, load_reward
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import clip_generator
+from training.evaluation.events import Verdict, judge
+from training.evaluation.prompts import PROMPTS, held_out_prompts
 from training.mini.evaluate import interval
 from training.mini.evaluate_clap import NEGATIVES
 from training.soundworld.captions import CaptionTruth

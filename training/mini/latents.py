@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from services.models.mel import LogMel
+from services.models.mel import LogMel, mel_frames
 from training.soundworld.captions import CaptionTruth, Relation
-from training.soundworld.scenes import Scene, SceneConfig, make_scene
+from training.soundworld.scenes import SHORT, Scene, SceneConfig, make_scene
 from training.soundworld.synthesis import CLASSES
 
 SEED = 404
 SHARD = 2_048
-SHORT = SceneConfig(single=0.2, sequence=0.55)
 LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
 RELATIONS: tuple[Relation, ...] = ("single", "then", "while")
 
@@ -36,11 +35,6 @@ class LatentSet:
     latents_BCTF: Tensor
     """float16."""
     truths: list[CaptionTruth]
-
-
-def mel_frames(waveform_BN: Tensor, log_mel: LogMel) -> Tensor:
-    """Log-mel [B, 1, T, M], the last frame cut off so that T is samples / hop (upstream cuts alike)."""
-    return log_mel(waveform_BN)[:, None, : waveform_BN.shape[1] // log_mel.hop_length]
 
 
 def _encode(scenes: list[Scene], vae: AutoencoderKL, log_mel: LogMel) -> NDArray[np.float16]:

@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from services.models.clap_loading import load_clap
+from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
 from services.models.mini import PARTS
-from services.models.reward import WEIGHTS_NAME, RewardHead, read_reward_config, save_head
-from services.models.schedulers import SD21_CONFIG
-from services.models.tagger import EventTagger
-from services.models.tango import TangoPipeline
+from services.models.mini.tagger import EventTagger
+from services.models.reward.model import WEIGHTS_NAME, RewardHead, read_reward_config, save_head
+from services.models.tango.pipeline import TangoPipeline
+from services.models.tango.schedulers import SD21_CONFIG
 from services.models.vocoder import GriffinLimVocoder
 from training.mini.text_encoder import TEXT_LENGTH
 

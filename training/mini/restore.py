@@ -11,9 +11,9 @@ The optimiser's state is not shipped: what goes on is a new run from old weights
 import argparse
 from pathlib import Path
 
-from services.models.loading import load_tango
 from services.models.mini import mini_folder
-from services.models.tagger import EventTagger
+from services.models.mini.tagger import EventTagger
+from services.models.tango.loading import load_tango
 from training.mini.package import DENOISERS
 
 

@@ -10,11 +10,11 @@ makes of their held-out captions.
 import argparse
 from pathlib import Path
 
-from services.models.loading import load_tango
+from services.audio.spectrogram import spectrogram_sheet_png
 from services.models.mini import mini_folder
-from services.models.tango import TangoPipeline, clip_generator
-from services.spectrogram import spectrogram_sheet_png
-from training.metrics.prompts import PROMPT_SEED, PROMPTS
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline, clip_generator
+from training.evaluation.prompts import PROMPT_SEED, PROMPTS
 from training.mini.package import assemble
 from training.soundworld.scenes import make_scene
 from training.soundworld.synthesis import SAMPLING_RATE

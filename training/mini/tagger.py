@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from services.models.tagger import TIME_STRIDE, EventTagger
+from services.models.mini.tagger import TIME_STRIDE, EventTagger
 from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.scenes import Scene, SceneConfig, make_scene
 from training.soundworld.synthesis import CLASSES

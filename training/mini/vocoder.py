@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from services.models.mel import LogMel
-from services.models.tagger import EventTagger
+from services.models.mel import LogMel, mel_frames
+from services.models.mini.tagger import EventTagger
 from services.models.vocoder import GriffinLimVocoder
-from training.mini.latents import mel_frames
 from training.mini.loop import LoopConfig, fit, part_arguments
 from training.soundworld.scenes import SceneConfig, make_scene
 

@@ -17,11 +17,7 @@ import soundfile
 
 from services.client import ModelVersion
 from services.errors import OutputError
-from training.config import Plain, flatten
-from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
-from training.preferences.perturb import PERTURBED
-from training.preferences.sources import ClipSource, SourceConfig, model_of, open_source
-from training.preferences.store import (
+from training.data.store import (
     REPORT,
     Row,
     RowLog,
@@ -37,7 +33,11 @@ from training.preferences.store import (
     write_json,
     write_rows,
 )
-from training.progress import progress
+from training.loop.config import Plain, flatten
+from training.loop.progress import progress
+from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
+from training.preferences.perturb import PERTURBED
+from training.preferences.sources import ClipSource, Job, SourceConfig, model_of, open_source
 
 CLIPS = "clips"
 FREE: Final = ("source.device", "source.threads", "source.in_flight", "source.timeout", "source.server")
@@ -81,35 +81,6 @@ class CandidatesConfig:
             raise ValueError(
                 "strategies 1.1 and 1.2 choose among clips: clips and varied_steps need 2 or more"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One clip to make."""
-
-    number: int
-    """Place among all jobs: what shards are cut by."""
-    strategy: str
-    caption: str
-    """What the clip will be judged against."""
-    prompt: str
-    """What it is made of."""
-    kind: str | None
-    """What is wrong with the prompt; None where it is the caption."""
-    slot: int
-    """Place among the caption's clips in the strategy."""
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str | None
-    duration: float | None
-
-    def settings(self) -> dict[str, Any]:
-        """All that the clip's content depends on, but the model."""
-        settings = asdict(self)
-        for name in ("number", "kind"):
-            del settings[name]
-        return settings
 
 
 def plan(

@@ -16,10 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from services.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
-from training.config import Plain, flatten
-from training.preferences.embedders import Embedder, embedder_identity, load_embedder
-from training.preferences.store import (
+from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
+from training.data.store import (
     Row,
     batches,
     claim,
@@ -31,7 +29,9 @@ from training.preferences.store import (
     write_atomically,
     write_rows,
 )
-from training.progress import progress
+from training.loop.config import Plain, flatten
+from training.loop.progress import progress
+from training.preferences.embedders import Embedder, embedder_identity, load_embedder
 from training.soundworld.scenes import SceneConfig, draw_caption
 
 CAPTIONS = "captions.jsonl"

@@ -16,13 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from services.runtime.audio import encode_audio
-from training.config import Plain, flatten
-from training.examples import Clip, FileClip, ParquetClip, decode, find_audio
-from training.preferences.candidates import candidates_digest, read_candidates
-from training.preferences.pairs import PAIRS, read_pairs, table_2
-from training.preferences.scores import refuse_unreadable
-from training.preferences.store import (
+from services.audio.encoding import encode_audio
+from training.data.examples import Clip, FileClip, ParquetClip, decode, find_audio
+from training.data.store import (
     REPORT,
     Row,
     batches,
@@ -33,7 +29,11 @@ from training.preferences.store import (
     read_json,
     write_atomically,
 )
-from training.progress import progress
+from training.loop.config import Plain, flatten
+from training.loop.progress import progress
+from training.preferences.candidates import candidates_digest, read_candidates
+from training.preferences.pairs import PAIRS, read_pairs, table_2
+from training.preferences.scores import refuse_unreadable
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -156,7 +156,7 @@ def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Pre
 
     Every clip is decoded once. Raises `InvalidInputError`.
     """
-    from training.reward_data import check_readable
+    from training.data.examples import check_readable
 
     unreadable: dict[Clip, str] = {}
     found = []

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.models.clap_loading import load_tokenizer
-from services.models.loading import check_tango_folder, pick_device
-from services.models.weights import quiet_loading
-from services.runtime.model_uri import ModelURI, resolve
+from services.models.clap.loading import load_tokenizer
+from services.models.state_dicts import quiet_loading
+from services.models.tango.loading import check_tango_folder, pick_device
+from services.weights.uri import ModelURI, resolve
+from training.data.store import invalid
 from training.preferences.scorers import load_clap_scorer
-from training.preferences.store import invalid
 
 FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODEL_URI"
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError
-from services.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
+from training.data.store import Row, digest_of, invalid, write_json
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
-from training.preferences.store import Row, digest_of, invalid, write_json
 
 URL_VARIABLE: Final = "MILONGA_LLM_URL"
 MODEL_VARIABLE: Final = "MILONGA_LLM_MODEL"

@@ -15,10 +15,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from training.config import Plain, flatten
-from training.preferences.candidates import candidates_digest, read_candidates
-from training.preferences.scores import SCORES, read_scores
-from training.preferences.store import (
+from training.data.store import (
     REPORT,
     Row,
     claim,
@@ -29,6 +26,9 @@ from training.preferences.store import (
     read_rows,
     write_rows,
 )
+from training.loop.config import Plain, flatten
+from training.preferences.candidates import candidates_digest, read_candidates
+from training.preferences.scores import SCORES, read_scores
 
 PAIRS = "pairs.jsonl"
 RANKED = "ranked"

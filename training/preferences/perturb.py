@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from training.config import Plain, flatten
+from training.data.store import Row, claim, file_digest, finish, side_by_side, write_rows
+from training.loop.config import Plain, flatten
+from training.loop.progress import progress
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
 from training.preferences.llm import FREE as LLM_FREE
 from training.preferences.llm import LLMConfig, LLMPerturber
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Perturber, Strategy
 from training.preferences.rules import RulePerturber
-from training.preferences.store import Row, claim, file_digest, finish, side_by_side, write_rows
-from training.progress import progress
 
 PERTURBED = "perturbed.jsonl"
 

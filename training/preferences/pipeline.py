@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from training.config import Plain
+from training.data.store import REPORT, Row, digest_of
+from training.loop.config import Plain
 from training.preferences.candidates import (
     FREE as CANDIDATES_FREE,
 )
@@ -37,7 +38,6 @@ from training.preferences.perturb import PerturbConfig, perturb_captions, pertur
 from training.preferences.scores import FREE as SCORES_FREE
 from training.preferences.scores import ScoresConfig, score_candidates, scores_identity
 from training.preferences.sources import SourceConfig
-from training.preferences.store import REPORT, Row, digest_of
 
 Stage = Literal["captions", "perturb", "candidates", "scores", "pairs", "dataset"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)

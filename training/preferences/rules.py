@@ -17,8 +17,8 @@ from typing import Final, Literal
 
 import numpy as np
 
+from training.data.store import digest_of
 from training.preferences.perturbation import Kind, Perturbation, Strategy
-from training.preferences.store import digest_of
 from training.soundworld.captions import VOCABULARY
 
 Form = Literal["finite", "gerund", "phrase"]

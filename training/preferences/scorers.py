@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.models.clap import ClapModel
-from services.models.reward import RewardModel, load_reward
-from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
-from training.preferences.store import invalid
+from services.models.clap.model import ClapModel
+from services.models.reward.model import RewardModel, load_reward
+from services.weights.uri import ModelURI, ResolvedModel, resolve
+from training.data.store import invalid
 
 
 class ClapScorer(Protocol):
-    """What is used of `services.models.clap.ClapModel`, and laion_clap's own class has."""
+    """What is used of `services.models.clap.model.ClapModel`, and laion_clap's own class has."""
 
     @property
     def sampling_rate(self) -> int:
@@ -61,15 +61,15 @@ def load_clap_scorer(uri: str, device: str = "auto") -> LoadedScorer:
     model: Any
     match parsed.scheme:
         case "laion":
-            from services.models.clap_laion import load_laion
+            from services.models.clap.laion import load_laion
 
             model = load_laion(version.folder, device=device)
         case "laion-clap":
-            from services.models.laion_clap_backend import load_laion_clap
+            from services.models.clap.laion_package import load_laion_clap
 
             model = load_laion_clap(version.folder, device)
         case _:
-            from services.models.clap_loading import load_clap
+            from services.models.clap.loading import load_clap
 
             model = load_clap(version.folder, device=device)
     return LoadedScorer(model=model, version=version)

@@ -18,12 +18,9 @@ from numpy.typing import NDArray
 
 from services.client import AudioClient
 from services.errors import MilongaError
-from services.runtime.model_uri import ModelURI, resolve
-from training.config import Plain, flatten
-from training.examples import FileClip, decode
-from training.preferences.candidates import candidates_digest, read_candidates
-from training.preferences.scorers import LoadedReward, LoadedScorer, load_clap_scorer, load_reward_scorer
-from training.preferences.store import (
+from services.weights.uri import ModelURI, resolve
+from training.data.examples import FileClip, decode
+from training.data.store import (
     Row,
     RowLog,
     batches,
@@ -34,7 +31,10 @@ from training.preferences.store import (
     side_by_side,
     write_rows,
 )
-from training.progress import progress
+from training.loop.config import Plain, flatten
+from training.loop.progress import progress
+from training.preferences.candidates import candidates_digest, read_candidates
+from training.preferences.scorers import LoadedReward, LoadedScorer, load_clap_scorer, load_reward_scorer
 
 SCORES = "scores.jsonl"
 REWARD = "reward"
@@ -158,7 +158,7 @@ def refuse_unreadable(unreadable: Mapping[FileClip, str], total: int, limit: flo
     """Tell which clips are left out. Raises `InvalidInputError` where they are more than `limit` of all."""
     if unreadable:
         # Inside: it brings accelerate along, and clips that can't be read are rare.
-        from training.reward_data import check_readable
+        from training.data.examples import check_readable
 
         check_readable(dict(sorted(unreadable.items(), key=lambda item: item[0].name)), total, limit)
 

@@ -1,18 +1,17 @@
 """Who makes clips: an engine in this process, or a generation service. Shapes: N samples."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from services.audio.encoding import encode_audio
 from services.client import AudioClient, ModelVersion
 from services.errors import MilongaError
-from services.models.loading import DTYPES
-from services.runtime.audio import encode_audio
-from services.runtime.model_uri import ModelURI, ResolvedModel, resolve
+from services.models.tango.loading import DTYPES
+from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 if TYPE_CHECKING:
     from services.engine import Engine
-    from training.preferences.candidates import Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +49,42 @@ class SourceConfig:
             raise ValueError(f"timeout is {self.timeout}, must be seconds above 0")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One clip to make."""
+
+    number: int
+    """Place among all jobs: what shards are cut by."""
+    strategy: str
+    caption: str
+    """What the clip will be judged against."""
+    prompt: str
+    """What it is made of."""
+    kind: str | None
+    """What is wrong with the prompt; None where it is the caption."""
+    slot: int
+    """Place among the caption's clips in the strategy."""
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str | None
+    duration: float | None
+
+    def settings(self) -> dict[str, Any]:
+        """All that the clip's content depends on, but the model."""
+        settings = asdict(self)
+        for name in ("number", "kind"):
+            del settings[name]
+        return settings
+
+
 class ClipSource(Protocol):
     """Makes clips. Thread-safe: callers ask side by side."""
 
     model: ModelVersion
     """Which weights make them."""
 
-    def make(self, job: "Job") -> bytes:
+    def make(self, job: Job) -> bytes:
         """The encoded clip of a job; the same job gives the same clip. Raises `MilongaError`."""
 
     def close(self) -> None:
@@ -77,7 +105,7 @@ def open_source(config: SourceConfig) -> ClipSource:
     if config.server is not None:
         return ServiceSource(config)
     from services.engine import Engine, EngineConfig
-    from services.models.loading import load_tango
+    from services.models.tango.loading import load_tango
 
     resolved = resolve(ModelURI.parse(config.model))
     pipeline = load_tango(resolved.folder, device=config.device, dtype=config.dtype)
@@ -100,7 +128,7 @@ class EngineSource:
         self.model = version_of(model)
         self._engine, self._config = engine, config
 
-    def make(self, job: "Job") -> bytes:
+    def make(self, job: Job) -> bytes:
         """See `ClipSource`."""
         request = self._engine.request(
             job.prompt,
@@ -128,7 +156,7 @@ class ServiceSource:
         self._config = config
         self._client = AudioClient(config.server, timeout=config.timeout, retries=4)
 
-    def make(self, job: "Job") -> bytes:
+    def make(self, job: Job) -> bytes:
         """See `ClipSource`."""
         made = self._client.generate(
             job.prompt,

@@ -18,19 +18,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from services.errors import (
-    DeadlineExceededError,
-    InvalidInputError,
-    MilongaError,
-    ModelError,
-    OutputError,
-    QueueFullError,
-    RequestCancelledError,
-    ServiceUnavailableError,
-    UnauthenticatedError,
-)
-from training import command_line
-from training.cluster import ConflictError, RequestRefusedError
+from services.errors import MilongaError
+from training import exits
+from training.cluster.namespace import EXIT_CODES as CLUSTER_EXIT_CODES
 
 
 class PromotionError(MilongaError):
@@ -63,22 +53,12 @@ class UnrecordedError(PromotionError):
 
 EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
     {
-        InvalidInputError: 2,
-        ModelError: 2,
+        **CLUSTER_EXIT_CODES,
         GatesRefusedError: 3,
         RolloutError: 4,
-        QueueFullError: 4,
-        DeadlineExceededError: 4,
         BusyError: 5,
-        ServiceUnavailableError: 6,
-        UnauthenticatedError: 6,
-        OutputError: 6,
-        RequestRefusedError: 6,
-        ConflictError: 6,
         RollbackError: 7,
         UnrecordedError: 8,
-        RequestCancelledError: 130,
-        KeyboardInterrupt: 130,
     }
 )
 """Exit code of `milonga promote` by error, the nearest class first; 1 for what is not here: our fault."""
@@ -86,4 +66,4 @@ EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
 
 def exit_code(error: BaseException) -> int:
     """The exit code that `error` ends `milonga promote` with."""
-    return command_line.exit_code(error, EXIT_CODES)
+    return exits.exit_code(error, EXIT_CODES)

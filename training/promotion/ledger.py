@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from training.promotion.errors import BusyError
 from training.promotion.registry import Registry, asking
 from training.promotion.target import Pin, shown_pin
-from training.register import experiment_id
+from training.tracking.register import experiment_id
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

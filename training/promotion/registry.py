@@ -23,8 +23,8 @@ from services.errors import (
 )
 from services.models.manifest import MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
-from services.runtime.model_uri import EMBEDDED
-from services.runtime.registry import DIGEST_TAG, FOLDER_TAG, connect, shown, tracking_uri
+from services.weights.registry import DIGEST_TAG, FOLDER_TAG, connect, shown, tracking_uri
+from services.weights.uri import EMBEDDED
 from training.promotion.target import Pin
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from services.runtime.model_uri import ModelURI
-from training.promotion.clip_clients import ClipClient
+from services.weights.uri import ModelURI
+from training.promotion.targets.clip_clients import ClipClient
 
 Pin = str
 """A model URI with its digest: ``models:/milonga-tango/7#sha256:…``."""

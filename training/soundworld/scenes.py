@@ -65,6 +65,10 @@ class SceneConfig:
             raise ValueError(f"shares must lie in [0, 1], got {self}")
 
 
+SHORT = SceneConfig(single=0.2, sequence=0.55)
+"""Scenes of the shorter duration, as the denoisers are trained on."""
+
+
 def split_of(caption: str) -> Split:
     """The split that a caption's text belongs to, whatever the seed that drew it."""
     normalised = " ".join(caption.lower().replace(",", " ").split())

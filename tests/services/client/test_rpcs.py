@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from milonga.v1 import audio_pb2
+from services.audio.encoding import encode_audio
 from services.client import (
     MAX_REQUEST_BYTES,
     AsyncAudioClient,
@@ -17,7 +18,6 @@ from services.client import (
     sounds,
 )
 from services.errors import InvalidInputError
-from services.runtime.audio import encode_audio
 from tests.services.client.serving import Told, ask
 
 TOLD = ModelVersion(name="told", version="3", digest="sha256:abc", license="Apache-2.0")

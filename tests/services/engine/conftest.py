@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 from tests.tiny import tiny_pipeline
 
 

@@ -17,7 +17,7 @@ from services.errors import (
     RequestCancelledError,
     ServiceUnavailableError,
 )
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 from tests.services.engine.watching import Watch, broken, denoiser_calls
 
 ONE = EngineConfig(threads=1)

@@ -18,8 +18,8 @@ from services.engine import (
     Progress,
     Queued,
 )
-from services.models.schedulers import SCHEDULERS
-from services.models.tango import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.schedulers import SCHEDULERS
 from tests.services.engine.watching import Watch, denoiser_calls
 from tests.tiny import tiny_pipeline
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from services.engine import ClipReady, Event, Failed, Finished
-from services.models.tango import TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 
 E = TypeVar("E")
 TIMEOUT = 60.0

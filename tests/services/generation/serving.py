@@ -17,9 +17,9 @@ from services.engine import Engine, EngineConfig
 from services.generation.serve import add_generation
 from services.generation.slot import EngineSlot, Served
 from services.runtime.metrics import ServerMetrics
-from services.runtime.model_uri import ResolvedModel
 from services.runtime.server import Server
 from services.runtime.settings import ServerSettings, load_settings
+from services.weights.uri import ResolvedModel
 from tests.tiny import tiny_pipeline
 
 MODEL = ResolvedModel(

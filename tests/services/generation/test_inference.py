@@ -28,12 +28,12 @@ from tritonclient.grpc import service_pb2_grpc as rpc
 
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
-from services.models.loading import load_tango
+from services.inference import SERVICE_NAME
 from services.models.manifest import write_manifest
-from services.runtime.inference import SERVICE_NAME
-from services.runtime.model_uri import ResolvedModel
+from services.models.tango.loading import load_tango
+from services.weights.uri import ResolvedModel
 from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
-from tests.services.runtime.asking import parameters, refusal, tensor
+from tests.services.inference.asking import parameters, refusal, tensor
 from tests.tiny import tiny_pipeline
 
 PROMPTS = ["a dog barks then a siren wails", "a bell rings"]

@@ -27,11 +27,11 @@ from services.errors import (
     ModelNotFoundError,
     UnauthenticatedError,
 )
-from services.models.loading import load_tango
 from services.models.manifest import write_manifest
-from services.models.tango import TangoPipeline
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline
 from services.models.vocoder import GriffinLimVocoder
-from services.runtime.model_uri import ResolvedModel
+from services.weights.uri import ResolvedModel
 from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
 from tests.tiny import tiny_pipeline
 

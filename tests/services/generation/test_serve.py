@@ -19,7 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.client import AudioClient
 from services.errors import InvalidInputError, ModelNotFoundError, UnauthenticatedError
-from services.generation.serve import GenerationSettings, run
+from services.generation.serve import run
+from services.generation.settings import GenerationSettings
 from services.runtime.settings import load_settings
 from tests.tiny import tiny_pipeline
 

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from milonga.v1 import audio_pb2
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
+from services.audio.encoding import ENCODINGS
 from services.client import AsyncAudioClient, AudioClient, Clip, Finished, Preview, Progress, Queued
 from services.engine import Engine
 from services.errors import (
@@ -23,7 +24,6 @@ from services.errors import (
     QueueFullError,
     ServiceUnavailableError,
 )
-from services.runtime.audio import ENCODINGS
 from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
 
 PROMPT = "A dog barks then a siren wails"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.load import Call, Load, LoadPlan, References, easy, plot, read_calls, summarize, write_results
-from services.cli.processes import ServicePlan, ServiceProcess, free_port, running
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
-from services.models.loading import load_tango
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.mini import mini_folder
+from services.models.tango.loading import load_tango
+from services.processes import ServicePlan, ServiceProcess, free_port, running
 from tests.services.generation.serving import serving
 from tests.tiny import tiny_pipeline
 

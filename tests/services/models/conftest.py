@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.models.loading import load_tango
-from services.models.tango import TangoPipeline
-from services.models.tango_checkpoint import convert_checkpoint
-from tests.services.models.released import write_released
+from services.models.tango.checkpoint import convert_checkpoint
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline
+from tests.services.models.tango.released import write_released
 from tests.tiny import tiny_pipeline
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from services.errors import ModelNotFoundError
-from services.models.loading import load_tango
 from services.models.manifest import verify_manifest
 from services.models.mini import PARTS, mini_folder
-from services.models.tagger import EventTagger
-from services.models.tango import TangoPipeline, clip_generator
+from services.models.mini.tagger import EventTagger
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline, clip_generator
 
 
 @pytest.fixture(scope="module")

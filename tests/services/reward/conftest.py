@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from services.models.reward import RewardModel
+from services.models.reward.model import RewardModel
 from tests.services.reward.serving import Served, serving
 from tests.tiny import tiny_clap, tiny_reward
 

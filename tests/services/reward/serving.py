@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.models.manifest import write_manifest
-from services.models.reward import RewardModel
+from services.models.reward.model import RewardModel
 from services.reward.judge import Judge
-from services.reward.serve import RewardSettings, add_reward
+from services.reward.serve import add_reward
+from services.reward.settings import RewardSettings
 from services.runtime.metrics import ServerMetrics
-from services.runtime.model_uri import ResolvedModel
 from services.runtime.server import Server
 from services.runtime.settings import load_settings
+from services.weights.uri import ResolvedModel
 from tests.tiny import tiny_clap, tiny_reward
 
 CLAP = ResolvedModel(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from milonga.v1 import reward_pb2 as pb
+from services.audio.clips import AudioBounds
 from services.errors import InvalidInputError
 from services.reward.convert import rank, read_candidates, sigmoid, write_place, write_reward
-from services.runtime.clips import AudioBounds
 from tests.services.reward.serving import float32, tone
 
 

@@ -9,8 +9,8 @@ import tritonclient.grpc as triton
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1.audio_pb2 import PromptedClip
+from tests.services.inference.asking import parameters, refusal, tensor
 from tests.services.reward.serving import MODEL, Served, float32, tone, wav
-from tests.services.runtime.asking import parameters, refusal, tensor
 
 PROMPTS = ["a dog barks then a siren wails", "a bell rings"]
 TONES = [tone(), tone(hertz=880.0)]

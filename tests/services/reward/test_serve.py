@@ -20,8 +20,9 @@ from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.errors import DigestMismatchError, InvalidInputError, ModelError, ModelFormatError
 from services.models.manifest import write_manifest
-from services.models.reward import WEIGHTS_NAME
-from services.reward.serve import RewardSettings, _uris, load
+from services.models.reward.model import WEIGHTS_NAME
+from services.reward.judge import load
+from services.reward.settings import RewardSettings, model_uris
 from services.runtime.settings import load_settings
 from tests.services.reward.serving import float32, tone, write_models
 from tests.tiny import tiny_clap
@@ -101,7 +102,7 @@ def test_a_folder_of_something_else_is_refused(folders: tuple[Path, Path]) -> No
 
 def test_the_name_of_the_family_means_its_reward_model(folders: tuple[Path, Path]) -> None:
     def paths(model: str) -> list[tuple[str, str, str | None]]:
-        return [(uri.scheme, uri.path, uri.digest) for uri in _uris(RewardSettings(model=model))]
+        return [(uri.scheme, uri.path, uri.digest) for uri in model_uris(RewardSettings(model=model))]
 
     pin = "sha256:" + "0" * 64
     clap = ("embedded", "clap-a", None)
@@ -112,7 +113,7 @@ def test_the_name_of_the_family_means_its_reward_model(folders: tuple[Path, Path
 
 def test_wrong_uris_are_named_at_once() -> None:
     with pytest.raises(InvalidInputError) as caught:
-        _uris(RewardSettings(model="x", clap="y"))
+        model_uris(RewardSettings(model="x", clap="y"))
     assert [fault.field for fault in caught.value.violations] == ["model", "clap"]
 
 

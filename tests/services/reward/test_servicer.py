@@ -18,7 +18,7 @@ from prometheus_client import generate_latest
 from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
-from services.models.reward import RewardModel
+from services.models.reward.model import RewardModel
 from tests.services.reward.serving import CLAP, MODEL, Served, float32, serving, tone, wav
 from tests.tiny import tiny_clap, tiny_reward
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from services.errors import InvalidInputError
-from services.generation.serve import GenerationSettings
-from services.reward.serve import RewardSettings
+from services.generation.settings import GenerationSettings
+from services.reward.settings import RewardSettings
 from services.runtime.settings import ServerSettings, load_settings
 
 

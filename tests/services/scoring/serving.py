@@ -16,8 +16,9 @@ from services.models.manifest import write_manifest
 from services.runtime.metrics import ServerMetrics
 from services.runtime.server import Server
 from services.runtime.settings import ServerSettings, load_settings
-from services.scoring.scorers import Scorer
-from services.scoring.serve import ScoringSettings, add_scoring, load
+from services.scoring.scorers import Scorer, load
+from services.scoring.serve import add_scoring
+from services.scoring.settings import ScoringSettings
 from tests.tiny import tiny_clap
 
 

@@ -13,8 +13,8 @@ from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
 from milonga.v1.audio_pb2 import PromptedClip
 from services.models.manifest import read_manifest
-from tests.services.runtime.asking import parameters, refusal, tensor
-from tests.services.runtime.sounds import file_of, float32, silent_flac, tone
+from tests.services.audio.sounds import file_of, float32, silent_flac, tone
+from tests.services.inference.asking import parameters, refusal, tensor
 from tests.services.scoring.serving import Served, serving
 
 PROMPTS = ["a dog barks then a siren wails", "a bell rings"]

@@ -25,7 +25,9 @@ from services.errors import (
     ModelNotFoundError,
 )
 from services.runtime.settings import load_settings
-from services.scoring.serve import ScoringSettings, load, run
+from services.scoring.scorers import load
+from services.scoring.serve import run
+from services.scoring.settings import ScoringSettings
 
 COMMAND = [sys.executable, "-m", "services.scoring"]
 WEIGHTS = "model.safetensors"

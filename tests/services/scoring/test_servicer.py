@@ -22,7 +22,7 @@ from milonga.v1.audio_pb2 import Clip, PromptedClip
 from services.models.manifest import read_manifest
 from services.scoring.scorers import Scorer
 from services.scoring.servicer import SERVICE_NAME
-from tests.services.runtime.sounds import file_of, float32, silent_flac, tone
+from tests.services.audio.sounds import file_of, float32, silent_flac, tone
 from tests.services.scoring.serving import Served, serving
 from tests.tiny import tiny_clap
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from services.models.clap_loading import load_clap
+from services.models.clap.loading import load_clap
 from services.models.mini import mini_folder
 from training.mini import clap, evaluate_clap, parsing
 from training.mini.clap_tokenizer import TEXT_LENGTH, build_tokenizer

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.models.tagger import Detection, EventTagger, detections
-from training.metrics.events import judge
-from training.metrics.prompts import held_out_prompts
+from services.models.mini.tagger import Detection, EventTagger, detections
+from training.evaluation.events import judge
+from training.evaluation.prompts import held_out_prompts
 from training.mini.evaluate import interval, summarise
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import split_of

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from services.models.loading import load_tango
 from services.models.mel import LogMel
 from services.models.mini import mini_folder
+from services.models.tango.loading import load_tango
 from training.mini import autoencoder, denoiser, parsing, text_encoder, vocoder
-from training.mini.latents import SHORT, LatentSet, load_shards
+from training.mini.latents import LatentSet, load_shards
 from training.mini.package import assemble
 from training.mini.restore import restore
 from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
-from training.soundworld.scenes import split_of
+from training.soundworld.scenes import SHORT, split_of
 from training.soundworld.synthesis import CLASSES
 
 

@@ -15,17 +15,11 @@ from services.errors import InvalidInputError, MilongaError, OutputError
 from tests.services.generation.serving import serving, tiny_engine
 from tests.training.preferences.candidates_program import config as program_config
 from tests.training.preferences.conftest import Models, Stages
+from training.data.store import Row, read_json, read_rows
 from training.preferences import candidates as stage
-from training.preferences.candidates import (
-    CandidatesConfig,
-    Job,
-    make_candidates,
-    plan,
-    read_candidates,
-)
+from training.preferences.candidates import CandidatesConfig, make_candidates, plan, read_candidates
 from training.preferences.captions import selected, temporal
-from training.preferences.sources import SourceConfig, open_source
-from training.preferences.store import Row, read_json, read_rows
+from training.preferences.sources import Job, SourceConfig, open_source
 
 CAPTIONS = ["A dog barks then a cat meows", "Rain falls"]
 PERTURBED: list[Row] = [

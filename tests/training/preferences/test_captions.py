@@ -9,6 +9,7 @@ import pytest
 
 from services.errors import InvalidInputError
 from tests.training.preferences.conftest import Models, Stages
+from training.data.store import read_json, read_rows
 from training.preferences import captions as stage
 from training.preferences.captions import (
     CaptionsConfig,
@@ -22,7 +23,6 @@ from training.preferences.captions import (
     temporal,
 )
 from training.preferences.embedders import embedder_identity, load_embedder
-from training.preferences.store import read_json, read_rows
 from training.soundworld.scenes import split_of
 
 TEXTS = ["A dog barks", "Rain falls, then a bell rings", "A dog barks", "", "Birds sing"]

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from services.errors import InvalidInputError
 from tests.training.preferences.conftest import Models, Stages
 from tests.training.preferences.test_scores import _copied
-from training import examples
+from training.commands.preferences import read_shard
+from training.data import examples
+from training.data.store import Row
 from training.preferences.candidates import read_candidates
-from training.preferences.commands import read_shard
 from training.preferences.dataset import (
     DatasetConfig,
     dataset_digest,
@@ -28,7 +29,6 @@ from training.preferences.dataset import (
 from training.preferences.pairs import read_pairs
 from training.preferences.perturb import PerturbConfig
 from training.preferences.pipeline import PREFERENCES, PreferencesConfig, Stage, make_preferences
-from training.preferences.store import Row
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_all_stages_and_again_nothing(
 def test_the_command() -> None:
     import typer
 
-    from training.preferences.commands import preferences
+    from training.commands.preferences import preferences
 
     app = typer.Typer()
     app.command()(preferences)

@@ -6,7 +6,8 @@ import pytest
 
 from services.errors import InvalidInputError
 from tests.training.preferences.conftest import Stages
-from training.config import override
+from training.data.store import Row, read_json
+from training.loop.config import override
 from training.preferences.pairs import (
     PairsConfig,
     Quantiles,
@@ -21,7 +22,6 @@ from training.preferences.pairs import (
     table_2,
 )
 from training.preferences.pairs import Pool as PairPool
-from training.preferences.store import Row, read_json
 
 NAMES = ("a", "b")
 

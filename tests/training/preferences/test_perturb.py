@@ -11,13 +11,13 @@ import pytest
 
 from services.errors import InvalidInputError, MilongaError, ServiceUnavailableError
 from tests.training.preferences.conftest import Stages
-from training.config import override
+from training.data.store import read_rows, write_rows
+from training.loop.config import override
 from training.preferences import llm
 from training.preferences.captions import CAPTIONS, TEMPORAL
 from training.preferences.llm import LLMConfig, LLMPerturber
 from training.preferences.perturb import PerturbConfig, perturb_captions
 from training.preferences.perturbation import BadAnswerError
-from training.preferences.store import read_rows, write_rows
 
 CAPTION = "A dog barks then a siren wails"
 KEY = "not-for-everyone"

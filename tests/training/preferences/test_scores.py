@@ -6,13 +6,13 @@ import pytest
 import soundfile
 
 from services.errors import InvalidInputError
-from services.models.clap_loading import load_clap
+from services.models.clap.loading import load_clap
 from tests.services.scoring.serving import serving
 from tests.training.preferences.conftest import Models, Stages
+from training.data.store import Row, read_json, read_rows
 from training.preferences import scores as stage
 from training.preferences.candidates import read_candidates
 from training.preferences.scores import ScoresConfig, read_scores, score_candidates
-from training.preferences.store import Row, read_json, read_rows
 
 
 def _copied(folder: Path, target: Path) -> Path:

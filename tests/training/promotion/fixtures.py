@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from services.models.manifest import write_manifest
-from training.promote import Parts
-from training.promotion.clip_clients import ClipClient
 from training.promotion.errors import BusyError, RolloutError
 from training.promotion.ledger import Ledger
+from training.promotion.promote import Parts
 from training.promotion.registry import Registry, Version
 from training.promotion.target import Pin, digest_of
-from training.register import Provenance, tags_of
+from training.promotion.targets.clip_clients import ClipClient
+from training.tracking.register import Provenance, tags_of
 
 UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16], "_name_or_path": "build/a"}
 

@@ -1,0 +1,1 @@
+"""Sound and prompts as they come in and go out: decoding, encoding, resampling, spectrograms, checks."""

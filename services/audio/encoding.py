@@ -1,0 +1,91 @@
+"""Samples to bytes and back, in every encoding of the wire. Shapes: N samples.
+
+Imports neither torch nor scipy, so that the client can read clips.
+"""
+
+import io
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from milonga.v1 import audio_pb2
+from services.audio.resampling import resample
+
+Waveform = NDArray[np.float32]
+
+ENCODINGS: "Mapping[str, audio_pb2.AudioEncoding.ValueType]" = MappingProxyType(
+    {
+        "wav": audio_pb2.AUDIO_ENCODING_WAV,
+        "flac": audio_pb2.AUDIO_ENCODING_FLAC,
+        "ogg": audio_pb2.AUDIO_ENCODING_OGG_VORBIS,
+        "linear16": audio_pb2.AUDIO_ENCODING_LINEAR16,
+        "float32": audio_pb2.AUDIO_ENCODING_FLOAT32,
+    }
+)
+"""Python's names of the encodings; the first is the default."""
+
+DEFAULT_ENCODING = "wav"
+MIN_SAMPLING_RATE = 8_000
+MAX_SAMPLING_RATE = 48_000
+"""Bounds of a clip's sampling rate in hertz: telephone to studio. Vorbis and FLAC hold all of them."""
+
+# Vorbis' encoder (libsndfile) needs its input in blocks: given 10 s at once it overflows its stack.
+_VORBIS_BLOCK = 4096
+
+
+def encoding_name(encoding: "audio_pb2.AudioEncoding.ValueType") -> str | None:
+    """Python's name of a wire encoding; the default's for UNSPECIFIED, None for one that is not known."""
+    if encoding == audio_pb2.AUDIO_ENCODING_UNSPECIFIED:
+        return DEFAULT_ENCODING
+    return next((name for name, value in ENCODINGS.items() if value == encoding), None)
+
+
+def encode_audio(
+    waveform_N: Waveform, sampling_rate: int, encoding: str = DEFAULT_ENCODING, target_rate: int | None = None
+) -> bytes:
+    """Encode mono float samples.
+
+    Args:
+        waveform_N: samples; outside [-1, 1] they are clipped, never wrapped.
+        sampling_rate: of `waveform_N`, in hertz.
+        encoding: a key of `ENCODINGS`.
+        target_rate: rate to resample to, in hertz; None keeps `sampling_rate`.
+
+    Raises:
+        ValueError: samples that are not one-dimensional or not finite: the model's fault, never the caller's.
+    """
+    if waveform_N.ndim != 1 or not np.isfinite(waveform_N).all():
+        raise ValueError(f"expected finite mono samples, got shape {waveform_N.shape}")
+    rate = target_rate or sampling_rate
+    clipped_N = np.clip(resample(waveform_N, sampling_rate, rate), -1.0, 1.0)
+    if encoding == "float32":
+        return clipped_N.astype("<f4").tobytes()
+    if encoding == "ogg":
+        return _encode_vorbis(clipped_N, rate)
+    pcm_N = np.rint(clipped_N * 32767.0).astype("<i2")
+    if encoding == "linear16":
+        return bytes(pcm_N.tobytes())
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm_N, rate, format={"wav": "WAV", "flac": "FLAC"}[encoding], subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def decode_audio(audio: bytes, encoding: str, sampling_rate: int) -> tuple[Waveform, int]:
+    """Return ([N] samples in [-1, 1], sampling rate in hertz) of mono sound that `encode_audio` made."""
+    if encoding == "float32":
+        return np.frombuffer(audio, dtype="<f4").astype(np.float32), sampling_rate
+    if encoding == "linear16":
+        return (np.frombuffer(audio, dtype="<i2") / np.float32(32767)).astype(np.float32), sampling_rate
+    waveform_N, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
+    return waveform_N, rate
+
+
+def _encode_vorbis(waveform_N: Waveform, sampling_rate: int) -> bytes:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", sampling_rate, channels=1, format="OGG", subtype="VORBIS") as file:
+        for start in range(0, len(waveform_N), _VORBIS_BLOCK):
+            file.write(waveform_N[start : start + _VORBIS_BLOCK])
+    return buffer.getvalue()

@@ -1,0 +1,83 @@
+"""What ModelStatistics tells: requests of this protocol, by version of the weights."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+from tritonclient.grpc import service_pb2 as pb
+
+from services.inference.model import Response, Stages
+
+_STAGES = tuple(stage.name for stage in fields(Stages))
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Of one version. Times are in seconds."""
+
+    rows: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    success_seconds: float = 0.0
+    fail_seconds: float = 0.0
+    last_milliseconds: int = 0
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STAGES, 0.0))
+
+
+@dataclass(slots=True)
+class Measured:
+    """One request under way."""
+
+    rows: int = 0
+    stages: Stages | None = None
+
+    def add(self, response: Response) -> None:
+        """Take an answer into account."""
+        self.rows += response.rows
+        self.stages = response.stages or self.stages
+
+
+class Statistics:
+    """Counts the requests to one model since the start. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, _Counts] = {}
+
+    @contextmanager
+    def measure(self, version: str) -> Iterator[Measured]:
+        """Count one request: as failed where it raises, a cancelled one included."""
+        start, measured = time.monotonic(), Measured()
+        counts = self._versions.setdefault(version, _Counts())
+        try:
+            yield measured
+        except BaseException:
+            counts.failed += 1
+            counts.fail_seconds += time.monotonic() - start
+            raise
+        counts.succeeded += 1
+        counts.success_seconds += time.monotonic() - start
+        counts.rows += measured.rows
+        counts.last_milliseconds = round(time.time() * 1000)
+        for stage in _STAGES:
+            counts.stages[stage] += getattr(measured.stages or Stages(), stage)
+
+    def messages(self, name: str, served: str) -> Iterator[pb.ModelStatistics]:
+        """Yield the statistics of the `served` version of the model called `name`, and of earlier ones."""
+        for version, counts in ({served: _Counts()} | self._versions).items():
+            yield pb.ModelStatistics(
+                name=name,
+                version=version,
+                last_inference=counts.last_milliseconds,
+                inference_count=counts.rows,
+                execution_count=counts.succeeded,
+                inference_stats=pb.InferStatistics(
+                    success=_duration(counts.succeeded, counts.success_seconds),
+                    fail=_duration(counts.failed, counts.fail_seconds),
+                    **{stage: _duration(counts.succeeded, counts.stages[stage]) for stage in _STAGES},
+                ),
+            )
+
+
+def _duration(count: int, seconds: float) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=count, ns=round(seconds * 1e9))

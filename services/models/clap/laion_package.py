@@ -1,0 +1,239 @@
+"""`load_laion_clap`: LAION's checkpoints, run by the laion_clap package (model URI ``laion-clap:PATH``).
+
+For those who want upstream's own arithmetic; `services.models.clap.laion` gives the same embeddings without
+it. The package pins numpy < 2, so it lives in an environment of its own::
+
+    pip install "milonga[serving,laion-clap]"
+
+What has to be worked around in release 1.1.7, all of it while a model is made and undone afterwards:
+
+* importing it loads three tokenizers from the hub, and making a model RoBERTa's weights, which the checkpoint
+  then replaces: here nothing is fetched;
+* it imports torchvision without declaring it, for training alone: where that is missing, an empty module
+  stands in for it;
+* its ``load_ckpt`` runs whatever code a pickle holds, and fails on files without
+  ``text_branch.embeddings.position_ids``: here `read_state` reads, and `check_weights` checks.
+"""
+
+import logging
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from services.errors import ModelError, ModelFormatError
+from services.models.clap.laion import (
+    Weights,
+    architecture,
+    laion_config,
+    laion_extractor,
+    load_words,
+    read_state,
+)
+from services.models.clap.model import CACHED_TEXTS, ClapModel, TextCache
+from services.models.state_dicts import check_weights, quiet_loading
+from services.models.tango.loading import pick_device
+
+POSITIONS: Final = "text_branch.embeddings.position_ids"
+"""A counter that LAION's files hold and today's RoBERTa doesn't."""
+
+_TORCHVISION: Final[dict[str, tuple[str, ...]]] = {
+    "torchvision": (),
+    "torchvision.datasets": (),
+    "torchvision.ops": (),
+    "torchvision.ops.misc": ("FrozenBatchNorm2d",),
+    "torchvision.transforms": (
+        *("CenterCrop", "Compose", "InterpolationMode", "Normalize"),
+        *("RandomResizedCrop", "Resize", "ToTensor"),
+    ),
+}
+"""Names that laion_clap imports and doesn't use to embed: training, and clips longer than a window."""
+
+_FETCHING: Final = ("BertTokenizer", "RobertaTokenizer", "BartTokenizer", "RobertaModel")
+"""transformers' classes that laion_clap fills from the hub."""
+
+
+class LaionClap(ClapModel):
+    """laion_clap's model with the members of `ClapModel` that scoring uses: windows, embeddings, cache.
+
+    Its encoders' tokens can't be had, so a reward model can't stand on it.
+    """
+
+    def __init__(self, laion: nn.Module, extractor: transformers.ClapFeatureExtractor) -> None:
+        """Args:
+        laion: laion_clap's ``CLAP_Module``.
+        extractor: how clips are cut into windows (its spectrogram is not used).
+        """
+        nn.Module.__init__(self)  # ClapModel's own would want transformers' model
+        self.laion: Any = laion
+        self.extractor = extractor
+        self.max_text_tokens = 77  # upstream's, fixed
+        self.cache = TextCache(CACHED_TEXTS)
+
+    @property
+    def dimension(self) -> int:
+        """Width of an embedding, D."""
+        return int(self.laion.model.joint_embed_shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.laion.model.logit_scale_a.device
+        return device
+
+    def audio_features(self, windows_WS: Tensor) -> Tensor:
+        """Normalised embeddings [W, D] of single windows, with gradients."""
+        features = import_module("laion_clap.training.data").get_audio_features
+        heard = [
+            features(
+                {},
+                window_S,
+                self.window_samples,
+                data_truncating=self.extractor.truncation,
+                data_filling=self.extractor.padding,
+                audio_cfg=self.laion.model_cfg["audio_cfg"],
+                require_grad=window_S.requires_grad,
+            )
+            for window_S in windows_WS
+        ]
+        embeddings: Tensor = self.laion.model.get_audio_embedding(heard)
+        return embeddings
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Normalised embeddings [B, D], with gradients and uncached."""
+        embeddings: Tensor = self.laion.get_text_embedding(list(prompts), use_tensor=True)
+        return embeddings
+
+
+def load_laion_clap(path: Path, device: str = "cpu", *, tokenizer: Path | None = None) -> LaionClap:
+    """The checkpoint `path` on `device`, in laion_clap; `tokenizer` as in `clap_laion.load_laion`.
+
+    Raises `ModelError` where the package is not installed, else as `clap_laion.load_laion`.
+    """
+    target = pick_device(device)
+    state = read_state(path)
+    config = laion_config(path.name, state)
+    words = load_words(path, tokenizer, config)
+    module = make_laion_clap(path.name, config, words)
+    held: Weights = module.model.state_dict()
+    weights = {key: value for key, value in state.items() if key != POSITIONS or key in held}
+    check_weights(path.name, module.model, {key: tensor.shape for key, tensor in weights.items()})
+    module.model.load_state_dict(weights)
+    model = LaionClap(module, laion_extractor(config, state))
+    return model.to(target).eval().requires_grad_(False)
+
+
+def make_laion_clap(
+    part: str, config: transformers.ClapConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> Any:
+    """A ``laion_clap.CLAP_Module`` of `config`'s sizes with random weights, on the CPU, nothing fetched.
+
+    `part` names the checkpoint in messages.
+    """
+    name = architecture(part, config)
+    text = config.text_config
+    roberta = transformers.RobertaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        intermediate_size=text.intermediate_size,
+        max_position_embeddings=text.max_position_embeddings,
+        type_vocab_size=text.type_vocab_size,
+        layer_norm_eps=text.layer_norm_eps,
+    )
+    fused = bool(config.audio_config.enable_fusion)
+    package = import_laion_clap()
+    if fused and find_spec("torchaudio") is None:
+        raise ModelError(
+            f"{part} is a fused model, for which laion_clap needs torchaudio; install it as well"
+        )
+    try:
+        with quiet_loading(), _quiet_root(), _not_fetching(tokenizer, roberta):
+            return package.CLAP_Module(
+                enable_fusion=fused, device="cpu", amodel=name, tmodel="roberta"
+            ).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ModelFormatError(f"{part}: laion_clap can't make this model: {error}") from error
+
+
+def import_laion_clap() -> Any:
+    """The package, imported without fetching anything; `ModelError` where it can't be used."""
+    if find_spec("laion_clap") is None:
+        raise ModelError(
+            "laion_clap is not installed; it needs numpy < 2, so install it into an environment of its own: "
+            'pip install "milonga[serving,laion-clap]"'
+        )
+    try:
+        with _quiet_root(), _not_fetching(None, None), _torchvision():
+            return import_module("laion_clap")
+    except (ImportError, AttributeError) as error:  # numpy 2 lacks names that its dependencies use
+        raise ModelError(
+            f"laion_clap can't be imported ({error}); it needs an environment of its own, with numpy < 2"
+        ) from error
+
+
+@contextmanager
+def _not_fetching(
+    tokenizer: transformers.PreTrainedTokenizerBase | None, roberta: transformers.RobertaConfig | None
+) -> Iterator[None]:
+    """Inside, what upstream takes from the hub is `tokenizer`, and a random RoBERTa of the given sizes."""
+
+    def made(name: str, *_: object, **__: object) -> Any:
+        return tokenizer
+
+    def random(name: str, *_: object, **__: object) -> Any:
+        return transformers.RobertaModel(roberta)
+
+    with ExitStack() as stack:
+        for name in _FETCHING:
+            replacement = random if name.endswith("Model") else made
+            stack.enter_context(
+                mock.patch.object(getattr(transformers, name), "from_pretrained", replacement)
+            )
+        yield
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Inside, empty classes of torchvision's names can be imported where torchvision is not installed."""
+    if find_spec("torchvision") is not None:
+        yield
+        return
+    # transformers asks whether torchvision is there: its classes must be imported before it seems to be.
+    for name in ("BertModel", "BartModel", *_FETCHING):
+        getattr(transformers, name)
+    modules = {name: types.ModuleType(name) for name in _TORCHVISION}
+    for name, classes in _TORCHVISION.items():
+        for each in classes:
+            setattr(modules[name], each, type(each, (), {}))
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, modules[name])
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+@contextmanager
+def _quiet_root() -> Iterator[None]:
+    """Inside, the root logger says warnings and worse: upstream tells each step there."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,1 @@
+"""The reward model: a head on CLAP's tokens."""

@@ -1,0 +1,515 @@
+"""Released checkpoints (Tango, Tango-full-FT, Tango 2, Tango-2-full) become model folders.
+
+A released folder holds ``{main,vae,stft}_config.json`` and three pickled state dictionaries: the UNet and
+FLAN-T5 in ``pytorch_model_main.bin``, AudioLDM's autoencoder and HiFi-GAN in ``pytorch_model_vae.bin``, the
+mel filters in ``pytorch_model_stft.bin``. What is said here about that layout is upstream's
+(declare-lab/tango at 34ecd38: ``tango.py``, ``models.py``, ``audioldm/``), and so is the arithmetic that the
+converted parts reproduce.
+
+Shape legend: C channels, K spectrum bins, M mel bins.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+from services.errors import ModelFormatError, ModelNotFoundError, OutputError
+from services.models.manifest import write_manifest
+from services.models.mel import mel_filterbank
+from services.models.state_dicts import assign_weights, on_meta, quiet_loading, report_faults
+from services.models.tango.loading import read_json
+from services.models.tango.pipeline import TangoPipeline
+from services.models.tango.schedulers import SD21_CONFIG
+
+Weights = Mapping[str, Tensor]
+"""A state dictionary, or a part of one."""
+
+Progress = Callable[[str], None]
+"""Told in a few words what is being done."""
+
+MAIN, VAE, STFT = "pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin"
+RELEASED_FILES: Final = ("main_config.json", "vae_config.json", "stft_config.json", MAIN, VAE, STFT)
+"""What a released folder must hold."""
+
+LICENSE: Final = "non-commercial (see the checkpoint's own model card)"
+"""Upstream's weights are published for non-commercial use; the card of each says under which licence."""
+
+SCHEDULER_NAMES: Final = ("stabilityai/stable-diffusion-2-1",)
+"""`scheduler_name` in `main_config.json`: the repository left the hub, its schedule is `SD21_CONFIG`."""
+
+MAX_DURATION = 20.48
+"""Seconds. Trained on 10.24; the denoiser takes any length, and twice that is where this stops."""
+
+UNET_CONFIG: Final[Mapping[str, Any]] = {
+    "act_fn": "silu",
+    # Despite its name the number of heads: diffusers keeps that meaning for old configs.
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": [
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 8,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 8,
+    "sample_size": [32, 2],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+"""Upstream's `configs/diffusion_model_config.json`, which released folders name and don't hold."""
+
+UNET_CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "diffusion_model_config.json": UNET_CONFIG,
+    "diffusion_model_xl_config.json": {**UNET_CONFIG, "cross_attention_dim": 2048},
+}
+"""By file name, as `unet_model_config_path` ends."""
+
+HIFIGAN_CONFIG: Final[Mapping[str, Any]] = {
+    "upsample_rates": [5, 4, 2, 2, 2],
+    "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+    "resblock_kernel_sizes": [3, 7, 11],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+    "leaky_relu_slope": 0.1,
+    "normalize_before": False,
+}
+"""`HIFIGAN_16K_64` of upstream's `audioldm/hifigan`; only its width is read from the weights."""
+
+_TEXT_ENCODER_FILES: Final = ("config.json", "tokenizer*", "special_tokens_map.json", "spiece.model")
+_MEL_TOLERANCE = 1e-4
+_SMALLEST_VOCABULARY = 16
+"""Ordinary tokens below which a tokenizer is called empty: without its files T5's has one."""
+
+
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    text_encoder: str,
+    progress: Progress | None = None,
+    name: str | None = None,
+    version: str = "1",
+    license: str = LICENSE,
+) -> Path:
+    """Convert the released checkpoint in `source` to a new model folder `target`, and return that.
+
+    `text_encoder` says where FLAN-T5's config and tokenizer come from, which no released folder holds: a
+    folder, or ``hf:OWNER/NAME`` (fetched from the hub). `name`, `version` and `license` go to the manifest;
+    the name is the source folder's where None. Weights are written as they are, in float32, one part at a
+    time; the result appears under `target` only when it is whole.
+
+    Raises:
+        ModelNotFoundError: a file is missing in `source`, or the text encoder's folder isn't there.
+        ModelFormatError: a key, shape or setting is not the one expected (all are listed), a pickle holds
+            more than tensors, or the tokenizer's vocabulary is empty.
+        OutputError: `target` exists already or can't be written.
+    """
+    tell = progress or (lambda _: None)
+    _require_released(source)
+    text_folder = text_encoder_folder(text_encoder)
+    main_config = read_json(source / "main_config.json")
+    vae_config = read_json(source / "vae_config.json")
+    stft_config = read_json(source / "stft_config.json")
+    check_main_config(main_config)
+    with quiet_loading():
+        tokenizer, text_config = load_text_config(text_folder)
+    with _new_folder(target) as folder, quiet_loading():
+        tell("mel filters")
+        check_stft(stft_config, read_pickle(source / STFT))
+
+        tell("autoencoder and vocoder")
+        weights = split_vae(read_pickle(source / VAE))
+        vae = build_vae(vae_config, weights["vae"])
+        vae.save_pretrained(folder / "vae")
+        vocoder = build_vocoder(stft_config, weights["vocoder"])
+        vocoder.save_pretrained(folder / "vocoder")
+        vae, vocoder = vae.to("meta"), vocoder.to("meta")
+        del weights
+
+        tell("text encoder")
+        weights = split_main(read_pickle(source / MAIN))
+        encoder = build_text_encoder(text_config, weights.pop("text_encoder"))
+        encoder.save_pretrained(folder / "text_encoder")
+        encoder = encoder.to("meta")
+
+        tell("denoiser")
+        unet = build_unet(unet_config(source, main_config), weights.pop("unet"))
+        unet.save_pretrained(folder / "unet")
+        unet = unet.to("meta")
+
+        pipeline = TangoPipeline(
+            tokenizer=tokenizer,
+            text_encoder=encoder,
+            unet=unet,
+            vae=vae,
+            vocoder=vocoder,
+            scheduler=DDPMScheduler(**SD21_CONFIG),
+            default_duration=10.24,
+            max_duration=MAX_DURATION,
+            # Upstream's `Tango.generate`: 100 steps, guidance 3, ancestral sampling.
+            default_num_inference_steps=100,
+            default_guidance_scale=3.0,
+            default_scheduler="ddpm",
+            sampling_rate=stft_config["sampling_rate"],
+            hop_length=stft_config["hop_length"],
+            mel_bins=stft_config["n_mel_channels"],
+        )
+        tokenizer.save_pretrained(folder / "tokenizer")
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        pipeline.save_config(folder)
+        tell("manifest")
+        write_manifest(folder, name or source.resolve().name, version, license)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_pickle(path: Path) -> Weights:
+    """The tensors of a pickled state dictionary, mapped from the file where its format allows.
+
+    Raises `ModelFormatError` for anything that is not a plain dictionary of tensors: `weights_only` runs none
+    of the code that a pickle can carry.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises errors of many kinds for damaged or hostile files
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelFormatError(f"{path} is truncated or no plain state dictionary: {reason}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ModelFormatError(f"{path} is no plain state dictionary; it must map names to tensors")
+    return weights
+
+
+def check_main_config(config: Mapping[str, Any]) -> None:
+    """Raise `ModelFormatError` for settings of `main_config.json` that are not known; any may be absent."""
+    faults = []
+    if config.get("unet_model_name") is not None:
+        faults.append(
+            f"unet_model_name is {config['unet_model_name']!r}: only UNets trained from scratch are known"
+        )
+    scheduler = config.get("scheduler_name", SCHEDULER_NAMES[0])
+    if scheduler not in SCHEDULER_NAMES:
+        faults.append(f"scheduler_name is {scheduler!r}: only {', '.join(SCHEDULER_NAMES)} is known")
+    report_faults("main_config.json", [("unknown settings", faults)])
+
+
+def unet_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The UNet's config that `main_config.json` names: from `source` if it is there, else embedded."""
+    named = str(config.get("unet_model_config_path") or "configs/diffusion_model_config.json")
+    path = source / named
+    if path.resolve().is_relative_to(source.resolve()) and path.is_file():
+        return {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    embedded = UNET_CONFIGS.get(Path(named).name)
+    if embedded is None:
+        raise ModelFormatError(
+            f"main_config.json names {named}, which is unknown; put that file into {source}"
+        )
+    return dict(embedded)
+
+
+def text_encoder_folder(text_encoder: str) -> Path:
+    """The folder with FLAN-T5's config and tokenizer that ``DIR`` or ``hf:OWNER/NAME`` names."""
+    if not text_encoder.startswith("hf:"):
+        folder = Path(text_encoder).expanduser()
+        if not folder.is_dir():
+            raise ModelNotFoundError(
+                f"text encoder: {folder} is not a folder; give one, or hf:google/flan-t5-large"
+            )
+        return folder
+    from huggingface_hub import snapshot_download  # only those who ask for the hub need it
+
+    repository = text_encoder.removeprefix("hf:")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_TEXT_ENCODER_FILES)))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelNotFoundError(
+            f"text encoder: {text_encoder} can't be fetched ({reason}); set HF_HUB_OFFLINE=0 if it is 1, "
+            "or download it and give its folder"
+        ) from error
+
+
+def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
+    """Tokenizer and T5 config in `folder`; `ModelFormatError` for another model or an empty vocabulary.
+
+    The check matters: transformers makes a tokenizer of special tokens alone, without an error, where the
+    vocabulary's file is missing.
+    """
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") != "t5":
+        raise ModelFormatError(
+            f"text encoder: {folder} holds a {settings.get('model_type')!r} model, not a t5 one"
+        )
+    try:
+        config = T5Config.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # missing or damaged files raise errors of several libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelFormatError(
+            f"text encoder: {folder} holds no usable config and tokenizer: {reason}"
+        ) from error
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(ordinary) < _SMALLEST_VOCABULARY:
+        raise ModelFormatError(
+            f"text encoder: the tokenizer in {folder} has an empty vocabulary ({len(ordinary)} ordinary "
+            "tokens); tokenizer.json or spiece.model must lie there"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ModelFormatError(
+            f"text encoder: {folder} has {len(tokenizer)} tokens for {config.vocab_size} embeddings; "
+            "tokenizer and config belong to different models"
+        )
+    return tokenizer, config
+
+
+# ----------------------------------------------------------------------------------------- keys and parts
+
+
+def split_main(weights: Weights) -> dict[str, dict[str, Tensor]]:
+    """``unet`` and ``text_encoder`` of `pytorch_model_main.bin`, in the libraries' own keys."""
+    return _split(MAIN, weights, {"unet": "unet.", "text_encoder": "text_encoder."})
+
+
+def split_vae(weights: Weights) -> dict[str, dict[str, Tensor]]:
+    """``vae`` and ``vocoder`` of `pytorch_model_vae.bin`, in upstream's keys; nothing else may be there."""
+    vocoder = _split(
+        VAE, {k: v for k, v in weights.items() if k.startswith("vocoder.")}, {"vocoder": "vocoder."}
+    )
+    return {"vae": {k: v for k, v in weights.items() if not k.startswith("vocoder.")}, **vocoder}
+
+
+def build_unet(config: Mapping[str, Any], weights: Weights) -> UNet2DConditionModel:
+    """The denoiser, every key accounted for."""
+    return assign_weights("unet", on_meta(lambda: UNet2DConditionModel.from_config(dict(config))), weights)
+
+
+def build_text_encoder(config: T5Config, weights: Weights) -> T5EncoderModel:
+    """FLAN-T5's encoder, every key accounted for."""
+    return assign_weights("text_encoder", on_meta(lambda: T5EncoderModel(config)), weights)
+
+
+def build_vae(config: Mapping[str, Any], weights: Weights) -> AutoencoderKL:
+    """AudioLDM's autoencoder as diffusers' class, every key accounted for.
+
+    `config` is `vae_config.json`, `weights` is in upstream's keys.
+    """
+    settings = vae_settings(config)
+    levels = len(settings["block_out_channels"])
+    renamed = {rename_vae_key(key, levels): _unconvolved(key, tensor) for key, tensor in weights.items()}
+    return assign_weights("vae", on_meta(lambda: AutoencoderKL(**settings)), renamed)
+
+
+def build_vocoder(config: Mapping[str, Any], weights: Weights) -> SpeechT5HifiGan:
+    """HiFi-GAN as transformers' class, every key accounted for; `config` is `stft_config.json`.
+
+    Its width stands in no config and is read from ``conv_pre.weight`` [width, M, 7]. transformers' class also
+    normalises its input, upstream's does not: mean 0 and scale 1.
+    """
+    first = weights.get("conv_pre.weight")
+    if first is None or first.ndim != 3:
+        raise ModelFormatError(
+            "vocoder: conv_pre.weight is missing or misshapen; these are no HiFi-GAN weights"
+        )
+    width, mel_bins = first.shape[:2]
+    settings = SpeechT5HifiGanConfig(
+        **HIFIGAN_CONFIG,
+        model_in_dim=mel_bins,
+        sampling_rate=config["sampling_rate"],
+        upsample_initial_channel=width,
+    )
+    renamed = {re.sub(r"^ups\.", "upsampler.", key): tensor for key, tensor in weights.items()}
+    neutral = {"mean": first.new_zeros(mel_bins), "scale": first.new_ones(mel_bins)}
+    report_faults("vocoder", [("unknown keys", sorted(renamed.keys() & neutral.keys()))])
+    return assign_weights("vocoder", on_meta(lambda: SpeechT5HifiGan(settings)), {**renamed, **neutral})
+
+
+def check_stft(config: Mapping[str, Any], weights: Weights) -> None:
+    """Raise `ModelFormatError` unless `weights` are the filters that `services.models.mel` computes.
+
+    They hold nothing learnt, so they are not kept: Slaney's mel filters ``mel_basis`` [M, K] and two Fourier
+    bases, forward and inverse [2 K, 1, filter_length].
+    """
+    required = (
+        "filter_length",
+        "hop_length",
+        "win_length",
+        "n_mel_channels",
+        "sampling_rate",
+        "mel_fmin",
+        "mel_fmax",
+    )
+    absent = [key for key in required if key not in config]
+    report_faults("stft_config.json", [("missing settings", absent)])
+    n_fft, mel_bins = config["filter_length"], config["n_mel_channels"]
+    bins = n_fft // 2 + 1
+    wanted = {
+        "mel_basis": (mel_bins, bins),
+        "stft_fn.forward_basis": (2 * bins, 1, n_fft),
+        "stft_fn.inverse_basis": (2 * bins, 1, n_fft),
+    }
+    wrong = [
+        f"{key} is {list(weights[key].shape)}, not {list(shape)}"
+        for key, shape in wanted.items()
+        if key in weights and tuple(weights[key].shape) != shape
+    ]
+    faults = (
+        ("missing keys", [key for key in wanted if key not in weights]),
+        ("unknown keys", [key for key in weights if key not in wanted]),
+        ("wrong shapes", wrong),
+    )
+    report_faults(STFT, faults)
+    if weights["mel_basis"].is_meta:
+        return
+    filters_KM = mel_filterbank(
+        sampling_rate=config["sampling_rate"],
+        n_fft=n_fft,
+        mel_bins=mel_bins,
+        minimum_hertz=config["mel_fmin"],
+        maximum_hertz=config["mel_fmax"],
+    )
+    distance = float((weights["mel_basis"].float() - filters_KM.T).abs().max())
+    if not distance <= _MEL_TOLERANCE:
+        raise ModelFormatError(f"{STFT}: mel_basis differs from Slaney's mel filters by {distance:.2g}")
+
+
+def vae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of diffusers' `AutoencoderKL` for upstream's `vae_config.json`."""
+    inner = config.get("ddconfig")
+    if not isinstance(inner, dict):
+        raise ModelFormatError("vae_config.json: ddconfig is missing")
+    needed = ("ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels", "out_ch", "resolution")
+    missing = [f"ddconfig.{key}" for key in needed if key not in inner]
+    missing += [key for key in ("scale_factor", "embed_dim") if key not in config]
+    report_faults("vae_config.json", [("missing settings", missing)])
+    fixed: tuple[tuple[str, Any, Any], ...] = (
+        ("subband", config.get("subband", 1), 1),
+        ("time_shuffle", config.get("time_shuffle", 1), 1),
+        ("embed_dim", config["embed_dim"], inner["z_channels"]),
+        ("ddconfig.double_z", inner.get("double_z", True), True),
+        ("ddconfig.downsample_time", inner.get("downsample_time", False), False),
+        ("ddconfig.attn_resolutions", inner.get("attn_resolutions", []), []),
+    )
+    unknown = [
+        f"{key} is {value!r}, only {known!r} is known" for key, value, known in fixed if value != known
+    ]
+    report_faults("vae_config.json", [("unknown settings", unknown)])
+    channels = tuple(inner["ch"] * factor for factor in inner["ch_mult"])
+    return {
+        "in_channels": inner["in_channels"],
+        "out_channels": inner["out_ch"],
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": inner["num_res_blocks"],
+        "latent_channels": inner["z_channels"],
+        "sample_size": inner["resolution"],
+        "scaling_factor": config["scale_factor"],
+    }
+
+
+_VAE_RULES: Final[tuple[tuple[str, str], ...]] = (
+    (r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"\.norm_out\.", r".conv_norm_out."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+)
+
+
+def rename_vae_key(key: str, levels: int) -> str:
+    """diffusers' name for a key of AudioLDM's autoencoder with `levels` resolutions.
+
+    Upstream counts the decoder's levels from the finest, diffusers from the coarsest. A key that no rule
+    knows comes back as it is, and is then reported as unknown.
+    """
+    for pattern, replacement in _VAE_RULES:
+        key = re.sub(pattern, replacement, key)
+    return re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", key)
+
+
+def _unconvolved(key: str, tensor: Tensor) -> Tensor:
+    """Attention's 1 x 1 convolutions [C, C, 1, 1] as the linear layers [C, C] that diffusers has."""
+    is_projection = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key) and tensor.shape[2:] == (1, 1)
+    return tensor[:, :, 0, 0].contiguous() if is_projection else tensor
+
+
+def _split(file: str, weights: Weights, prefixes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """`weights` by prefix, which is taken off; a key with none of them is an error."""
+    unknown = [key for key in weights if not key.startswith(tuple(prefixes.values()))]
+    report_faults(file, [("unknown keys", unknown)])
+    return {
+        part: {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        for part, prefix in prefixes.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def _require_released(source: Path) -> None:
+    if not source.is_dir():
+        raise ModelNotFoundError(f"{source} is not a folder; give that of a released Tango checkpoint")
+    missing = [name for name in RELEASED_FILES if not (source / name).is_file()]
+    if missing:
+        raise ModelNotFoundError(f"{source} is no released Tango checkpoint: {', '.join(missing)} missing")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` on success and vanishes on failure."""
+    if target.exists():
+        raise OutputError(f"{target} exists already; remove it or choose another folder")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        yield temporary
+        # mkdtemp's 0700 and safetensors' 0600 would hide the model from a service's user.
+        temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        os.rename(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} can't be written: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""From a model URI to a verified folder of weights."""

@@ -1,0 +1,238 @@
+"""Model URIs: names of weights that resolve once, to an immutable folder or file whose digest is known.
+
+==========================  =====================================================================
+``mini``, ``mini-base``     the embedded family: the models that make sound
+``mini:NAME``               any member of it: ``mini:clap-a``
+``file:PATH``               a model folder
+``hf:OWNER/NAME[@REV]``     a snapshot from the Hugging Face hub; only safetensors are fetched
+``laion:PATH``              a LAION CLAP checkpoint (``.pt``)
+``laion-clap:PATH``         the same file, read by the laion_clap package
+``models:/NAME/VERSION``    a version in MLflow's registry (`services.weights.registry`)
+``models:/NAME@ALIAS``      the version that an alias points to when it is resolved
+==========================  =====================================================================
+
+Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is served, or nothing.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from milonga.v1 import model_pb2
+from services.errors import (
+    DigestMismatchError,
+    FieldViolation,
+    InvalidInputError,
+    ModelNotFoundError,
+)
+from services.weights.registry import fetch, parse_path
+
+EMBEDDED = ("mini", "mini-base")
+"""Members of the embedded family that need no prefix."""
+
+LAION_SCHEMES = ("laion", "laion-clap")
+"""Schemes that name one file."""
+
+_FORMS = (
+    f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH, "
+    "models:/NAME/VERSION or models:/NAME@ALIAS"
+)
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# Never pickles: what is not fetched can't be loaded by mistake.
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelURI:
+    """A model URI, taken apart."""
+
+    scheme: str
+    """embedded, file, hf, laion, laion-clap or models."""
+    path: str
+    """What follows the scheme; the name of an embedded model."""
+    digest: str | None = None
+    """The pin: `sha256:` and 64 hexadecimal digits."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Take `text` apart.
+
+        Raises:
+            InvalidInputError: it is no model URI, or its pin is no digest.
+        """
+        location, hash_sign, pin = text.partition("#")
+        if hash_sign and not _DIGEST.fullmatch(pin):
+            raise _invalid(f"has the pin {pin[:80]!r}, must be sha256: and 64 lowercase hexadecimal digits")
+        if location in EMBEDDED:
+            return cls(scheme="embedded", path=location, digest=pin or None)
+        scheme, _, path = location.partition(":")
+        if scheme not in ("mini", "file", "hf", *LAION_SCHEMES, "models") or not path:
+            raise _invalid(f"is {text[:80]!r}, must be {_FORMS}")
+        if scheme == "mini":
+            return cls(scheme="embedded", path=_member(path), digest=pin or None)
+        if scheme == "hf" and not _HUB_NAME.fullmatch(path):
+            raise _invalid(f"is {text[:80]!r}, must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+        if scheme == "models":
+            parse_path(path)
+        return cls(scheme=scheme, path=path, digest=pin or None)
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether resolving or loading may fetch something: LAION's checkpoints lack their tokenizer."""
+        return self.scheme in ("hf", *LAION_SCHEMES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedModel:
+    """Weights that were found, and whose every file has the digest that its manifest says."""
+
+    folder: Path
+    """The model folder; of LAION's checkpoints the file."""
+    name: str
+    """Name of the model."""
+    version: str
+    """Version of the weights."""
+    digest: str
+    """`sha256:` and the digest over every file."""
+    license: str
+    """SPDX identifier of the weights' licence, or `unknown`."""
+
+    def message(self) -> model_pb2.ModelVersion:
+        """The identity of the weights, for the wire."""
+        return model_pb2.ModelVersion(
+            name=self.name, version=self.version, digest=self.digest, license=self.license
+        )
+
+
+def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
+    """What a generation service serves: `model`, or `unpinned_model` where that is empty: without a pin.
+
+    Raises:
+        InvalidInputError: both are empty, or the one that counts is no model URI.
+    """
+    if model:
+        return ModelURI.parse(model)
+    if unpinned_model:
+        try:
+            return ModelURI.parse(unpinned_model)
+        except InvalidInputError as error:
+            faults = (FieldViolation("unpinned_model", fault.description) for fault in error.violations)
+            raise InvalidInputError(*faults) from error
+    raise _invalid(
+        "is empty: there is no pin; `milonga promote --bootstrap` sets one, or give a model URI: --model, or "
+        "set MILONGA_MODEL"
+    )
+
+
+def resolve(uri: ModelURI | str) -> ResolvedModel:
+    """Find the weights that a URI names, and verify them.
+
+    Raises:
+        InvalidInputError: no model URI.
+        ModelNotFoundError: nothing is there.
+        ModelFormatError: what is there is no model folder.
+        DigestMismatchError: a file differs from the manifest, or the whole from the pin.
+        ServiceUnavailableError: the registry does not answer.
+        ModelError: a registry's client is not installed.
+    """
+    uri = ModelURI.parse(uri) if isinstance(uri, str) else uri
+    if uri.scheme in LAION_SCHEMES:
+        return _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
+    if uri.scheme == "models":
+        return _registered(uri)
+    folder = _folder(uri)
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"model: {folder} is no folder; give the one that holds the model's files")
+    from services.models.manifest import verify_manifest
+
+    manifest = verify_manifest(folder, uri.digest)
+    return ResolvedModel(
+        folder=folder,
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        license=manifest.license,
+    )
+
+
+def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
+    """A single file, which carries no manifest: its bytes are its identity."""
+    try:
+        with path.open("rb") as file:
+            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"model: {path} can't be read: {error.strerror}; give the path of a LAION checkpoint (.pt)"
+        ) from error
+    if pin not in (None, digest):
+        raise DigestMismatchError(f"{path} is {digest}, not {pin}; correct the pin or the model URI")
+    return ResolvedModel(folder=path, name=path.stem, version="unversioned", digest=digest, license="unknown")
+
+
+def _registered(uri: ModelURI) -> ResolvedModel:
+    """A registered version: known by the registry's name and version, not by those in its manifest."""
+    from services.models.manifest import read_manifest
+
+    found = fetch(uri.path, pin=uri.digest)
+    return ResolvedModel(
+        folder=found.folder,
+        name=found.name,
+        version=found.version,
+        digest=found.digest,
+        license=read_manifest(found.folder).license,
+    )
+
+
+def _folder(uri: ModelURI) -> Path:
+    match uri.scheme:
+        case "embedded":
+            from services.models.mini import mini_folder
+
+            return mini_folder(uri.path)
+        case "file":
+            return Path(uri.path).expanduser().resolve()
+        case "hf":
+            return _snapshot(uri.path)
+        case _:
+            raise AssertionError(f"a folder of the scheme {uri.scheme}")
+
+
+def _snapshot(path: str) -> Path:
+    """Return the folder of a hub snapshot: from the cache if it is there, from the hub otherwise."""
+    from huggingface_hub import snapshot_download
+
+    found = _HUB_NAME.fullmatch(path)
+    assert found is not None
+    name, revision = found["name"], found["revision"]
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_files_only=True
+            )
+        )
+    except OSError:
+        # Not in the cache: LocalEntryNotFoundError is an OSError.
+        pass
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+    except Exception as error:
+        # The hub's client raises errors of four libraries; to the user they are one: it did not come.
+        reason = str(error).partition("\n")[0]
+        raise ModelNotFoundError(
+            f"model: hf:{path} is not in the cache and could not be fetched: {reason}"
+        ) from error
+
+
+def _member(name: str) -> str:
+    from services.models.mini import PARTS
+
+    if name not in PARTS:
+        raise _invalid(f"is 'mini:{name[:80]}', must be mini: and one of {', '.join(PARTS)}")
+    return name
+
+
+def _invalid(description: str) -> InvalidInputError:
+    return InvalidInputError(FieldViolation("model", description))

@@ -1,0 +1,169 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow  # type: ignore[import-untyped]
+import pytest
+import soundfile
+from pyarrow import parquet
+
+from services.errors import InvalidInputError
+from training.data.examples import (
+    Examples,
+    FileClip,
+    Labelled,
+    Pair,
+    counts,
+    decode,
+    find_audio,
+    read_labelled,
+    read_pairs,
+)
+
+
+def wav(seconds: float = 0.2, level: float = 0.1, channels: int = 1) -> bytes:
+    """A clip of noise."""
+    samples = np.random.default_rng(0).standard_normal((round(seconds * 16_000), channels)) * level
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.astype(np.float32), 16_000, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+def test_decoding_gives_channels_by_samples() -> None:
+    waveform, rate = decode(wav(0.2, channels=2))
+    assert waveform.shape == (2, 3200) and waveform.dtype == np.float32 and rate == 16_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a sound", "Format not recognised"),
+        (wav(0.01), r"is 0.01 s long, must be 0.1 to 60"),
+        (wav(61, level=0.0), r"is over 60.00 s long"),
+        (wav(level=float("nan")), "not finite"),
+    ],
+)
+def test_what_is_no_clip_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(content)
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+@pytest.mark.parametrize("names", [("captions", "location", "label"), ("prompt", "audio", "score")])
+def test_batons_json_is_read_in_its_forms(tmp_path: Path, as_lines: bool, names: tuple[str, ...]) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    rows = [dict(zip(names, ("A dog barks", "a.wav", label), strict=True)) for label in (1, 0, "1", 0.75)]
+    text = "\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows)
+    (tmp_path / "HD.json").write_text(text)
+    examples = read_labelled(tmp_path / "HD.json")
+    assert [example.label for example in examples] == [1, 0, 1, 0.75]
+    assert examples[0].prompt == "A dog barks"
+    assert examples[0].clip == FileClip(path=tmp_path / "a.wav")
+    assert examples[0].clip.read()[1] == 16_000
+
+
+def test_paths_of_another_machine_are_found_under_the_root(tmp_path: Path) -> None:
+    (tmp_path / "2label" / "x").mkdir(parents=True)
+    (tmp_path / "2label" / "x" / "1.wav").write_bytes(wav())
+    found = tmp_path / "2label" / "x" / "1.wav"
+    assert find_audio("/home/someone/data/2label/x/1.wav", tmp_path) == found
+    assert find_audio("2label/x/1.wav", tmp_path) == found
+    assert find_audio(str(found), Path("/nowhere")) == found
+    assert find_audio("no/2.wav", tmp_path) == tmp_path / "no" / "2.wav"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "can't be read"),
+        ("[]", "holds no examples"),
+        ("[3]", "example 0 is int, must be an object"),
+        (
+            '[{"captions": "x", "location": "y"}]',
+            "example 0 has none of label, score, reward; it has captions, l",
+        ),
+        ('[{"captions": "x", "location": "y", "label": 2}]', "has the label 2, must be 0 to 1"),
+        ('[{"captions": "x", "location": "y", "label": "good"}]', "has the label 'good', must be 0 to 1"),
+    ],
+)
+def test_json_in_another_format_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InvalidInputError, match=r"data\.labelled: .*x\.json") as caught:
+        read_labelled(tmp_path / "x.json")
+    assert message in str(caught.value)
+
+
+def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        read_labelled(tmp_path / "x.json")
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        read_pairs(tmp_path / "x.parquet")
+
+
+def _write(path: Path, columns: dict[str, list[Any]]) -> None:
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+def test_audio_alpacas_columns_are_read(tmp_path: Path) -> None:
+    contents = [wav(level=0.1 * (n + 1)) for n in range(6)]
+    clips = [{"bytes": content, "path": None} for content in contents]
+    columns: dict[str, list[Any]] = {
+        "prompt": list("abc"),
+        "chosen": clips[:3],
+        "rejected": clips[3:],
+        "strategy": [1, 2, 3],
+    }
+    _write(tmp_path / "x.parquet", columns)
+    pairs = read_pairs(tmp_path / "x.parquet")
+    assert [(pair.prompt, pair.kind) for pair in pairs] == [
+        ("a", "strategy 1"),
+        ("b", "strategy 2"),
+        ("c", "strategy 3"),
+    ]
+    # The third row is in the second group.
+    expected, _ = decode(contents[5])
+    np.testing.assert_array_equal(pairs[2].rejected.read()[0], expected)
+    assert len({clip.digest for clip in Examples(pairs=tuple(pairs)).clips()}) == 6
+
+
+def test_clips_of_a_pair_may_be_paths_and_the_strategy_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "c.wav").write_bytes(wav(level=0.3))
+    struct = [{"bytes": None, "path": "c.wav"}, {"bytes": None, "path": None}]
+    _write(tmp_path / "x.parquet", {"prompt": ["a", "b"], "chosen": ["c.wav", "d.wav"], "rejected": struct})
+    first, second = read_pairs(tmp_path / "x.parquet")
+    assert first.kind == "preferred"
+    assert first.chosen.digest == first.rejected.digest
+    with pytest.raises(FileNotFoundError):
+        second.chosen.read()
+    with pytest.raises(ValueError, match="neither bytes nor a path"):
+        second.rejected.read()
+
+
+def test_parquet_without_the_columns_is_one_clear_line(tmp_path: Path) -> None:
+    _write(tmp_path / "x.parquet", {"prompt": ["a"], "clip": ["b"]})
+    with pytest.raises(InvalidInputError, match=r"has no column chosen, rejected; it has prompt, clip"):
+        read_pairs(tmp_path / "x.parquet")
+    (tmp_path / "y.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        read_pairs(tmp_path / "y.parquet")
+
+
+def _clip(name: str) -> FileClip:
+    return FileClip(path=Path(name))
+
+
+def test_labels_of_one_prompt_make_pairs_where_there_are_none() -> None:
+    labelled = tuple(
+        Labelled(prompt=prompt, clip=_clip(name), label=label)
+        for prompt, name, label in (("a", "1", 1), ("a", "2", 0), ("a", "3", 0), ("b", "4", 1), ("c", "5", 0))
+    )
+    pairs = Examples(labelled=labelled).comparable()
+    assert [(p.prompt, p.chosen.name, p.rejected.name) for p in pairs] == [("a", "1", "2"), ("a", "1", "3")]
+    own = (Pair(prompt="x", chosen=_clip("6"), rejected=_clip("7"), kind="swapped"),)
+    both = Examples(labelled=labelled, pairs=own)
+    assert both.comparable() == own
+    assert counts(both) == {"liked": 2, "not liked": 3, "swapped": 1}
+    left = both.without({_clip("1"), _clip("7")})
+    assert len(left.labelled) == 4 and not left.pairs

@@ -1,0 +1,193 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from services.errors import OutputError
+from services.models.mel import LogMel, mel_frames
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import TangoPipeline
+from tests.training.finetuning.finetune_program import LOOP, PROMPTS, clip, write_model
+from training.data import latents as latents_module
+from training.data.examples import Clip, FileClip
+from training.data.latents import Encoder, LatentConfig, Latents, TensorCache
+from training.loop.loop import make_accelerator
+
+EXACT = LatentConfig(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> TangoPipeline:
+    return load_tango(folder)
+
+
+def _latents(cache: Path, folder: Path, config: LatentConfig = EXACT) -> Latents:
+    return Latents(cache, folder, config, make_accelerator(LOOP))
+
+
+def _clips(folder: Path, *contents: bytes) -> list[Clip]:
+    paths = [folder / f"{number}.wav" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return [FileClip(path=path) for path in paths]
+
+
+def test_latents_are_the_mean_of_the_autoencoder_times_its_scale(
+    tmp_path: Path, folder: Path, pipeline: TangoPipeline
+) -> None:
+    clips = _clips(tmp_path, clip(0), clip(1))
+    made = _latents(tmp_path, folder)
+    assert made.add(clips, PROMPTS) == {}
+    waveforms = torch.from_numpy(np.concatenate([c.read()[0] for c in clips]))
+    mean = pipeline.vae.encode(mel_frames(waveforms, LogMel())).latent_dist.mean
+    latents = made.clips(clips)
+    assert latents.shape == (2, *pipeline.geometry.latent_shape(0.64))
+    torch.testing.assert_close(latents, 0.9 * mean.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_short_clips_get_silence_and_long_ones_are_cut(tmp_path: Path, folder: Path) -> None:
+    half, whole, long = _clips(tmp_path, clip(0, 0.32), clip(0, 0.64), clip(0, 1.0))
+    padded = tmp_path / "padded.wav"
+    soundfile.write(padded, np.concatenate([half.read()[0][0], np.zeros(5_120)]), 16_000, subtype="PCM_16")
+    made = _latents(tmp_path, folder)
+    clips = [half, FileClip(path=padded), whole, long]
+    made.add(clips, [])
+    a, b, c, d = made.clips(clips)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(d, c, rtol=1e-3, atol=2e-2)  # but for the edge that the window sees
+    other = _latents(tmp_path, folder, replace(EXACT, duration=1.28))
+    other.add(clips, [])
+    assert other.clips([whole]).shape[2] == 2 * c.shape[1]
+
+
+def test_clips_of_another_rate_and_in_stereo_are_the_same_sound(tmp_path: Path, folder: Path) -> None:
+    encoder = Encoder(folder, EXACT, torch.device("cpu"))
+    mono, stereo = (
+        (0.3 * np.sin(2 * np.pi * 440 * np.arange(round(0.64 * rate)) / rate)).astype(np.float32)
+        for rate in (16_000, 44_100)
+    )
+    ours, theirs = encoder.latents([(mono, 16_000), (np.stack([stereo, stereo]), 44_100)])
+    assert (ours - theirs).abs().mean() < 0.02 * ours.abs().mean()
+
+
+def test_normalised_clips_are_as_loud_as_upstreams(tmp_path: Path, folder: Path) -> None:
+    encoder = Encoder(folder, replace(EXACT, normalise=True), torch.device("cpu"))
+    quiet = np.random.default_rng(0).normal(0.2, 0.01, 10_240).astype(np.float32)
+    torch.testing.assert_close(
+        encoder.latents([(quiet, 16_000)]), encoder.latents([(7 * quiet - 1, 16_000)]), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_latents_do_not_depend_on_companions_by_a_bit(tmp_path: Path, folder: Path) -> None:
+    clips = _clips(tmp_path, *(clip(seed) for seed in range(20)))
+    together, alone = _latents(tmp_path / "a", folder), _latents(tmp_path / "b", folder)
+    together.add(clips, PROMPTS)
+    alone.add(clips[17:18], PROMPTS[2:3])
+    assert torch.equal(together.clips(clips[17:18]), alone.clips(clips[17:18]))
+    ours, theirs = together.text(PROMPTS[2:3]), alone.text(PROMPTS[2:3])
+    length = theirs[0].shape[1]
+    assert torch.equal(ours[0][:, :length], theirs[0]) and not ours[1][:, length:].any()
+
+
+def test_what_is_there_is_not_made_again_whatever_it_is_called(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = _clips(tmp_path, clip(0), clip(1))
+    first = _latents(tmp_path, folder)
+    first.add(clips, PROMPTS)
+    copy = tmp_path / "copy.wav"
+    copy.write_bytes(clip(1))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(latents_module, "Encoder", refuse)
+    again = _latents(tmp_path, folder)
+    again.add([FileClip(path=copy)], PROMPTS[:1])
+    assert torch.equal(again.clips([FileClip(path=copy)]), first.clips(clips[1:]))
+    with pytest.raises(AssertionError, match="encoded again"):
+        _latents(tmp_path, folder, LatentConfig(dtype="float16")).add(clips, [])
+
+
+def test_broken_off_it_goes_on_after_the_last_whole_file(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "SHARD", 2)
+    clips = _clips(tmp_path, *(clip(seed) for seed in range(5)))
+    inner, calls = Encoder.latents, []
+
+    def count(self: Encoder, read: Any) -> Any:
+        calls.append(len(read))
+        if sum(calls) > 4:
+            raise KeyboardInterrupt
+        return inner(self, read)
+
+    monkeypatch.setattr(Encoder, "latents", count)
+    with pytest.raises(KeyboardInterrupt):
+        _latents(tmp_path, folder).add(clips, [])
+    calls.clear()
+    made = _latents(tmp_path, folder)
+    made.add(clips, [])
+    assert calls == [1]
+    whole = made.clips(clips).clone()
+    assert len(whole) == 5
+    (damaged, *_) = sorted(tmp_path.glob("latents-*/*.safetensors"))
+    damaged.unlink()  # not overwritten: it is mapped into memory
+    damaged.write_bytes(b"half")
+    calls.clear()
+    again = _latents(tmp_path, folder)
+    again.add(clips, [])
+    assert sum(calls) in (1, 2)
+    assert torch.equal(again.clips(clips), whole)
+
+
+def test_clips_that_can_not_be_read_are_told_their_copies_too(tmp_path: Path, folder: Path) -> None:
+    clips = _clips(tmp_path, clip(0), b"no sound", b"no sound")
+    clips.append(FileClip(path=tmp_path / "missing.wav"))
+    unreadable = _latents(tmp_path, folder).add(clips, [])
+    assert list(unreadable) == clips[1:]
+    assert unreadable[clips[3]] == "No such file or directory"
+    assert unreadable[clips[1]] == unreadable[clips[2]]
+
+
+def test_text_is_what_the_pipeline_embeds(tmp_path: Path, folder: Path, pipeline: TangoPipeline) -> None:
+    made = _latents(tmp_path, folder)
+    made.add([], PROMPTS)
+    embeds, mask = made.text([*PROMPTS, ""])
+    expected = pipeline.encode_prompt([*PROMPTS, ""])
+    length = int(expected.mask_BL.sum(1).max())
+    assert embeds.shape[1] == length
+    assert torch.equal(mask, expected.mask_BL[:, :length])
+    wanted = expected.embeds_BLD[:, :length] * mask[..., None]
+    torch.testing.assert_close(embeds, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_encoded_at_every_step_it_is_the_same(tmp_path: Path, folder: Path) -> None:
+    clips = _clips(tmp_path, clip(0), clip(1))
+    cached = _latents(tmp_path, folder, LatentConfig())
+    online = _latents(tmp_path, folder, LatentConfig(encode_online=True))
+    for one in (cached, online):
+        one.add(clips, PROMPTS)
+    assert torch.equal(cached.clips(clips), online.clips(clips))
+    rows = cached.text(PROMPTS)[0].shape[1]
+    torch.testing.assert_close(online.text(PROMPTS)[0][:, :rows], cached.text(PROMPTS)[0])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latents_module, "save_file", full)
+    cache = TensorCache(tmp_path / "cache")
+    with pytest.raises(OutputError, match="No space left on device; make room"):
+        cache.save({"a": torch.zeros(1)})
+    assert not list((tmp_path / "cache").iterdir())

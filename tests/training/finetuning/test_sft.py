@@ -1,0 +1,84 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.models.manifest import verify_manifest
+from services.weights.uri import resolve
+from tests.training.finetuning.finetune_program import LOOP, losses_of, rows_of, some_pairs, write_model
+from training.finetuning.session import LoraConfig, PairData, build_policy, open_session, readable
+from training.finetuning.sft import SftTraining, loss_of, train_sft
+from training.objectives.noising import NoisingConfig
+from training.runs.recipes import SFT, recipe, sft_smoke
+
+SHORT = replace(LOOP, steps=2)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "start")
+
+
+@pytest.fixture(scope="module")
+def config(start: Path, tmp_path_factory: pytest.TempPathFactory) -> SftTraining:
+    pairs = some_pairs(tmp_path_factory.mktemp("data") / "pairs.parquet")
+    return replace(sft_smoke(), start=f"file:{start}", data=PairData(pairs=(pairs,)), loop=SHORT)
+
+
+def test_the_error_falls_and_what_it_writes_is_a_pipeline(config: SftTraining, tmp_path: Path) -> None:
+    loop = replace(LOOP, steps=12, learning_rate=3e-3, checkpoint_seconds=1e9)
+    noising = NoisingConfig()
+    report = train_sft(replace(config, loop=loop, noising=noising), tmp_path / "model")
+    losses = losses_of(tmp_path / "model")
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert report["stage"] == "sft" and report["data"]["examples"] == 10
+    manifest = verify_manifest(tmp_path / "model")
+    assert manifest.name == "sft-smoke" and "unet/config.json" in manifest.files
+    assert rows_of(tmp_path / "model")[0]["chosen_error"] == pytest.approx(losses[0])
+
+
+def test_only_the_chosen_clips_are_read(config: SftTraining, tmp_path: Path) -> None:
+    train_sft(config, tmp_path / "model")
+    session, report = open_session(config, tmp_path / "model", config.data.files(), {}, fresh=False)
+    assert report is not None
+    pairs = config.data.read()
+    assert session.latents.add([pair.chosen for pair in pairs], []) == {}
+    with pytest.raises(KeyError):
+        session.latents.clips([pairs[0].rejected])
+
+
+def test_min_snr_weighs_the_errors(config: SftTraining, tmp_path: Path) -> None:
+    weighted = replace(config, min_snr=5.0, noising=NoisingConfig())
+    session, _ = open_session(weighted, tmp_path / "model", weighted.data.files(), {}, fresh=False)
+    pairs, _ = readable(
+        weighted.data.read(), lambda pair: [pair.chosen], lambda pair: pair.prompt, session, 0.0
+    )
+    policy = build_policy(weighted, resolve(weighted.start))
+    with torch.no_grad():
+        loss, figures = loss_of(policy, np.arange(8), config=weighted, batch=8, pairs=pairs, session=session)
+    assert 0 < loss < figures["chosen_error"]
+
+
+def test_adapters_are_merged(config: SftTraining, tmp_path: Path) -> None:
+    report = train_sft(replace(config, lora=LoraConfig(rank=1)), tmp_path / "model")
+    assert 0 < report["parameters"]["learn"] < report["parameters"]["all"] / 10
+    verify_manifest(tmp_path / "model")
+
+
+def test_the_papers_settings() -> None:
+    config = recipe(SFT, "tango2")
+    assert (config.epochs, config.loop.batch, config.loop.learning_rate, config.loop.warmup) == (
+        1.0,
+        32,
+        9.6e-7,
+        200,
+    )
+    assert config.loop.rate_at(199) == pytest.approx(1.0)
+    assert config.loop.rate_at(469) == pytest.approx(1 / 270)
+
+
+def test_a_negative_gamma_can_not_be(config: SftTraining) -> None:
+    with pytest.raises(ValueError, match=r"min_snr is .*, must be 0 or more"):
+        replace(config, min_snr=-1.0)

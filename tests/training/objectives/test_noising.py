@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from services.models.tango.schedulers import SD21_CONFIG
+from training.loop.loop import Positions
+from training.objectives.noising import Noising, NoisingConfig, draw_noising
+
+SHAPE = (2, 4, 3)
+MINI = NoisingConfig(blank=0.25, late=0.25)
+
+
+def _drawn(config: NoisingConfig, positions: Positions, batch: int = 8, stream: int = 0) -> Noising:
+    return draw_noising(positions, SHAPE, config, batch=batch, seed=3, stream=stream)
+
+
+def test_what_an_example_gets_depends_on_its_position_alone() -> None:
+    positions = np.arange(16, 24)
+    whole = _drawn(MINI, positions)
+    parts = Noising.joined([_drawn(MINI, positions[start : start + 2]) for start in (0, 2, 4, 6)])
+    other = _drawn(MINI, positions, stream=1)
+    for name in Noising.__slots__:
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+    assert not torch.equal(whole.noise_BCTF, other.noise_BCTF)
+    assert not torch.equal(whole.noise_BCTF, draw_noising(positions, SHAPE, MINI, batch=8, seed=4).noise_BCTF)
+
+
+def test_timesteps_are_uniform_by_default_one_from_each_part() -> None:
+    timesteps = _drawn(NoisingConfig(), np.arange(800)).timesteps_B.reshape(100, 8)
+    assert ((timesteps // 125) == torch.arange(8)).all()
+    assert timesteps.min() < 20 and timesteps.max() > 980
+    assert timesteps.float().mean().item() == pytest.approx(499.5, abs=5)
+
+
+def test_a_share_is_blank_and_a_share_late() -> None:
+    drawn = _drawn(MINI, np.arange(800))
+    timesteps, blank = drawn.timesteps_B.reshape(100, 8), drawn.blank_B.reshape(100, 8)
+    assert blank[:, :2].all() and not blank[:, 2:].any()
+    assert timesteps[:, :2].min() >= 900 and timesteps[:, 2:4].min() >= 800
+    assert timesteps[:, 4:].min() < 20 and timesteps.max() <= 999
+
+
+def test_blank_latents_are_noise_alone_and_the_others_what_the_schedule_says() -> None:
+    scheduler = DDPMScheduler(**SD21_CONFIG)
+    drawn, clean = _drawn(MINI, np.arange(8)), torch.randn(8, *SHAPE)
+    noisy = drawn.apply(clean, scheduler)
+    assert torch.equal(noisy[:2], drawn.noise_BCTF[:2])
+    expected = scheduler.add_noise(clean, drawn.noise_BCTF, drawn.timesteps_B)
+    assert torch.equal(noisy[2:], expected[2:])
+
+
+def test_two_clips_of_a_pair_share_everything() -> None:
+    drawn = _drawn(MINI, np.arange(8))
+    twice = Noising.joined([drawn] * 2)
+    for name in Noising.__slots__:
+        first, second = getattr(twice, name).chunk(2)
+        assert torch.equal(first, second)
+
+
+def test_prompts_are_dropped_as_often_as_asked() -> None:
+    dropped = _drawn(replace(MINI, condition_dropout=0.1), np.arange(2_000)).unconditional_B
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert not _drawn(MINI, np.arange(100)).unconditional_B.any()
+
+
+@pytest.mark.parametrize("wrong", [{"blank": 1.2}, {"blank": 0.6, "late": 0.6}, {"blank_from": 1000}])
+def test_settings_that_can_not_be(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must|more than all"):
+        NoisingConfig(**wrong)  # type: ignore[arg-type]

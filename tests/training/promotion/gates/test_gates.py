@@ -1,0 +1,136 @@
+"""Which gates there can be, and what they decide."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from services.errors import InvalidInputError
+from training.evaluation.statistics import Interval
+from training.promotion.gates.gates import DEFAULT_GATES, Gate, decide, read_gates
+
+
+def interval(value: float, low: float, high: float) -> Interval:
+    return Interval(value=value, low=low, high=high, count=9)
+
+
+BETTER, WORSE = interval(0.1, 0.02, 0.2), interval(0.1, -0.02, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("gate", "difference", "own", "passed"),
+    [
+        (Gate(metric="presence", minimum_difference=0.0), BETTER, None, True),
+        (Gate(metric="presence", minimum_difference=0.0), interval(0.0, 0.0, 0.0), None, True),
+        (Gate(metric="presence", minimum_difference=0.0), WORSE, None, False),
+        (Gate(metric="presence", minimum_difference=-0.05), WORSE, None, True),
+        (
+            Gate(metric="presence", minimum_difference=0.0),
+            interval(math.nan, math.nan, math.nan),
+            None,
+            False,
+        ),
+        (Gate(metric="presence", minimum_difference=0.0), None, None, False),
+        (Gate(metric="kad", scorer="clap-b", maximum_difference=0.2), BETTER, None, True),
+        (Gate(metric="kad", scorer="clap-b", maximum_difference=0.1), BETTER, None, False),
+        (Gate(metric="silent", maximum=0.02), None, interval(0.02, 0.0, 0.2), True),
+        (Gate(metric="silent", maximum=0.02), None, interval(0.03, 0.0, 0.2), False),
+        (Gate(metric="presence", minimum=0.9), None, interval(0.95, 0.8, 1.0), True),
+        (Gate(metric="presence", minimum=0.9), None, None, False),
+        (Gate(metric="latency", maximum_ratio=1.5), interval(0.2, 0.1, math.log(1.49)), None, True),
+        (Gate(metric="latency", maximum_ratio=1.5), interval(0.2, 0.1, math.log(1.51)), None, False),
+    ],
+)
+def test_a_bound_holds_or_not(
+    gate: Gate, difference: Interval | None, own: Interval | None, passed: bool
+) -> None:
+    differences = {"all": {gate.figure: difference} if difference else {}}
+    challenger = {"all": {gate.figure: own} if own else {}}
+    (verdict,) = decide([gate], {"all": {}}, challenger, differences)
+    assert verdict.passed is passed
+    json.dumps(verdict.row(), allow_nan=False)
+    assert gate.figure in str(verdict)
+
+
+def test_a_gate_looks_at_its_own_split() -> None:
+    gate = Gate(metric="presence", split="temporal", minimum_difference=0.0)
+    differences = {"all": {"presence": BETTER}, "temporal": {"presence": WORSE}}
+    (verdict,) = decide([gate], {}, {}, differences)
+    assert not verdict.passed
+    assert str(verdict) == ("presence (temporal): difference at least +0, found +0.1000 [-0.0200, +0.2000]")
+
+
+def test_the_default_gates_ask_independent_ears() -> None:
+    config = read_gates(DEFAULT_GATES)
+    assert {gate.figure for gate in config.gates} >= {
+        *("present_and_in_order", "order_given_presence", "presence", "clap.clap-b", "reward"),
+        *("silent", "clipped", "latency"),
+    }
+    assert config.independent == ("judge", "clap-b")
+    assert (config.evaluation.seeds, config.evaluation.world.split) == (1, "validation")
+    assert config.text == DEFAULT_GATES.read_text()
+
+
+HEAD = 'independent = ["judge"]\n[evaluation.world]\ncount = 6\n'
+GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gate = [", "can't be read"),
+        (HEAD, r"has no \[\[gate\]\]"),
+        ("colour = 1\n" + HEAD + GOOD, "colour: is not known; known: evaluation, gate, in_flight"),
+        (
+            HEAD + GOOD + '[[gate]]\nmetric = "loudness"\nmaximum = 1\n',
+            r"gate 2: has the metric 'loudness', which is not known here; known: clap.clap-a, clap",
+        ),
+        (HEAD + GOOD + '[[gate]]\nmetric = "clap"\nscorer = "x"\nminimum = 1\n', "has the metric 'clap.x'"),
+        (HEAD + '[[gate]]\nmetric = "presence"\n', "gate 1: has no bound; give one of minimum_difference"),
+        (HEAD + GOOD + "maximum = 1\n", "has minimum_difference and maximum; give one"),
+        (HEAD + GOOD + 'split = "long"\n', "has the split 'long', must be one of all, temporal"),
+        (HEAD + GOOD + "colour = 1\n", "gate 1: has colour; its keys are metric"),
+        (HEAD + '[[gate]]\nmetric = "presence"\nminimum = "x"\n', "has minimum 'x', must be a number"),
+        (HEAD + '[[gate]]\nmetric = "presence"\nminimum = nan\n', "has minimum nan, must be a number"),
+        (HEAD + '[[gate]]\nmetric = "latency"\nmaximum = 2\n', "maximum_ratio is for the metric latency"),
+        (
+            HEAD + '[[gate]]\nmetric = "presence"\nmaximum_ratio = 2\n',
+            "maximum_ratio is for the metric latency",
+        ),
+        (HEAD + '[[gate]]\nmetric = "reward"\nminimum = 0\n', "names nobody whom a gate asks"),
+        ('independent = ["reward"]\n' + GOOD, "independent: has reward, must be of clap-a, clap-b, judge"),
+        ("in_flight = 0\n" + HEAD + GOOD, "in_flight must be 1 or more"),
+        (HEAD + "[evaluation]\nseeds = 0\n" + GOOD, "seeds is 0, must be 1 or more"),
+        (HEAD + "[evaluation]\nrecipe = 'x'\n" + GOOD, "recipe: is 'x', must be one of mini"),
+        (HEAD + "[evaluation]\ncolour = 0\n" + GOOD, "colour: is given as '0', and no setting has this name"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "gates.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidInputError, match=message):
+        read_gates(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"--gates: .*gates.toml can't be read: No such file"):
+        read_gates(tmp_path / "gates.toml")
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "gates.toml"
+    path.write_text(HEAD + '[[gate]]\nmetric = "x"\nmaximum = 1\n[[gate]]\nmetric = "y"\nmaximum = 1\n')
+    with pytest.raises(InvalidInputError) as caught:
+        read_gates(path)
+    assert len(caught.value.violations) == 3  # and no gate asks an independent ear
+
+
+def test_prompts_of_a_file_are_found_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("prompt\nA dog barks\nA siren wails then rain falls\n")
+    path = tmp_path / "gates.toml"
+    path.write_text(
+        'independent = ["clap-b"]\n[evaluation]\nprompts = "captions.csv"\n'
+        '[[gate]]\nmetric = "clap"\nscorer = "clap-b"\nsplit = "temporal"\nminimum_difference = -1\n'
+    )
+    assert read_gates(path).evaluation.prompts == (tmp_path / "captions.csv").resolve()

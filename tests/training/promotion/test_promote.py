@@ -1,0 +1,651 @@
+"""Whatever fails, and wherever: the pin goes back, the alias is untouched, the challenger stops."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.errors import (
+    DigestMismatchError,
+    FieldViolation,
+    InvalidInputError,
+    MilongaError,
+    ModelFormatError,
+    ModelNotFoundError,
+    ServiceUnavailableError,
+)
+from services.models.mini import mini_folder
+from services.weights.registry import DIGEST_TAG
+from tests.training.promotion.fixtures import UNET, MemoryTarget, make_parts, make_version
+from training.evaluation.config import evaluation_smoke
+from training.evaluation.statistics import Interval
+from training.promotion import promote as promotion
+from training.promotion.errors import (
+    BusyError,
+    GatesRefusedError,
+    RollbackError,
+    RolloutError,
+    UnrecordedError,
+    exit_code,
+)
+from training.promotion.gates.gates import Gate, GatesConfig, Verdict
+from training.promotion.ledger import EVIDENCE, GATES, Entry, history_lines
+from training.promotion.promote import Parts, Wanted, bootstrap, promote, resume, roll_back
+from training.promotion.registry import PROMOTION_TAG, Registry, Version
+from training.tracking.register import Registered
+
+CONFIG = GatesConfig(
+    evaluation=evaluation_smoke(),
+    gates=(Gate(metric="presence", minimum_difference=0.0),),
+    independent=("judge",),
+    text="# gates\n",
+)
+
+
+class World:
+    """Two versions, the first of them served, the second the challenger."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.registry = Registry()
+        self.champion = make_version(self.registry, folder)
+        self.candidate = make_version(self.registry, folder)
+        self.registry.point("milonga-tango", "champion", self.champion.version)
+        self.registry.point("milonga-tango", "challenger", self.candidate.version)
+        self.target = MemoryTarget(self.champion.pin)
+        self.parts, self.told = make_parts(self.target, self.registry)
+        self.passes = True
+        world = self
+
+        class Examined:
+            """Gates whose outcome is known; the real ones are tested with real models."""
+
+            def __init__(self, config: GatesConfig, judges: object) -> None:
+                pass
+
+            def examine(
+                self,
+                champion: Version,
+                candidate: Version,
+                target: Any,
+                *_: object,
+                check: Callable[[], None],
+                **__: object,
+            ) -> tuple[list[Verdict], dict[str, Any]]:
+                check()
+                target.start_challenger(candidate.pin, 1.0)
+                target._step("gates")
+                found = Interval(value=0.1, low=0.05 if world.passes else -0.2, high=0.2, count=9)
+                verdict = Verdict(
+                    gate=CONFIG.gates[0],
+                    champion=found,
+                    challenger=found,
+                    difference=found,
+                    passed=world.passes,
+                )
+                return [verdict], {"gates": [verdict.row()]}
+
+        monkeypatch.setattr(promotion, "Examination", Examined)
+
+    def promote(self, version: str | None = "2") -> promotion.Done:
+        return promote(Wanted(model="milonga-tango", version=version), CONFIG, self.parts)
+
+    @property
+    def alias(self) -> str | None:
+        return self.registry.alias("milonga-tango", "champion")
+
+    @property
+    def entry(self) -> Entry:
+        return self.parts.ledger.entries()[0]
+
+    def assert_untouched(self) -> None:
+        assert (self.target.pin, self.target.served) == (self.champion.pin, self.champion.pin)
+        assert self.target.challenger is None
+        assert self.alias == self.champion.version
+
+    def tags(self, version: Version) -> dict[str, str]:
+        found = self.registry.client.get_model_version(version.name, version.version).tags
+        return {k.removeprefix(PROMOTION_TAG): v for k, v in found.items() if k.startswith(PROMOTION_TAG)}
+
+
+@pytest.fixture
+def world(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def test_a_good_version_is_rolled_out_verified_and_named_champion(world: World) -> None:
+    done = world.promote()
+    assert world.target.done == ["challenger", "gates", "stop", "rollout", "verify"]
+    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
+    assert "milonga-tango version 2 is promoted" in done.line
+    entry = world.entry
+    assert (entry.kind, entry.outcome, entry.phase) == ("promotion", "promoted", "alias")
+    assert (entry.from_pin, entry.to_pin) == (world.champion.pin, world.candidate.pin)
+    assert '"passed": true' in world.parts.ledger.read_text(entry.run_id, EVIDENCE)
+    assert world.parts.ledger.read_text(entry.run_id, GATES) == "# gates\n"
+    tags = world.tags(world.candidate)
+    assert (tags[""], tags[".run"]) == ("promoted", entry.run_id)
+    assert world.registry.client.get_run(entry.run_id).info.status == "FINISHED"
+
+
+def test_without_a_version_the_alias_challenger_is_promoted(world: World) -> None:
+    world.promote(None)
+    assert world.alias == world.candidate.version
+
+
+def test_what_is_served_already_is_not_promoted_again(world: World) -> None:
+    world.promote()
+    world.target.done.clear()
+    assert "nothing to do" in world.promote().line
+    assert world.target.done == []
+    assert len(world.parts.ledger.entries()) == 1
+
+
+def test_a_worse_version_is_refused(world: World) -> None:
+    world.passes = False
+    with pytest.raises(
+        GatesRefusedError, match=r"presence: difference at least \+0, found .*-0.2000"
+    ) as caught:
+        world.promote()
+    assert exit_code(caught.value) == 3
+    world.assert_untouched()
+    assert "rollout" not in world.target.done
+    assert world.entry.outcome == "refused"
+    assert world.entry.reason == str(caught.value)
+    assert world.tags(world.candidate)[""] == "refused"
+    assert world.registry.client.get_run(world.entry.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "code", "outcome"),
+    [
+        ("challenger", RolloutError("ImagePullBackOff"), 4, "failed"),
+        ("gates", RolloutError("the challenger made no clip"), 4, "failed"),
+        ("gates", KeyboardInterrupt(), 130, "interrupted"),
+        ("gates", ServiceUnavailableError("the cluster can't be reached"), 6, "failed"),
+        ("stop", ServiceUnavailableError("the cluster can't be reached"), 6, "failed"),
+        ("rollout", RolloutError("not ready after 5 s"), 4, "failed"),
+        ("rollout", KeyboardInterrupt(), 130, "interrupted"),
+        ("verify", RolloutError("pod x serves sha256:…"), 4, "failed"),
+        ("verify", ServiceUnavailableError("forbidden"), 6, "failed"),
+        ("verify", ValueError("a fault of ours"), 1, "failed"),
+    ],
+)
+def test_whatever_fails_is_undone(
+    world: World, step: str, error: BaseException, code: int, outcome: str
+) -> None:
+    world.target.fails[step] = error
+    with pytest.raises(type(error)) as caught:
+        world.promote()
+    assert exit_code(caught.value) == code
+    world.assert_untouched()
+    assert world.entry.outcome == outcome
+    if str(error):
+        assert str(error) in world.entry.reason
+    world.promote()  # and nothing stands in the way of the next try
+    assert world.alias == world.candidate.version
+
+
+def test_an_alias_that_fails_to_move_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, alias: str, version: str | None) -> None:
+        point(name, alias, version)
+        monkeypatch.undo()
+        raise ServiceUnavailableError("the MLflow server went away")  # after it had done so
+
+    point = world.registry.point
+    monkeypatch.setattr(world.registry, "point", fail)
+    with pytest.raises(ServiceUnavailableError):
+        world.promote()
+    world.assert_untouched()
+    assert world.target.done[-3:] == ["stop", "rollout", "verify"]
+
+
+def test_a_rollback_that_fails_needs_a_person_and_can_be_resumed(world: World) -> None:
+    world.target.fails["rollout"] = RolloutError("not ready")
+    world.target.always.add("rollout")
+    with pytest.raises(RollbackError, match=r"--resume.*because: not ready") as caught:
+        world.promote()
+    assert exit_code(caught.value) == 7
+    assert (world.entry.outcome, world.entry.phase) == (None, "restoring")
+    with pytest.raises(BusyError, match="phase restoring; finish or undo it with `milonga promote --resume`"):
+        world.promote()
+    world.target.fails.clear()
+    assert "is undone" in resume(world.parts).line
+    world.assert_untouched()
+    assert (world.entry.outcome, world.entry.reason) == ("failed", "not ready")
+
+
+def test_a_champion_that_somebody_moves_meanwhile_stays_theirs(world: World, tmp_path: Path) -> None:
+    third = make_version(world.registry, tmp_path)
+    world.target.before = lambda step: (
+        world.registry.point("milonga-tango", "champion", third.version) if step == "verify" else None
+    )
+    with pytest.raises(InvalidInputError, match=r"points to version 3, expected version 1: somebody else"):
+        world.promote()
+    assert (world.target.served, world.alias) == (world.champion.pin, third.version)
+
+
+def test_a_challenger_that_somebody_registers_meanwhile_is_not_passed_over(
+    world: World, tmp_path: Path
+) -> None:
+    third = make_version(world.registry, tmp_path)
+    world.target.before = lambda step: (
+        world.registry.point("milonga-tango", "challenger", third.version) if step == "gates" else None
+    )
+    with pytest.raises(InvalidInputError, match="challenger: points to version 3, expected version 2"):
+        world.promote(None)
+    world.assert_untouched()
+
+
+def test_a_lost_lock_leaves_everything_to_whoever_has_it(world: World) -> None:
+    def lose(step: str) -> None:
+        world.target.held.lost = step == "verify"
+
+    world.target.before = lose
+    with pytest.raises(BusyError) as caught:
+        world.promote()
+    assert exit_code(caught.value) == 5
+    assert world.target.pin == world.candidate.pin  # not ours to undo
+    assert world.entry.outcome is None
+
+
+def die(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the promoter were killed in `step`: nothing is undone."""
+
+    class Killed(BaseException):
+        pass
+
+    world.target.fails[step] = Killed()
+    with monkeypatch.context() as patched:
+        patched.setattr(promotion, "restore", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(RollbackError):
+            world.promote()
+    world.target.done.clear()
+    assert world.entry.outcome is None
+
+
+@pytest.mark.parametrize("step", ["challenger", "gates", "stop"])
+def test_a_promoter_that_died_before_the_rollout_is_undone(
+    world: World, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die(world, step, monkeypatch)
+    with pytest.raises(BusyError, match="--resume"):
+        world.promote()
+    assert world.target.done == []
+    assert "undone" in resume(world.parts).line
+    world.assert_untouched()
+    assert world.entry.reason == "its promoter died in the phase gates"
+    with pytest.raises(InvalidInputError, match="nothing was left unfinished"):
+        resume(world.parts)
+
+
+@pytest.mark.parametrize("step", ["rollout", "verify"])
+def test_a_promoter_that_died_after_it_is_finished(
+    world: World, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die(world, step, monkeypatch)
+    assert "is finished" in resume(world.parts).line
+    assert (world.target.served, world.alias) == (world.candidate.pin, world.candidate.version)
+    assert (world.target.challenger, world.entry.outcome) == (None, "promoted")
+
+
+def test_what_cannot_be_finished_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "rollout", monkeypatch)
+    world.target.fails["verify"] = RolloutError("pod x serves another digest")
+    with pytest.raises(RolloutError):
+        resume(world.parts)
+    world.assert_untouched()
+
+
+def test_a_pin_that_is_neither_is_left_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die(world, "rollout", monkeypatch)
+    third = make_version(world.registry, tmp_path)
+    world.target.pin = third.pin
+    with pytest.raises(RollbackError, match="somebody else pinned milonga-tango version 3"):
+        resume(world.parts)
+    assert (world.target.pin, world.entry.outcome) == (third.pin, "failed")
+
+
+def test_a_ledger_that_is_away_at_the_end_does_not_undo(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ServiceUnavailableError("the MLflow server can't be used")
+
+    monkeypatch.setattr(world.parts.ledger, "end", away)
+    with pytest.raises(
+        UnrecordedError, match="is promoted and served, only the ledger could not be"
+    ) as caught:
+        world.promote()
+    assert exit_code(caught.value) == 8
+    assert (world.target.served, world.alias) == (world.candidate.pin, world.candidate.version)
+
+
+def test_rollbacks_go_further_back_not_to_and_fro(world: World, tmp_path: Path) -> None:
+    third = make_version(world.registry, tmp_path)
+    with pytest.raises(InvalidInputError, match="knows nothing that was served here before"):
+        roll_back(world.parts)
+    world.promote("2")
+    world.promote("3")
+    assert world.alias == third.version
+    assert "version 2 is served again" in roll_back(world.parts).line
+    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
+    assert "version 1 is served again" in roll_back(world.parts).line
+    world.assert_untouched()
+    with pytest.raises(InvalidInputError, match="knows nothing"):
+        roll_back(world.parts)
+    header, *lines = history_lines(world.parts.ledger.entries())
+    assert header.split() == ["began", "(UTC)", "kind", "from", "to", "outcome", "seconds", "who"]
+    assert ["rolled back" in line for line in lines] == [True, True, False, False]
+    assert "milonga-tango/2  milonga-tango/1  rolled back" in lines[0]
+
+
+def test_a_rollback_that_fails_goes_back_to_where_it_was(world: World) -> None:
+    world.promote()
+    world.target.fails["verify"] = RolloutError("pod x serves another digest")
+    with pytest.raises(RolloutError):
+        roll_back(world.parts)
+    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
+
+
+def test_a_target_that_was_never_pinned_is_bootstrapped_once(world: World) -> None:
+    world.target.pin = world.target.served = None
+    with pytest.raises(InvalidInputError, match=r"nothing is pinned; `milonga promote --bootstrap") as caught:
+        world.promote()
+    assert exit_code(caught.value) == 2
+    world.registry.point("milonga-tango", "champion", None)
+    assert "is pinned and served" in bootstrap(world.champion, world.parts).line
+    world.assert_untouched()
+    assert world.target.done == ["rollout", "verify"]
+    assert "nothing to do" in bootstrap(world.champion, world.parts).line
+    with pytest.raises(InvalidInputError, match=r"version 1 is pinned; promote: .*--version 2"):
+        bootstrap(world.candidate, world.parts)
+
+
+def test_a_bootstrap_that_fails_leaves_nothing_pinned(world: World) -> None:
+    world.target.pin = world.target.served = None
+    world.registry.point("milonga-tango", "champion", None)
+    world.target.fails["verify"] = RolloutError("no pod is ready")
+    with pytest.raises(RolloutError):
+        bootstrap(world.champion, world.parts)
+    assert (world.target.pin, world.alias) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("9", r"has no version 9 in the registry .*; it has 1, 2"), ("x", "has no version x")],
+)
+def test_a_version_that_is_not_there_is_refused(world: World, version: str, message: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        world.promote(version)
+    assert exit_code(caught.value) == 2
+    assert world.parts.ledger.entries() == []
+
+
+def test_versions_that_are_none_of_ours_are_refused(world: World, tmp_path: Path) -> None:
+    other = make_version(world.registry, tmp_path, unet={**UNET, "block_out_channels": [8, 32]})
+    with pytest.raises(ModelFormatError, match=r"another architecture .* unet/config.json has block_out_ch"):
+        world.promote(other.version)
+    reward = make_version(world.registry, tmp_path, kind="reward")
+    with pytest.raises(ModelFormatError, match="of kind reward, must be tango"):
+        world.promote(reward.version)
+    world.registry.client.delete_model_version_tag("milonga-tango", "2", DIGEST_TAG)
+    with pytest.raises(ModelFormatError, match=r"has the digest 'nothing' in its tag milonga.digest"):
+        world.promote()
+    assert (world.parts.ledger.entries(), world.target.done) == ([], [])
+
+
+def test_a_target_pinned_from_another_registry_is_refused(world: World) -> None:
+    world.target.pin = world.champion.pin[:-4] + "0000"
+    with pytest.raises(DigestMismatchError, match=r"is MLFLOW_TRACKING_URI the registry"):
+        world.promote()
+    world.target.pin = world.champion.pin.replace("milonga-tango", "other")
+    with pytest.raises(ModelNotFoundError):
+        world.promote()
+
+
+def test_an_alias_that_disagrees_with_the_pin_is_refused(world: World) -> None:
+    world.registry.point("milonga-tango", "champion", "2")
+    with pytest.raises(InvalidInputError, match="champion: points to version 2, expected version 1"):
+        world.promote()
+    with pytest.raises(InvalidInputError, match="expected version 1"):
+        promote(Wanted(model="milonga-tango", version="2"), CONFIG, other_alias(world.parts))
+
+
+def other_alias(parts: Parts) -> Parts:
+    return Parts(
+        target=parts.target,
+        registry=parts.registry,
+        ledger=parts.ledger,
+        tell=parts.tell,
+        alias="staging",
+    )
+
+
+def test_every_error_is_one_line(world: World) -> None:
+    world.target.fails["rollout"] = RolloutError("two\nlines")
+    with pytest.raises(MilongaError):
+        world.promote()
+    assert "\n" not in world.entry.reason
+
+
+def test_neither_rollback_nor_bootstrap_moves_the_alias_of_another_place(
+    world: World, tmp_path: Path
+) -> None:
+    world.promote()
+    third = make_version(world.registry, tmp_path)
+    world.registry.point("milonga-tango", "champion", third.version)
+    with pytest.raises(
+        InvalidInputError, match=r"points to version 3, expected version 2: .*--alias"
+    ) as caught:
+        roll_back(world.parts)
+    assert exit_code(caught.value) == 2
+    world.target.pin = world.target.served = None
+    world.target.done.clear()
+    with pytest.raises(InvalidInputError, match=r"champion points to version 3: .*--alias") as caught:
+        bootstrap(world.champion, world.parts)
+    assert exit_code(caught.value) == 2
+    assert (world.alias, world.target.done, len(world.parts.ledger.entries())) == (third.version, [], 1)
+
+
+@pytest.mark.parametrize("check", ["setup", "reach"])
+def test_what_cannot_be_asked_is_not_changed(world: World, check: str) -> None:
+    def refuse() -> None:
+        world.target.fails[check] = ServiceUnavailableError("pods/portforward is forbidden")
+
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        world.promote()
+    assert world.parts.ledger.entries() == []
+    world.promote()
+    world.target.done.clear()
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        roll_back(world.parts)
+    world.target.pin = None
+    world.registry.point("milonga-tango", "champion", None)
+    refuse()
+    with pytest.raises(ServiceUnavailableError):
+        bootstrap(world.candidate, world.parts)
+    assert (world.target.done, len(world.parts.ledger.entries())) == ([], 1)
+
+
+def test_a_promotion_is_not_resumed_by_who_cannot_ask(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "rollout", monkeypatch)
+    world.target.fails["reach"] = ServiceUnavailableError("pods/portforward is forbidden")
+    with pytest.raises(ServiceUnavailableError):
+        resume(world.parts)
+    assert (world.target.done, world.entry.outcome) == ([], None)
+
+
+def test_a_promotion_that_was_put_back_is_not_finished(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "rollout", monkeypatch)
+    world.target.pin = world.target.served = world.champion.pin  # while the ledger was away
+    assert world.entry.phase == "rollout"
+    assert "is undone" in resume(world.parts).line
+    world.assert_untouched()
+    assert world.entry.outcome == "failed"
+
+
+def test_what_is_quick_is_put_back_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str | None, object, object, float]] = []
+    wait = world.target.wait
+
+    def waiting(pin: str, seconds: float) -> None:
+        waits.append((world.target.pin, world.target.challenger, world.alias, seconds))
+        wait(pin, seconds)
+
+    monkeypatch.setattr(world.target, "wait", waiting)
+    point = world.registry.point
+
+    def lost(name: str, alias: str, version: str | None) -> None:
+        point(name, alias, version)
+        monkeypatch.setattr(world.registry, "point", point)
+        raise ServiceUnavailableError("its answer got lost")
+
+    monkeypatch.setattr(world.registry, "point", lost)
+    with pytest.raises(ServiceUnavailableError):
+        world.promote()
+    assert waits[-1] == (world.champion.pin, None, "1", 600.0)
+    assert waits[0][3] == world.parts.deadline
+
+
+def test_a_deployment_at_zero_is_restored_without_waiting(world: World) -> None:
+    def scale(step: str) -> None:
+        world.target.idle |= step == "rollout"
+
+    world.target.before = scale
+    world.target.fails["rollout"] = RolloutError("the Deployment generation is scaled to 0")
+    with pytest.raises(RolloutError):
+        world.promote()
+    assert world.target.done.count("rollout") == 1
+    assert world.entry.outcome == "failed"
+
+
+@pytest.mark.parametrize(("lost_at", "stopped"), [("verify", 1), ("pin", 1)])
+def test_a_lock_that_is_lost_while_it_is_put_back_stops_that(
+    world: World, monkeypatch: pytest.MonkeyPatch, lost_at: str, stopped: int
+) -> None:
+    set_pin = world.target.set_pin
+
+    def setting(pin: str | None, seconds: float) -> None:
+        set_pin(pin, seconds)
+        world.target.held.lost = lost_at == "pin" and pin == world.champion.pin
+
+    def lose(step: str) -> None:
+        world.target.held.lost |= lost_at == step
+
+    monkeypatch.setattr(world.target, "set_pin", setting)
+    world.target.before = lose
+    world.target.fails["verify"] = RolloutError("pod x serves another digest")
+    with pytest.raises(BusyError, match="lock was lost"):
+        world.promote()
+    assert world.target.done.count("stop") == stopped
+    assert world.entry.outcome is None
+
+
+def test_a_pin_that_somebody_else_moves_meanwhile_stays(world: World, tmp_path: Path) -> None:
+    third = make_version(world.registry, tmp_path)
+
+    def pin(step: str) -> None:
+        if step == "rollout":
+            world.target.pin = third.pin
+
+    world.target.before = pin
+    world.target.fails["rollout"] = RolloutError("the pin was changed by somebody else meanwhile")
+    with pytest.raises(
+        RollbackError, match="somebody else pinned milonga-tango version 3: it stays"
+    ) as caught:
+        world.promote()
+    assert exit_code(caught.value) == 7
+    assert (world.target.pin, world.alias, world.entry.outcome) == (third.pin, "1", "failed")
+    assert world.target.challenger is None
+
+
+def test_a_pin_that_somebody_else_moved_during_the_gates_is_not_replaced(
+    world: World, tmp_path: Path
+) -> None:
+    third = make_version(world.registry, tmp_path)
+
+    def pin(step: str) -> None:
+        if step == "gates":
+            world.target.pin = third.pin
+
+    world.target.before = pin
+    with pytest.raises(RollbackError, match="somebody else pinned milonga-tango version 3"):
+        world.promote()
+    assert world.target.pin == third.pin
+    assert "rollout" not in world.target.done
+
+
+def test_an_interruption_after_the_alias_says_what_is_served(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world.registry, "tag", interrupt)
+    with pytest.raises(UnrecordedError, match=r"version 2 is promoted and served, .*interrupted") as caught:
+        world.promote()
+    assert exit_code(caught.value) == 8
+    assert (world.target.served, world.alias, world.entry.outcome) == (world.candidate.pin, "2", None)
+    assert "is finished" in resume(world.parts).line
+    assert world.entry.outcome == "promoted"
+
+
+def test_an_undoing_that_fails_is_no_rollback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    die(world, "stop", monkeypatch)
+    world.target.fails["stop"] = RolloutError("x")
+    with pytest.raises(RollbackError, match="could not be restored: x") as caught:
+        resume(world.parts)
+    assert exit_code(caught.value) == 7
+
+
+def test_a_folder_is_registered_once_nothing_stands_against_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(mini_folder("mini-base"))
+    made: list[object] = []
+
+    def register(path: Path, name: str, *, alias: str | None, uri: str) -> Registered:
+        made.append(alias)
+        version = make_version(world.registry, tmp_path)
+        return Registered(name=name, version=version.version, digest=version.digest, alias=None, created=True)
+
+    monkeypatch.setattr(promotion, "register", register)
+    with pytest.raises(
+        InvalidInputError, match=r"mini-base, and milonga-tango version 1 is pinned; register it"
+    ):
+        bootstrap(folder, world.parts)
+    world.target.pin = world.target.served = None
+    with pytest.raises(InvalidInputError, match="champion points to version 1"):
+        bootstrap(folder, world.parts)
+    world.registry.point("milonga-tango", "champion", None)
+    world.target.fails["reach"] = ServiceUnavailableError("forbidden")
+    with pytest.raises(ServiceUnavailableError):
+        bootstrap(folder, world.parts)
+    assert made == []
+    assert "version 3 is pinned and served" in bootstrap(folder, world.parts).line
+    assert made == [None]
+    assert world.registry.alias("milonga-tango", "challenger") == "2"
+    assert world.alias == "3"
+
+
+def test_a_place_that_is_not_there_leaves_no_lock_behind(world: World) -> None:
+    class Nowhere(MemoryTarget):
+        @property
+        def place(self) -> str:  # type: ignore[override]
+            raise InvalidInputError(FieldViolation("the Deployment generation", "is not there"))
+
+        def lock(self) -> Any:
+            raise AssertionError("it was locked")
+
+    parts, _ = make_parts(Nowhere(), world.registry)
+    for begin in (roll_back, resume, lambda one: bootstrap(world.champion, one)):
+        with pytest.raises(InvalidInputError, match="is not there"):
+            begin(parts)
+    with pytest.raises(InvalidInputError, match="is not there"):
+        promote(Wanted(model="milonga-tango"), CONFIG, parts)

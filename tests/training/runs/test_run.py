@@ -1,0 +1,94 @@
+"""The whole loop, from candidates to a registered version: `milonga train run --recipe smoke`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from services.errors import InvalidInputError, MilongaError, ModelNotFoundError
+from services.models.mini import mini_folder
+from services.weights.uri import resolve
+from training.loop.config import differences, flatten
+from training.runs.run import headline, outcome, run_loop, settled_start
+from training.runs.run_recipes import RUNS, run_align, run_mini, run_smoke
+from training.runs.stages import launch
+from training.tracking.register import register
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twice(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, output = run_smoke(), tmp_path / "run"
+    done = run_loop(config, output)
+    assert (done.registered.name, done.registered.alias) == ("milonga-tango", "challenger")
+    assert done.registered.created
+    assert resolve("models:/milonga-tango@challenger").digest == done.registered.digest
+    assert resolve("models:/milonga-reward@challenger").version == "1"
+    assert any("present_and_in_order" in line for line in done.lines)
+
+    client = mlflow.MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "milonga"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {"smoke", "reward", "preferences", "sft", "dpo", "evaluation", "samples"} <= runs.keys()
+    assert runs["dpo"].data.tags["mlflow.parentRunId"] == runs["smoke"].info.run_id
+    curve = client.get_metric_history(runs["dpo"].info.run_id, "loss")
+    assert [point.step for point in curve] == list(range(config.dpo.loop.steps))
+
+    made = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    capsys.readouterr()
+    again = run_loop(config, output)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made
+    assert again.registered.version == done.registered.version and not again.registered.created
+
+    with pytest.raises(InvalidInputError, match="rounds was 1, is 2"):
+        run_loop(replace(config, rounds=2), output)
+
+
+def test_a_launched_program_that_fails_says_which(tmp_path: Path) -> None:
+    with pytest.raises(MilongaError, match="dpo ended with exit code"):
+        launch("dpo", replace(run_smoke().dpo, start="file:nowhere"), tmp_path / "dpo", 1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_recipe_of_the_loop_is_a_whole_config(name: str) -> None:
+    config = RUNS[name]()
+    assert config.rounds == 1 and config.samples
+
+
+def test_the_training_job_runs_mini_and_needs_neither_a_service_nor_the_network() -> None:
+    config = run_align()
+    assert differences(flatten(run_mini()), flatten(config)) == ["name was mini, is align"]
+    assert config.start == "mini-base"
+    services = {name: value for name, value in flatten(config).items() if name.endswith("server")}
+    assert services and not any(services.values())
+
+
+def test_an_alias_counts_as_it_stood_when_the_run_began(store: str, tmp_path: Path) -> None:
+    assert settled_start("mini-base", tmp_path) == "mini-base"
+    assert not list(tmp_path.glob("*.txt"))
+    with pytest.raises(ModelNotFoundError, match="milonga-tango@champion is not in the registry"):
+        settled_start("models:/milonga-tango@champion", tmp_path)
+    first = register(mini_folder("mini-base"), alias="champion")
+    assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri
+    register(mini_folder("mini"), alias="champion")
+    assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri
+    assert resolve(first.uri).digest == first.digest
+
+
+def test_the_outcome_tells_what_decides_and_leaves_out_what_is_not_there() -> None:
+    figure = {"value": 0.1, "low": 0.05, "high": 0.15}
+    differences = {"present_and_in_order": figure, "silent": {"value": 0.0, "low": None, "high": None}}
+    report = {"comparisons": [{"differences": {"all": differences}}]}
+    assert outcome(report) == ["present_and_in_order: +0.100 [+0.050, +0.150] against the start"]
+    assert headline(report) == {
+        "difference.present_and_in_order": 0.1,
+        "difference.present_and_in_order.low": 0.05,
+        "difference.present_and_in_order.high": 0.15,
+        "difference.silent": 0.0,
+    }

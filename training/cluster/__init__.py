@@ -1,0 +1,1 @@
+"""A training Job on Kubernetes: created, and followed to its end."""

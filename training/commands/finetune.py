@@ -1,0 +1,94 @@
+"""`milonga train sft`, `dpo`, `baton`: fine-tuning of a denoiser from the command line.
+
+milonga train dpo --recipe mini --set data.pairs=build/preferences/mini/dataset --output build/dpo/mini
+accelerate launch -m services.cli train dpo --recipe tango2 --set start=file:tango-full-ft …
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
+]
+Recipe = Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the model.", show_default="build/COMMAND/NAME"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume/--fresh", help="Go on with the run that is there, or begin anew.")
+]
+Show = Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")]
+
+
+def sft(
+    recipe: Recipe = "mini",
+    settings: Settings = None,
+    output: Output = None,
+    resume: Resume = True,
+    show: Show = False,
+) -> None:
+    """Fine-tune a denoiser on the chosen clips of preference pairs."""
+    _run("sft", recipe, settings or [], output, fresh=not resume, show=show)
+
+
+def dpo(
+    recipe: Recipe = "mini",
+    settings: Settings = None,
+    output: Output = None,
+    resume: Resume = True,
+    show: Show = False,
+) -> None:
+    """Align a denoiser with preference pairs by diffusion-DPO."""
+    _run("dpo", recipe, settings or [], output, fresh=not resume, show=show)
+
+
+def baton(
+    recipe: Recipe = "mini",
+    settings: Settings = None,
+    output: Output = None,
+    resume: Resume = True,
+    show: Show = False,
+) -> None:
+    """Fine-tune a denoiser on clips weighted by their reward (BATON)."""
+    _run("baton", recipe, settings or [], output, fresh=not resume, show=show)
+
+
+def _run(
+    stage: Literal["sft", "dpo", "baton"],
+    recipe: str,
+    settings: Sequence[str],
+    output: Path | None,
+    *,
+    fresh: bool,
+    show: bool,
+) -> None:
+    from training.finetuning.baton import train_baton
+    from training.finetuning.dpo import train_dpo
+    from training.finetuning.sft import train_sft
+    from training.loop.config import describe, override
+    from training.runs import recipes
+
+    found: Mapping[str, tuple[Mapping[str, Callable[[], Any]], Callable[..., dict[str, Any]]]] = {
+        "sft": (recipes.SFT, train_sft),
+        "dpo": (recipes.DPO, train_dpo),
+        "baton": (recipes.BATON, train_baton),
+    }
+    known, train = found[stage]
+    config = override(recipes.recipe(known, recipe), settings)
+    main = os.environ.get("RANK", "0") == "0"  # once, of all the processes that a launcher started
+    if main:
+        typer.echo(describe(config))
+    if show:
+        return
+    from training.finetuning.session import summary
+
+    target = output or Path("build") / stage / config.name
+    report = train(config, target, fresh=fresh)
+    if main:
+        typer.echo("\n".join(["", *summary(report)]))
+        typer.echo(f"{target}: milonga serve generation --model file:{target}")

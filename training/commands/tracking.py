@@ -1,0 +1,57 @@
+"""`milonga train register` and `milonga train sync`. Light: they import what they need when they run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_URI = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow server or database.",
+        show_default="MLFLOW_TRACKING_URI, else ./mlflow.db",
+    ),
+]
+
+
+def register(
+    folder: Annotated[
+        Path, typer.Argument(help="Model folder: trained, or made by `milonga convert`.", show_default=False)
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of the registered model.", show_default="milonga-tango or milonga-reward"),
+    ] = None,
+    alias: Annotated[
+        str, typer.Option(help="To point to the version: challenger or champion.")
+    ] = "challenger",
+    clap: Annotated[
+        str | None,
+        typer.Option(help="Of a reward model: URI of its CLAP model.", show_default="mini:clap-a"),
+    ] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="Model URI of what it was trained from.", show_default=False)
+    ] = None,
+    tracking_uri: _URI = None,
+) -> None:
+    """Register a model in MLflow as a new version. The same files are registered once."""
+    from training.tracking.register import Provenance
+    from training.tracking.register import register as register_model
+
+    done = register_model(
+        folder, name, alias=alias, clap=clap, provenance=Provenance(parent=parent), uri=tracking_uri
+    )
+    already = "" if done.created else " (registered before)"
+    typer.echo(f"{done.name} version {done.version}, {done.alias}{already}")
+    typer.echo(done.uri)
+
+
+def sync(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run's tracking journal.", show_default=False)],
+    tracking_uri: _URI = None,
+) -> None:
+    """Send what a run tracked while the MLflow server was away."""
+    from training.tracking.tracking import sync as send
+
+    typer.echo(f"{send(folder, uri=tracking_uri)} entries sent")

@@ -1,0 +1,1 @@
+"""Metrics, what they are computed on, and reports. Imports the independent judge."""

@@ -1,0 +1,87 @@
+"""Pictures of an evaluation, as PNG bytes: how scores are distributed, and spectrograms side by side."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from services.audio.resampling import resample
+from services.audio.spectrogram import SpectrogramConfig, spectrogram_sheet_png
+from training.data.examples import Clip
+from training.evaluation.reliability import DPI
+
+COLUMNS = 3
+BINS = 30
+"""At most."""
+SHEET_RATE = 16_000
+"""Hertz of the clips of a sheet."""
+
+
+def distribution_plot(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> bytes | None:
+    """A histogram of each figure, one line a model, its mean dashed. `values` are figures of single clips by
+    name and model. Figures of two values (shares) are left to the table; None where nothing is left."""
+    names = [name for name, models in values.items() if _is_continuous(list(models.values()))]
+    if not names:
+        return None
+    columns = min(COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.5), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, name in zip(axes, names, strict=False):
+        models = {model: column[np.isfinite(column)] for model, column in values[name].items()}
+        together = np.concatenate(list(models.values()))
+        # Few clips in many bins would be a row of spikes.
+        bins = min(BINS, max(5, round(2 * math.sqrt(len(together) / len(models)))))
+        edges = np.linspace(together.min(), together.max(), bins + 1)
+        for number, column in enumerate(models.values()):
+            colour = f"C{number % 10}"
+            axis.hist(column, bins=edges, histtype="step", color=colour, linewidth=1.4)
+            axis.axvline(float(column.mean()), color=colour, linestyle="--", linewidth=1)
+        axis.set(title=name, ylabel="clips")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    figure.legend(
+        axes[0].patches,
+        list(next(iter(values.values()))),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
+    buffer = io.BytesIO()
+    # No version and no date in the file: the same figures give the same bytes.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def spectrogram_sheet(prompts: Sequence[str], models: Mapping[str, Sequence[Clip | None]]) -> bytes | None:
+    """Spectrograms of the clips of each prompt, a column a model (or the references), a row a prompt.
+
+    Prompts of which a clip is missing or can't be read are left out; None where all are.
+    """
+    cells: list[tuple[str, NDArray[np.float32]]] = []
+    for row, prompt in enumerate(prompts):
+        waveforms = {name: _waveform(clips[row]) for name, clips in models.items()}
+        if all(waveform is not None for waveform in waveforms.values()):
+            cells += [(f"{name}: {prompt}"[:66], w) for name, w in waveforms.items() if w is not None]
+    if not cells:
+        return None
+    config = SpectrogramConfig(width=380, height=120)
+    return spectrogram_sheet_png(cells, SHEET_RATE, columns=len(models), config=config)
+
+
+def _is_continuous(columns: Sequence[NDArray[np.float64]]) -> bool:
+    finite = [column[np.isfinite(column)] for column in columns]
+    return all(len(column) for column in finite) and len(np.unique(np.concatenate(finite))) > 2
+
+
+def _waveform(clip: Clip | None) -> NDArray[np.float32] | None:
+    try:
+        waveform, rate = clip.read() if clip is not None else (None, 0)
+    except (OSError, ValueError):
+        return None
+    if waveform is None:
+        return None
+    return resample(waveform if waveform.ndim == 1 else waveform.mean(axis=0), rate, SHEET_RATE)

@@ -1,0 +1,1 @@
+"""Fine-tuning of the generator: supervised, diffusion-DPO and BATON."""

@@ -1,0 +1,235 @@
+"""Fine-tune a denoiser by rewards: BATON (arXiv 2402.00744).
+
+    milonga train baton --recipe mini --set data.pairs=pairs.parquet
+    milonga train baton --recipe tango2 --set data.labelled=HD.json,RD.json --set data.pretraining=PD.json
+
+Clips that people labelled (HD) or that a reward model judged (RD) are learned with the weight of their
+reward; pretraining data (PD) hold the denoiser where it was.
+
+Shape legend: B batch, C latent channels, T latent frames, F latent mel bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from services.models.reward.model import load_reward
+from services.weights.uri import ModelURI, resolve
+from training.data.examples import Examples, Labelled, read_labelled, read_pairs
+from training.data.scenes import SceneClip, wording
+from training.evaluation.calibration import sigmoid
+from training.finetuning.session import (
+    FineTuning,
+    Session,
+    build_policy,
+    errors_of,
+    finish_session,
+    invalid,
+    loop_of,
+    open_session,
+    parquet_files,
+    readable,
+)
+from training.loop.loop import Positions, adamw, examples_at, fit
+from training.objectives.diffusion import reward_weighted
+from training.objectives.noising import Noising, draw_noising
+from training.reward.data import ClapTokens
+from training.reward.report import hear
+from training.reward.train import load_any_clap
+from training.soundworld.captions import WEB_CAPTIONS, corrupt
+from training.soundworld.scenes import SHORT, draw_truth
+
+SCENES_SEED = 1_717
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatonData:
+    """Where rewarded clips and pretraining data come from."""
+
+    labelled: tuple[Path, ...] = ()
+    """JSON files in BATON's format (`read_labelled`), HD and RD: labels are rewards."""
+    pairs: tuple[Path, ...] = ()
+    """Parquet files of preference pairs, or folders of them. Each clip is an example: its reward is the
+    reward model's probability, without one 1 for the chosen and 0 for the rejected."""
+    pretraining: tuple[Path, ...] = ()
+    """JSON files of prompts and clips, PD; labels are not looked at."""
+    scenes: int = 0
+    """Scenes of the sound world beside them, captioned as badly as those that `mini-base` learned from."""
+    audio_root: Path | None = None
+    """Folder of the audio that they name by relative paths; none: each file's own folder."""
+    max_unreadable: float = 0.05
+    """Share of clips that may be unreadable before the training is refused."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return (*self.labelled, *parquet_files(self.pairs), *self.pretraining)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatonTraining(FineTuning):
+    """One fine-tuning by rewards. The loop's batch counts rewarded clips; as many of pretraining join it."""
+
+    data: BatonData = field(default_factory=BatonData)
+    reward: str | None = None
+    """URI of the reward model that judges the clips of pairs; none: chosen or not is all that counts."""
+    clap: str = "mini:clap-a"
+    """URI of the CLAP model that it stands on."""
+    pretraining_weight: float = 1.0
+    """Of the loss on pretraining data, where there are any."""
+
+    def __post_init__(self) -> None:
+        FineTuning.__post_init__(self)
+        if self.pretraining_weight < 0:
+            raise ValueError(f"pretraining_weight is {self.pretraining_weight}, must be 0 or more")
+
+
+def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Run the whole program; `output` is then a pipeline's folder. Returns what stands in its training.json.
+
+    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
+    latents. After whatever stopped it, the same call goes on from there; with `fresh` it begins anew.
+
+    Raises:
+        InvalidInputError: settings or data are wrong, or the run that is there has other settings.
+        ModelError: the start or the reward model was refused.
+        OutputError: `output` can't be written, or holds something else.
+    """
+    labelled, paired = read_rewarded(config.data)
+    pretraining = read_pretraining(config.data) if config.pretraining_weight else []
+    models = {"reward": config.reward, "clap": config.clap if config.reward else None}
+    session, report = open_session(config, output, config.data.files(), models, fresh=fresh)
+    if report is not None:
+        return report
+    policy = build_policy(config, session.start)
+    _, unreadable = readable(
+        [*labelled, *paired, *pretraining],
+        lambda example: [example.clip],
+        lambda example: example.prompt,
+        session,
+        config.data.max_unreadable,
+    )
+    labelled, paired, pretraining = (
+        [example for example in part if example.clip not in unreadable]
+        for part in (labelled, paired, pretraining)
+    )
+    rewarded = labelled + (judged(paired, config, session) if config.reward and paired else paired)
+    if not any(example.label > 0 for example in rewarded):
+        raise invalid("data", f"none of {len(rewarded)} clips has a reward above 0: nothing to learn from")
+    loop = loop_of(config, len(rewarded))
+    fitted = fit(
+        policy,
+        adamw(policy, loop),
+        partial(
+            loss_of,
+            config=config,
+            batch=loop.batch,
+            rewarded=rewarded,
+            pretraining=pretraining,
+            session=session,
+        ),
+        loop,
+        session.run,
+        accelerator=session.accelerator,
+        title=f"baton {config.name}",
+    )
+    data = {
+        "examples": len(rewarded),
+        "pretraining": len(pretraining),
+        "mean_reward": sum(example.label for example in rewarded) / len(rewarded),
+        "unreadable": {clip.name: why for clip, why in unreadable.items()},
+    }
+    return finish_session(session, policy, "baton", fitted.steps, data)
+
+
+def read_rewarded(data: BatonData) -> tuple[list[Labelled], list[Labelled]]:
+    """The clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
+
+    Raises `InvalidInputError` where there is none.
+    """
+    labelled = [example for path in data.labelled for example in read_labelled(path, data.audio_root)]
+    paired = [
+        Labelled(prompt=pair.prompt, clip=clip, label=label)
+        for path in parquet_files(data.pairs)
+        for pair in read_pairs(path, data.audio_root)
+        for clip, label in ((pair.chosen, 1.0), (pair.rejected, 0.0))
+    ]
+    if not labelled and not paired:
+        raise invalid("data", "holds no rewarded clips; give data.labelled (JSON) or data.pairs (Parquet)")
+    return labelled, paired
+
+
+def read_pretraining(data: BatonData) -> list[Labelled]:
+    """Pretraining data: those of the files, then scenes with a caption of the training split."""
+    found = [
+        example for path in data.pretraining for example in read_labelled(path, data.audio_root, label=1.0)
+    ]
+    for index in range(data.scenes):
+        rng = np.random.default_rng([SCENES_SEED, index])
+        truth = draw_truth(rng, SHORT)
+        prompt = None
+        while prompt is None:
+            prompt = wording(corrupt(truth, WEB_CAPTIONS, rng), rng, "train")
+        clip = SceneClip(truth=truth, seed=(SCENES_SEED, index), duration=SHORT.duration, gain=0.0)
+        found.append(Labelled(prompt=prompt, clip=clip, label=1.0))
+    return found
+
+
+def judged(examples: Sequence[Labelled], config: BatonTraining, session: Session) -> list[Labelled]:
+    """The examples with the reward model's probability in the place of their labels."""
+    assert config.reward is not None
+    uri = ModelURI.parse(config.clap)
+    found = resolve(uri)
+    clap = load_any_clap(uri, found, str(session.accelerator.device))
+    model = load_reward(resolve(config.reward).folder, clap, found.digest)
+    tokens = ClapTokens(config.latents.cache or session.run, clap, found.digest, session.accelerator)
+    # Those that the autoencoder could hear, CLAP can hear too: they have been decoded by the same reader.
+    tokens.add(example.clip for example in examples)
+    tokens.add_prompts(example.prompt for example in examples)
+    logits_B = hear(model.head, Examples(labelled=tuple(examples)), tokens).logits_B
+    rewards_B = sigmoid(logits_B / model.config.temperature)
+    return [replace(example, label=float(r)) for example, r in zip(examples, rewards_B, strict=True)]
+
+
+def loss_of(
+    policy: nn.Module,
+    positions: Positions,
+    *,
+    config: BatonTraining,
+    batch: int,
+    rewarded: Sequence[Labelled],
+    pretraining: Sequence[Labelled],
+    session: Session,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """BATON's loss of the rewarded examples at `positions`, and of as many of pretraining."""
+    seed = config.loop.seed
+    picked = [rewarded[index] for index in examples_at(positions, len(rewarded), seed)]
+    if pretraining:
+        picked += [pretraining[index] for index in examples_at(positions, len(pretraining), seed)]
+    clean_BCTF = session.latents.clips([example.clip for example in picked])
+    parts = [
+        draw_noising(
+            positions, tuple(clean_BCTF.shape[1:]), config.noising, batch=batch, seed=seed, stream=stream
+        )
+        for stream in range(len(picked) // len(positions))
+    ]
+    prompts = [example.prompt for example in picked]
+    errors_B, _ = errors_of(policy, clean_BCTF, prompts, Noising.joined(parts), session)
+    rewards_B = torch.tensor([example.label for example in picked[: len(positions)]], device=errors_B.device)
+    rewarded_B, *pretraining_B = errors_B.split(len(positions))
+    loss = reward_weighted(
+        rewarded_B, rewards_B, *pretraining_B, pretraining_weight=config.pretraining_weight
+    )
+    figures = {"reward": rewards_B.mean(), "rewarded_error": rewarded_B.detach().mean()}
+    if pretraining_B:
+        figures["pretraining_error"] = pretraining_B[0].detach().mean()
+    return loss, figures

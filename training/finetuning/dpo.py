@@ -1,0 +1,131 @@
+"""Align a denoiser with preferences: diffusion-DPO (Tango 2, arXiv 2404.09956, section 3.4).
+
+    milonga train dpo --recipe mini --set data.pairs=pairs.parquet
+    accelerate launch -m services.cli train dpo --recipe tango2 --set start=file:sft …
+
+Its journal has, for each step: loss, implicit reward margin and accuracy, the denoising errors of chosen and
+rejected clips and how far each has drifted from the reference's. Implicit accuracy misleads: it rises while
+the model gets worse. Both drifts rising is the collapse that it does not show.
+
+Shape legend: B pairs, C latent channels, T latent frames, F latent mel bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from services.weights.uri import resolve
+from training.data.examples import Pair
+from training.finetuning.session import (
+    FineTuning,
+    PairData,
+    Session,
+    build_policy,
+    errors_of,
+    finish_session,
+    loop_of,
+    open_session,
+    readable,
+)
+from training.loop.loop import Positions, adamw, examples_at, fit
+from training.objectives.diffusion import denoising_loss, diffusion_dpo
+from training.objectives.noising import Noising, draw_noising
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoTraining(FineTuning):
+    """One alignment by diffusion-DPO. The loop's batch counts pairs."""
+
+    data: PairData = field(default_factory=PairData)
+    beta: float = 2000.0
+    """How dear it is to leave the reference (the convention: `diffusion_dpo`)."""
+    reference: str | None = None
+    """URI of the model that it is held against; none: the start."""
+    chosen_weight: float = 0.0
+    """Of the plain denoising loss of the chosen clip beside DPO's, which holds its error down, as in CRPO
+    (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
+
+    def __post_init__(self) -> None:
+        FineTuning.__post_init__(self)
+        if not self.beta > 0:
+            raise ValueError(f"beta is {self.beta}, must be above 0")
+        if self.chosen_weight < 0:
+            raise ValueError(f"chosen_weight is {self.chosen_weight}, must be 0 or more")
+
+
+def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Run the whole program; `output` is then a pipeline's folder. Returns what stands in its training.json.
+
+    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
+    latents. After whatever stopped it, the same call goes on from there; with `fresh` it begins anew.
+
+    Raises:
+        InvalidInputError: settings or data are wrong, the reference is of another architecture, or the run
+            that is there has other settings.
+        ModelError: start or reference was refused.
+        OutputError: `output` can't be written, or holds something else.
+    """
+    pairs = config.data.read()
+    session, report = open_session(
+        config, output, config.data.files(), {"reference": config.reference}, fresh=fresh
+    )
+    if report is not None:
+        return report
+    policy = build_policy(config, session.start, resolve(config.reference or config.start))
+    pairs, unreadable = readable(
+        pairs,
+        lambda pair: [pair.chosen, pair.rejected],
+        lambda pair: pair.prompt,
+        session,
+        config.data.max_unreadable,
+    )
+    loop = loop_of(config, len(pairs))
+    fitted = fit(
+        policy,
+        adamw(policy, loop),
+        partial(loss_of, config=config, batch=loop.batch, pairs=pairs, session=session),
+        loop,
+        session.run,
+        accelerator=session.accelerator,
+        title=f"dpo {config.name}",
+    )
+    data = {"examples": len(pairs), "unreadable": {clip.name: why for clip, why in unreadable.items()}}
+    return finish_session(session, policy, "dpo", fitted.steps, data)
+
+
+def loss_of(
+    policy: nn.Module,
+    positions: Positions,
+    *,
+    config: DpoTraining,
+    batch: int,
+    pairs: Sequence[Pair],
+    session: Session,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Diffusion-DPO of the pairs at `positions`: all clips in one batch, chosen ones before rejected ones."""
+    seed = config.loop.seed
+    picked = [pairs[index] for index in examples_at(positions, len(pairs), seed)]
+    clips = [pair.chosen for pair in picked] + [pair.rejected for pair in picked]
+    clean_BCTF = session.latents.clips(clips)
+    shape_CTF = tuple(clean_BCTF.shape[1:])
+    noising = draw_noising(positions, shape_CTF, config.noising, batch=batch, seed=seed)
+    prompts = [pair.prompt for pair in picked] * 2
+    errors_B, reference_B = errors_of(policy, clean_BCTF, prompts, Noising.joined([noising] * 2), session)
+    assert reference_B is not None
+    chosen_B, rejected_B = errors_B.chunk(2)
+    preference = diffusion_dpo(chosen_B, rejected_B, *reference_B.chunk(2), beta=config.beta)
+    loss = preference.loss
+    if config.chosen_weight:
+        loss = loss + config.chosen_weight * denoising_loss(chosen_B)
+    return loss, {
+        "margin": preference.margins_B.mean(),
+        "accuracy": preference.accuracy,
+        "chosen_error": chosen_B.detach().mean(),
+        "rejected_error": rejected_B.detach().mean(),
+        "chosen_drift": preference.chosen_drifts_B.mean(),
+        "rejected_drift": preference.rejected_drifts_B.mean(),
+    }

@@ -1,0 +1,565 @@
+"""What supervised fine-tuning, DPO and BATON share: the denoiser in training, its data, its folder.
+
+Only the denoiser learns, all of it or low-rank adapters beside it. Autoencoder, text encoder and vocoder are
+the start's, file for file.
+
+Shape legend: B batch, C latent channels, T latent frames, F latent mel bins, L text tokens, D text width.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from services.errors import FieldViolation, InvalidInputError, MilongaError, ModelFormatError, OutputError
+from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
+from services.models.state_dicts import quiet_loading
+from services.models.tango.loading import DTYPES, check_tango_folder, read_json
+from services.models.tango.schedulers import make_scheduler
+from services.weights.uri import ResolvedModel, resolve
+from training.data.examples import Clip, Pair, check_readable, read_pairs
+from training.data.latents import LatentConfig, Latents
+from training.loop.config import Plain, flatten
+from training.loop.loop import LoopConfig, make_accelerator
+from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
+from training.objectives.diffusion import velocity_errors
+from training.objectives.noising import Noising, NoisingConfig
+
+TRAINING = "training.json"
+"""What a model folder says of its own training."""
+FREE = ("loop.checkpoint_seconds", "loop.threads", "latents.cache")
+"""Settings that may be others when a run is resumed."""
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) beside the denoiser's weights, which then stay as they are."""
+
+    rank: int = 0
+    """Of the adapters; 0: none, the denoiser itself learns."""
+    alpha: int = 0
+    """What the adapters are multiplied by, divided by the rank; 0: the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the layers that get one: those of the attention."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank is {self.rank}, must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTuning:
+    """The settings of every training of a denoiser."""
+
+    name: str
+    """Of the model, in its manifest and as its folder."""
+    loop: LoopConfig
+    start: str = "mini-base"
+    """URI of the model whose denoiser is trained."""
+    epochs: float = 0.0
+    """Passes over the data; above 0 they decide the number of steps, and `loop.steps` does not."""
+    noising: NoisingConfig = field(default_factory=NoisingConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    weights: Literal["float32", "float16"] = "float32"
+    """Type that the denoiser's weights are stored in. What a small learning rate changes, float16 rounds."""
+    version: str = "1"
+    """Of the weights, in the manifest."""
+    license: str | None = None
+    """Of the weights, in the manifest; none: the start's."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}, must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairData:
+    """Where preference pairs come from."""
+
+    pairs: tuple[Path, ...] = ()
+    """Parquet files with audio-alpaca's columns (`training.data.examples.read_pairs`), or folders of them."""
+    audio_root: Path | None = None
+    """Folder of the audio that they name by relative paths; none: each file's own folder."""
+    max_unreadable: float = 0.05
+    """Share of clips that may be unreadable before the training is refused."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+
+    def files(self) -> tuple[Path, ...]:
+        """The Parquet files. Raises `InvalidInputError` where there is none."""
+        if not self.pairs:
+            raise invalid(
+                "data.pairs", "is empty; give Parquet files with the columns prompt, chosen and rejected"
+            )
+        return parquet_files(self.pairs)
+
+    def read(self) -> list[Pair]:
+        """Every pair, its clips unread. Raises `InvalidInputError` where there is none."""
+        return [pair for path in self.files() for pair in read_pairs(path, self.audio_root)]
+
+
+class Predictions(NamedTuple):
+    """Velocities of one batch."""
+
+    velocity_BCTF: Tensor
+    reference_BCTF: Tensor | None
+    """The reference's, without gradients."""
+
+
+class Policy(nn.Module):
+    """The denoiser in training, and the reference it is held against, if there is one.
+
+    The reference of adapters is the denoiser without them, so no second copy is kept. The state of the
+    module, which checkpoints and averages hold, is what learns and nothing else.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        reference: UNet2DConditionModel | None,
+        *,
+        adapters_off: bool = False,
+    ) -> None:
+        """`adapters_off`: the reference is `unet` without its adapters."""
+        super().__init__()
+        self.unet, self.adapters_off = unet, adapters_off
+        self.reference: nn.Module | None = reference
+        if self.reference is not None:
+            self.reference.eval().requires_grad_(False)
+        self.learned = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        """Names of what learns."""
+
+    def forward(
+        self, noisy_BCTF: Tensor, timesteps_B: Tensor, embeds_BLD: Tensor, mask_BL: Tensor
+    ) -> Predictions:
+        """Velocities, and the reference's. It comes first: its memory is free again before any is kept."""
+        inputs = (noisy_BCTF, timesteps_B, embeds_BLD, mask_BL)
+        reference_BCTF = None
+        if self.adapters_off:
+            self.unet.disable_adapters()
+            try:
+                with torch.no_grad():
+                    reference_BCTF = _velocity(self.unet, *inputs)
+            finally:
+                self.unet.enable_adapters()
+        elif self.reference is not None:
+            with torch.no_grad():
+                reference_BCTF = _velocity(self.reference, *inputs)
+        return Predictions(_velocity(self.unet, *inputs), reference_BCTF)
+
+    def train(self, mode: bool = True) -> "Policy":
+        """As usual; the reference stays in evaluation mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What learns."""
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in self.learned}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Put back what `state_dict` gave, all of it."""
+        if state_dict.keys() != self.learned:
+            differing = sorted(state_dict.keys() ^ self.learned)
+            raise MilongaError(f"the checkpoint is of another denoiser: {', '.join(differing[:3])} …")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def counts(self) -> dict[str, int]:
+        """Parameters of the denoiser, adapters included, and how many of them learn."""
+        learn = sum(p.numel() for name, p in self.named_parameters() if name in self.learned)
+        return {"all": sum(p.numel() for p in self.unet.parameters()), "learn": learn}
+
+    def merged(self) -> UNet2DConditionModel:
+        """The denoiser as it is served: adapters, if any, added to its weights for good."""
+        if any("lora_" in name for name in self.learned):
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+        return self.unet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What a training program works with."""
+
+    config: FineTuning
+    output: Path
+    run: Path
+    """Folder of journal and checkpoints."""
+    start: ResolvedModel
+    accelerator: Accelerator
+    latents: Latents
+    scheduler: Any
+    """For its noise schedule."""
+    settings: Mapping[str, Plain]
+    """All that the result follows from."""
+    sources: Mapping[str, str]
+    """Digests of the data's files."""
+
+
+def open_session(
+    config: FineTuning, output: Path, files: Iterable[Path], models: Mapping[str, str | None], *, fresh: bool
+) -> tuple[Session, dict[str, Any] | None]:
+    """Claim the run's folder and find the start; also the report, if all is done already.
+
+    Args:
+        config: of the program.
+        output: the model's folder; beside it lies ``NAME.run``.
+        files: the data, whose content the run is bound to.
+        models: URIs of further models that the result follows from, by the names of their settings.
+        fresh: begin anew.
+
+    Raises:
+        InvalidInputError: settings are wrong, or the run that is there has others.
+        ModelError: the start is no `TangoPipeline`, or not v-prediction.
+        OutputError: `output` can't be written, or holds something else.
+    """
+    check_output(output)
+    accelerator = make_accelerator(config.loop)
+    run = output.with_name(f"{output.name}.run")
+    start = resolve(config.start)
+    check_tango_folder(start.folder)
+    schedule = read_json(start.folder / "scheduler" / "scheduler_config.json")
+    if schedule.get("prediction_type") != "v_prediction":
+        raise ModelFormatError(
+            f"{start.folder} predicts {schedule.get('prediction_type')!r}; only v_prediction can be trained"
+        )
+    sources = {str(path): file_digest(path) for path in files}
+    digests: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
+    digests |= {f"{name}_digest": resolve(uri).digest if uri else None for name, uri in models.items()}
+    settings = flatten(config) | digests
+    with accelerator.main_process_first():
+        claim_folder(run, settings, fresh=fresh and accelerator.is_main_process, free=FREE)
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    session = Session(
+        config=config,
+        output=output,
+        run=run,
+        start=start,
+        accelerator=accelerator,
+        latents=Latents(config.latents.cache or run, start.folder, config.latents, accelerator),
+        scheduler=make_scheduler("ddpm", schedule),
+        settings=kept,
+        sources=sources,
+    )
+    return session, None if fresh else finished_report(output / TRAINING, kept)
+
+
+def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedModel | None = None) -> Policy:
+    """The start's denoiser, ready to learn, and a reference if one is given.
+
+    Raises:
+        InvalidInputError: the reference has another architecture, or adapters fit no layer.
+        ModelError: a folder holds no denoiser.
+    """
+    unet = load_denoiser(start.folder)
+    copy = None
+    if reference is not None and config.lora.rank and reference.digest != start.digest:
+        raise invalid(
+            "reference", "is another model than start; that of adapters is their start, so leave it out"
+        )
+    if reference is not None:
+        check_architecture(start, reference)
+        copy = None if config.lora.rank else load_denoiser(reference.folder)
+    if config.lora.rank:
+        torch.manual_seed(config.loop.seed)
+        unet.requires_grad_(False)
+        add_adapters(unet, config.lora)
+    else:
+        unet.requires_grad_(True)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return Policy(unet, copy, adapters_off=reference is not None and config.lora.rank > 0)
+
+
+def load_denoiser(folder: Path) -> UNet2DConditionModel:
+    """The denoiser of a pipeline's folder, in float32 on the CPU. Raises `ModelError`."""
+    check_tango_folder(folder)
+    try:
+        with quiet_loading():
+            return UNet2DConditionModel.from_pretrained(
+                folder / "unet", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+    except Exception as error:  # whatever the library raises here, the folder is to blame
+        raise ModelFormatError(
+            f"{folder}/unet can't be loaded: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def check_architecture(start: ResolvedModel, reference: ResolvedModel) -> None:
+    """Raise `InvalidInputError` unless both denoisers are built alike and read the same latents."""
+    for part in ("unet", "vae"):
+        ours, theirs = (
+            {
+                name: value
+                for name, value in read_json(model.folder / part / "config.json").items()
+                if not name.startswith("_")
+            }
+            for model in (start, reference)
+        )
+        differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if differing:
+            name = differing[0]
+            raise invalid(
+                "reference",
+                f"{reference.name} has another architecture than the start {start.name} ({part}.{name} is "
+                f"{theirs.get(name)}, not {ours.get(name)}); give the model that the start came from",
+            )
+
+
+def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+    """Put adapters beside the layers of `config`; they alone learn. At first they change nothing."""
+    from peft import LoraConfig as Adapters
+
+    adapters = Adapters(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,
+        target_modules=list(config.targets),
+        lora_dropout=0.0,
+    )
+    try:
+        unet.add_adapter(adapters)
+    except ValueError as error:
+        raise invalid("lora.targets", f"is {','.join(config.targets)}, which fits no layer") from error
+
+
+def loop_of(config: FineTuning, examples: int) -> LoopConfig:
+    """The loop's settings, with as many steps as the epochs ask for."""
+    if not config.epochs:
+        return config.loop
+    return replace(config.loop, steps=max(1, math.ceil(config.epochs * examples / config.loop.batch)))
+
+
+def readable(
+    examples: Sequence[Example],
+    clips_of: Callable[[Example], Sequence[Clip]],
+    prompt_of: Callable[[Example], str],
+    session: Session,
+    limit: float,
+) -> tuple[list[Example], dict[Clip, str]]:
+    """The examples whose clips can be read, latents and embeddings made; and the other clips.
+
+    Raises `InvalidInputError` where too many can't be read, or nothing is left.
+    """
+    clips = dict.fromkeys(clip for example in examples for clip in clips_of(example))
+    unreadable = session.latents.add(clips, map(prompt_of, examples))
+    check_readable(unreadable, len(clips), limit, quiet=not session.accelerator.is_main_process)
+    left = [example for example in examples if not any(clip in unreadable for clip in clips_of(example))]
+    if not left:
+        raise invalid("data", f"no example is left: none of {len(clips)} clips can be read")
+    return left, unreadable
+
+
+def errors_of(
+    policy: nn.Module, clean_BCTF: Tensor, prompts: Sequence[str], noising: Noising, session: Session
+) -> tuple[Tensor, Tensor | None]:
+    """Denoising errors [B] of the policy, and of the reference if there is one."""
+    noising = noising.to(clean_BCTF.device)
+    dropped = noising.unconditional_B.tolist()
+    embeds_BLD, mask_BL = session.latents.text(
+        ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+    )
+    predicted: Predictions = policy(
+        noising.apply(clean_BCTF, session.scheduler), noising.timesteps_B, embeds_BLD, mask_BL
+    )
+    target = (clean_BCTF, noising.noise_BCTF, noising.timesteps_B, session.scheduler)
+    errors_B = velocity_errors(predicted.velocity_BCTF, *target)
+    if predicted.reference_BCTF is None:
+        return errors_B, None
+    return errors_B, velocity_errors(predicted.reference_BCTF, *target)
+
+
+def finish_session(
+    session: Session, policy: Policy, stage: str, steps: int, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the model's folder, from the main process; what stands in its training.json."""
+    config, start = session.config, session.start
+    report: dict[str, Any] = {
+        "stage": stage,
+        "parent": {"name": start.name, "version": start.version, "digest": start.digest},
+        "data": {"files": {Path(p).name: digest for p, digest in session.sources.items()}, **data},
+        "parameters": policy.counts(),
+        "steps": steps,
+        "figures": last_figures(session.run / JOURNAL),
+        "settings": dict(session.settings),
+    }
+    if session.accelerator.is_main_process:
+        write_pipeline(
+            policy.merged(),
+            start,
+            session.output,
+            report,
+            dtype=config.weights,
+            name=config.name,
+            version=config.version,
+            license=config.license or start.license,
+        )
+    session.accelerator.wait_for_everyone()
+    return report
+
+
+def last_figures(journal: Path, share: float = 0.1) -> dict[str, float]:
+    """Means of what was written down in the last part of a training; times are left out."""
+    rows = [row for row in read_journal(journal) if "loss" in row]
+    last = rows[-max(1, round(share * len(rows))) :]
+    timed = ("step", "seconds", "samples_per_second")
+    names = [name for name in last[-1] if name not in timed] if last else []
+    return {name: sum(row[name] for row in last) / len(last) for name in names}
+
+
+def check_output(output: Path) -> None:
+    """Raise `OutputError` where `output` can't become the model's folder, or holds something else."""
+    if (
+        output.exists()
+        and (not output.is_dir() or any(output.iterdir()))
+        and not (output / TRAINING).exists()
+    ):
+        raise OutputError(f"{output} is there and was not made by a training; give another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output.parent} can't be made: {error.strerror}; write elsewhere") from error
+
+
+def write_pipeline(
+    unet: UNet2DConditionModel,
+    start: ResolvedModel,
+    output: Path,
+    report: Mapping[str, Any],
+    *,
+    dtype: str,
+    name: str,
+    version: str,
+    license: str,
+) -> Manifest:
+    """Write the start's folder with another denoiser, under a temporary name, then put it in place.
+
+    The parts that did not learn are copied, file for file. Raises `OutputError`; what was there before is
+    then still there.
+    """
+    temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
+    left_out = shutil.ignore_patterns("unet", MANIFEST_NAME, TRAINING, "*.md", ".*")
+    try:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(start.folder, temporary, ignore=left_out)
+        with quiet_loading():
+            unet.to(DTYPES[dtype]).save_pretrained(temporary / "unet", safe_serialization=True)
+        # The start's own words for the same architecture, without the paths that the library adds.
+        shutil.copyfile(start.folder / "unet" / "config.json", temporary / "unet" / "config.json")
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        (temporary / TRAINING).write_text(text, encoding="utf-8")
+        manifest = write_manifest(temporary, name=name, version=version, license=license)
+        (temporary / "README.md").write_text(_card(manifest, report), encoding="utf-8")
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # weights come as what only their owner may read
+        if output.exists():
+            output.rename(old)
+        temporary.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{output} can't be written: {reason}; make room, or write elsewhere") from error
+    return manifest
+
+
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines for people."""
+    parameters, data = report["parameters"], report["data"]
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in report["figures"].items())
+    return [
+        f"{report['stage']} from {report['parent']['name']} {report['parent']['version']}: {report['steps']} "
+        f"steps on {data['examples']} examples, {parameters['learn']:,} of {parameters['all']:,} parameters",
+        f"at the end: {figures}",
+    ]
+
+
+def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """The files among `paths`, and those in the folders. Raises `InvalidInputError` for an empty folder."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not inside:
+            raise invalid("data.pairs", f"{path} holds no Parquet file; give a data set's folder or file")
+        found += inside
+    return tuple(found)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 in hex of a file's content. Raises `InvalidInputError` where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise invalid("data", f"{path} can't be read: {error.strerror}") from error
+
+
+def invalid(field: str, description: str) -> InvalidInputError:
+    """The error of one wrong setting."""
+    return InvalidInputError(FieldViolation(field, description))
+
+
+def say(session: Session, text: str) -> None:
+    """Tell people, once of all processes."""
+    if session.accelerator.is_main_process:
+        print(text, file=sys.stderr)
+
+
+def _velocity(
+    unet: nn.Module, noisy_BCTF: Tensor, timesteps_B: Tensor, embeds_BLD: Tensor, mask_BL: Tensor
+) -> Tensor:
+    velocity_BCTF: Tensor = unet(
+        noisy_BCTF,
+        timesteps_B,
+        encoder_hidden_states=embeds_BLD,
+        encoder_attention_mask=mask_BL,
+        return_dict=False,
+    )[0]
+    return velocity_BCTF
+
+
+def _card(manifest: Manifest, report: Mapping[str, Any]) -> str:
+    """The model card."""
+    lines = "\n".join(f"    {line}" for line in summary(report))
+    parent = report["parent"]
+    return f"""---
+license: {manifest.license.lower()}
+library_name: diffusers
+pipeline_tag: text-to-audio
+tags: [text-to-audio, latent-diffusion, tango, preference-optimization]
+---
+
+# {manifest.name}
+
+Version {manifest.version}, `{manifest.digest}`: `{parent["name"]}` {parent["version"]}
+(`{parent["digest"]}`) after {report["stage"]}. Only the denoiser differs.
+
+    milonga serve generation --model file:THIS-FOLDER
+
+{lines}
+
+All figures and settings, and what it was trained on: `{TRAINING}`.
+"""

@@ -1,0 +1,104 @@
+"""Fine-tune a denoiser on the chosen clips of preference pairs: the plain denoising loss.
+
+    milonga train sft --recipe mini --set data.pairs=pairs.parquet
+    accelerate launch -m services.cli train sft --recipe tango2 …
+
+What it writes, `milonga serve generation --model file:…` takes, and `train_dpo` as its start. The paper's
+first step (one epoch), and the control that any gain of DPO is measured against.
+
+Shape legend: B batch, C latent channels, T latent frames, F latent mel bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from training.data.examples import Pair
+from training.finetuning.session import (
+    FineTuning,
+    PairData,
+    Session,
+    build_policy,
+    errors_of,
+    finish_session,
+    loop_of,
+    open_session,
+    readable,
+)
+from training.loop.loop import Positions, adamw, examples_at, fit
+from training.objectives.diffusion import denoising_loss, min_snr_weights
+from training.objectives.noising import draw_noising
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftTraining(FineTuning):
+    """One supervised fine-tuning. Each pair's chosen clip is an example, as often as it was chosen."""
+
+    data: PairData = field(default_factory=PairData)
+    min_snr: float = 0.0
+    """Gamma of min-SNR weights (upstream takes 5 in pretraining); 0: all timesteps weigh the same."""
+
+    def __post_init__(self) -> None:
+        FineTuning.__post_init__(self)
+        if self.min_snr < 0:
+            raise ValueError(f"min_snr is {self.min_snr}, must be 0 or more")
+
+
+def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Run the whole program; `output` is then a pipeline's folder. Returns what stands in its training.json.
+
+    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
+    latents. After whatever stopped it, the same call goes on from there; with `fresh` it begins anew.
+
+    Raises:
+        InvalidInputError: settings or data are wrong, or the run that is there has other settings.
+        ModelError: the start was refused.
+        OutputError: `output` can't be written, or holds something else.
+    """
+    pairs = config.data.read()
+    session, report = open_session(config, output, config.data.files(), {}, fresh=fresh)
+    if report is not None:
+        return report
+    pairs, unreadable = readable(
+        pairs, lambda pair: [pair.chosen], lambda pair: pair.prompt, session, config.data.max_unreadable
+    )
+    loop = loop_of(config, len(pairs))
+    policy = build_policy(config, session.start)
+    fitted = fit(
+        policy,
+        adamw(policy, loop),
+        partial(loss_of, config=config, batch=loop.batch, pairs=pairs, session=session),
+        loop,
+        session.run,
+        accelerator=session.accelerator,
+        title=f"sft {config.name}",
+    )
+    data = {"examples": len(pairs), "unreadable": {clip.name: why for clip, why in unreadable.items()}}
+    return finish_session(session, policy, "sft", fitted.steps, data)
+
+
+def loss_of(
+    policy: nn.Module,
+    positions: Positions,
+    *,
+    config: SftTraining,
+    batch: int,
+    pairs: Sequence[Pair],
+    session: Session,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The denoising loss of the chosen clips at `positions`."""
+    seed = config.loop.seed
+    picked = [pairs[index] for index in examples_at(positions, len(pairs), seed)]
+    clean_BCTF = session.latents.clips([pair.chosen for pair in picked])
+    noising = draw_noising(positions, tuple(clean_BCTF.shape[1:]), config.noising, batch=batch, seed=seed)
+    errors_B, _ = errors_of(policy, clean_BCTF, [pair.prompt for pair in picked], noising, session)
+    weights_B = (
+        min_snr_weights(noising.timesteps_B.to(errors_B.device), session.scheduler, config.min_snr)
+        if config.min_snr
+        else None
+    )
+    return denoising_loss(errors_B, weights_B), {"chosen_error": errors_B.detach().mean()}

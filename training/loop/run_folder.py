@@ -1,0 +1,177 @@
+"""The folder of a training run: its config, its journal, its checkpoints.
+
+``run.json`` holds the settings that the run was begun with, ``journal.jsonl`` a line for each step and
+evaluation, ``checkpoints/step-…/`` the last two states. Whatever is here is whole: files are written under
+another name and renamed.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.errors import FieldViolation, InvalidInputError, MilongaError, OutputError
+from training.loop.config import Plain, differences
+
+CHECKPOINTS = "checkpoints"
+JOURNAL = "journal.jsonl"
+RUN = "run.json"
+KEPT = 2
+"""Checkpoints that stay: the last, and the one before it should the last prove unreadable."""
+
+
+def finished_report(path: Path, settings: Mapping[str, Plain]) -> dict[str, Any] | None:
+    """The report at `path`, if a run with the same settings (its ``settings``) ended with it."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = report["settings"] == json.loads(json.dumps(dict(settings)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if same else None
+
+
+def claim_folder(
+    folder: Path, settings: Mapping[str, Plain], *, fresh: bool = False, free: Collection[str] = ()
+) -> None:
+    """Make `folder` the place of the run with these settings, or find that it is.
+
+    Args:
+        folder: made if missing.
+        settings: the whole config, flat.
+        fresh: give up what an earlier run left there (what it cached stays).
+        free: settings that may differ from the earlier run's.
+
+    Raises:
+        InvalidInputError: an earlier run had other settings.
+        OutputError: the folder is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for name in (RUN, JOURNAL):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        path, text = folder / RUN, json.dumps(settings, indent=1) + "\n"
+        old = path.read_text(encoding="utf-8") if path.exists() else text
+        if old != text:
+            before = json.loads(old)
+            differing = {name for name in {*before, *settings} if name not in free}
+            found = differences(
+                {k: v for k, v in before.items() if k in differing},
+                {k: v for k, v in settings.items() if k in differing},
+            )
+            if found:
+                raise InvalidInputError(
+                    FieldViolation(
+                        "--resume",
+                        f"{folder} holds a run with other settings ({'; '.join(found)}); give those, "
+                        "--fresh to begin anew, or another --output",
+                    )
+                )
+        if old != text or not path.exists():
+            _write_atomically(path, text)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder} can't be used: {error}; write elsewhere, or give --fresh") from error
+
+
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> None:
+    """Write ``step-…/state.pt`` into `folder`, whole or not at all, and drop all but the last `KEPT`.
+
+    Raises `OutputError` where the disk is full or gone; older checkpoints are then untouched.
+    """
+    temporary = folder / ".writing"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with (temporary / "state.pt").open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        target = folder / f"step-{step:09d}"
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for old in _checkpoints(folder)[:-KEPT]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(f"the checkpoint of step {step} can't be written: {error}") from error
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The content of the last readable checkpoint in `folder`, on the CPU; None where there is none."""
+    faults = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            content: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file: several libraries' errors
+            faults.append(f"{path}: {str(error).partition(chr(10))[0]}")
+            continue
+        if faults:
+            print(f"warning: not readable, going on from {path.name}: {'; '.join(faults)}", file=sys.stderr)
+        return content
+    if faults:
+        raise MilongaError(f"no checkpoint is readable ({'; '.join(faults)}); give --fresh to begin anew")
+    return None
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; a last one that was cut off in writing is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Journal:
+    """JSON lines, those of steps that will be done again dropped."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        rows = read_journal(path)
+        kept = [row for row in rows if row["step"] < first]
+        if kept != rows or path.exists():
+            _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a line that a killed process has written all the same."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._file.name} can't be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: no checkpoint is ahead of its journal."""
+        os.fsync(self._file.fileno())
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    # A name of its own: every process of a run on several devices writes the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

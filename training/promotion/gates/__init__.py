@@ -1,0 +1,1 @@
+"""What a challenger must pass before it is rolled out."""

@@ -1,0 +1,341 @@
+"""Gates: what a candidate must show, from a file, and what follows from what was measured.
+
+    [evaluation]                       # training.evaluation.config.EvaluationConfig, by its field names
+    recipe = "mini"
+    seeds = 1
+
+    [[gate]]
+    metric = "clap"
+    scorer = "clap-b"
+    split = "temporal"
+    minimum_difference = -0.01         # challenger - champion: the interval's lower bound
+
+Every difference is paired: the same prompts and seeds, drawn together in the bootstrap. Bounds hold at 97.5 %
+confidence, as intervals are of 95 %.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from services.errors import FieldViolation, InvalidInputError
+from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
+from training.evaluation.events import EVENT_FIGURES
+from training.evaluation.prompts import SPLITS
+from training.evaluation.report import Figures
+from training.evaluation.sources import Asked, make_plan
+from training.evaluation.statistics import Interval
+from training.loop.config import override
+
+DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
+"""For the mini family, on the sound world."""
+LATENCY: Final = "latency"
+"""Seconds from a request to its clip, as the service counts them. Its figure is their natural logarithm."""
+JUDGE: Final = "judge"
+"""Name of the tagger among ``independent``."""
+
+BOUNDS: Final = ("minimum_difference", "maximum_difference", "minimum", "maximum", "maximum_ratio")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """One bound that must hold; exactly one of its five kinds is given."""
+
+    metric: str
+    """A figure of `milonga train evaluate`, or ``latency``."""
+    scorer: str | None = None
+    """Of ``clap``: the scorer's name; of ``fad``, ``kad``, ``kl``, ``inception``: the space's."""
+    split: str = "all"
+    """Which prompts it looks at, one of `training.evaluation.prompts.SPLITS`."""
+    minimum_difference: float | None = None
+    """Challenger less champion, at least: the interval's lower bound."""
+    maximum_difference: float | None = None
+    """Challenger less champion, at most: the interval's upper bound. For figures that should be small."""
+    minimum: float | None = None
+    """The challenger's own figure, at least. Not its interval: a rate of none has none."""
+    maximum: float | None = None
+    """The challenger's own figure, at most."""
+    maximum_ratio: float | None = None
+    """Of ``latency``: challenger to champion, clip by clip, at most: the interval's upper bound."""
+
+    @property
+    def figure(self) -> str:
+        """Name of the figure."""
+        return f"{self.metric}.{self.scorer}" if self.scorer else self.metric
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """Which bound, and where it lies."""
+        return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
+
+    def faults(self) -> list[str]:
+        """What is wrong with it by itself."""
+        given = [name for name in BOUNDS if getattr(self, name) is not None]
+        found = []
+        if len(given) != 1:
+            found.append(f"has {' and '.join(given) or 'no bound'}; give one of {', '.join(BOUNDS)}")
+        elif not math.isfinite(getattr(self, given[0])):
+            found.append(f"has {given[0]} {getattr(self, given[0])}, must be a number")
+        if ("maximum_ratio" in given) != (self.metric == LATENCY):
+            found.append(f"maximum_ratio is for the metric {LATENCY}, and {LATENCY} takes nothing else")
+        if self.split not in SPLITS:
+            found.append(f"has the split {self.split!r}, must be one of {', '.join(SPLITS)}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatesConfig:
+    """A whole file of gates."""
+
+    evaluation: EvaluationConfig
+    """Which prompts, which seeds, how generated, and who hears."""
+    gates: tuple[Gate, ...]
+    independent: tuple[str, ...]
+    """Those who hear of whom no training has asked anything: names of scorers, or ``judge``."""
+    in_flight: int = 4
+    """Requests at a time, of the champion as of the challenger."""
+    timeout: float = 600.0
+    """Seconds that one clip may take."""
+    text: str = ""
+    """The file, for the ledger."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a gate decided."""
+
+    gate: Gate
+    champion: Interval | None
+    challenger: Interval | None
+    difference: Interval | None
+    """Of latency: the ratio."""
+    passed: bool
+
+    def __str__(self) -> str:
+        name, limit = self.gate.bound
+        split = "" if self.gate.split == "all" else f" ({self.gate.split})"
+        words = {
+            "minimum_difference": f"difference at least {limit:+g}",
+            "maximum_difference": f"difference at most {limit:+g}",
+            "minimum": f"at least {limit:g}",
+            "maximum": f"at most {limit:g}",
+            "maximum_ratio": f"ratio at most {limit:g}",
+        }[name]
+        seen = self.challenger if name in ("minimum", "maximum") else self.difference
+        if seen is None or math.isnan(seen.value):
+            found = "not to be told from these clips"
+        elif name == "maximum_ratio":
+            found = f"{seen.value:.2f} [{seen.low:.2f}, {seen.high:.2f}]"
+        elif name in ("minimum", "maximum"):
+            found = f"{seen.value:.4g}"
+        else:
+            found = f"{seen.value:+.4f} [{seen.low:+.4f}, {seen.high:+.4f}]"
+        return f"{self.gate.figure}{split}: {words}, found {found}"
+
+    def row(self) -> dict[str, Any]:
+        """As evidence."""
+        name, limit = self.gate.bound
+        return {
+            "metric": self.gate.figure,
+            "split": self.gate.split,
+            "bound": name,
+            "limit": limit,
+            "champion": _plain(self.champion),
+            "challenger": _plain(self.challenger),
+            "ratio" if name == "maximum_ratio" else "difference": _plain(self.difference),
+            "passed": self.passed,
+        }
+
+
+def read_gates(path: Path) -> GatesConfig:
+    """Read a file of gates.
+
+    Raises `InvalidInputError` with everything that is wrong: no TOML, unknown keys, a metric that can't be
+    told with these settings (the known ones are listed), a split that no prompt belongs to, no bound, or no
+    gate that asks an independent ear.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InvalidInputError(FieldViolation("--gates", f"{path} can't be read: {reason}")) from error
+    known = {"evaluation", "gate", "independent", "in_flight", "timeout"}
+    violations = [
+        FieldViolation(f"{path.name}: {key}", f"is not known; known: {', '.join(sorted(known))}")
+        for key in sorted(content.keys() - known)
+    ]
+    evaluation = _evaluation(path, content.get("evaluation", {}))
+    gates = []
+    for number, table in enumerate(content.get("gate", []), 1):
+        place = f"{path.name}: gate {number}"
+        foreign = sorted(table.keys() - {field.name for field in fields(Gate)})
+        if foreign or "metric" not in table:
+            names = ", ".join(field.name for field in fields(Gate))
+            violations.append(
+                FieldViolation(place, f"has {', '.join(foreign) or 'no metric'}; its keys are {names}")
+            )
+            continue
+        try:
+            gate = Gate(**{key: _number(key, value) for key, value in table.items()})
+        except ValueError as error:
+            violations.append(FieldViolation(place, str(error)))
+            continue
+        gates.append(gate)
+        violations += [FieldViolation(place, fault) for fault in gate.faults()]
+    if not content.get("gate"):
+        violations.append(FieldViolation(path.name, "has no [[gate]]; give at least one"))
+    config = GatesConfig(
+        evaluation=evaluation,
+        gates=tuple(gates),
+        independent=tuple(content.get("independent", ())),
+        in_flight=int(content.get("in_flight", 4)),
+        timeout=float(content.get("timeout", 600.0)),
+        text=text,
+    )
+    if config.in_flight < 1 or not 0 < config.timeout < math.inf:
+        violations.append(
+            FieldViolation(path.name, "in_flight must be 1 or more, and timeout seconds above 0")
+        )
+    if not violations:
+        violations = _unanswerable(path, config)
+    if violations:
+        raise InvalidInputError(*violations)
+    return config
+
+
+def known_figures(config: EvaluationConfig, plan: Sequence[Asked]) -> tuple[str, ...]:
+    """Figures that can be told of clips of `plan`."""
+    found = [f"clap.{scorer.partition('=')[0]}" for scorer in config.scorers]
+    found += ["reward"] if config.reward else []
+    found += ["silent", "clipped", "loudness_db", LATENCY]
+    if config.judge is not None and any(asked.prompt.truth for asked in plan):
+        found += EVENT_FIGURES
+    has_references = any(asked.prompt.reference for asked in plan)
+    for embedder in config.embedders:
+        kind, label = embedder.partition(":")[0], label_of(embedder)
+        if has_references:
+            found += [f"{'fd' if kind == 'panns' else 'fad'}.{label}", f"kad.{label}"]
+        if kind != "clap":
+            found += [f"inception.{label}", *([f"kl.{label}"] if has_references else [])]
+    return tuple(found)
+
+
+def decide(
+    gates: Sequence[Gate],
+    champion: Mapping[str, Figures],
+    challenger: Mapping[str, Figures],
+    differences: Mapping[str, Figures],
+) -> list[Verdict]:
+    """What each gate says of figures by split and name. One that can't be told is not passed."""
+    verdicts = []
+    for gate in gates:
+        old, new, difference = (
+            figures.get(gate.split, {}).get(gate.figure) for figures in (champion, challenger, differences)
+        )
+        name, limit = gate.bound
+        if name == "maximum_ratio":
+            old, new, difference = map(_exponential, (old, new, difference))
+        seen = math.nan  # which nothing is above or below
+        if name in ("minimum", "maximum"):
+            seen = math.nan if new is None else new.value
+        elif difference is not None:
+            seen = difference.low if name == "minimum_difference" else difference.high
+        passed = seen >= limit if name.startswith("minimum") else seen <= limit
+        verdicts.append(
+            Verdict(gate=gate, champion=old, challenger=new, difference=difference, passed=passed)
+        )
+    return verdicts
+
+
+def _unanswerable(path: Path, config: GatesConfig) -> list[FieldViolation]:
+    """What these gates ask that these prompts and these ears can't say."""
+    plan = make_plan(config.evaluation, [])
+    known = known_figures(config.evaluation, plan)
+    found = []
+    for number, gate in enumerate(config.gates, 1):
+        if gate.figure not in known:
+            found.append(
+                FieldViolation(
+                    f"{path.name}: gate {number}",
+                    f"has the metric {gate.figure!r}, which is not known here; known: {', '.join(known)}",
+                )
+            )
+        if not any(SPLITS[gate.split](asked.prompt) for asked in plan):
+            found.append(
+                FieldViolation(f"{path.name}: gate {number}", f"no prompt is of the split {gate.split!r}")
+            )
+    ears = [scorer.partition("=")[0] for scorer in config.evaluation.scorers]
+    foreign = [name for name in config.independent if name not in (*ears, JUDGE)]
+    if foreign:
+        found.append(
+            FieldViolation(
+                f"{path.name}: independent",
+                f"has {', '.join(foreign)}, must be of {', '.join([*ears, JUDGE])}",
+            )
+        )
+    asked = {gate.scorer or (JUDGE if gate.figure in EVENT_FIGURES else "") for gate in config.gates}
+    if not asked & set(config.independent):
+        found.append(
+            FieldViolation(
+                f"{path.name}: independent",
+                "names nobody whom a gate asks; at least one gate must ask a scorer that was never used in "
+                f"training (one of {', '.join([*ears, JUDGE])}, as it is)",
+            )
+        )
+    return found
+
+
+def _evaluation(path: Path, table: Mapping[str, Any]) -> EvaluationConfig:
+    recipe = table.get("recipe", "mini")
+    if recipe not in EVALUATIONS:
+        raise InvalidInputError(
+            FieldViolation(
+                f"{path.name}: evaluation.recipe", f"is {recipe!r}, must be one of {', '.join(EVALUATIONS)}"
+            )
+        )
+    settings = {name: value for name, value in _flat(table).items() if name != "recipe"}
+    if isinstance(settings.get("prompts"), str):
+        # A path in a file is relative to that file.
+        settings["prompts"] = str((path.parent / settings["prompts"]).resolve())
+    return override(EVALUATIONS[recipe](), [f"{name}={_written(value)}" for name, value in settings.items()])
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _number(key: str, value: Any) -> Any:
+    if key in BOUNDS:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"has {key} {value!r}, must be a number")
+        return float(value)
+    if not isinstance(value, str):
+        raise ValueError(f"has {key} {value!r}, must be text")
+    return value
+
+
+def _exponential(interval: Interval | None) -> Interval | None:
+    if interval is None:
+        return None
+    value, low, high = (math.exp(x) for x in (interval.value, interval.low, interval.high))
+    return Interval(value=value, low=low, high=high, count=interval.count)
+
+
+def _plain(interval: Interval | None) -> dict[str, float | int | None] | None:
+    """As JSON has it, which knows no NaN."""
+    if interval is None:
+        return None
+    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}

@@ -1,0 +1,133 @@
+"""How a rollout stands, from what the API says of a Deployment and its pods. Pure."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from training.cluster.pods import Json, condition, containers, how_it_ended, short, waits_for
+from training.promotion.target import Pin
+from training.promotion.targets.cluster import PIN_ANNOTATION
+
+HOPELESS: Final = (
+    *("ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"),
+    *("CreateContainerConfigError", "CreateContainerError", "RunContainerError"),
+)
+"""Reasons of a container that waits for what will not come by itself."""
+TRANSIENT_EXIT_CODE: Final = 3
+"""Exit code of `milonga` where a service, above all the registry, does not answer: it may come back."""
+TRIES: Final = 3
+"""Starts of an init container that may fail so."""
+
+_RUNS: Final = ("image", "command", "args", "env", "envFrom", "resources")
+"""What of a container says what it runs."""
+
+
+def is_complete(deployment: Json) -> bool:
+    """Whether all pods are of the newest template, and available: kubectl's own rule."""
+    wanted, status = deployment["spec"].get("replicas", 1), deployment.get("status") or {}
+    if status.get("observedGeneration", 0) < deployment["metadata"]["generation"]:
+        return False
+    updated = status.get("updatedReplicas", 0)
+    return bool(
+        updated >= wanted
+        and status.get("replicas", 0) <= updated
+        and status.get("availableReplicas", 0) >= updated
+    )
+
+
+def pinned_pods(pods: Sequence[Json], pin: Pin) -> list[Json]:
+    """Those that were made with the pin and are not being taken down."""
+    return [pod for pod in pods if pin_of(pod) == pin and not pod["metadata"].get("deletionTimestamp")]
+
+
+def ready_pods(pods: Sequence[Json]) -> list[Json]:
+    """Those that get traffic."""
+    return [
+        pod
+        for pod in pods
+        if not pod["metadata"].get("deletionTimestamp") and condition(pod, "Ready").get("status") == "True"
+    ]
+
+
+def pin_of(thing: Json) -> Pin | None:
+    """The pin in the metadata of a pod, or of a pod template."""
+    return (thing["metadata"].get("annotations") or {}).get(PIN_ANNOTATION) or None
+
+
+def fault_of(pods: Sequence[Json], pin: Pin) -> str | None:
+    """Why the pods of `pin` will never be ready, if that can be told already."""
+    for pod in pinned_pods(pods, pin):
+        for kind, status in containers(pod):
+            if text := _fault(kind, status):
+                return f"pod {pod['metadata']['name']}, {kind} {status['name']}: {text}"
+    return None
+
+
+def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
+    """How far it is, and what each pod that is not ready waits for."""
+    status, wanted = deployment.get("status") or {}, deployment["spec"].get("replicas", 1)
+    own = pinned_pods(pods, pin)
+    waiting = [f"pod {pod['metadata']['name']}: {waits_for(pod)}" for pod in own if not ready_pods([pod])]
+    progress = next(
+        (
+            one.get("message", "")
+            for one in status.get("conditions") or ()
+            if (one.get("type") == "Progressing" and one.get("status") == "False")
+            or one.get("type") == "ReplicaFailure"
+        ),
+        "",
+    )
+    parts = [f"{len(ready_pods(own))} of {wanted} new pods ready", *waiting[:3]]
+    return "; ".join([*parts, progress] if progress else parts)
+
+
+def difference_of(served: Json, judged: Json) -> str:
+    """The first difference between what the containers of two Deployments run; empty where there is none."""
+    for kind in ("initContainers", "containers"):
+        found, expected = _containers(judged, kind), _containers(served, kind)
+        if list(found) != list(expected):
+            return f"{kind} {', '.join(found) or 'none'}, expected {', '.join(expected) or 'none'}"
+        for name, container in expected.items():
+            for field in sorted({*container, *found[name]}):
+                value, wanted = found[name].get(field), container.get(field)
+                if value != wanted:
+                    return f"{field} of {name} {short(_shown(value))}, expected {short(_shown(wanted))}"
+    return ""
+
+
+def _containers(deployment: Json, kind: str) -> dict[str, dict[str, object]]:
+    """What each runs, by field, its variables by name. The Deployment's own name is left out of it."""
+    own, spec = deployment["metadata"]["name"], deployment["spec"]["template"]["spec"]
+    result: dict[str, dict[str, object]] = {}
+    for container in spec.get(kind) or ():
+        fields: dict[str, object] = {f: container[f] for f in _RUNS if f != "env" and container.get(f)}
+        for variable in container.get("env") or ():
+            value = variable.get("value") or variable.get("valueFrom") or ""
+            if isinstance(value, dict) and value.get("resourceFieldRef", {}).get("containerName") == own:
+                value = {"resourceFieldRef": {**value["resourceFieldRef"], "containerName": "its own"}}
+            fields[f"env {variable['name']}"] = value
+        name = container.get("name", "")
+        result["the main container" if name == own else name] = fields
+    return result
+
+
+def _shown(value: object) -> str:
+    return "is missing" if value is None else f"is {value}"
+
+
+def _fault(kind: str, status: Json) -> str | None:
+    state = status.get("state") or {}
+    waiting = state.get("waiting") or {}
+    if waiting.get("reason") in HOPELESS:
+        return f"{waiting['reason']}: {short(waiting.get('message', ''))}"
+    ended = state.get("terminated") or {}
+    if waiting:
+        # One that runs may have died of anything, weeks ago; one in a crash loop is back here at once.
+        ended = (status.get("lastState") or {}).get("terminated") or {}
+    if not ended.get("exitCode"):
+        return None
+    # Wrong input and refused weights stay so; anything else gets another try or two.
+    if kind == "init container":
+        hopeless = ended["exitCode"] != TRANSIENT_EXIT_CODE or status.get("restartCount", 0) >= TRIES
+    else:
+        hopeless = ended["exitCode"] == 2 or waiting.get("reason") == "CrashLoopBackOff"
+    return f"ended with {how_it_ended(ended)}" if hopeless else None

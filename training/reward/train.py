@@ -1,0 +1,272 @@
+"""Train a reward model: a head on a frozen CLAP model, from labels, from pairs, or from both.
+
+    milonga train reward --recipe mini
+    milonga train reward --recipe baton --set data.labelled=HD.json --set data.audio_root=data/Audio
+    accelerate launch -m services.cli train reward --recipe baton …
+
+Held-out prompts of the validation split decide when to stop, which weights to keep, and the temperature;
+those of the test split give the figures. What it writes, `milonga serve reward --model file:…` takes.
+
+Shape legend: B batch.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from services.errors import FieldViolation, InvalidInputError
+from services.models.clap.laion import load_laion
+from services.models.clap.loading import load_clap
+from services.models.clap.model import ClapModel
+from services.models.reward.model import RewardConfig, RewardModel
+from services.weights.uri import ModelURI, ResolvedModel, resolve
+from training.data.examples import Clip, Examples, Labelled, Pair, check_readable, counts
+from training.data.scenes import SPLITS, wording
+from training.evaluation.calibration import fit_temperature
+from training.loop.config import flatten
+from training.loop.loop import (
+    Evaluation,
+    LoopConfig,
+    Positions,
+    adamw,
+    examples_at,
+    fit,
+    make_accelerator,
+)
+from training.loop.run_folder import claim_folder, finished_report
+from training.objectives.preference import binary_cross_entropy, bradley_terry
+from training.reward.data import ClapTokens, DataConfig, load_examples
+from training.reward.report import EVALUATION, check_output, evaluate, hear, plot, write_model
+from training.soundworld.scenes import Split
+
+FREE = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
+"""Settings that may be others when a run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """Sizes of the head: those of `services.models.reward.model.RewardConfig`."""
+
+    width: int = 96
+    """Width of its tokens."""
+    heads: int = 4
+    """Attention heads."""
+    layers: int = 2
+    """Layers in which the words attend to each other and to the clip."""
+    feedforward: int = 192
+    """Width of the layers' inner part."""
+    dropout: float = 0.1
+    """In training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardTraining:
+    """One training of a reward model."""
+
+    name: str
+    """Of the model, in its manifest and as its folder."""
+    clap: str
+    """URI of the CLAP model that it stands on."""
+    objective: Literal["bce", "bradley_terry", "both"]
+    """Binary cross-entropy of labels (BATON), likelihood of pairs (Bradley-Terry), or their sum."""
+    data: DataConfig
+    loop: LoopConfig
+    head: HeadConfig = field(default_factory=HeadConfig)
+    label_smoothing: float = 0.0
+    """Of either objective: how often annotators are taken to err."""
+    class_weights: tuple[float, float] = (1.0, 1.0)
+    """Of labels 0 and 1."""
+    evaluate_every: int = 100
+    """Steps between two looks at the validation split."""
+    patience: int = 5
+    """Looks without a better pair accuracy after which the training ends; 0: it never does so early."""
+    version: str = "1"
+    """Of the weights, in the manifest."""
+    license: str = "Apache-2.0"
+    """Of the weights, in the manifest."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, must be at least 0 and below 0.5")
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 1 or more")
+
+
+def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Run the whole program; `output` is then the model's folder. Returns what stands in its evaluation.json
+    (nothing in processes other than the main one).
+
+    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and CLAP's tokens. After whatever
+    stopped it, the same call goes on from there; with `fresh` it begins anew.
+
+    Raises:
+        InvalidInputError: settings or data are wrong, or the run that is there has other settings.
+        ModelError: the CLAP model was refused.
+        OutputError: `output` can't be written, or holds something else.
+    """
+    check_output(output)
+    accelerator = make_accelerator(config.loop)
+    main, run = accelerator.is_main_process, output.with_name(f"{output.name}.run")
+    uri = ModelURI.parse(config.clap)
+    resolved = resolve(uri)
+    with accelerator.main_process_first():
+        settings = flatten(config) | {"clap_digest": resolved.digest}
+        claim_folder(run, settings, fresh=fresh and main, free=FREE)
+    done = None if fresh else finished_report(output / EVALUATION, flatten(config))
+    if done is not None and done["clap"]["digest"] == resolved.digest:
+        return done if main else {}
+
+    clap = load_any_clap(uri, resolved, str(accelerator.device))
+    tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
+    examples, unreadable = ready_examples(config, tokens)
+    torch.manual_seed(config.loop.seed)
+    model = build_model(config, clap, resolved)
+    validated = examples["validation"]
+    fitted = fit(
+        model.head,
+        adamw(model.head, config.loop),
+        partial(loss_of, config=config, examples=examples["train"], tokens=tokens),
+        config.loop,
+        run,
+        accelerator=accelerator,
+        title=f"reward {config.name}",
+        evaluation=Evaluation(
+            run=lambda head: hear(head, validated, tokens).progress(),
+            every=config.evaluate_every,
+            watched="pair_accuracy" if validated.comparable() else "auc",
+            patience=config.patience,
+        ),
+    )
+    report: dict[str, Any] = {}
+    if main:
+        model.eval()
+        temperature = fit_temperature(*hear(model.head, validated, tokens).calibration())
+        heard = hear(model.head, examples["test"], tokens)
+        report = {
+            **evaluate(heard, tokens, temperature),
+            "temperature": temperature,
+            "best_step": fitted.best_step,
+            "steps": fitted.steps,
+            "examples": {split: counts(examples[split]) for split in SPLITS},
+            "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
+            "clap": {"uri": config.clap, "name": resolved.name, "digest": resolved.digest},
+            "settings": flatten(config),
+        }
+        calibrated, png = model.calibrated(temperature), plot(heard, temperature)
+        identity = {"name": config.name, "version": config.version, "license": config.license}
+        write_model(calibrated, output, report, png, **identity)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def load_any_clap(uri: ModelURI, resolved: ResolvedModel, device: str) -> ClapModel:
+    """The CLAP model of a URI: a folder's, or LAION's checkpoint."""
+    if uri.scheme == "laion":
+        return load_laion(resolved.folder, device=device)
+    if uri.scheme == "laion-clap":
+        raise InvalidInputError(
+            FieldViolation(
+                "clap", f"laion-clap:{uri.path} gives no tokens, only embeddings; give laion:{uri.path}"
+            )
+        )
+    return load_clap(resolved.folder, device=device)
+
+
+def ready_examples(
+    config: RewardTraining, tokens: ClapTokens
+) -> tuple[dict[Split, Examples], dict[Clip, str]]:
+    """The examples of each split, their tokens made; and the clips that had to be left out.
+
+    Raises `InvalidInputError` where the objective has nothing to learn from, or nothing to be judged by.
+    """
+    examples = load_examples(config.data)
+    check_enough(examples, config)
+    unreadable: dict[Clip, str] = {}
+    for split in SPLITS:
+        unreadable |= tokens.add(examples[split].clips(), scored=split == "test")
+    clips = {clip for split in SPLITS for clip in examples[split].clips()}
+    quiet = not tokens.accelerator.is_main_process
+    check_readable(unreadable, len(clips), config.data.max_unreadable, quiet=quiet)
+    examples = {split: examples[split].without(set(unreadable)) for split in SPLITS}
+    check_enough(examples, config)
+    for split in SPLITS:
+        tokens.add_prompts(examples[split].prompts())
+    return examples, unreadable
+
+
+def check_enough(examples: dict[Split, Examples], config: RewardTraining) -> None:
+    """Raise `InvalidInputError` where a split lacks what the objective needs."""
+    needs = {"labelled": config.objective != "bradley_terry", "pairs": config.objective != "bce"}
+    for name, needed in needs.items():
+        if needed and not getattr(examples["train"], name):
+            raise InvalidInputError(
+                FieldViolation(
+                    "objective",
+                    f"is {config.objective}, which learns from {name}, and there are none; give data.{name}, "
+                    "data.soundworld.contrasts, or another objective",
+                )
+            )
+    for split in SPLITS[1:]:
+        labels = {example.label > 0.5 for example in examples[split].labelled}
+        if not examples[split].comparable() and len(labels) < 2:
+            raise InvalidInputError(
+                FieldViolation(
+                    "data",
+                    f"holds neither pairs nor both labels among the prompts of the {split} split (5 % by the "
+                    "prompt's text); give more prompts",
+                )
+            )
+
+
+def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel) -> RewardModel:
+    """A model with a random head."""
+    sizes = RewardConfig(
+        text_width=clap.text_width,
+        audio_width=clap.audio_width,
+        clap_name=resolved.name,
+        clap_digest=resolved.digest,
+        **asdict(config.head),
+    )
+    return RewardModel(clap, sizes).to(clap.device)
+
+
+def loss_of(
+    head: nn.Module, positions: Positions, *, config: RewardTraining, examples: Examples, tokens: ClapTokens
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective on the labelled examples and on the pairs at `positions`, prompts worded afresh."""
+    losses, figures = [], {}
+    seed = config.loop.seed
+    if config.objective != "bradley_terry":
+        labelled = [examples.labelled[i] for i in examples_at(positions, len(examples.labelled), seed)]
+        prompts = [worded(e, seed, int(p)) for e, p in zip(labelled, positions, strict=True)]
+        logits_B = head(tokens.text(prompts), tokens.audio([example.clip for example in labelled]))
+        labels_B = torch.tensor([example.label for example in labelled], device=logits_B.device)
+        figures["accuracy"] = ((logits_B > 0) == (labels_B > 0.5)).float().mean()
+        losses.append(
+            binary_cross_entropy(
+                logits_B,
+                labels_B,
+                label_smoothing=config.label_smoothing,
+                class_weights=config.class_weights,
+            )
+        )
+    if config.objective != "bce":
+        pairs = [examples.pairs[i] for i in examples_at(positions, len(examples.pairs), seed)]
+        prompts = [worded(e, seed, int(p)) for e, p in zip(pairs, positions, strict=True)]
+        clips = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        chosen_B, rejected_B = head(tokens.text(prompts * 2), tokens.audio(clips)).chunk(2)
+        figures["pair_accuracy"] = (chosen_B > rejected_B).float().mean()
+        losses.append(bradley_terry(chosen_B, rejected_B, label_smoothing=config.label_smoothing))
+    return torch.stack(losses).sum(), figures
+
+
+def worded(example: Labelled | Pair, seed: int, position: int) -> str:
+    """The example's prompt; where it is known what it says, in other words of the training split."""
+    if example.truth is None:
+        return example.prompt
+    return wording(example.truth, np.random.default_rng([seed, position]), "train") or example.prompt

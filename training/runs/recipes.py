@@ -1,0 +1,265 @@
+"""Recipes: functions that return a whole config. A variant is `replace(recipe(), …)`, or ``--set``."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final, TypeVar
+
+from services.errors import FieldViolation, InvalidInputError
+from training.data.latents import LatentConfig
+from training.data.scenes import SoundworldData
+from training.finetuning.baton import BatonData, BatonTraining
+from training.finetuning.dpo import DpoTraining
+from training.finetuning.sft import SftTraining
+from training.loop.loop import LoopConfig
+from training.objectives.noising import NoisingConfig
+from training.reward.data import DataConfig
+from training.reward.train import HeadConfig, RewardTraining
+
+Recipe = TypeVar("Recipe")
+
+
+def reward_mini() -> RewardTraining:
+    """The embedded reward model: minutes on two cores, from annotators who err one time in twenty."""
+    return RewardTraining(
+        name="reward",
+        clap="mini:clap-a",
+        objective="both",
+        data=DataConfig(
+            soundworld=SoundworldData(contrasts=2_000, rebuilt=0.2, generated=50, noise=0.05), workers=2
+        ),
+        loop=LoopConfig(
+            steps=900, batch=32, learning_rate=1e-3, warmup=100, ema=0.995, device="cpu", threads=1
+        ),
+        label_smoothing=0.05,
+        evaluate_every=100,
+        patience=4,
+    )
+
+
+def reward_smoke() -> RewardTraining:
+    """Seconds, for tests: a few steps on a few scenes. It learns nothing."""
+    return RewardTraining(
+        name="smoke",
+        clap="mini:clap-a",
+        objective="both",
+        data=DataConfig(soundworld=SoundworldData(contrasts=12, held_out=6, long=0.0, rebuilt=0.0)),
+        loop=LoopConfig(steps=6, batch=4, warmup=2, device="cpu", threads=1),
+        head=HeadConfig(width=16, heads=2, layers=1, feedforward=16),
+        evaluate_every=3,
+    )
+
+
+def reward_baton() -> RewardTraining:
+    """BATON's reward model (arXiv 2402.00744) on LAION's CLAP: binary cross-entropy on people's labels.
+
+    Give ``data.labelled`` and ``data.audio_root``. The objective and the frozen CLAP are the paper's. Its
+    learning rate and number of steps are not known to us: these are ours, for about 2,700 labelled clips. So
+    is the head: the paper's is a multilayer perceptron on pooled embeddings.
+    """
+    return RewardTraining(
+        name="baton",
+        clap="laion:630k-audioset-best.pt",
+        objective="bce",
+        data=DataConfig(workers=4),
+        loop=LoopConfig(
+            steps=2_000, batch=64, learning_rate=1e-4, warmup=100, weight_decay=0.05, mixed_precision="bf16"
+        ),
+        head=HeadConfig(width=256, heads=8, layers=2, feedforward=512, dropout=0.2),
+        label_smoothing=0.05,
+        evaluate_every=50,
+        patience=10,
+        license="CC-BY-NC-SA-4.0",
+    )
+
+
+REWARD: Final[Mapping[str, Callable[[], RewardTraining]]] = {
+    "mini": reward_mini,
+    "smoke": reward_smoke,
+    "baton": reward_baton,
+}
+"""Recipes of `milonga train reward`."""
+
+
+def recipe(recipes: Mapping[str, Callable[[], Recipe]], name: str) -> Recipe:
+    """The config of the recipe `name`. Raises `InvalidInputError` where there is none."""
+    if name not in recipes:
+        raise InvalidInputError(
+            FieldViolation("--recipe", f"is {name!r}, must be one of {', '.join(recipes)}")
+        )
+    return recipes[name]()
+
+
+MINI_NOISING: Final = NoisingConfig(blank=0.25, blank_from=900, late=0.25, late_from=800)
+"""As the mini denoisers were trained: order is decided in the first steps of inference, from noise alone."""
+TANGO2_LOOP: Final = LoopConfig(
+    steps=1,
+    batch=32,
+    accumulation=4,
+    learning_rate=9.6e-7,
+    warmup=200,
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    clip=0.0,
+    mixed_precision="bf16",
+    checkpoint_seconds=900.0,
+)
+"""AdamW as upstream has it, no clipping. Upstream trains in float32; this is the one thing that differs."""
+TANGO2_LATENTS: Final = LatentConfig(duration=10.24, normalise=True)
+"""Clips as upstream reads them."""
+
+
+def sft_mini() -> SftTraining:
+    """One pass over some thousand chosen clips on two cores, in minutes."""
+    return SftTraining(
+        name="sft",
+        loop=LoopConfig(
+            steps=200,
+            batch=32,
+            learning_rate=1e-4,
+            warmup=20,
+            decay=0.9,
+            ema=0.0,
+            mixed_precision="bf16",
+            device="cpu",
+            threads=1,
+        ),
+        noising=replace(MINI_NOISING, condition_dropout=0.1),
+    )
+
+
+def sft_smoke() -> SftTraining:
+    """Seconds, for tests: a few steps on a few pairs. It learns nothing."""
+    return SftTraining(
+        name="sft-smoke",
+        loop=LoopConfig(steps=3, batch=4, learning_rate=1e-4, warmup=2, device="cpu", threads=1),
+        noising=replace(MINI_NOISING, condition_dropout=0.1),
+    )
+
+
+def sft_tango2() -> SftTraining:
+    """The paper's first epoch (TANGO.md, "Diffusion-DPO"): chosen clips only, all else as in `dpo_tango2`.
+
+    Give ``start`` (Tango-full-FT, converted) and ``data.pairs`` (audio-alpaca). 470 steps of 15,025 pairs.
+    """
+    return SftTraining(
+        name="tango2-sft",
+        start="file:tango-full-ft-audiocaps",
+        epochs=1.0,
+        loop=replace(TANGO2_LOOP, steps=470, decay=1 - 200 / 470),
+        latents=TANGO2_LATENTS,
+    )
+
+
+def dpo_mini() -> DpoTraining:
+    """`mini-base` taught by some hundred pairs, on two cores in minutes."""
+    return DpoTraining(
+        name="dpo",
+        loop=LoopConfig(
+            steps=200,
+            batch=32,
+            learning_rate=1e-4,
+            warmup=25,
+            decay=1 - 25 / 200,
+            mixed_precision="bf16",
+            device="cpu",
+            threads=1,
+        ),
+        noising=MINI_NOISING,
+        beta=250.0,
+    )
+
+
+def dpo_smoke() -> DpoTraining:
+    """Seconds, for tests: a few steps on a few pairs. It learns nothing."""
+    return DpoTraining(
+        name="dpo-smoke",
+        loop=LoopConfig(steps=3, batch=4, learning_rate=1e-4, warmup=2, device="cpu", threads=1),
+        noising=MINI_NOISING,
+        beta=500.0,
+    )
+
+
+def dpo_tango2() -> DpoTraining:
+    """Tango 2 (arXiv 2404.09956): beta 2000, learning rate 9.6e-7, four epochs of effective batch 32.
+
+    Give ``start`` (what `sft_tango2` made), ``reference`` (Tango-full-FT: upstream's reference is a copy from
+    before the supervised epoch) and ``data.pairs`` (audio-alpaca). The paper's two A100 had 4 pairs each in
+    4 parts: ``accelerate launch --num_processes 2``. 1,879 steps of 15,025 pairs.
+    """
+    return DpoTraining(
+        name="tango2",
+        start="file:build/sft/tango2-sft",
+        reference="file:tango-full-ft-audiocaps",
+        epochs=4.0,
+        loop=replace(TANGO2_LOOP, steps=1_879, decay=1 - 200 / 1_879),
+        latents=TANGO2_LATENTS,
+        beta=2000.0,
+    )
+
+
+def baton_mini() -> BatonTraining:
+    """`mini-base` by the embedded reward model's judgement of the clips of pairs, on two cores in minutes."""
+    return BatonTraining(
+        name="baton",
+        loop=LoopConfig(
+            steps=200,
+            batch=16,
+            learning_rate=1e-4,
+            warmup=20,
+            decay=0.9,
+            mixed_precision="bf16",
+            device="cpu",
+            threads=1,
+        ),
+        noising=replace(MINI_NOISING, condition_dropout=0.1),
+        data=BatonData(scenes=1_024),
+        reward="mini:reward",
+    )
+
+
+def baton_smoke() -> BatonTraining:
+    """Seconds, for tests: a few steps on a few clips. It learns nothing."""
+    return BatonTraining(
+        name="baton-smoke",
+        loop=LoopConfig(steps=3, batch=4, learning_rate=1e-4, warmup=2, device="cpu", threads=1),
+        noising=replace(MINI_NOISING, condition_dropout=0.1),
+        data=BatonData(scenes=4),
+    )
+
+
+def baton_tango2() -> BatonTraining:
+    """BATON (arXiv 2402.00744) on Tango-full-FT, as its authors did.
+
+    Give ``start``, ``data.labelled`` (HD and RD) and ``data.pretraining`` (PD). The learning rate, the number
+    of epochs and the regulariser's weight are ours.
+    """
+    return BatonTraining(
+        name="tango-baton",
+        start="file:tango-full-ft-audiocaps",
+        epochs=10.0,
+        loop=replace(TANGO2_LOOP, steps=1_000, learning_rate=1e-5, decay=0.8),
+        noising=NoisingConfig(condition_dropout=0.1),
+        latents=TANGO2_LATENTS,
+    )
+
+
+SFT: Final[Mapping[str, Callable[[], SftTraining]]] = {
+    "mini": sft_mini,
+    "smoke": sft_smoke,
+    "tango2": sft_tango2,
+}
+"""Recipes of `milonga train sft`."""
+
+DPO: Final[Mapping[str, Callable[[], DpoTraining]]] = {
+    "mini": dpo_mini,
+    "smoke": dpo_smoke,
+    "tango2": dpo_tango2,
+}
+"""Recipes of `milonga train dpo`."""
+
+BATON: Final[Mapping[str, Callable[[], BatonTraining]]] = {
+    "mini": baton_mini,
+    "smoke": baton_smoke,
+    "tango2": baton_tango2,
+}
+"""Recipes of `milonga train baton`."""

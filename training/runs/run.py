@@ -1,0 +1,170 @@
+"""The whole loop: reward ▸ captions ▸ candidates ▸ scores ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
+
+    milonga train run --recipe mini
+
+Each stage is a program of its own and lies in a folder of its own; here they are strung together, and logged
+to MLflow: a parent run, a child a stage. Killed anywhere, the same call goes on: what is done is found done.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from services.models.tango.loading import load_tango
+from services.models.tango.pipeline import clip_generator
+from services.weights.uri import ModelURI, resolve
+from training.data.store import write_atomically
+from training.evaluation.evaluate import compared_names
+from training.finetuning.session import PairData
+from training.loop.config import flatten
+from training.loop.run_folder import claim_folder
+from training.preferences.scores import ScoresConfig
+from training.runs.run_recipes import LoopRun
+from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
+from training.tracking.register import Provenance, Registered, register
+from training.tracking.tracking import Tracker, data_digest
+
+FREE = ("processes", "alias", "samples")
+"""Settings that may be others when a run is resumed."""
+PRIMARY = "present_and_in_order"
+"""The figure that decides, where the prompts' truth is known."""
+SEED = 7
+"""Of the samples."""
+START = "start.txt"
+"""What the run began from, in its folder, where that was a registered version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopResult:
+    """What a run ended with."""
+
+    policy: Path
+    """Folder of the aligned model."""
+    registered: Registered
+    report: Mapping[str, Any]
+    """Of the evaluation."""
+    lines: tuple[str, ...]
+    """The outcome, for people."""
+
+
+def run_loop(config: LoopRun, output: Path) -> LoopResult:
+    """Run every stage, or what is left of it.
+
+    Raises what the stages raise; `InvalidInputError` where another config began the run in `output`;
+    `ServiceUnavailableError`, at the start, where the MLflow server does not answer.
+    """
+    output = output.resolve()
+    claim_folder(output, flatten(config), free=FREE)
+    compared_names(
+        ("base", "aligned"), config.evaluation.comparisons
+    )  # wrong ones are told now, not at the end
+    params = flatten(config)
+    config = replace(config, start=settled_start(config.start, output))
+    with Tracker.start(config.name, output / "tracking", params=params) as tracker:
+        judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
+        policy, data = config.start, dict[str, str]()
+        for number in range(config.rounds):
+            policy, digest = align(config, policy, judge, output / f"round-{number + 1}", number, tracker)
+            data[f"round-{number + 1}"] = digest
+        models = {"base": config.start, "aligned": policy}
+        report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
+        log_samples(config, policy, tracker)
+        registered = register(
+            Path(policy.removeprefix("file:")),
+            alias=config.alias,
+            provenance=Provenance(
+                parent=config.start, data=data, metrics=headline(report), run_id=tracker.run_id
+            ),
+        )
+        tracker.parent.log_metrics(headline(report))
+        lines = (*outcome(report), f"{registered.uri}  {registered.alias}", tracker.hint)
+    return LoopResult(
+        policy=Path(policy.removeprefix("file:")), registered=registered, report=report, lines=lines
+    )
+
+
+def settled_start(uri: str, output: Path) -> str:
+    """`uri`; in the place of an alias the version that it pointed to when the run in `output` began.
+
+    Stages ask for it hours apart, and again after a pod was lost. Raises as `resolve`.
+    """
+    if ModelURI.parse(uri).scheme != "models":
+        return uri
+    path = output / START
+    if not path.exists():
+        found = resolve(uri)
+        write_atomically(path, f"models:/{found.name}/{found.version}#{found.digest}\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfig:
+    """Train and register the reward model; the scores' config that asks it."""
+    folder = output / "reward"
+    with tracker.stage("reward") as stage:
+        report = train("reward", config.reward, folder, config.processes, stage)
+        stage.log_metrics({"pair_accuracy": report["pair_accuracy"]["all"]["value"]})
+        for path in sorted(folder.glob("*.png")):
+            stage.log_artifact(path)
+    register(
+        folder, alias=config.alias, clap=config.reward.clap, provenance=Provenance(run_id=tracker.run_id)
+    )
+    return replace(config.preferences.scores, reward=f"file:{folder}", clap=config.reward.clap)
+
+
+def align(
+    config: LoopRun, policy: str, judge: ScoresConfig, folder: Path, number: int, tracker: Tracker
+) -> tuple[str, str]:
+    """One round: sample from `policy`, rank, train. Returns the new policy's URI and the data's digest."""
+    candidates = config.preferences.candidates
+    preferences = replace(
+        config.preferences,
+        scores=judge,
+        candidates=replace(
+            candidates, source=replace(candidates.source, model=policy), seed=candidates.seed + number
+        ),
+    )
+    suffix = "" if config.rounds == 1 else f"-{number + 1}"
+    pairs = preferences_stage(f"preferences{suffix}", preferences, folder / "preferences", tracker)
+    data = PairData(pairs=(pairs,))
+    start = policy
+    if config.with_sft:
+        sft = replace(config.sft, start=policy, data=data)
+        finetuning_stage(f"sft{suffix}", "sft", sft, folder / "sft", config.processes, tracker)
+        start = f"file:{folder / 'sft'}"
+    dpo = replace(config.dpo, start=start, reference=policy if config.with_sft else None, data=data)
+    finetuning_stage(f"dpo{suffix}", "dpo", dpo, folder / "dpo", config.processes, tracker)
+    return f"file:{folder / 'dpo'}", data_digest(pairs)
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, float]:
+    """How the aligned model differs from the start, over all prompts."""
+    differences = report["comparisons"][0]["differences"]["all"]
+    parts = (("", "value"), (".low", "low"), (".high", "high"))
+    return {
+        f"difference.{name}{suffix}": figure[key]
+        for name, figure in differences.items()
+        for suffix, key in parts
+        if figure.get(key) is not None
+    }
+
+
+def outcome(report: Mapping[str, Any]) -> list[str]:
+    """One line for each of the figures that decide."""
+    differences = report["comparisons"][0]["differences"]["all"]
+    names = [name for name in (PRIMARY, "presence", "order_given_presence", "reward") if name in differences]
+    return [
+        f"{name}: {figure['value']:+.3f} [{figure['low']:+.3f}, {figure['high']:+.3f}] against the start"
+        for name in names
+        for figure in [differences[name]]
+    ]
+
+
+def log_samples(config: LoopRun, policy: str, tracker: Tracker) -> None:
+    """Keep what both models make of a few prompts from the same noise, to listen to and to look at."""
+    with tracker.stage("samples") as stage:
+        for name, uri in (("base", config.start), ("aligned", policy)):
+            pipeline = load_tango(resolve(uri).folder)
+            for number, prompt in enumerate(config.samples):
+                made = pipeline([prompt], generator=[clip_generator(SEED, 0)])
+                stage.log_audio(f"{number}-{name}", made.waveforms_BN[0], made.sampling_rate, prompt)

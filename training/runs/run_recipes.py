@@ -1,0 +1,158 @@
+"""Recipes of the whole loop: the settings of every stage, in one config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from training.evaluation.config import (
+    EvaluationConfig,
+    WorldPrompts,
+    evaluation_mini,
+    evaluation_smoke,
+    evaluation_tango2,
+)
+from training.finetuning.dpo import DpoTraining
+from training.finetuning.sft import SftTraining
+from training.preferences.captions import SoundworldCaptions
+from training.preferences.pairs import PairsConfig
+from training.preferences.pipeline import (
+    PreferencesConfig,
+    preferences_mini,
+    preferences_smoke,
+    preferences_tango2,
+)
+from training.preferences.scores import ScoresConfig
+from training.reward.train import RewardTraining
+from training.runs.recipes import (
+    dpo_mini,
+    dpo_smoke,
+    dpo_tango2,
+    reward_baton,
+    reward_mini,
+    reward_smoke,
+    sft_mini,
+    sft_smoke,
+    sft_tango2,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopRun:
+    """The whole loop. What links the stages (models, data sets) is filled in from one to the next."""
+
+    name: str
+    """Of the run, as its folder and in MLflow."""
+    reward: RewardTraining
+    preferences: PreferencesConfig
+    sft: SftTraining
+    dpo: DpoTraining
+    evaluation: EvaluationConfig
+    start: str = "mini-base"
+    """URI of the model that is aligned. An alias counts as it stands when the run begins."""
+    with_reward: bool = True
+    """Train the reward model; otherwise `preferences.scores` says who judges."""
+    with_sft: bool = False
+    """Fine-tune on the chosen clips before DPO, with the model from before it as the reference (Tango 2)."""
+    rounds: int = 1
+    """Rounds of alignment: each samples from the policy of the one before, ranks and trains again (CRPO,
+    arXiv 2412.21037)."""
+    processes: int = 1
+    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+    alias: str = "challenger"
+    """Of the registered versions."""
+    samples: tuple[str, ...] = ("A dog barks then a siren wails", "A cat meows after a bell tolls")
+    """Prompts whose clips, before and after, are kept with the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+
+
+def ranked_mini(per_cluster: int) -> PreferencesConfig:
+    """Pairs of `mini-base`'s own clips, mostly of sequences, with `per_cluster` captions of each of 40 kinds.
+
+    The best and the worst of four clips by the embedded reward model: CLAP does not hear order.
+    """
+    mini = preferences_mini()
+    return replace(
+        mini,
+        captions=replace(
+            mini.captions,
+            clusters=40,
+            per_cluster=per_cluster,
+            soundworld=SoundworldCaptions(count=6_000, single=0.05, sequence=0.8),
+        ),
+        candidates=replace(mini.candidates, strategies=("1.2",), clips=4, steps=12),
+        scores=ScoresConfig(reward="mini:reward"),
+        pairs=PairsConfig(mode="ranked", rank_by="reward", margin=3.0),
+    )
+
+
+def run_mini() -> LoopRun:
+    """`mini-base`, taught with wrong captions, learns from its own clips as the reward model ranks them."""
+    return LoopRun(
+        name="mini",
+        reward=reward_mini(),
+        preferences=ranked_mini(per_cluster=15),
+        sft=sft_mini(),
+        dpo=dpo_mini(),
+        evaluation=replace(evaluation_mini(), world=WorldPrompts(count=150), seeds=1, set_resamples=0),
+    )
+
+
+def run_align() -> LoopRun:
+    """What the training Job does in a cluster (`k8s/jobs/align.yaml`): `mini` as it is, by a name of its own.
+
+    As it is, it needs the pod and the registry, and no service. To go on from what is served: ``start=
+    models:/milonga-tango@champion``. Clips and scores from services: docs/training.md.
+    """
+    return replace(run_mini(), name="align")
+
+
+def run_smoke() -> LoopRun:
+    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    return LoopRun(
+        name="smoke",
+        reward=reward_smoke(),
+        preferences=replace(
+            preferences_smoke(),
+            candidates=replace(preferences_smoke().candidates, strategies=("1.2",)),
+            pairs=PairsConfig(mode="ranked", rank_by="reward"),
+        ),
+        sft=sft_smoke(),
+        dpo=dpo_smoke(),
+        evaluation=evaluation_smoke(),
+        with_sft=True,
+        samples=("A dog barks",),
+    )
+
+
+def run_tango2() -> LoopRun:
+    """Tango 2 (arXiv 2404.09956): Audio-alpaca by two CLAP models, one epoch of SFT, four of DPO.
+
+    Give ``preferences.captions.source``, ``start`` and ``preferences.candidates.source.model``
+    (Tango-full-FT, converted), the CLAP checkpoints, and ``processes``.
+    """
+    return LoopRun(
+        name="tango2",
+        reward=reward_baton(),
+        preferences=preferences_tango2(),
+        sft=sft_tango2(),
+        dpo=dpo_tango2(),
+        evaluation=evaluation_tango2(),
+        start="file:tango-full-ft-audiocaps",
+        with_reward=False,
+        with_sft=True,
+        processes=2,
+        samples=("A dog barks and then a siren wails in the distance",),
+    )
+
+
+RUNS: Final[Mapping[str, Callable[[], LoopRun]]] = {
+    "align": run_align,
+    "mini": run_mini,
+    "smoke": run_smoke,
+    "tango2": run_tango2,
+}
+"""Recipes of `milonga train run`."""

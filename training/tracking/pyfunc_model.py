@@ -1,0 +1,150 @@
+"""The code of a registered model: MLflow keeps this file beside the weights, and no pickle.
+
+    model = mlflow.pyfunc.load_model("models:/milonga-tango@challenger")
+    [clip] = model.predict({"prompt": "A dog barks then a siren wails", "seed": 7})
+    clip["audio"]            # float32 [N] in [-1, 1]
+    clip["sampling_rate"]    # hertz
+    clip["seed"]             # the one that was given, or drawn
+
+    [verdict] = mlflow.pyfunc.load_model("models:/milonga-reward@challenger").predict(
+        {"prompt": "A dog barks", "audio": waveform, "sampling_rate": 16_000}
+    )
+    verdict["logit"], verdict["probability"]
+
+`predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list, a dict for each.
+A row of `milonga-tango` may say `negative_prompt`, `seed`, `num_inference_steps`, `guidance_scale` and
+`duration` (seconds); what it leaves out takes the model's default. The same seed gives the clip that the
+service gives.
+
+It runs wherever ``milonga[serving]`` is installed; nothing of `training` is imported.
+"""
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from services.environment import quiet_libraries
+
+quiet_libraries()
+
+from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault  # noqa: E402
+from services.errors import FieldViolation, InvalidInputError  # noqa: E402
+from services.models.clap.laion import load_laion  # noqa: E402
+from services.models.clap.loading import load_clap  # noqa: E402
+from services.models.reward.model import MODEL_TYPE, RewardModel, load_reward, read_reward_config  # noqa: E402
+from services.models.tango.loading import load_tango  # noqa: E402
+from services.models.tango.pipeline import TangoPipeline, clip_generator  # noqa: E402
+
+SEEDS = 2**63
+"""Seeds are below this."""
+
+
+class MilongaModel(PythonModel):
+    """A text-to-audio or a reward model, as its folder says."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the artifact `model`; a reward model stands on the artifact `clap`."""
+        folder = Path(context.artifacts["model"])
+        config = folder / "config.json"
+        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
+        self.model: TangoPipeline | RewardModel
+        if kind == MODEL_TYPE:
+            path = Path(context.artifacts["clap"])
+            clap = load_laion(path, device="auto") if path.is_file() else load_clap(path, device="auto")
+            # Which CLAP model it is was checked when both were registered, as one.
+            self.model = load_reward(folder, clap, read_reward_config(folder).clap_digest)
+        else:
+            self.model = load_tango(folder, device="auto")
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """A clip, or a verdict, for each row. Raises `InvalidInputError` where one is wrong."""
+        rows = [{str(k): v for k, v in row.items()} for row in model_input.to_dict("records")]
+        return [
+            judged(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
+            for row in rows
+        ]
+
+
+def generated(model: TangoPipeline, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The clip of one row."""
+    seed = whole(row, "seed")
+    if seed is None:
+        seed = secrets.randbelow(SEEDS)
+    if not 0 <= seed < SEEDS:
+        raise InvalidInputError(FieldViolation("seed", f"is {seed}, must lie in [0, 2^63)"))
+    output = model(
+        sentence(row),
+        row["negative_prompt"] if given(row, "negative_prompt") else None,
+        duration=number(row, "duration"),
+        num_inference_steps=whole(row, "num_inference_steps"),
+        guidance_scale=number(row, "guidance_scale"),
+        generator=[clip_generator(seed)],
+    )
+    waveform_N = output.waveforms_BN[0].astype(np.float32)
+    return {"audio": waveform_N, "sampling_rate": output.sampling_rate, "seed": seed}
+
+
+def judged(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict on one row."""
+    prompt, rate = sentence(row), whole(row, "sampling_rate")
+    waveform_N = np.asarray(row["audio"], dtype=np.float32)
+    if waveform_N.ndim != 1 or not len(waveform_N) or not np.isfinite(waveform_N).all():
+        raise InvalidInputError(
+            FieldViolation("audio", f"has the shape {waveform_N.shape}, must be finite mono samples")
+        )
+    if rate is None or rate < 1:
+        raise InvalidInputError(FieldViolation("sampling_rate", f"is {rate}, must be a number of hertz"))
+    logit = model.reward([prompt], [model.prepare(waveform_N, rate)]).item()
+    return {"logit": logit, "probability": 1 / (1 + math.exp(-logit))}
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """The prompt of a row."""
+    prompt = row["prompt"]
+    fault = prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else "is no text"
+    if fault:
+        raise InvalidInputError(FieldViolation("prompt", fault))
+    return str(prompt)
+
+
+def given(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row says something there: in a table, what others leave out is NaN."""
+    value = row.get(name)
+    return value is not None and value == value
+
+
+def number(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a row, None where it says nothing."""
+    if not given(row, name):
+        return None
+    try:
+        return float(row[name])
+    except (TypeError, ValueError):
+        raise InvalidInputError(FieldViolation(name, f"is {row[name]!r}, must be a number")) from None
+
+
+def whole(row: Mapping[str, Any], name: str) -> int | None:
+    """A whole number of a row, None where it says nothing."""
+    value = number(row, name)
+    if value is None:
+        return None
+    if not value.is_integer():
+        raise InvalidInputError(FieldViolation(name, f"is {row[name]!r}, must be a whole number"))
+    exact = isinstance(row[name], int | np.integer)  # a float holds no more than 53 bits of a seed
+    return int(row[name] if exact else value)
+
+
+set_model(MilongaModel())

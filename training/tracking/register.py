@@ -1,0 +1,390 @@
+"""A model folder becomes a version in MLflow's registry, which `models:/NAME/VERSION` resolves to again.
+
+    milonga train register build/run/mini/dpo/model
+    milonga train register tango2/ --name milonga-tango --alias champion
+
+What is registered is a pyfunc whose code is `pyfunc_model.py` and whose artifact is the folder: no
+pickle. Tags carry its digest, licence, parent, data and figures. A folder is registered once: the same files
+under the same name are the version that is there already.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from services.errors import (
+    DigestMismatchError,
+    FieldViolation,
+    InvalidInputError,
+    MilongaError,
+    ModelFormatError,
+    OutputError,
+    ServiceUnavailableError,
+)
+from services.models.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_manifest
+from services.models.mini import mini_folder
+from services.models.reward.model import MODEL_TYPE, read_reward_config
+from services.models.tango.loading import check_tango_folder, read_json
+from services.weights.registry import (
+    DIGEST_TAG,
+    FOLDER_TAG,
+    connect,
+    fetch,
+    shown,
+    tracking_uri,
+)
+from services.weights.uri import resolve
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+
+Kind = Literal["tango", "reward"]
+"""What a registered model does."""
+
+NAMES: Final[Mapping[Kind, str]] = {"tango": "milonga-tango", "reward": "milonga-reward"}
+"""Names of the registered models."""
+
+CHALLENGER: Final = "challenger"
+CHAMPION: Final = "champion"
+"""Alias of what is served, and of what would like to be."""
+
+EXPERIMENT: Final = "milonga"
+"""Where runs are kept, unless they say otherwise."""
+
+_CODE = Path(__file__).with_name("pyfunc_model.py")
+_EXAMPLES: Final[Mapping[Kind, Mapping[str, Any]]] = {
+    "tango": {"prompt": "A dog barks then a siren wails", "seed": 7},
+    "reward": {"prompt": "A dog barks", "audio": [0.0] * 16, "sampling_rate": 16_000},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where a model comes from, for the tags of its version."""
+
+    parent: str | None = None
+    """Model URI or digest of what it was trained from."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each data set that it was trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Its evaluation."""
+    run_id: str | None = None
+    """The MLflow run that made it, and that keeps the files; None: one of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """A version in the registry."""
+
+    name: str
+    """Of the registered model."""
+    version: str
+    """Of it."""
+    digest: str
+    """Of the model folder."""
+    alias: str | None
+    """That now points to it, if one was given."""
+    created: bool
+    """Whether it is new; not where the same files were registered before."""
+
+    @property
+    def uri(self) -> str:
+        """The model URI to serve, pinned to the files."""
+        return f"models:/{self.name}/{self.version}#{self.digest}"
+
+
+def register(
+    folder: Path,
+    name: str | None = None,
+    *,
+    alias: str | None = CHALLENGER,
+    clap: str | None = None,
+    provenance: Provenance | None = None,
+    uri: str | None = None,
+) -> Registered:
+    """Make a version of the model in `folder`, fetch it back, verify it, and point `alias` to it.
+
+    Args:
+        folder: a model folder with its manifest.
+        name: of the registered model; None: by its kind.
+        alias: `challenger`, or `champion` to begin a registry with; None: no alias is touched.
+        clap: of a reward model: URI of the CLAP model that it stands on. None: the mini family's.
+        provenance: where it comes from.
+        uri: of the MLflow server; None: `services.weights.registry.tracking_uri`.
+
+    Raises:
+        InvalidInputError: a name or alias that can't be one.
+        ModelError: the folder is refused (no manifest; files that differ from it), or its CLAP model is.
+        DigestMismatchError: what came back is something else; no alias points to it.
+        ServiceUnavailableError: the server does not answer.
+    """
+    provenance, uri = provenance or Provenance(), tracking_uri(uri)
+    manifest = checked_manifest(folder)
+    kind = kind_of(folder)
+    name = name or NAMES[kind]
+    _check_names(name, alias, kind)
+    artifacts = {"model": folder.resolve()}
+    if kind == "reward":
+        artifacts["clap"] = clap_of(folder, clap)
+    client = connect(uri, create=True)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version, created = _find(client, name, manifest.digest), False
+        if version is None:
+            version, created = _create(client, name, kind, manifest, artifacts, provenance), True
+    except MlflowException as error:
+        raise _refused(uri, error) from error
+    try:
+        fetch(f"/{name}/{version}", uri=uri)
+    except DigestMismatchError:
+        if created:
+            client.delete_model_version(name, version)
+        raise
+    try:
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, version)
+    except MlflowException as error:
+        raise _refused(uri, error) from error
+    return Registered(name=name, version=version, digest=manifest.digest, alias=alias, created=created)
+
+
+def checked_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`, its files verified. Raises `ModelError` where there is none."""
+    manifest = read_manifest(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        raise ModelFormatError(
+            f"{folder} has no {MANIFEST_NAME}, which says its version and its licence; make the folder with "
+            "`milonga convert` or `milonga train`, which write one, or call services.models.manifest."
+            "write_manifest"
+        )
+    return verify_manifest(folder, manifest.digest)
+
+
+def kind_of(folder: Path) -> Kind:
+    """What the model in `folder` does. Raises `ModelError` where it holds neither kind, whole."""
+    config = folder / "config.json"
+    if config.exists() and read_json(config).get("model_type") == MODEL_TYPE:
+        read_reward_config(folder)
+        return "reward"
+    check_tango_folder(folder)
+    return "tango"
+
+
+def clap_of(folder: Path, clap: str | None) -> Path:
+    """The CLAP model that the reward model in `folder` stands on, by the URI `clap` or in the mini family."""
+    config = read_reward_config(folder)
+    if clap is None:
+        beside = mini_folder("clap-a")
+        if not beside.is_dir() or read_manifest(beside).digest != config.clap_digest:
+            raise InvalidInputError(
+                FieldViolation(
+                    "--clap",
+                    f"is missing, and {folder} stands on the CLAP model {config.clap_name} "
+                    f"({config.clap_digest}), not on the mini family's; give its model URI",
+                )
+            )
+        clap = "mini:clap-a"
+    found = resolve(clap)
+    if found.digest != config.clap_digest:
+        raise DigestMismatchError(
+            f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), and {clap} "
+            f"is {found.digest}; give the one it was trained on"
+        )
+    return found.folder
+
+
+def _check_names(name: str, alias: str | None, kind: Kind) -> None:
+    violations = []
+    if not re.fullmatch(r"[\w.-]+", name):
+        violations.append(
+            FieldViolation("--name", f"is {name!r}, must be of letters, digits and any of . _ -")
+        )
+    elif name in NAMES.values() and name != NAMES[kind]:
+        violations.append(
+            FieldViolation("--name", f"is {name}, and this is a {kind} model; give {NAMES[kind]}")
+        )
+    if alias is not None and not re.fullmatch(r"(?![vV]\d+$)[\w-]+", alias):
+        violations.append(FieldViolation("--alias", f"is {alias!r}, must be {CHALLENGER} or {CHAMPION}"))
+    if violations:
+        raise InvalidInputError(*violations)
+
+
+def _find(client: "MlflowClient", name: str, digest: str) -> str | None:
+    """The newest version with these files, if there is one."""
+    found = client.search_model_versions(f"name='{name}' and tags.`{DIGEST_TAG}`='{digest}'")
+    versions = [int(version.version) for version in found if version.status == "READY"]
+    return str(max(versions)) if versions else None
+
+
+def _create(
+    client: "MlflowClient",
+    name: str,
+    kind: Kind,
+    manifest: Manifest,
+    artifacts: Mapping[str, Path],
+    provenance: Provenance,
+) -> str:
+    """Send the files and make the version. A version is there only once its files are."""
+    from mlflow.exceptions import MlflowException
+
+    own = None
+    if provenance.run_id is None:
+        own = client.create_run(experiment_id(client), run_name=f"register {manifest.name}").info.run_id
+    run_id = provenance.run_id or own
+    assert run_id is not None
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory(prefix="milonga-") as temporary:
+            with warnings.catch_warnings():
+                # MLflow's, of its own classes and of types that we left open on purpose.
+                warnings.simplefilter("ignore")
+                packed = _pack(Path(temporary), kind, artifacts)
+            client.log_artifacts(run_id, str(packed), name)
+        try:
+            client.create_registered_model(name, tags={"milonga.kind": kind})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(
+            name,
+            source=f"runs:/{run_id}/{name}",  # a path on this machine would mean nothing to a server
+            run_id=run_id,
+            tags=tags_of(kind, manifest, provenance),
+            description=f"{manifest.name} {manifest.version}, {manifest.license}",
+        )
+        status = "FINISHED"
+        return str(version.version)
+    except OSError as error:
+        if isinstance(error, MilongaError) or type(error).__module__.startswith("requests"):
+            raise ServiceUnavailableError(f"the model could not be sent: {error}; try again") from error
+        raise OutputError(f"the model could not be packed or sent: {error}; free some space") from error
+    finally:
+        if own is not None:
+            with contextlib.suppress(MlflowException):
+                client.set_terminated(own, status)
+
+
+def tags_of(kind: Kind, manifest: Manifest, provenance: Provenance) -> dict[str, str]:
+    """The tags of a version."""
+    tags = {
+        DIGEST_TAG: manifest.digest,
+        FOLDER_TAG: "artifacts/model",
+        "milonga.kind": kind,
+        "milonga.license": manifest.license,
+        "milonga.name": manifest.name,
+        "milonga.version": manifest.version,
+    }
+    if provenance.parent:
+        tags["milonga.parent"] = provenance.parent
+    tags |= {f"milonga.data.{name}": digest for name, digest in provenance.data.items()}
+    return tags | {f"milonga.metric.{name}": f"{value:.6g}" for name, value in provenance.metrics.items()}
+
+
+def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
+    """The experiment `name`, made where it is missing. Files of a local database lie beside it."""
+    from mlflow.exceptions import MlflowException
+
+    from services.weights.registry import database_path
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_path(client.tracking_uri)
+        location = None if database is None else (database.parent / "mlruns" / name).as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another process was faster
+    assert found is not None
+    if found.lifecycle_stage == "deleted":
+        raise InvalidInputError(
+            FieldViolation(
+                "experiment", f"is {name}, which was deleted; restore it with `mlflow experiments`"
+            )
+        )
+    return str(found.experiment_id)
+
+
+def _pack(folder: Path, kind: Kind, artifacts: Mapping[str, Path]) -> Path:
+    """Write the pyfunc into `folder`."""
+    from mlflow.pyfunc import save_model
+
+    named = {}
+    for name, path in artifacts.items():
+        # MLflow names its copies after these; links out of their folder it refuses.
+        named[name] = folder / (name if path.is_dir() else f"{name}{path.suffix}")
+        if path.is_dir():
+            shutil.copytree(
+                path, named[name], ignore=shutil.ignore_patterns(".*"), copy_function=_link_or_copy
+            )
+        else:
+            _link_or_copy(str(path), str(named[name]))
+    packed = folder / "packed"
+    save_model(
+        path=str(packed),
+        python_model=str(_CODE),
+        artifacts={name: str(path) for name, path in named.items()},
+        signature=signature_of(kind),
+        input_example=dict(_EXAMPLES[kind]),
+        pip_requirements=[
+            f"milonga[serving]=={importlib.metadata.version('milonga')}",
+            f"mlflow=={importlib.metadata.version('mlflow')}",
+        ],
+    )
+    return packed
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Weights are gigabytes, and often on the same disk."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def signature_of(kind: Kind) -> "ModelSignature":
+    """What `predict` takes and gives. Numbers that may be missing are of any type: tables have NaN there."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec]
+    outputs: list[ColSpec | TensorSpec]
+    text, whole = DataType.string, DataType.long
+    if kind == "reward":
+        inputs = [
+            ColSpec(text, "prompt"),
+            ColSpec(Array(AnyType()), "audio"),
+            ColSpec(whole, "sampling_rate"),
+        ]
+        outputs = [ColSpec(DataType.double, "logit"), ColSpec(DataType.double, "probability")]
+    else:
+        inputs = [
+            ColSpec(text, "prompt"),
+            ColSpec(AnyType(), "negative_prompt", required=False),
+            ColSpec(AnyType(), "seed", required=False),
+            ColSpec(AnyType(), "num_inference_steps", required=False),
+            ColSpec(AnyType(), "guidance_scale", required=False),
+            ColSpec(AnyType(), "duration", required=False),
+        ]
+        outputs = [
+            ColSpec(Array(DataType.float), "audio"),
+            ColSpec(whole, "sampling_rate"),
+            ColSpec(whole, "seed"),
+        ]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
+
+
+def _refused(uri: str, error: Exception) -> MilongaError:
+    reason = " ".join(str(error).split())[:300]
+    return ServiceUnavailableError(f"the MLflow server {shown(uri)} refused the model: {reason}")
