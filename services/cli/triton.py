@@ -69,7 +69,7 @@ def export(
     """Write a Triton model repository: tango, clap and reward, each with its weights.
 
     A version that is there already is left as it is. A model's first version is pinned (version_policy); a
-    later one lies beside it until `milonga promote --target triton://HOST:8001` takes it there.
+    later one lies beside it until `milonga promote run --target triton://HOST:8001` takes it there.
     """
     chosen = _chosen(only)
     if version is not None and len(chosen) != 1:

@@ -122,7 +122,7 @@ def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
             faults = (FieldViolation("unpinned_model", fault.description) for fault in error.violations)
             raise InvalidInputError(*faults) from error
     raise _invalid(
-        "is empty: there is no pin; `milonga promote --bootstrap` sets one, or give a model URI: --model, or "
+        "is empty: there is no pin; `milonga promote bootstrap` sets one, or give a model URI: --model, or "
         "set MILONGA_MODEL"
     )
 

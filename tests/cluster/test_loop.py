@@ -16,7 +16,7 @@ from tests.cluster.harness import KUBECTL, MILONGA, NAMESPACE, OUTPUT, Cluster, 
 
 HERE = Path(__file__).parent
 QUICK = ("--gates", HERE / "gates-quick.toml")
-PROMOTE = ("promote", "--model", "milonga-tango")
+PROMOTE = ("promote", "run", "--model", "milonga-tango")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 BASE = read_manifest(mini_folder("mini-base")).digest
 MINI = read_manifest(mini_folder("mini")).digest
@@ -47,10 +47,10 @@ def test_the_registry_moves_to_postgresql_and_s3(cluster: Cluster) -> None:
 
 def test_bootstrap_registers_and_pins(cluster: Cluster, registry: str) -> None:
     assert cluster.pin() is None
-    done = cluster.milonga("promote", "--bootstrap", mini_folder("mini-base"))
+    done = cluster.milonga("promote", "bootstrap", mini_folder("mini-base"))
     cluster.transcript.figure("bootstrap, s", done.seconds)
     assert digest(cluster.pin()) == BASE
-    assert "already" in cluster.milonga("promote", "--bootstrap", mini_folder("mini-base")).output
+    assert "already" in cluster.milonga("promote", "bootstrap", mini_folder("mini-base")).output
 
 
 def test_manifests_that_are_applied_again_leave_the_pin(cluster: Cluster) -> None:
@@ -197,7 +197,7 @@ def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: s
 
 def test_rollback(cluster: Cluster, registry: str, load: PodLoad) -> None:
     load.mark("rollback")
-    done = cluster.milonga("promote", "--rollback")
+    done = cluster.milonga("promote", "rollback")
     load.mark("")
     cluster.transcript.figure("rollback, s", done.seconds)
     assert digest(cluster.pin()) == BASE
@@ -216,8 +216,8 @@ def test_a_promoter_that_died_in_the_gates_is_undone(cluster: Cluster, registry:
     run.process.send_signal(signal.SIGKILL)
     load.mark("promoter killed")
     assert run.finish().code == -signal.SIGKILL
-    assert "--resume" in cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=5).error
-    done = cluster.milonga("promote", "--resume")
+    assert "promote resume`" in cluster.milonga(*PROMOTE, "--version", "1", *QUICK, code=5).error
+    done = cluster.milonga("promote", "resume")
     load.mark("")
     cluster.transcript.figure("resume that undoes, s", done.seconds)
     assert digest(cluster.pin()) == MINI
@@ -234,7 +234,7 @@ def test_a_promoter_that_died_in_the_rollout_is_finished(
     run.process.send_signal(signal.SIGKILL)
     load.mark("promoter killed in the rollout")
     assert run.finish().code == -signal.SIGKILL
-    done = cluster.milonga("promote", "--resume")
+    done = cluster.milonga("promote", "resume")
     load.mark("")
     cluster.transcript.figure("resume that finishes, s", done.seconds)
     assert digest(cluster.pin()) == BASE
@@ -278,8 +278,8 @@ def test_no_call_was_lost_and_none_mixed(cluster: Cluster, load: PodLoad) -> Non
 
 
 def test_the_ledger_has_it_all(cluster: Cluster, registry: str) -> None:
-    cluster.milonga("promote", "--history")
-    entries = json.loads(cluster.milonga("promote", "--history", "--json").output)
+    cluster.milonga("promote", "history")
+    entries = json.loads(cluster.milonga("promote", "history", "--json").output)
     outcomes = [entry["outcome"] for entry in reversed(entries)]
     assert outcomes == [
         "bootstrapped", "promoted", "refused", "failed", "failed", "failed", "rolled back", "promoted",
@@ -371,7 +371,7 @@ def test_production_is_scheduled_on_gpus_and_says_that_it_has_no_pin(cluster: Cl
         assert not any(status["ready"] for status in pod["status"]["containerStatuses"])
     for state in ended:
         assert state["exitCode"] == 2
-        assert "there is no pin; `milonga promote --bootstrap` sets one" in state["message"]
+        assert "there is no pin; `milonga promote bootstrap` sets one" in state["message"]
 
 
 def make_store_secret(cluster: Cluster) -> None:

@@ -80,11 +80,10 @@ class World:
     def alias(self) -> str | None:
         return self.parts.registry.alias(NAME, "champion")
 
-    @property
-    def words(self) -> list[str]:
-        """Of the command line."""
+    def words(self, *command: str) -> list[str]:
+        """Arguments of `milonga` for a sub-command of promote, with its own."""
         return [
-            *("promote", "--target", f"triton://{self.server.grpc}"),
+            *("promote", *command, "--target", f"triton://{self.server.grpc}"),
             *("--repository", self.repository.storage.place),
         ]
 
@@ -278,25 +277,25 @@ def test_a_promoter_that_is_killed(world: World, capsys: pytest.CaptureFixture[s
     gates = ["--gates", str(world.gates)]
     with load(world.server.grpc) as made:
         for words, resumed, served in (
-            (["--version", "2", *gates], "is finished", "2"),
-            (["--rollback"], "is undone: milonga-tango version 2 is served", "2"),
+            (["run", "--version", "2", *gates], "is finished", "2"),
+            (["rollback"], "is undone: milonga-tango version 2 is served", "2"),
         ):
             _kill_when_both_are_pinned(world, words)
-            assert run([*world.words, *words]) == 5  # left unfinished
-            assert "--resume" in capsys.readouterr().err
-            assert run([*world.words, "--resume"]) == 0
+            assert run(world.words(*words)) == 5  # left unfinished
+            assert "promote resume`" in capsys.readouterr().err
+            assert run(world.words("resume")) == 0
             assert resumed in capsys.readouterr().out
             world.serves(served)
     assert made.failures == []
     assert made.digests() == {version.digest for version in world.versions.values()}
-    assert run([*world.words, "--rollback"]) == 0
+    assert run(world.words("rollback")) == 0
     world.serves("1")
 
 
 def _kill_when_both_are_pinned(world: World, words: list[str]) -> None:
     code = "import sys; from services.cli import run; sys.exit(run(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *world.words, *words],
+        [sys.executable, "-c", code, *world.words(*words)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -312,14 +311,10 @@ def test_loading_may_be_restricted_to_operators(world: World, tmp_path: Path) ->
     flag = "--grpc-restricted-protocol=model-repository:milonga-operator=sesame"
     (tmp_path / "restricted").mkdir()
     with running(world.repository.storage.place, tmp_path / "restricted", flag) as server:
-        words = [
-            "promote",
-            "--target",
-            f"triton://{server.grpc}",
-            "--repository",
-            world.repository.storage.place,
+        bootstrapping = [
+            *("promote", "bootstrap", f"models:/{NAME}/1", "--target", f"triton://{server.grpc}"),
+            *("--repository", world.repository.storage.place, "--alias", "restricted"),
         ]
-        bootstrapping = [*words, "--bootstrap", f"models:/{NAME}/1", "--alias", "restricted"]
         assert run(bootstrapping) == 6
         (tmp_path / "token").write_text("sesame\n")
         assert run([*bootstrapping, "--operator-token-file", str(tmp_path / "token")]) == 0

@@ -2,7 +2,7 @@
 
 A run begins before anything is changed, and its tags say how far it came: each phase is written before it is
 begun. So an entry without an outcome is a promotion that is under way, or whose promoter died; the latter is
-what ``--resume`` goes by. The lock, not the ledger, keeps two promotions apart.
+what `resume` goes by. The lock, not the ledger, keeps two promotions apart.
 """
 
 import datetime
@@ -158,7 +158,7 @@ class Ledger:
             raise BusyError(
                 f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)} of {entry.who} "
                 f"({entry.started:%Y-%m-%d %H:%M} UTC) was left unfinished in the phase {entry.phase}; "
-                "finish or undo it with `milonga promote --resume`"
+                "finish or undo it with `milonga promote resume`"
             )
 
     def before(self, place: str, pin: Pin) -> Pin | None:
@@ -226,7 +226,7 @@ class Ledger:
 
 
 def history_lines(entries: Sequence[Entry]) -> list[str]:
-    """What ``--history`` prints: a line an entry, and a second one that says why it did not come about."""
+    """Return the history as text: a table row per entry, and a second line with the reason of a failure."""
     rows = [["began (UTC)", "kind", "from", "to", "outcome", "seconds", "who"]]
     for entry in entries:
         seconds = "" if entry.ended is None else f"{(entry.ended - entry.started).total_seconds():.0f}"

@@ -1,7 +1,7 @@
 """Promotion: candidate ▸ challenger ▸ gates ▸ rollout ▸ verification ▸ alias; or everything as it was.
 
-    milonga promote --model milonga-tango --version 7
-    milonga promote --rollback | --resume | --history | --bootstrap URI
+    milonga promote run --model milonga-tango --version 7
+    milonga promote rollback | resume | history | bootstrap URI
 
 Every phase stands in the ledger before it is begun, and every step may be done twice. So whatever kills the
 promoter, `resume` knows what to finish and what to undo. Whatever else fails is undone at once: the pin goes
@@ -132,7 +132,7 @@ def roll_back(parts: Parts) -> Done:
         if previous is None:
             raise InvalidInputError(
                 FieldViolation(
-                    "--rollback",
+                    "rollback",
                     f"the ledger knows nothing that was served here before {shown_pin(pin)}; promote the "
                     "version that you want instead",
                 )
@@ -175,9 +175,9 @@ def bootstrap(what: Version | Path, parts: Parts, model: str = "milonga-tango") 
                 )
                 raise InvalidInputError(
                     FieldViolation(
-                        "--bootstrap",
-                        f"is {what}, and {shown_pin(pin)} is pinned; {first}promote: milonga promote --model "
-                        f"{name} --version {version}",
+                        "bootstrap",
+                        f"is {what}, and {shown_pin(pin)} is pinned; {first}promote: milonga promote run "
+                        f"--model {name} --version {version}",
                     )
                 )
             if alias == pinned.version:
@@ -185,9 +185,9 @@ def bootstrap(what: Version | Path, parts: Parts, model: str = "milonga-tango") 
         if alias is not None and parts.registry.version(name, alias).digest != digest:
             raise InvalidInputError(
                 FieldViolation(
-                    "--bootstrap",
+                    "bootstrap",
                     f"is {what}, and {name}@{parts.alias} points to version {alias}: that is served "
-                    f"elsewhere, or was; give --bootstrap models:/{name}/{alias}, or another --alias, or "
+                    f"elsewhere, or was; give models:/{name}/{alias}, or another --alias, or "
                     "move it in MLflow",
                 )
             )
@@ -212,9 +212,7 @@ def resume(parts: Parts) -> Done:
         entry = parts.ledger.unfinished(place)
         if entry is None:
             raise InvalidInputError(
-                FieldViolation(
-                    "--resume", "nothing was left unfinished here; see `milonga promote --history`"
-                )
+                FieldViolation("resume", "nothing was left unfinished here; see `milonga promote history`")
             )
         name = _title(entry)
         pin = parts.target.current_pin()
@@ -265,7 +263,7 @@ def put_live(entry: Entry, parts: Parts, lock: Lock) -> None:
     except BaseException as error:
         raise UnrecordedError(
             f"{version} is {outcome} and served, only the ledger could not be told ({one_line(error)}); "
-            "`milonga promote --resume` does it"
+            "`milonga promote resume` does it"
         ) from error
 
 
@@ -304,7 +302,7 @@ def undo(entry: Entry, parts: Parts, lock: Lock, outcome: Outcome, reason: str) 
     except BaseException as error:
         raise RollbackError(
             f"{shown_pin(entry.from_pin)} could not be restored: {one_line(error)}; then "
-            f"`milonga promote --resume`. It was to be restored because: {reason}"
+            f"`milonga promote resume`. It was to be restored because: {reason}"
         ) from error
     with _told(parts):
         entry.close(outcome, reason)
@@ -360,7 +358,7 @@ def current_pin(target: Target) -> Pin:
         raise InvalidInputError(
             FieldViolation(
                 target.place,
-                f"{what}; `milonga promote --bootstrap URI_OR_FOLDER` registers and pins something",
+                f"{what}; `milonga promote bootstrap URI_OR_FOLDER` registers and pins something",
             )
         )
     return pin

@@ -113,7 +113,7 @@ class Registry:
         if found is None:
             raise InvalidInputError(
                 FieldViolation(
-                    "pin", f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; `milonga promote --bootstrap`"
+                    "pin", f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; `milonga promote bootstrap`"
                 )
             )
         version = self.version(found["name"], found["version"])

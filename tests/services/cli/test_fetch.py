@@ -59,7 +59,7 @@ def test_without_a_pin_one_line_says_so_and_what_sets_one(
         monkeypatch.setenv(name, value)
     assert cli.run(["fetch"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: model: is empty: there is no pin; `milonga promote --bootstrap` sets one")
+    assert line.startswith("error: model: is empty: there is no pin; `milonga promote bootstrap` sets one")
 
 
 def test_what_is_refused_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def test_wrong_models_are_refused_at_start(folder: Path, tmp_path: Path) -> None
     for unset in ({}, {"MILONGA_MODEL": "", "MILONGA_UNPINNED_MODEL": ""}):
         line = _refusal(**unset)
         assert line.startswith(
-            "error: model: is empty: there is no pin; `milonga promote --bootstrap` sets one"
+            "error: model: is empty: there is no pin; `milonga promote bootstrap` sets one"
         )
         assert "MILONGA_MODEL" in line
     assert "unpinned_model: is 'maxi'" in _refusal(MILONGA_UNPINNED_MODEL="maxi")

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.cli import run
@@ -35,40 +38,84 @@ def nowhere(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return store
 
 
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return line
+
+
+TRITON = ["--target", "triton://127.0.0.1:1"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--rollback", "--history"], 2, "--rollback and --history: exclude each other"),
-        (["--context", "kind-x", "--resume"], 2, "--context: is kind-x: no cluster can be chosen"),
-        (["--resume"], 6, "the cluster http://127.0.0.1:1 can't be reached: "),
-        (["--version", "7"], 6, "can't be reached"),
-        (["--gates", "none.toml", "--version", "7"], 2, "--gates: none.toml can't be read: No such file"),
-        (["--target", "local", "--rollback"], 2, "--operator-token-file: is missing; start the service with"),
-        (["--bootstrap", "models:/milonga-tango@champion"], 2, "milonga-tango has no alias champion"),
-        (["--bootstrap", "nonsense"], 2, "must be mini"),
-        (["--target", "docker"], 2, "--target: is 'docker', must be kubernetes, local or triton://HOST:PORT"),
-        (["--target", "triton://"], 2, "--repository: is missing"),
-        (["--target", "triton://a:b", "--repository", "models"], 2, "--target: is 'triton://a:b', must be"),
-        (["--target", "triton://127.0.0.1:1"], 2, "--repository: is missing; give the model repository"),
-        (["--repository", "models", "--rollback"], 2, "--repository: is of a Triton, and --target is kub"),
+        (["resume", "--context", "kind-x"], 2, "--context: is kind-x: no cluster can be chosen"),
+        (["resume"], 6, "the cluster http://127.0.0.1:1 can't be reached: "),
+        (["run", "--version", "7"], 6, "can't be reached"),
+        (["run", "--gates", "none.toml"], 2, "--gates: none.toml can't be read: No such file"),
+        (["rollback", "--target", "local"], 2, "--operator-token-file: is missing; start the service with"),
+        (["bootstrap", "models:/milonga-tango@champion"], 2, "milonga-tango has no alias champion"),
+        (["bootstrap", "nonsense"], 2, "must be mini"),
+        (["run", "--target", "docker"], 2, "--target: is 'docker', must be kubernetes, local or triton://"),
+        (["run", "--target", "triton://"], 2, "--repository: is missing"),
+        (["run", "--target", "triton://a:b", "--repository", "m"], 2, "--target: is 'triton://a:b', must be"),
+        (["run", *TRITON], 2, "--repository: is missing; give the model repository"),
+        (["rollback", "--repository", "models"], 2, "--repository: is for Triton, and --target is kub"),
+        (["run", *TRITON, "--repository", "gs://m"], 2, "--repository: is 'gs://m', must be a folder, s3://"),
         (
-            ["--target", "triton://127.0.0.1:1", "--repository", "gs://models"],
-            *(2, "--repository: is 'gs://models', must be a folder, s3://BUCKET/PREFIX"),
-        ),
-        (
-            ["--target", "triton://127.0.0.1:1", "--repository", "empty", "--rollback"],
+            ["rollback", *TRITON, "--repository", "empty"],
             *(2, "--repository: empty has no tango with a pinned version; `milonga triton export`"),
         ),
-        (["--tls", "--tls-ca", "none.pem", "--target", "local", "--rollback"], 2, "--operator-token-file"),
+        (["rollback", "--tls", "--tls-ca", "none.pem", "--target", "local"], 2, "--operator-token-file"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_wrong_input_is_one_line(
     nowhere: str, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
 ) -> None:
     assert run(["promote", *words]) == code
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rollback", "--rollback: is now a command: milonga promote rollback"),
+        ("-n x --resume", "--resume: is now a command: milonga promote resume -n x"),
+        ("--json --history", "--history: is now a command: milonga promote history --json"),
+        ("--bootstrap mini-base --alias b", "a command: milonga promote bootstrap mini-base --alias b"),
+        ("--bootstrap=mini-base", "--bootstrap: is now a command: milonga promote bootstrap mini-base"),
+        ("--model=m --gates g.toml", "option of a command: milonga promote run --model=m --gates g.toml"),
+    ],
+)
+def test_a_former_flag_names_the_command_that_replaces_it(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert run(["promote", *words.split()]) == 2
+    assert error_line(capsys).endswith(message)
+
+
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["promote"]) == 2
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert all(command in shown for command in ("run", "rollback", "history", "resume", "bootstrap"))
+
+
+def test_the_job_of_the_manifest_and_the_one_that_resumes_it_are_commands(
+    nowhere: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Path(__file__).parents[3] / "k8s" / "jobs" / "promote.yaml"
+    (script,) = re.findall(r"sed '(.+)' k8s/jobs/promote.yaml", manifest.read_text())
+    resuming = subprocess.run(["sed", script, manifest], capture_output=True, text=True, check=True).stdout
+    for text, name, command in (
+        (manifest.read_text(), "promote", ["promote", "run", "--model=milonga-tango"]),
+        (resuming, "resume", ["promote", "resume"]),
+    ):
+        job = yaml.safe_load(text)
+        assert job["metadata"]["name"] == name
+        assert job["spec"]["template"]["spec"]["containers"][0]["args"] == command
+        assert run(command) == 6
+        assert "the cluster http://127.0.0.1:1 can't be reached: " in error_line(capsys)
 
 
 def test_a_local_service_that_is_not_there(
@@ -76,8 +123,8 @@ def test_a_local_service_that_is_not_there(
 ) -> None:
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setenv("MILONGA_OPERATOR_TOKEN_FILE", str(tmp_path / "token"))
-    words = ["--target", "local", "--generation-address", "127.0.0.1:1", "--rollback"]
-    assert run(["promote", *words]) == 6
+    words = ["--target", "local", "--generation-address", "127.0.0.1:1"]
+    assert run(["promote", "rollback", *words]) == 6
     assert "127.0.0.1:1: " in capsys.readouterr().err
 
 
@@ -87,8 +134,8 @@ def test_a_triton_that_is_not_there(nowhere: str, tmp_path: Path, capsys: pytest
     weights = Weights(name=version.name, version="1", digest=version.digest, folder=tmp_path / "run-0")
     model = Exported(config=ModelConfig(name="tango"), code="# none\n", weights={"tango": weights})
     ModelRepository(open_storage(str(tmp_path / "repository"))).add(model, 1)
-    words = ["--target", "triton://127.0.0.1:1", "--repository", str(tmp_path / "repository")]
-    assert run(["promote", *words, "--bootstrap", f"models:/{version.name}/1"]) == 6
+    words = [*TRITON, "--repository", str(tmp_path / "repository")]
+    assert run(["promote", "bootstrap", f"models:/{version.name}/1", *words]) == 6
     assert "the Triton at 127.0.0.1:1: " in capsys.readouterr().err
 
 
@@ -96,11 +143,11 @@ def test_the_ledger_is_printed(nowhere: str, tmp_path: Path, capsys: pytest.Capt
     registry = Registry()
     version = make_version(registry, tmp_path)
     bootstrap(version, make_parts(MemoryTarget(), registry)[0])
-    assert run(["promote", "--history", "--json"]) == 0
+    assert run(["promote", "history", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["kind"], entry["from"], entry["to"]) == ("bootstrap", None, version.pin)
     assert (entry["outcome"], entry["place"]) == ("bootstrapped", "memory/test")
-    assert run(["promote", "--history"]) == 0
+    assert run(["promote", "history"]) == 0
     assert "nothing  milonga-tango/1  bootstrapped" in capsys.readouterr().out
 
 

@@ -203,11 +203,11 @@ def test_an_alias_that_fails_to_move_is_undone(world: World, monkeypatch: pytest
 def test_a_rollback_that_fails_needs_a_person_and_can_be_resumed(world: World) -> None:
     world.target.fails["rollout"] = RolloutError("not ready")
     world.target.always.add("rollout")
-    with pytest.raises(RollbackError, match=r"--resume.*because: not ready") as caught:
+    with pytest.raises(RollbackError, match=r"promote resume`.*because: not ready") as caught:
         world.promote()
     assert exit_code(caught.value) == 7
     assert (world.entry.outcome, world.entry.phase) == (None, "restoring")
-    with pytest.raises(BusyError, match="phase restoring; finish or undo it with `milonga promote --resume`"):
+    with pytest.raises(BusyError, match="phase restoring; finish or undo it with `milonga promote resume`"):
         world.promote()
     world.target.fails.clear()
     assert "is undone" in resume(world.parts).line
@@ -269,7 +269,7 @@ def test_a_promoter_that_died_before_the_rollout_is_undone(
     world: World, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die(world, step, monkeypatch)
-    with pytest.raises(BusyError, match="--resume"):
+    with pytest.raises(BusyError, match="promote resume`"):
         world.promote()
     assert world.target.done == []
     assert "undone" in resume(world.parts).line
@@ -352,7 +352,7 @@ def test_a_rollback_that_fails_goes_back_to_where_it_was(world: World) -> None:
 
 def test_a_target_that_was_never_pinned_is_bootstrapped_once(world: World) -> None:
     world.target.pin = world.target.served = None
-    with pytest.raises(InvalidInputError, match=r"nothing is pinned; `milonga promote --bootstrap") as caught:
+    with pytest.raises(InvalidInputError, match=r"nothing is pinned; `milonga promote bootstrap") as caught:
         world.promote()
     assert exit_code(caught.value) == 2
     world.registry.point("milonga-tango", "champion", None)

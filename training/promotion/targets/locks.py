@@ -66,7 +66,9 @@ class LeaseLock:
         end = _now() + self._seconds
         while not self._renew():
             if self._taken:
-                raise BusyError(f"the Lease {LEASE} was taken over by {self._taken}; see `--history`")
+                raise BusyError(
+                    f"the Lease {LEASE} was taken over by {self._taken}; see `milonga promote history`"
+                )
             if _now() > end:
                 raise self._silent()
             time.sleep(self._seconds * _AGAIN)
@@ -118,7 +120,7 @@ class LeaseLock:
     def _silent(self) -> BusyError:
         return BusyError(
             f"the Lease {LEASE} could not be renewed for {_now() - self._renewed:.0f} s, so somebody else "
-            "may hold it; see `--history`, then `milonga promote --resume`"
+            "may hold it; see `milonga promote history`, then `milonga promote resume`"
         )
 
 

@@ -1,0 +1,205 @@
+"""The flags that name a promotion target, and the target that they name."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from services.errors import FieldViolation, InvalidInputError
+from training.exits import timed_lines
+
+if TYPE_CHECKING:
+    from services.client import TLS
+    from training.promotion.registry import Registry
+    from training.promotion.target import Target
+
+CONNECTION = "Connection"
+"""Title of the flags that say how target and registry are reached."""
+
+TrackingURI = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow server or database.",
+        show_default="MLFLOW_TRACKING_URI, else ./mlflow.db",
+        rich_help_panel=CONNECTION,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetOptions:
+    """Which target, how it is reached, and how long it may take."""
+
+    target: Annotated[
+        str,
+        typer.Option("--target", help="Target: kubernetes, local, or triton://HOST:PORT.", metavar="TARGET"),
+    ] = "kubernetes"
+    repository: Annotated[
+        str | None,
+        typer.Option(
+            "--repository",
+            help="Triton's model repository: a folder, or s3://…",
+            metavar="PLACE",
+            show_default=False,
+        ),
+    ] = None
+    deadline: Annotated[
+        float,
+        typer.Option("--deadline", min=1, help="Seconds that challenger and rollout may each take."),
+    ] = 600.0
+    namespace: Annotated[
+        str,
+        typer.Option("--namespace", "-n", help="Kubernetes namespace.", rich_help_panel=CONNECTION),
+    ] = "milonga"
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            help="Context of kubeconfig.",
+            show_default="the pod's own cluster, else the current one",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    generation_address: Annotated[
+        str | None,
+        typer.Option(
+            "--generation-address",
+            help="Address of the generation service. Kubernetes: verified as well, beside each pod.",
+            metavar="ADDR",
+            show_default="in a pod the Service; local: 127.0.0.1:50051",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    challenger_address: Annotated[
+        str | None,
+        typer.Option(
+            "--challenger-address",
+            help="Address of the challenger on Kubernetes.",
+            metavar="ADDR",
+            show_default="its pod, from outside through the API server",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    operator_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--operator-token-file",
+            help="Operator token of the local service, or of a Triton that restricts loading.",
+            show_default="local: MILONGA_OPERATOR_TOKEN_FILE, MILONGA_OPERATOR_TOKEN",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    tls: Annotated[bool, typer.Option("--tls", help="Use TLS.", rich_help_panel=CONNECTION)] = False
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate authorities (PEM) that sign the servers' certificates.",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Client certificate (PEM), for mTLS.", rich_help_panel=CONNECTION)
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="Private key (PEM) of the client certificate.", rich_help_panel=CONNECTION),
+    ] = None
+    tls_server_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name in the servers' certificates, since pods are reached by IP address.",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    tracking_uri: TrackingURI = None
+
+
+def open_target(options: TargetOptions, registry: "Registry") -> "Target":
+    """Return the target that `options` name. Raises `InvalidInputError` where they name none."""
+    kind, tls = options.target, tls_of(options)
+    if kind.startswith("triton://"):
+        from services.inference.triton.repository import ModelRepository, open_storage
+        from training.promotion.targets.triton import TritonTarget
+
+        if options.repository is None:
+            raise InvalidInputError(
+                FieldViolation("--repository", "is missing; give the model repository that the Triton reads")
+            )
+        file = options.operator_token_file
+        token = "" if file is None else _operator_token(file)
+        models = ModelRepository(open_storage(options.repository))
+        return TritonTarget(_triton_address(kind), models, registry, tls=tls, token=token)
+    if options.repository is not None:
+        raise InvalidInputError(
+            FieldViolation("--repository", f"is for Triton, and --target is {kind}; give triton://HOST:PORT")
+        )
+    if kind == "local":
+        from training.promotion.targets.local import LocalTarget
+
+        address = options.generation_address or "127.0.0.1:50051"
+        return LocalTarget(address, registry, token=_operator_token(options.operator_token_file), tls=tls)
+    if kind != "kubernetes":
+        raise _no_target(kind)
+    from training.cluster.namespace import in_cluster
+    from training.promotion.targets.cluster import connect_cluster
+    from training.promotion.targets.kubernetes import KubernetesTarget
+
+    return KubernetesTarget(
+        connect_cluster(options.namespace, options.context),
+        tell=timed_lines(),
+        inside=options.context is None and in_cluster(),
+        tls=tls,
+        generation_address=options.generation_address,
+        challenger_address=options.challenger_address,
+    )
+
+
+def tls_of(options: TargetOptions) -> "TLS | None":
+    """Return the TLS settings; None for plaintext."""
+    from services.client import TLS
+
+    tls = TLS(
+        ca_file=options.tls_ca,
+        cert_file=options.tls_cert,
+        key_file=options.tls_key,
+        server_name=options.tls_server_name,
+    )
+    return tls if options.tls or tls != TLS() else None
+
+
+def _triton_address(target: str) -> str:
+    """HOST:PORT of ``triton://HOST:PORT``. Raises `InvalidInputError`."""
+    found = re.fullmatch(r"triton://((?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?)/?", target)
+    if found is None:
+        raise _no_target(target)
+    return found[1]
+
+
+def _no_target(target: str) -> InvalidInputError:
+    return InvalidInputError(
+        FieldViolation("--target", f"is {target!r}, must be kubernetes, local or triton://HOST:PORT")
+    )
+
+
+def _operator_token(file: Path | None) -> str:
+    """The operator token: of `file`, else of the environment. Raises `InvalidInputError` without any."""
+    named = os.environ.get("MILONGA_OPERATOR_TOKEN_FILE")
+    path = file or (Path(named) if named else None)
+    try:
+        text = os.environ.get("MILONGA_OPERATOR_TOKEN", "") if path is None else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(
+            FieldViolation("--operator-token-file", f"{path} can't be read: {error}")
+        ) from error
+    if not text.strip():
+        raise InvalidInputError(
+            FieldViolation(
+                "--operator-token-file",
+                "is missing; start the service with MILONGA_OPERATOR_TOKEN_FILE and give the same file here",
+            )
+        )
+    return text.strip()
