@@ -7,12 +7,18 @@ Field names are dotted paths through nested dataclasses; types come from their a
 
 import dataclasses
 import difflib
+import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from services.errors import FieldViolation, InvalidInputError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Config = TypeVar("Config")
 """A frozen dataclass."""
@@ -75,6 +81,27 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     except ValueError as error:
         given = ", ".join(f"{name}={text}" for name, text in texts.items())
         raise InvalidInputError(FieldViolation("--set", f"{given}: {error}")) from error
+
+
+def validated(kind: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Build a config of `kind` from the nested plain values of a TOML or JSON file.
+
+    Args:
+        kind: the dataclass; pydantic reads its annotations, aliases and constraints included.
+        values: by field name; types must match, and unknown names are refused.
+        source: the file's name, for error messages.
+
+    Raises `InvalidInputError` with one violation per wrong field, named by its path in the file.
+    """
+    adapter = TypeAdapter(kind)
+    try:
+        # As JSON, since pydantic's strict mode takes lists for tuples and text for paths only there.
+        return adapter.validate_json(json.dumps(values, default=str), strict=True, extra="forbid")
+    except ValidationError as error:
+        schema = adapter.json_schema()
+        raise InvalidInputError(
+            *(FieldViolation(_path(source, one["loc"]), _fault(one, schema)) for one in error.errors())
+        ) from error
 
 
 def differences(before: Mapping[str, Plain], now: Mapping[str, Plain]) -> list[str]:
@@ -150,6 +177,29 @@ def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
     beside = [key for key in known if dot and key.startswith(f"{group}.")]
     near = beside or difflib.get_close_matches(name, known, n=3, cutoff=0.6) or known
     return f"is given as {text!r}, and no setting has this name; known: {', '.join(near)}"
+
+
+def _path(source: str, location: Sequence[int | str]) -> str:
+    """Where in `source` a value is: ``gates.toml: gate 2.minimum``, list items counted from 1."""
+    names = [f" {one + 1}" if isinstance(one, int) else f".{one}" for one in location]
+    return f"{source}: {''.join(names).lstrip('.')}" if names else source
+
+
+def _fault(error: "ErrorDetails", schema: Mapping[str, Any]) -> str:
+    """What is wrong with one value, by pydantic's `error` and the JSON schema of the whole."""
+    match error["type"]:
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "missing":
+            return "is missing"
+        case "unexpected_keyword_argument":
+            node = schema
+            for step in error["loc"][:-1]:
+                node = node["items"] if isinstance(step, int) else node["properties"][step]
+                node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+            return f"is not known; known: {', '.join(sorted(node['properties']))}"
+        case _:
+            return f"is {error['input']!r}, {error['msg'].replace('Input should be', 'must be')}"
 
 
 def _plain(value: Any) -> Plain:

@@ -17,9 +17,12 @@ confidence, as intervals are of 95 %.
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import Field, FiniteFloat, PositiveInt
+from pydantic.json_schema import SkipJsonSchema
 
 from services.errors import FieldViolation, InvalidInputError
 from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
@@ -28,7 +31,7 @@ from training.evaluation.prompts import SPLITS
 from training.evaluation.report import Figures
 from training.evaluation.sources import Asked, make_plan
 from training.evaluation.statistics import Interval
-from training.loop.config import override
+from training.loop.config import validated
 
 DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
 """For the mini family, on the sound world."""
@@ -50,15 +53,15 @@ class Gate:
     """Of ``clap``: the scorer's name; of ``fad``, ``kad``, ``kl``, ``inception``: the space's."""
     split: str = "all"
     """Which prompts it looks at, one of `training.evaluation.prompts.SPLITS`."""
-    minimum_difference: float | None = None
+    minimum_difference: FiniteFloat | None = None
     """Challenger less champion, at least: the interval's lower bound."""
-    maximum_difference: float | None = None
+    maximum_difference: FiniteFloat | None = None
     """Challenger less champion, at most: the interval's upper bound. For figures that should be small."""
-    minimum: float | None = None
+    minimum: FiniteFloat | None = None
     """The challenger's own figure, at least. Not its interval: a rate of none has none."""
-    maximum: float | None = None
+    maximum: FiniteFloat | None = None
     """The challenger's own figure, at most."""
-    maximum_ratio: float | None = None
+    maximum_ratio: FiniteFloat | None = None
     """Of ``latency``: challenger to champion, clip by clip, at most: the interval's upper bound."""
 
     @property
@@ -71,19 +74,17 @@ class Gate:
         """Which bound, and where it lies."""
         return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
 
-    def faults(self) -> list[str]:
-        """What is wrong with it by itself."""
+    def __post_init__(self) -> None:
         given = [name for name in BOUNDS if getattr(self, name) is not None]
         found = []
         if len(given) != 1:
             found.append(f"has {' and '.join(given) or 'no bound'}; give one of {', '.join(BOUNDS)}")
-        elif not math.isfinite(getattr(self, given[0])):
-            found.append(f"has {given[0]} {getattr(self, given[0])}, must be a number")
         if ("maximum_ratio" in given) != (self.metric == LATENCY):
             found.append(f"maximum_ratio is for the metric {LATENCY}, and {LATENCY} takes nothing else")
         if self.split not in SPLITS:
             found.append(f"has the split {self.split!r}, must be one of {', '.join(SPLITS)}")
-        return found
+        if found:
+            raise ValueError("; ".join(found))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +93,19 @@ class GatesConfig:
 
     evaluation: EvaluationConfig
     """Which prompts, which seeds, how generated, and who hears."""
-    gates: tuple[Gate, ...]
-    independent: tuple[str, ...]
+    gates: Annotated[tuple[Gate, ...], Field(alias="gate")] = ()
+    independent: tuple[str, ...] = ()
     """Those who hear of whom no training has asked anything: names of scorers, or ``judge``."""
-    in_flight: int = 4
+    in_flight: PositiveInt = 4
     """Requests at a time, of the champion as of the challenger."""
-    timeout: float = 600.0
+    timeout: Annotated[FiniteFloat, Field(gt=0)] = 600.0
     """Seconds that one clip may take."""
-    text: str = ""
-    """The file, for the ledger."""
+    text: Annotated[SkipJsonSchema[str], Field(max_length=0)] = ""
+    """Content of the file, for the ledger. Not a key of the file."""
+
+    def __post_init__(self) -> None:
+        if not self.gates:
+            raise ValueError("has no [[gate]]; give at least one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,9 +158,9 @@ class Verdict:
 def read_gates(path: Path) -> GatesConfig:
     """Read a file of gates.
 
-    Raises `InvalidInputError` with everything that is wrong: no TOML, unknown keys, a metric that can't be
-    told with these settings (the known ones are listed), a split that no prompt belongs to, no bound, or no
-    gate that asks an independent ear.
+    Raises `InvalidInputError` with all violations: no TOML, unknown keys, values of another type, a metric
+    that these settings don't compute (the known ones are listed), a split without prompts, a gate without
+    exactly one bound, or no gate of an independent judge or scorer.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,46 +168,11 @@ def read_gates(path: Path) -> GatesConfig:
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InvalidInputError(FieldViolation("--gates", f"{path} can't be read: {reason}")) from error
-    known = {"evaluation", "gate", "independent", "in_flight", "timeout"}
-    violations = [
-        FieldViolation(f"{path.name}: {key}", f"is not known; known: {', '.join(sorted(known))}")
-        for key in sorted(content.keys() - known)
-    ]
-    evaluation = _evaluation(path, content.get("evaluation", {}))
-    gates = []
-    for number, table in enumerate(content.get("gate", []), 1):
-        place = f"{path.name}: gate {number}"
-        foreign = sorted(table.keys() - {field.name for field in fields(Gate)})
-        if foreign or "metric" not in table:
-            names = ", ".join(field.name for field in fields(Gate))
-            violations.append(
-                FieldViolation(place, f"has {', '.join(foreign) or 'no metric'}; its keys are {names}")
-            )
-            continue
-        try:
-            gate = Gate(**{key: _number(key, value) for key, value in table.items()})
-        except ValueError as error:
-            violations.append(FieldViolation(place, str(error)))
-            continue
-        gates.append(gate)
-        violations += [FieldViolation(place, fault) for fault in gate.faults()]
-    if not content.get("gate"):
-        violations.append(FieldViolation(path.name, "has no [[gate]]; give at least one"))
-    config = GatesConfig(
-        evaluation=evaluation,
-        gates=tuple(gates),
-        independent=tuple(content.get("independent", ())),
-        in_flight=int(content.get("in_flight", 4)),
-        timeout=float(content.get("timeout", 600.0)),
-        text=text,
-    )
-    if config.in_flight < 1 or not 0 < config.timeout < math.inf:
-        violations.append(
-            FieldViolation(path.name, "in_flight must be 1 or more, and timeout seconds above 0")
-        )
-    if not violations:
-        violations = _unanswerable(path, config)
-    if violations:
+    table = content.get("evaluation", {})
+    if isinstance(table, dict):
+        content["evaluation"] = _with_recipe(path, table)
+    config = replace(validated(GatesConfig, content, path.name), text=text)
+    if violations := _unanswerable(path, config):
         raise InvalidInputError(*violations)
     return config
 
@@ -289,7 +259,8 @@ def _unanswerable(path: Path, config: GatesConfig) -> list[FieldViolation]:
     return found
 
 
-def _evaluation(path: Path, table: Mapping[str, Any]) -> EvaluationConfig:
+def _with_recipe(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an evaluation: those of its recipe, overridden by `table`. "none" is TOML's null."""
     recipe = table.get("recipe", "mini")
     if recipe not in EVALUATIONS:
         raise InvalidInputError(
@@ -297,34 +268,15 @@ def _evaluation(path: Path, table: Mapping[str, Any]) -> EvaluationConfig:
                 f"{path.name}: evaluation.recipe", f"is {recipe!r}, must be one of {', '.join(EVALUATIONS)}"
             )
         )
-    settings = {name: value for name, value in _flat(table).items() if name != "recipe"}
-    if isinstance(settings.get("prompts"), str):
-        # A path in a file is relative to that file.
-        settings["prompts"] = str((path.parent / settings["prompts"]).resolve())
-    return override(EVALUATIONS[recipe](), [f"{name}={_written(value)}" for name, value in settings.items()])
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings = asdict(EVALUATIONS[recipe]())
     for name, value in table.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _number(key: str, value: Any) -> Any:
-    if key in BOUNDS:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"has {key} {value!r}, must be a number")
-        return float(value)
-    if not isinstance(value, str):
-        raise ValueError(f"has {key} {value!r}, must be text")
-    return value
+        if isinstance(value, dict) and isinstance(settings.get(name), dict):
+            settings[name] |= value
+        elif name == "prompts" and isinstance(value, str) and value != "none":
+            settings[name] = path.parent.resolve() / value  # relative to the file
+        elif name != "recipe":
+            settings[name] = None if value == "none" else value
+    return settings
 
 
 def _exponential(interval: Interval | None) -> Interval | None:

@@ -90,9 +90,18 @@ GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
         (HEAD + '[[gate]]\nmetric = "presence"\n', "gate 1: has no bound; give one of minimum_difference"),
         (HEAD + GOOD + "maximum = 1\n", "has minimum_difference and maximum; give one"),
         (HEAD + GOOD + 'split = "long"\n', "has the split 'long', must be one of all, temporal"),
-        (HEAD + GOOD + "colour = 1\n", "gate 1: has colour; its keys are metric"),
-        (HEAD + '[[gate]]\nmetric = "presence"\nminimum = "x"\n', "has minimum 'x', must be a number"),
-        (HEAD + '[[gate]]\nmetric = "presence"\nminimum = nan\n', "has minimum nan, must be a number"),
+        (
+            HEAD + GOOD + "colour = 1\n",
+            r"gate 1.colour: is not known; known: maximum, maximum_difference, .*, metric, minimum",
+        ),
+        (
+            HEAD + '[[gate]]\nmetric = "presence"\nminimum = "x"\n',
+            "gate 1.minimum: is 'x', must be a valid number",
+        ),
+        (
+            HEAD + '[[gate]]\nmetric = "presence"\nminimum = nan\n',
+            "gate 1.minimum: is nan, must be a finite number",
+        ),
         (HEAD + '[[gate]]\nmetric = "latency"\nmaximum = 2\n', "maximum_ratio is for the metric latency"),
         (
             HEAD + '[[gate]]\nmetric = "presence"\nmaximum_ratio = 2\n',
@@ -100,10 +109,20 @@ GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
         ),
         (HEAD + '[[gate]]\nmetric = "reward"\nminimum = 0\n', "names nobody whom a gate asks"),
         ('independent = ["reward"]\n' + GOOD, "independent: has reward, must be of clap-a, clap-b, judge"),
-        ("in_flight = 0\n" + HEAD + GOOD, "in_flight must be 1 or more"),
+        ("in_flight = 0\n" + HEAD + GOOD, "in_flight: is 0, must be greater than 0"),
         (HEAD + "[evaluation]\nseeds = 0\n" + GOOD, "seeds is 0, must be 1 or more"),
         (HEAD + "[evaluation]\nrecipe = 'x'\n" + GOOD, "recipe: is 'x', must be one of mini"),
-        (HEAD + "[evaluation]\ncolour = 0\n" + GOOD, "colour: is given as '0', and no setting has this name"),
+        (HEAD + "[evaluation]\nseeds = '2'\n" + GOOD, "evaluation.seeds: is '2', must be a valid integer"),
+        (HEAD + "[evaluation.sampling]\nduration = true\n" + GOOD, "evaluation.sampling.duration: is True"),
+        (HEAD + "[evaluation.sampling]\nsteps = 2\n" + GOOD, "sampling.steps: is not known; known: duration"),
+        ("evaluation = 3\n" + GOOD, "gates.toml: evaluation: is 3, must be"),
+        ("text = 'x'\n" + HEAD + GOOD, "gates.toml: text: "),
+        (HEAD + "[[gate]]\nminimum = 0\n", "gate 1.metric: is missing"),
+        (HEAD + '[[gate]]\nmetric = "presence"\nminimum = true\n', "gate 1.minimum: is True, must be"),
+        (
+            HEAD + "[evaluation]\ncolour = 0\n" + GOOD,
+            "evaluation.colour: is not known; known: .*caption_column",
+        ),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
@@ -123,7 +142,14 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     path.write_text(HEAD + '[[gate]]\nmetric = "x"\nmaximum = 1\n[[gate]]\nmetric = "y"\nmaximum = 1\n')
     with pytest.raises(InvalidInputError) as caught:
         read_gates(path)
-    assert len(caught.value.violations) == 3  # and no gate asks an independent ear
+    assert len(caught.value.violations) == 3  # no gate measures by an independent judge or scorer
+    gates = '[[gate]]\nmetric = "x"\n[[gate]]\nmetric = 3\nmaximum = "y"\n'
+    path.write_text('colour = 1\ntimeout = 0\n[evaluation]\nseeds = "x"\n' + gates)
+    with pytest.raises(InvalidInputError) as caught:
+        read_gates(path)
+    assert {violation.field.removeprefix("gates.toml: ") for violation in caught.value.violations} == {
+        *("colour", "timeout", "evaluation.seeds", "gate 1", "gate 2.metric", "gate 2.maximum")
+    }
 
 
 def test_prompts_of_a_file_are_found_beside_it(tmp_path: Path) -> None:
