@@ -8,11 +8,12 @@ from pathlib import Path
 from services.errors import DigestMismatchError
 from services.models.clap.laion import load_laion
 from services.models.clap.loading import check_clap_folder, clap_config
+from services.models.folders import read_json, read_shapes
 from services.models.manifest import read_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, RewardHead, read_reward_config
 from services.models.state_dicts import check_weights, on_meta
-from services.models.tango.loading import check_tango_folder, read_json, read_shapes
+from services.models.tango.loading import check_tango_folder
 
 
 def check_model(path: Path) -> None:

@@ -27,9 +27,10 @@ from torch import Tensor
 from services.audio.resampling import resample
 from services.errors import OutputError
 from services.models.clap.model import Waveform
+from services.models.folders import DTYPES
 from services.models.manifest import read_manifest
 from services.models.mel import LogMel, mel_frames
-from services.models.tango.loading import DTYPES, load_tango
+from services.models.tango.loading import load_tango
 from training.data.examples import Clip
 from training.loop.progress import progress
 

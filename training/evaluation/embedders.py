@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from services.audio.resampling import resample
 from services.errors import ModelFormatError
 from services.models.clap.model import Waveform
+from services.models.folders import pick_device, read_json, read_shapes
 from services.models.mini.tagger import Detection, EventTagger
 from services.models.state_dicts import check_weights, on_meta
-from services.models.tango.loading import pick_device, read_json, read_shapes
 from services.weights.uri import resolve
 from training.data.store import file_digest
 from training.evaluation.panns import Cnn14, load_panns

@@ -26,8 +26,8 @@ from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
 from services.errors import ModelFormatError, ModelNotFoundError
+from services.models.folders import pick_device
 from services.models.state_dicts import assign_weights, check_weights, on_meta
-from services.models.tango.loading import pick_device
 
 CLASSES: Final = 527
 DIMENSION: Final = 2_048

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ModelFormatError, OutputError
+from services.models.folders import DTYPES, read_json
 from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
 from services.models.state_dicts import quiet_loading
-from services.models.tango.loading import DTYPES, check_tango_folder, read_json
+from services.models.tango.loading import check_tango_folder
 from services.models.tango.schedulers import make_scheduler
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Pair, check_readable, read_pairs

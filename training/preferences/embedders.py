@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from services.models.clap.loading import load_tokenizer
+from services.models.folders import pick_device
 from services.models.state_dicts import quiet_loading
-from services.models.tango.loading import check_tango_folder, pick_device
+from services.models.tango.loading import check_tango_folder
 from services.weights.uri import ModelURI, resolve
 from training.data.store import invalid
 from training.preferences.scorers import load_clap_scorer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from services.audio.encoding import encode_audio
 from services.client import AudioClient, ModelVersion
 from services.errors import MilongaError
-from services.models.tango.loading import DTYPES
+from services.models.folders import DTYPES
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 if TYPE_CHECKING:

@@ -29,10 +29,11 @@ from services.errors import (
     OutputError,
     ServiceUnavailableError,
 )
+from services.models.folders import read_json
 from services.models.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, read_reward_config
-from services.models.tango.loading import check_tango_folder, read_json
+from services.models.tango.loading import check_tango_folder
 from services.weights.registry import (
     DIGEST_TAG,
     FOLDER_TAG,

@@ -22,8 +22,8 @@ from torch import Tensor
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.loading import load_tokenizer
 from services.models.clap.model import QUANTISE, ClapModel
+from services.models.folders import one_line, pick_device
 from services.models.state_dicts import assign_weights, check_weights, on_meta, quiet_loading, report_faults
-from services.models.tango.loading import one_line, pick_device
 
 Weights = Mapping[str, Tensor]
 """A state dictionary."""

@@ -40,8 +40,8 @@ from services.models.clap.laion import (
     read_state,
 )
 from services.models.clap.model import CACHED_TEXTS, ClapModel, TextCache
+from services.models.folders import pick_device
 from services.models.state_dicts import check_weights, quiet_loading
-from services.models.tango.loading import pick_device
 
 POSITIONS: Final = "text_branch.embeddings.position_ids"
 """A counter that LAION's files hold and today's RoBERTa doesn't."""

@@ -12,8 +12,8 @@ import transformers
 
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.model import PADDINGS, ClapModel
+from services.models.folders import one_line, pick_device, read_json, read_shapes
 from services.models.state_dicts import check_weights, on_meta, quiet_loading
-from services.models.tango.loading import one_line, pick_device, read_json, read_shapes
 
 ARCHITECTURE: Final = "ClapModel"
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
+from services.models.folders import read_json, read_shapes
 from services.models.state_dicts import check_weights, on_meta
-from services.models.tango.loading import read_json, read_shapes
 
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError, OutputError
+from services.models.folders import read_json
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
 from services.models.state_dicts import assign_weights, on_meta, quiet_loading, report_faults
-from services.models.tango.loading import read_json
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
 

@@ -4,40 +4,20 @@ A folder comes from outside. Nothing in it is executed: classes are taken from a
 safetensors alone, and every key and shape is compared with the module before anything is loaded.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
 
-from services.errors import (
-    FieldViolation,
-    InvalidInputError,
-    MilongaError,
-    ModelFormatError,
-    ModelNotFoundError,
-)
+from services.errors import MilongaError, ModelFormatError, ModelNotFoundError
+from services.models.folders import one_line, pick_device, pick_dtype, read_json, read_shapes
 from services.models.state_dicts import check_weights, on_meta, quiet_loading
 from services.models.tango.pipeline import TangoPipeline
 from services.models.vocoder import GriffinLimVocoder
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-"""Float types by the names that flags and settings use."""
-
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Files that run code when they are read carelessly."""
 
 UPSTREAM_WEIGHTS: Final = "pytorch_model_main.bin"
 """Its presence tells a released checkpoint, which `convert_checkpoint` must convert first."""
@@ -76,8 +56,8 @@ def load_tango(
     or type that does not exist.
     """
     target = pick_device(device)
-    types = {"default": _dtype("dtype", dtype)} | dict.fromkeys(
-        ("vae", "vocoder"), _dtype("decoder_dtype", decoder_dtype)
+    types = {"default": pick_dtype("dtype", dtype)} | dict.fromkeys(
+        ("vae", "vocoder"), pick_dtype("decoder_dtype", decoder_dtype)
     )
     check_tango_folder(folder)
     try:
@@ -160,68 +140,3 @@ def _check_part(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> N
     if not module.state_dict():
         return
     check_weights(str(folder), module, read_shapes(folder))
-
-
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the safetensors files of `folder`; `ModelFormatError` where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLE_SUFFIXES]
-        found = f"only a pickle payload ({', '.join(pickles)})" if pickles else "no weights"
-        raise ModelFormatError(f"{folder} holds {found}; weights must be safetensors")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        shapes |= safetensors_shapes(path)
-    return shapes
-
-
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a safetensors file; `ModelFormatError` where it is not one, or cut short."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelFormatError(
-            f"{path} is truncated or not safetensors ({one_line(error)}); fetch it again"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; `ModelFormatError` where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelFormatError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ModelFormatError(f"{path} can't be read: {one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise ModelFormatError(f"{path} holds no JSON object")
-    return data
-
-
-def _dtype(field: str, name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InvalidInputError(
-            FieldViolation(field, f"unknown type {name!r}; use one of {', '.join(DTYPES)}")
-        )
-    return DTYPES[name]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name` (``auto``: cuda where there is one), tried with one small tensor."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            FieldViolation("device", f"{name!r} can't be used: {one_line(error)}")
-        ) from error
-    return device
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what a library says, or the name of its error."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
