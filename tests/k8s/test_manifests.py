@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,6 +76,21 @@ def pod(one: Object) -> Object:
 
 def containers(one: Object) -> list[Object]:
     return [*pod(one).get("initContainers", ()), *pod(one)["containers"]]
+
+
+def labels_of(one: Object) -> dict[str, str]:
+    """Labels of its pods."""
+    found: dict[str, str] = one["spec"]["template"]["metadata"]["labels"]
+    return found
+
+
+def matches(selector: Object, labels: Mapping[str, str]) -> bool:
+    """Whether a label selector takes a pod with `labels`."""
+    expressions = selector.get("matchExpressions", ())
+    assert all(expression["operator"] == "In" for expression in expressions)
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(expression["key"]) in expression["values"] for expression in expressions
+    )
 
 
 def environment(objects: list[Object], container: Object) -> dict[str, str]:
@@ -416,16 +431,19 @@ def test_policies_name_every_job_and_let_promotion_reach_the_pods_and_the_api() 
     policies = of_kind(load("base", "networkpolicy"), "NetworkPolicy")
     assert policies["default-deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
+    pods = {one["metadata"]["name"]: labels_of(one) for _, one in running()}
+
     def selects(policy: str) -> set[str]:
         selector = policies[policy]["spec"]["podSelector"]
-        if "matchLabels" in selector:
-            return {selector["matchLabels"][NAME_LABEL]}
-        (expression,) = selector["matchExpressions"]
-        return set(expression["values"])
+        return {name for name, labels in pods.items() if matches(selector, labels)}
 
+    assert selects("services-from-clients") == {*SETTINGS} - {"challenger"}
     assert selects("registry") == {*SETTINGS, *JOBS}
     assert selects("jobs-to-services") == set(JOBS)
     assert selects("promotion-to-the-api") == {"promote"}
+    (rule,) = policies["jobs-to-services"]["spec"]["egress"]
+    (peer,) = rule["to"]
+    assert {name for name, labels in pods.items() if matches(peer["podSelector"], labels)} == {*SETTINGS}
 
 
 # Jobs
