@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from services.engine import Engine, EngineConfig, GenerationRequest, Progress
+from services.api.generation import GenerationRequest, Progress
+from services.engine import Engine, EngineConfig
 from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline

@@ -1,11 +1,10 @@
-"""Clips and judgements from models in this process, with the services' defaults, limits and encodings.
+"""`ClipMaker` and `Scorers` in this process, with the services' defaults, limits and encodings.
 
 Needs torch. Shapes: B pairs, S scorers.
 """
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, Unpack
@@ -13,13 +12,23 @@ from typing import Generic, TypeVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from milonga.v1 import audio_pb2
-from milonga.v1 import generation_pb2 as pb
-from services import client
+from milonga.v1.scoring_pb2 import BatchScoreAudioRequest
+from services.api.generation import (
+    Clip,
+    Failed,
+    Generation,
+    GenerationModel,
+    GenerationOptions,
+    GenerationRequest,
+    Update,
+    collect,
+)
+from services.api.model import ModelVersion
+from services.api.scoring import Reward, Rewards, Scorer, Scores, Sound
 from services.audio.clips import AudioBounds, ReadClip, read_pairs
-from services.engine import ClipReady, Engine, EngineConfig, Event, Failed, Finished, GenerationRequest
+from services.client.sounds import RequestWriter
+from services.engine import Engine, EngineConfig
 from services.errors import FieldViolation, InvalidInputError, ModelError
-from services.generation import convert
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardModel, load_reward
 from services.models.tango.loading import load_tango
@@ -28,91 +37,71 @@ from services.scoring.scorers import EmbeddingModel, load_scorer
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 _MAX_BATCH_SECONDS = 80.0
-"""Sound in one pass of a judge: what bounds its memory. The services' default."""
+"""Sound in one pass of a scorer: what bounds its memory. The services' default."""
 
 Model = TypeVar("Model")
 
 
-class LocalSource:
-    """Answers as `AudioClient` does, from an engine of its own: the same request gives the same clip."""
+class LocalClipMaker:
+    """A `ClipMaker` on an engine of its own: the same request gives the same clip as from a service."""
 
-    def __init__(self, engine: Engine, model: ResolvedModel) -> None:
-        """Take over `engine`, which serves `model`: closing the source closes it."""
+    def __init__(self, engine: Engine) -> None:
+        """Take over `engine`: closing the clip maker closes it."""
         self._engine = engine
-        self._version, self._model = model, model.message()
-        self._reading = convert.reading_of(engine)
 
-    def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:
-        """As `AudioClient.stream`. Leaving the loop cancels the rest."""
-        request, output = convert.read_request(client.build_request(prompt, **options), **self._reading)
-        return self._updates(request, output)
+    def get_model(self) -> GenerationModel:
+        """See `ClipMaker`."""
+        return self._engine.description
 
-    def _updates(self, request: GenerationRequest, output: convert.OutputFormat) -> Iterator[client.Update]:
-        start = time.monotonic()
-        for event in self._engine.stream(request):
-            yield client.read_update(self._message(event, output, start))
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[Update]:
+        """See `ClipMaker`."""
+        return self._updates(self._engine.request(prompt, **options))
 
-    def _message(
-        self, event: Event, output: convert.OutputFormat, start: float
-    ) -> pb.StreamGenerateAudioResponse:
-        """The message that the service would send; it is read as if it had come over the wire."""
-        match event:
-            case Failed(error=error):
-                raise error
-            case ClipReady():
-                return pb.StreamGenerateAudioResponse(clip=convert.write_clip(event, output))
-            case Finished():
-                timings = convert.write_timings(event.timings, time.monotonic() - start)
-                return pb.StreamGenerateAudioResponse(
-                    finished=pb.FinishedEvent(model=self._model, warnings=event.warnings, timings=timings)
-                )
-            case _:
-                return convert.write_event(event)
-
-    def get_model(self) -> pb.GetModelResponse:
-        """As `AudioClient.get_model`."""
-        reading = self._reading
-        geometry = self._engine.pipeline.geometry
-        return convert.write_model(self._version, geometry, reading["limits"], reading["defaults"])
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
+        """See `ClipMaker`."""
+        return collect(self.stream(prompt, **options))
 
     def close(self) -> None:
-        """Stop the engine; what runs is given up."""
+        """See `ClipMaker`."""
         self._engine.close(0.0)
 
+    def _updates(self, request: GenerationRequest) -> Iterator[Update]:
+        for event in self._engine.stream(request):
+            match event:
+                case Failed(error=error):
+                    raise error
+                case Clip():
+                    yield event.encoded(request.encoding, request.sampling_rate)
+                case _:
+                    yield event
 
-def open_local(
-    uri: str, *, device: str = "auto", dtype: str = "float32", batch: int | None = None
-) -> LocalSource:
-    """Resolve, verify and load the model that `uri` names, which takes seconds.
 
-    With `batch`, every denoiser call has that one shape: clips do not depend, not in a bit, on which others
-    are made beside them. Without it a call has the smallest shape that fits.
+def open_clip_maker(
+    model: ResolvedModel, *, device: str = "auto", dtype: str = "float32", config: EngineConfig | None = None
+) -> LocalClipMaker:
+    """Load a generator, which takes seconds.
+
+    With `config.exact`, every denoiser call has one shape: no bit of a clip depends on which others are made
+    beside it.
 
     Raises:
         ModelError: the model was refused.
+        InvalidInputError: the device does not exist.
     """
-    model = resolve(uri)
-    config = EngineConfig() if batch is None else EngineConfig(batch_shapes=(batch,), exact=True)
-    return LocalSource(Engine(load_tango(model.folder, device=device, dtype=dtype), config), model)
+    pipeline = load_tango(model.folder, device=device, dtype=dtype)
+    return LocalClipMaker(Engine(pipeline, config, model.identity))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded(Generic[Model]):
-    """A judge, and which weights it is."""
+    """A scorer or reward model, and which weights it is."""
 
     model: Model
-    version: ResolvedModel
-
-    def client_version(self) -> client.ModelVersion:
-        """The identity of the weights, as the client tells it."""
-        version = self.version
-        return client.ModelVersion(
-            name=version.name, version=version.version, digest=version.digest, license=version.license
-        )
+    version: ModelVersion
 
 
-class LocalJudges:
-    """Answers as `AudioClient` does, from models of its own. Thread-safe: callers take turns."""
+class LocalScorers:
+    """`Scorers` on models of its own. Thread-safe: callers take turns."""
 
     def __init__(
         self, scorers: Mapping[str, Loaded[EmbeddingModel]], reward: Loaded[RewardModel] | None
@@ -121,18 +110,18 @@ class LocalJudges:
         self._lock = threading.Lock()
 
     def score_audio(
-        self, pairs: Sequence[tuple[str, bytes]], *, scorers: Sequence[str] | None = None
-    ) -> client.Scores:
-        """As `AudioClient.score_audio`, of files."""
+        self, pairs: Sequence[tuple[str, Sound]], *, scorers: Sequence[str] | None = None
+    ) -> Scores:
+        """See `Scorers`."""
         chosen = {name: self._scorers[name] for name in scorers or self._scorers}
         prompts, clips = _read(pairs)
         with self._lock:
             columns = [_cosines(scorer.model, prompts, clips) for scorer in chosen.values()]
-        return client.Scores(
+        return Scores(
             scorers=tuple(
-                client.Scorer(
+                Scorer(
                     name=name,
-                    model=scorer.client_version(),
+                    model=scorer.version,
                     dimension=scorer.model.dimension,
                     sampling_rate=scorer.model.sampling_rate,
                 )
@@ -141,37 +130,39 @@ class LocalJudges:
             values=np.stack(columns, axis=1).clip(-1.0, 1.0),
         )
 
-    def compute_rewards(self, pairs: Sequence[tuple[str, bytes]]) -> client.Rewards:
-        """As `AudioClient.compute_rewards`, of files."""
+    def compute_rewards(self, pairs: Sequence[tuple[str, Sound]]) -> Rewards:
+        """See `Scorers`."""
         assert self._reward is not None
         model = self._reward.model
         prompts, clips = _read(pairs)
-        heard = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
-        sizes = [clip.windows_WS.numel() / model.clap.sampling_rate for clip in heard]
+        prepared = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
+        sizes = [clip.windows_WS.numel() / model.clap.sampling_rate for clip in prepared]
         logits: list[float] = []
         with self._lock:
             for part in _passes(sizes):
-                logits += model.reward(prompts[part], heard[part]).tolist()
-        return client.Rewards(
-            rewards=tuple(client.Reward(logit=logit, probability=sigmoid(logit)) for logit in logits),
-            model=self._reward.client_version(),
+                logits += model.reward(prompts[part], prepared[part]).tolist()
+        return Rewards(
+            rewards=tuple(Reward(logit=logit, probability=sigmoid(logit)) for logit in logits),
+            model=self._reward.version,
         )
 
+    def close(self) -> None:
+        """See `Scorers`."""
 
-def _read(pairs: Sequence[tuple[str, bytes]]) -> tuple[list[str], list[ReadClip]]:
+
+def _read(pairs: Sequence[tuple[str, Sound]]) -> tuple[list[str], list[ReadClip]]:
     """Decode, and refuse, as a service does."""
-    messages = [
-        audio_pb2.PromptedClip(prompt=prompt, clip=audio_pb2.Clip(audio=content)) for prompt, content in pairs
-    ]
+    write = RequestWriter()
+    messages = write.checked(BatchScoreAudioRequest(pairs=write.pairs(pairs, "pairs"))).pairs
     read = read_pairs(messages, "pairs", AudioBounds())
     return [prompt for prompt, _ in read], [clip for _, clip in read]
 
 
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:
     """CLAP scores [B]."""
-    heard = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
-    parts = _passes([windows_WS.numel() / model.sampling_rate for windows_WS in heard])
-    audio_BD = np.concatenate([model.embed_windows(heard[part]).numpy() for part in parts])
+    prepared = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
+    parts = _passes([windows_WS.numel() / model.sampling_rate for windows_WS in prepared])
+    audio_BD = np.concatenate([model.embed_windows(prepared[part]).numpy() for part in parts])
     cosines_B: NDArray[np.float32] = (model.embed_text(prompts).numpy() * audio_BD).sum(-1)
     return cosines_B
 
@@ -187,15 +178,15 @@ def _passes(sizes: Sequence[float]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def open_judges(
+def open_scorers(
     scorers: Mapping[str, str], *, reward: str | None, clap: str, device: str = "auto"
-) -> LocalJudges:
-    """Resolve, verify and load judges, which takes seconds. Equal weights are loaded once.
+) -> LocalScorers:
+    """Resolve, verify and load scorers and a reward model: seconds. Equal weights are loaded once.
 
     Args:
         scorers: model URI by name.
         reward: model URI of a reward model.
-        clap: model URI of the CLAP model that it stands on.
+        clap: model URI of the CLAP model that it was trained on.
         device: torch's name, or ``auto``.
 
     Raises:
@@ -213,33 +204,33 @@ def open_judges(
 
     def load(flag: str) -> Loaded[EmbeddingModel]:
         uri = parsed[flag]
-        with _told_of(flag):
+        with _named_errors(flag):
             version = resolve(uri)
             key = (uri.scheme == "laion-clap", version.digest)
             if key not in loaded:
                 loaded[key] = load_scorer(uri, version, device)
-            return Loaded(model=loaded[key], version=version)
+            return Loaded(model=loaded[key], version=version.identity)
 
     panel = {name: load(f"--scorer {name}") for name in scorers}
     if reward is None:
-        return LocalJudges(panel, None)
-    with _told_of("--reward"):
+        return LocalScorers(panel, None)
+    with _named_errors("--reward"):
         version = resolve(parsed["--reward"])
     stand = load("--clap")
     assert isinstance(stand.model, ClapModel)
-    with _told_of("--reward"):
+    with _named_errors("--reward"):
         # It takes nothing from CLAP that a scorer would miss: they share one.
         model = load_reward(version.folder, stand.model, stand.version.digest)
-    return LocalJudges(panel, Loaded(model=model, version=version))
+    return LocalScorers(panel, Loaded(model=model, version=version.identity))
 
 
 def _parse(flags: Mapping[str, str]) -> dict[str, ModelURI]:
-    """Take model URIs apart, by flag; all that are none are told at once."""
+    """Parse model URIs, by flag; all wrong ones are reported at once."""
     parsed: dict[str, ModelURI] = {}
     faults: list[FieldViolation] = []
     for flag, text in flags.items():
         try:
-            with _told_of(flag):
+            with _named_errors(flag):
                 parsed[flag] = ModelURI.parse(text)
         except InvalidInputError as error:
             faults += error.violations
@@ -249,7 +240,7 @@ def _parse(flags: Mapping[str, str]) -> dict[str, ModelURI]:
 
 
 @contextlib.contextmanager
-def _told_of(flag: str) -> Iterator[None]:
+def _named_errors(flag: str) -> Iterator[None]:
     """Name the flag in errors of the model that it names."""
     try:
         yield

@@ -1,31 +1,21 @@
-"""Samples to bytes and back, in every encoding of the wire. Shapes: N samples.
+"""Samples to bytes and back, in every encoding. Shapes: N samples.
 
-Imports neither torch nor scipy, so that the client can read clips.
+Imports neither torch nor scipy, so that the client can decode clips.
 """
 
 import io
-from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from milonga.v1 import audio_pb2
 from services.audio.resampling import resample
 
 Waveform = NDArray[np.float32]
 
-ENCODINGS: "Mapping[str, audio_pb2.AudioEncoding.ValueType]" = MappingProxyType(
-    {
-        "wav": audio_pb2.AUDIO_ENCODING_WAV,
-        "flac": audio_pb2.AUDIO_ENCODING_FLAC,
-        "ogg": audio_pb2.AUDIO_ENCODING_OGG_VORBIS,
-        "linear16": audio_pb2.AUDIO_ENCODING_LINEAR16,
-        "float32": audio_pb2.AUDIO_ENCODING_FLOAT32,
-    }
-)
-"""Python's names of the encodings; the first is the default."""
+ENCODINGS: Final = ("wav", "flac", "ogg", "linear16", "float32")
+"""Names of the encodings; the first is the default."""
 
 DEFAULT_ENCODING = "wav"
 MIN_SAMPLING_RATE = 8_000
@@ -36,13 +26,6 @@ MAX_SAMPLING_RATE = 48_000
 _VORBIS_BLOCK = 4096
 
 
-def encoding_name(encoding: "audio_pb2.AudioEncoding.ValueType") -> str | None:
-    """Python's name of a wire encoding; the default's for UNSPECIFIED, None for one that is not known."""
-    if encoding == audio_pb2.AUDIO_ENCODING_UNSPECIFIED:
-        return DEFAULT_ENCODING
-    return next((name for name, value in ENCODINGS.items() if value == encoding), None)
-
-
 def encode_audio(
     waveform_N: Waveform, sampling_rate: int, encoding: str = DEFAULT_ENCODING, target_rate: int | None = None
 ) -> bytes:
@@ -51,7 +34,7 @@ def encode_audio(
     Args:
         waveform_N: samples; outside [-1, 1] they are clipped, never wrapped.
         sampling_rate: of `waveform_N`, in hertz.
-        encoding: a key of `ENCODINGS`.
+        encoding: one of `ENCODINGS`.
         target_rate: rate to resample to, in hertz; None keeps `sampling_rate`.
 
     Raises:

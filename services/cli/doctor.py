@@ -252,9 +252,8 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
         except MilongaError as error:
             yield Check(group="models", name=uri, status="missing", found=str(error))
             continue
-        found = (
-            f"{resolved.name} {resolved.version}, {resolved.digest}, {resolved.license}; {resolved.folder}"
-        )
+        version = resolved.identity
+        found = f"{version.name} {version.version}, {version.digest}, {version.license}; {resolved.folder}"
         yield Check(group="models", name=uri, status="ok", found=found)
 
 

@@ -1,6 +1,7 @@
 """`milonga fetch`: a model URI's weights on this machine, verified, before anything is started with them."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -37,13 +38,7 @@ def fetch(
     from services.weights.uri import resolve, served_uri
 
     model = resolve(served_uri(uri or "", unpinned_model or ""))
-    found = {
-        "name": model.name,
-        "version": model.version,
-        "digest": model.digest,
-        "license": model.license,
-        "folder": str(model.folder),
-    }
+    found = {**asdict(model.identity), "folder": str(model.folder)}
     if as_json:
         typer.echo(json.dumps(found))
     elif is_terminal():

@@ -1,20 +1,18 @@
 """A folder of clips, made from a file of prompts: `milonga generate --prompts`."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import typer
 
 from services.cli import prompts
-from services.cli.making import Made, Maker, Place, record_of, to_json, warn
+from services.cli.making import GeneratedClips, Place, record_of, to_json, warn
 from services.cli.outputs import make_folder, write_atomically
 from services.cli.progress import ProgressView
-from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
-
-_MAX_TRIES = 100
+from services.errors import FieldViolation, InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +76,13 @@ class Folder:
             view.stage(self.place.first_stage)
             maker = self.place.open(batch=parallel)
             try:
-                pending: dict[Future[Made], prompts.Job] = {
-                    pool.submit(_make, maker, job, view, stop): job for job in todo
-                }
+                pending: dict[Future[GeneratedClips], prompts.Job] = {
+                    pool.submit(
+                        maker.make, job.prompt, job.options, len(job.files),
+                        partial(view.update, job.name), stop=stop,
+                    ): job
+                    for job in todo
+                }  # fmt: skip
                 while pending:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         job = pending.pop(future)
@@ -97,37 +99,15 @@ class Folder:
                 pool.shutdown(wait=True, cancel_futures=True)
         return refused
 
-    def _write(self, job: prompts.Job, made: Made) -> None:
+    def _write(self, job: prompts.Job, made: GeneratedClips) -> None:
         """Write the clips, then the record that makes them count."""
         for clip, file in zip(made.clips, job.files, strict=True):
             write_atomically(self.folder / file, clip.audio)
         record = {
             "request": prompts.request_record(job, self.place.name),
-            **record_of(made, job.files, self.place.best_of),
+            **record_of(made, job.files),
         }
         write_atomically(self.folder / f"{job.name}.json", (to_json(record) + "\n").encode())
         warn(made.generation.warnings, f"{job.name}: ")
         if self.as_json:
             typer.echo(to_json({"id": job.name, "prompt": job.prompt, **record}))
-
-
-def _make(maker: Maker, job: prompts.Job, view: ProgressView, stop: threading.Event) -> Made:
-    """Make the clips of a job and choose among them."""
-    made = _patiently(
-        lambda: maker.make(job.prompt, job.options, lambda update: view.update(job.name, update), stop), stop
-    )
-    return _patiently(lambda: maker.choose(job.prompt, made, len(job.files)), stop)
-
-
-def _patiently(call: Callable[[], Made], stop: threading.Event) -> Made:
-    """Return what `call` returns, coming back as often as a full queue asks for it."""
-    for left in reversed(range(_MAX_TRIES)):
-        if stop.is_set():
-            break
-        try:
-            return call()
-        except QueueFullError as error:
-            if not left:
-                raise
-            stop.wait(error.retry_after)
-    raise RequestCancelledError("stopped")

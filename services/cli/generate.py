@@ -1,6 +1,7 @@
 """`milonga generate`: clips from one prompt or a file of them, in this process or through a service."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from services import client
 from services.cli import judging, prompts
 from services.cli.folder import Folder
 from services.cli.judging import refuse
-from services.cli.making import BestOf, Made, Place, in_flags, record_of, to_json, warn
+from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
 from services.cli.outputs import check_writable, encoding_of, numbered, write_atomically
 from services.cli.progress import ProgressView
 from services.cli.table import Cell, print_table
@@ -202,25 +203,24 @@ def _generate_one(
         _write_spectrogram(path, clip, prompt)
     warn(made.generation.warnings)
     if as_json:
-        record = record_of(made, paths, place.best_of)
+        record = record_of(made, paths)
         typer.echo(to_json({"prompt": prompt, **record, "spectrograms": [str(path) for path in pictures]}))
         return
-    if place.best_of is not None and not quiet:
-        _show_candidates(made, place.best_of)
+    if made.best is not None and not quiet:
+        _show_candidates(made.best, len(made.clips))
     for written in [*paths, *pictures]:
         typer.echo(written)
 
 
-def _make(place: Place, prompt: str, options: client.GenerationOptions, *, quiet: bool) -> Made:
+def _make(place: Place, prompt: str, options: client.GenerationOptions, *, quiet: bool) -> GeneratedClips:
     """Make the clips of one prompt, and choose among them."""
     with ProgressView(jobs=1, quiet=quiet) as view:
         view.stage(place.first_stage)
         maker = place.open()
         try:
-            made = maker.make(prompt, options, lambda update: view.update(prompt, update))
-            if place.best_of is not None:
-                view.stage("judging")
-            return maker.choose(prompt, made, options.get("clip_count") or 1)
+            count = options.get("clip_count") or 1
+            update = partial(view.update, prompt)
+            return maker.make(prompt, options, count, update, on_stage=view.stage)
         except InvalidInputError as error:
             raise in_flags(error, place.best_of) from None
         finally:
@@ -234,21 +234,20 @@ def _write_spectrogram(path: Path, clip: client.Clip, prompt: str) -> None:
     write_atomically(path, spectrogram_png(clip.waveform(), clip.sampling_rate, title=prompt[:90]))
 
 
-def _show_candidates(made: Made, best_of: BestOf) -> None:
+def _show_candidates(best: client.Best, kept: int) -> None:
     """Print every candidate on stderr, best first."""
-    details = list(made.candidates[0].details)
-    header = ["candidate", "seed", "reward" if best_of.rank_by == "reward" else "mean CLAP score", *details]
+    header = ["candidate", "seed", "reward" if best.rank_by == "reward" else "mean CLAP score"]
     rows: list[list[Cell]] = [
         [
             f"{candidate.number}",
             f"{candidate.clip.seed}",
             candidate.value,
             *candidate.details.values(),
-            "kept" if rank < len(made.clips) else "",
+            "kept" if place < kept else "",
         ]
-        for rank, candidate in enumerate(made.candidates)
+        for place, candidate in enumerate(best.candidates)
     ]
-    print_table([*header, ""], rows, stderr=True)
+    print_table([*header, *best.candidates[0].details, ""], rows, stderr=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

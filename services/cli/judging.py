@@ -127,7 +127,7 @@ class Connection:
 
 
 class Scoring(Protocol):
-    """Gives CLAP scores: `AudioClient`, or `services.local.LocalJudges`."""
+    """Gives CLAP scores: `AudioClient`, or `services.local.LocalScorers`."""
 
     def score_audio(
         self, pairs: Sequence[tuple[str, bytes]], *, scorers: Sequence[str] | None = None
@@ -137,7 +137,7 @@ class Scoring(Protocol):
 
 
 class Rewarding(Protocol):
-    """Gives rewards: `AudioClient`, or `services.local.LocalJudges`."""
+    """Gives rewards: `AudioClient`, or `services.local.LocalScorers`."""
 
     def compute_rewards(self, pairs: Sequence[tuple[str, bytes]]) -> client.Rewards:
         """Judge files of sound, each for its own prompt."""
@@ -188,9 +188,9 @@ class Judges:
         here = there = None
         if self.are_here:
             # Torch is seconds of import: only where a judge is wanted in here.
-            from services.local import open_judges
+            from services.local import open_scorers
 
-            here = open_judges(self.scorers, reward=self.reward, clap=self.clap, device=self.device)
+            here = open_scorers(self.scorers, reward=self.reward, clap=self.clap, device=self.device)
         if self.scoring is not None or self.reward_server is not None:
             there = client.AudioClient(
                 scoring=self.scoring,

@@ -2,20 +2,34 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, TypeVar
 
 import typer
 
-from milonga.v1 import generation_pb2
 from services import client
+from services.api.best import Best, RankBy, ScoredClips, generate_candidates, rank, run
+from services.api.generation import (
+    Clip,
+    ClipMaker,
+    Generation,
+    GenerationOptions,
+    Progress,
+    Update,
+    collect,
+)
 from services.cli.judging import MAX_BATCH, Connection, Judges, Panel, name_clips, refuse
-from services.client.best import merge, next_seed, portions, same
-from services.errors import FieldViolation, InvalidInputError, MilongaError, RequestCancelledError
+from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
+
+T = TypeVar("T")
+
+_MAX_TRIES = 100
+"""How often a full queue is come back to."""
 
 _FLAGS = {
     "prompt": "PROMPT",
@@ -27,29 +41,13 @@ _FLAGS = {
 """How the command spells a field of the wire, where it is not just ``--field-name``."""
 
 
-class Source(Protocol):
-    """Where clips come from: `AudioClient`, or an engine in this process (`services.local`)."""
-
-    def stream(self, prompt: str, **options: Unpack[client.GenerationOptions]) -> Iterator[client.Update]:
-        """Make the clips of a prompt, telling what happens on the way."""
-        ...
-
-    def get_model(self) -> generation_pb2.GetModelResponse:
-        """Which model it is, with its limits."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOf:
     """Make more clips than are wanted, and keep those that a judge likes best."""
 
     candidates: int
     """Clips to make of a prompt."""
-    rank_by: client.RankBy
+    rank_by: RankBy
     """The reward, or the mean of the scorers' CLAP scores."""
     judges: Judges
     """Who judges; no others than `rank_by` needs."""
@@ -92,7 +90,9 @@ class Place:
         return "loading the models" if self.server is None or judges_here else "connecting"
 
     def open(self, *, batch: int | None = None) -> "Maker":
-        """Connect to the services, or load the models: `batch` as in `services.local.open_local`.
+        """Connect to the services, or load the models.
+
+        With `batch`, the engine's denoiser calls have that one shape: no clip depends on its companions.
 
         Raises:
             InvalidInputError: no model URI, no such device; in the words of the flag.
@@ -104,164 +104,152 @@ class Place:
                 panel = None if self.best_of is None else self.best_of.judges.open()
                 if panel is not None:
                     stack.callback(panel.close)
-                source = self._open_source(batch)
+                clips = self._open_clip_maker(batch)
             except InvalidInputError as error:
                 raise in_flags(error, self.best_of) from None
             stack.pop_all()
-            return Maker(source, self.best_of, panel)
+            return Maker(clips, self.best_of, panel)
 
-    def _open_source(self, batch: int | None) -> Source:
+    def _open_clip_maker(self, batch: int | None) -> ClipMaker:
         if self.server is not None:
             return client.AudioClient(self.server, tls=self.connection.tls, timeout=self.connection.seconds)
         # Torch is seconds of import: only where the engine is wanted.
-        from services.local import open_local
+        from services.engine import EngineConfig
+        from services.local import open_clip_maker
+        from services.weights.uri import resolve
 
-        return open_local(self.name, device=self.device or "auto", dtype=self.dtype or "float32", batch=batch)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A clip, and what it is worth."""
-
-    clip: client.Clip
-    number: int
-    """From 1, in the order in which they were made."""
-    value: float
-    """The reward (its logit), or the mean CLAP score."""
-    details: Mapping[str, float]
-    """`probability`, or the CLAP score by scorer."""
+        config = EngineConfig() if batch is None else EngineConfig(batch_shapes=(batch,), exact=True)
+        model = resolve(self.name)
+        return open_clip_maker(
+            model, device=self.device or "auto", dtype=self.dtype or "float32", config=config
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
+class GeneratedClips:
     """The clips of one prompt."""
 
-    clips: tuple[client.Clip, ...]
+    clips: tuple[Clip, ...]
     """Those to keep: in the order of their indices, or best first."""
-    generation: client.Generation
+    generation: Generation
     """How all were made."""
-    candidates: tuple[Candidate, ...] = ()
-    """Where the best of them were to be kept: all, best first."""
-    judges: tuple[client.ModelVersion, ...] = ()
-    """Which weights judged."""
+    best: Best | None = None
+    """All candidates, best first, where the best of them were to be kept."""
 
 
 class Maker:
-    """Makes the clips of prompts, and chooses among them where the best are wanted. Thread-safe."""
+    """Makes the clips of prompts, and keeps the best where that is wanted. Thread-safe."""
 
-    def __init__(self, source: Source, best_of: BestOf | None = None, panel: Panel | None = None) -> None:
-        """Take over `source` and `panel`: closing the maker closes them."""
-        self._source, self._best_of, self._panel = source, best_of, panel
+    def __init__(self, clips: ClipMaker, best_of: BestOf | None = None, panel: Panel | None = None) -> None:
+        """Take over `clips` and `panel`: closing the maker closes them."""
+        self._clips, self._best_of, self._panel = clips, best_of, panel
 
     def make(
         self,
         prompt: str,
-        options: client.GenerationOptions,
-        on_update: Callable[[client.Update], None],
+        options: GenerationOptions,
+        count: int,
+        on_update: Callable[[Update], None],
+        *,
+        on_stage: Callable[[str], None] = lambda _: None,
         stop: threading.Event | None = None,
-    ) -> Made:
-        """Make the clips of one prompt, or all its candidates; `stop` gives it up between two steps.
+    ) -> GeneratedClips:
+        """Make the clips of one prompt; of candidates keep the best `count`.
 
-        Candidates are those of `AudioClient.generate_best`: the same seed gives the same.
+        Candidates are those of `AudioClient.generate_best`: the same seed gives the same. With `stop`, a full
+        queue is waited for, and setting `stop` cancels between two steps.
         """
-        if self._best_of is None:
-            generation = self._stream(prompt, options, on_update, stop)
-            return Made(clips=generation.clips, generation=generation)
-        count = self._best_of.candidates
+        if self._best_of is None or self._panel is None:
+            generation = _patiently(lambda: self._stream(prompt, options, on_update, stop), stop)
+            return GeneratedClips(clips=generation.clips, generation=generation)
+        wanted, rank_by = self._best_of.candidates, self._best_of.rank_by
         done = 0
-        generations: list[client.Generation] = []
 
-        def update_of_all(update: client.Update) -> None:
-            if isinstance(update, client.Progress):
-                fraction = (done + update.fraction * portion) / count
-                left = None if portion < count else update.seconds_left
-                update = dataclasses.replace(update, fraction=fraction, seconds_left=left)
-            on_update(update)
+        async def generate(part: GenerationOptions) -> Generation:
+            nonlocal done
+            size = part["clip_count"] or 1
+            update = _share(on_update, done, size, wanted)
+            generation = _patiently(lambda: self._stream(prompt, part, update, stop), stop)
+            done += size
+            return generation
 
-        for portion in portions(count, self._source.get_model().limits.max_clip_count):
-            part: client.GenerationOptions = {**options, "clip_count": portion}
-            if generations:
-                part["seed"] = next_seed([generation.seed for generation in generations])
-            generations.append(self._stream(prompt, part, update_of_all, stop))
-            done += portion
-        generation = merge(generations)
-        return Made(clips=generation.clips, generation=generation)
+        numbers = itertools.count(1)
+
+        async def score(clips: Sequence[Clip]) -> ScoredClips:
+            names = [f"candidate {number}" for number, _ in zip(numbers, clips, strict=False)]
+            return _patiently(lambda: self._score(prompt, clips, names), stop)
+
+        most = self._clips.get_model().limits.max_clip_count
+        generation = run(generate_candidates(wanted, most, options, generate))
+        on_stage("scoring")
+        best = run(rank(generation, rank_by, MAX_BATCH, score))
+        return GeneratedClips(clips=best.clips[:count], generation=generation, best=best)
 
     def _stream(
         self,
         prompt: str,
-        options: client.GenerationOptions,
-        on_update: Callable[[client.Update], None],
+        options: GenerationOptions,
+        on_update: Callable[[Update], None],
         stop: threading.Event | None,
-    ) -> client.Generation:
-        clips: list[client.Clip] = []
-        for update in self._source.stream(prompt, **options):
-            on_update(update)
-            if isinstance(update, client.Clip):
-                clips.append(update)
-            if isinstance(update, client.Finished):
-                return client.Generation(
-                    clips=tuple(sorted(clips, key=lambda clip: clip.index)),
-                    seed=clips[0].seed if clips else 0,
-                    model=update.model,
-                    warnings=update.warnings,
-                    timings=update.timings,
-                )
-            if stop is not None and stop.is_set():
-                raise RequestCancelledError("stopped")
-        raise MilongaError("the stream ended before the clips were finished")
+    ) -> Generation:
+        def events() -> Iterator[Update]:
+            for update in self._clips.stream(prompt, **options):
+                on_update(update)
+                yield update
+                if stop is not None and stop.is_set():
+                    raise RequestCancelledError("stopped")
 
-    def choose(self, prompt: str, made: Made, count: int) -> Made:
-        """Keep the best `count` of the candidates that `make` made; without judges, all."""
-        if self._best_of is None or self._panel is None:
-            return made
-        candidates: list[Candidate] = []
-        judges: list[tuple[client.ModelVersion, ...]] = []
-        for start in range(0, len(made.clips), MAX_BATCH):
-            clips = made.clips[start : start + MAX_BATCH]
-            judged, models = _judge(prompt, clips, start + 1, self._panel, self._best_of.rank_by)
-            candidates += judged
-            judges.append(models)
-        # Sorting is stable: equal candidates stay in the order they were made in.
-        candidates.sort(key=lambda candidate: -candidate.value)
-        return dataclasses.replace(
-            made,
-            clips=tuple(candidate.clip for candidate in candidates[:count]),
-            candidates=tuple(candidates),
-            judges=same(judges),
-        )
+        return collect(events())
+
+    def _score(self, prompt: str, clips: Sequence[Clip], names: Sequence[str]) -> ScoredClips:
+        assert self._best_of is not None
+        assert self._panel is not None
+        pairs = [(prompt, clip.audio) for clip in clips]
+        try:
+            if self._best_of.rank_by == "reward":
+                rewards = self._panel.rewards(pairs)
+                assert rewards is not None
+                return ScoredClips.by_reward(rewards)
+            scores = self._panel.scores(pairs)
+            assert scores is not None
+            return ScoredClips.by_clap(scores)
+        except InvalidInputError as error:
+            raise name_clips(error, names) from None
 
     def close(self) -> None:
-        """Close the source and the judges; what is under way is given up."""
-        self._source.close()
+        """Close the clip maker and the scorers; what is under way is cancelled."""
+        self._clips.close()
         if self._panel is not None:
             self._panel.close()
 
 
-def _judge(
-    prompt: str, clips: Sequence[client.Clip], first: int, panel: Panel, rank_by: client.RankBy
-) -> tuple[list[Candidate], tuple[client.ModelVersion, ...]]:
-    """Return what each of `clips` is worth, in order and numbered from `first`, and which weights say so."""
-    pairs = [(prompt, clip.audio) for clip in clips]
-    try:
-        rewards = panel.rewards(pairs) if rank_by == "reward" else None
-        scores = panel.scores(pairs) if rank_by == "clap" else None
-    except InvalidInputError as error:
-        raise name_clips(error, [f"candidate {first + index}" for index in range(len(clips))]) from None
-    if rewards is not None:
-        values = [reward.logit for reward in rewards.rewards]
-        details = [{"probability": reward.probability} for reward in rewards.rewards]
-        judges: tuple[client.ModelVersion, ...] = (rewards.model,)
-    else:
-        assert scores is not None
-        values = [float(values_S.mean()) for values_S in scores.values]
-        names = [scorer.name for scorer in scores.scorers]
-        details = [dict(zip(names, map(float, values_S), strict=True)) for values_S in scores.values]
-        judges = tuple(scorer.model for scorer in scores.scorers)
-    return [
-        Candidate(clip=clip, number=number, value=value, details=detail)
-        for number, (clip, value, detail) in enumerate(zip(clips, values, details, strict=True), start=first)
-    ], judges
+def _share(on_update: Callable[[Update], None], done: int, size: int, count: int) -> Callable[[Update], None]:
+    """Return `on_update` with progress over all of `count` candidates, of which `done` are made."""
+
+    def update_of_all(update: Update) -> None:
+        if isinstance(update, Progress):
+            fraction = (done + update.fraction * size) / count
+            left = None if size < count else update.seconds_left
+            update = dataclasses.replace(update, fraction=fraction, seconds_left=left)
+        on_update(update)
+
+    return update_of_all
+
+
+def _patiently(call: Callable[[], T], stop: threading.Event | None) -> T:
+    """Return what `call` returns; with `stop`, try again as often as a full queue asks for it."""
+    if stop is None:
+        return call()
+    for left in reversed(range(_MAX_TRIES)):
+        if stop.is_set():
+            break
+        try:
+            return call()
+        except QueueFullError as error:
+            if not left:
+                raise
+            stop.wait(error.retry_after)
+    raise RequestCancelledError("stopped")
 
 
 def in_flags(error: InvalidInputError, best_of: BestOf | None) -> InvalidInputError:
@@ -283,8 +271,8 @@ def warn(warnings: Sequence[str], name: str = "") -> None:
         typer.echo(f"warning: {name}{warning}", err=True)
 
 
-def record_of(made: Made, paths: Sequence[Path], best_of: BestOf | None) -> dict[str, Any]:
-    """What was made, for machines and for the record beside the clips."""
+def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
+    """Return what was made, for machines and for the record beside the clips."""
     record: dict[str, Any] = {
         "clips": [
             {
@@ -302,20 +290,20 @@ def record_of(made: Made, paths: Sequence[Path], best_of: BestOf | None) -> dict
             name: round(value, 4) for name, value in dataclasses.asdict(made.generation.timings).items()
         },
     }
-    if best_of is not None:
-        record["rank_by"] = best_of.rank_by
+    if made.best is not None:
+        record["rank_by"] = made.best.rank_by
         record["candidates"] = [
             {
                 "candidate": candidate.number,
                 "clip_index": candidate.clip.index,
                 "seed": candidate.clip.seed,
                 "value": candidate.value,
-                **({"scores": dict(candidate.details)} if best_of.rank_by == "clap" else candidate.details),
-                "kept": rank < len(made.clips),
+                **({"scores": dict(candidate.details)} if made.best.rank_by == "clap" else candidate.details),
+                "kept": place < len(made.clips),
             }
-            for rank, candidate in enumerate(made.candidates)
+            for place, candidate in enumerate(made.best.candidates)
         ]
-        record["judges"] = [dataclasses.asdict(model) for model in made.judges]
+        record["judges"] = [dataclasses.asdict(model) for model in made.best.scorers]
     return record
 
 

@@ -107,7 +107,8 @@ def _find(flag: str, uri: str) -> ResolvedModel:
 
 def _number(found: ResolvedModel) -> int:
     """The version as Triton's folders have it: a registered model's own; others are 1 unless they say."""
-    return int(found.version) if found.version.isdecimal() and int(found.version) else 1
+    version = found.identity.version
+    return int(version) if version.isdecimal() and int(version) else 1
 
 
 def _configure(config: model_config_pb2.ModelConfig, settings: Mapping[str, str] | None) -> None:
@@ -135,7 +136,8 @@ def _exported(
 
 
 def _folder(model: ResolvedModel) -> Weights:
-    return Weights(name=model.name, version=model.version, digest=model.digest, folder=model.folder)
+    found = model.identity
+    return Weights(name=found.name, version=found.version, digest=found.digest, folder=model.folder)
 
 
 def _checkpoint(model: ResolvedModel) -> Weights:

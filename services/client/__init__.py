@@ -8,32 +8,25 @@
         client.score_audio([("A dog barks then a siren wails", generation.clips[0])]).values
         best = client.generate_best("A dog barks then a siren wails", candidates=4)
 
-Needs the light base install only: no torch. Every rpc is written once (`rpcs`), as a coroutine over one of
-two ways to wait (`transport`); errors are those of `services.errors`.
+Needs the light base install only: no torch. Values are those of `services.api`, errors those of
+`services.errors`.
 """
 
-from services.client.answers import (
-    Best,
+from services.api.best import Best, Candidate, RankBy
+from services.api.generation import (
     Clip,
-    Embeddings,
     Finished,
     Generation,
-    JudgedClip,
-    ModelSwitch,
-    ModelVersion,
+    GenerationModel,
+    GenerationOptions,
     Preview,
     Progress,
     Queued,
-    RankBy,
-    RankedClip,
-    Ranking,
-    Reward,
-    Rewards,
-    Scorer,
-    Scores,
     Timings,
     Update,
 )
+from services.api.model import ModelSwitch, ModelVersion
+from services.api.scoring import Embeddings, RankedClip, Ranking, Reward, Rewards, Scorer, Scores, Sound
 from services.client.clients import AsyncAudioClient, AudioClient
 from services.client.connection import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -41,14 +34,8 @@ from services.client.connection import (
     TLS,
     ConnectionOptions,
 )
-from services.client.generation import (
-    MAX_TEXT_BYTES,
-    GenerationOptions,
-    build_request,
-    read_response,
-    read_update,
-)
-from services.client.sounds import MAX_REQUEST_BYTES, Sound
+from services.client.generation import MAX_TEXT_BYTES, build_request, read_response, read_update
+from services.client.sounds import MAX_REQUEST_BYTES
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
@@ -59,13 +46,14 @@ __all__ = [
     "AsyncAudioClient",
     "AudioClient",
     "Best",
+    "Candidate",
     "Clip",
     "ConnectionOptions",
     "Embeddings",
     "Finished",
     "Generation",
+    "GenerationModel",
     "GenerationOptions",
-    "JudgedClip",
     "ModelSwitch",
     "ModelVersion",
     "Preview",

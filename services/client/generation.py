@@ -1,53 +1,32 @@
 """The rpcs of generation.proto: requests from arguments, values from messages."""
 
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import numpy as np
-from google.protobuf.duration_pb2 import Duration
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
-from milonga.v1 import model_pb2
-from services.audio import encoding as audio
-from services.client.answers import (
+from services.api.generation import (
     Clip,
+    Defaults,
     Finished,
     Generation,
-    ModelVersion,
+    GenerationModel,
+    GenerationOptions,
+    Limits,
+    ModelGeometry,
     Preview,
     Progress,
     Queued,
     Timings,
     Update,
 )
-from services.client.transport import Service, Stream, Unary, whole
+from services.client.transport import Service, Stream, Unary
 from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.wire import WIRE_ENCODINGS, encoding_name, read_duration, read_version, write_duration
 
 MAX_TEXT_BYTES = 2**18
 """Longest prompt that is sent at all, in UTF-8. Services accept far less, and say how much."""
-
-
-class GenerationOptions(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt. None, or left out: the service's default."""
-
-    negative_prompt: str | None
-    """What not to hear."""
-    duration: float | None
-    """Seconds of each clip."""
-    clip_count: int | None
-    """Different clips of the prompt."""
-    seed: int | None
-    """0 to 2**64 - 1; without it the service draws one and says which."""
-    num_inference_steps: int | None
-    """Denoising steps."""
-    guidance_scale: float | None
-    """Classifier-free guidance; up to 1 means none."""
-    scheduler: str | None
-    """Name of a scheduler."""
-    encoding: str | None
-    """wav, flac, ogg, linear16 or float32."""
-    sampling_rate: int | None
-    """Hertz."""
 
 
 def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.GenerateAudioRequest:
@@ -73,13 +52,18 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
                 FieldViolation(name, f"is {str(value)[:40]!r}, which the wire can't carry: {error}")
             )
     if isinstance(seconds, int | float):
-        faults.extend(_set_duration(request.duration, seconds))
-    if isinstance(encoding, str) and encoding not in audio.ENCODINGS:
+        try:
+            request.duration.CopyFrom(write_duration(seconds))
+        except (ValueError, OverflowError):
+            faults.append(
+                FieldViolation("duration", f"is {seconds}, which is no length of time; give finite seconds")
+            )
+    if isinstance(encoding, str) and encoding not in WIRE_ENCODINGS:
         faults.append(
-            FieldViolation("encoding", f"is {encoding!r}, must be one of {', '.join(audio.ENCODINGS)}")
+            FieldViolation("encoding", f"is {encoding!r}, must be one of {', '.join(WIRE_ENCODINGS)}")
         )
     elif isinstance(encoding, str):
-        request.encoding = audio.ENCODINGS[encoding]
+        request.encoding = WIRE_ENCODINGS[encoding]
     for name in ("prompt", "negative_prompt"):
         size = len(getattr(request, name).encode())
         if size > MAX_TEXT_BYTES:
@@ -110,7 +94,7 @@ def read_response(response: pb.GenerateAudioResponse) -> Generation:
     return Generation(
         clips=clips,
         seed=clips[0].seed if clips else 0,
-        model=read_model(response.model),
+        model=read_version(response.model),
         warnings=tuple(response.warnings),
         timings=_read_timings(response.timings),
     )
@@ -133,7 +117,7 @@ def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
             return _read_clip(response.clip)
         case "finished":
             return Finished(
-                model=read_model(response.finished.model),
+                model=read_version(response.finished.model),
                 warnings=tuple(response.finished.warnings),
                 timings=_read_timings(response.finished.timings),
             )
@@ -141,14 +125,38 @@ def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
             raise MilongaError("the service sent an event that this client does not know; update milonga")
 
 
-def read_model(model: model_pb2.ModelVersion) -> ModelVersion:
-    """Read which weights answered, of any service."""
-    return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
-
-
-def read_seconds(duration: Duration) -> float:
-    """Read a length of time."""
-    return duration.ToNanoseconds() / 1e9
+def read_model(response: pb.GetModelResponse) -> GenerationModel:
+    """Read the answer of GetModel."""
+    geometry, limits, defaults = response.geometry, response.limits, response.defaults
+    return GenerationModel(
+        model=read_version(response.model),
+        geometry=ModelGeometry(
+            sampling_rate=geometry.sample_rate_hertz,
+            hop_length=geometry.hop_length,
+            mel_bins=geometry.mel_bin_count,
+            latent_channels=geometry.latent_channel_count,
+            latent_downsampling=geometry.latent_downsampling,
+            duration_grid=read_duration(geometry.duration_grid),
+        ),
+        limits=Limits(
+            max_prompt_characters=limits.max_prompt_characters,
+            min_duration=read_duration(limits.min_duration),
+            max_duration=read_duration(limits.max_duration),
+            max_clip_count=limits.max_clip_count,
+            max_steps=limits.max_num_inference_steps,
+            max_guidance_scale=limits.max_guidance_scale,
+            schedulers=tuple(limits.schedulers),
+        ),
+        defaults=Defaults(
+            duration=read_duration(defaults.duration),
+            clip_count=defaults.clip_count,
+            num_inference_steps=defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale,
+            scheduler=defaults.scheduler,
+            encoding=encoding_name(defaults.encoding) or "unknown",
+            sampling_rate=defaults.sample_rate_hertz,
+        ),
+    )
 
 
 SERVICE = Service(
@@ -159,7 +167,7 @@ SERVICE = Service(
 )
 GENERATE = Unary(service=SERVICE, method=lambda stub: stub.GenerateAudio, read=read_response)
 STREAM = Stream(service=SERVICE, method=lambda stub: stub.StreamGenerateAudio, read=read_update)
-GET_MODEL = Unary(service=SERVICE, method=lambda stub: stub.GetModel, read=whole)
+GET_MODEL = Unary(service=SERVICE, method=lambda stub: stub.GetModel, read=read_model)
 
 
 def _read_progress(event: pb.ProgressEvent) -> Progress:
@@ -168,7 +176,7 @@ def _read_progress(event: pb.ProgressEvent) -> Progress:
         step=event.step,
         num_inference_steps=event.num_inference_steps,
         fraction=event.fraction,
-        seconds_left=read_seconds(event.time_left) if event.HasField("time_left") else None,
+        seconds_left=read_duration(event.time_left) if event.HasField("time_left") else None,
     )
 
 
@@ -180,9 +188,9 @@ def _read_preview(event: pb.PreviewEvent) -> Preview:
 def _read_clip(generated: pb.GeneratedClip) -> Clip:
     return Clip(
         audio=generated.clip.audio,
-        encoding=audio.encoding_name(generated.clip.encoding) or "unknown",
+        encoding=encoding_name(generated.clip.encoding) or "unknown",
         sampling_rate=generated.clip.sample_rate_hertz,
-        duration=read_seconds(generated.clip.duration),
+        duration=read_duration(generated.clip.duration),
         index=generated.clip_index,
         seed=generated.seed,
     )
@@ -190,17 +198,9 @@ def _read_clip(generated: pb.GeneratedClip) -> Clip:
 
 def _read_timings(timings: pb.GenerationTimings) -> Timings:
     return Timings(
-        queued=read_seconds(timings.queued),
-        encode=read_seconds(timings.encode),
-        denoise=read_seconds(timings.denoise),
-        decode=read_seconds(timings.decode),
-        total=read_seconds(timings.total),
+        queued=read_duration(timings.queued),
+        encode=read_duration(timings.encode),
+        denoise=read_duration(timings.denoise),
+        decode=read_duration(timings.decode),
+        total=read_duration(timings.total),
     )
-
-
-def _set_duration(duration: Duration, seconds: float) -> tuple[FieldViolation, ...]:
-    try:
-        duration.FromNanoseconds(round(seconds * 1e9))
-    except (ValueError, OverflowError):
-        return (FieldViolation("duration", f"is {seconds}, which is no length of time; give finite seconds"),)
-    return ()

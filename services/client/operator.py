@@ -2,17 +2,17 @@
 
 from milonga.v1 import operator_pb2 as pb
 from milonga.v1 import operator_pb2_grpc as rpc
-from services.client.answers import ModelSwitch
-from services.client.generation import read_model, read_seconds
+from services.api.model import ModelSwitch
 from services.client.transport import Service, Unary
+from services.wire import read_duration, read_version
 
 
 def read_switch(response: pb.SwitchModelResponse) -> ModelSwitch:
     """Read the answer of SwitchModel."""
     return ModelSwitch(
-        previous=read_model(response.previous),
-        current=read_model(response.current),
-        seconds=read_seconds(response.elapsed),
+        previous=read_version(response.previous),
+        current=read_version(response.current),
+        seconds=read_duration(response.elapsed),
     )
 
 

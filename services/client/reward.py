@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
-from services.client.answers import RankedClip, Ranking, Reward, Rewards
-from services.client.generation import read_model
-from services.client.sounds import RequestWriter, Sound
+from services.api.scoring import RankedClip, Ranking, Reward, Rewards, Sound
+from services.client.sounds import RequestWriter
 from services.client.transport import Service, Unary, whole
+from services.wire import read_version
 
 
 def rewards_request(pairs: Sequence[tuple[str, Sound]]) -> pb.BatchComputeRewardsRequest:
@@ -31,7 +31,7 @@ def rank_request(prompt: str, clips: Sequence[Sound]) -> pb.RankAudioRequest:
 def read_rewards(response: pb.BatchComputeRewardsResponse) -> Rewards:
     """Read the answer of BatchComputeRewards."""
     return Rewards(
-        rewards=tuple(_read_reward(reward) for reward in response.rewards), model=read_model(response.model)
+        rewards=tuple(_read_reward(reward) for reward in response.rewards), model=read_version(response.model)
     )
 
 
@@ -46,7 +46,7 @@ def read_ranking(response: pb.RankAudioResponse) -> Ranking:
             )
             for place in response.ranking
         ),
-        model=read_model(response.model),
+        model=read_version(response.model),
     )
 
 

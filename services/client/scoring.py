@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
-from services.client.answers import Embeddings, Scorer, Scores
-from services.client.generation import read_model
-from services.client.sounds import RequestWriter, Sound
+from services.api.scoring import Embeddings, Scorer, Scores, Sound
+from services.client.sounds import RequestWriter
 from services.client.transport import Service, Unary, whole
+from services.wire import read_version
 
 
 def score_request(
@@ -73,7 +73,7 @@ def _read_scorers(scorers: Iterable[pb.Scorer]) -> tuple[Scorer, ...]:
     return tuple(
         Scorer(
             name=scorer.name,
-            model=read_model(scorer.model),
+            model=read_version(scorer.model),
             dimension=scorer.dimension,
             sampling_rate=scorer.sample_rate_hertz,
         )

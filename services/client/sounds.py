@@ -12,13 +12,10 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
-from services.audio.encoding import ENCODINGS
-from services.client.answers import Clip
+from services.api.generation import Clip
+from services.api.scoring import Sound
 from services.errors import FieldViolation, InvalidInputError
-
-Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
-"""What is judged: a clip that this client received, an encoded file (WAV, FLAC, OGG), the path of one, or
-samples in [-1, 1] as float32 [N] or [channels, N] with their sampling rate in hertz."""
+from services.wire import WIRE_ENCODINGS
 
 MAX_REQUEST_BYTES = 255 * 2**20
 """Sound and text that one request may hold: eleven minutes of stereo float32 at 48 kHz. The rest of the
@@ -94,10 +91,10 @@ class RequestWriter:
             return audio_pb2.Clip()
 
     def _clip(self, clip: Clip) -> audio_pb2.Clip:
-        if clip.encoding not in ENCODINGS:
-            raise _UnfitError(f"has encoding {clip.encoding!r}, must be one of {', '.join(ENCODINGS)}")
+        if clip.encoding not in WIRE_ENCODINGS:
+            raise _UnfitError(f"has encoding {clip.encoding!r}, must be one of {', '.join(WIRE_ENCODINGS)}")
         message = self._file(clip.audio)
-        message.encoding = ENCODINGS[clip.encoding]
+        message.encoding = WIRE_ENCODINGS[clip.encoding]
         _set_rate(message, clip.sampling_rate)
         return message
 

@@ -1,19 +1,20 @@
 """The two ways to wait: by blocking the thread, and on the event loop.
 
 Everything above is written once, as coroutines over a `Transport`. Over `BlockingTransport` they never
-suspend, so that `finish` runs one to its end in one go, without an event loop.
+suspend, so that `services.api.best.run` runs one to its end without an event loop.
 """
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
+from services.api.best import run
 from services.client.connection import Connection, Metadata
 from services.errors import RequestCancelledError
 
@@ -270,28 +271,17 @@ def whole(message: T) -> T:
     return message
 
 
-def finish(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine over `BlockingTransport`, and return what it returns."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    coroutine.close()
-    raise RuntimeError("a coroutine over the blocking transport waited for an event loop")
-
-
 def iterate(values: AsyncGenerator[T, None]) -> Iterator[T]:
-    """`finish` for an asynchronous generator. Leaving the loop closes it."""
+    """Yield the values of an asynchronous generator that never waits. Leaving the loop closes it."""
     try:
         while True:
             try:
-                value = finish(values.__anext__())
+                value = run(values.__anext__())
             except StopAsyncIteration:
                 return
             yield value
     finally:
-        finish(values.aclose())
+        run(values.aclose())
 
 
 def _closed() -> RequestCancelledError:

@@ -1,41 +1,38 @@
-"""The engine's face: submit requests from any thread, get events, close."""
+"""The engine's public methods: submit requests from any thread, get events, close."""
 
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import TypeVar
+from typing import Unpack
 
+from services.api.generation import (
+    Defaults,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    GenerationModel,
+    GenerationOptions,
+    GenerationRequest,
+    Limits,
+    ModelGeometry,
+    Queued,
+    collect,
+    validate,
+)
+from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
 from services.engine.config import EngineConfig
-from services.engine.events import ClipReady, Event, Failed, Finished, Queued, Timings
 from services.engine.jobs import Handle, Job
-from services.engine.request import GenerationRequest, Limits, validate
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SCHEDULERS
 
-__all__ = ["Engine", "EngineConfig", "Result"]
-
-T = TypeVar("T")
-
 # Bounds of the advice when to come back, in seconds: not at once, and not so late that nobody does.
 _RETRY_SOONEST, _RETRY_LATEST = 0.1, 60.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """All that a request gave."""
-
-    clips: tuple[ClipReady, ...]
-    """Clips in the order of their index."""
-    timings: Timings
-    """Where the time went."""
-    warnings: tuple[str, ...]
-    """What the caller should know."""
 
 
 class Engine:
@@ -45,49 +42,30 @@ class Engine:
     called from any thread. Closing it is the owner's task: use it as a context manager, or call `close`.
     """
 
-    def __init__(self, pipeline: TangoPipeline, config: EngineConfig | None = None) -> None:
-        """Start the worker thread on `pipeline`, which must be on its device already."""
+    def __init__(
+        self, pipeline: TangoPipeline, config: EngineConfig | None = None, model: ModelVersion = UNVERSIONED
+    ) -> None:
+        """Start the worker thread on `pipeline`, the weights `model`, which must be on its device already."""
         self.config = config or EngineConfig()
         self.pipeline = pipeline
-        self.limits = Limits(
-            max_prompt_characters=self.config.max_prompt_characters,
-            min_duration=pipeline.geometry.min_duration,
-            max_duration=pipeline.geometry.max_duration,
-            max_clip_count=self.config.max_clip_count,
-            max_steps=pipeline.scheduler.config.num_train_timesteps,
-            schedulers=SCHEDULERS,
-        )
+        self.description = _describe(pipeline, self.config, model)
         self._admission = Admission(self.config.max_queue)
         self._meter = Meter()
-        worker = Worker(pipeline, self.config, self._admission, self._meter)
+        worker = Worker(pipeline, model, self.config, self._admission, self._meter)
         self._thread = threading.Thread(target=worker.run, name="engine", daemon=True)
         self._thread.start()
 
+    @property
+    def limits(self) -> Limits:
+        """What a request may ask for."""
+        return self.description.limits
+
     def request(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        duration: float | None = None,
-        clip_count: int = 1,
-        seed: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str | None = None,
-        preview_interval_steps: int = 0,
+        self, prompt: str, *, preview_interval_steps: int = 0, **options: Unpack[GenerationOptions]
     ) -> GenerationRequest:
         """Return a complete request: what is None takes the model's default, and the seed is drawn."""
-        defaults = self.pipeline.config
-        return GenerationRequest(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            duration=_default(duration, defaults.default_duration),
-            clip_count=clip_count,
-            seed=secrets.randbits(32) if seed is None else seed,
-            num_inference_steps=_default(num_inference_steps, defaults.default_num_inference_steps),
-            guidance_scale=_default(guidance_scale, defaults.default_guidance_scale),
-            scheduler=_default(scheduler, defaults.default_scheduler),
-            preview_interval_steps=preview_interval_steps,
+        return GenerationRequest.of(
+            prompt, self.description.defaults, preview_interval_steps=preview_interval_steps, **options
         )
 
     def submit(
@@ -99,9 +77,9 @@ class Engine:
     ) -> Handle:
         """Queue `request` and return at once.
 
-        `on_event` gets the events in the order that `events` states: the first `Queued` on this thread before
-        `submit` returns, all others on the worker thread, which it must not keep waiting. `deadline` is on
-        the clock of `time.monotonic`.
+        `on_event` gets the events in the order that `services.api.generation` states: the first `Queued` on
+        this thread before `submit` returns, all others on the worker thread, which it must not keep waiting.
+        `deadline` is on the clock of `time.monotonic`.
 
         Raises `InvalidInputError`, `QueueFullError`, `ServiceUnavailableError`.
         """
@@ -134,19 +112,9 @@ class Engine:
         handle = self.submit(request, events.put, deadline=deadline)
         return _drain(events, handle)
 
-    def generate(self, request: GenerationRequest, *, deadline: float | None = None) -> Result:
+    def generate(self, request: GenerationRequest, *, deadline: float | None = None) -> Generation:
         """Make the clips of `request`. Raises as `submit` does, or what the request failed with."""
-        clips: list[ClipReady] = []
-        for event in self.stream(request, deadline=deadline):
-            match event:
-                case ClipReady():
-                    clips.append(event)
-                case Failed(error=error):
-                    raise error
-                case Finished(timings=timings, warnings=warnings):
-                    ordered = tuple(sorted(clips, key=lambda clip: clip.clip_index))
-                    return Result(clips=ordered, timings=timings, warnings=warnings)
-        raise AssertionError("a request ends with Finished or Failed")
+        return collect(self.stream(request, deadline=deadline))
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no new requests, give those here `drain_seconds` to end, fail the rest, stop the thread.
@@ -198,5 +166,31 @@ def _drain(events: "queue.SimpleQueue[Event]", handle: Handle) -> Iterator[Event
         handle.cancel()
 
 
-def _default(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _describe(pipeline: TangoPipeline, config: EngineConfig, model: ModelVersion) -> GenerationModel:
+    geometry, defaults = pipeline.geometry, pipeline.config
+    return GenerationModel(
+        model=model,
+        geometry=ModelGeometry(
+            sampling_rate=geometry.sampling_rate,
+            hop_length=geometry.hop_length,
+            mel_bins=geometry.mel_bins,
+            latent_channels=geometry.latent_channels,
+            latent_downsampling=geometry.latent_downsampling,
+            duration_grid=geometry.grid * geometry.frame_multiple,
+        ),
+        limits=Limits(
+            max_prompt_characters=config.max_prompt_characters,
+            min_duration=geometry.min_duration,
+            max_duration=geometry.max_duration,
+            max_clip_count=config.max_clip_count,
+            max_steps=pipeline.scheduler.config.num_train_timesteps,
+            schedulers=SCHEDULERS,
+        ),
+        defaults=Defaults(
+            duration=defaults.default_duration,
+            num_inference_steps=defaults.default_num_inference_steps,
+            guidance_scale=defaults.default_guidance_scale,
+            scheduler=defaults.default_scheduler,
+            sampling_rate=geometry.sampling_rate,
+        ),
+    )

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from services.api.generation import Event, GenerationRequest, Progress, Timings
 from services.engine.batching import rows_of
-from services.engine.events import Event, Progress, Timings
 from services.engine.prompts import EmbeddedPrompt
-from services.engine.request import GenerationRequest
 from services.models.tango.pipeline import TangoPipeline, clip_generator
 
 
@@ -107,6 +106,7 @@ class Job:
             encode=self.encode_seconds,
             denoise=self.last_step_at - self.first_step_at,
             decode=self.decode_seconds,
+            total=time.monotonic() - self.submitted_at,
         )
 
     def warnings(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from services.engine.events import Failed, Finished
+from services.api.generation import Failed, Finished
 from services.errors import DeadlineExceededError, RequestCancelledError
 
 _SMOOTHING = 0.1

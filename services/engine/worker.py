@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from services.api.generation import Clip, Event, Failed, Finished, Preview, Queued, quantise_mel
+from services.api.model import ModelVersion
 from services.engine.admission import Admission, Ticket
 from services.engine.batching import decodes_this_turn, entry_work, next_turn, row_shapes
 from services.engine.config import EngineConfig
 from services.engine.denoiser import Denoiser
-from services.engine.events import ClipReady, Event, Failed, Finished, Preview, Queued
 from services.engine.jobs import GroupKey, Job, Slot
 from services.engine.prompts import PromptCache
 from services.engine.stats import Meter
@@ -40,9 +41,15 @@ class Worker:
     """Everything that happens on the worker thread."""
 
     def __init__(
-        self, pipeline: TangoPipeline, config: EngineConfig, admission: Admission, meter: Meter
+        self,
+        pipeline: TangoPipeline,
+        model: ModelVersion,
+        config: EngineConfig,
+        admission: Admission,
+        meter: Meter,
     ) -> None:
         self._pipeline = pipeline
+        self._model = model
         self._config = config
         self._admission = admission
         self._meter = meter
@@ -245,7 +252,9 @@ class Worker:
             return
         geometry = self._pipeline.geometry
         frames = -(-geometry.samples(slot.job.request.duration) // geometry.hop_length)
-        self._tell(slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=mel_TM[:frames]))
+        self._tell(
+            slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM[:frames]))
+        )
 
     # -------------------------------------------------------------------------------------------- who is done
 
@@ -267,12 +276,9 @@ class Worker:
         job.clips_done += 1
         rate = self._pipeline.geometry.sampling_rate
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)
-        clip = ClipReady(
-            clip_index=slot.index, waveform=waveform_N, sampling_rate=rate, seed=job.request.seed
-        )
-        self._tell(job, clip)
+        self._tell(job, Clip.of_samples(waveform_N, rate, index=slot.index, seed=job.request.seed))
         if job.clips_done == job.request.clip_count:
-            self._end(job, Finished(timings=job.timings(), warnings=job.warnings()))
+            self._end(job, Finished(model=self._model, warnings=job.warnings(), timings=job.timings()))
 
     def _decode(self, slot: Slot) -> NDArray[np.float32]:
         """Return the slot's waveform, [N]. One clip at a time, so that its bits depend on no other."""

@@ -1,132 +1,74 @@
-"""Between the wire and the engine: requests in, events out. Pure functions.
+"""Between the wire and `services.api.generation`: requests in, events out. Pure functions.
 
-Shapes: N samples, T mel frames, M mel bins.
+Shapes: T mel frames, M mel bins.
 """
 
-import math
-import secrets
-from dataclasses import dataclass
-from typing import TypedDict, Unpack
-
-import numpy as np
-from google.protobuf.duration_pb2 import Duration
-from numpy.typing import NDArray
+from typing import Any, cast
 
 from milonga.v1 import audio_pb2
 from milonga.v1 import generation_pb2 as pb
-from services.audio.encoding import (
-    DEFAULT_ENCODING,
-    ENCODINGS,
-    MAX_SAMPLING_RATE,
-    MIN_SAMPLING_RATE,
-    encode_audio,
-    encoding_name,
+from services.api.generation import (
+    Clip,
+    Finished,
+    GenerationModel,
+    GenerationOptions,
+    GenerationRequest,
+    Limits,
+    Preview,
+    Progress,
+    Queued,
+    Timings,
+    Update,
+    violations,
 )
-from services.engine import Engine
-from services.engine.events import ClipReady, Preview, Progress, Queued, Timings
-from services.engine.request import GenerationRequest, Limits, violations
+from services.audio.encoding import MAX_SAMPLING_RATE, MIN_SAMPLING_RATE
 from services.errors import FieldViolation, InvalidInputError
-from services.models.tango.geometry import Geometry
-from services.weights.uri import ResolvedModel
-
-# Drawn seeds stay below 2**32: easy to type, and exact in JSON.
-_DRAWN_SEED_BITS = 32
-# Room for headers of files and for the fields around the sound.
-_CLIP_OVERHEAD_BYTES = 4096
-# The range of a preview's bytes: the mel spectrogram's floor, and ten times full scale.
-_PREVIEW_FLOOR, _PREVIEW_CEILING = math.log(1e-5), math.log(10.0)
+from services.wire import (
+    WIRE_ENCODINGS,
+    encoding_name,
+    read_duration,
+    write_duration,
+    write_version,
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """What a field that is left out means."""
-
-    duration: float
-    """Seconds."""
-    num_inference_steps: int
-    """Denoising steps."""
-    guidance_scale: float
-    """Classifier-free guidance."""
-    scheduler: str
-    """Name of a scheduler."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OutputFormat:
-    """How the caller wants the sound."""
-
-    encoding: str
-    """A key of `services.audio.encoding.ENCODINGS`."""
-    sampling_rate: int
-    """Hertz."""
-
-
-class Reading(TypedDict):
-    """What a request is read against."""
-
-    limits: Limits
-    """What a request may ask for."""
-    defaults: Defaults
-    """What a field that is left out means."""
-    sampling_rate: int
-    """The model's own, in hertz."""
-
-
-def reading_of(engine: Engine) -> Reading:
-    """Return what requests to `engine` are read against."""
-    config = engine.pipeline.config
-    return {
-        "limits": engine.limits,
-        "defaults": Defaults(
-            duration=config.default_duration,
-            num_inference_steps=config.default_num_inference_steps,
-            guidance_scale=config.default_guidance_scale,
-            scheduler=config.default_scheduler,
-        ),
-        "sampling_rate": engine.pipeline.geometry.sampling_rate,
-    }
-
-
-def read_request(
-    message: pb.GenerateAudioRequest, **reading: Unpack[Reading]
-) -> tuple[GenerationRequest, OutputFormat]:
+def read_request(message: pb.GenerateAudioRequest, model: GenerationModel) -> GenerationRequest:
     """Return what GenerateAudio asks for, complete.
 
     Raises:
         InvalidInputError: with every violated field.
     """
-    request = _request(message, reading["defaults"])
-    output, faults = _output(message, reading["sampling_rate"])
-    _refuse(*violations(request, reading["limits"]), *faults)
-    return request, output
+    request, faults = _read(message, model, preview_interval_steps=0)
+    if faults:
+        raise InvalidInputError(*faults)
+    return request
 
 
-def read_stream_request(
-    message: pb.StreamGenerateAudioRequest, **reading: Unpack[Reading]
-) -> tuple[GenerationRequest, OutputFormat]:
+def read_stream_request(message: pb.StreamGenerateAudioRequest, model: GenerationModel) -> GenerationRequest:
     """As `read_request`, for StreamGenerateAudio; the inner request's fields are ``request.prompt``."""
-    request = _request(message.request, reading["defaults"], message.preview_interval_steps)
-    output, faults = _output(message.request, reading["sampling_rate"])
-    _refuse(*(_as_streamed(fault) for fault in (*violations(request, reading["limits"]), *faults)))
-    return request, output
+    request, faults = _read(message.request, model, preview_interval_steps=message.preview_interval_steps)
+    if faults:
+        raise InvalidInputError(*map(_as_streamed, faults))
+    return request
 
 
-def write_clip(event: ClipReady, output: OutputFormat) -> pb.GeneratedClip:
+def write_clip(clip: Clip, encoding: str, sampling_rate: int) -> pb.GeneratedClip:
     """Encode one clip. Takes milliseconds: call it off the event loop."""
+    encoded = clip.encoded(encoding, sampling_rate)
     return pb.GeneratedClip(
         clip=audio_pb2.Clip(
-            audio=encode_audio(event.waveform, event.sampling_rate, output.encoding, output.sampling_rate),
-            encoding=ENCODINGS[output.encoding],
-            sample_rate_hertz=output.sampling_rate,
-            duration=write_duration(len(event.waveform) / event.sampling_rate),
+            audio=encoded.audio,
+            encoding=WIRE_ENCODINGS[encoding],
+            sample_rate_hertz=sampling_rate,
+            duration=write_duration(clip.duration),
         ),
-        clip_index=event.clip_index,
-        seed=event.seed,
+        clip_index=clip.index,
+        seed=clip.seed,
     )
 
 
-def write_event(event: Queued | Progress | Preview) -> pb.StreamGenerateAudioResponse:
-    """Return the message of an event on the way."""
+def write_event(event: Update, request: GenerationRequest, total: float) -> pb.StreamGenerateAudioResponse:
+    """Return the message of an event. `total`: seconds since the call arrived. Clips take milliseconds."""
     match event:
         case Queued():
             return pb.StreamGenerateAudioResponse(queued=pb.QueuedEvent(position=event.position))
@@ -134,6 +76,17 @@ def write_event(event: Queued | Progress | Preview) -> pb.StreamGenerateAudioRes
             return pb.StreamGenerateAudioResponse(progress=_progress(event))
         case Preview():
             return pb.StreamGenerateAudioResponse(preview=_preview(event))
+        case Clip():
+            clip = write_clip(event, request.encoding, request.sampling_rate)
+            return pb.StreamGenerateAudioResponse(clip=clip)
+        case Finished():
+            return pb.StreamGenerateAudioResponse(
+                finished=pb.FinishedEvent(
+                    model=write_version(event.model),
+                    warnings=event.warnings,
+                    timings=write_timings(event.timings, total),
+                )
+            )
 
 
 def write_timings(timings: Timings, total: float) -> pb.GenerationTimings:
@@ -147,83 +100,55 @@ def write_timings(timings: Timings, total: float) -> pb.GenerationTimings:
     )
 
 
-def write_model(
-    model: ResolvedModel, geometry: Geometry, limits: Limits, defaults: Defaults
-) -> pb.GetModelResponse:
+def write_model(model: GenerationModel) -> pb.GetModelResponse:
     """Return the answer of GetModel."""
+    geometry, defaults = model.geometry, model.defaults
     return pb.GetModelResponse(
-        model=model.message(),
+        model=write_version(model.model),
         geometry=pb.ModelGeometry(
             sample_rate_hertz=geometry.sampling_rate,
             hop_length=geometry.hop_length,
             mel_bin_count=geometry.mel_bins,
             latent_channel_count=geometry.latent_channels,
             latent_downsampling=geometry.latent_downsampling,
-            duration_grid=write_duration(geometry.grid * geometry.frame_multiple),
+            duration_grid=write_duration(geometry.duration_grid),
         ),
-        limits=_limits(limits),
+        limits=_limits(model.limits),
         defaults=pb.GenerationDefaults(
             duration=write_duration(defaults.duration),
-            clip_count=1,
+            clip_count=defaults.clip_count,
             num_inference_steps=defaults.num_inference_steps,
             guidance_scale=defaults.guidance_scale,
             scheduler=defaults.scheduler,
-            encoding=ENCODINGS[DEFAULT_ENCODING],
-            sample_rate_hertz=geometry.sampling_rate,
+            encoding=WIRE_ENCODINGS[defaults.encoding],
+            sample_rate_hertz=defaults.sampling_rate,
         ),
     )
 
 
-def max_response_bytes(limits: Limits) -> int:
-    """Return the size of the largest answer: every clip at the longest, in float32 at the highest rate."""
-    samples = math.ceil(limits.max_duration * MAX_SAMPLING_RATE)
-    return limits.max_clip_count * (samples * np.dtype(np.float32).itemsize + _CLIP_OVERHEAD_BYTES)
-
-
-def _request(
-    message: pb.GenerateAudioRequest, defaults: Defaults, preview_interval: int = 0
-) -> GenerationRequest:
-    def given(name: str) -> bool:
-        return message.HasField(name)  # type: ignore[arg-type]
-
-    return GenerationRequest(
-        prompt=message.prompt,
-        negative_prompt=message.negative_prompt,
-        duration=_seconds(message.duration) if given("duration") else defaults.duration,
-        clip_count=message.clip_count if given("clip_count") else 1,
-        seed=message.seed if given("seed") else secrets.randbits(_DRAWN_SEED_BITS),
-        num_inference_steps=(
-            message.num_inference_steps if given("num_inference_steps") else defaults.num_inference_steps
-        ),
-        guidance_scale=message.guidance_scale if given("guidance_scale") else defaults.guidance_scale,
-        scheduler=message.scheduler or defaults.scheduler,
-        preview_interval_steps=preview_interval,
+def _read(
+    message: pb.GenerateAudioRequest, model: GenerationModel, *, preview_interval_steps: int
+) -> tuple[GenerationRequest, tuple[FieldViolation, ...]]:
+    """Return the request, and its violations under the field names of `GenerateAudioRequest`."""
+    options: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    faults: list[FieldViolation] = []
+    prompt = options.pop("prompt", "")
+    if "duration" in options:
+        options["duration"] = read_duration(message.duration)
+    if "sample_rate_hertz" in options:
+        options["sampling_rate"] = options.pop("sample_rate_hertz")
+    if "encoding" in options:
+        options["encoding"] = encoding_name(message.encoding)
+        if options["encoding"] is None:
+            names = ", ".join(audio_pb2.AudioEncoding.Name(value) for value in WIRE_ENCODINGS.values())
+            faults.append(FieldViolation("encoding", f"is {message.encoding}, must be one of {names}"))
+    request = GenerationRequest.of(
+        prompt,
+        model.defaults,
+        preview_interval_steps=preview_interval_steps,
+        **cast(GenerationOptions, options),
     )
-
-
-def _output(
-    message: pb.GenerateAudioRequest, sampling_rate: int
-) -> tuple[OutputFormat, tuple[FieldViolation, ...]]:
-    faults = []
-    encoding = encoding_name(message.encoding)
-    if encoding is None:
-        names = ", ".join(audio_pb2.AudioEncoding.Name(value) for value in ENCODINGS.values())
-        faults.append(FieldViolation("encoding", f"is {message.encoding}, must be one of {names}"))
-    rate = message.sample_rate_hertz if message.HasField("sample_rate_hertz") else sampling_rate
-    if not MIN_SAMPLING_RATE <= rate <= MAX_SAMPLING_RATE:
-        bounds = f"between {MIN_SAMPLING_RATE} and {MAX_SAMPLING_RATE} hertz"
-        faults.append(
-            FieldViolation(
-                "sample_rate_hertz",
-                f"is {rate}, must be {bounds}; leave it out for the model's own, {sampling_rate}",
-            )
-        )
-    return OutputFormat(encoding=encoding or DEFAULT_ENCODING, sampling_rate=rate), tuple(faults)
-
-
-def _refuse(*faults: FieldViolation) -> None:
-    if faults:
-        raise InvalidInputError(*faults)
+    return request, (*violations(request, model.limits), *faults)
 
 
 def _as_streamed(fault: FieldViolation) -> FieldViolation:
@@ -248,14 +173,8 @@ def _preview(event: Preview) -> pb.PreviewEvent:
         step=event.step,
         frame_count=frames,
         mel_bin_count=bins,
-        log_mel=_quantise(event.mel_TM).tobytes(),
+        log_mel=event.mel_TM.tobytes(),
     )
-
-
-def _quantise(mel_TM: NDArray[np.float32]) -> NDArray[np.uint8]:
-    share_TM = (mel_TM - _PREVIEW_FLOOR) / (_PREVIEW_CEILING - _PREVIEW_FLOOR)
-    levels_TM: NDArray[np.uint8] = np.rint(np.clip(np.nan_to_num(share_TM), 0.0, 1.0) * 255).astype(np.uint8)
-    return levels_TM
 
 
 def _limits(limits: Limits) -> pb.GenerationLimits:
@@ -269,19 +188,8 @@ def _limits(limits: Limits) -> pb.GenerationLimits:
         min_guidance_scale=0.0,
         max_guidance_scale=limits.max_guidance_scale,
         schedulers=limits.schedulers,
-        encodings=ENCODINGS.values(),
+        encodings=WIRE_ENCODINGS.values(),
         min_sample_rate_hertz=MIN_SAMPLING_RATE,
         max_sample_rate_hertz=MAX_SAMPLING_RATE,
-        max_response_bytes=max_response_bytes(limits),
+        max_response_bytes=limits.max_response_bytes,
     )
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
-
-
-def write_duration(seconds: float) -> Duration:
-    """Return the message of a length of time."""
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

@@ -4,7 +4,6 @@ Row i is the clip that GenerateAudio makes of prompt i with seed i, bit for bit.
 Shapes: n prompts, N samples.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine import ClipReady, Finished, Progress, Queued
-from services.engine.request import GenerationRequest, violations
+from services.api.generation import Clip, Finished, GenerationRequest, Progress, Queued, violations
 from services.errors import FieldViolation, InvalidInputError
-from services.generation import convert
 from services.generation.operator import TokenCheck, read_uri
 from services.generation.running import run
 from services.generation.slot import EngineSlot, Served
@@ -103,7 +100,7 @@ class LeasedTango:
         requests = [
             engine.request(
                 prompt,
-                negative_prompt=negative_prompt or "",
+                negative_prompt=negative_prompt,
                 duration=duration,
                 seed=seed,
                 num_inference_steps=steps,
@@ -148,19 +145,18 @@ class LeasedTango:
     ) -> AsyncGenerator[Response, None]:
         """Yield progress and each clip as it is done; without `stream`, all clips at once."""
         rate = self._served.engine.pipeline.geometry.sampling_rate
-        clips: dict[int, ClipReady] = {}
+        clips: dict[int, Clip] = {}
         rows: dict[int, Row] = {}
         async with aclosing(run(self._served.engine, job, caller)) as events:
             async for index, event in events:
                 match event:
                     case Queued() | Progress() if stream:
                         yield _progress(index, event)
-                    case ClipReady():
+                    case Clip():
                         clips[index] = event
                     case Finished():
-                        # Off the event loop, as the native API does it.
-                        waveform_N = await asyncio.to_thread(_waveform, clips[index])
-                        rows[index] = Row(waveform_N=waveform_N, seed=clips[index].seed, finished=event)
+                        clip = clips[index]
+                        rows[index] = Row(waveform_N=clip.waveform(), seed=clip.seed, finished=event)
                         if stream:
                             final = len(rows) == len(job)
                             yield self._audio(
@@ -201,12 +197,6 @@ class SlotOperator:
     async def load(self, uri: str) -> None:
         """Serve what `uri` names."""
         await self._slot.switch(read_uri(uri))
-
-
-def _waveform(event: ClipReady) -> NDArray[np.float32]:
-    """[N]: the very samples that the native API sends as FLOAT32."""
-    output = convert.OutputFormat(encoding="float32", sampling_rate=event.sampling_rate)
-    return np.frombuffer(convert.write_clip(event, output).clip.audio, dtype="<f4")
 
 
 def _progress(row: int, event: Queued | Progress) -> Response:

@@ -8,9 +8,9 @@ import grpc.aio
 from milonga.v1 import operator_pb2 as pb
 from milonga.v1 import operator_pb2_grpc as rpc
 from services.errors import FieldViolation, InvalidInputError, UnauthenticatedError
-from services.generation.convert import write_duration
 from services.generation.slot import EngineSlot
 from services.weights.uri import ModelURI
+from services.wire import write_duration, write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["OperatorService"].full_name
 
@@ -29,7 +29,9 @@ class OperatorServicer(rpc.OperatorServiceServicer):
         self._check_token(context)
         switch = await self._slot.switch(read_uri(request.model_uri))
         return pb.SwitchModelResponse(
-            previous=switch.previous, current=switch.current, elapsed=write_duration(switch.seconds)
+            previous=write_version(switch.previous),
+            current=write_version(switch.current),
+            elapsed=write_duration(switch.seconds),
         )
 
 

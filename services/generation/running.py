@@ -1,33 +1,20 @@
-"""Requests of one call on the engine, and their events as the engine tells them."""
+"""The requests of one call on the engine, and their events as they come."""
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from services.engine import (
-    ClipReady,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Preview,
-    Progress,
-    Queued,
-)
-from services.engine.jobs import Handle
+from services.api.generation import Event, Failed, Finished, GenerationRequest, Update
+from services.engine import Engine, Handle
 from services.inference.model import Caller
-
-Told = Queued | Progress | Preview | ClipReady | Finished
-"""The engine's events but `Failed`, which is raised."""
 
 
 async def run(
     engine: Engine, requests: Sequence[GenerationRequest], caller: Caller
-) -> AsyncGenerator[tuple[int, Told], None]:
-    """Yield the index of a request and what the engine tells of it, until each of `requests` is `Finished`.
+) -> AsyncGenerator[tuple[int, Update], None]:
+    """Yield the index of a request and its next event, until each of `requests` is `Finished`.
 
-    Raises what one failed with, or what refused it; then, and left early, the places of all are freed.
+    Raises what one failed with, or what refused it. Then, and when left early, all are cancelled.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

@@ -71,7 +71,7 @@ def _load(settings: GenerationSettings, uri: ModelURI) -> "EngineSlot":
     # Only now: torch takes seconds to import, and a wrong setting should be known at once.
     from services.generation.slot import EngineSlot, Served, load_engine
 
-    return EngineSlot(Served(load_engine(settings, model), model), partial(load_engine, settings))
+    return EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
 
 
 def _describe(slot: "EngineSlot") -> dict[str, Any]:

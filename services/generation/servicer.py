@@ -4,17 +4,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc.aio
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
-from milonga.v1 import model_pb2
-from services.engine import ClipReady, Finished
+from services.api.generation import Clip, Finished
 from services.generation import convert
 from services.generation.running import run
 from services.generation.slot import EngineSlot
+from services.wire import write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -28,56 +29,40 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         self._slot = slot
 
     async def GenerateAudio(
-        self, request: pb.GenerateAudioRequest, context: Context
+        self, message: pb.GenerateAudioRequest, context: Context
     ) -> pb.GenerateAudioResponse:
         """See generation.proto."""
         start = time.monotonic()
         clips: list[pb.GeneratedClip] = []
         with self._slot.lease() as served:
-            job, output = convert.read_request(request, **served.reading)
-            response = pb.GenerateAudioResponse(model=served.version)
-            async with aclosing(run(served.engine, [job], context)) as events:
+            request = convert.read_request(message, served.engine.description)
+            response = pb.GenerateAudioResponse()
+            async with aclosing(run(served.engine, [request], context)) as events:
                 async for _, event in events:
-                    if isinstance(event, ClipReady):
-                        clips.append(await _clip(event, output))
+                    if isinstance(event, Clip):
+                        encode = partial(convert.write_clip, event, request.encoding, request.sampling_rate)
+                        clips.append(await asyncio.to_thread(encode))
                     elif isinstance(event, Finished):
-                        response.warnings.extend(event.warnings)
                         total = time.monotonic() - start
+                        response.model.CopyFrom(write_version(event.model))
+                        response.warnings.extend(event.warnings)
                         response.timings.CopyFrom(convert.write_timings(event.timings, total))
         response.clips.extend(sorted(clips, key=lambda clip: clip.clip_index))
         return response
 
     async def StreamGenerateAudio(
-        self, request: pb.StreamGenerateAudioRequest, context: Context
+        self, message: pb.StreamGenerateAudioRequest, context: Context
     ) -> AsyncGenerator[pb.StreamGenerateAudioResponse, None]:
         """See generation.proto."""
         start = time.monotonic()
         with self._slot.lease() as served:
-            job, output = convert.read_stream_request(request, **served.reading)
-            async with aclosing(run(served.engine, [job], context)) as events:
+            request = convert.read_stream_request(message, served.engine.description)
+            async with aclosing(run(served.engine, [request], context)) as events:
                 async for _, event in events:
-                    if isinstance(event, ClipReady):
-                        yield pb.StreamGenerateAudioResponse(clip=await _clip(event, output))
-                    elif isinstance(event, Finished):
-                        yield _finished(served.version, event, time.monotonic() - start)
-                    else:
-                        yield convert.write_event(event)
+                    write = partial(convert.write_event, event, request, time.monotonic() - start)
+                    # Encoding ten seconds of sound takes tens of milliseconds: off the event loop.
+                    yield await asyncio.to_thread(write) if isinstance(event, Clip) else write()
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
-        return self._slot.current.description
-
-
-def _finished(
-    version: model_pb2.ModelVersion, event: Finished, total: float
-) -> pb.StreamGenerateAudioResponse:
-    return pb.StreamGenerateAudioResponse(
-        finished=pb.FinishedEvent(
-            model=version, warnings=event.warnings, timings=convert.write_timings(event.timings, total)
-        )
-    )
-
-
-async def _clip(event: ClipReady, output: convert.OutputFormat) -> pb.GeneratedClip:
-    # Off the event loop: encoding ten seconds takes tens of milliseconds.
-    return await asyncio.to_thread(convert.write_clip, event, output)
+        return convert.write_model(self._slot.current.engine.description)

@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import torch
 
-from milonga.v1 import model_pb2
+from services.api.model import ModelSwitch, ModelVersion
 from services.engine import Engine, EngineConfig, EngineStats
 from services.errors import (
     AlreadyUnderWayError,
@@ -27,7 +27,6 @@ from services.errors import (
     ModelFormatError,
     ServiceUnavailableError,
 )
-from services.generation import convert
 from services.generation.settings import GenerationSettings
 from services.models.tango.geometry import Geometry
 from services.models.tango.loading import load_tango
@@ -42,32 +41,20 @@ _TRIAL_PROMPT = "a sound"
 
 
 class Served:
-    """One model on its engine, and what the service says of it."""
+    """One model on its engine."""
 
-    def __init__(self, engine: Engine, model: ResolvedModel) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine = engine
-        self.folder = model.folder
-        self.version = model.message()
-        self.reading = convert.reading_of(engine)
-        self.description = convert.write_model(
-            model, engine.pipeline.geometry, engine.limits, self.reading["defaults"]
-        )
+        self.folder = folder
         self.calls = 0
         """Calls that hold it."""
         self.left = asyncio.Event()
         """Set when no call holds it, and none will again."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Switch:
-    """What a switch changed."""
-
-    previous: model_pb2.ModelVersion
-    """What was served."""
-    current: model_pb2.ModelVersion
-    """What new calls get."""
-    seconds: float
-    """From the request until then."""
+    @property
+    def version(self) -> ModelVersion:
+        """Which weights it is."""
+        return self.engine.description.model
 
 
 class EngineSlot:
@@ -77,7 +64,7 @@ class EngineSlot:
         """`load` makes the engine of another model; it runs on a thread."""
         self._current = served
         self._load = load
-        self._switching: asyncio.Task[Switch] | None = None
+        self._switching: asyncio.Task[ModelSwitch] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
         # What closed engines counted, and the open ones: one attribute, so that threads read both or neither.
@@ -105,7 +92,7 @@ class EngineSlot:
             served.calls -= 1
             self._let_go(served)
 
-    async def switch(self, uri: ModelURI) -> Switch:
+    async def switch(self, uri: ModelURI) -> ModelSwitch:
         """Load what `uri` names beside the served model, and give it to new calls.
 
         Once begun it goes on to its end, even if whoever waits here is cancelled.
@@ -133,21 +120,21 @@ class EngineSlot:
         self._retire(self._current)
         await asyncio.gather(*self._leaving)
 
-    async def _switch(self, uri: ModelURI) -> Switch:
+    async def _switch(self, uri: ModelURI) -> ModelSwitch:
         start = time.monotonic()
         previous = self._current
         model = await asyncio.to_thread(resolve, uri)
-        if model.message() != previous.version:
+        if model.identity != previous.version:
             served = await asyncio.to_thread(self._open, model, previous.engine.pipeline.geometry)
             closed, opened = self._counts
             self._counts = (closed, (*opened, served))
             self._current = served
             self._retire(previous)
-        return Switch(
+        return ModelSwitch(
             previous=previous.version, current=self._current.version, seconds=time.monotonic() - start
         )
 
-    def _switch_ended(self, task: asyncio.Task[Switch]) -> None:
+    def _switch_ended(self, task: asyncio.Task[ModelSwitch]) -> None:
         self._switching = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
@@ -171,13 +158,13 @@ class EngineSlot:
             try:
                 _check_family(model, engine.pipeline.geometry, geometry)
                 _try_out(model, engine)
-                return Served(engine, model)
+                return Served(engine, model.folder)
             except BaseException:
                 engine.close()
                 raise
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelError(
-                f"model: {model.name} {model.version} does not fit into memory beside the served model; "
+                f"model: {_named(model)} does not fit into memory beside the served model; "
                 "start a service with it instead"
             ) from error
 
@@ -214,9 +201,13 @@ def _check_family(model: ResolvedModel, found: Geometry, served: Geometry) -> No
     ]
     if wrong:
         raise ModelFormatError(
-            f"model: {model.name} {model.version} is of another kind than the served model: "
+            f"model: {_named(model)} is of another kind than the served model: "
             f"{', '.join(wrong)}; start a service with it instead"
         )
+
+
+def _named(model: ResolvedModel) -> str:
+    return f"{model.identity.name} {model.identity.version}"
 
 
 def _try_out(model: ResolvedModel, engine: Engine) -> None:
@@ -230,13 +221,14 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelFormatError(f"model: {model.name} {model.version} makes no sound: {reason}") from error
+        raise ModelFormatError(f"model: {_named(model)} makes no sound: {reason}") from error
 
 
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
     config = _engine_config(settings)
-    return Engine(load_tango(model.folder, device=settings.device, dtype=settings.dtype), config)
+    pipeline = load_tango(model.folder, device=settings.device, dtype=settings.dtype)
+    return Engine(pipeline, config, model.identity)
 
 
 def _engine_config(settings: GenerationSettings) -> EngineConfig:

@@ -16,5 +16,5 @@ async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
     """Load the engine of a version folder. Raises `MilongaError`."""
     version = served_models(folder)[PART]
     settings = read_settings(GenerationSettings, parameters, model=file_uri(version))
-    slot = EngineSlot(Served(load_engine(settings, version), version), partial(load_engine, settings))
+    slot = EngineSlot(Served(load_engine(settings, version), version.folder), partial(load_engine, settings))
     return Opened(model=TangoModel(slot), close=slot.close)

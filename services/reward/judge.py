@@ -32,7 +32,8 @@ class Judge:
         clap: which CLAP model they stand on.
         settings: how calls are gathered.
         """
-        self.version, self.clap = version, clap
+        self.version, self.clap = version.identity, clap.identity
+        self.folder = version.folder
         self.sampling_rate = model.clap.sampling_rate
         self._model, self._threads = model, settings.threads
         self._batcher: MicroBatcher[Pair, float] = MicroBatcher(

@@ -68,6 +68,6 @@ def _describe(judge: "Judge") -> dict[str, Any]:
         "model": judge.version.name,
         "version": judge.version.version,
         "digest": judge.version.digest,
-        "folder": str(judge.version.folder),
+        "folder": str(judge.folder),
         "clap": {"model": judge.clap.name, "digest": judge.clap.digest},
     }

@@ -6,6 +6,7 @@ from services.audio.clips import AudioBounds, read_pairs
 from services.reward import convert
 from services.reward.judge import Judge, Pair
 from services.runtime.offloading import OffLoop
+from services.wire import write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
 
@@ -19,10 +20,10 @@ class RewardServicer(rpc.RewardServiceServicer):
     def __init__(self, judge: Judge, bounds: AudioBounds, *, max_request_bytes: int) -> None:
         self._judge, self._bounds = judge, bounds
         self._off_loop = OffLoop()
-        self._version = judge.version.message()
+        self._version = write_version(judge.version)
         self._description = pb.GetRewardModelResponse(
             model=self._version,
-            clap=judge.clap.message(),
+            clap=write_version(judge.clap),
             limits=bounds.message(max_request_bytes),
             sample_rate_hertz=judge.sampling_rate,
         )

@@ -20,7 +20,7 @@ async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
         RewardSettings, parameters, model=file_uri(versions[REWARD]), clap=file_uri(versions[CLAP])
     )
     judge = load(settings)
-    judge.version = versions[REWARD]
+    judge.version = versions[REWARD].identity
     bounds = AudioBounds(max_batch_size=settings.max_batch_size)
     servicer = RewardServicer(judge, bounds, max_request_bytes=settings.max_request_bytes)
     return Opened(model=JudgeModel(servicer, judge, bounds), close=judge.close)

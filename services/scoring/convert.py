@@ -15,6 +15,7 @@ from milonga.v1 import scoring_pb2 as pb
 from services.audio.clips import AudioBounds, read_clips, read_pairs, read_prompts
 from services.errors import FieldViolation, InvalidInputError
 from services.scoring.scorers import Panel, Scorer
+from services.wire import write_version
 
 Prepared = dict[Scorer, list[Tensor]]
 """Clips as each scorer hears them."""
@@ -99,7 +100,7 @@ def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
     return [
         pb.Scorer(
             name=name,
-            model=scorer.version.message(),
+            model=write_version(scorer.version),
             dimension=scorer.dimension,
             sample_rate_hertz=scorer.sampling_rate,
         )

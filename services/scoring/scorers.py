@@ -60,7 +60,7 @@ class Scorer:
     """A loaded model. Its audio side and its text side have a worker thread and batches each."""
 
     def __init__(self, model: EmbeddingModel, version: ResolvedModel, config: BatchConfig) -> None:
-        self.version = version
+        self.version = version.identity
         self.sampling_rate, self.dimension = model.sampling_rate, model.dimension
         self._model, self._threads = model, config.threads
         self._audio: MicroBatcher[Tensor, Embedding] = MicroBatcher(

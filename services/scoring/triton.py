@@ -19,7 +19,7 @@ async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
     settings = read_settings(ScoringSettings, parameters, scorers=uris)
     scorers = load(settings)
     for name, scorer in scorers.items():
-        scorer.version = versions[name]
+        scorer.version = versions[name].identity
     bounds = AudioBounds(max_batch_size=settings.max_batch_size)
     servicer = ScoringServicer(scorers, bounds, max_request_bytes=settings.max_request_bytes)
     return Opened(model=ClapModel(servicer, scorers, bounds), close=lambda: close(scorers))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from milonga.v1 import model_pb2
+from services.api.model import ModelVersion
 from services.errors import (
     DigestMismatchError,
     FieldViolation,
@@ -91,20 +91,13 @@ class ResolvedModel:
 
     folder: Path
     """The model folder; of LAION's checkpoints the file."""
-    name: str
-    """Name of the model."""
-    version: str
-    """Version of the weights."""
-    digest: str
-    """`sha256:` and the digest over every file."""
-    license: str
-    """SPDX identifier of the weights' licence, or `unknown`."""
+    identity: ModelVersion
+    """Which weights these are."""
 
-    def message(self) -> model_pb2.ModelVersion:
-        """The identity of the weights, for the wire."""
-        return model_pb2.ModelVersion(
-            name=self.name, version=self.version, digest=self.digest, license=self.license
-        )
+    @property
+    def digest(self) -> str:
+        """`sha256:` and the digest over every file."""
+        return self.identity.digest
 
 
 def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
@@ -151,10 +144,12 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
     manifest = verify_manifest(folder, uri.digest)
     return ResolvedModel(
         folder=folder,
-        name=manifest.name,
-        version=manifest.version,
-        digest=manifest.digest,
-        license=manifest.license,
+        identity=ModelVersion(
+            name=manifest.name,
+            version=manifest.version,
+            digest=manifest.digest,
+            license=manifest.license,
+        ),
     )
 
 
@@ -169,7 +164,8 @@ def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
         ) from error
     if pin not in (None, digest):
         raise DigestMismatchError(f"{path} is {digest}, not {pin}; correct the pin or the model URI")
-    return ResolvedModel(folder=path, name=path.stem, version="unversioned", digest=digest, license="unknown")
+    identity = ModelVersion(name=path.stem, version="unversioned", digest=digest, license="unknown")
+    return ResolvedModel(folder=path, identity=identity)
 
 
 def _registered(uri: ModelURI) -> ResolvedModel:
@@ -179,10 +175,12 @@ def _registered(uri: ModelURI) -> ResolvedModel:
     found = fetch(uri.path, pin=uri.digest)
     return ResolvedModel(
         folder=found.folder,
-        name=found.name,
-        version=found.version,
-        digest=found.digest,
-        license=read_manifest(found.folder).license,
+        identity=ModelVersion(
+            name=found.name,
+            version=found.version,
+            digest=found.digest,
+            license=read_manifest(found.folder).license,
+        ),
     )
 
 

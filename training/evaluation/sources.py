@@ -20,8 +20,9 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from services.api.generation import Clip, Event, Failed, Finished
 from services.audio.encoding import encode_audio
-from services.engine import ClipReady, Engine, EngineConfig, Event, Failed, Finished
+from services.engine import Engine, EngineConfig
 from services.errors import FieldViolation, InvalidInputError
 from services.models.tango.loading import load_tango
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
@@ -151,13 +152,7 @@ def clips_of(source: Source, plan: Sequence[Asked], config: EvaluationConfig, ca
         gc.collect()  # the model goes before the next one comes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    model = source.model
-    identity = {
-        "name": model.name,
-        "version": model.version,
-        "digest": model.digest,
-        "license": model.license,
-    }
+    identity = asdict(source.model.identity)
     return Clips(name=source.name, files=tuple(files.values()), identity=identity)
 
 
@@ -184,8 +179,8 @@ def _generate(
         while running:
             asked, event = events.get()
             match event:
-                case ClipReady():
-                    yield asked, event.waveform, event.sampling_rate
+                case Clip():
+                    yield asked, event.waveform(), event.sampling_rate
                     bar.update()
                 case Failed(error=error):
                     raise error

@@ -323,7 +323,8 @@ def check_architecture(start: ResolvedModel, reference: ResolvedModel) -> None:
             name = differing[0]
             raise invalid(
                 "reference",
-                f"{reference.name} has another architecture than the start {start.name} ({part}.{name} is "
+                f"{reference.identity.name} has another architecture than the start "
+                f"{start.identity.name} ({part}.{name} is "
                 f"{theirs.get(name)}, not {ours.get(name)}); give the model that the start came from",
             )
 
@@ -397,7 +398,11 @@ def finish_session(
     config, start = session.config, session.start
     report: dict[str, Any] = {
         "stage": stage,
-        "parent": {"name": start.name, "version": start.version, "digest": start.digest},
+        "parent": {
+            "name": start.identity.name,
+            "version": start.identity.version,
+            "digest": start.digest,
+        },
         "data": {"files": {Path(p).name: digest for p, digest in session.sources.items()}, **data},
         "parameters": policy.counts(),
         "steps": steps,
@@ -413,7 +418,7 @@ def finish_session(
             dtype=config.weights,
             name=config.name,
             version=config.version,
-            license=config.license or start.license,
+            license=config.license or start.identity.license,
         )
     session.accelerator.wait_for_everyone()
     return report

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.api.model import ModelVersion
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardModel, load_reward
-from services.weights.uri import ModelURI, ResolvedModel, resolve
+from services.weights.uri import ModelURI, resolve
 from training.data.store import invalid
 
 
@@ -39,7 +40,7 @@ class LoadedScorer:
     """A scorer, and which weights it is."""
 
     model: ClapScorer
-    version: ResolvedModel
+    version: ModelVersion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class LoadedReward:
     """A reward model, and which weights it is."""
 
     model: RewardModel
-    version: ResolvedModel
+    version: ModelVersion
 
 
 def load_clap_scorer(uri: str, device: str = "auto") -> LoadedScorer:
@@ -72,7 +73,7 @@ def load_clap_scorer(uri: str, device: str = "auto") -> LoadedScorer:
             from services.models.clap.loading import load_clap
 
             model = load_clap(version.folder, device=device)
-    return LoadedScorer(model=model, version=version)
+    return LoadedScorer(model=model, version=version.identity)
 
 
 def load_reward_scorer(uri: str, clap: str, device: str = "auto") -> LoadedReward:
@@ -81,4 +82,5 @@ def load_reward_scorer(uri: str, clap: str, device: str = "auto") -> LoadedRewar
     if not isinstance(stand.model, ClapModel):
         raise invalid("clap", f"is {clap}, which shows no tokens; give laion:PATH")
     version = resolve(ModelURI.parse(uri))
-    return LoadedReward(model=load_reward(version.folder, stand.model, stand.version.digest), version=version)
+    reward = load_reward(version.folder, stand.model, stand.version.digest)
+    return LoadedReward(model=reward, version=version.identity)

@@ -273,7 +273,7 @@ def _named(config: ScoresConfig) -> dict[str, str]:
     for text in config.scorers:
         given = _NAMED.fullmatch(text)
         uri = given[2] if given else text
-        name = given[1] if given else resolve(ModelURI.parse(uri)).name
+        name = given[1] if given else resolve(ModelURI.parse(uri)).identity.name
         if name in found or name == REWARD:
             raise invalid(
                 "scorers", f"{uri} would be called {name}, as another is; give it a name: NAME={uri}"

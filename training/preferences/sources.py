@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from services.audio.encoding import encode_audio
 from services.client import AudioClient, ModelVersion
 from services.errors import MilongaError
 from services.models.folders import DTYPES
@@ -94,10 +93,9 @@ class ClipSource(Protocol):
 def model_of(config: SourceConfig) -> ModelVersion:
     """Which weights make the clips, without loading them."""
     if config.server is None:
-        return version_of(resolve(ModelURI.parse(config.model)))
+        return resolve(ModelURI.parse(config.model)).identity
     with AudioClient(config.server, timeout=config.timeout) as client:
-        model = client.get_model().model
-    return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
+        return client.get_model().model
 
 
 def open_source(config: SourceConfig) -> ClipSource:
@@ -125,7 +123,7 @@ class EngineSource:
     """An engine in this process, which is closed with it."""
 
     def __init__(self, engine: "Engine", model: ResolvedModel, config: SourceConfig) -> None:
-        self.model = version_of(model)
+        self.model = model.identity
         self._engine, self._config = engine, config
 
     def make(self, job: Job) -> bytes:
@@ -139,9 +137,7 @@ class EngineSource:
             scheduler=job.scheduler,
         )
         clip = self._engine.generate(request).clips[0]
-        return encode_audio(
-            clip.waveform, clip.sampling_rate, self._config.encoding, self._config.sampling_rate
-        )
+        return clip.encoded(self._config.encoding, self._config.sampling_rate).audio
 
     def close(self) -> None:
         """See `ClipSource`."""
@@ -179,8 +175,3 @@ class ServiceSource:
     def close(self) -> None:
         """See `ClipSource`."""
         self._client.close()
-
-
-def version_of(model: ResolvedModel) -> ModelVersion:
-    """The identity of resolved weights, as the client tells it."""
-    return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)

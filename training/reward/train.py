@@ -154,7 +154,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
             "steps": fitted.steps,
             "examples": {split: counts(examples[split]) for split in SPLITS},
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
-            "clap": {"uri": config.clap, "name": resolved.name, "digest": resolved.digest},
+            "clap": {"uri": config.clap, "name": resolved.identity.name, "digest": resolved.digest},
             "settings": flatten(config),
         }
         calibrated, png = model.calibrated(temperature), plot(heard, temperature)
@@ -228,7 +228,7 @@ def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel
     sizes = RewardConfig(
         text_width=clap.text_width,
         audio_width=clap.audio_width,
-        clap_name=resolved.name,
+        clap_name=resolved.identity.name,
         clap_digest=resolved.digest,
         **asdict(config.head),
     )

@@ -94,7 +94,8 @@ def settled_start(uri: str, output: Path) -> str:
     path = output / START
     if not path.exists():
         found = resolve(uri)
-        write_atomically(path, f"models:/{found.name}/{found.version}#{found.digest}\n")
+        version = found.identity
+        write_atomically(path, f"models:/{version.name}/{version.version}#{version.digest}\n")
     return path.read_text(encoding="utf-8").strip()
 
 

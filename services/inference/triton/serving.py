@@ -29,20 +29,14 @@ def served_models(folder: Path) -> dict[str, ResolvedModel]:
         raise ModelFormatError(
             f"{folder / SERVED} can't be read: {error}; write it with milonga triton export"
         ) from error
-    return {
-        part: replace(
-            resolve(
-                ModelURI(
-                    scheme="laion" if weights.checkpoint else "file",
-                    path=str(folder / WEIGHTS / part / weights.checkpoint),
-                    digest=weights.digest,
-                )
-            ),
-            name=weights.name,
-            version=weights.version,
-        )
-        for part, weights in served.items()
-    }
+    found: dict[str, ResolvedModel] = {}
+    for part, weights in served.items():
+        path = folder / WEIGHTS / part / weights.checkpoint
+        scheme = "laion" if weights.checkpoint else "file"
+        model = resolve(ModelURI(scheme=scheme, path=str(path), digest=weights.digest))
+        identity = replace(model.identity, name=weights.name, version=weights.version)
+        found[part] = replace(model, identity=identity)
+    return found
 
 
 def file_uri(model: ResolvedModel) -> str:

@@ -9,6 +9,7 @@ from milonga.v1.audio_pb2 import Clip, PromptedClip
 from services.audio.clips import AudioBounds, check_prompt, read_clip, read_clips, read_pairs, read_prompts
 from services.audio.encoding import ENCODINGS, encode_audio
 from services.errors import FieldViolation, InvalidInputError
+from services.wire import WIRE_ENCODINGS
 from tests.services.audio.sounds import (
     RATE,
     file_of,
@@ -37,7 +38,7 @@ def _refusals(clip: Clip, bounds: AudioBounds = BOUNDS) -> tuple[FieldViolation,
 def test_what_our_services_answer_can_be_sent_on(encoding: str, rate: int) -> None:
     sent = Clip(
         audio=encode_audio(tone(rate=rate), rate, encoding),
-        encoding=ENCODINGS[encoding],
+        encoding=WIRE_ENCODINGS[encoding],
         sample_rate_hertz=rate,
     )
     read = read_clip(sent, "clip", BOUNDS)

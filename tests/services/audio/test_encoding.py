@@ -5,8 +5,9 @@ import pytest
 import soundfile
 
 from milonga.v1 import audio_pb2
-from services.audio.encoding import ENCODINGS, decode_audio, encode_audio, encoding_name
+from services.audio.encoding import ENCODINGS, decode_audio, encode_audio
 from services.audio.resampling import resample
+from services.wire import encoding_name
 
 
 def _tone(seconds: float = 0.64, rate: int = 16_000) -> np.ndarray:
@@ -77,4 +78,4 @@ def test_resampling_to_the_same_rate_changes_nothing() -> None:
 def test_every_wire_encoding_has_a_name() -> None:
     assert {encoding_name(value) for value in audio_pb2.AudioEncoding.values()} == set(ENCODINGS)
     assert encoding_name(audio_pb2.AUDIO_ENCODING_UNSPECIFIED) == "wav"
-    assert encoding_name(99) is None  # type: ignore[arg-type]  # an open enum carries what it does not know
+    assert encoding_name(99) is None  # type: ignore[arg-type]  # an open enum may carry unknown values

@@ -450,9 +450,9 @@ def test_services_choose_as_the_client_does(
     # A batch's shape moves the last digits, which may put near equals into another order.
     told = {(one["seed"], one["clip_index"]): one["value"] for one in record["candidates"]}
     assert len(told) == 10
-    for one in best.clips:
+    for one in best.candidates:
         assert told[one.clip.seed, one.clip.index] == pytest.approx(one.value, abs=1e-4)
-    assert [model["digest"] for model in record["judges"]] == [model.digest for model in best.judges]
+    assert [model["digest"] for model in record["judges"]] == [model.digest for model in best.scorers]
     kept = record["clips"][0]
     assert told[kept["seed"], kept["clip_index"]] == max(told.values())
 

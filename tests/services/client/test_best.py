@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 from milonga.v1 import generation_pb2
+from services.api.best import next_seed, portions
 from services.client import Best
-from services.client.best import next_seed, portions
 from services.errors import InvalidInputError, ServiceUnavailableError
 from tests.services.client.serving import Told, ask
 
@@ -51,11 +51,11 @@ def test_seeds_are_reproducible_and_all_different() -> None:
 def test_the_best_comes_first(face: str, told: Told, target: str, rank_by: Any) -> None:
     best = _best(face, target, candidates=3, seed=11, rank_by=rank_by, num_inference_steps=5)
     # Worth 77, 80, 83, by index.
-    assert [judged.clip.index for judged in best.clips] == [2, 1, 0]
+    assert [clip.index for clip in best.clips] == [2, 1, 0]
     expected = [83.0, 80.0, 77.0] if rank_by == "reward" else [0.6225, 0.6, 0.5775]
-    assert [judged.value for judged in best.clips] == pytest.approx(expected)
+    assert [one.value for one in best.candidates] == pytest.approx(expected)
     assert best.rank_by == rank_by
-    assert [judge.name for judge in best.judges] == (["told"] if rank_by == "reward" else ["told"] * 2)
+    assert [judge.name for judge in best.scorers] == (["told"] if rank_by == "reward" else ["told"] * 2)
     assert [clip.index for clip in best.generation.clips] == [0, 1, 2]
     assert _seeds(told) == [(11, 3)]
 
@@ -64,11 +64,13 @@ def test_more_candidates_than_a_call_makes_come_from_several(face: str, told: To
     best = _best(face, target, candidates=8, seed=11)
     (first, second, third) = _seeds(told)
     assert (first, second[1], third[1]) == ((11, 3), 3, 2)
-    noise = [(judged.clip.seed, judged.clip.index) for judged in best.clips]
+    noise = [(clip.seed, clip.index) for clip in best.clips]
     assert len(set(noise)) == 8
-    assert [judged.value for judged in best.clips] == sorted((j.value for j in best.clips), reverse=True)
-    # The judge takes four at once.
-    assert [judged.value for judged in best.clips] == [float(j.clip.audio[0]) for j in best.clips]
+    assert [one.value for one in best.candidates] == sorted(
+        (one.value for one in best.candidates), reverse=True
+    )
+    # The reward service takes four at once.
+    assert [one.value for one in best.candidates] == [float(clip.audio[0]) for clip in best.clips]
     assert (best.generation.seed, best.generation.timings.total) == (11, 6.0)
     assert best.generation.warnings == ("told",)
     assert _best(face, target, candidates=8, seed=11) == best

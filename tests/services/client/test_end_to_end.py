@@ -79,16 +79,16 @@ def test_the_best_of_several_is_what_the_judge_says(client: AudioClient, rank_by
         seed=5,
         encoding="float32",
     )
-    assert len({judged.clip.audio for judged in best.clips}) == 4
+    assert len({clip.audio for clip in best.clips}) == 4
     assert (
         best.generation.clips[:3] == client.generate(PROMPT, seed=5, clip_count=3, encoding="float32").clips
     )
-    pairs = [(PROMPT, judged.clip) for judged in best.clips]
+    pairs = [(PROMPT, clip) for clip in best.clips]
     if rank_by == "reward":
         expected = [reward.logit for reward in client.compute_rewards(pairs).rewards]
     else:
         expected = client.score_audio(pairs).values.mean(axis=1).tolist()
-    assert [judged.value for judged in best.clips] == pytest.approx(expected, abs=1e-5)
+    assert [one.value for one in best.candidates] == pytest.approx(expected, abs=1e-5)
     assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from services.engine import ClipReady, Event, Failed, Finished
+from services.api.generation import Clip, Event, Failed, Finished
 from services.models.tango.pipeline import TangoPipeline
 
 E = TypeVar("E")
@@ -74,10 +74,10 @@ class Watch:
         assert self.ended.wait(TIMEOUT), f"still running after {TIMEOUT} s: {self.events[-1:]}"
         return self.events[-1]
 
-    def clips(self) -> list[ClipReady]:
+    def clips(self) -> list[Clip]:
         last = self.wait()
         assert isinstance(last, Finished), last
-        return sorted(self.of(ClipReady), key=lambda clip: clip.clip_index)
+        return sorted(self.of(Clip), key=lambda clip: clip.index)
 
     def error(self) -> Exception:
         last = self.wait()

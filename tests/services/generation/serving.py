@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 import torch
 
+from services.api.model import ModelVersion
 from services.engine import Engine, EngineConfig
 from services.generation.serve import add_generation
 from services.generation.slot import EngineSlot, Served
@@ -23,7 +24,8 @@ from services.weights.uri import ResolvedModel
 from tests.tiny import tiny_pipeline
 
 MODEL = ResolvedModel(
-    folder=Path("tiny"), name="tiny", version="1", digest="sha256:" + "0" * 64, license="Apache-2.0"
+    folder=Path("tiny"),
+    identity=ModelVersion(name="tiny", version="1", digest="sha256:" + "0" * 64, license="Apache-2.0"),
 )
 
 
@@ -44,12 +46,12 @@ Started = Future[tuple[Server, EngineSlot, asyncio.AbstractEventLoop]]
 
 
 def _nothing_to_load(model: ResolvedModel) -> Engine:
-    raise AssertionError(f"nobody asked for {model.name}")
+    raise AssertionError(f"nobody asked for {model.identity.name}")
 
 
 def tiny_engine(**config: Any) -> Engine:
     torch.set_num_threads(1)
-    return Engine(tiny_pipeline(), EngineConfig(threads=1, **config))
+    return Engine(tiny_pipeline(), EngineConfig(threads=1, **config), MODEL.identity)
 
 
 @contextmanager
@@ -92,7 +94,7 @@ async def _serve(
     try:
         metrics = ServerMetrics()
         server = Server(settings, metrics)
-        slot = EngineSlot(Served(engine, MODEL), load)
+        slot = EngineSlot(Served(engine, MODEL.folder), load)
         add_generation(server, metrics, slot, token)
         await server.start()
         started.set_result((server, slot, asyncio.get_running_loop()))

@@ -4,27 +4,44 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from milonga.v1 import audio_pb2
 from milonga.v1 import generation_pb2 as pb
-from services.engine import GenerationRequest, Limits, Preview, Progress, Queued
-from services.errors import InvalidInputError
-from services.generation.convert import (
+from services.api.generation import (
     Defaults,
-    OutputFormat,
-    Reading,
-    read_request,
-    read_stream_request,
-    write_event,
+    GenerationModel,
+    GenerationRequest,
+    Limits,
+    ModelGeometry,
+    Preview,
+    Progress,
+    Queued,
+    quantise_mel,
 )
+from services.api.model import UNVERSIONED
+from services.client.generation import read_model
+from services.errors import InvalidInputError
+from services.generation.convert import read_request, read_stream_request, write_event, write_model
 
-READING: Reading = {
-    "limits": Limits(min_duration=0.04, max_duration=10.24, schedulers=("ddpm", "unipc")),
-    "defaults": Defaults(duration=10.24, num_inference_steps=100, guidance_scale=3.0, scheduler="ddpm"),
-    "sampling_rate": 16_000,
-}
+MODEL = GenerationModel(
+    model=UNVERSIONED,
+    geometry=ModelGeometry(
+        sampling_rate=16_000,
+        hop_length=160,
+        mel_bins=64,
+        latent_channels=8,
+        latent_downsampling=4,
+        duration_grid=0.32,
+    ),
+    limits=Limits(min_duration=0.04, max_duration=10.24, schedulers=("ddpm", "unipc")),
+    defaults=Defaults(
+        duration=10.24, num_inference_steps=100, guidance_scale=3.0, scheduler="ddpm", sampling_rate=16_000
+    ),
+)
+REQUEST = GenerationRequest.of("rain", MODEL.defaults, seed=0)
 
 
 def test_what_is_left_out_takes_the_defaults() -> None:
-    request, output = read_request(pb.GenerateAudioRequest(prompt="rain", seed=0), **READING)
+    request = read_request(pb.GenerateAudioRequest(prompt="rain", seed=0), MODEL)
     assert request == GenerationRequest(
         prompt="rain",
         duration=10.24,
@@ -32,8 +49,9 @@ def test_what_is_left_out_takes_the_defaults() -> None:
         num_inference_steps=100,
         guidance_scale=3.0,
         scheduler="ddpm",
+        encoding="wav",
+        sampling_rate=16_000,
     )
-    assert output == OutputFormat(encoding="wav", sampling_rate=16_000)
 
 
 def test_what_is_given_arrives_exactly() -> None:
@@ -46,10 +64,11 @@ def test_what_is_given_arrives_exactly() -> None:
         num_inference_steps=7,
         guidance_scale=0.1,
         scheduler="unipc",
+        encoding=audio_pb2.AUDIO_ENCODING_FLAC,
         sample_rate_hertz=44_100,
     )
-    request, output = read_stream_request(
-        pb.StreamGenerateAudioRequest(request=message, preview_interval_steps=2), **READING
+    request = read_stream_request(
+        pb.StreamGenerateAudioRequest(request=message, preview_interval_steps=2), MODEL
     )
     assert request == GenerationRequest(
         prompt="rain",
@@ -60,27 +79,40 @@ def test_what_is_given_arrives_exactly() -> None:
         num_inference_steps=7,
         guidance_scale=0.1,
         scheduler="unipc",
+        encoding="flac",
+        sampling_rate=44_100,
         preview_interval_steps=2,
     )
-    assert output.sampling_rate == 44_100
+
+
+def test_an_unknown_encoding_is_refused_by_the_names_of_the_wire() -> None:
+    message = pb.GenerateAudioRequest(prompt="rain", encoding=99)  # type: ignore[arg-type]  # an open enum
+    with pytest.raises(InvalidInputError, match="encoding: is 99, must be one of AUDIO_ENCODING_WAV"):
+        read_request(message, MODEL)
+
+
+def test_a_model_survives_the_wire() -> None:
+    assert read_model(write_model(MODEL)) == MODEL
 
 
 @pytest.mark.parametrize("zero", ["clip_count", "num_inference_steps", "sample_rate_hertz"])
 def test_zero_is_not_the_same_as_left_out(zero: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        read_request(pb.GenerateAudioRequest(prompt="rain", **{zero: 0}), **READING)  # type: ignore[arg-type]
+        read_request(pb.GenerateAudioRequest(prompt="rain", **{zero: 0}), MODEL)  # type: ignore[arg-type]
     assert [violation.field for violation in caught.value.violations] == [zero]
 
 
 def test_an_empty_stream_request_names_the_inner_field() -> None:
     with pytest.raises(InvalidInputError, match=r"request\.prompt"):
-        read_stream_request(pb.StreamGenerateAudioRequest(), **READING)
+        read_stream_request(pb.StreamGenerateAudioRequest(), MODEL)
 
 
 def test_events_become_messages() -> None:
-    assert write_event(Queued(position=3)).queued.position == 3
+    assert write_event(Queued(position=3), REQUEST, 0.0).queued.position == 3
     progress = write_event(
-        Progress(clip_index=1, step=2, num_inference_steps=4, fraction=0.5, seconds_left=None)
+        Progress(clip_index=1, step=2, num_inference_steps=4, fraction=0.5, seconds_left=None),
+        REQUEST,
+        0.0,
     ).progress
     assert (progress.clip_index, progress.step, progress.fraction) == (1, 2, 0.5)
     assert not progress.HasField("time_left")
@@ -90,7 +122,8 @@ def test_a_preview_is_quantised_between_silence_and_loudest() -> None:
     mel_TM = np.array(
         [[math.log(1e-5), math.log(10), -99.0], [99.0, math.nan, math.log(1e-2)]], dtype=np.float32
     )
-    preview = write_event(Preview(clip_index=0, step=5, mel_TM=mel_TM)).preview
+    event = Preview(clip_index=0, step=5, mel_TM=quantise_mel(mel_TM))
+    preview = write_event(event, REQUEST, 0.0).preview
     assert (preview.frame_count, preview.mel_bin_count, preview.step) == (2, 3, 5)
     levels = list(preview.log_mel)
     assert levels[:4] == [0, 255, 0, 255]

@@ -484,7 +484,8 @@ def test_a_server_that_drains_is_live_and_not_ready() -> None:
 
 
 def _load(model: ResolvedModel) -> Engine:
-    return Engine(load_tango(model.folder), EngineConfig(threads=1, batch_shapes=(1,)))
+    config = EngineConfig(threads=1, batch_shapes=(1,))
+    return Engine(load_tango(model.folder), config, model.identity)
 
 
 def _config(uri: str) -> str:

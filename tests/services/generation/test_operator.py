@@ -59,7 +59,8 @@ class Loading:
     def __call__(self, model: ResolvedModel) -> Engine:
         self.begun.set()
         assert self.allowed.wait(60)
-        engine = Engine(load_tango(model.folder), EngineConfig(threads=1, batch_shapes=(1,)))
+        config = EngineConfig(threads=1, batch_shapes=(1,))
+        engine = Engine(load_tango(model.folder), config, model.identity)
         self.engines.append(engine)
         return engine
 
@@ -103,13 +104,13 @@ def _clip(client: AudioClient, **options: Any) -> tuple[str, bytes]:
 def test_new_requests_start_on_the_new_model(client: AudioClient, second: Path) -> None:
     before = _clip(client)
     switch = client.switch_model(f"file:{second}", token=TOKEN)
-    assert (switch.previous.name, switch.previous.digest) == (MODEL.name, MODEL.digest)
+    assert (switch.previous.name, switch.previous.digest) == (MODEL.identity.name, MODEL.digest)
     assert (switch.current.name, switch.current.version) == ("second", "2")
     assert switch.seconds > 0
     after = _clip(client)
     assert after[0] == client.get_model().model.name == "second"
     with Engine(load_tango(second), EngineConfig(threads=1, batch_shapes=(1,))) as alone:
-        assert after[1] == alone.generate(alone.request(PROMPT, seed=7)).clips[0].waveform.tobytes()
+        assert after[1] == alone.generate(alone.request(PROMPT, seed=7)).clips[0].waveform().tobytes()
     assert before[0] == "tiny"
     assert before[1] != after[1]
 

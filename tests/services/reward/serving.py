@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2_grpc as rpc
+from services.api.model import ModelVersion
 from services.models.manifest import write_manifest
 from services.models.reward.model import RewardModel
 from services.reward.judge import Judge
@@ -31,10 +32,12 @@ from services.weights.uri import ResolvedModel
 from tests.tiny import tiny_clap, tiny_reward
 
 CLAP = ResolvedModel(
-    folder=Path("clap"), name="tiny-clap", version="1", digest="sha256:" + "0" * 64, license="Apache-2.0"
+    folder=Path("clap"),
+    identity=ModelVersion(name="tiny-clap", version="1", digest="sha256:" + "0" * 64, license="Apache-2.0"),
 )
 MODEL = ResolvedModel(
-    folder=Path("tiny"), name="tiny", version="2", digest="sha256:" + "1" * 64, license="Apache-2.0"
+    folder=Path("tiny"),
+    identity=ModelVersion(name="tiny", version="2", digest="sha256:" + "1" * 64, license="Apache-2.0"),
 )
 
 

@@ -59,7 +59,7 @@ def test_each_clip_is_judged_for_its_own_prompt(served: Served, model: RewardMod
     assert [reward.logit for reward in answer.rewards] == pytest.approx(wanted, abs=1e-4)
     for reward in answer.rewards:
         assert reward.probability == pytest.approx(1 / (1 + math.exp(-reward.logit)))
-    assert (answer.model.name, answer.model.digest) == (MODEL.name, MODEL.digest)
+    assert (answer.model.name, answer.model.digest) == (MODEL.identity.name, MODEL.digest)
 
 
 def test_a_wav_file_in_stereo_at_another_rate_is_heard(served: Served, model: RewardModel) -> None:

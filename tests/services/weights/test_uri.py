@@ -123,8 +123,8 @@ def test_a_pinned_version_in_the_cache_needs_no_registry(
     (tmp_path / "models").mkdir()
     kept = made.rename(tmp_path / "models" / digest.removeprefix("sha256:"))
     found = resolve(f"models:/milonga-tango/3#{digest}")
-    assert (found.folder, found.name, found.version) == (kept, "milonga-tango", "3")
-    assert (found.digest, found.license) == (digest, "MIT")
+    assert (found.folder, found.identity.name, found.identity.version) == (kept, "milonga-tango", "3")
+    assert (found.digest, found.identity.license) == (digest, "MIT")
     # An alias may have moved, and damaged files are none.
     with pytest.raises(ModelError, match="mlflow"):
         resolve(f"models:/milonga-tango@champion#{digest}")
@@ -138,7 +138,7 @@ def test_a_folder_resolves_to_its_digest_and_the_pin_is_checked(tmp_path: Path) 
     folder = tmp_path / "tiny"
     tiny_pipeline().save_pretrained(folder)
     model = resolve(f"file:{folder}")
-    assert (model.folder, model.name) == (folder, "tiny")
+    assert (model.folder, model.identity.name) == (folder, "tiny")
     assert resolve(f"file:{folder}#{model.digest}") == model
     with pytest.raises(DigestMismatchError) as caught:
         resolve(f"file:{folder}#{PIN}")
@@ -156,8 +156,8 @@ def test_a_laion_checkpoint_is_known_by_its_bytes(tmp_path: Path, scheme: str) -
     path = tmp_path / "630k-best.pt"
     path.write_bytes(b"weights")
     model = resolve(f"{scheme}:{path}")
-    assert (model.folder, model.name, model.version) == (path, "630k-best", "unversioned")
-    assert model.license == "unknown"
+    assert (model.folder, model.identity.name, model.identity.version) == (path, "630k-best", "unversioned")
+    assert model.identity.license == "unknown"
     assert model.digest == f"sha256:{hashlib.sha256(b'weights').hexdigest()}"
     assert resolve(f"{scheme}:{path}#{model.digest}") == model
     with pytest.raises(DigestMismatchError, match=PIN) as caught:

@@ -16,7 +16,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from services.engine import Engine, Event, GenerationRequest, Handle
+from services.api.generation import Event, GenerationRequest
+from services.engine import Engine, Handle
 from services.errors import InvalidInputError, ModelNotFoundError
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.mini.tagger import EventTagger

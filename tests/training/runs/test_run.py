@@ -29,7 +29,7 @@ def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twic
     assert (done.registered.name, done.registered.alias) == ("milonga-tango", "challenger")
     assert done.registered.created
     assert resolve("models:/milonga-tango@challenger").digest == done.registered.digest
-    assert resolve("models:/milonga-reward@challenger").version == "1"
+    assert resolve("models:/milonga-reward@challenger").identity.version == "1"
     assert any("present_and_in_order" in line for line in done.lines)
 
     client = mlflow.MlflowClient()

@@ -77,8 +77,8 @@ def test_a_model_becomes_a_version_that_resolves_back_to_the_same_files(
     assert done.uri == f"models:/milonga-tango/1#{digest}"
     for uri in ("models:/milonga-tango/1", "models:/milonga-tango@challenger", done.uri):
         found = resolve(uri)
-        assert (found.name, found.version, found.digest) == ("milonga-tango", "1", digest)
-        assert found.license == "CC-BY-NC-SA-4.0"
+        assert (found.identity.name, found.identity.version, found.digest) == ("milonga-tango", "1", digest)
+        assert found.identity.license == "CC-BY-NC-SA-4.0"
         assert verify_manifest(found.folder).digest == digest
         assert found.folder == tmp_path / "cache" / "models" / digest.removeprefix("sha256:")
     assert (found.folder / "README.md").exists()
@@ -167,8 +167,8 @@ def test_the_same_files_are_registered_once_and_an_alias_moves(store: str, model
     write_manifest(model, name="tuned", version="4", license="CC-BY-NC-SA-4.0")
     second = register(model)
     assert (second.version, second.created) == ("2", True)
-    assert resolve("models:/milonga-tango@challenger").version == "2"
-    assert resolve("models:/milonga-tango@champion").version == "1"
+    assert resolve("models:/milonga-tango@challenger").identity.version == "2"
+    assert resolve("models:/milonga-tango@champion").identity.version == "1"
     assert versions(store, "milonga-tango") == ["1", "2"]
 
 
@@ -253,7 +253,7 @@ def test_a_remote_registry_gets_the_files_themselves(
     shutil.rmtree(model)
     shutil.rmtree(tmp_path / "cache")
     found = resolve("models:/milonga-tango@champion")
-    assert (found.version, found.digest) == (done.version, manifest.digest)
+    assert (found.identity.version, found.digest) == (done.version, manifest.digest)
     version = MlflowClient(server.uri, server.uri).get_model_version("milonga-tango", done.version)
     assert (version.run_id, version.source) == (tracker.run_id, f"runs:/{tracker.run_id}/milonga-tango")
     assert len(list(server.artifacts.rglob("milonga.json"))) == 1

@@ -22,7 +22,7 @@ from services.audio.resampling import resample
 from services.client import TLS, AudioClient
 from services.errors import FieldViolation, InvalidInputError
 from services.models.reward.model import RewardModel
-from services.weights.uri import ResolvedModel
+from services.wire import read_version
 from training.data.store import digest_of
 from training.evaluation.hearing import Heard, Panel, References, hear, hear_references, open_panel
 from training.evaluation.report import differences_of, figures_of, measure, split_units
@@ -216,7 +216,7 @@ def remote_scorers(address: str, names: Sequence[str], tls: TLS | None = None) -
     return {
         name: LoadedScorer(
             model=_RemoteClap(client, name, served[name].sample_rate_hertz),
-            version=_version(served[name].model),
+            version=read_version(served[name].model),
         )
         for name in names
     }
@@ -226,7 +226,7 @@ def remote_reward(address: str, tls: TLS | None = None) -> LoadedReward:
     """The reward model of a reward service."""
     client = AudioClient(reward=address, tls=tls)
     model = client.get_reward_model().model
-    return LoadedReward(model=cast(RewardModel, _RemoteReward(client)), version=_version(model))
+    return LoadedReward(model=cast(RewardModel, _RemoteReward(client)), version=read_version(model))
 
 
 class _RemoteClap:
@@ -260,9 +260,3 @@ class _RemoteReward:
     def reward(self, prompts: Sequence[str], clips: Sequence[Any]) -> Tensor:
         rewards = self._client.compute_rewards(list(zip(prompts, clips, strict=True))).rewards
         return torch.tensor([reward.logit for reward in rewards])
-
-
-def _version(model: Any) -> ResolvedModel:
-    return ResolvedModel(
-        folder=Path(), name=model.name, version=model.version, digest=model.digest, license=model.license
-    )

@@ -293,10 +293,13 @@ class TritonTarget:
         if uri.scheme == "models":
             # Into the cache, where `resolve` finds it: that would ask the registry of MLFLOW_TRACKING_URI.
             fetch(uri.path, pin=uri.digest, uri=self._registry.uri)
-        found = resolve(uri)
+        model_found = resolve(uri)
+        found = model_found.identity
         highest, _ = self._highest()
         (part,) = self._repository.weights(MODEL, highest)
-        weights = Weights(name=found.name, version=found.version, digest=found.digest, folder=found.folder)
+        weights = Weights(
+            name=found.name, version=found.version, digest=found.digest, folder=model_found.folder
+        )
         code = self._repository.code(MODEL, highest)
         return Exported(config=self._config(model), code=code, weights={part: weights})
 

@@ -142,7 +142,7 @@ def test_what_is_served_is_known_by_its_registered_name(tmp_path: Path) -> None:
     served = {"name": "milonga-clap", "version": "7", "digest": CLAP}
     (folder / "served.json").write_text(json.dumps({"format": 1, "weights": {"clap": served}}))
     model = served_models(folder)["clap"]
-    assert (model.name, model.version, model.digest) == ("milonga-clap", "7", CLAP)
+    assert (model.identity.name, model.identity.version, model.digest) == ("milonga-clap", "7", CLAP)
     for wrong in ("", "[]", '{"format": 2, "weights": {}}', '{"format": 1, "weights": {"clap": {}}}'):
         (folder / "served.json").write_text(wrong)
         with pytest.raises(ModelFormatError, match="milonga triton export"):

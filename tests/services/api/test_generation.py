@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.engine import GenerationRequest, Limits, validate, violations
+from services.api.generation import GenerationRequest, Limits, validate, violations
 from services.errors import InvalidInputError
 
 LIMITS = Limits(min_duration=0.04, max_duration=10.24, schedulers=("ddpm", "ddim"))
@@ -14,6 +14,7 @@ GOOD = GenerationRequest(
     num_inference_steps=25,
     guidance_scale=3.0,
     scheduler="ddpm",
+    sampling_rate=16_000,
 )
 
 
@@ -71,6 +72,7 @@ def test_the_bounds_are_inclusive(change: dict[str, object]) -> None:
         ("scheduler", "euler", "must be one of ddpm, ddim"),
         ("scheduler", "x" * 10_000, "must be one of"),
         ("preview_interval_steps", -1, "is -1"),
+        ("encoding", "mp3", "must be one of wav, flac, ogg, linear16, float32"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_the_limit(field: str, value: object, says: str) -> None:
@@ -78,6 +80,13 @@ def test_a_bad_field_is_named_with_its_value_and_the_limit(field: str, value: ob
     assert violation.field == field
     assert says in violation.description
     assert len(violation.description) < 200
+
+
+@pytest.mark.parametrize("rate", [0, 7_999, 48_001])
+def test_a_sampling_rate_is_named_as_on_the_wire(rate: int) -> None:
+    (violation,) = violations(replace(GOOD, sampling_rate=rate), LIMITS)
+    assert violation.field == "sample_rate_hertz"
+    assert "between 8000 and 48000 hertz" in violation.description
 
 
 def test_all_violations_come_at_once() -> None:

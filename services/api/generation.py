@@ -1,0 +1,423 @@
+"""One generation: the request, the events on the way to its clips, and the port `ClipMaker`.
+
+A request's events come in this order, from an engine in this process as from a service::
+
+    Queued+  (Progress | Preview | Clip)*  (Finished | Failed)
+
+Exactly one `Finished` or `Failed` ends a request. Field names are those of the wire, except `sampling_rate`,
+which is `sample_rate_hertz` there. Shapes: N samples, T mel frames, M mel bins.
+"""
+
+import math
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol, Self, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.api.model import ModelVersion
+from services.audio.encoding import (
+    DEFAULT_ENCODING,
+    ENCODINGS,
+    MAX_SAMPLING_RATE,
+    MIN_SAMPLING_RATE,
+    decode_audio,
+    encode_audio,
+)
+from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
+from services.errors import FieldViolation, InvalidInputError
+
+DRAWN_SEED_BITS: Final = 32
+"""Seeds that are drawn stay below 2**32: easy to type, and exact in JSON."""
+
+MEL_FLOOR, MEL_CEILING = math.log(1e-5), math.log(10.0)
+"""Range of a preview: the log-mel spectrogram's floor, and ten times full scale."""
+
+# Headers of a sound file, and the fields around the sound.
+_CLIP_OVERHEAD_BYTES = 4096
+
+
+# ---------------------------------------------------------------------------------------------------- request
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keyword arguments of a generation. None, or left out: the model's default."""
+
+    negative_prompt: str | None
+    """What guidance leads away from."""
+    duration: float | None
+    """Length of each clip in seconds."""
+    clip_count: int | None
+    """Different clips of the prompt."""
+    seed: int | None
+    """0 to 2**64 - 1; drawn where it is left out."""
+    num_inference_steps: int | None
+    """Denoising steps."""
+    guidance_scale: float | None
+    """Classifier-free guidance; up to 1 means none."""
+    scheduler: str | None
+    """Name of a scheduler."""
+    encoding: str | None
+    """One of `services.audio.encoding.ENCODINGS`."""
+    sampling_rate: int | None
+    """Hertz of the clips."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What an option that is left out means."""
+
+    duration: float
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    sampling_rate: int
+    """The model's own, in hertz."""
+    negative_prompt: str = ""
+    clip_count: int = 1
+    encoding: str = DEFAULT_ENCODING
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One prompt, and how to turn it into clips. Complete: nothing is left to a default."""
+
+    prompt: str
+    """What the clip should sound like."""
+    negative_prompt: str = ""
+    """What guidance leads away from; the empty string is the plain unconditional embedding."""
+    duration: float
+    """Length of each clip in seconds."""
+    clip_count: int = 1
+    """Clips to make, each from noise of its own: (seed, 0), (seed, 1), ..."""
+    seed: int
+    """Same seed, settings and batch shape: same clip, bit for bit."""
+    num_inference_steps: int
+    """Denoising steps of each clip."""
+    guidance_scale: float
+    """Classifier-free guidance; up to 1 means none."""
+    scheduler: str
+    """Name of a scheduler of the model."""
+    encoding: str = DEFAULT_ENCODING
+    """Of the clips' bytes: one of `services.audio.encoding.ENCODINGS`."""
+    sampling_rate: int
+    """Hertz of the clips."""
+    preview_interval_steps: int = 0
+    """Send a `Preview` of the first clip every so many steps; 0 sends none. Changes no bit of the clips."""
+
+    @classmethod
+    def of(
+        cls,
+        prompt: str,
+        defaults: Defaults,
+        *,
+        preview_interval_steps: int = 0,
+        **options: Unpack[GenerationOptions],
+    ) -> Self:
+        """Return the complete request: what is None takes its default, and the seed is drawn."""
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        given.setdefault("seed", secrets.randbits(DRAWN_SEED_BITS))
+        for name in Defaults.__slots__:
+            given.setdefault(name, getattr(defaults, name))
+        return cls(prompt=prompt, preview_interval_steps=preview_interval_steps, **given)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The ranges that a request must lie in. All bounds are inclusive."""
+
+    max_prompt_characters: int = MAX_PROMPT_CHARACTERS
+    """Longest prompt and negative prompt, in characters."""
+    min_duration: float
+    """Shortest clip in seconds: one latent frame."""
+    max_duration: float
+    """Longest clip in seconds."""
+    max_clip_count: int = 8
+    """Most clips in one request."""
+    max_steps: int = 1000
+    """Most denoising steps: those the model was trained with."""
+    max_guidance_scale: float = 20.0
+    """Beyond this, guidance only saturates."""
+    max_seed: int = 2**64 - 1
+    """Seeds are unsigned 64-bit numbers on the wire."""
+    schedulers: tuple[str, ...]
+    """Names that `scheduler` may take."""
+
+    @property
+    def max_response_bytes(self) -> int:
+        """Size of the largest answer: every clip at the longest, in float32 at the highest rate."""
+        samples = math.ceil(self.max_duration * MAX_SAMPLING_RATE)
+        return self.max_clip_count * (samples * np.dtype(np.float32).itemsize + _CLIP_OVERHEAD_BYTES)
+
+
+def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolation, ...]:
+    """Return every violated field of `request`, in the order of the fields; empty if there is none."""
+    found = (
+        ("prompt", prompt_fault(request.prompt, limits.max_prompt_characters)),
+        (
+            "negative_prompt",
+            prompt_fault(request.negative_prompt, limits.max_prompt_characters, may_be_blank=True),
+        ),
+        ("duration", _number_fault(request.duration, limits.min_duration, limits.max_duration, " s")),
+        ("clip_count", _number_fault(request.clip_count, 1, limits.max_clip_count)),
+        ("seed", _number_fault(request.seed, 0, limits.max_seed)),
+        ("num_inference_steps", _number_fault(request.num_inference_steps, 1, limits.max_steps)),
+        ("guidance_scale", _number_fault(request.guidance_scale, 0, limits.max_guidance_scale)),
+        ("scheduler", _choice_fault(request.scheduler, limits.schedulers)),
+        ("encoding", _choice_fault(request.encoding, ENCODINGS)),
+        (
+            "sample_rate_hertz",
+            _number_fault(request.sampling_rate, MIN_SAMPLING_RATE, MAX_SAMPLING_RATE, " hertz"),
+        ),
+        ("preview_interval_steps", _number_fault(request.preview_interval_steps, 0, limits.max_steps)),
+    )
+    return tuple(FieldViolation(field, fault) for field, fault in found if fault is not None)
+
+
+def validate(request: GenerationRequest, limits: Limits) -> None:
+    """Raise `InvalidInputError` with every violation at once, if there is any."""
+    found = violations(request, limits)
+    if found:
+        raise InvalidInputError(*found)
+
+
+def _number_fault(value: float, low: float, high: float, unit: str = "") -> str | None:
+    # Comparisons with NaN are false, so the finite check is what refuses it.
+    if math.isfinite(value) and low <= value <= high:
+        return None
+    # A duration arrives in binary floating point: show the bounds as a person would write them.
+    return f"is {_plain(value)}{unit}, must be between {_plain(low)} and {_plain(high)}{unit}"
+
+
+def _choice_fault(value: str, choices: Iterable[str]) -> str | None:
+    if value in choices:
+        return None
+    return f"is {value[:40]!r}, must be one of {', '.join(choices)}"
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+# ----------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queued:
+    """The request waits. Sent once at submission, and again whenever the position changes."""
+
+    position: int
+    """Clips of other requests that start before this request's first: 0 is next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """One denoising step of the request is done. Sent once per denoiser call that held any of its clips."""
+
+    clip_index: int
+    """The first of the request's clips that took part in the call."""
+    step: int
+    """Steps that this clip has completed, 1 to `num_inference_steps`."""
+    num_inference_steps: int
+    """Steps that each clip of the request takes."""
+    fraction: float
+    """Exact share of the request's denoising steps that are done, over all its clips: 1.0 before decoding."""
+    seconds_left: float | None
+    """Estimate until the last clip is ready, decoding included; None until there is something to go by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """The first clip as the denoiser estimates it now: a log-mel spectrogram."""
+
+    clip_index: int
+    """Always the request's first clip, 0."""
+    step: int
+    """Steps that the clip has completed."""
+    mel_TM: NDArray[np.uint8]
+    """[T, M], linear in the natural logarithm: 0 is `MEL_FLOOR`, 255 is `MEL_CEILING`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """One clip. The engine gives it as ``float32``, which keeps every bit; services encode it."""
+
+    audio: bytes = field(repr=False)
+    encoding: str
+    """One of `services.audio.encoding.ENCODINGS`."""
+    sampling_rate: int
+    """Hertz."""
+    duration: float
+    """Seconds."""
+    index: int
+    """0 to `clip_count` - 1; clips arrive in the order in which they are done."""
+    seed: int
+    """The request's seed, which with `index` makes this clip again."""
+
+    @classmethod
+    def of_samples(
+        cls, waveform_N: NDArray[np.float32], sampling_rate: int, *, index: int = 0, seed: int = 0
+    ) -> Self:
+        """Return the clip of finite samples [N] within [-1, 1], bit for bit."""
+        return cls(
+            audio=waveform_N.astype("<f4").tobytes(),
+            encoding="float32",
+            sampling_rate=sampling_rate,
+            duration=len(waveform_N) / sampling_rate,
+            index=index,
+            seed=seed,
+        )
+
+    def waveform(self) -> NDArray[np.float32]:
+        """Decode the samples, [N] in [-1, 1]."""
+        return decode_audio(self.audio, self.encoding, self.sampling_rate)[0]
+
+    def encoded(self, encoding: str, sampling_rate: int) -> "Clip":
+        """Return the clip in another encoding, resampled to `sampling_rate` hertz. Takes milliseconds."""
+        if (encoding, sampling_rate) == (self.encoding, self.sampling_rate):
+            return self
+        audio = encode_audio(self.waveform(), self.sampling_rate, encoding, sampling_rate)
+        return replace(self, audio=audio, encoding=encoding, sampling_rate=sampling_rate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Where the request's time went, in seconds of the wall clock."""
+
+    queued: float
+    """From submission until its first clip got a place."""
+    encode: float
+    """Text encoder, for prompt and negative prompt; near 0 when both were known."""
+    denoise: float
+    """From the start of its first denoiser call to the end of its last, other lengths' turns included."""
+    decode: float
+    """Autoencoder and vocoder, summed over its clips."""
+    total: float
+    """From submission to the end; of a service, from the call's arrival."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """All clips were sent."""
+
+    model: ModelVersion
+    """Which weights made them."""
+    warnings: tuple[str, ...]
+    """What the caller should know about the clips, one sentence each."""
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The request ended without (all of) its clips."""
+
+    error: Exception
+    """A `MilongaError` if the cause is known; anything else is a fault of ours."""
+
+
+Update = Queued | Progress | Preview | Clip | Finished
+"""The events of a stream; a failure is raised."""
+
+Event = Update | Failed
+"""What the engine reports of a request."""
+
+
+def quantise_mel(mel_TM: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the bytes of a preview of a natural-log mel spectrogram; see `Preview.mel_TM`."""
+    share_TM = (mel_TM - MEL_FLOOR) / (MEL_CEILING - MEL_FLOOR)
+    levels_TM: NDArray[np.uint8] = np.rint(np.clip(np.nan_to_num(share_TM), 0.0, 1.0) * 255).astype(np.uint8)
+    return levels_TM
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """The clips of one prompt."""
+
+    clips: tuple[Clip, ...]
+    """In the order of their index."""
+    seed: int
+    """Given, or drawn."""
+    model: ModelVersion
+    warnings: tuple[str, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelGeometry:
+    """Sizes of a model's sound. Those that a family has not are 0."""
+
+    sampling_rate: int
+    """Hertz."""
+    hop_length: int
+    """Samples between two mel frames."""
+    mel_bins: int
+    latent_channels: int
+    latent_downsampling: int
+    """Mel frames that a latent frame spans."""
+    duration_grid: float
+    """Seconds by which the length of what is generated grows; clips are cut to their duration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationModel:
+    """Which model makes clips, what may be asked of it, and what it does unasked."""
+
+    model: ModelVersion
+    geometry: ModelGeometry
+    limits: Limits
+    defaults: Defaults
+
+
+def collect(events: Iterable[Event]) -> Generation:
+    """Return the generation that a request's events report. Raises what the request failed with."""
+    clips: list[Clip] = []
+    for event in events:
+        match event:
+            case Clip():
+                clips.append(event)
+            case Failed(error=error):
+                raise error
+            case Finished():
+                return finished_generation(clips, event)
+    raise ValueError("the events ended before the clips were finished")
+
+
+def finished_generation(clips: Iterable[Clip], finished: Finished) -> Generation:
+    """Return the generation of all clips and the last event."""
+    ordered = tuple(sorted(clips, key=lambda clip: clip.index))
+    return Generation(
+        clips=ordered,
+        seed=ordered[0].seed if ordered else 0,
+        model=finished.model,
+        warnings=finished.warnings,
+        timings=finished.timings,
+    )
+
+
+class ClipMaker(Protocol):
+    """Makes clips: `AudioClient` through a service, `services.local.LocalClipMaker` in this process.
+
+    Thread-safe. The same prompt, options and weights give the same clips. All methods raise the tree of
+    `services.errors`.
+    """
+
+    def get_model(self) -> GenerationModel:
+        """Return which model makes the clips, with its limits and defaults."""
+        ...
+
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[Update]:
+        """Make the clips of a prompt, and yield its events. Leaving the loop cancels the rest."""
+        ...
+
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
+        """Make the clips of a prompt, and wait for them."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what runs, and free what is held."""
+        ...

@@ -1,0 +1,109 @@
+"""CLAP scores, embeddings and rewards, and the port `Scorers`.
+
+Shapes: N samples, B elements of a call, S scorers, D dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.api.generation import Clip
+from services.api.model import ModelVersion
+
+Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
+"""What is scored: a generated clip, an encoded file (WAV, FLAC, OGG), the path of one, or samples in [-1, 1]
+as float32 [N] or [channels, N] with their sampling rate in hertz."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorer:
+    """One CLAP model under its name."""
+
+    name: str
+    model: ModelVersion
+    dimension: int
+    """Length of its embeddings."""
+    sampling_rate: int
+    """Hertz that clips are resampled to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """CLAP scores of pairs."""
+
+    scorers: tuple[Scorer, ...]
+    """In the order of the call, else of the service."""
+    values: NDArray[np.float32]
+    """[B, S] cosine of each pair's prompt and clip, in [-1, 1], by each scorer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embeddings:
+    """Embeddings of clips, or of prompts."""
+
+    scorers: tuple[Scorer, ...]
+    """In the order of the call, else of the service."""
+    vectors: tuple[NDArray[np.float32], ...]
+    """For each scorer [B, D], every row of length 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """The reward of one clip for its prompt."""
+
+    logit: float
+    """The reward, calibrated. Preferences are functions of differences of it (Bradley-Terry)."""
+    probability: float
+    """That a listener calls the clip right for the prompt: sigmoid(logit)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewards:
+    """Rewards of pairs, in order."""
+
+    rewards: tuple[Reward, ...]
+    model: ModelVersion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankedClip:
+    """One place of a ranking."""
+
+    index: int
+    """Which clip of the call."""
+    reward: Reward
+    beats_next: float | None
+    """Probability that it is preferred to the next place's, in [0.5, 1]; None for the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """Clips of one prompt, best first."""
+
+    places: tuple[RankedClip, ...]
+    model: ModelVersion
+
+
+class Scorers(Protocol):
+    """Scores pairs of prompt and sound: `AudioClient` through services, `services.local.LocalScorers` here.
+
+    Thread-safe. All methods raise the tree of `services.errors`.
+    """
+
+    def score_audio(
+        self, pairs: Sequence[tuple[str, Sound]], *, scorers: Sequence[str] | None = None
+    ) -> Scores:
+        """Return CLAP scores by every scorer, or by those named."""
+        ...
+
+    def compute_rewards(self, pairs: Sequence[tuple[str, Sound]]) -> Rewards:
+        """Return the reward of each pair."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held; calls under way are cancelled."""
+        ...
