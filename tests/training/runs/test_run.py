@@ -1,6 +1,8 @@
 """The whole loop, from candidates to a registered version: `milonga train run --recipe smoke`."""
 
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -8,24 +10,43 @@ import pytest
 
 from services.errors import InvalidInputError, MilongaError, ModelNotFoundError
 from services.models.mini import mini_folder
+from services.weights.registry import LOCAL_STORE
 from services.weights.uri import resolve
+from tests.training.runs.counting import Counts, counting
 from training.loop.config import differences, flatten
-from training.runs.run import headline, outcome, run_loop, settled_start
+from training.runs.run import LoopResult, headline, outcome, run_loop, settled_start
 from training.runs.run_recipes import RUNS, run_align, run_mini, run_smoke
 from training.runs.stages import launch
 from training.tracking.register import register
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Smoke:
+    """One run of the recipe, and what it hashed."""
+
+    output: Path
+    result: LoopResult
+    counts: Counts
+
+
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def smoke(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Smoke]:
+    """The recipe, run with a registry and a cache of its own, in the folder where the tests then begin."""
+    folder = tmp_path_factory.mktemp("smoke")
+    shutil.copy(empty_store, folder / LOCAL_STORE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("MILONGA_CACHE", str(folder / "cache"))
+        with counting() as counts:
+            result = run_loop(run_smoke(), folder / "run")
+        yield Smoke(output=folder / "run", result=result, counts=counts)
 
 
 def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twice(
-    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smoke: Smoke, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, output = run_smoke(), tmp_path / "run"
-    done = run_loop(config, output)
+    config, output, done = run_smoke(), smoke.output, smoke.result
     assert (done.registered.name, done.registered.alias) == ("milonga-tango", "challenger")
     assert done.registered.created
     assert resolve("models:/milonga-tango@challenger").digest == done.registered.digest
@@ -48,6 +69,12 @@ def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twic
 
     with pytest.raises(InvalidInputError, match="rounds was 1, is 2"):
         run_loop(replace(config, rounds=2), output)
+
+
+@pytest.mark.xfail(reason="each stage still resolves the models that it names", strict=True)
+def test_a_run_hashes_each_model_folder_once(smoke: Smoke) -> None:
+    assert smoke.counts.hashed
+    assert not {folder: times for folder, times in smoke.counts.hashed.items() if times > 1}
 
 
 def test_a_launched_program_that_fails_says_which(tmp_path: Path) -> None:
