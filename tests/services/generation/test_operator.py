@@ -3,7 +3,6 @@
 import gc
 import shutil
 import threading
-import time
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from services.models.vocoder import GriffinLimVocoder
 from services.weights.uri import ResolvedModel
 from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
 from tests.tiny import tiny_pipeline
+from tests.waiting import until
 
 PROMPT = "A dog barks then a siren wails"
 TOKEN = "of-the-operator"
@@ -89,13 +89,6 @@ def client(served: Serving) -> Iterator[AudioClient]:
         yield client
 
 
-def _until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def _clip(client: AudioClient, **options: Any) -> tuple[str, bytes]:
     made = client.generate(PROMPT, seed=7, encoding="float32", **options)
     return made.model.name, made.clips[0].audio
@@ -129,7 +122,7 @@ def test_a_running_request_finishes_on_the_model_that_it_began_with(
     assert isinstance(finished, Finished)
     assert (finished.model.name, clip.audio) == ("tiny", alone)
     # Nobody is left on it: closed, it refuses.
-    _until(lambda: not served.engine._thread.is_alive())
+    until(lambda: not served.engine._thread.is_alive())
 
 
 def test_what_was_served_leaves_no_memory_behind(
@@ -149,7 +142,7 @@ def test_what_was_served_leaves_no_memory_behind(
     gc.disable()  # without its help: it would run too late, and stop every call meanwhile
     try:
         client.switch_model(f"file:{third}", token=TOKEN)
-        _until(lambda: all(reference() is None for reference in gone))
+        until(lambda: all(reference() is None for reference in gone))
     finally:
         gc.enable()
 
@@ -171,7 +164,7 @@ def test_the_metrics_follow_and_never_count_backwards(
     assert ['name="tiny"' in name for name in model(before)] == [True]
     client.switch_model(f"file:{second}", token=TOKEN)
     client.generate(PROMPT)
-    _until(lambda: not served.engine._thread.is_alive())
+    until(lambda: not served.engine._thread.is_alive())
     after = scrape()
     assert ['name="second"' in name for name in model(after)] == [True]
     for name in ("milonga_clips_total", "milonga_denoising_steps_total"):
@@ -278,7 +271,7 @@ def test_a_caller_who_goes_away_does_not_stop_it(client: AudioClient, loading: L
     assert loading.begun.wait(60)
     assert client.get_model().model.name == "tiny"
     loading.allowed.set()
-    _until(lambda: client.get_model().model.name == "second")
+    until(lambda: client.get_model().model.name == "second")
     assert _clip(client)[0] == "second"
 
 

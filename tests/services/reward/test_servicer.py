@@ -2,7 +2,6 @@ import asyncio
 import itertools
 import math
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from milonga.v1 import reward_pb2_grpc as rpc
 from services.models.reward.model import RewardModel
 from tests.services.reward.serving import CLAP, MODEL, Served, float32, serving, tone, wav
 from tests.tiny import tiny_clap, tiny_reward
+from tests.waiting import until
 
 PROMPT = "A dog barks then a siren wails"
 OTHER = "rain falls"
@@ -200,13 +200,6 @@ def _slow() -> _Slow:
     return model
 
 
-def _wait(condition: Any, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert condition()
-
-
 def test_a_full_queue_says_when_to_come_back() -> None:
     model = _slow()
     request = pb.BatchComputeRewardsRequest(pairs=[pair(float32(tone(1.0)))])
@@ -214,7 +207,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         running = served.stub.BatchComputeRewards.future(request)
         assert model.called.wait(10)
         waiting = served.stub.BatchComputeRewards.future(request)
-        _wait(lambda: served.judge.stats.queue_cost == 1.0)
+        until(lambda: served.judge.stats.queue_cost == 1.0)
         with pytest.raises(grpc.RpcError) as caught:
             served.stub.BatchComputeRewards(request)
         assert isinstance(caught.value, grpc.Call)
@@ -226,7 +219,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert served.judge.stats.refused == 1
         # Who waits can leave, and makes room.
         waiting.cancel()
-        _wait(lambda: served.judge.stats.queue_cost == 0)
+        until(lambda: served.judge.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).rewards) == 1
         assert served.judge.stats.items == 1
@@ -242,7 +235,7 @@ def test_a_passed_deadline_leaves_the_queue() -> None:
             served.stub.BatchComputeRewards(request, timeout=0.3)
         assert isinstance(caught.value, grpc.Call)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        _wait(lambda: served.judge.stats.queue_cost == 0)
+        until(lambda: served.judge.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).rewards) == 1
         assert served.judge.stats.items == 1

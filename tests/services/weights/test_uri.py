@@ -1,7 +1,6 @@
 import hashlib
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,10 +104,8 @@ def test_a_registry_that_is_not_there_fails_at_once(monkeypatch: pytest.MonkeyPa
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        began = time.monotonic()
         with pytest.raises(ServiceUnavailableError, match="refused") as caught:
             resolve("models:/tango/3")
-    assert time.monotonic() - began < 20  # the import of mlflow is in it
     assert "\n" not in str(caught.value)
 
 

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from services.errors import InvalidInputError, MilongaError, OutputError
 from tests.services.generation.serving import serving, tiny_engine
 from tests.training.preferences.candidates_program import config as program_config
 from tests.training.preferences.conftest import Models, Stages
+from tests.waiting import until
 from training.data.store import Row, read_json, read_rows
 from training.preferences import candidates as stage
 from training.preferences.candidates import CandidatesConfig, make_candidates, plan, read_candidates
@@ -196,12 +196,13 @@ def test_killed_and_run_again_it_makes_nothing_twice(
         [sys.executable, "-m", program, *flags], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     manifest = tmp_path / "killed" / "manifest-00000-of-00001.jsonl"
-    deadline = time.monotonic() + 60
+
+    def four_are_made() -> bool:
+        assert process.poll() is None, "it ended before it could be killed"
+        return manifest.exists() and manifest.read_bytes().count(b"\n") >= 4
+
     try:
-        while not manifest.exists() or manifest.read_bytes().count(b"\n") < 4:
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(four_are_made)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
