@@ -48,10 +48,10 @@ def register(
 
 
 def sync(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run's tracking journal.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The `tracking` folder of a run.", show_default=False)],
     tracking_uri: _URI = None,
 ) -> None:
-    """Send what a run tracked while the MLflow server was away."""
-    from training.tracking.tracking import sync as send
+    """Send what a run logged while the MLflow server was away."""
+    from training.tracking.runs import sync as send
 
     typer.echo(f"{send(folder, uri=tracking_uri)} entries sent")

@@ -4,7 +4,6 @@ A stage's folder holds ``run.json`` (the settings and inputs that its content fo
 and, once all is made, ``report.json``.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
 from training.loop.config import Plain
-from training.loop.run_folder import RUN, claim_folder
+from training.loop.run_folder import RUN, claim_folder, write_atomically
 
 REPORT = "report.json"
 
@@ -83,21 +82,6 @@ def read_json(path: Path) -> Row:
 def write_json(path: Path, content: object) -> None:
     """Write JSON, whole or not at all."""
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it. Raises `OutputError`; then nothing is left behind."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} can't be written: {error.strerror}; make room, or write elsewhere"
-        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:

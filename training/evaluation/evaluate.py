@@ -24,7 +24,7 @@ import numpy as np
 
 from services.errors import FieldViolation, InvalidInputError
 from training.data.examples import Clip, FileClip
-from training.data.store import digest_of, write_atomically, write_rows
+from training.data.store import digest_of, write_rows
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.hearing import Heard, hear, hear_references, open_panel
 from training.evaluation.markdown import written_report
@@ -52,7 +52,7 @@ from training.evaluation.sources import (
 )
 from training.loop.config import flatten
 from training.loop.progress import progress
-from training.loop.run_folder import finished_report
+from training.loop.run_folder import finished_report, write_atomically
 
 REPORT, TABLES, HEARD = "report.json", "report.md", "clips.jsonl"
 DISTRIBUTIONS, SPECTROGRAMS = "distributions.png", "spectrograms.png"

@@ -26,10 +26,11 @@ from services.engine import Engine, EngineConfig
 from services.errors import FieldViolation, InvalidInputError
 from services.models.tango.loading import load_tango
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
-from training.data.store import digest_of, write_atomically
+from training.data.store import digest_of
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.prompts import Prompt, read_prompts, world_prompts
 from training.loop.progress import progress
+from training.loop.run_folder import write_atomically
 
 INDEX = "index.jsonl"
 """The list of clips in a folder that `milonga generate --prompts` wrote."""

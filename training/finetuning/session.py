@@ -428,7 +428,7 @@ def last_figures(journal: Path, share: float = 0.1) -> dict[str, float]:
     """Means of what was written down in the last part of a training; times are left out."""
     rows = [row for row in read_journal(journal) if "loss" in row]
     last = rows[-max(1, round(share * len(rows))) :]
-    timed = ("step", "seconds", "samples_per_second")
+    timed = ("step", "seconds", "samples_per_second", "time")
     names = [name for name in last[-1] if name not in timed] if last else []
     return {name: sum(row[name] for row in last) / len(last) for name in names}
 

@@ -34,6 +34,11 @@ def progress(
     return tqdm(work, total=total, desc=desc, unit=unit, initial=initial, disable=disable, **settings)
 
 
+def say(text: str) -> None:
+    """Print a line on standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class _Lines:
     """Writes each state of a bar on a line of its own: collectors of logs keep a line back until it ends."""
 

@@ -5,12 +5,14 @@ evaluation, ``checkpoints/step-…/`` the last two states. Whatever is here is w
 another name and renamed.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def claim_folder(
                     )
                 )
         if old != text or not path.exists():
-            _write_atomically(path, text)
+            write_atomically(path, text)
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder} can't be used: {error}; write elsewhere, or give --fresh") from error
 
@@ -134,26 +136,36 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """JSON lines, those of steps that will be done again dropped."""
+    """JSON lines, each with its `time` in milliseconds since 1970.
 
-    def __init__(self, path: Path, first: int) -> None:
-        rows = read_journal(path)
-        kept = [row for row in rows if row["step"] < first]
-        if kept != rows or path.exists():
-            _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    Args:
+        path: of the file.
+        first: a step from which the work is done again; rows from there on are dropped. None: none is.
+    """
+
+    def __init__(self, path: Path, first: int | None) -> None:
+        kept = [row for row in read_journal(path) if first is None or row["step"] < first]
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.next_step = kept[-1]["step"] + 1 if kept else 0
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a line that a killed process has written all the same."""
+        """Append a line, which is in the file even if the process is killed right after."""
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps({**row, "time": int(time.time() * 1000)}) + "\n")
             self._file.flush()
+            self.next_step = row["step"] + 1
         except OSError as error:
             raise OutputError(f"{self._file.name} can't be written: {error.strerror}") from error
 
@@ -162,16 +174,54 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
+class JournalReader:
+    """Reads a journal while a loop writes it, maybe in another process.
+
+    A loop that resumes replaces the file, without the rows of steps that it does again. Then all of it is
+    read again; the caller knows which steps it had.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._offset = 0, 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The whole rows added since the last call."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            for line in file:
+                try:
+                    row = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    row, self._offset = None, 0  # another file under the inode of the old one
+                if row is None:
+                    return
+                self._offset += len(line)
+                yield row
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file under another name and rename it. Raises `OutputError`; then nothing is left behind."""
+    # A name of its own: the processes of a run on several devices all write the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't be written: {error.strerror}; make room, or write elsewhere"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("step-*"))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    # A name of its own: every process of a run on several devices writes the same.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

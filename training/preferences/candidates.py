@@ -29,12 +29,12 @@ from training.data.store import (
     read_json,
     read_rows,
     side_by_side,
-    write_atomically,
     write_json,
     write_rows,
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
+from training.loop.run_folder import write_atomically
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
 from training.preferences.perturb import PERTURBED
 from training.preferences.sources import ClipSource, Job, SourceConfig, model_of, open_source

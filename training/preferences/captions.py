@@ -26,11 +26,11 @@ from training.data.store import (
     finish,
     invalid,
     read_rows,
-    write_atomically,
     write_rows,
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
+from training.loop.run_folder import write_atomically
 from training.preferences.embedders import Embedder, embedder_identity, load_embedder
 from training.soundworld.scenes import SceneConfig, draw_caption
 

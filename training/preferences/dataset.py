@@ -27,10 +27,10 @@ from training.data.store import (
     finish,
     invalid,
     read_json,
-    write_atomically,
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
+from training.loop.run_folder import write_atomically
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.pairs import PAIRS, read_pairs, table_2
 from training.preferences.scores import refuse_unreadable

@@ -14,16 +14,15 @@ from typing import Any
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import clip_generator
 from services.weights.uri import ModelURI, resolve
-from training.data.store import write_atomically
 from training.evaluation.evaluate import compared_names
 from training.finetuning.session import PairData
 from training.loop.config import flatten
-from training.loop.run_folder import claim_folder
+from training.loop.run_folder import claim_folder, write_atomically
 from training.preferences.scores import ScoresConfig
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
 from training.tracking.register import Provenance, Registered, register
-from training.tracking.tracking import Tracker, data_digest
+from training.tracking.runs import Tracker, data_digest
 
 FREE = ("processes", "alias", "samples")
 """Settings that may be others when a run is resumed."""
@@ -61,7 +60,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     )  # wrong ones are told now, not at the end
     params = flatten(config)
     config = replace(config, start=settled_start(config.start, output))
-    with Tracker.start(config.name, output / "tracking", params=params) as tracker:
+    with Tracker(config.name, output / "tracking", params=params) as tracker:
         judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
         policy, data = config.start, dict[str, str]()
         for number in range(config.rounds):

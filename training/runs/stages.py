@@ -23,7 +23,7 @@ from training.loop.config import describe, flatten
 from training.loop.run_folder import JOURNAL
 from training.preferences.pipeline import PreferencesConfig, Stage, make_preferences
 from training.reward.train import RewardTraining, train_reward
-from training.tracking.tracking import TrackedRun, Tracker
+from training.tracking.runs import TrackedRun, Tracker
 
 Program = Literal["reward", "sft", "dpo", "baton"]
 

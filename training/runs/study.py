@@ -17,18 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from training.data.store import write_atomically
 from training.evaluation.evaluate import compared_names
 from training.finetuning.baton import BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
 from training.loop.config import flatten
-from training.loop.run_folder import claim_folder
+from training.loop.run_folder import claim_folder, write_atomically
 from training.preferences.pipeline import PreferencesConfig
 from training.runs.stages import Program, evaluation_stage, finetuning_stage, preferences_stage
 from training.runs.study_recipes import VARIANTS, StudyRun, Variant
 from training.runs.study_tables import figures_of, study_of, written_study
-from training.tracking.tracking import Tracker
+from training.tracking.runs import Tracker
 
 STUDY, TABLES = "study.json", "study.md"
 BASE = "base"
@@ -67,7 +66,7 @@ def run_study(config: StudyRun, output: Path) -> StudyResult:
     # What is wrong with them is told now, not after the trainings.
     compared_names([BASE, *(name_of(v, seed) for seed in config.seeds for v in variants)], comparisons)
     tell = teller(len(config.seeds) * len(variants) + 2)
-    with Tracker.start(config.name, output / "tracking", params=flatten(config)) as tracker:
+    with Tracker(config.name, output / "tracking", params=flatten(config)) as tracker:
         tell("preferences")
         pairs = preferences_stage(
             "preferences", sampled_from(config.preferences, config.start), output / "preferences", tracker

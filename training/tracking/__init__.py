@@ -1,1 +1,1 @@
-"""MLflow: runs, the journal that is sent to it, and the registry of versions."""
+"""MLflow: tracked runs, and the registry of model versions."""

@@ -12,8 +12,8 @@ from training.data.store import (
     finish,
     read_rows,
     side_by_side,
-    write_atomically,
 )
+from training.loop.run_folder import write_atomically
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from training.loop.run_folder import (
     CHECKPOINTS,
     JOURNAL,
     KEPT,
+    Journal,
+    JournalReader,
     claim_folder,
     load_checkpoint,
     read_journal,
@@ -44,6 +46,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     train(folder)
     return folder
+
+
+def test_a_journal_that_grows_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    reader = JournalReader(tmp_path / JOURNAL)
+    assert list(reader.rows()) == []
+    with (tmp_path / JOURNAL).open("w") as file:
+        file.write('{"step": 0}\n{"st')
+        file.flush()
+        assert list(reader.rows()) == [{"step": 0}]
+        file.write('ep": 1}\n')
+        file.flush()
+        assert list(reader.rows()) == [{"step": 1}]
+    with Journal(tmp_path / JOURNAL, 1) as journal:  # resumed before step 1
+        journal.write({"step": 1, "loss": 0.5})
+    assert [row["step"] for row in reader.rows()] == [0, 1]
 
 
 def test_the_loss_falls(unbroken: Path) -> None:

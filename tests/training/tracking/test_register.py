@@ -29,7 +29,7 @@ from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 from tests.training.tracking.mlflow_server import MLflowServer
 from training.commands import tracking as tracking_cli
 from training.tracking.register import CHAMPION, Provenance, register
-from training.tracking.tracking import Tracker
+from training.tracking.runs import Tracker
 
 PROMPT = "a dog barks then a siren wails"
 
@@ -247,7 +247,7 @@ def test_a_remote_registry_gets_the_files_themselves(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MILONGA_CACHE", str(tmp_path / "cache"))
-    with Tracker.start("mini", tmp_path / "t") as tracker:
+    with Tracker("mini", tmp_path / "t") as tracker:
         done = register(model, provenance=Provenance(run_id=tracker.run_id), alias=CHAMPION)
     manifest = verify_manifest(model)
     shutil.rmtree(model)
@@ -270,7 +270,7 @@ def test_the_commands(store: str, model: Path, tmp_path: Path) -> None:
     manifest: Manifest = verify_manifest(model)
     assert done.stdout == f"milonga-tango version 1, champion\nmodels:/milonga-tango/1#{manifest.digest}\n"
     assert "registered before" in CliRunner().invoke(app, ["register", str(model)]).output
-    with Tracker.start("run", tmp_path / "t"):
+    with Tracker("run", tmp_path / "t"):
         pass
     assert CliRunner().invoke(app, ["sync", str(tmp_path / "t")]).stdout == "0 entries sent\n"
     failed = CliRunner().invoke(app, ["register", str(tmp_path)])

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from services.errors import InvalidInputError, MilongaError
 from services.weights.registry import cache_folder
-from training.data.store import RowLog, digest_of, side_by_side, write_atomically
+from training.data.store import RowLog, digest_of, side_by_side
 from training.evaluation.sources import Asked
 from training.loop.progress import progress
+from training.loop.run_folder import write_atomically
 from training.promotion.errors import RolloutError
 from training.promotion.gates.gates import GatesConfig
 from training.promotion.targets.clip_clients import ClipClient, MadeClip
