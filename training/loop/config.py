@@ -8,10 +8,10 @@ Field names are dotted paths through nested dataclasses; types come from their a
 import dataclasses
 import difflib
 import json
-import types
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,8 +25,6 @@ Config = TypeVar("Config")
 
 Plain = None | bool | int | float | str | tuple["Plain", ...] | list["Plain"]
 """A setting as JSON writes it."""
-
-_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, Plain]:
@@ -72,8 +70,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             continue
         try:
             values[name] = _read(text, _annotation(config, name))
-        except ValueError as error:
-            violations.append(FieldViolation(name, f"is {text!r}, must be {error}"))
+        except ValidationError as error:
+            violations.append(FieldViolation(name, f"is {text!r}, {_expected(error.errors()[-1])}"))
     if violations:
         raise InvalidInputError(*violations)
     try:
@@ -138,37 +136,20 @@ def _annotation(config: object, name: str) -> Any:
 
 
 def _read(text: str, annotation: Any) -> Any:
-    """`text` as a value of the annotated type. The message of its ValueError says what it must be."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        (inner,) = (kind for kind in arguments if kind is not type(None))
-        return _read(text, inner)
-    if origin is Literal:
-        if text not in arguments:
-            raise ValueError(f"one of {', '.join(map(str, arguments))}")
-        return text
-    if origin is tuple:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        kinds = [arguments[0]] * len(parts) if arguments[-1] is Ellipsis else list(arguments)
-        if len(parts) != len(kinds):
-            raise ValueError(f"{len(kinds)} values with commas between")
-        return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
-    if annotation is bool:
-        if text.lower() not in _TRUTHS:
-            raise ValueError("true or false")
-        return _TRUTHS[text.lower()]
-    if annotation in (int, float):
-        try:
-            return annotation(text.replace("_", ""))
-        except ValueError:
-            raise ValueError("a whole number" if annotation is int else "a number") from None
-    if annotation is Path:
-        return Path(text).expanduser()
-    if annotation is str:
-        return text
-    raise TypeError(f"no setting can have the type {annotation}")
+    """`text` as a value of the annotated type. Raises `ValidationError`."""
+    kinds = (annotation, *get_args(annotation))
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    listed = any(get_origin(kind) is tuple for kind in kinds)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return _expanded(TypeAdapter(annotation).validate_python(parts if listed else text))
+
+
+def _expanded(value: Any) -> Any:
+    """`value` with ``~`` in paths replaced by the home folder: a shell leaves it as it is after ``NAME=``."""
+    if isinstance(value, tuple):
+        return tuple(_expanded(item) for item in value)
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
@@ -199,7 +180,20 @@ def _fault(error: "ErrorDetails", schema: Mapping[str, Any]) -> str:
                 node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
             return f"is not known; known: {', '.join(sorted(node['properties']))}"
         case _:
-            return f"is {error['input']!r}, {error['msg'].replace('Input should be', 'must be')}"
+            return f"is {error['input']!r}, {_expected(error)}"
+
+
+def _expected(error: "ErrorDetails") -> str:
+    """What a value must be."""
+    match error["type"]:
+        case "bool_parsing":
+            return "must be true or false"
+        case "missing":  # of a tuple
+            return f"must be {error['loc'][0] + 1} values with commas between"  # type: ignore[operator]
+        case "too_long":
+            return f"must be {error['ctx']['max_length']} values with commas between"
+        case _:
+            return re.sub(", unable to .*", "", error["msg"]).replace("Input should", "must")
 
 
 def _plain(value: Any) -> Plain:

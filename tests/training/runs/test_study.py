@@ -130,7 +130,7 @@ def test_the_test_split_is_the_studys() -> None:
         ("variants=", "variants is empty"),
         ("variants=sft,sft", "variants is sft,sft"),
         ("variants=sft,rounds", "rounds goes on from dpo"),
-        ("variants=ppo", "variants: is 'ppo', must be one of sft, dpo, baton, rounds"),
+        ("variants=ppo", "variants: is 'ppo', must be 'sft', 'dpo', 'baton' or 'rounds'"),
         ("processes=0", "processes is 0"),
     ],
 )
