@@ -36,7 +36,7 @@ from training.finetuning.session import (
     parquet_files,
     readable,
 )
-from training.loop.loop import Positions, adamw, examples_at, fit
+from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import reward_weighted
 from training.objectives.noising import Noising, draw_noising
 from training.reward.data import ClapTokens

@@ -31,7 +31,7 @@ from training.finetuning.session import (
     open_session,
     readable,
 )
-from training.loop.loop import Positions, adamw, examples_at, fit
+from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import denoising_loss, diffusion_dpo
 from training.objectives.noising import Noising, draw_noising
 

@@ -32,7 +32,7 @@ from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Pair, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
 from training.loop.config import Plain, flatten
-from training.loop.loop import LoopConfig, make_accelerator
+from training.loop.fit import LoopConfig, make_accelerator
 from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
 from training.objectives.diffusion import velocity_errors
 from training.objectives.noising import Noising, NoisingConfig

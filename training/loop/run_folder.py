@@ -144,6 +144,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, first: int | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_journal(path) if first is None or row["step"] < first]
         if path.exists():
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

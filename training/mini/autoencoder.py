@@ -6,7 +6,6 @@ Shape legend: B batch, T mel frames, M mel bins, C latent channels.
 """
 
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from services.models.mel import LogMel
-from training.mini.loop import LoopConfig, fit, part_arguments
+from training.loop.fit import LoopConfig
+from training.mini.parts import part_arguments, train_part
 from training.soundworld.scenes import SceneConfig, make_scene
 
 SEED = 101
@@ -22,7 +22,9 @@ CROP = 128
 """Mel frames of a training crop; the autoencoder is convolutional and sees any length when it serves."""
 BATCH = 8
 SCENES = SceneConfig(single=0.35, sequence=0.35)
-LOOP = LoopConfig(steps=3_600, learning_rate=2e-3, weight_decay=1e-4, ema=0.998, decay=0.4)
+LOOP = LoopConfig(
+    steps=3_600, batch=BATCH, learning_rate=2e-3, warmup=100, weight_decay=1e-4, ema=0.998, decay=0.4
+)
 KL_WEIGHT = 1e-3
 
 
@@ -76,7 +78,6 @@ def main() -> None:
         vae.decoder.conv_out.bias.fill_(mel_batch(0, log_mel).mean())
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        torch.manual_seed(step)
         mel_B1TM = mel_batch(step, log_mel)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(mel_B1TM).latent_dist
@@ -86,8 +87,8 @@ def main() -> None:
         kl = (posterior.kl().float() / posterior.mean[0].numel()).mean()
         return l1 + 0.3 * l2 + KL_WEIGHT * kl, {"l1": l1.item(), "kl": kl.item()}
 
-    config = replace(LOOP, steps=arguments.steps)
-    vae = cast(AutoencoderKL, fit(vae, loss_at, config, arguments.work / "autoencoder", title="autoencoder"))
+    folder = arguments.work / "autoencoder"
+    train_part(vae, loss_at, replace(LOOP, steps=arguments.steps), folder, title="autoencoder")
     vae.eval()
     held_out = torch.cat([mel_batch(10_000_000 + i, log_mel) for i in range(16)])
     standardise_latents(vae, held_out)
@@ -95,7 +96,7 @@ def main() -> None:
         latents = vae.encode(held_out).latent_dist.mean
         l1 = (vae.decode(latents).sample - held_out).abs().mean()
     print(f"held-out log-mel L1 {l1:.3f} (data std {held_out.std():.2f}); latent std {latents.std():.3f}")
-    vae.save_pretrained(arguments.work / "autoencoder" / "final", safe_serialization=True)
+    vae.save_pretrained(folder / "final", safe_serialization=True)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
-from training.mini.clap_tokenizer import build_tokenizer
-from training.mini.loop import LoopConfig, fit
-from training.mini.parsing import Parser, parsing_batch
+from training.loop.fit import LoopConfig
+from training.mini.parsing import Parser, parsing_batch, word_tokenizer
+from training.mini.parts import train_part
 from training.soundworld.captions import (
     CaptionTruth,
     drop,
@@ -39,15 +39,22 @@ from training.soundworld.scenes import Scene, SceneConfig, make_scene, split_of
 
 SEEDS = {"clap-a": 707, "clap-b": 808}
 BATCH = 32
-PARSING = LoopConfig(steps=400, learning_rate=1.5e-3, warmup=50)
-PARSING_WEIGHT = 0.3
 PARSED = 48
 """Captions parsed a step."""
-LOOP = LoopConfig(steps=2_400, learning_rate=1.5e-3, warmup=150, ema=0.995, decay=0.4)
+PARSING = LoopConfig(steps=400, batch=PARSED, learning_rate=1.5e-3, warmup=50, decay=0.25)
+PARSING_WEIGHT = 0.3
+LOOP = LoopConfig(steps=2_400, batch=BATCH, learning_rate=1.5e-3, warmup=150, ema=0.995, decay=0.4)
+TEXT_LENGTH = 40
+"""Most tokens of a caption; the longest of the grammar has 21."""
 SHORT = SceneConfig(single=0.2, sequence=0.5)
 LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
 LONG_EVERY = 4
 """Every so many steps the batch is of 5.12 s clips."""
+
+
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """``<s> a dog barks </s>``, lower case; padding is 1, as RoBERTa's position embeddings want it."""
+    return word_tokenizer(("<s>", "<pad>", "</s>", "<unk>"), TEXT_LENGTH)
 
 
 def build(tokenizer: transformers.PreTrainedTokenizerBase) -> ClapModel:
@@ -190,7 +197,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
     parser.add_argument("--init", type=Path, help="take the sound side from the CLAP model in this folder")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     seed = SEEDS[arguments.name]
     torch.manual_seed(seed)
     model = build(build_tokenizer())
@@ -201,7 +207,7 @@ def main() -> None:
     def parsing_loss(step: int) -> Tensor:
         return reader.loss(*parsing_batch(np.random.default_rng([seed, 1, step]), model.tokenizer, PARSED))
 
-    fit(reader, lambda step: (parsing_loss(step), {}), PARSING, folder / "parsing", title="parsing")
+    train_part(reader, lambda step: (parsing_loss(step), {}), PARSING, folder / "parsing", title="parsing")
     if arguments.init:
         start = load_clap(arguments.init).clap
         model.clap.audio_model.load_state_dict(start.audio_model.state_dict())
@@ -217,7 +223,7 @@ def main() -> None:
 
     both = nn.ModuleDict({"model": model, "parser": reader})
     config = replace(LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate)
-    fit(both.train(), loss_at, config, folder, title=arguments.name)
+    train_part(both, loss_at, config, folder, title=arguments.name)
     model.eval().save(folder / "final")
     held_out = parsing_batch(np.random.default_rng([seed, 2]), model.tokenizer, 256, held_out=True)
     right = reader.accuracy(*held_out)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from training.loop.fit import Evaluation, LoopConfig
 from training.mini.latents import LatentSet, load_shards
-from training.mini.loop import LoopConfig, fit
+from training.mini.parts import train_part
 from training.mini.text_encoder import TEXT_LENGTH
 from training.soundworld.captions import (
     TRUE_CAPTIONS,
@@ -45,7 +46,7 @@ LATE_SHARE, LATE_FROM = 0.25, 800
 """Share of a batch at late timesteps, where the layout of a clip is decided."""
 LONG_EVERY = 6
 """Every so many steps the batch is of 5.12 s clips, half as many."""
-LOOP = LoopConfig(steps=20_000, learning_rate=1e-3, warmup=200, decay=0.3, ema=0.999)
+LOOP = LoopConfig(steps=20_000, batch=BATCH, learning_rate=1e-3, warmup=200, decay=0.3, ema=0.999)
 NOISES: dict[str, CaptionNoise] = {"true": TRUE_CAPTIONS, "web": WEB_CAPTIONS}
 
 
@@ -159,8 +160,8 @@ def v_error(unet: nn.Module, clean_BCTF: Tensor, noising: Noising, text: tuple[T
 
 
 @torch.no_grad()
-def order_probe(unet: nn.Module, data: LatentSet, text: TextSide, count: int = 64) -> tuple[float, float]:
-    """Error from blank latents with the right and with swapped captions: the gap says that order is heard."""
+def order_probe(unet: nn.Module, data: LatentSet, text: TextSide, count: int = 64) -> dict[str, float]:
+    """Error from blank latents with right and with swapped captions: the gap shows what it knows of order."""
     rng = np.random.default_rng([SEED, 1])
     picked = [i for i, t in enumerate(data.truths) if t.relation == "then"][:count]
     clean = data.latents_BCTF[picked].float()
@@ -172,7 +173,7 @@ def order_probe(unet: nn.Module, data: LatentSet, text: TextSide, count: int = 6
     right = [write_caption(data.truths[i], rng) for i in picked]
     swapped = [write_caption(swap(data.truths[i], rng), rng) for i in picked]
     errors = [float(v_error(unet, clean, noising, text(captions)).mean()) for captions in (right, swapped)]
-    return errors[0], errors[1]
+    return {"order_right": errors[0], "order_swapped": errors[1]}
 
 
 def main() -> None:
@@ -185,7 +186,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
     parser.add_argument("--decay", type=float, default=LOOP.decay, help="share of the steps; 0 for a trunk")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     text = TextSide(arguments.work / "text_encoder")
     short = load_shards(arguments.work / "latents", "short-*.npz")
@@ -203,17 +203,14 @@ def main() -> None:
         picked = rng.integers(0, len(data.truths), count)
         clean = data.latents_BCTF[picked].float()
         captions = [training_caption(data.truths[i], caption_noise, rng) for i in picked]
-        loss = v_error(unet, clean, draw_noising(rng, clean.shape), text(captions)).mean()
-        figures = {}
-        if step % 500 == 0:
-            figures = dict(zip(("order_right", "order_swapped"), order_probe(unet, short, text), strict=True))
-        return loss, figures
+        return v_error(unet, clean, draw_noising(rng, clean.shape), text(captions)).mean(), {}
 
     folder = arguments.work / arguments.name
     config = replace(
         LOOP, steps=arguments.steps, learning_rate=arguments.learning_rate, decay=arguments.decay
     )
-    fit(unet, loss_at, config, folder, title=arguments.name)
+    probe = Evaluation(run=lambda module: order_probe(module, short, text), every=500, watched=None)
+    train_part(unet, loss_at, config, folder, title=arguments.name, evaluation=probe)
     unet.save_pretrained(folder / "final", safe_serialization=True)
 
 

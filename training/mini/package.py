@@ -1,7 +1,14 @@
-"""Put the trained parts together as the folders that ship.
+"""Put the trained parts together as the folders that ship, or take these apart again.
 
-python -m training.mini.package --work build/mini --target services/models/mini
-python -m training.mini.package --only clap-a --only clap-b --only reward
+    python -m training.mini.package --work build/mini --target services/models/mini
+    python -m training.mini.package --only clap-a --only clap-b --only reward
+
+To continue from the shipped parts in a fresh clone, in float32 and without the optimiser's state:
+
+    python -m training.mini.package --restore --work build/mini
+    python -m training.mini.latents
+    python -m training.mini.denoiser --name mini --init build/mini/mini/final --steps 4000
+    python -m training.mini.package
 """
 
 import argparse
@@ -14,11 +21,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from services.errors import FieldViolation, InvalidInputError
 from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
-from services.models.mini import PARTS
+from services.models.mini import PARTS, mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.reward.model import WEIGHTS_NAME, RewardHead, read_reward_config, save_head
+from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
 from services.models.vocoder import GriffinLimVocoder
@@ -92,12 +101,40 @@ PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
 }
 
 
+def restore(work: Path) -> None:
+    """Write each shipped part to where its program would have left it under `work`.
+
+    Raises `InvalidInputError` where a training lies there.
+    """
+    taken = [name for name in (*DENOISERS, "autoencoder", "text_encoder") if (work / name).exists()]
+    if taken:
+        fault = f"{work} holds {', '.join(taken)} already; name another folder"
+        raise InvalidInputError(FieldViolation("--work", fault))
+    for name in DENOISERS:
+        pipeline = load_tango(mini_folder(name), dtype="float32")
+        pipeline.unet.save_pretrained(work / name / "final")
+    pipeline.vae.save_pretrained(work / "autoencoder" / "final")
+    pipeline.text_encoder.save_pretrained(work / "text_encoder" / "final")
+    pipeline.tokenizer.save_pretrained(work / "text_encoder" / "tokenizer")
+    EventTagger.from_pretrained(mini_folder("tagger")).float().save_pretrained(work / "tagger" / "final")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--target", type=Path, default=Path("services/models/mini"))
     parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--restore", action="store_true", help="write the shipped parts into --work")
     arguments = parser.parse_args()
+    if arguments.restore:
+        try:
+            restore(arguments.work)
+        except InvalidInputError as error:
+            parser.error(str(error))
+        print(f"{arguments.work}: the shipped parts, in float32")
+        return
     arguments.target.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or PARTS:
         temporary = arguments.target / f".{name}.tmp"

@@ -6,12 +6,16 @@ from text encoders that have read the web; these start from this. Sound alone do
 Shape legend: B batch, L text tokens.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from training.soundworld.captions import MAX_EVENTS, CaptionTruth, caption_parts
+from training.soundworld.captions import MAX_EVENTS, CaptionTruth, caption_parts, words
 from training.soundworld.scenes import SceneConfig, draw_truth, split_of
 from training.soundworld.synthesis import CLASSES
 
@@ -20,6 +24,33 @@ ROLES = MAX_EVENTS + 2
 """First, second, third; alone; together with others."""
 LABELS = len(CLASSES) * ROLES
 IGNORED = -100
+
+
+def word_tokenizer(special: Sequence[str], length: int) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token a word of the grammar, lower case.
+
+    Args:
+        special: the first tokens of the vocabulary. A sentence ends with ``</s>`` and begins with ``<s>``, if
+            that is one of them.
+        length: most tokens of a caption.
+    """
+    vocabulary = {token: i for i, token in enumerate([*special, *words()])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if "<s>" in special else "$A </s>",
+        special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>") if token in special],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if "<s>" in special else None,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def role_of(truth: CaptionTruth, event: int) -> int:

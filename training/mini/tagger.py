@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from services.models.mini.tagger import TIME_STRIDE, EventTagger
-from training.mini.loop import LoopConfig, fit, part_arguments
+from training.loop.fit import LoopConfig
+from training.mini.parts import part_arguments, train_part
 from training.soundworld.scenes import Scene, SceneConfig, make_scene
 from training.soundworld.synthesis import CLASSES
 
 SEED = 303
 BATCH = 16
-LOOP = LoopConfig(steps=2_000, learning_rate=2e-3, ema=0.995)
+LOOP = LoopConfig(steps=2_000, batch=BATCH, learning_rate=2e-3, warmup=100, decay=0.25, ema=0.995)
 SCENES = SceneConfig(single=0.15, sequence=0.45)
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         return nn.functional.binary_cross_entropy_with_logits(tagger(waveform), truth), {}
 
     folder = arguments.work / "tagger"
-    fit(tagger, loss_at, replace(LOOP, steps=arguments.steps), folder, title="tagger")
+    train_part(tagger, loss_at, replace(LOOP, steps=arguments.steps), folder, title="tagger")
     tagger.eval()
     right = total = 0
     for index in range(400):

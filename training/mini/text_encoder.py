@@ -10,38 +10,23 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from training.mini.loop import LoopConfig, fit, part_arguments
-from training.mini.parsing import Parser, parsing_batch
-from training.soundworld.captions import words
+from training.loop.fit import LoopConfig
+from training.mini.parsing import Parser, parsing_batch, word_tokenizer
+from training.mini.parts import part_arguments, train_part
 
 SEED = 202
 TEXT_LENGTH = 24
 """Tokens a prompt is padded to; the longest caption of the grammar has 20."""
 BATCH = 64
-LOOP = LoopConfig(steps=2_500, learning_rate=1.5e-3, ema=0.99)
+LOOP = LoopConfig(steps=2_500, batch=BATCH, learning_rate=1.5e-3, warmup=100, decay=0.25, ema=0.99)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the grammar, lower case; T5's special tokens and its ``</s>`` at the end."""
-    special = ["<pad>", "</s>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *words()])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=TEXT_LENGTH,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return word_tokenizer(("<pad>", "</s>", "<unk>"), TEXT_LENGTH)
 
 
 def build(vocabulary: int) -> T5EncoderModel:
@@ -74,7 +59,7 @@ def main() -> None:
         return model.loss(*parsing_batch(np.random.default_rng([SEED, step]), tokenizer, BATCH)), {}
 
     folder = arguments.work / "text_encoder"
-    fit(model, loss_at, replace(LOOP, steps=arguments.steps), folder, title="text encoder")
+    train_part(model, loss_at, replace(LOOP, steps=arguments.steps), folder, title="text encoder")
     model.eval()
     right = model.accuracy(
         *parsing_batch(np.random.default_rng([SEED, 10_000_000]), tokenizer, BATCH, held_out=True)

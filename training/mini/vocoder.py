@@ -21,7 +21,8 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 from services.models.mel import LogMel, mel_frames
 from services.models.mini.tagger import EventTagger
 from services.models.vocoder import GriffinLimVocoder
-from training.mini.loop import LoopConfig, fit, part_arguments
+from training.loop.fit import LoopConfig
+from training.mini.parts import part_arguments, train_part
 from training.soundworld.scenes import SceneConfig, make_scene
 
 SEED = 707
@@ -30,7 +31,9 @@ FRAMES = 64
 """Mel frames of a training crop."""
 RESOLUTIONS = ((256, 64), (512, 128), (1024, 256))
 """Window and hop in samples of the loss's spectra."""
-LOOP = LoopConfig(steps=8_000, learning_rate=1e-3, ema=0.998, weight_decay=0.0, decay=0.4)
+LOOP = LoopConfig(
+    steps=8_000, batch=BATCH, learning_rate=1e-3, warmup=100, ema=0.998, weight_decay=0.0, decay=0.4
+)
 
 
 def build() -> SpeechT5HifiGan:
@@ -107,7 +110,7 @@ def main() -> None:
         return spectral_distance(made_BN.float(), true_BN), {}
 
     folder = arguments.work / "vocoder"
-    fit(vocoder, loss_at, replace(LOOP, steps=arguments.steps), folder, title="vocoder")
+    train_part(vocoder, loss_at, replace(LOOP, steps=arguments.steps), folder, title="vocoder")
     vocoder.eval().save_pretrained(folder / "final", safe_serialization=True)
     tagger = EventTagger.from_pretrained(arguments.work / "tagger" / "final").eval()
     report = {"neural": compare(vocoder, tagger), "griffin-lim": compare(GriffinLimVocoder(), tagger)}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.loop.loop import Positions
+from training.loop.fit import Positions
 
 _STREAM = 0x6E6F6973
 """Keeps these random numbers apart from others of the same seed and position."""

@@ -29,7 +29,7 @@ from training.data.examples import Clip, Examples, Labelled, Pair, check_readabl
 from training.data.scenes import SPLITS, wording
 from training.evaluation.calibration import fit_temperature
 from training.loop.config import flatten
-from training.loop.loop import (
+from training.loop.fit import (
     Evaluation,
     LoopConfig,
     Positions,

@@ -10,7 +10,7 @@ from training.data.scenes import SoundworldData
 from training.finetuning.baton import BatonData, BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
-from training.loop.loop import LoopConfig
+from training.loop.fit import LoopConfig
 from training.objectives.noising import NoisingConfig
 from training.reward.data import DataConfig
 from training.reward.train import HeadConfig, RewardTraining

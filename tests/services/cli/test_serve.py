@@ -139,7 +139,9 @@ def alive(pid: int) -> bool:
 
 def children_of(pid: int) -> dict[str, int]:
     """Process ids of the services that a process started, by name."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+    ).stdout
     found = {}
     for line in listing.splitlines():
         child, parent, *words = line.split()

@@ -15,7 +15,7 @@ from tests.training.finetuning.finetune_program import LOOP, PROMPTS, clip, writ
 from training.data import latents as latents_module
 from training.data.examples import Clip, FileClip
 from training.data.latents import Encoder, LatentConfig, Latents, TensorCache
-from training.loop.loop import make_accelerator
+from training.loop.fit import make_accelerator
 
 EXACT = LatentConfig(dtype="float32")
 

@@ -23,7 +23,7 @@ from tests.tiny import tiny_pipeline
 from training.finetuning import dpo as train_dpo_module
 from training.finetuning.dpo import DpoTraining, train_dpo
 from training.finetuning.session import PairData
-from training.loop.loop import LoopConfig, Positions
+from training.loop.fit import LoopConfig, Positions
 from training.loop.run_folder import JOURNAL, read_journal
 from training.objectives.noising import NoisingConfig
 

@@ -15,7 +15,7 @@ from tests.training.finetuning.finetune_program import LOOP, PROMPTS, clip, rows
 from training.commands.finetune import baton as command
 from training.finetuning import baton as train_baton_module
 from training.finetuning.baton import BatonData, BatonTraining, read_pretraining, read_rewarded, train_baton
-from training.loop.loop import Positions
+from training.loop.fit import Positions
 from training.runs.recipes import BATON, DPO, baton_smoke, recipe
 
 SHORT = replace(LOOP, steps=2)

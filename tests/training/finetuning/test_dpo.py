@@ -31,7 +31,7 @@ from tests.training.finetuning.finetune_program import (
 from training.data.latents import LatentConfig
 from training.finetuning.dpo import train_dpo
 from training.finetuning.session import LoraConfig, PairData, Policy, build_policy, load_denoiser
-from training.loop.loop import LoopConfig
+from training.loop.fit import LoopConfig
 
 LAUNCHER: tuple[str, ...] = (
     "-m",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.loop.config import flatten
-from training.loop.loop import (
+from training.loop.fit import (
     Evaluation,
     Fitted,
     LoopConfig,

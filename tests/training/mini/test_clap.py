@@ -11,7 +11,7 @@ from torch import nn
 from services.models.clap.loading import load_clap
 from services.models.mini import mini_folder
 from training.mini import clap, evaluate_clap, parsing
-from training.mini.clap_tokenizer import TEXT_LENGTH, build_tokenizer
+from training.mini.clap import TEXT_LENGTH, build_tokenizer
 from training.mini.evaluate_reward import pair_accuracy, real_pairs
 from training.soundworld.captions import CaptionTruth, words
 from training.soundworld.scenes import SceneConfig, make_scene, split_of

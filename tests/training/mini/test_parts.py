@@ -1,18 +1,22 @@
 """The mini family's programs: their pure parts, on the smallest real thing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from services.errors import InvalidInputError
 from services.models.mel import LogMel
 from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
+from training.loop.fit import LoopConfig
+from training.loop.run_folder import JOURNAL, read_journal
 from training.mini import autoencoder, denoiser, parsing, text_encoder, vocoder
 from training.mini.latents import LatentSet, load_shards
-from training.mini.package import assemble
-from training.mini.restore import restore
+from training.mini.package import assemble, restore
+from training.mini.parts import train_part
 from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
 from training.soundworld.scenes import SHORT, split_of
 from training.soundworld.synthesis import CLASSES
@@ -132,3 +136,23 @@ def test_shipped_parts_come_apart_and_go_together_again(tmp_path: Path) -> None:
             assert torch.equal(value, wanted[name]), name
     assert again.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
     assert denoiser.TextSide(tmp_path / "text_encoder")(["A dog barks"])[0].shape == (1, 24, 128)
+
+
+def test_a_part_is_trained_step_by_step_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    config, steps = LoopConfig(steps=3, batch=2, ema=0.9), list[int]()
+    module = torch.nn.Linear(2, 2)
+
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        steps.append(step)
+        return module(torch.ones(2)).square().mean(), {"twice": 2.0 * step}
+
+    train_part(module, loss_at, config, tmp_path / "part", title="part")
+    train_part(module, loss_at, replace(config, steps=5), tmp_path / "part", title="part")
+    assert steps == [0, 1, 2, 3, 4]
+    assert [row["twice"] for row in read_journal(tmp_path / "part" / JOURNAL)] == [0, 2, 4, 6, 8]
+
+
+def test_what_was_trained_is_not_overwritten_by_the_shipped_parts(tmp_path: Path) -> None:
+    (tmp_path / "mini").mkdir()
+    with pytest.raises(InvalidInputError, match="holds mini already"):
+        restore(tmp_path)

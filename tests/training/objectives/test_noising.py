@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from services.models.tango.schedulers import SD21_CONFIG
-from training.loop.loop import Positions
+from training.loop.fit import Positions
 from training.objectives.noising import Noising, NoisingConfig, draw_noising
 
 SHAPE = (2, 4, 3)

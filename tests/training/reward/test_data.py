@@ -11,7 +11,7 @@ from services.errors import InvalidInputError
 from services.models.clap.model import ClapModel, Waveform
 from tests.tiny import tiny_clap, tiny_reward
 from training.data.examples import Clip, FileClip, check_readable
-from training.loop.loop import LoopConfig, make_accelerator
+from training.loop.fit import LoopConfig, make_accelerator
 from training.reward.data import ClapTokens
 
 DIGEST = "sha256:" + "0" * 64

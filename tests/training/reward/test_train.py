@@ -17,7 +17,7 @@ from services.models.reward.model import load_reward
 from tests.tiny import tiny_clap
 from training.commands.main import train as train_app
 from training.loop.config import override
-from training.loop.loop import Positions
+from training.loop.fit import Positions
 from training.loop.run_folder import JOURNAL, read_journal
 from training.reward import train as train_reward_module
 from training.reward.data import DataConfig

@@ -199,7 +199,7 @@ def test_a_server_that_takes_connections_and_says_nothing_fails_in_time(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(ServiceUnavailableError, match="timed out"):
             Tracker("run", tmp_path / "t")
-    
+
 
 def test_a_folder_that_cant_be_written_is_said_in_one_line(store: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

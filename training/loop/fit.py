@@ -107,9 +107,9 @@ class Evaluation:
     """The unwrapped module, in evaluation mode, with averaged weights if there are any; to figures."""
     every: int
     """Steps between two; the end of the training is always one."""
-    watched: str
-    """The figure of which the highest is the best."""
-    patience: int
+    watched: str | None
+    """The figure of which the highest is the best; None: the last weights are kept."""
+    patience: int = 0
     """Evaluations without a new best after which the training ends; 0: it never does so early."""
 
 
@@ -339,7 +339,8 @@ class _Loop:
             # One verdict for all, should their hardware differ in the last digit.
             (figures,) = broadcast_object_list([figures])
         state.stale += 1
-        if state.best is None or figures[evaluation.watched] > state.best["figures"][evaluation.watched]:
+        watched, best = evaluation.watched, state.best
+        if watched is not None and (best is None or figures[watched] > best["figures"][watched]):
             weights = {k: v.detach().cpu().clone() for k, v in self.bare.state_dict().items()}
             state.best, state.stale = {"step": state.step, "figures": figures, "weights": weights}, 0
         if own:

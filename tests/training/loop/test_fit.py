@@ -13,7 +13,7 @@ import torch
 
 from services.errors import InvalidInputError, MilongaError, OutputError
 from tests.training.loop.fit_program import CONFIG, train
-from training.loop.loop import LoopConfig, examples_at
+from training.loop.fit import LoopConfig, examples_at
 from training.loop.run_folder import (
     CHECKPOINTS,
     JOURNAL,
