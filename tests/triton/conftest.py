@@ -9,7 +9,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from services.cli import run
-from tests.services.inference.suite import SETTINGS, Addresses
+from tests.programs import EXACT
+from tests.services.inference.suite import Addresses
 from tests.triton.server import ENVIRONMENT, PYTHON, Server, running
 
 TRITON: pytest.StashKey[str] = pytest.StashKey()
@@ -34,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `milonga triton export` writes it."""
     folder = tmp_path_factory.mktemp("repository") / "models"
-    settings = [word for name, value in SETTINGS.items() for word in ("--set", f"tango.{name}={value}")]
+    settings = [word for name, value in EXACT.items() for word in ("--set", f"tango.{name}={value}")]
     assert run(["triton", "export", "--model", "mini", *settings, str(folder)]) == 0
     return folder
 

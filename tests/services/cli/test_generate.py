@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,8 @@ from services.errors import (
     QueueFullError,
 )
 from services.models.manifest import write_manifest
-from services.processes import ServicePlan, free_port, running
+from services.processes import free_port
+from tests.programs import Services
 from tests.services.models.tango.released import write_released
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 
@@ -44,16 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_pipeline().save_pretrained(folder)
     write_manifest(folder, name="tiny", version="1", license="Apache-2.0")
     return f"file:{folder}"
-
-
-@pytest.fixture(scope="module")
-def service(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a service that runs in a process of its own, started by the command."""
-    address = f"127.0.0.1:{free_port()}"
-    plan = ServicePlan(name="generation", arguments=("--model", model), address=address)
-    with running([plan], logs=tmp_path_factory.mktemp("log")) as (generation,):
-        generation.wait_until_serving()
-        yield generation.target
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -156,7 +146,7 @@ def test_output_not_writable_is_told_before_the_work(
 def test_a_full_disk_behind_stdout_is_no_fault_of_ours() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "services.cli", "doctor", "--json"], stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "services.cli", "generate", "--help"], stdout=full, stderr=subprocess.PIPE
         )
     assert done.returncode == 4
     assert done.stderr.startswith(b"error: the output can't be written")
@@ -236,27 +226,27 @@ def test_a_word_that_the_model_does_not_know_is_a_warning_on_stderr(
 # One prompt, through a service
 
 
-def test_server_and_engine_make_the_same_clip(model: str, service: str, tmp_path: Path) -> None:
+def test_server_and_engine_make_the_same_clip(services: Services, tmp_path: Path) -> None:
     common = ["generate", PROMPT, "--seed", "7", *QUICK]
-    assert cli.run([*common, "-o", str(tmp_path / "here.wav"), "--model", model]) == 0
-    assert cli.run([*common, "-o", str(tmp_path / "there.wav"), "--server", service]) == 0
+    assert cli.run([*common, "-o", str(tmp_path / "here.wav"), "--model", "mini"]) == 0
+    assert cli.run([*common, "-o", str(tmp_path / "there.wav"), "--server", services.generation]) == 0
     here_N, there_N = (soundfile.read(tmp_path / name)[0] for name in ("here.wav", "there.wav"))
     # Not bit for bit: the two processes may run torch with different numbers of threads.
     assert np.abs(here_N - there_N).max() <= 2 / 32768
 
 
 def test_the_service_names_wrong_settings_too(
-    service: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["generate", " ", "-o", str(tmp_path / "a.wav"), "--server", service]
+    arguments = ["generate", " ", "-o", str(tmp_path / "a.wav"), "--server", services.generation]
     assert cli.run([*arguments, "--steps", "-1"]) == 2
     line = error_of(capsys)
     assert "PROMPT:" in line
     assert "--steps:" in line
 
 
-def test_port_taken_is_one_line(model: str, service: str) -> None:
-    arguments = ["serve", "generation", "--model", model, "--listen", service]
+def test_port_taken_is_one_line(model: str, services: Services) -> None:
+    arguments = ["serve", "generation", "--model", model, "--listen", services.generation]
     done = subprocess.run(
         [sys.executable, "-m", "services.cli", *arguments], capture_output=True, text=True, timeout=120
     )
@@ -322,7 +312,7 @@ def test_other_settings_are_refused_before_anything_is_made(
 
 
 def test_a_refused_prompt_does_not_stop_the_others(
-    service: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_prompts(
         tmp_path / "p.jsonl",
@@ -330,7 +320,12 @@ def test_a_refused_prompt_does_not_stop_the_others(
         {"prompt": PROMPT, "id": "good"},
     )
     folder = tmp_path / "clips"
-    assert cli.run(["generate", "--prompts", str(file), "-o", str(folder), "--server", service, *QUICK]) == 2
+    assert (
+        cli.run(
+            ["generate", "--prompts", str(file), "-o", str(folder), "--server", services.generation, *QUICK]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert "1 made, 0 there already, 1 refused" in err
     assert "error: bad: duration" in err

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,18 @@ from services.errors import InvalidInputError
 from services.models.clap.loading import load_clap
 from services.models.manifest import read_manifest, write_manifest
 from services.models.reward.model import load_reward
-from services.processes import ServicePlan, free_port, running
+from services.processes import free_port
+from tests.programs import Services
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 
 PROMPT = "a dog barks then a siren wails"
 QUICK = ("--steps", "2", "--duration", "0.64")
 RATE = 16_000
+EMBEDDED = (
+    *("--scorer", "clap-a=mini:clap-a", "--scorer", "clap-b=mini:clap-b"),
+    *("--reward", "mini", "--clap", "mini:clap-a"),
+)
+"""The judges of the session's services, for this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +55,6 @@ class Models:
         return [*self.scorers, *self.rewards]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Services:
-    """Addresses of services in processes of their own."""
-
-    generation: str
-    scoring: str
-    reward: str
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
@@ -74,23 +70,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     tiny_reward(clap, read_manifest(found.clap_a).digest).save(found.reward)
     write_manifest(found.reward, name="tiny-reward", version="2", license="Apache-2.0")
     return found
-
-
-@pytest.fixture(scope="module")
-def services(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    arguments = {
-        "generation": ("--model", f"file:{models.sound}"),
-        "scoring": tuple(models.scorers),
-        "reward": ("--model", *models.rewards[1:]),
-    }
-    plans = [
-        ServicePlan(name=name, arguments=flags, address=f"127.0.0.1:{free_port()}")
-        for name, flags in arguments.items()
-    ]
-    with running(plans, logs=tmp_path_factory.mktemp("logs")) as processes:
-        for process in processes:
-            process.wait_until_serving()
-        yield Services(**{process.plan.name: process.target for process in processes})
 
 
 @pytest.fixture
@@ -323,9 +302,9 @@ def test_refused_models_are_named_by_their_flag(
 
 
 def test_services_say_what_this_process_says(
-    models: Models, services: Services, clips: list[str], capsys: pytest.CaptureFixture[str]
+    services: Services, clips: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["score", PROMPT, *clips, *models.judges]) == 0
+    assert cli.run(["score", PROMPT, *clips, *EMBEDDED]) == 0
     here = rows_of(capsys.readouterr().out)
     there = ["--scoring", services.scoring, "--reward-server", services.reward]
     assert cli.run(["score", PROMPT, *clips, *there]) == 0
@@ -356,13 +335,13 @@ def test_services_need_no_torch_here(services: Services, clips: list[str]) -> No
 def test_some_scorers_of_a_service(
     models: Models, services: Services, clips: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["score", PROMPT, *clips, "--scoring", services.scoring, "--scorer", "b"]) == 0
-    assert rows_of(capsys.readouterr().out)[0] == ["clip", "b"]
+    assert cli.run(["score", PROMPT, *clips, "--scoring", services.scoring, "--scorer", "clap-b"]) == 0
+    assert rows_of(capsys.readouterr().out)[0] == ["clip", "clap-b"]
     # One judge there, the other here.
     assert cli.run(["score", PROMPT, *clips, "--scoring", services.scoring, *models.rewards]) == 0
-    assert rows_of(capsys.readouterr().out)[0] == ["clip", "a", "b", "reward", "probability"]
+    assert rows_of(capsys.readouterr().out)[0] == ["clip", "clap-a", "clap-b", "reward", "probability"]
     assert cli.run(["score", PROMPT, *clips, "--scoring", services.scoring, "--scorer", "c"]) == 2
-    assert "--scorer: is 'c', must be one of a, b" in error_of(capsys)
+    assert "--scorer: is 'c', must be one of clap-a, clap-b" in error_of(capsys)
 
 
 def test_a_service_that_is_not_there_is_3(clips: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -534,7 +513,7 @@ def test_wrong_flags_of_candidates(
 
 
 def test_settings_of_candidates_are_named_as_flags(
-    models: Models, services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--server", services.generation, "--reward-server", services.reward, "--candidates", "2"]
     assert cli.run(["generate", PROMPT, *flags, "--steps", "0", "-o", str(tmp_path / "a.wav")]) == 2

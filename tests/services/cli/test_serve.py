@@ -5,8 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from services.generation.settings import GenerationSettings
 from services.processes import ServicePlan, ServiceProcess, free_port, running, stop
 from services.reward.settings import RewardSettings
 from services.scoring.settings import ScoringSettings
+from tests.programs import environment
 from tests.services.reward.serving import write_models
 from tests.tiny import tiny_pipeline
+from tests.waiting import until
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +48,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     clap, reward = write_models(folder)
     tiny_pipeline().save_pretrained(folder / "tango")
     return Models(generation=f"file:{folder}/tango", clap=f"file:{clap}", reward=f"file:{reward}")
-
-
-def wait(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # milonga serve
@@ -123,12 +117,6 @@ def test_what_a_service_refuses_is_one_line_and_2(
 
 
 # Processes
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return {**kept, "PYTHONPATH": paths, "MILONGA_THREADS": "1", "MILONGA_LOG_FORMAT": "json"}
 
 
 def alive(pid: int) -> bool:
@@ -289,7 +277,7 @@ def test_a_second_ctrl_c_ends_what_does_not_stop(models: Models) -> None:
         os.kill(stuck, signal.SIGSTOP)
         running_one.process.send_signal(signal.SIGINT)
         others = [running_one.children[name] for name in ("generation", "scoring")]
-        wait(lambda: not any(alive(pid) for pid in others), 30)
+        until(lambda: not any(alive(pid) for pid in others))
         assert running_one.process.poll() is None
         running_one.process.send_signal(signal.SIGINT)
         _, err = running_one.process.communicate(timeout=60)
@@ -301,7 +289,7 @@ def test_nothing_outlives_up_even_if_that_is_killed(models: Models) -> None:
     with running_up(*models.flags) as running_one:
         assert len(running_one.children) == 3
         running_one.process.kill()
-        wait(lambda: not any(alive(pid) for pid in running_one.children.values()), 30)
+        until(lambda: not any(alive(pid) for pid in running_one.children.values()))
 
 
 def test_wrong_flags_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """The service as a program: a process, its logs, its signals, its exit codes."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -21,7 +20,10 @@ from services.client import AudioClient
 from services.errors import InvalidInputError, ModelNotFoundError, UnauthenticatedError
 from services.generation.serve import run
 from services.generation.settings import GenerationSettings
+from services.generation.slot import load_engine
 from services.runtime.settings import load_settings
+from services.weights.uri import resolve
+from tests.programs import environment
 from tests.tiny import tiny_pipeline
 
 
@@ -32,20 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _environment(**settings: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
-    ours = {"MILONGA_LISTEN": "127.0.0.1:0", "MILONGA_LOG_FORMAT": "json", "MILONGA_THREADS": "1"}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return kept | ours | {"PYTHONPATH": paths} | settings
-
-
 COMMAND = [sys.executable, "-m", "services.generation"]
+ANY_PORT = {"MILONGA_LISTEN": "127.0.0.1:0"}
 
 
 @contextmanager
 def _service(**settings: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object], list[str]]]:
     """Start the program, wait until it says that it is ready; give its process, that line, and its log."""
-    process = subprocess.Popen(COMMAND, env=_environment(**settings), stderr=subprocess.PIPE, text=True)
+    env = environment(**ANY_PORT, **settings)
+    process = subprocess.Popen(COMMAND, env=env, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines: list[str] = []
     ready: dict[str, object] = {}
@@ -105,9 +102,8 @@ def test_sigterm_drains_gracefully(folder: Path) -> None:
 
 def _refusal(**settings: str) -> str:
     """Return the one line with which the program refuses to start, and check its exit code."""
-    done = subprocess.run(
-        COMMAND, env=_environment(**settings), capture_output=True, text=True, timeout=60, check=False
-    )
+    env = environment(**{**ANY_PORT, **settings})
+    done = subprocess.run(COMMAND, env=env, capture_output=True, text=True, timeout=120, check=False)
     errors = [line for line in done.stderr.splitlines() if not line.startswith('{"')]
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -135,8 +131,10 @@ def test_a_taken_port_is_refused_at_start(folder: Path) -> None:
 
 
 def test_settings_that_do_not_fit_together_are_refused_at_start(folder: Path) -> None:
-    assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="[4, 2]")
     assert "batch_shapes" in _refusal(MILONGA_MODEL=f"file:{folder}", MILONGA_BATCH_SHAPES="1,2")
+    settings = load_settings(GenerationSettings, model=f"file:{folder}", batch_shapes=(4, 2))
+    with pytest.raises(InvalidInputError, match="batch_shapes"):
+        load_engine(settings, resolve(f"file:{folder}"))
 
 
 @pytest.mark.parametrize("content", [None, "", " \n", "two words", "ünicode", "two\nlines"])

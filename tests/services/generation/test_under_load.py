@@ -1,8 +1,6 @@
 """A client at constant load, its retries off: through switches of models, and a drain of a replica."""
 
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from services.models.manifest import verify_manifest, write_manifest
 from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
 from services.processes import ServicePlan, ServiceProcess, free_port, running
+from tests.programs import environment
 from tests.services.generation.serving import serving
 from tests.tiny import tiny_pipeline
 
@@ -27,14 +26,11 @@ READY_SECONDS = 600.0
 @contextmanager
 def _services(*models: str, **settings: str) -> Iterator[list[ServiceProcess]]:
     """Generation services in processes of their own, ready."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    ours = {"PYTHONPATH": paths, "MILONGA_THREADS": "1", "MILONGA_LOG_LEVEL": "warning"}
     plans = [
         ServicePlan(name="generation", arguments=("--model", model), address=f"127.0.0.1:{free_port()}")
         for model in models
     ]
-    with running(plans, environment={**kept, **ours, **settings}) as services:
+    with running(plans, environment=environment(MILONGA_LOG_LEVEL="warning", **settings)) as services:
         for service in services:
             service.wait_until_serving(READY_SECONDS)
         yield services

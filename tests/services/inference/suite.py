@@ -1,7 +1,8 @@
 """What any server of our models must do through the Open Inference Protocol: ours, and a real Triton.
 
 Run against ours by `tests/services/inference/test_suite.py`, against Triton by `tests/triton/test_suite.py`:
-each has a fixture `served`. The models are the embedded ones. Shapes: n rows.
+each has a fixture `served`. The models are the embedded ones, and generation has the settings `EXACT`.
+Shapes: n rows.
 """
 
 import asyncio
@@ -28,8 +29,6 @@ from tests.services.inference.asking import parameters, refusal, tensor
 
 PROMPTS = ["a dog barks then a siren wails", "a bell rings"]
 TONES = [tone(0.5), tone(0.5, hertz=880.0)]
-SETTINGS = {"exact": "true", "batch_shapes": "[2]", "threads": "1"}
-"""Of the generation service: calls of one shape, so that equal means bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,6 @@
 """The service as a program: what it loads, and what it refuses in one clear line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from services.models.reward.model import WEIGHTS_NAME
 from services.reward.judge import load
 from services.reward.settings import RewardSettings, model_uris
 from services.runtime.settings import load_settings
+from tests.programs import environment
 from tests.services.reward.serving import float32, tone, write_models
 from tests.tiny import tiny_clap
 
@@ -133,13 +133,7 @@ def test_an_absent_clap_model_is_named(folders: tuple[Path, Path], tmp_path: Pat
 # The program
 
 COMMAND = [sys.executable, "-m", "services.reward"]
-
-
-def environment(**settings: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
-    ours = {"MILONGA_LISTEN": "127.0.0.1:0", "MILONGA_LOG_FORMAT": "json", "MILONGA_THREADS": "1"}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return kept | ours | {"PYTHONPATH": paths} | settings
+ANY_PORT = {"MILONGA_LISTEN": "127.0.0.1:0"}
 
 
 def started(process: "subprocess.Popen[str]") -> Iterator[dict[str, object]]:
@@ -151,7 +145,7 @@ def started(process: "subprocess.Popen[str]") -> Iterator[dict[str, object]]:
 
 def test_the_program_serves_until_sigterm(folders: tuple[Path, Path]) -> None:
     clap, model = folders
-    env = environment(MILONGA_MODEL=f"file:{model}", MILONGA_CLAP=f"file:{clap}")
+    env = environment(**ANY_PORT, MILONGA_MODEL=f"file:{model}", MILONGA_CLAP=f"file:{clap}")
     with subprocess.Popen(COMMAND, env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
             log = started(process)
@@ -181,7 +175,7 @@ def listed(channel: grpc.Channel) -> list[str]:
 def test_the_program_refuses_in_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny_clap(seed=1).save(other)
-    env = environment(MILONGA_MODEL=f"file:{folders[1]}", MILONGA_CLAP=f"file:{other}")
+    env = environment(**ANY_PORT, MILONGA_MODEL=f"file:{folders[1]}", MILONGA_CLAP=f"file:{other}")
     done = subprocess.run(COMMAND, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if not line.startswith('{"'))
@@ -190,6 +184,8 @@ def test_the_program_refuses_in_one_line(folders: tuple[Path, Path], tmp_path: P
 
 
 def test_without_a_model_the_program_does_not_start() -> None:
-    done = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        COMMAND, env=environment(**ANY_PORT), capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "MILONGA_MODEL" in done.stderr

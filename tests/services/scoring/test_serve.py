@@ -1,7 +1,6 @@
 """The service as a program, and what it refuses to start with."""
 
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -28,17 +27,15 @@ from services.runtime.settings import load_settings
 from services.scoring.scorers import load
 from services.scoring.serve import run
 from services.scoring.settings import ScoringSettings
+from tests.programs import environment
 
 COMMAND = [sys.executable, "-m", "services.scoring"]
 WEIGHTS = "model.safetensors"
 
 
-def _environment(scorers: str | None, **settings: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILONGA_")}
-    ours = {"MILONGA_LISTEN": "127.0.0.1:0", "MILONGA_LOG_FORMAT": "json", "MILONGA_THREADS": "1"}
-    paths = os.pathsep.join(path for path in sys.path if path)
+def _environment(scorers: str | None) -> dict[str, str]:
     given = {} if scorers is None else {"MILONGA_SCORERS": scorers}
-    return kept | ours | {"PYTHONPATH": paths} | given | settings
+    return environment(MILONGA_LISTEN="127.0.0.1:0", **given)
 
 
 def _refusal(scorers: str | None) -> str:
