@@ -23,7 +23,8 @@ from services.inference.triton.repository import ModelRepository, open_storage
 from services.models.manifest import write_manifest
 from services.models.mini import mini_folder
 from services.weights.registry import connect
-from tests.services.inference.suite import SETTINGS, Stream, inputs
+from tests.programs import EXACT
+from tests.services.inference.suite import Stream, inputs
 from tests.triton.server import Server, running
 from training.promotion.errors import GatesRefusedError, RolloutError
 from training.promotion.gates.gates import GatesConfig, read_gates
@@ -127,7 +128,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     for folder in (mini_folder("mini-base"), mini_folder("mini")):
         done = register(folder)
         versions[done.version] = Version(name=done.name, version=done.version, digest=done.digest)
-    settings = [word for name, value in SETTINGS.items() for word in ("--set", f"tango.{name}={value}")]
+    settings = [word for name, value in EXACT.items() for word in ("--set", f"tango.{name}={value}")]
     place = str(tmp_path / "repository")
     assert run(["triton", "export", "--only", "tango", "--model", f"models:/{NAME}/1", *settings, place]) == 0
     with (tmp_path / "prompts.csv").open("w") as file:

@@ -17,8 +17,8 @@ from services.processes import ServicePlan, free_port
 from services.processes import running as services_running
 from tests.services.inference.asking import refusal
 from tests.services.inference.suite import (
+    EXACT,
     PROMPTS,
-    SETTINGS,
     TONES,
     Stream,
     clip,
@@ -34,7 +34,7 @@ from tests.triton.server import Server, index, running
 def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of our own generation service, with the settings of Triton's tango."""
     plan = ServicePlan(name="generation", arguments=("--model", "mini"), address=f"127.0.0.1:{free_port()}")
-    settings = {f"MILONGA_{name.upper()}": value for name, value in SETTINGS.items()}
+    settings = {f"MILONGA_{name.upper()}": value for name, value in EXACT.items()}
     logs = tmp_path_factory.mktemp("logs")
     with services_running([plan], logs=logs, environment={**os.environ, **settings}) as (service,):
         service.wait_until_serving()
