@@ -1,10 +1,8 @@
 """What only a real Triton shows: equal bits everywhere, places that are freed, batches, refused versions."""
 
-import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,9 @@ import tritonclient.grpc as triton
 
 from services.cli import run
 from services.client import AudioClient
-from services.processes import ServicePlan, free_port
-from services.processes import running as services_running
+from tests.programs import Services
 from tests.services.inference.asking import refusal
 from tests.services.inference.suite import (
-    EXACT,
     PROMPTS,
     TONES,
     Stream,
@@ -31,14 +27,9 @@ from tests.triton.server import Server, index, running
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def native(services: Services) -> str:
     """Address of our own generation service, with the settings of Triton's tango."""
-    plan = ServicePlan(name="generation", arguments=("--model", "mini"), address=f"127.0.0.1:{free_port()}")
-    settings = {f"MILONGA_{name.upper()}": value for name, value in EXACT.items()}
-    logs = tmp_path_factory.mktemp("logs")
-    with services_running([plan], logs=logs, environment={**os.environ, **settings}) as (service,):
-        service.wait_until_serving()
-        yield service.target
+    return services.generation
 
 
 @pytest.mark.parametrize("seed", [7, 8, 2**62 + 1])
