@@ -1,7 +1,9 @@
-"""Whether a clip of the sound world holds the events of its prompt, and in order, according to the tagger.
+"""Figures of one clip: does it hold its prompt's events in their order, is it silent, is it clipped.
 
-Source: ours. The judge, `services.models.mini.tagger`, took no part in any training, so no training
-stage may import this module either.
+The events are those of the tagger (`services.models.mini.tagger`), an independent judge: no training stage
+consulted it, so none may import this module either. A silent clip would flatter FAD and KL.
+
+Shape legend: N samples.
 """
 
 import math
@@ -9,12 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.models.mini.tagger import Detection
 from training.soundworld.captions import CaptionTruth
 
 TIE_SECONDS = 0.1
 """Events whose centres lie closer than this count as neither in order nor reversed."""
+SILENT_PEAK = 1e-2
+"""A clip whose loudest sample is below this (-40 dB of full scale) counts as silent."""
+FULL_SCALE = 0.9999
+"""A clip with more than one sample at this level or above counts as clipped."""
+FLOOR_DB = -100.0
+"""Loudness of what is softer still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,3 +77,19 @@ EVENT_FIGURES = (
     "nothing_else_heard",
 )
 """Names of `event_values`."""
+
+
+def is_silent(waveform_N: NDArray[np.float32]) -> bool:
+    """Whether a clip in [-1, 1] is too soft to hear."""
+    return bool(np.abs(waveform_N).max(initial=0.0) < SILENT_PEAK)
+
+
+def is_clipped(waveform_N: NDArray[np.float32]) -> bool:
+    """Whether a clip in [-1, 1] lies at full scale more than once."""
+    return int((np.abs(waveform_N) >= FULL_SCALE).sum()) > 1
+
+
+def loudness_db(waveform_N: NDArray[np.float32]) -> float:
+    """Root mean square in dB below full scale, `FLOOR_DB` to 0."""
+    power = float(np.square(waveform_N, dtype=np.float64).mean()) if waveform_N.size else 0.0
+    return max(FLOOR_DB, 10.0 * float(np.log10(max(power, 1e-30))))

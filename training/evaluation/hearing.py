@@ -17,8 +17,7 @@ from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
 from training.evaluation.embedders import Embedder, Embeddings, Loader, Sound, TaggerEmbedder
-from training.evaluation.events import EVENT_FIGURES, event_values, judge
-from training.evaluation.levels import is_clipped, is_silent, loudness_db
+from training.evaluation.events import EVENT_FIGURES, event_values, is_clipped, is_silent, judge, loudness_db
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import Asked
 from training.loop.progress import progress

@@ -1,4 +1,7 @@
-"""Pictures of an evaluation, as PNG bytes: how scores are distributed, and spectrograms side by side."""
+"""Plots as PNG bytes: distributions of scores, calibration, spectrograms side by side.
+
+Drawn without pyplot, so that nothing global changes and no display is needed.
+"""
 
 import io
 import math
@@ -11,8 +14,9 @@ from numpy.typing import NDArray
 from services.audio.resampling import resample
 from services.audio.spectrogram import SpectrogramConfig, spectrogram_sheet_png
 from training.data.examples import Clip
-from training.evaluation.reliability import DPI
+from training.evaluation.calibration import ReliabilityBin
 
+DPI = 120
 COLUMNS = 3
 BINS = 30
 """At most."""
@@ -50,10 +54,23 @@ def distribution_plot(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -
         ncols=4,
         frameon=False,
     )
-    buffer = io.BytesIO()
-    # No version and no date in the file: the same figures give the same bytes.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure)
+
+
+def reliability_plot(curves: Mapping[str, Sequence[ReliabilityBin]], title: str) -> bytes:
+    """Predicted probability against the share of positives, a line for each of `curves`; counts below."""
+    figure = Figure(figsize=(5, 6))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure.subplots_adjust(left=0.14, right=0.96, top=0.94, bottom=0.09, hspace=0.08)
+    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+    for name, bins in curves.items():
+        said = [part.probability for part in bins]
+        upper.plot(said, [part.share for part in bins], marker="o", markersize=4, label=name)
+        lower.plot(said, [part.count for part in bins], marker="o", markersize=3)
+    upper.set(title=title, ylabel="share of positive examples", xlim=(0, 1), ylim=(0, 1))
+    upper.legend(loc="upper left")
+    lower.set(xlabel="probability", ylabel="examples", yscale="log")
+    return _png(figure)
 
 
 def spectrogram_sheet(prompts: Sequence[str], models: Mapping[str, Sequence[Clip | None]]) -> bytes | None:
@@ -70,6 +87,13 @@ def spectrogram_sheet(prompts: Sequence[str], models: Mapping[str, Sequence[Clip
         return None
     config = SpectrogramConfig(width=380, height=120)
     return spectrogram_sheet_png(cells, SHEET_RATE, columns=len(models), config=config)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No version and no date in the file: the same figures give the same bytes.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _is_continuous(columns: Sequence[NDArray[np.float64]]) -> bool:

@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import draws, mean_interval, paired_difference, set_interval
 from training.evaluation.config import EvaluationConfig
+from training.evaluation.distances import (
+    CLIPS_PER_DIMENSION,
+    SCALE,
+    Gaussian,
+    bandwidth_of,
+    frechet_distance,
+    gaussian_kernel,
+    squared_discrepancy,
+)
 from training.evaluation.divergence import inception_score
-from training.evaluation.frechet import CLIPS_PER_DIMENSION, Gaussian, frechet_distance
 from training.evaluation.hearing import Heard, References
-from training.evaluation.kernel import SCALE, bandwidth_of, gaussian_kernel, squared_discrepancy
 from training.evaluation.prompts import SPLITS
 from training.evaluation.sources import Asked
 from training.evaluation.statistics import Interval

@@ -21,8 +21,7 @@ from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline, clip_generator
-from training.evaluation.events import EVENT_FIGURES, Verdict, event_values, judge
-from training.evaluation.levels import is_clipped, is_silent
+from training.evaluation.events import EVENT_FIGURES, Verdict, event_values, is_clipped, is_silent, judge
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
 from training.soundworld.scenes import DURATIONS, make_scene

@@ -23,7 +23,7 @@ from training.evaluation.calibration import (
     reliability,
     sigmoid,
 )
-from training.evaluation.reliability import reliability_plot
+from training.evaluation.plots import reliability_plot
 from training.evaluation.statistics import area_under_curve, bootstrap_mean
 from training.reward.data import ClapTokens
 

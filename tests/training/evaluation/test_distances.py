@@ -9,14 +9,15 @@ import pytest
 from scipy.linalg import sqrtm
 
 from tests.training.evaluation import fixtures
-from training.evaluation.divergence import inception_score, kl_divergence
-from training.evaluation.frechet import Gaussian, frechet_distance
-from training.evaluation.kernel import (
+from training.evaluation.distances import (
+    Gaussian,
     bandwidth_of,
+    frechet_distance,
     gaussian_kernel,
     kernel_audio_distance,
     squared_discrepancy,
 )
+from training.evaluation.divergence import inception_score, kl_divergence
 
 REFERENCES: dict[str, Any] = json.loads(Path(__file__).with_name("references.json").read_text())
 """Written by `tests.training.evaluation.references`, in an environment of its own."""

@@ -15,7 +15,7 @@ from training.data.examples import FileClip
 from training.evaluation import panns
 from training.evaluation.config import EvaluationConfig, WorldPrompts, label_of
 from training.evaluation.embedders import ClapEmbedder, PannsEmbedder, Sound, TaggerEmbedder
-from training.evaluation.levels import is_clipped, is_silent, loudness_db
+from training.evaluation.events import is_clipped, is_silent, loudness_db
 from training.evaluation.prompts import SPLITS, Prompt, read_prompts, world_prompts
 from training.soundworld.scenes import split_of
 
