@@ -1,24 +1,22 @@
 """Perturbs captions with a large language model, through any endpoint that speaks OpenAI's chat completions.
 
 Address, model and key come from the config or from the environment (``MILONGA_LLM_URL``,
-``MILONGA_LLM_MODEL``, ``MILONGA_LLM_KEY``); the key never stands in a config, a file or a message. Answers
-are structured output (JSON schema), checked, and kept on disk under a digest of all that was asked.
+``MILONGA_LLM_MODEL``, ``MILONGA_LLM_KEY``); the key is never part of a config, a file or a message. Answers
+are structured output (JSON schema), checked, and cached on disk under a digest of the whole request.
 """
 
-import contextlib
 import email.utils
-import http.client
 import json
 import math
 import os
 import random
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import openai
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError
@@ -61,8 +59,8 @@ _CHANGES = (
 )
 
 _FIRST_WAIT, _GROWTH, _JITTER = 0.5, 2.0, 0.25
-# Refusals that may be gone the next time.
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+# Statuses after which the same request may succeed.
+_TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _SHORTER, _LONGER = 0.3, 3.0
 """Bounds of a caption's length in words, as multiples of the original's (and two words more)."""
 
@@ -120,8 +118,16 @@ class LLMPerturber:
             raise invalid("llm.model", f"is missing; set it, or {MODEL_VARIABLE}")
         self._config, self._model, self._cache = config, model, cache
         self._url = f"{base.rstrip('/')}/chat/completions"
-        # A redirect would carry the key to who knows where.
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        key = os.environ.get(config.key_variable)
+        self._headers: dict[str, str | openai.Omit] = {} if key else {"Authorization": openai.omit}
+        self._client = openai.OpenAI(
+            api_key=key or "none",
+            base_url=base,
+            timeout=config.timeout,
+            max_retries=0,  # `_ask` retries: the package ignores a Retry-After of more than a minute
+            # A redirect would take the key to another server.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
 
     def perturb(self, caption: str, strategy: Strategy, count: int) -> list[Perturbation]:
         """See `Perturber`.
@@ -165,61 +171,36 @@ class LLMPerturber:
         return body
 
     def _ask(self, body: Row) -> Any:
-        """The endpoint's answer, however often it takes."""
-        tries = 0
+        """The endpoint's answer, after up to `attempts` requests."""
+        config, attempt = self._config, 0
+        refusal: openai.APIError
         while True:
-            tries += 1
+            attempt += 1
             try:
-                return self._post(body)
-            except _PassingError as error:
-                wait = min(_FIRST_WAIT * _GROWTH ** (tries - 1), self._config.longest_wait)
-                wait = max(wait * random.uniform(1 - _JITTER, 1 + _JITTER), error.retry_after or 0.0)
-                if tries >= self._config.attempts or (error.retry_after or 0.0) > self._config.longest_wait:
-                    again = f", asks to come back in {error.retry_after:g} s" if error.retry_after else ""
-                    raise ServiceUnavailableError(
-                        f"{self._url}: {error}{again} (request {tries}); what was answered is kept: "
-                        "run again later"
+                create = self._client.chat.completions.with_raw_response.create
+                content = create(**body, extra_headers=self._headers).text
+                break
+            except openai.APIConnectionError as error:
+                refusal, reason, asked = error, str(error.__cause__ or error), 0.0
+            except openai.APIStatusError as error:
+                refusal, reason = error, f"status {error.status_code} ({_message(error)})"
+                asked = _retry_after(error.response.headers.get("Retry-After"))
+                if error.status_code not in _TRANSIENT:
+                    raise MilongaError(
+                        f"{self._url}: {reason}; check llm.base_url, llm.model, llm.structured and the key "
+                        f"in {config.key_variable}"
                     ) from error
-            time.sleep(wait)
-
-    def _post(self, body: Row) -> Any:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(self._config.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers, method="POST")
-        try:
-            with self._opener.open(request, timeout=self._config.timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                said = f"status {error.code} ({_said(error)})"
-                if error.code in _PASSING:
-                    raise _PassingError(said, _retry_after(error.headers.get("Retry-After"))) from error
-                raise MilongaError(
-                    f"{self._url}: {said}; check llm.base_url, llm.model, llm.structured and the key in "
-                    f"{self._config.key_variable}"
-                ) from error
-        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-            raise _PassingError(
-                str(getattr(error, "reason", None) or error) or type(error).__name__, None
-            ) from error
+            if attempt >= config.attempts or asked > config.longest_wait:
+                again = f", asks to come back in {asked:g} s" if asked else ""
+                raise ServiceUnavailableError(
+                    f"{self._url}: {reason}{again} (request {attempt}); answers are kept: run again later"
+                ) from refusal
+            wait = min(_FIRST_WAIT * _GROWTH ** (attempt - 1), config.longest_wait)
+            time.sleep(max(wait * random.uniform(1 - _JITTER, 1 + _JITTER), asked))
         try:
             return json.loads(content)
         except ValueError as error:
             raise BadAnswerError(f"the endpoint answered no JSON: {content[:80]!r}") from error
-
-
-class _PassingError(Exception):
-    """A refusal that may be gone the next time."""
-
-    def __init__(self, message: str, retry_after: float | None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """None: the redirect is an error like any other."""
 
 
 _SCHEMA: Final[Row] = {
@@ -291,26 +272,19 @@ def _kept(path: Path) -> list[Perturbation] | None:
         return None
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date."""
-    if not value:
-        return None
+def _retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header, which holds seconds or a date; 0 where it says nothing."""
     try:
-        seconds = float(value)
+        seconds = float(value or 0)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(str(value)).timestamp() - time.time()
         except ValueError:
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _message(error: openai.APIStatusError) -> str:
     """What the endpoint says of its refusal, in one short line."""
-    try:
-        text = error.read(2_000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return error.reason
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
-    return " ".join(str(text).split())[:200] or str(error.reason)
+    text = error.body.get("message") if isinstance(error.body, dict) else error.body
+    return " ".join(str(text or error.response.reason_phrase).split())[:200]

@@ -37,7 +37,7 @@ def good(count: int, about: str = "") -> Answer:
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint on this machine that answers as told, and then well."""
+    """An OpenAI-compatible endpoint on this machine: it gives `answers` in turn, then good ones."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -52,7 +52,7 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with endpoint.lock:
                     endpoint.requests.append({"path": self.path, **body})
-                    endpoint.headers.append(dict(self.headers))
+                    endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
                     answer = endpoint.answers.pop(0) if endpoint.answers else endpoint.default(body)
                 status, headers, content = answer
                 self.send_response(status)
@@ -103,13 +103,22 @@ def test_it_asks_for_structured_output_and_keeps_the_answer(endpoint: Endpoint, 
     assert request["model"] == "tiny-llm"
     assert request["response_format"]["json_schema"]["strict"] is True
     assert json.dumps(CAPTION) in request["messages"][1]["content"]
-    assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
     # Asked again it comes from disk; asked for something else it does not. The key stands nowhere.
     assert LLMPerturber(endpoint.config, tmp_path).perturb(CAPTION, "2", 5) == found
     assert len(endpoint.requests) == 1
     perturber.perturb(CAPTION, "3", 5)
     assert len(endpoint.requests) == 2
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_without_a_key_none_is_sent(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(llm.KEY_VARIABLE)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert LLMPerturber(endpoint.config, tmp_path).perturb(CAPTION, "2", 5)
+    assert "authorization" not in endpoint.headers[0]
 
 
 def test_passing_refusals_are_waited_for(endpoint: Endpoint, tmp_path: Path, waits: list[float]) -> None:
