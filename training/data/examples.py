@@ -9,7 +9,7 @@ import io
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -261,46 +261,67 @@ def read_pairs(path: Path, audio_root: Path | None = None) -> list[Pair]:
     `strategy` may be missing. Raises `InvalidInputError`.
     """
     field = "data.pairs"
-    from pyarrow import ArrowException, types  # type: ignore[import-untyped]
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
-    try:
-        with ParquetFile(path) as file:
-            schema = file.schema_arrow
-            missing = [name for name in ("prompt", "chosen", "rejected") if name not in schema.names]
-            if missing:
-                raise _invalid(
-                    field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
-                )
-            structs = {name: types.is_struct(schema.field(name).type) for name in ("chosen", "rejected")}
-            light = [
-                name
-                for name in ("prompt", "strategy", *structs)
-                if name in schema.names and not structs.get(name)
-            ]
-            rows = [file.read_row_group(group, light).to_pylist() for group in range(file.num_row_groups)]
-    except (OSError, ArrowException) as error:
-        raise _invalid(field, f"{path} can't be read: {error}") from error
-    root = audio_root or path.parent
-
-    def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
-        if structs[column]:
-            return ParquetClip(path=path, column=column, group=group, row=number, audio_root=root)
-        return FileClip(path=find_audio(str(row[column]), root))
-
     found = [
         Pair(
             prompt=str(row["prompt"]),
-            chosen=clip("chosen", group, number, row),
-            rejected=clip("rejected", group, number, row),
+            chosen=chosen,
+            rejected=rejected,
             kind=f"strategy {row['strategy']}" if row.get("strategy") is not None else "preferred",
         )
-        for group, part in enumerate(rows)
-        for number, row in enumerate(part)
+        for row, chosen, rejected in pair_rows(path, field, audio_root, columns=("prompt", "strategy"))
     ]
     if not found:
         raise _invalid(field, f"{path} holds no pairs")
     return found
+
+
+def pair_rows(
+    path: Path,
+    field: str,
+    audio_root: Path | None = None,
+    *,
+    domain: str = "recorded",
+    columns: Collection[str] | None = None,
+) -> Iterator[tuple[dict[str, Any], Clip, Clip]]:
+    """Read the rows of a Parquet file with the columns prompt, chosen and rejected, in order.
+
+    Args:
+        path: of the file.
+        field: what messages name as wrong.
+        audio_root: of paths in the place of clips; None: the file's folder.
+        domain: of the clips.
+        columns: to read beside the clips; None: all.
+
+    Returns each row, its chosen and its rejected clip. Raises `InvalidInputError`.
+    """
+    from pyarrow import ArrowException, types  # type: ignore[import-untyped]
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    sides, root = ("chosen", "rejected"), audio_root or path.parent
+    try:
+        with ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if missing := [name for name in ("prompt", *sides) if name not in schema.names]:
+                raise _invalid(
+                    field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
+                )
+            embedded = {side: types.is_struct(schema.field(side).type) for side in sides}
+            wanted = {*sides, *(schema.names if columns is None else columns)}
+            light = [name for name in schema.names if name in wanted and not embedded.get(name)]
+            groups = [file.read_row_group(group, light).to_pylist() for group in range(file.num_row_groups)]
+    except (OSError, ArrowException) as error:
+        raise _invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
+
+    def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
+        if embedded[column]:
+            return ParquetClip(
+                path=path, column=column, group=group, row=number, audio_root=root, domain=domain
+            )
+        return FileClip(path=find_audio(str(row[column]), root), domain=domain)
+
+    for group, rows in enumerate(groups):
+        for number, row in enumerate(rows):
+            yield row, clip("chosen", group, number, row), clip("rejected", group, number, row)
 
 
 def counts(examples: Examples) -> dict[str, int]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.audio.encoding import encode_audio
-from training.data.examples import Clip, FileClip, ParquetClip, decode, find_audio
+from training.data.examples import Clip, FileClip, check_readable, decode, pair_rows
 from training.data.store import (
     REPORT,
     Row,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
 
 DATA = "data"
-REQUIRED: Final = ("prompt", "chosen", "rejected")
 SIDES: Final = ("chosen", "rejected")
+REQUIRED: Final = ("prompt", *SIDES)
 SAMPLING_RATE: Final = 16_000
 """Hertz of the clips, as in the public data."""
 ROW_GROUP = 32
@@ -156,8 +156,6 @@ def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Pre
 
     Every clip is decoded once. Raises `InvalidInputError`.
     """
-    from training.data.examples import check_readable
-
     unreadable: dict[Clip, str] = {}
     found = []
     for preference in progress(preferences, total=len(preferences), desc="clips", unit="pair"):
@@ -202,41 +200,15 @@ def print_table(table: Mapping[str, Row], console: Console | None = None) -> Non
 
 
 def _read_file(path: Path) -> Iterator[Preference]:
-    from pyarrow import ArrowException, types
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
-    try:
-        with ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if missing := [name for name in REQUIRED if name not in schema.names]:
-                raise invalid(
-                    "preferences",
-                    f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}",
-                )
-            embedded = {side: types.is_struct(schema.field(side).type) for side in SIDES}
-            light = [name for name in schema.names if not embedded.get(name)]
-            groups = [file.read_row_group(group, light).to_pylist() for group in range(file.num_row_groups)]
-    except (OSError, ArrowException) as error:
-        raise invalid("preferences", f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
-    root = path.parent
-    for group, rows in enumerate(groups):
-        for number, row in enumerate(rows):
-            clips: dict[str, Clip] = {
-                side: ParquetClip(
-                    path=path, column=side, group=group, row=number, audio_root=root, domain="generated"
-                )
-                if embedded[side]
-                else FileClip(path=find_audio(str(row[side]), root), domain="generated")
-                for side in SIDES
-            }
-            strategy = row.get("strategy")
-            yield Preference(
-                prompt=str(row["prompt"]),
-                chosen=clips["chosen"],
-                rejected=clips["rejected"],
-                strategy="" if strategy is None else str(strategy),
-                details={name: value for name, value in row.items() if name not in (*REQUIRED, "strategy")},
-            )
+    for row, chosen, rejected in pair_rows(path, "preferences", domain="generated"):
+        strategy = row.get("strategy")
+        yield Preference(
+            prompt=str(row["prompt"]),
+            chosen=chosen,
+            rejected=rejected,
+            strategy="" if strategy is None else str(strategy),
+            details={name: value for name, value in row.items() if name not in (*REQUIRED, "strategy")},
+        )
 
 
 def _is_readable(clip: Any, unreadable: dict[Any, str]) -> bool:
@@ -292,56 +264,27 @@ def _audio(path: Path) -> Row:
 
 
 def _schema(scorers: Sequence[str], judges: Sequence[str]) -> "pyarrow.Schema":
-    """Arrow's schema, with the features that Hugging Face's datasets reads from its metadata."""
-    import pyarrow as pa
+    """Arrow's schema, with Hugging Face's features in its metadata: `datasets` decodes the clips by these."""
+    from datasets import Audio, Features, Value  # type: ignore[import-untyped]
 
-    names: dict[str, Any] = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    values = {
-        "rejected_prompt": "string",
-        "rejected_kind": "string",
-        "chosen_scores": dict.fromkeys(scorers, "float64"),
-        "rejected_scores": dict.fromkeys(scorers, "float64"),
-        "chosen_reward": "float64",
-        "rejected_reward": "float64",
-        "chosen_seed": "int64",
-        "rejected_seed": "int64",
-        "chosen_steps": "int64",
-        "rejected_steps": "int64",
-        "model": "string",
-        "model_version": "string",
-        "model_digest": "string",
-        "judge_digests": dict.fromkeys(judges, "string"),
-    }
-    # A struct without fields can't be written.
-    columns = {"prompt": "string", "chosen": audio, "rejected": audio, "strategy": "string"} | {
-        name: kind for name, kind in values.items() if kind
-    }
-
-    def arrow(kind: Any) -> Any:
-        if isinstance(kind, dict):
-            return pa.struct([(name, arrow(part)) for name, part in kind.items()])
-        return names[kind] if isinstance(kind, str) else kind
-
-    def feature(kind: Any) -> Any:
-        if isinstance(kind, dict):
-            return {name: feature(part) for name, part in kind.items()}
-        if isinstance(kind, str):
-            return {"dtype": kind, "_type": "Value"}
-        return {"sampling_rate": SAMPLING_RATE, "_type": "Audio"}
-
-    features = {name: feature(kind) for name, kind in columns.items()}
-    return pa.schema(
-        [(name, arrow(kind)) for name, kind in columns.items()],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+    audio = Audio(sampling_rate=SAMPLING_RATE)
+    text, whole, real = Value("string"), Value("int64"), Value("float64")
+    columns = {"prompt": text, "chosen": audio, "rejected": audio, "strategy": text}
+    columns |= {"rejected_prompt": text, "rejected_kind": text}
+    columns |= {f"{side}_scores": dict.fromkeys(scorers, real) for side in SIDES}
+    columns |= {f"{side}_reward": real for side in SIDES}
+    columns |= {f"{side}_{name}": whole for name in ("seed", "steps") for side in SIDES}
+    columns |= {"model": text, "model_version": text, "model_digest": text}
+    columns |= {"judge_digests": dict.fromkeys(judges, text)}
+    # Parquet has no struct without fields.
+    return Features({name: kind for name, kind in columns.items() if kind != {}}).arrow_schema
 
 
 def _parquet(rows: list[Row], schema: "pyarrow.Schema") -> bytes:
     import io
 
     import pyarrow as pa
-    from pyarrow.parquet import write_table
+    from pyarrow.parquet import write_table  # type: ignore[import-untyped]
 
     buffer = io.BytesIO()
     # The clips are compressed already.
