@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from training.preferences.candidates import CandidatesConfig, plan
-from training.preferences.sources import Job, SourceConfig, open_source
+from training.preferences.sources import Candidate, SourceConfig, open_source
 from training.soundworld.scenes import SceneConfig, make_scene
 
 WAYS: Mapping[str, tuple[int, int]] = {
@@ -32,17 +32,21 @@ WAYS: Mapping[str, tuple[int, int]] = {
 """Requests in flight, places of the engine's batch."""
 
 
-def seconds(config: SourceConfig, jobs: Sequence[Job]) -> float:
-    """How long the clips of `jobs` take, the model being loaded and warm."""
-    source = open_source(config)
+def seconds(config: SourceConfig, candidates: Sequence[Candidate]) -> float:
+    """How long the clips of `candidates` take, the model being loaded and warm."""
+    maker = open_source(config)
+
+    def make(candidate: Candidate) -> None:
+        maker.generate(candidate.prompt, **candidate.options(config))
+
     try:
         with ThreadPoolExecutor(config.in_flight) as pool:
-            list(pool.map(source.make, jobs[: config.in_flight]))
+            list(pool.map(make, candidates[: config.in_flight]))
             start = time.perf_counter()
-            list(pool.map(source.make, jobs))
+            list(pool.map(make, candidates))
             return time.perf_counter() - start
     finally:
-        source.close()
+        maker.close()
 
 
 def main() -> None:
@@ -61,8 +65,8 @@ def main() -> None:
             model=arguments.model, batch=batch, in_flight=in_flight, threads=arguments.threads
         )
         config = CandidatesConfig(source=source, strategies=("1.2",), steps=arguments.steps)
-        jobs = plan(config, captions, [], [])[: arguments.clips]
-        found[way] = round(arguments.clips / seconds(source, jobs), 3)
+        candidates = plan(config, captions, [], [])[: arguments.clips]
+        found[way] = round(arguments.clips / seconds(source, candidates), 3)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name()

@@ -3,10 +3,11 @@
 Needs torch. Shapes: B pairs, S scorers.
 """
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar, Unpack
 
 import numpy as np
@@ -24,17 +25,16 @@ from services.api.generation import (
     collect,
 )
 from services.api.model import ModelVersion
-from services.api.scoring import Reward, Rewards, Scorer, Scores, Sound
+from services.api.scoring import REWARD, Reward, Rewards, Scorer, Scores, Sound
 from services.audio.clips import AudioBounds, ReadClip, read_pairs
 from services.client.sounds import RequestWriter
 from services.engine import Engine, EngineConfig
-from services.errors import FieldViolation, InvalidInputError, ModelError
-from services.models.clap.model import ClapModel
+from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
 from services.models.tango.loading import load_tango
 from services.reward.convert import sigmoid
-from services.scoring.scorers import EmbeddingModel, load_scorer
-from services.weights.uri import ModelURI, ResolvedModel, resolve
+from services.weights.loading import load_clap_model, load_embedding_model
+from services.weights.uri import ResolvedModel
 
 _MAX_BATCH_SECONDS = 80.0
 """Sound in one pass of a scorer: what bounds its memory. The services' default."""
@@ -43,7 +43,7 @@ Model = TypeVar("Model")
 
 
 class LocalClipMaker:
-    """A `ClipMaker` on an engine of its own: the same request gives the same clip as from a service."""
+    """A `StreamingClipMaker` on an engine of its own. The same request gives the same clip as a service."""
 
     def __init__(self, engine: Engine) -> None:
         """Take over `engine`: closing the clip maker closes it."""
@@ -109,6 +109,11 @@ class LocalScorers:
         self._scorers, self._reward = scorers, reward
         self._lock = threading.Lock()
 
+    def versions(self) -> dict[str, ModelVersion]:
+        """See `Scorers`."""
+        found = {name: scorer.version for name, scorer in self._scorers.items()}
+        return found if self._reward is None else {**found, REWARD: self._reward.version}
+
     def score_audio(
         self, pairs: Sequence[tuple[str, Sound]], *, scorers: Sequence[str] | None = None
     ) -> Scores:
@@ -151,11 +156,25 @@ class LocalScorers:
 
 
 def _read(pairs: Sequence[tuple[str, Sound]]) -> tuple[list[str], list[ReadClip]]:
-    """Decode, and refuse, as a service does."""
+    """Return prompts and decoded clips; files are decoded, and refused, as a service does it."""
+    files = [(prompt, sound) for prompt, sound in pairs if isinstance(sound, bytes | Path)]
+    decoded = iter(_read_files(files) if files else ())
+    clips = [
+        next(decoded)[1] if isinstance(sound, bytes | Path) else _of_samples(sound) for _, sound in pairs
+    ]
+    return [prompt for prompt, _ in pairs], clips
+
+
+def _read_files(pairs: Sequence[tuple[str, Sound]]) -> list[tuple[str, ReadClip]]:
     write = RequestWriter()
     messages = write.checked(BatchScoreAudioRequest(pairs=write.pairs(pairs, "pairs"))).pairs
-    read = read_pairs(messages, "pairs", AudioBounds())
-    return [prompt for prompt, _ in read], [clip for _, clip in read]
+    return read_pairs(messages, "pairs", AudioBounds())
+
+
+def _of_samples(sound: Clip | tuple[NDArray[np.float32], int]) -> ReadClip:
+    waveform, rate = (sound.waveform(), sound.sampling_rate) if isinstance(sound, Clip) else sound
+    mono = waveform if waveform.ndim == 1 else waveform.mean(axis=0)
+    return ReadClip(waveform=mono, sampling_rate=rate)
 
 
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:
@@ -179,77 +198,41 @@ def _passes(sizes: Sequence[float]) -> Iterator[slice]:
 
 
 def open_scorers(
-    scorers: Mapping[str, str], *, reward: str | None, clap: str, device: str = "auto"
+    scorers: Mapping[str, ResolvedModel],
+    *,
+    reward: ResolvedModel | None = None,
+    clap: ResolvedModel | None = None,
+    device: str = "auto",
+    naming: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> LocalScorers:
-    """Resolve, verify and load scorers and a reward model: seconds. Equal weights are loaded once.
+    """Load scorers and a reward model: seconds. Equal weights are loaded once.
 
     Args:
-        scorers: model URI by name.
-        reward: model URI of a reward model.
-        clap: model URI of the CLAP model that it was trained on.
+        scorers: CLAP models by name.
+        reward: the reward model.
+        clap: the CLAP model that it was trained on.
         device: torch's name, or ``auto``.
+        naming: entered while a model is loaded, with its role: a scorer's name, ``reward`` or ``clap``.
 
     Raises:
-        InvalidInputError: a URI is none, or the device does not exist, in the words of the flag.
+        InvalidInputError: the device does not exist, or `clap` gives no tokens.
         ModelError: a model was refused.
     """
-    named = {f"--scorer {name}": uri for name, uri in scorers.items()}
-    parsed = _parse(named if reward is None else {**named, "--reward": reward, "--clap": clap})
-    if reward is not None and parsed["--clap"].scheme == "laion-clap":
-        # laion_clap's own class gives embeddings alone, and a reward model reads tokens.
-        raise InvalidInputError(
-            FieldViolation("--clap", f"is {clap[:80]!r}, which shows no tokens; give laion:PATH")
-        )
-    loaded: dict[tuple[bool, str], EmbeddingModel] = {}
-
-    def load(flag: str) -> Loaded[EmbeddingModel]:
-        uri = parsed[flag]
-        with _named_errors(flag):
-            version = resolve(uri)
-            key = (uri.scheme == "laion-clap", version.digest)
-            if key not in loaded:
-                loaded[key] = load_scorer(uri, version, device)
-            return Loaded(model=loaded[key], version=version.identity)
-
-    panel = {name: load(f"--scorer {name}") for name in scorers}
+    loaded: dict[ResolvedModel, EmbeddingModel] = {}
+    named: dict[str, Loaded[EmbeddingModel]] = {}
+    for name, version in scorers.items():
+        if version not in loaded:
+            with naming(name):
+                loaded[version] = load_embedding_model(version, device)
+        named[name] = Loaded(model=loaded[version], version=version.identity)
     if reward is None:
-        return LocalScorers(panel, None)
-    with _named_errors("--reward"):
-        version = resolve(parsed["--reward"])
-    stand = load("--clap")
-    assert isinstance(stand.model, ClapModel)
-    with _named_errors("--reward"):
-        # It takes nothing from CLAP that a scorer would miss: they share one.
-        model = load_reward(version.folder, stand.model, stand.version.digest)
-    return LocalScorers(panel, Loaded(model=model, version=version.identity))
-
-
-def _parse(flags: Mapping[str, str]) -> dict[str, ModelURI]:
-    """Parse model URIs, by flag; all wrong ones are reported at once."""
-    parsed: dict[str, ModelURI] = {}
-    faults: list[FieldViolation] = []
-    for flag, text in flags.items():
-        try:
-            with _named_errors(flag):
-                parsed[flag] = ModelURI.parse(text)
-        except InvalidInputError as error:
-            faults += error.violations
-    if faults:
-        raise InvalidInputError(*faults)
-    return parsed
-
-
-@contextlib.contextmanager
-def _named_errors(flag: str) -> Iterator[None]:
-    """Name the flag in errors of the model that it names."""
-    try:
-        yield
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            *(
-                FieldViolation("--device" if fault.field == "device" else flag, fault.description)
-                for fault in error.violations
-            )
-        ) from error
-    except ModelError as error:
-        raise type(error)(f"{flag}: {error}") from error
+        return LocalScorers(named, None)
+    assert clap is not None
+    # Inference changes nothing in CLAP: the reward model shares it with a scorer.
+    tokens = loaded.get(clap)
+    if not isinstance(tokens, ClapModel):
+        with naming("clap"):
+            tokens = load_clap_model(clap, device)
+    with naming("reward"):
+        model = load_reward(reward.folder, tokens, clap.digest)
+    return LocalScorers(named, Loaded(model=model, version=reward.identity))

@@ -406,18 +406,22 @@ class ClipMaker(Protocol):
     `services.errors`.
     """
 
-    def get_model(self) -> GenerationModel:
-        """Return which model makes the clips, with its limits and defaults."""
-        ...
-
-    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[Update]:
-        """Make the clips of a prompt, and yield its events. Leaving the loop cancels the rest."""
-        ...
-
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
         """Make the clips of a prompt, and wait for them."""
         ...
 
     def close(self) -> None:
         """Cancel what runs, and free what is held."""
+        ...
+
+
+class StreamingClipMaker(ClipMaker, Protocol):
+    """A `ClipMaker` that also describes its model, and reports what happens on the way."""
+
+    def get_model(self) -> GenerationModel:
+        """Return which model makes the clips, with its limits and defaults."""
+        ...
+
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[Update]:
+        """Make the clips of a prompt, and yield its events. Leaving the loop cancels the rest."""
         ...

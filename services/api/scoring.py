@@ -3,10 +3,10 @@
 Shapes: N samples, B elements of a call, S scorers, D dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from services.api.model import ModelVersion
 Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
 """What is scored: a generated clip, an encoded file (WAV, FLAC, OGG), the path of one, or samples in [-1, 1]
 as float32 [N] or [channels, N] with their sampling rate in hertz."""
+
+
+REWARD: Final = "reward"
+"""The reward model's name among scorers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +98,10 @@ class Scorers(Protocol):
     Thread-safe. All methods raise the tree of `services.errors`.
     """
 
+    def versions(self) -> Mapping[str, ModelVersion]:
+        """Return which weights score, by the scorer's name; those of a reward model by `REWARD`."""
+        ...
+
     def score_audio(
         self, pairs: Sequence[tuple[str, Sound]], *, scorers: Sequence[str] | None = None
     ) -> Scores:
@@ -107,3 +115,38 @@ class Scorers(Protocol):
     def close(self) -> None:
         """Free what is held; calls under way are cancelled."""
         ...
+
+
+class CombinedScorers:
+    """`Scorers` of two: one gives CLAP scores, the other rewards; either may be missing."""
+
+    def __init__(self, *, clap: Scorers | None, reward: Scorers | None) -> None:
+        """Take over both: closing it closes them."""
+        self._clap, self._reward = clap, reward
+
+    def versions(self) -> dict[str, ModelVersion]:
+        """See `Scorers`."""
+        found: dict[str, ModelVersion] = {}
+        if self._clap is not None:
+            found |= {name: one for name, one in self._clap.versions().items() if name != REWARD}
+        if self._reward is not None:
+            found[REWARD] = self._reward.versions()[REWARD]
+        return found
+
+    def score_audio(
+        self, pairs: Sequence[tuple[str, Sound]], *, scorers: Sequence[str] | None = None
+    ) -> Scores:
+        """See `Scorers`. There must be a scorer."""
+        assert self._clap is not None
+        return self._clap.score_audio(pairs, scorers=scorers)
+
+    def compute_rewards(self, pairs: Sequence[tuple[str, Sound]]) -> Rewards:
+        """See `Scorers`. There must be a reward model."""
+        assert self._reward is not None
+        return self._reward.compute_rewards(pairs)
+
+    def close(self) -> None:
+        """See `Scorers`."""
+        for one in dict.fromkeys((self._clap, self._reward)):
+            if one is not None:
+                one.close()

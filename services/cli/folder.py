@@ -1,7 +1,7 @@
 """A folder of clips, made from a file of prompts: `milonga generate --prompts`."""
 
+import contextlib
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,11 @@ import typer
 
 from services.cli import prompts
 from services.cli.making import GeneratedClips, Place, record_of, to_json, warn
-from services.cli.outputs import make_folder, write_atomically
+from services.cli.outputs import make_folder
 from services.cli.progress import ProgressView
+from services.clip_folder import ClipFolder
 from services.errors import FieldViolation, InvalidInputError
+from services.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,37 +74,34 @@ class Folder:
         """Make `todo`, several at a time. Returns what was refused."""
         refused: list[FieldViolation] = []
         stop = threading.Event()
-        with ProgressView(jobs=len(todo), quiet=quiet) as view, ThreadPoolExecutor(parallel) as pool:
+        folder: ClipFolder[prompts.Job] = ClipFolder(self.folder, lambda job: job.files)
+        with ProgressView(jobs=len(todo), quiet=quiet) as view, contextlib.ExitStack() as stack:
             view.stage(self.place.first_stage)
             maker = self.place.open(batch=parallel)
-            try:
-                pending: dict[Future[GeneratedClips], prompts.Job] = {
-                    pool.submit(
-                        maker.make, job.prompt, job.options, len(job.files),
-                        partial(view.update, job.name), stop=stop,
-                    ): job
-                    for job in todo
-                }  # fmt: skip
-                while pending:
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        job = pending.pop(future)
-                        try:
-                            self._write(job, future.result())
-                        except InvalidInputError as error:
-                            refused.append(FieldViolation(job.name, str(error)))
-                        view.done(job.name)
-            finally:
-                # Reached with jobs under way only when something failed, or on Ctrl-C. Closing the maker
-                # ends them at once: they may be waiting for a service that says nothing.
+            stack.callback(maker.close)
+
+            def make(job: prompts.Job) -> GeneratedClips:
+                update = partial(view.update, job.name)
+                return maker.make(job.prompt, job.options, len(job.files), update, stop=stop)
+
+            def refuse(job: prompts.Job, error: InvalidInputError) -> None:
+                refused.append(FieldViolation(job.name, str(error)))
+                view.done(job.name)
+
+            def give_up() -> None:
+                # Requests may wait for a service that says nothing: closing the maker ends them at once.
                 stop.set()
                 maker.close()
-                pool.shutdown(wait=True, cancel_futures=True)
+
+            results = folder.make(todo, make, parallel, stop=give_up, refused=refuse)
+            stack.callback(results.close)
+            for job, made in results:
+                self._record(job, made)
+                view.done(job.name)
         return refused
 
-    def _write(self, job: prompts.Job, made: GeneratedClips) -> None:
-        """Write the clips, then the record that makes them count."""
-        for clip, file in zip(made.clips, job.files, strict=True):
-            write_atomically(self.folder / file, clip.audio)
+    def _record(self, job: prompts.Job, made: GeneratedClips) -> None:
+        """Write the record, which makes the clips beside it count."""
         record = {
             "request": prompts.request_record(job, self.place.name),
             **record_of(made, job.files),

@@ -4,19 +4,24 @@
 Starts without torch, which only judges in this process need.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NoReturn, Protocol
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from services import client
+from services.api.scoring import CombinedScorers, Scorers
 from services.cli.serve import read_scorers
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, ModelError
+
+if TYPE_CHECKING:
+    from services.weights.uri import ResolvedModel
 
 SCORERS: Mapping[str, str] = MappingProxyType({"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"})
 """The scorers that judge where nothing else is said: model URI by name."""
@@ -126,24 +131,6 @@ class Connection:
         return client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
 
 
-class Scoring(Protocol):
-    """Gives CLAP scores: `AudioClient`, or `services.local.LocalScorers`."""
-
-    def score_audio(
-        self, pairs: Sequence[tuple[str, bytes]], *, scorers: Sequence[str] | None = None
-    ) -> client.Scores:
-        """Score files of sound, each for its own prompt, by every scorer, or by those named."""
-        ...
-
-
-class Rewarding(Protocol):
-    """Gives rewards: `AudioClient`, or `services.local.LocalScorers`."""
-
-    def compute_rewards(self, pairs: Sequence[tuple[str, bytes]]) -> client.Rewards:
-        """Judge files of sound, each for its own prompt."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judges:
     """Which judges are asked, and where they are; none of a kind is asked where neither place is given."""
@@ -167,30 +154,36 @@ class Judges:
 
     @property
     def are_here(self) -> bool:
-        """Whether any judges in this process."""
+        """Return whether any model runs in this process."""
         return bool(self.scorers) or self.reward is not None
 
     @property
+    def by_clap(self) -> bool:
+        """Return whether there are scorers."""
+        return bool(self.scorers) or self.scoring is not None
+
+    @property
+    def by_reward(self) -> bool:
+        """Return whether there is a reward model."""
+        return self.reward is not None or self.reward_server is not None
+
+    @property
     def source(self) -> str:
-        """Where the judgements come from, as a record keeps it."""
+        """Return where scores come from, as a record keeps it."""
         scorers = [f"{name}={uri}" for name, uri in self.scorers.items()]
         rewards = [] if self.reward is None else [f"{self.reward} on {self.clap}"]
         served = [f"{self.scoring} {' '.join(self.names)}".strip()] if self.scoring is not None else []
         return ", ".join([*scorers, *served, *rewards, *filter(None, [self.reward_server])])
 
-    def open(self) -> "Panel":
+    def open(self) -> Scorers:
         """Load the models and connect to the services.
 
         Raises:
             InvalidInputError: a URI is none, in the words of the flag.
             ModelError: a model was refused.
         """
-        here = there = None
-        if self.are_here:
-            # Torch is seconds of import: only where a judge is wanted in here.
-            from services.local import open_scorers
-
-            here = open_scorers(self.scorers, reward=self.reward, clap=self.clap, device=self.device)
+        here = self._open_local() if self.are_here else None
+        there = None
         if self.scoring is not None or self.reward_server is not None:
             there = client.AudioClient(
                 scoring=self.scoring,
@@ -198,43 +191,58 @@ class Judges:
                 tls=self.connection.tls,
                 timeout=self.connection.seconds,
             )
-        return Panel(
-            scoring=there if self.scoring is not None else here if self.scorers else None,
-            rewarding=there if self.reward_server is not None else here if self.reward is not None else None,
-            names=self.names,
-            client=there,
+        return CombinedScorers(
+            clap=there if self.scoring is not None else here if self.by_clap else None,
+            reward=there if self.reward_server is not None else here if self.by_reward else None,
+        )
+
+    def _open_local(self) -> Scorers:
+        # Torch is seconds of import: only where models run in this process.
+        from services.local import open_scorers
+        from services.weights.uri import ModelURI, resolve
+
+        texts = {f"--scorer {name}": uri for name, uri in self.scorers.items()}
+        if self.reward is not None:
+            texts |= {"--reward": self.reward, "--clap": self.clap}
+        uris: dict[str, ModelURI] = {}
+        faults: list[FieldViolation] = []
+        for flag, text in texts.items():
+            try:
+                with _naming(flag):
+                    uris[flag] = ModelURI.parse(text)
+            except InvalidInputError as error:
+                faults += error.violations
+        if faults:
+            raise InvalidInputError(*faults)
+        if "--clap" in uris and uris["--clap"].scheme == "laion-clap":
+            refuse("--clap", f"is {self.clap[:80]!r}, which gives embeddings and no tokens; give laion:PATH")
+        models: dict[str, ResolvedModel] = {}
+        for flag, uri in uris.items():
+            with _naming(flag):
+                models[flag] = resolve(uri)
+        return open_scorers(
+            {name: models[f"--scorer {name}"] for name in self.scorers},
+            reward=models.get("--reward"),
+            clap=models.get("--clap"),
+            device=self.device,
+            naming=lambda role: _naming(f"--scorer {role}" if role in self.scorers else f"--{role}"),
         )
 
 
-class Panel:
-    """Judges that are ready. Thread-safe."""
-
-    def __init__(
-        self,
-        *,
-        scoring: Scoring | None,
-        rewarding: Rewarding | None,
-        names: tuple[str, ...],
-        client: client.AudioClient | None,
-    ) -> None:
-        self._scoring, self._rewarding = scoring, rewarding
-        self._names = names
-        self._client = client
-
-    def scores(self, pairs: Sequence[tuple[str, bytes]]) -> client.Scores | None:
-        """Every scorer's CLAP score of each file of sound for its prompt; None where no scorer is asked."""
-        return (
-            None if self._scoring is None else self._scoring.score_audio(pairs, scorers=self._names or None)
-        )
-
-    def rewards(self, pairs: Sequence[tuple[str, bytes]]) -> client.Rewards | None:
-        """The reward of each file of sound for its prompt; None where no reward model is asked."""
-        return None if self._rewarding is None else self._rewarding.compute_rewards(pairs)
-
-    def close(self) -> None:
-        """Close the connections; calls under way are cancelled."""
-        if self._client is not None:
-            self._client.close()
+@contextlib.contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Name the flag in errors of the model that it names."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            *(
+                FieldViolation("--device" if fault.field == "device" else flag, fault.description)
+                for fault in error.violations
+            )
+        ) from error
+    except ModelError as error:
+        raise type(error)(f"{flag}: {error}") from error
 
 
 def choose_judges(
@@ -276,7 +284,8 @@ def choose_judges(
         reward = reward.replace("mini", REWARD, 1)
     if clap is not None and reward is None:
         refuse(
-            "--clap", "is what --reward stands on; leave it out where no reward model runs in this process"
+            "--clap",
+            "is what --reward was trained on; leave it out where no reward model runs in this process",
         )
     return Judges(
         scorers=scorers,

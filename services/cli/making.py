@@ -16,14 +16,15 @@ from services import client
 from services.api.best import Best, RankBy, ScoredClips, generate_candidates, rank, run
 from services.api.generation import (
     Clip,
-    ClipMaker,
     Generation,
     GenerationOptions,
     Progress,
+    StreamingClipMaker,
     Update,
     collect,
 )
-from services.cli.judging import MAX_BATCH, Connection, Judges, Panel, name_clips, refuse
+from services.api.scoring import Scorers
+from services.cli.judging import MAX_BATCH, Connection, Judges, name_clips, refuse
 from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
 
 T = TypeVar("T")
@@ -100,17 +101,17 @@ class Place:
         """
         with contextlib.ExitStack() as stack:
             try:
-                # The judges first: they may be refused too, and are loaded sooner.
-                panel = None if self.best_of is None else self.best_of.judges.open()
-                if panel is not None:
-                    stack.callback(panel.close)
+                # The scorers first: they may be refused too, and are loaded sooner.
+                scorers = None if self.best_of is None else self.best_of.judges.open()
+                if scorers is not None:
+                    stack.callback(scorers.close)
                 clips = self._open_clip_maker(batch)
             except InvalidInputError as error:
                 raise in_flags(error, self.best_of) from None
             stack.pop_all()
-            return Maker(clips, self.best_of, panel)
+            return Maker(clips, self.best_of, scorers)
 
-    def _open_clip_maker(self, batch: int | None) -> ClipMaker:
+    def _open_clip_maker(self, batch: int | None) -> StreamingClipMaker:
         if self.server is not None:
             return client.AudioClient(self.server, tls=self.connection.tls, timeout=self.connection.seconds)
         # Torch is seconds of import: only where the engine is wanted.
@@ -140,9 +141,11 @@ class GeneratedClips:
 class Maker:
     """Makes the clips of prompts, and keeps the best where that is wanted. Thread-safe."""
 
-    def __init__(self, clips: ClipMaker, best_of: BestOf | None = None, panel: Panel | None = None) -> None:
-        """Take over `clips` and `panel`: closing the maker closes them."""
-        self._clips, self._best_of, self._panel = clips, best_of, panel
+    def __init__(
+        self, clips: StreamingClipMaker, best_of: BestOf | None = None, scorers: Scorers | None = None
+    ) -> None:
+        """Take over `clips` and `scorers`: closing the maker closes them."""
+        self._clips, self._best_of, self._scorers = clips, best_of, scorers
 
     def make(
         self,
@@ -159,7 +162,7 @@ class Maker:
         Candidates are those of `AudioClient.generate_best`: the same seed gives the same. With `stop`, a full
         queue is waited for, and setting `stop` cancels between two steps.
         """
-        if self._best_of is None or self._panel is None:
+        if self._best_of is None or self._scorers is None:
             generation = _patiently(lambda: self._stream(prompt, options, on_update, stop), stop)
             return GeneratedClips(clips=generation.clips, generation=generation)
         wanted, rank_by = self._best_of.candidates, self._best_of.rank_by
@@ -203,24 +206,21 @@ class Maker:
 
     def _score(self, prompt: str, clips: Sequence[Clip], names: Sequence[str]) -> ScoredClips:
         assert self._best_of is not None
-        assert self._panel is not None
+        assert self._scorers is not None
         pairs = [(prompt, clip.audio) for clip in clips]
         try:
             if self._best_of.rank_by == "reward":
-                rewards = self._panel.rewards(pairs)
-                assert rewards is not None
-                return ScoredClips.by_reward(rewards)
-            scores = self._panel.scores(pairs)
-            assert scores is not None
-            return ScoredClips.by_clap(scores)
+                return ScoredClips.by_reward(self._scorers.compute_rewards(pairs))
+            names_of = self._best_of.judges.names or None
+            return ScoredClips.by_clap(self._scorers.score_audio(pairs, scorers=names_of))
         except InvalidInputError as error:
             raise name_clips(error, names) from None
 
     def close(self) -> None:
         """Close the clip maker and the scorers; what is under way is cancelled."""
         self._clips.close()
-        if self._panel is not None:
-            self._panel.close()
+        if self._scorers is not None:
+            self._scorers.close()
 
 
 def _share(on_update: Callable[[Update], None], done: int, size: int, count: int) -> Callable[[Update], None]:

@@ -1,11 +1,9 @@
 """Files that a command writes: whole or not at all."""
 
-import contextlib
-import os
-import secrets
 from pathlib import Path
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
+from services.files import temporary_name
 
 ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg"}
 """Encoding by the output's ending."""
@@ -28,7 +26,7 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path} is a folder; name a file in it")
     if not folder.is_dir():
         raise OutputError(f"{folder} does not exist; make it first, or write elsewhere")
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         # Tried, not asked: to root, a read-only file system looks writable.
         temporary.open("xb").close()
@@ -44,31 +42,6 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise OutputError(f"{folder} can't be made: {error.strerror}; write elsewhere") from error
     check_writable(folder / "x")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, then rename it into place.
-
-    Whatever fails, nothing half-written stays and an older `path` is left as it was.
-
-    Raises:
-        OutputError: the folder is gone or not writable, or the disk is full.
-    """
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def numbered(path: Path, index: int, count: int) -> Path:

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from services.cli.outputs import numbered, write_atomically
+from services.cli.outputs import numbered
 from services.client import GenerationOptions
 from services.errors import FieldViolation, InvalidInputError
+from services.files import write_atomically
 
 INDEX = "index.jsonl"
 _TYPES: dict[str, tuple[type, ...]] = {

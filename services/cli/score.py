@@ -13,6 +13,7 @@ import typer
 
 from milonga.v1 import audio_pb2
 from services import client
+from services.api.scoring import Scorers
 from services.audio.clips import AudioBounds, check_prompt, read_clip
 from services.cli import judging, prompts
 from services.cli.judging import refuse
@@ -147,10 +148,10 @@ def score(
             view.stage("reading the clips")
             sizes = check_pairs(pairs, single_prompt=pair_file is None)
             view.stage("loading the judges" if judges.are_here else "connecting")
-            with contextlib.closing(judges.open()) as panel:
+            with contextlib.closing(judges.open()) as scorers:
                 view.stage("scoring")
                 for batch in batches(pairs, sizes):
-                    report.add(judge(batch, panel))
+                    report.add(judge(batch, judges, scorers))
                     for pair in batch:
                         view.done(pair.location)
     finally:
@@ -287,25 +288,26 @@ class Verdict:
         return record
 
 
-def judge(batch: Sequence[Pair], panel: judging.Panel) -> list[Verdict]:
-    """Ask every judge about a batch.
+def judge(batch: Sequence[Pair], judges: judging.Judges, scorers: Scorers) -> list[Verdict]:
+    """Score a batch by every scorer and the reward model.
 
     Raises:
         InvalidInputError: a file changed since it was checked, or a service takes less than others.
     """
     sounds = [(pair.prompt, pair.read()) for pair in batch]
     try:
-        scores, rewards = panel.scores(sounds), panel.rewards(sounds)
+        scores = scorers.score_audio(sounds, scorers=judges.names or None) if judges.by_clap else None
+        rewards = scorers.compute_rewards(sounds) if judges.by_reward else None
     except InvalidInputError as error:
         raise judging.name_clips(error, [pair.place for pair in batch]) from None
-    scorers = () if scores is None else scores.scorers
+    columns = () if scores is None else scores.scorers
     return [
         Verdict(
             pair=pair,
             scores={}
             if scores is None
-            else {one.name: float(value) for one, value in zip(scorers, scores.values[row], strict=True)},
-            scorers={one.name: one.model for one in scorers},
+            else {one.name: float(value) for one, value in zip(columns, scores.values[row], strict=True)},
+            scorers={one.name: one.model for one in columns},
             reward=None if rewards is None else rewards.rewards[row],
             reward_model=None if rewards is None else rewards.model,
         )

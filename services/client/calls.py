@@ -72,6 +72,10 @@ class Calls:
         """
         return self._connection.address(service.argument, service.name)
 
+    def has_address(self, service: Service[Any]) -> bool:
+        """Return whether a service has an address."""
+        return self._connection.has_address(service.argument)
+
     async def unary(
         self,
         rpc: Unary[Stub, Request, Response, Answer],

@@ -20,12 +20,13 @@ from services.api.best import (
     run,
 )
 from services.api.generation import Clip, Generation, GenerationModel, GenerationOptions, Update
-from services.api.model import ModelSwitch
-from services.api.scoring import Embeddings, Ranking, Rewards, Scores, Sound
+from services.api.model import ModelSwitch, ModelVersion
+from services.api.scoring import REWARD, Embeddings, Ranking, Rewards, Scores, Sound
 from services.client import generation, operator, reward, scoring
 from services.client.calls import Calls
 from services.client.connection import Connection, ConnectionOptions
 from services.client.transport import AsyncioTransport, BlockingTransport, iterate
+from services.wire import read_version
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -124,6 +125,19 @@ class _Rpcs:
     async def list_scorers(self, *, timeout: float | None = None) -> scoring_pb2.ListScorersResponse:
         """Return which scorers are served, and what a call may hold."""
         return await self._calls.unary(scoring.LIST_SCORERS, scoring_pb2.ListScorersRequest, timeout)
+
+    async def versions(self, *, timeout: float | None = None) -> dict[str, ModelVersion]:
+        """Return the weights of the scoring and of the reward service, as far as they have addresses.
+
+        By the scorer's name; the reward model's by `services.api.scoring.REWARD`.
+        """
+        found: dict[str, ModelVersion] = {}
+        if self._calls.has_address(scoring.SERVICE):
+            served = (await self.list_scorers(timeout=timeout)).scorers
+            found = {scorer.name: read_version(scorer.model) for scorer in served}
+        if self._calls.has_address(reward.SERVICE):
+            found[REWARD] = read_version((await self.get_reward_model(timeout=timeout)).model)
+        return found
 
     async def compute_rewards(
         self, pairs: Sequence[tuple[str, Sound]], *, timeout: float | None = None
@@ -292,6 +306,7 @@ class AudioClient:
     embed_audio = _blocking(_Rpcs.embed_audio)
     embed_text = _blocking(_Rpcs.embed_text)
     list_scorers = _blocking(_Rpcs.list_scorers)
+    versions = _blocking(_Rpcs.versions)
     compute_rewards = _blocking(_Rpcs.compute_rewards)
     rank_audio = _blocking(_Rpcs.rank_audio)
     get_reward_model = _blocking(_Rpcs.get_reward_model)

@@ -127,14 +127,17 @@ class Connection:
         Raises:
             InvalidInputError: neither that argument nor ``target`` was given.
         """
-        address = self._addresses.get(argument) or self._addresses.get("target")
-        if address is None:
+        if not self.has_address(argument):
             raise InvalidInputError(
                 FieldViolation(
                     argument, f"was not given: the {service} service has no address; give HOST:PORT"
                 )
             )
-        return address
+        return self._addresses.get(argument) or self._addresses["target"] or ""
+
+    def has_address(self, argument: str) -> bool:
+        """Return whether the client's `argument`, or ``target`` in its place, was given."""
+        return bool(self._addresses.get(argument) or self._addresses.get("target"))
 
     def metadata_for(self, address: str, token: str | None) -> Metadata:
         """Return what a call to `address` carries: with a `token` of its own, else what every call does.

@@ -8,6 +8,7 @@ The manifest lies in the folder as ``milonga.json``::
 The digest is taken over the sorted lines ``<path> <sha256>``, each with a line feed at its end.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -104,21 +105,37 @@ def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifes
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 in hex of every file under `folder`, by relative path.
+    """Return the SHA-256 in hex of every file under `folder`, by relative path.
 
     The manifest itself, hidden files and model cards (``*.md``, which may quote the digest) do not count.
-    Links are followed: the hub's cache is made of them.
+    Links are followed: the hub's cache is made of them. A process hashes a folder once, and again where the
+    name, size or time of change of a file differs.
     """
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if relative.as_posix() == MANIFEST_NAME or path.suffix == ".md":
-            continue
+    files = tuple(
+        path for path in sorted(folder.rglob("*")) if path.is_file() and _counts(path.relative_to(folder))
+    )
+    stats = [(path, path.stat()) for path in files]
+    state = tuple(
+        (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for path, stat in stats
+    )
+    return dict(_hashes(folder, state))
+
+
+@functools.lru_cache(maxsize=256)
+def _hashes(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> tuple[tuple[str, str], ...]:
+    hashes = []
+    for name, *_ in state:
+        path = Path(str(name))
         with path.open("rb") as file:
-            hashes[relative.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes.append((path.relative_to(folder).as_posix(), digest))
+    return tuple(hashes)
+
+
+def _counts(relative: Path) -> bool:
+    hidden = any(part.startswith(".") for part in relative.parts)
+    return not hidden and relative.as_posix() != MANIFEST_NAME and relative.suffix != ".md"
 
 
 def digest_of(files: dict[str, str]) -> str:

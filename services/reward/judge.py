@@ -4,16 +4,17 @@ Shape legend: B pairs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from services.audio.clips import ReadClip
-from services.errors import FieldViolation, InvalidInputError, ModelError
-from services.models.clap.model import ClapModel
+from services.errors import ModelError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
 from services.reward.settings import RewardSettings, model_uris
 from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
 
 Pair = tuple[str, RewardClip]
@@ -80,50 +81,25 @@ class Judge:
             torch.set_num_threads(self._threads)
 
 
-def load_judge(
-    version: ResolvedModel, clap: ResolvedModel, clap_scheme: str, settings: RewardSettings
-) -> Judge:
-    """Load a reward model and the CLAP model that it stands on, which a URI of `clap_scheme` named.
-
-    Raises:
-        ModelError: one was refused, or they do not belong together.
-        InvalidInputError: the device does not exist, or the CLAP model is of a kind that shows no tokens.
-    """
-    try:
-        tokens = _load_clap(clap_scheme, clap, settings.device)
-    except ModelError as error:
-        raise type(error)(f"clap: {error}") from error
-    return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
-
-
-def _load_clap(scheme: str, version: ResolvedModel, device: str) -> ClapModel:
-    match scheme:
-        case "laion":
-            from services.models.clap.laion import load_laion
-
-            return load_laion(version.folder, device=device)
-        case "laion-clap":
-            raise InvalidInputError(
-                FieldViolation(
-                    "clap", f"is laion-clap:{version.folder}, which shows no tokens; give laion:PATH"
-                )
-            )
-        case _:
-            from services.models.clap.loading import load_clap
-
-            return load_clap(version.folder, device=device)
-
-
 def load(settings: RewardSettings) -> Judge:
     """Find and load the models of the settings.
 
     Raises:
         ModelError: one was not found or refused, or they do not belong together.
+        InvalidInputError: the device does not exist, or the CLAP model gives no tokens.
     """
     uri, clap_uri = model_uris(settings)
     version = resolve(uri)
-    try:
+    with _naming_clap():
         clap = resolve(clap_uri)
+        tokens = load_clap_model(clap, settings.device)
+    return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
+
+
+@contextmanager
+def _naming_clap() -> Iterator[None]:
+    """State in a refusal that it is about the CLAP model."""
+    try:
+        yield
     except ModelError as error:
         raise type(error)(f"clap: {error}") from error
-    return load_judge(version, clap, clap_uri.scheme, settings)

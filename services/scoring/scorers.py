@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from services.audio.clips import ReadClip
 from services.errors import ModelError
-from services.models.clap.model import TextCache
+from services.models.clap.model import EmbeddingModel, TextCache
 from services.runtime.microbatching import BatchConfig, BatchStats, MicroBatcher
 from services.scoring.settings import ScoringSettings, model_uris
+from services.weights.loading import load_embedding_model
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 Embedding = NDArray[np.float32]
@@ -31,29 +32,6 @@ MAX_TEXT_QUEUE = 4_096
 """Prompts that may wait."""
 
 Made = TypeVar("Made")
-
-
-class EmbeddingModel(Protocol):
-    """What scoring uses of `services.models.clap.model.ClapModel`, and every backend has."""
-
-    cache: TextCache
-
-    @property
-    def sampling_rate(self) -> int:
-        """Hertz."""
-
-    @property
-    def dimension(self) -> int:
-        """Width D of an embedding."""
-
-    def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> Tensor:
-        """Windows [W, S] of a clip."""
-
-    def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
-        """Embeddings [B, D] of prepared clips."""
-
-    def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of sentences."""
 
 
 class Scorer:
@@ -185,20 +163,18 @@ def load_scorers(uris: Mapping[str, ModelURI], device: str, config: BatchConfig)
         ModelError: one was not found, or refused; the message begins with its name.
         InvalidInputError: the device does not exist.
     """
-    loaded: dict[tuple[bool, ResolvedModel], Scorer] = {}
+    loaded: dict[ResolvedModel, Scorer] = {}
     scorers: dict[str, Scorer] = {}
     versions: dict[str, ResolvedModel] = {}
     # All are found before the first is loaded: a wrong one is known at once.
     for name, uri in uris.items():
         with _naming(name):
             versions[name] = resolve(uri)
-    for name, uri in uris.items():
-        version = versions[name]
-        key = (uri.scheme == "laion-clap", version)
-        if key not in loaded:
+    for name, version in versions.items():
+        if version not in loaded:
             with _naming(name):
-                loaded[key] = Scorer(load_scorer(uri, version, device), version, config)
-        scorers[name] = loaded[key]
+                loaded[version] = Scorer(load_embedding_model(version, device), version, config)
+        scorers[name] = loaded[version]
     return scorers
 
 
@@ -209,24 +185,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise type(error)(f"scorer {name}: {error}") from error
-
-
-def load_scorer(uri: ModelURI, version: ResolvedModel, device: str) -> EmbeddingModel:
-    """Load the weights that `uri` resolved to."""
-    # Inside: each backend is installed, and imported, only where it is used.
-    match uri.scheme:
-        case "laion":
-            from services.models.clap.laion import load_laion
-
-            return load_laion(version.folder, device=device)
-        case "laion-clap":
-            from services.models.clap.laion_package import load_laion_clap
-
-            return load_laion_clap(version.folder, device)
-        case _:
-            from services.models.clap.loading import load_clap
-
-            return load_clap(version.folder, device=device)
 
 
 def load(settings: ScoringSettings) -> dict[str, Scorer]:

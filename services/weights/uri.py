@@ -16,9 +16,9 @@ Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is serve
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from services.api.model import ModelVersion
 from services.errors import (
@@ -93,6 +93,8 @@ class ResolvedModel:
     """The model folder; of LAION's checkpoints the file."""
     identity: ModelVersion
     """Which weights these are."""
+    reader: Literal["folder", "laion", "laion-clap"] = "folder"
+    """What reads them: the class of a model folder, or one of the two readers of LAION's checkpoints."""
 
     @property
     def digest(self) -> str:
@@ -133,7 +135,8 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
     """
     uri = ModelURI.parse(uri) if isinstance(uri, str) else uri
     if uri.scheme in LAION_SCHEMES:
-        return _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
+        found = _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
+        return replace(found, reader="laion" if uri.scheme == "laion" else "laion-clap")
     if uri.scheme == "models":
         return _registered(uri)
     folder = _folder(uri)

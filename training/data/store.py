@@ -7,16 +7,15 @@ and, once all is made, ``report.json``.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
+from services.files import write_atomically
 from training.loop.config import Plain
-from training.loop.run_folder import RUN, claim_folder, write_atomically
+from training.loop.run_folder import RUN, claim_folder
 
 REPORT = "report.json"
 
@@ -150,32 +149,6 @@ class RowLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def side_by_side(
-    work: Callable[[Item], Result], items: Iterable[Item], count: int, stop: Callable[[], None] | None = None
-) -> Iterator[tuple[Item, Result]]:
-    """Do `work` on up to `count` items at a time, on threads; each item with its result as it is done.
-
-    Where one fails, or the caller leaves, no further ones begin, `stop` is called (to end those under way
-    sooner), and those are waited for.
-    """
-    pending: dict[Future[Result], Item] = {}
-    source = iter(items)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="stage")
-    try:
-        while True:
-            for item in islice(source, count - len(pending)):
-                pending[pool.submit(work, item)] = item
-            if not pending:
-                return
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield pending.pop(future), future.result()
-    finally:
-        if pending and stop is not None:
-            stop()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

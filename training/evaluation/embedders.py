@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from services.audio.resampling import resample
 from services.errors import ModelFormatError
-from services.models.clap.model import Waveform
+from services.local import Loaded
+from services.models.clap.model import ClapModel, EmbeddingModel, Waveform
 from services.models.folders import pick_device, read_json, read_shapes
 from services.models.mini.tagger import Detection, EventTagger
+from services.models.reward.model import RewardModel, load_reward
 from services.models.state_dicts import check_weights, on_meta
+from services.weights.loading import load_embedding_model
 from services.weights.uri import resolve
-from training.data.store import file_digest
+from training.data.store import file_digest, invalid
 from training.evaluation.panns import Cnn14, load_panns
-from training.preferences.scorers import ClapScorer, LoadedScorer, load_clap_scorer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +54,7 @@ class Embedder(Protocol):
     def digest(self) -> str:
         """Of the weights."""
 
-    def hear(self, clips: Sequence[Sound]) -> Embeddings:
+    def embed(self, clips: Sequence[Sound]) -> Embeddings:
         """Embed clips, one at least, of any lengths and sampling rates."""
 
 
@@ -64,8 +66,8 @@ class PannsEmbedder:
     digest: str
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[Sound]) -> Embeddings:
-        """As `Embedder.hear`."""
+    def embed(self, clips: Sequence[Sound]) -> Embeddings:
+        """See `Embedder`."""
         device = self.model.fc1.weight.device
         rows: list[tuple[Tensor, Tensor]] = []
         for batch_BN in same_lengths(clips, self.model.variant.sampling_rate):
@@ -81,11 +83,11 @@ class PannsEmbedder:
 class ClapEmbedder:
     """A CLAP model's audio side. It has no classes."""
 
-    model: ClapScorer
+    model: EmbeddingModel
     digest: str
 
-    def hear(self, clips: Sequence[Sound]) -> Embeddings:
-        """As `Embedder.hear`."""
+    def embed(self, clips: Sequence[Sound]) -> Embeddings:
+        """See `Embedder`."""
         windows = [self.model.prepare(clip.waveform_N, clip.sampling_rate) for clip in clips]
         return Embeddings(embeddings_BD=self.model.embed_windows(windows).numpy(), logits_BK=None)
 
@@ -98,8 +100,8 @@ class TaggerEmbedder:
     digest: str
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[Sound]) -> Embeddings:
-        """As `Embedder.hear`."""
+    def embed(self, clips: Sequence[Sound]) -> Embeddings:
+        """See `Embedder`."""
         device = self.model.head.weight.device
         hidden: list[Tensor] = []
 
@@ -149,7 +151,7 @@ def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
 
 
 class Loader:
-    """Loads each model once, whoever asks for it."""
+    """Loads each model once."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -157,20 +159,30 @@ class Loader:
         self.tagger = functools.cache(self._tagger)
 
     def embedder(self, text: str) -> Embedder:
-        """The embedder of ``KIND:LOCATION``. Raises `ModelError` where its weights were refused."""
+        """Load the embedder of ``KIND:LOCATION``. Raises `ModelError` where its weights were refused."""
         kind, _, location = text.partition(":")
         match kind:
             case "tagger":
                 return self.tagger(location)
             case "clap":
-                scorer = self.clap(location)
-                return ClapEmbedder(scorer.model, scorer.version.digest)
+                loaded = self.clap(location)
+                return ClapEmbedder(loaded.model, loaded.version.digest)
             case _:
                 path = Path(location).expanduser()
                 return PannsEmbedder(load_panns(path, self.device), f"sha256:{file_digest(path)}")
 
-    def _clap(self, uri: str) -> LoadedScorer:
-        return load_clap_scorer(uri, self.device)
+    def reward(self, uri: str, clap: str) -> Loaded[RewardModel]:
+        """Load a reward model, and the CLAP model that it was trained on unless it is loaded already."""
+        tokens = self.clap(clap)
+        if not isinstance(tokens.model, ClapModel):
+            raise invalid("clap", f"is {clap}, which gives embeddings and no tokens; give laion:PATH")
+        model = resolve(uri)
+        reward = load_reward(model.folder, tokens.model, tokens.version.digest)
+        return Loaded(model=reward, version=model.identity)
+
+    def _clap(self, uri: str) -> Loaded[EmbeddingModel]:
+        model = resolve(uri)
+        return Loaded(model=load_embedding_model(model, self.device), version=model.identity)
 
     def _tagger(self, uri: str) -> TaggerEmbedder:
         return load_tagger(uri, self.device)

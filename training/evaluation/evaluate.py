@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from services.errors import FieldViolation, InvalidInputError
+from services.files import write_atomically
 from training.data.examples import Clip, FileClip
 from training.data.store import digest_of, write_rows
+from training.evaluation.clip_scores import ClipScores, embed_references, open_evaluators, score_clips
 from training.evaluation.config import EvaluationConfig
-from training.evaluation.hearing import Heard, hear, hear_references, open_panel
 from training.evaluation.markdown import written_report
 from training.evaluation.plots import distribution_plot, spectrogram_sheet
 from training.evaluation.prompts import SPLITS
@@ -52,7 +53,7 @@ from training.evaluation.sources import (
 )
 from training.loop.config import flatten
 from training.loop.progress import progress
-from training.loop.run_folder import finished_report, write_atomically
+from training.loop.run_folder import finished_report
 
 REPORT, TABLES, HEARD = "report.json", "report.md", "clips.jsonl"
 DISTRIBUTIONS, SPECTROGRAMS = "distributions.png", "spectrograms.png"
@@ -81,10 +82,10 @@ def evaluate(
     check_names(opened)
     compared = compared_names([source.name for source in opened], config.comparisons)
     plan = make_plan(config, opened)
-    panel = open_panel(config)
+    evaluators = open_evaluators(config)
     clips = [clips_of(source, plan, config, cache or output / CLIPS) for source in opened]
-    references = hear_references(plan, panel, config)
-    heard = {c.name: hear(c.name, c.files, plan, panel, references, config) for c in clips}
+    references = embed_references(plan, evaluators, config)
+    heard = {c.name: score_clips(c.name, c.files, plan, evaluators, references, config) for c in clips}
 
     # What can't be read of one model is left out of all: every column is of the same clips.
     splits = split_units(plan, np.logical_and.reduce([one.readable_N for one in heard.values()]))
@@ -133,7 +134,7 @@ def evaluate(
         ],
         "unreadable_references": dict(references.unreadable),
         "warnings": warnings,
-        "heard_by": panel.digests(),
+        "heard_by": evaluators.digests(),
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()},
     }
     write_results(report, heard, clips, plan, config, output)
@@ -199,7 +200,7 @@ def check_names(sources: Sequence[Source]) -> None:
 
 def write_results(
     report: Mapping[str, Any],
-    heard: Mapping[str, Heard],
+    heard: Mapping[str, ClipScores],
     clips: Sequence[Clips],
     plan: Sequence[Asked],
     config: EvaluationConfig,

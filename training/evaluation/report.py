@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import draws, mean_interval, paired_difference, set_interval
+from training.evaluation.clip_scores import ClipScores, References
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.distances import (
     CLIPS_PER_DIMENSION,
@@ -21,7 +22,6 @@ from training.evaluation.distances import (
     squared_discrepancy,
 )
 from training.evaluation.divergence import inception_score
-from training.evaluation.hearing import Heard, References
 from training.evaluation.prompts import SPLITS
 from training.evaluation.sources import Asked
 from training.evaluation.statistics import Interval
@@ -69,7 +69,7 @@ def split_units(plan: Sequence[Asked], readable_N: NDArray[np.bool_]) -> dict[st
 
 
 def measure(
-    heard: Heard, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
+    heard: ClipScores, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
 ) -> Measured:
     """The figures of the clips `units`, none of which is unreadable."""
     return Measured(
@@ -131,7 +131,7 @@ def is_better(name: str, difference: float) -> bool | None:
 
 
 def _set_figures(
-    heard: Heard, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
+    heard: ClipScores, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
 ) -> dict[str, Drawn]:
     """Fréchet distance, KAD and inception score in every space that can tell them."""
     prompts = list(dict.fromkeys(plan[unit].prompt.text for unit in units))

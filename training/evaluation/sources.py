@@ -8,29 +8,26 @@ import gc
 import hashlib
 import itertools
 import json
-import queue
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import torch
-from numpy.typing import NDArray
 
-from services.api.generation import Clip, Event, Failed, Finished
-from services.audio.encoding import encode_audio
-from services.engine import Engine, EngineConfig
+from services.api.generation import Generation, GenerationOptions
+from services.clip_folder import ClipFolder
+from services.engine import EngineConfig
 from services.errors import FieldViolation, InvalidInputError
-from services.models.tango.loading import load_tango
+from services.files import write_atomically
+from services.local import open_clip_maker
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
 from training.data.store import digest_of
-from training.evaluation.config import EvaluationConfig
+from training.evaluation.config import EvaluationConfig, Sampling
 from training.evaluation.prompts import Prompt, read_prompts, world_prompts
 from training.loop.progress import progress
-from training.loop.run_folder import write_atomically
 
 INDEX = "index.jsonl"
 """The list of clips in a folder that `milonga generate --prompts` wrote."""
@@ -141,55 +138,48 @@ def clips_of(source: Source, plan: Sequence[Asked], config: EvaluationConfig, ca
     if any(asked.seed is None for asked in plan):
         raise _invalid(f"have no seeds, so that {source.name} can't generate their like; compare two folders")
     settings = {"model": source.model.digest, "dtype": config.dtype, **asdict(config.sampling)}
-    folder = cache / digest_of(settings)[:16]
-    files = {asked: folder / _file_name(asked) for asked in plan}
-    missing = [asked for asked, path in files.items() if not _is_whole(path)]
+    folder: ClipFolder[Asked] = ClipFolder(cache / digest_of(settings)[:16], lambda asked: [file_name(asked)])
+    missing = folder.missing(plan)
     if missing:
         write_atomically(
-            folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=1) + "\n"
+            folder.folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=1) + "\n"
         )
-        for asked, waveform_N, rate in _generate(source, missing, config):
-            write_atomically(files[asked], encode_audio(waveform_N, rate))
+        _generate(source, missing, folder, config)
         gc.collect()  # the model goes before the next one comes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    identity = asdict(source.model.identity)
-    return Clips(name=source.name, files=tuple(files.values()), identity=identity)
+    files = tuple(folder.paths(asked)[0] for asked in plan)
+    return Clips(name=source.name, files=files, identity=asdict(source.model.identity))
+
+
+def options_of(asked: Asked, sampling: Sampling) -> GenerationOptions:
+    """Return how a clip of the plan is generated: one WAV file of the model's rate."""
+    return {
+        "seed": asked.seed,
+        "clip_count": 1,
+        "duration": sampling.duration,
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "scheduler": sampling.scheduler,
+        "encoding": "wav",
+    }
 
 
 def _generate(
-    source: ModelSource, missing: Sequence[Asked], config: EvaluationConfig
-) -> Iterator[tuple[Asked, NDArray[np.float32], int]]:
-    """Clips as they are done, `config.batch` of them denoised together."""
-    pipeline = load_tango(source.model.folder, device=config.device, dtype=config.dtype)
+    source: ModelSource, missing: Sequence[Asked], folder: ClipFolder[Asked], config: EvaluationConfig
+) -> None:
+    """Make the missing clips, `config.batch` of them denoised together."""
+    in_flight = 2 * config.batch
     # One shape of batch: a clip is the same whichever others are missing.
-    shapes = EngineConfig(batch_shapes=(config.batch,), exact=True, max_queue=max(64, 2 * config.batch))
-    events: queue.SimpleQueue[tuple[Asked, Event]] = queue.SimpleQueue()
-    bar = progress(total=len(missing), desc=source.name, unit="clip")
-    with Engine(pipeline, shapes) as engine, bar:
+    engine = EngineConfig(batch_shapes=(config.batch,), exact=True, max_queue=max(64, in_flight))
+    maker = open_clip_maker(source.model, device=config.device, dtype=config.dtype, config=engine)
 
-        def start(asked: Asked) -> None:
-            request = engine.request(asked.prompt.text, seed=asked.seed, **asdict(config.sampling))
-            engine.submit(request, lambda event: events.put((asked, event)))
+    def make(asked: Asked) -> Generation:
+        return maker.generate(asked.prompt.text, **options_of(asked, config.sampling))
 
-        waiting = iter(missing)
-        running = 0
-        for asked in itertools.islice(waiting, 2 * config.batch):
-            start(asked)
-            running += 1
-        while running:
-            asked, event = events.get()
-            match event:
-                case Clip():
-                    yield asked, event.waveform(), event.sampling_rate
-                    bar.update()
-                case Failed(error=error):
-                    raise error
-                case Finished():
-                    running -= 1
-                    for follower in itertools.islice(waiting, 1):
-                        start(follower)
-                        running += 1
+    with closing(maker), progress(total=len(missing), desc=source.name, unit="clip") as bar:
+        for _ in folder.make(missing, make, in_flight, stop=maker.close):
+            bar.update()
 
 
 def same_seeds(source: Source, plan: Sequence[Asked]) -> bool:
@@ -265,15 +255,9 @@ def _listed(texts: Sequence[str]) -> str:
     return ", ".join(repr(text[:60]) for text in texts[:_LISTED]) + (", …" if len(texts) > _LISTED else "")
 
 
-def _file_name(asked: Asked) -> str:
+def file_name(asked: Asked) -> str:
+    """Return the name of the file of a clip of the plan."""
     return f"{digest_of([asked.prompt.text, asked.seed])[:24]}.wav"
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return bool(soundfile.info(path).frames)
-    except (OSError, RuntimeError):  # RuntimeError: libsndfile's
-        return False
 
 
 def _invalid(description: str) -> InvalidInputError:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from services.models.reward.model import load_reward
-from services.weights.uri import ModelURI, resolve
+from services.weights.loading import load_clap_model
+from services.weights.uri import resolve
 from training.data.examples import Examples, Labelled, read_labelled, read_pairs
 from training.data.scenes import SceneClip, wording
 from training.evaluation.calibration import sigmoid
@@ -41,7 +42,6 @@ from training.objectives.diffusion import reward_weighted
 from training.objectives.noising import Noising, draw_noising
 from training.reward.data import ClapTokens
 from training.reward.report import hear
-from training.reward.train import load_any_clap
 from training.soundworld.captions import WEB_CAPTIONS, corrupt
 from training.soundworld.scenes import SHORT, draw_truth
 
@@ -187,9 +187,8 @@ def read_pretraining(data: BatonData) -> list[Labelled]:
 def judged(examples: Sequence[Labelled], config: BatonTraining, session: Session) -> list[Labelled]:
     """The examples with the reward model's probability in the place of their labels."""
     assert config.reward is not None
-    uri = ModelURI.parse(config.clap)
-    found = resolve(uri)
-    clap = load_any_clap(uri, found, str(session.accelerator.device))
+    found = resolve(config.clap)
+    clap = load_clap_model(found, str(session.accelerator.device))
     model = load_reward(resolve(config.reward).folder, clap, found.digest)
     tokens = ClapTokens(config.latents.cache or session.run, clap, found.digest, session.accelerator)
     # Those that the autoencoder could hear, CLAP can hear too: they have been decoded by the same reader.

@@ -5,10 +5,8 @@ evaluation, ``checkpoints/step-…/`` the last two states. Whatever is here is w
 another name and renamed.
 """
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError, OutputError
+from services.files import write_atomically
 from training.loop.config import Plain, differences
 
 CHECKPOINTS = "checkpoints"
@@ -204,23 +203,6 @@ class JournalReader:
                     return
                 self._offset += len(line)
                 yield row
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it. Raises `OutputError`; then nothing is left behind."""
-    # A name of its own: the processes of a run on several devices all write the same file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} can't be written: {error.strerror}; make room, or write elsewhere"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

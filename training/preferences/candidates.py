@@ -6,6 +6,7 @@ of), `kind` (what is wrong with the prompt), `slot`, `seed`, `num_inference_step
 `duration`, `sampling_rate`, `file`, `model`. A clip that is there is never made again; a row is there or not.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from typing import Any, Final
 
 import soundfile
 
-from services.client import ModelVersion
+from services.api.generation import ClipMaker, Generation
+from services.api.model import ModelVersion
+from services.clip_folder import ClipFolder, generate_pinned
 from services.errors import OutputError
 from training.data.store import (
     REPORT,
@@ -28,16 +31,14 @@ from training.data.store import (
     invalid,
     read_json,
     read_rows,
-    side_by_side,
     write_json,
     write_rows,
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
-from training.loop.run_folder import write_atomically
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
 from training.preferences.perturb import PERTURBED
-from training.preferences.sources import ClipSource, Job, SourceConfig, model_of, open_source
+from training.preferences.sources import Candidate, SourceConfig, model_of, open_source
 
 CLIPS = "clips"
 FREE: Final = ("source.device", "source.threads", "source.in_flight", "source.timeout", "source.server")
@@ -85,7 +86,7 @@ class CandidatesConfig:
 
 def plan(
     config: CandidatesConfig, captions: Sequence[str], perturbed: Sequence[Row], ordered: Sequence[str]
-) -> list[Job]:
+) -> list[Candidate]:
     """Every clip to make, in order.
 
     Args:
@@ -94,7 +95,7 @@ def plan(
         perturbed: rows of ``perturbed.jsonl``.
         ordered: T2.
     """
-    jobs: list[Job] = []
+    candidates: list[Candidate] = []
 
     def add(strategy: str, caption: str, prompt: str, kind: str | None, slot: int, steps: int) -> None:
         what: dict[str, Any] = {
@@ -108,7 +109,7 @@ def plan(
             "duration": config.duration,
         }
         seed = int(digest_of([config.seed, what])[:8], 16)
-        jobs.append(Job(number=len(jobs), kind=kind, seed=seed, **what))
+        candidates.append(Candidate(number=len(candidates), kind=kind, seed=seed, **what))
 
     wrong: dict[tuple[str, str], list[Row]] = {}
     for row in perturbed:
@@ -125,13 +126,13 @@ def plan(
                 add(strategy, caption, caption, None, 0, config.steps)
                 for slot, row in enumerate(rows, start=1):
                     add(strategy, caption, row["perturbed"], row["kind"], slot, config.steps)
-    return jobs
+    return candidates
 
 
 def candidates_identity(
     config: CandidatesConfig, captions: Path, perturbed: Path | None, model: ModelVersion | None = None
 ) -> dict[str, Plain]:
-    """What the outcome depends on. `model`: of the source, where it is open."""
+    """What the outcome depends on. `model`: the weights, where they are known."""
     inputs: dict[str, Plain] = {
         f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)
     }
@@ -147,13 +148,14 @@ def make_candidates(
     output: Path,
     *,
     shard: tuple[int, int] = (0, 1),
-    source: ClipSource | None = None,
+    maker: ClipMaker | None = None,
+    model: ModelVersion | None = None,
 ) -> Row:
     """Run shard `shard` (index from 0, count) of the stage in `output`; return its report.
 
     Shards may run at once, on one folder or on folders whose files are put together afterwards. `captions`
     and `perturbed` are the folders of the stages before; without the latter there are no strategies 2 and 3.
-    `source` stands in for the one that the config names; it stays open.
+    `maker`, whose weights are `model`, stands in for what the config names; it stays open.
 
     Raises:
         InvalidInputError: a shard that does not exist, or nothing to make.
@@ -163,38 +165,38 @@ def make_candidates(
     index, count = shard
     if not 0 <= index < count:
         raise invalid("shard", f"is {index} of {count}; must be 0 to {count - 1}")
-    model = source.model if source is not None else model_of(config.source)
+    model = model or model_of(config.source)
     name = f"{index:05d}-of-{count:05d}"
     report = output / f"report-{name}.json"
     if complete := claim(output, candidates_identity(config, captions, perturbed, model), FREE):
         return read_json(report) if report.exists() else complete
-    jobs = plan(
+    candidates = plan(
         config,
         selected(captions),
         [] if perturbed is None else read_rows(perturbed / PERTURBED),
         temporal(captions),
     )
-    if not jobs:
+    if not candidates:
         raise invalid(
             "strategies", f"{', '.join(config.strategies)} have nothing to make; give perturbed captions"
         )
-    own = jobs[index::count]
+    own = candidates[index::count]
     manifest = output / f"manifest-{name}.jsonl"
-    rows = _make(config, own, model, output, manifest, source)
+    rows = _make(config, own, model, output, manifest, maker)
     # By number, as an unbroken run would have written them whatever was done first.
     write_rows(manifest, rows)
     made: Row = {
         "clips": len(rows),
-        "of": len(jobs),
+        "of": len(candidates),
         "by_strategy": dict(sorted(Counter(row["strategy"] for row in rows).items())),
         "captions": len({row["caption"] for row in rows}),
         "seconds": round(sum(row["duration"] for row in rows), 3),
         "model": asdict(model),
     }
     write_json(report, made)
-    if len(read_candidates(output, partly=True)) == len(jobs):
+    if len(read_candidates(output, partly=True)) == len(candidates):
         try:
-            finish(output, {"clips": len(jobs), "model": asdict(model)})
+            finish(output, {"clips": len(candidates), "model": asdict(model)})
         except OutputError:
             # Two shards may end at the same moment, and say the same.
             if not (output / REPORT).exists():
@@ -226,58 +228,52 @@ def candidates_digest(folder: Path) -> str:
 
 def _make(
     config: CandidatesConfig,
-    jobs: Sequence[Job],
+    candidates: Sequence[Candidate],
     model: ModelVersion,
     output: Path,
     manifest: Path,
-    source: ClipSource | None,
+    maker: ClipMaker | None,
 ) -> list[Row]:
-    """Make what is missing of `jobs`; the rows of all, by number."""
-    opened: ClipSource | None = None
-    encoding = config.source.encoding
-    with RowLog(manifest) as log:
-        wanted = {_identity(job, model): job for job in jobs}
+    """Make what is missing of `candidates`; return the rows of all, by number."""
+    source = config.source
+    folder: ClipFolder[Candidate] = ClipFolder(
+        output, lambda candidate: [_file(_identity(candidate, model), source.encoding)]
+    )
+    with RowLog(manifest) as log, contextlib.ExitStack() as stack:
+        wanted = {_identity(candidate, model): candidate for candidate in candidates}
         rows = {row["id"]: row for row in log.rows if row["id"] in wanted}
-        missing = []
-        for identity, job in wanted.items():
-            if identity in rows:
-                continue
+
+        def add(candidate: Candidate) -> None:
+            row = _row(candidate, _identity(candidate, model), model, folder.paths(candidate)[0], output)
+            log.append(row)
+            rows[row["id"]] = row
+
+        unrecorded = [candidate for identity, candidate in wanted.items() if identity not in rows]
+        missing = folder.missing(unrecorded)
+        left = set(missing)
+        for candidate in unrecorded:
             # Killed between the clip and its row: the row follows from the file.
-            row = _row(job, identity, model, output, encoding)
-            if row is None:
-                missing.append((identity, job))
-            else:
-                log.append(row)
-                rows[identity] = row
-        if missing and source is None:
-            source = opened = open_source(config.source)
-        if opened is not None and opened.model.digest != model.digest:
-            opened.close()
-            raise invalid("source", f"serves {opened.model.digest} now, and served {model.digest}; run again")
+            if candidate not in left:
+                add(candidate)
+        stop = None
+        if missing and maker is None:
+            maker = open_source(source)
+            stack.callback(maker.close)
+            stop = maker.close
 
-        def work(item: tuple[str, Job]) -> Row:
-            identity, job = item
-            assert source is not None
-            write_atomically(output / _file(identity, encoding), source.make(job))
-            row = _row(job, identity, model, output, encoding)
-            assert row is not None
-            return row
+        def make(candidate: Candidate) -> Generation:
+            assert maker is not None
+            return generate_pinned(maker, model.digest, candidate.prompt, **candidate.options(source))
 
-        try:
-            with progress(total=len(jobs), initial=len(rows), desc="candidates", unit="clip") as bar:
-                stop = None if opened is None else opened.close
-                for (identity, _), row in side_by_side(work, missing, config.source.in_flight, stop):
-                    log.append(row)
-                    rows[identity] = row
-                    bar.update()
-        finally:
-            if opened is not None:
-                opened.close()
+        with progress(total=len(candidates), initial=len(rows), desc="candidates", unit="clip") as bar:
+            for candidate, _ in folder.make(missing, make, source.in_flight, stop=stop):
+                add(candidate)
+                bar.update()
     return sorted(rows.values(), key=lambda row: int(row["number"]))
 
 
-def _identity(job: Job, model: ModelVersion) -> str:
-    return digest_of([job.settings(), model.digest])[:32]
+def _identity(candidate: Candidate, model: ModelVersion) -> str:
+    return digest_of([candidate.settings(), model.digest])[:32]
 
 
 def _file(identity: str, encoding: str) -> str:
@@ -285,29 +281,23 @@ def _file(identity: str, encoding: str) -> str:
     return f"{CLIPS}/{identity[:2]}/{identity}.{encoding}"
 
 
-def _row(job: Job, identity: str, model: ModelVersion, output: Path, encoding: str) -> Row | None:
-    """The row of a clip whose file is there and whole; None where it is not."""
-    file = _file(identity, encoding)
-    try:
-        info = soundfile.info(str(output / file))
-    except (OSError, RuntimeError):
-        return None
-    if not info.frames:
-        return None
+def _row(candidate: Candidate, identity: str, model: ModelVersion, path: Path, output: Path) -> Row:
+    """Return the row of a clip whose file is whole."""
+    info = soundfile.info(str(path))
     return {
         "id": identity,
-        "number": job.number,
-        "strategy": job.strategy,
-        "caption": job.caption,
-        "prompt": job.prompt,
-        "kind": job.kind,
-        "slot": job.slot,
-        "seed": job.seed,
-        "num_inference_steps": job.num_inference_steps,
-        "guidance_scale": job.guidance_scale,
+        "number": candidate.number,
+        "strategy": candidate.strategy,
+        "caption": candidate.caption,
+        "prompt": candidate.prompt,
+        "kind": candidate.kind,
+        "slot": candidate.slot,
+        "seed": candidate.seed,
+        "num_inference_steps": candidate.num_inference_steps,
+        "guidance_scale": candidate.guidance_scale,
         "duration": info.frames / info.samplerate,
         "sampling_rate": info.samplerate,
-        "file": file,
+        "file": path.relative_to(output).as_posix(),
         "model": asdict(model),
     }
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
+from services.files import write_atomically
 from training.data.store import (
     Row,
     batches,
@@ -30,7 +31,6 @@ from training.data.store import (
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
-from training.loop.run_folder import write_atomically
 from training.preferences.embedders import Embedder, embedder_identity, load_embedder
 from training.soundworld.scenes import SceneConfig, draw_caption
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.audio.encoding import encode_audio
+from services.files import write_atomically
 from training.data.examples import Clip, FileClip, check_readable, decode, pair_rows
 from training.data.store import (
     REPORT,
@@ -30,7 +31,6 @@ from training.data.store import (
 )
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
-from training.loop.run_folder import write_atomically
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.pairs import PAIRS, read_pairs, table_2
 from training.preferences.scores import refuse_unreadable

@@ -13,9 +13,9 @@ from services.models.clap.loading import load_tokenizer
 from services.models.folders import pick_device
 from services.models.state_dicts import quiet_loading
 from services.models.tango.loading import check_tango_folder
+from services.weights.loading import load_embedding_model
 from services.weights.uri import ModelURI, resolve
 from training.data.store import invalid
-from training.preferences.scorers import load_clap_scorer
 
 FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODEL_URI"
 
@@ -105,9 +105,9 @@ class ClapEmbedder:
     """The text side of a CLAP model."""
 
     def __init__(self, uri: str, device: str = "auto") -> None:
-        loaded = load_clap_scorer(uri, device)
-        self.identity = f"clap:{loaded.version.digest}"
-        self._model = loaded.model
+        model = resolve(uri)
+        self.identity = f"clap:{model.digest}"
+        self._model = load_embedding_model(model, device)
 
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """See `Embedder`."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from training.data.store import Row, claim, file_digest, finish, side_by_side, write_rows
+from services.files import side_by_side
+from training.data.store import Row, claim, file_digest, finish, write_rows
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal

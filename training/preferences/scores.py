@@ -1,44 +1,35 @@
 """Every clip against its caption: CLAP scores by several scorers, and the reward where it is wanted.
 
 Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null). A clip that was
-made of a perturbed caption is judged against the caption itself, as the paper does: that is what it is a
+made of a perturbed caption is scored against the caption itself, as the paper does: that is what it is a
 worse clip of. Clips that can't be read are left out, and listed in the report.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from services.api.model import ModelVersion
+from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.client import AudioClient
 from services.errors import MilongaError
-from services.weights.uri import ModelURI, resolve
+from services.files import side_by_side
+from services.local import open_scorers
+from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, decode
-from training.data.store import (
-    Row,
-    RowLog,
-    batches,
-    claim,
-    finish,
-    invalid,
-    read_rows,
-    side_by_side,
-    write_rows,
-)
+from training.data.store import Row, RowLog, batches, claim, finish, invalid, read_rows, write_rows
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
-from training.preferences.scorers import LoadedReward, LoadedScorer, load_clap_scorer, load_reward_scorer
 
 SCORES = "scores.jsonl"
-REWARD = "reward"
-"""The reward model's name among the judges."""
+_CLAP: Final = "reward's CLAP model"
 FREE: Final = ("device", "batch", "in_flight", "timeout", "server", "reward_server", "max_unreadable")
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -46,23 +37,23 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoresConfig:
-    """Who judges. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
+    """What scores. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
 
     scorers: tuple[str, ...] = ("mini:clap-a", "mini:clap-b")
     """CLAP models in this process: URIs, each under its model's name, or NAME=URI; of a service, the names of
-    those that are asked."""
+    those to use."""
     server: str | None = None
-    """Address of a scoring service that is asked instead."""
+    """Address of a scoring service to use instead."""
     reward: str | None = None
     """URI of a reward model in this process; none: no rewards, unless `reward_server` gives them."""
     clap: str = "mini:clap-a"
-    """URI of the CLAP model that `reward` stands on."""
+    """URI of the CLAP model that `reward` was trained on."""
     reward_server: str | None = None
-    """Address of a reward service that is asked instead."""
+    """Address of a reward service to use instead."""
     device: str = "auto"
     """Of the models in this process."""
     batch: int = 16
-    """Clips judged at once."""
+    """Clips scored at once."""
     in_flight: int = 4
     """Batches on their way to services."""
     timeout: float = 600.0
@@ -80,21 +71,12 @@ class ScoresConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Heard:
-    """A clip on its way to the judges."""
-
-    row: Row
-    content: bytes
-    waveform: NDArray[np.float32]
-    sampling_rate: int
-
-
 def scores_identity(
     config: ScoresConfig, candidates: Path, digests: Mapping[str, str] | None = None
 ) -> dict[str, Plain]:
     """What the outcome depends on: settings, clips, and the weights of every judge (`digests`, if known)."""
-    weights = {f"digest.{name}": digest for name, digest in (digests or _digests(config)).items()}
+    digests = digests or _digests(config, _resolve(config))
+    weights = {f"digest.{name}": digest for name, digest in digests.items()}
     return flatten(config) | {"input.candidates": candidates_digest(candidates)} | weights
 
 
@@ -104,22 +86,22 @@ def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Ro
     Raises:
         InvalidInputError: more clips are unreadable than may be, or a service lacks a scorer.
         ModelError: a model was refused.
-        MilongaError: a service failed; what was judged is kept.
+        MilongaError: a service failed; what was scored is kept.
     """
-    digests = _digests(config)
+    models = _resolve(config)
+    digests = _digests(config, models)
     names = [name for name in digests if name != REWARD]
     if report := claim(output, scores_identity(config, candidates, digests), FREE):
         return report
     rows = read_candidates(candidates)
     unreadable: dict[FileClip, str] = {}
     path = output / SCORES
-    with RowLog(path) as log, _open_judges(config, digests) as judges:
+    with RowLog(path) as log, closing(_open(config, models)) as scorers:
         known = {row["id"] for row in log.rows}
         missing = [row for row in rows if row["id"] not in known]
 
         def work(part: Sequence[Row]) -> list[Row]:
-            heard = _read(part, candidates, unreadable)
-            return judges.judge(heard) if heard else []
+            return _score(scorers, digests, _read(part, candidates, unreadable))
 
         services = config.server is not None or config.reward_server is not None
         with progress(total=len(rows), initial=len(rows) - len(missing), desc="scores", unit="clip") as bar:
@@ -163,142 +145,110 @@ def refuse_unreadable(unreadable: Mapping[FileClip, str], total: int, limit: flo
         check_readable(dict(sorted(unreadable.items(), key=lambda item: item[0].name)), total, limit)
 
 
-def _read(part: Sequence[Row], folder: Path, unreadable: dict[FileClip, str]) -> list[_Heard]:
-    heard = []
+def _read(
+    part: Sequence[Row], folder: Path, unreadable: dict[FileClip, str]
+) -> list[tuple[Row, tuple[NDArray[np.float32], int]]]:
+    """Return the rows whose clips can be read, with their samples and rates."""
+    found = []
     for row in part:
         clip = FileClip(path=folder / row["file"])
         try:
-            content = clip.path.read_bytes()
-            waveform, rate = decode(content)
+            found.append((row, decode(clip.path.read_bytes())))
         except (OSError, ValueError) as error:
             unreadable[clip] = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            continue
-        heard.append(_Heard(row=row, content=content, waveform=waveform, sampling_rate=rate))
-    return heard
+    return found
 
 
-class _Judges(AbstractContextManager["_Judges"]):
-    """Scorers and reward model, here or there."""
-
-    def __init__(
-        self,
-        config: ScoresConfig,
-        scorers: Mapping[str, LoadedScorer],
-        reward: LoadedReward | None,
-        client: AudioClient | None,
-        digests: Mapping[str, str],
-    ) -> None:
-        self._config, self._scorers, self._reward, self._client = config, scorers, reward, client
-        self._digests = digests
-
-    def __exit__(self, *_: object) -> None:
-        if self._client is not None:
-            self._client.close()
-
-    def judge(self, heard: Sequence[_Heard]) -> list[Row]:
-        """The row of each clip."""
-        prompts = [one.row["caption"] for one in heard]
-        columns = self._scores(prompts, heard)
-        rewards = self._rewards(prompts, heard)
-        return [
-            {
-                "id": one.row["id"],
-                "scores": {name: column[index] for name, column in columns.items()},
-                "reward": rewards[index] if rewards else None,
-            }
-            for index, one in enumerate(heard)
-        ]
-
-    def _scores(self, prompts: Sequence[str], heard: Sequence[_Heard]) -> dict[str, list[float]]:
-        names = [name for name in self._digests if name != REWARD]
-        if not names:
-            return {}
-        if self._config.server is None:
-            return {name: _cosines(self._scorers[name], prompts, heard) for name in names}
-        assert self._client is not None
-        pairs = [(prompt, one.content) for prompt, one in zip(prompts, heard, strict=True)]
-        scores = self._client.score_audio(pairs, scorers=names)
-        for scorer in scores.scorers:
-            self._check(scorer.name, scorer.model.digest)
-        return {name: scores.values[:, index].tolist() for index, name in enumerate(names)}
-
-    def _rewards(self, prompts: Sequence[str], heard: Sequence[_Heard]) -> list[float]:
-        if self._reward is not None:
-            model = self._reward.model
-            clips = [model.prepare(one.waveform, one.sampling_rate) for one in heard]
-            logits: list[float] = model.reward(prompts, clips).tolist()
-            return logits
-        if self._config.reward_server is None:
-            return []
-        assert self._client is not None
-        pairs = [(prompt, one.content) for prompt, one in zip(prompts, heard, strict=True)]
-        rewards = self._client.compute_rewards(pairs)
-        self._check(REWARD, rewards.model.digest)
-        return [reward.logit for reward in rewards.rewards]
-
-    def _check(self, name: str, digest: str) -> None:
-        if self._digests[name] != digest:
-            raise MilongaError(
-                f"{name} changed its weights from {self._digests[name]} to {digest}; pin the service and "
-                "run again"
-            )
+def _score(
+    scorers: Scorers, digests: Mapping[str, str], clips: Sequence[tuple[Row, tuple[NDArray[np.float32], int]]]
+) -> list[Row]:
+    """Return the row of each clip."""
+    if not clips:
+        return []
+    pairs = [(row["caption"], sound) for row, sound in clips]
+    columns: dict[str, list[float]] = {}
+    if names := [name for name in digests if name != REWARD]:
+        scores = scorers.score_audio(pairs, scorers=names)
+        for index, scorer in enumerate(scores.scorers):
+            _check(digests, scorer.name, scorer.model)
+            columns[scorer.name] = scores.values[:, index].tolist()
+    rewards: list[float | None] = [None] * len(clips)
+    if REWARD in digests:
+        answer = scorers.compute_rewards(pairs)
+        _check(digests, REWARD, answer.model)
+        rewards = [reward.logit for reward in answer.rewards]
+    return [
+        {
+            "id": row["id"],
+            "scores": {name: column[index] for name, column in columns.items()},
+            "reward": rewards[index],
+        }
+        for index, (row, _) in enumerate(clips)
+    ]
 
 
-def _cosines(scorer: LoadedScorer, prompts: Sequence[str], heard: Sequence[_Heard]) -> list[float]:
-    model = scorer.model
-    windows = [model.prepare(one.waveform, one.sampling_rate) for one in heard]
-    cosines_B: torch.Tensor = (model.embed_text(prompts) * model.embed_windows(windows)).sum(-1)
-    values: list[float] = cosines_B.clamp(-1.0, 1.0).tolist()
-    return values
+def _check(digests: Mapping[str, str], name: str, model: ModelVersion) -> None:
+    if digests[name] != model.digest:
+        raise MilongaError(
+            f"{name} changed its weights from {digests[name]} to {model.digest}; "
+            "pin the service and run again"
+        )
 
 
-def _open_judges(config: ScoresConfig, digests: Mapping[str, str]) -> _Judges:
-    scorers: dict[str, LoadedScorer] = {}
+def _resolve(config: ScoresConfig) -> dict[str, ResolvedModel]:
+    """Resolve the models in this process: scorers by name, the reward model, and the CLAP model under it.
+
+    Raises `InvalidInputError` where two scorers have one name.
+    """
+    found: dict[str, ResolvedModel] = {}
     if config.server is None:
-        scorers = {name: load_clap_scorer(uri, config.device) for name, uri in _named(config).items()}
-    reward = None
+        for text in config.scorers:
+            given = _NAMED.fullmatch(text)
+            uri = given[2] if given else text
+            model = resolve(uri)
+            name = given[1] if given else model.identity.name
+            if name in (*found, REWARD, _CLAP):
+                raise invalid(
+                    "scorers", f"{uri} would be called {name}, as another is; give it a name: NAME={uri}"
+                )
+            found[name] = model
     if config.reward is not None and config.reward_server is None:
-        reward = load_reward_scorer(config.reward, config.clap, config.device)
-    client = None
+        found |= {REWARD: resolve(config.reward), _CLAP: resolve(config.clap)}
+    return found
+
+
+def _digests(config: ScoresConfig, models: Mapping[str, ResolvedModel]) -> dict[str, str]:
+    """Return the digests of the weights that score, by the scorer's name; of the reward model by `REWARD`."""
+    found = {name: model.digest for name, model in models.items() if name not in (REWARD, _CLAP)}
+    if config.server is not None:
+        with AudioClient(scoring=config.server, timeout=config.timeout) as client:
+            served = client.versions()
+        if unknown := [name for name in config.scorers if name not in served]:
+            raise invalid("scorers", f"{', '.join(unknown)}: {config.server} serves {', '.join(served)}")
+        found = {name: served[name].digest for name in config.scorers}
+    if config.reward_server is not None:
+        with AudioClient(reward=config.reward_server, timeout=config.timeout) as client:
+            found[REWARD] = client.versions()[REWARD].digest
+    elif REWARD in models:
+        found[REWARD] = models[REWARD].digest
+    return found
+
+
+def _open(config: ScoresConfig, models: Mapping[str, ResolvedModel]) -> Scorers:
+    """Load the models in this process, and connect to the services."""
+    here = there = None
+    if models:
+        here = open_scorers(
+            {name: model for name, model in models.items() if name not in (REWARD, _CLAP)},
+            reward=models.get(REWARD),
+            clap=models.get(_CLAP),
+            device=config.device,
+        )
     if config.server is not None or config.reward_server is not None:
-        client = AudioClient(
+        there = AudioClient(
             scoring=config.server, reward=config.reward_server, timeout=config.timeout, retries=4
         )
-    return _Judges(config, scorers, reward, client, digests)
-
-
-def _named(config: ScoresConfig) -> dict[str, str]:
-    """URI by name, of scorers in this process. Raises `InvalidInputError` for one name of two."""
-    found: dict[str, str] = {}
-    for text in config.scorers:
-        given = _NAMED.fullmatch(text)
-        uri = given[2] if given else text
-        name = given[1] if given else resolve(ModelURI.parse(uri)).identity.name
-        if name in found or name == REWARD:
-            raise invalid(
-                "scorers", f"{uri} would be called {name}, as another is; give it a name: NAME={uri}"
-            )
-        found[name] = uri
-    return found
-
-
-def _digests(config: ScoresConfig) -> dict[str, str]:
-    """The digest of every judge's weights, by the scorer's name, and of the reward model by `REWARD`."""
-    found: dict[str, str] = {}
-    scoring = (
-        nullcontext() if config.server is None else AudioClient(scoring=config.server, timeout=config.timeout)
+    return CombinedScorers(
+        clap=here if config.server is None else there,
+        reward=here if config.reward_server is None else there,
     )
-    with scoring as client:
-        if client is None:
-            found = {name: resolve(ModelURI.parse(uri)).digest for name, uri in _named(config).items()}
-        else:
-            served = {scorer.name: scorer.model.digest for scorer in client.list_scorers().scorers}
-            if unknown := [name for name in config.scorers if name not in served]:
-                raise invalid("scorers", f"{', '.join(unknown)}: {config.server} serves {', '.join(served)}")
-            found = {name: served[name] for name in config.scorers}
-    if config.reward_server is not None:
-        with AudioClient(reward=config.reward_server, timeout=config.timeout) as rewarding:
-            found[REWARD] = rewarding.get_reward_model().model.digest
-    elif config.reward is not None:
-        found[REWARD] = resolve(ModelURI.parse(config.reward)).digest
-    return found

@@ -1,16 +1,14 @@
-"""Who makes clips: an engine in this process, or a generation service. Shapes: N samples."""
+"""What makes candidates: an engine in this process, or a generation service."""
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
-from services.client import AudioClient, ModelVersion
-from services.errors import MilongaError
+from services.api.generation import ClipMaker, GenerationOptions
+from services.api.model import ModelVersion
+from services.client import AudioClient
 from services.models.folders import DTYPES
-from services.weights.uri import ModelURI, ResolvedModel, resolve
-
-if TYPE_CHECKING:
-    from services.engine import Engine
+from services.weights.uri import resolve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +47,14 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Candidate:
     """One clip to make."""
 
     number: int
-    """Place among all jobs: what shards are cut by."""
+    """Place among all candidates: what shards are cut by."""
     strategy: str
     caption: str
-    """What the clip will be judged against."""
+    """What the clip will be scored against."""
     prompt: str
     """What it is made of."""
     kind: str | None
@@ -76,102 +74,39 @@ class Job:
             del settings[name]
         return settings
 
-
-class ClipSource(Protocol):
-    """Makes clips. Thread-safe: callers ask side by side."""
-
-    model: ModelVersion
-    """Which weights make them."""
-
-    def make(self, job: Job) -> bytes:
-        """The encoded clip of a job; the same job gives the same clip. Raises `MilongaError`."""
-
-    def close(self) -> None:
-        """Give up what runs, and free what is held."""
+    def options(self, source: SourceConfig) -> GenerationOptions:
+        """Return how it is generated."""
+        return {
+            "duration": self.duration,
+            "clip_count": 1,
+            "seed": self.seed,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler,
+            "encoding": source.encoding,
+            "sampling_rate": source.sampling_rate,
+        }
 
 
 def model_of(config: SourceConfig) -> ModelVersion:
-    """Which weights make the clips, without loading them."""
+    """Return which weights make the clips, without loading them."""
     if config.server is None:
-        return resolve(ModelURI.parse(config.model)).identity
+        return resolve(config.model).identity
     with AudioClient(config.server, timeout=config.timeout) as client:
         return client.get_model().model
 
 
-def open_source(config: SourceConfig) -> ClipSource:
+def open_source(config: SourceConfig) -> ClipMaker:
     """Load the engine's model, or connect to the service."""
     if config.server is not None:
-        return ServiceSource(config)
-    from services.engine import Engine, EngineConfig
-    from services.models.tango.loading import load_tango
+        return AudioClient(config.server, timeout=config.timeout, retries=4)
+    from services.engine import EngineConfig
+    from services.local import open_clip_maker
 
-    resolved = resolve(ModelURI.parse(config.model))
-    pipeline = load_tango(resolved.folder, device=config.device, dtype=config.dtype)
-    engine = Engine(
-        pipeline,
-        EngineConfig(
-            batch_shapes=(config.batch,),
-            exact=True,
-            max_queue=max(64, config.in_flight),
-            threads=config.threads,
-        ),
+    engine = EngineConfig(
+        batch_shapes=(config.batch,),
+        exact=True,
+        max_queue=max(64, config.in_flight),
+        threads=config.threads,
     )
-    return EngineSource(engine, resolved, config)
-
-
-class EngineSource:
-    """An engine in this process, which is closed with it."""
-
-    def __init__(self, engine: "Engine", model: ResolvedModel, config: SourceConfig) -> None:
-        self.model = model.identity
-        self._engine, self._config = engine, config
-
-    def make(self, job: Job) -> bytes:
-        """See `ClipSource`."""
-        request = self._engine.request(
-            job.prompt,
-            duration=job.duration,
-            seed=job.seed,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            scheduler=job.scheduler,
-        )
-        clip = self._engine.generate(request).clips[0]
-        return clip.encoded(self._config.encoding, self._config.sampling_rate).audio
-
-    def close(self) -> None:
-        """See `ClipSource`."""
-        self._engine.close()
-
-
-class ServiceSource:
-    """A generation service."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self.model = model_of(config)
-        self._config = config
-        self._client = AudioClient(config.server, timeout=config.timeout, retries=4)
-
-    def make(self, job: Job) -> bytes:
-        """See `ClipSource`."""
-        made = self._client.generate(
-            job.prompt,
-            duration=job.duration,
-            clip_count=1,
-            seed=job.seed,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            scheduler=job.scheduler,
-            encoding=self._config.encoding,
-            sampling_rate=self._config.sampling_rate,
-        )
-        if made.model.digest != self.model.digest:
-            raise MilongaError(
-                f"{self._config.server} changed its weights from {self.model.digest} to {made.model.digest}; "
-                "pin the service to one version and run again"
-            )
-        return made.clips[0].audio
-
-    def close(self) -> None:
-        """See `ClipSource`."""
-        self._client.close()
+    return open_clip_maker(resolve(config.model), device=config.device, dtype=config.dtype, config=engine)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from services.api.generation import ClipMaker
 from services.weights.uri import ModelURI
-from training.promotion.targets.clip_clients import ClipClient
 
 Pin = str
 """A model URI with its digest: ``models:/milonga-tango/7#sha256:…``."""
@@ -61,7 +61,7 @@ class Target(Protocol):
         Raises `RolloutError` where it is not ready within `seconds`, or can be seen never to be.
         """
 
-    def clip_client(self, address: str, timeout: float) -> ClipClient:
+    def clip_client(self, address: str, timeout: float) -> ClipMaker:
         """Who asks the challenger at `address` for clips, in up to `timeout` seconds each. Calls nothing."""
 
     def stop_challenger(self) -> None:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from services.errors import FieldViolation, InvalidInputError
-from services.models.clap.laion import load_laion
-from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
-from services.weights.uri import ModelURI, ResolvedModel, resolve
+from services.weights.loading import load_clap_model
+from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Examples, Labelled, Pair, check_readable, counts
 from training.data.scenes import SPLITS, wording
 from training.evaluation.calibration import fit_temperature
@@ -112,8 +111,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     check_output(output)
     accelerator = make_accelerator(config.loop)
     main, run = accelerator.is_main_process, output.with_name(f"{output.name}.run")
-    uri = ModelURI.parse(config.clap)
-    resolved = resolve(uri)
+    resolved = resolve(config.clap)
     with accelerator.main_process_first():
         settings = flatten(config) | {"clap_digest": resolved.digest}
         claim_folder(run, settings, fresh=fresh and main, free=FREE)
@@ -121,7 +119,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     if done is not None and done["clap"]["digest"] == resolved.digest:
         return done if main else {}
 
-    clap = load_any_clap(uri, resolved, str(accelerator.device))
+    clap = load_clap_model(resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
     examples, unreadable = ready_examples(config, tokens)
     torch.manual_seed(config.loop.seed)
@@ -162,19 +160,6 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
         write_model(calibrated, output, report, png, **identity)
     accelerator.wait_for_everyone()
     return report
-
-
-def load_any_clap(uri: ModelURI, resolved: ResolvedModel, device: str) -> ClapModel:
-    """The CLAP model of a URI: a folder's, or LAION's checkpoint."""
-    if uri.scheme == "laion":
-        return load_laion(resolved.folder, device=device)
-    if uri.scheme == "laion-clap":
-        raise InvalidInputError(
-            FieldViolation(
-                "clap", f"laion-clap:{uri.path} gives no tokens, only embeddings; give laion:{uri.path}"
-            )
-        )
-    return load_clap(resolved.folder, device=device)
 
 
 def ready_examples(

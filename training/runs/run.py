@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from services.files import write_atomically
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import clip_generator
 from services.weights.uri import ModelURI, resolve
 from training.evaluation.evaluate import compared_names
 from training.finetuning.session import PairData
 from training.loop.config import flatten
-from training.loop.run_folder import claim_folder, write_atomically
+from training.loop.run_folder import claim_folder
 from training.preferences.scores import ScoresConfig
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train

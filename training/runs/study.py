@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from services.files import write_atomically
 from training.evaluation.evaluate import compared_names
 from training.finetuning.baton import BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
 from training.loop.config import flatten
-from training.loop.run_folder import claim_folder, write_atomically
+from training.loop.run_folder import claim_folder
 from training.preferences.pipeline import PreferencesConfig
 from training.runs.stages import Program, evaluation_stage, finetuning_stage, preferences_stage
 from training.runs.study_recipes import VARIANTS, StudyRun, Variant

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from services.errors import MilongaError, OutputError, ServiceUnavailableError
+from services.files import write_atomically
 from services.weights.registry import shown
 from training.loop.progress import say
-from training.loop.run_folder import JournalReader, write_atomically
+from training.loop.run_folder import JournalReader
 from training.tracking.register import experiment_id
 
 if TYPE_CHECKING:

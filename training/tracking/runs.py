@@ -45,10 +45,11 @@ from services.errors import (
     OutputError,
     ServiceUnavailableError,
 )
+from services.files import write_atomically
 from services.models.manifest import digest_of, hash_files
 from services.weights.registry import connect, database_path, tracking_uri
 from training.loop.progress import say
-from training.loop.run_folder import Journal, write_atomically
+from training.loop.run_folder import Journal
 from training.tracking.publisher import (
     FILES,
     RUNS,

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -103,6 +103,29 @@ class AudioTokens:
     """Centre of each token, in seconds from the clip's start."""
     mask_BA: Tensor
     """Bool: True where the token lies inside of the clip."""
+
+
+class EmbeddingModel(Protocol):
+    """A CLAP model's two sides, as every backend has them: `ClapModel`, and LAION's own package."""
+
+    cache: "TextCache"
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hertz."""
+
+    @property
+    def dimension(self) -> int:
+        """Width D of an embedding."""
+
+    def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> Tensor:
+        """Windows [W, S] of a clip."""
+
+    def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
+        """Embeddings [B, D] of prepared clips."""
+
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, D] of sentences."""
 
 
 class ClapModel(nn.Module):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from examples import demo
 from services import cli
-from services.cli import doctor, outputs, prompts
+from services.cli import doctor, prompts
 from services.cli.progress import stage_of
 from services.client import Clip, GenerationOptions, Progress, Queued
 from services.errors import (
@@ -27,6 +27,7 @@ from services.errors import (
     OutputError,
     QueueFullError,
 )
+from services.files import write_atomically
 from services.models.manifest import write_manifest
 from services.processes import free_port
 from tests.programs import Services
@@ -413,7 +414,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OutputError, match=r"clip\.wav can't be written"):
-            outputs.write_atomically(path, b"x" * 100_000)
+            write_atomically(path, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
@@ -423,7 +424,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) ->
 def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError):
-        outputs.write_atomically(tmp_path / "folder", b"x")
+        write_atomically(tmp_path / "folder", b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

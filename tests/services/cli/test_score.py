@@ -265,7 +265,7 @@ def test_wrong_lines_are_named_with_their_numbers(
         ([PROMPT, "CLIP", "--scorer", "a=nonsense", "--no-reward"], "--scorer a: is 'nonsense'"),
         ([PROMPT, "CLIP", "--reward", "mini:nobody"], "--reward: "),
         ([PROMPT, "CLIP", "--clap", "nonsense"], "--clap: "),
-        ([PROMPT, "CLIP", "--clap", "laion-clap:x.pt"], "shows no tokens"),
+        ([PROMPT, "CLIP", "--clap", "laion-clap:x.pt"], "no tokens"),
         ([PROMPT, "CLIP", "--clap", "mini:clap-a", "--no-reward"], "--clap"),
         ([PROMPT, "CLIP", "--reward", "mini", "--no-reward"], "--no-reward"),
         ([PROMPT, "CLIP", "--reward", "mini", "--reward-server", "x:1"], "--reward-server"),

@@ -5,15 +5,8 @@ from threading import Event
 import pytest
 
 from services.errors import InvalidInputError, OutputError
-from training.data.store import (
-    RowLog,
-    claim,
-    digest_of,
-    finish,
-    read_rows,
-    side_by_side,
-)
-from training.loop.run_folder import write_atomically
+from services.files import side_by_side, write_atomically
+from training.data.store import RowLog, claim, digest_of, finish, read_rows
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

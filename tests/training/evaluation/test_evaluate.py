@@ -215,9 +215,15 @@ def test_what_was_made_is_not_made_again_and_what_is_missing_is_the_same(
     made: list[object] = []
     submit = Engine.submit
 
-    def counted(self: Engine, request: GenerationRequest, on_event: Callable[[Event], None]) -> Handle:
+    def counted(
+        self: Engine,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        *,
+        deadline: float | None = None,
+    ) -> Handle:
         made.append(request)
-        return submit(self, request, on_event)
+        return submit(self, request, on_event, deadline=deadline)
 
     monkeypatch.setattr(Engine, "submit", counted)
     sources = [models["first"], f"other={models['second']}"]

@@ -143,13 +143,13 @@ def test_embedders_hear_clips_of_many_lengths_and_rates_in_order() -> None:
     tagger = EventTagger(classes=["dog", "bell", "rain"], width=8, hidden=8).eval().requires_grad_(False)
     clips = [noise(0.5), noise(1.0, seed=1), noise(0.5, 8_000, seed=2), noise(0.5, seed=3)]
     for embedder, width in ((TaggerEmbedder(tagger, "d"), 16), (ClapEmbedder(tiny_clap(), "d"), 16)):
-        together = embedder.hear(clips)
+        together = embedder.embed(clips)
         assert together.embeddings_BD.shape == (4, width)
-        alone = [embedder.hear([clip]) for clip in clips]
+        alone = [embedder.embed([clip]) for clip in clips]
         np.testing.assert_allclose(
             together.embeddings_BD, np.concatenate([one.embeddings_BD for one in alone]), atol=1e-5
         )
-    heard = TaggerEmbedder(tagger, "d").hear(clips)
+    heard = TaggerEmbedder(tagger, "d").embed(clips)
     assert heard.logits_BK is not None
     assert heard.logits_BK.shape == (4, 3)
     expected = tagger(torch.from_numpy(clips[0].waveform_N)[None]).amax(1)
@@ -208,7 +208,7 @@ def test_cnn14s_spectrogram_is_that_of_a_fourier_transform(checkpoint: Path) -> 
 def test_a_panns_checkpoint_embeds_and_tags(checkpoint: Path) -> None:
     embedder = PannsEmbedder(panns.load_panns(checkpoint), "d")
     clips = [noise(0.1), noise(1.0, 32_000, seed=1)]  # the first is shorter than the poolings want
-    heard = embedder.hear(clips)
+    heard = embedder.embed(clips)
     assert heard.embeddings_BD.shape == (2, 12)
     assert heard.logits_BK is not None
     assert heard.logits_BK.shape == (2, 527)

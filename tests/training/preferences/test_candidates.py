@@ -5,11 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 import soundfile
 
-from services.client import ModelVersion
+from services.api.generation import Clip, Generation, GenerationOptions, Timings
+from services.api.model import ModelVersion
 from services.errors import InvalidInputError, MilongaError, OutputError
 from tests.services.generation.serving import serving, tiny_engine
 from tests.training.preferences.candidates_program import config as program_config
@@ -19,7 +21,7 @@ from training.data.store import Row, read_json, read_rows
 from training.preferences import candidates as stage
 from training.preferences.candidates import CandidatesConfig, make_candidates, plan, read_candidates
 from training.preferences.captions import selected, temporal
-from training.preferences.sources import Job, SourceConfig, open_source
+from training.preferences.sources import SourceConfig, model_of, open_source
 
 CAPTIONS = ["A dog barks then a cat meows", "Rain falls"]
 PERTURBED: list[Row] = [
@@ -116,18 +118,20 @@ def test_a_service_makes_the_same_clips(stages: Stages, tmp_path: Path) -> None:
 
 
 class _Failing:
-    """A source that makes so many clips and then fails."""
+    """A clip maker that makes so many clips and then fails."""
 
     def __init__(self, model: ModelVersion, content: bytes, count: int, error: Exception) -> None:
-        self.model = model
         self.made = 0
-        self._content, self._count, self._error = content, count, error
+        clip = Clip(audio=content, encoding="flac", sampling_rate=16_000, duration=1.0, index=0, seed=0)
+        timings = Timings(queued=0.0, encode=0.0, denoise=0.0, decode=0.0, total=0.0)
+        self._generation = Generation(clips=(clip,), seed=0, model=model, warnings=(), timings=timings)
+        self._count, self._error = count, error
 
-    def make(self, job: Job) -> bytes:
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
         if self.made == self._count:
             raise self._error
         self.made += 1
-        return self._content
+        return self._generation
 
     def close(self) -> None:
         pass
@@ -142,15 +146,15 @@ def test_a_failure_keeps_what_was_made_and_a_full_disk_is_told(
     config = replace(stages.candidates_config, source=replace(stages.candidates_config.source, in_flight=1))
     arguments = (config, stages.captions, stages.perturbed, tmp_path)
     with pytest.raises(MilongaError, match="gone"):
-        make_candidates(*arguments, source=_Failing(model, content, 5, MilongaError("gone")))
+        make_candidates(*arguments, maker=_Failing(model, content, 5, MilongaError("gone")), model=model)
     assert len(read_candidates(tmp_path, partly=True)) == 5
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(full))
+        patched.setattr("services.files.os.replace", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(OutputError, match="No space left on device"):
-            make_candidates(*arguments, source=_Failing(model, content, 99, full))
+            make_candidates(*arguments, maker=_Failing(model, content, 99, full), model=model)
     rest = _Failing(model, content, 999, full)
-    make_candidates(*arguments, source=rest)
+    make_candidates(*arguments, maker=rest, model=model)
     assert rest.made == len(rows) - 5
     assert len(read_candidates(tmp_path)) == len(rows)
 
@@ -160,7 +164,7 @@ def test_clips_without_rows_and_torn_rows_are_mended(stages: Stages, tmp_path: P
     model = ModelVersion(**rows[0]["model"])
     content = (stages.candidates / rows[0]["file"]).read_bytes()
     arguments = (stages.candidates_config, stages.captions, stages.perturbed, tmp_path)
-    make_candidates(*arguments, source=_Failing(model, content, 999, MilongaError("")))
+    make_candidates(*arguments, maker=_Failing(model, content, 999, MilongaError("")), model=model)
     whole = read_candidates(tmp_path)
     # As a kill leaves it: rows that follow from files, one cut off, one clip cut off and one missing.
     manifest = next(tmp_path.glob("manifest-*"))
@@ -171,7 +175,7 @@ def test_clips_without_rows_and_torn_rows_are_mended(stages: Stages, tmp_path: P
     (tmp_path / whole[10]["file"]).write_bytes(content[:20])
     (tmp_path / whole[12]["file"]).unlink()
     again = _Failing(model, content, 999, MilongaError(""))
-    make_candidates(*arguments, source=again)
+    make_candidates(*arguments, maker=again, model=model)
     assert again.made == 2
     assert read_candidates(tmp_path) == whole
 
@@ -216,18 +220,19 @@ def test_killed_and_run_again_it_makes_nothing_twice(
     made = [path for path in there if not path.name.startswith(".")]
     assert 4 <= len(made) < len(jobs)
 
-    asked: list[Job] = []
-    with contextlib.closing(open_source(arguments[0].source)) as source:
-        make = source.make
+    prompts: list[str] = []
+    model = model_of(arguments[0].source)
+    with contextlib.closing(open_source(arguments[0].source)) as maker:
+        generate = maker.generate
 
-        def counted(job: Job) -> bytes:
-            asked.append(job)
-            return make(job)
+        def counted(prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
+            prompts.append(prompt)
+            return generate(prompt, **options)
 
-        monkeypatch.setattr(source, "make", counted)
-        make_candidates(*arguments, tmp_path / "killed", source=source)
-        assert len(asked) == len(jobs) - len(made)
-        make_candidates(*arguments, tmp_path / "whole", source=source)
+        monkeypatch.setattr(maker, "generate", counted)
+        make_candidates(*arguments, tmp_path / "killed", maker=maker, model=model)
+        assert len(prompts) == len(jobs) - len(made)
+        make_candidates(*arguments, tmp_path / "whole", maker=maker, model=model)
     assert all(path.stat().st_mtime_ns == there[path] for path in made)
     assert manifest.read_bytes() == (tmp_path / "whole" / manifest.name).read_bytes()
     for row in read_candidates(tmp_path / "killed"):

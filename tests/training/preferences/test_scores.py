@@ -1,15 +1,18 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
+from services.api.scoring import Scores
 from services.errors import InvalidInputError
+from services.local import LocalScorers
 from services.models.clap.loading import load_clap
 from tests.services.scoring.serving import serving
 from tests.training.preferences.conftest import Models, Stages
-from training.data.store import Row, read_json, read_rows
+from training.data.store import read_json, read_rows
 from training.preferences import scores as stage
 from training.preferences.candidates import read_candidates
 from training.preferences.scores import ScoresConfig, read_scores, score_candidates
@@ -55,16 +58,16 @@ def test_a_service_gives_the_same(stages: Stages, models: Models, tmp_path: Path
 def test_a_stage_that_was_stopped_goes_on(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = stage._Judges.judge, 0
+    real, calls = LocalScorers.score_audio, 0
 
-    def judge(self: stage._Judges, heard: list[stage._Heard]) -> list[Row]:
+    def score_audio(self: LocalScorers, *arguments: Any, **options: Any) -> Scores:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return real(self, heard)
+        return real(self, *arguments, **options)
 
-    monkeypatch.setattr(stage._Judges, "judge", judge)
+    monkeypatch.setattr(LocalScorers, "score_audio", score_audio)
     with pytest.raises(KeyboardInterrupt):
         score_candidates(stages.scores_config, stages.candidates, tmp_path)
     assert len(read_rows(tmp_path / "scores.jsonl")) == 16
@@ -94,9 +97,9 @@ def test_unreadable_clips_are_left_out_and_listed_until_they_are_too_many(
 
 def test_scorers_are_called_after_their_models_or_as_one_likes(models: Models) -> None:
     both = ScoresConfig(scorers=(models.clap_a, f"other={models.clap_a}"))
-    assert list(stage._named(both)) == ["clap-a", "other"]
+    assert list(stage._resolve(both)) == ["clap-a", "other"]
     with pytest.raises(InvalidInputError, match="give it a name: NAME=file:"):
-        stage._named(ScoresConfig(scorers=(models.clap_a, f"clap-a={models.clap_b}")))
+        stage._resolve(ScoresConfig(scorers=(models.clap_a, f"clap-a={models.clap_b}")))
     for wrong in ({"scorers": ()}, {"scorers": ("a", "a")}, {"batch": 0}):
         with pytest.raises(ValueError):
             ScoresConfig(**wrong)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from services.api.generation import ClipMaker
 from services.models.manifest import write_manifest
 from training.promotion.errors import BusyError, RolloutError
 from training.promotion.ledger import Ledger
 from training.promotion.promote import Parts
 from training.promotion.registry import Registry, Version
 from training.promotion.target import Pin, digest_of
-from training.promotion.targets.clip_clients import ClipClient
 from training.tracking.register import Provenance, tags_of
 
 UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16], "_name_or_path": "build/a"}
@@ -57,7 +57,7 @@ class MemoryTarget:
         self.challenger = pin
         return "nowhere:1"
 
-    def clip_client(self, address: str, timeout: float) -> ClipClient:
+    def clip_client(self, address: str, timeout: float) -> ClipMaker:
         raise AssertionError("no gate of these tests hears clips")
 
     def stop_challenger(self) -> None:

@@ -8,21 +8,22 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
+from services.api.generation import ClipMaker, Generation
+from services.clip_folder import ClipFolder
 from services.errors import InvalidInputError, MilongaError
+from services.files import write_atomically
 from services.weights.registry import cache_folder
-from training.data.store import RowLog, digest_of, side_by_side
-from training.evaluation.sources import Asked
+from training.data.store import RowLog, digest_of
+from training.evaluation.sources import Asked, file_name, options_of
 from training.loop.progress import progress
-from training.loop.run_folder import write_atomically
 from training.promotion.errors import RolloutError
 from training.promotion.gates.gates import GatesConfig
-from training.promotion.targets.clip_clients import ClipClient, MadeClip
 
 TIMES = "times.jsonl"
 """Seconds that each clip took. A clip without is made again."""
@@ -59,7 +60,7 @@ def served_clips(
     plan: Sequence[Asked],
     folder: Path,
     config: GatesConfig,
-    open_client: Callable[[], ClipClient],
+    open_client: Callable[[], ClipMaker],
 ) -> ServedClips:
     """The clips of `plan`, asked for as far as they are not in `folder`.
 
@@ -76,42 +77,34 @@ def served_clips(
         RolloutError: it fails, or other weights answer.
         OutputError: `folder` can't be written.
     """
-    files = {asked: folder / f"{digest_of([asked.prompt.text, asked.seed])[:24]}.wav" for asked in plan}
+    clips: ClipFolder[Asked] = ClipFolder(folder, lambda asked: [file_name(asked)])
     with RowLog(folder / TIMES) as log:
         seconds = {str(row["file"]): float(row["seconds"]) for row in log.rows}
-        missing = [a for a, path in files.items() if path.name not in seconds or not _is_whole(path)]
+        torn = set(clips.missing(plan))
+        missing = [asked for asked in plan if asked in torn or file_name(asked) not in seconds]
         if missing:
             with closing(open_client()) as client:
-                # The first call is slower, and counts for nobody.
-                _generate(client, missing[0], config, digest)
-                made = side_by_side(
-                    lambda asked: _generate(client, asked, config, digest),
-                    *(missing, config.in_flight, client.close),
-                )
-                for asked, clip in progress(made, desc=name, total=len(missing), unit="clip"):
-                    write_atomically(files[asked], clip.wav)
-                    seconds[files[asked].name] = clip.seconds
-                    log.append({"file": files[asked].name, "seconds": clip.seconds})
-    times = [max(seconds[path.name], 1e-9) for path in files.values()]
-    return ServedClips(files=tuple(files.values()), seconds_N=np.array(times), made=len(missing))
+                make = partial(_generate, client, config=config, digest=digest)
+                make(missing[0])  # The first call is slower, and is not timed.
+                made = clips.make(missing, make, config.in_flight, stop=client.close)
+                for asked, generation in progress(made, desc=name, total=len(missing), unit="clip"):
+                    seconds[file_name(asked)] = generation.timings.total
+                    log.append({"file": file_name(asked), "seconds": generation.timings.total})
+    files = tuple(clips.paths(asked)[0] for asked in plan)
+    times = [max(seconds[path.name], 1e-9) for path in files]
+    return ServedClips(files=files, seconds_N=np.array(times), made=len(missing))
 
 
-def _generate(client: ClipClient, asked: Asked, config: GatesConfig, digest: str) -> MadeClip:
+def _generate(client: ClipMaker, asked: Asked, *, config: GatesConfig, digest: str) -> Generation:
+    options = options_of(asked, config.evaluation.sampling)
     try:
-        made = client.generate(asked.prompt.text, asked.seed, config.evaluation.sampling)
+        made = client.generate(asked.prompt.text, **options)
     except InvalidInputError:
         raise
     except MilongaError as error:
         raise RolloutError(f"the challenger made no clip of {asked.prompt.text!r}: {error}") from error
-    if made.digest != digest:
+    if made.model.digest != digest:
         raise RolloutError(
-            f"the challenger answered with {made.digest}, expected {digest}: somebody else changed it"
+            f"the challenger answered with {made.model.digest}, expected {digest}: somebody else changed it"
         )
     return made
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return bool(soundfile.info(path).frames)
-    except (OSError, RuntimeError):  # RuntimeError: libsndfile's
-        return False

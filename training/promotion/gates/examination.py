@@ -11,28 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from services.audio.resampling import resample
+from services.api.generation import ClipMaker
 from services.client import TLS, AudioClient
-from services.errors import FieldViolation, InvalidInputError
-from services.models.reward.model import RewardModel
-from services.wire import read_version
 from training.data.store import digest_of
-from training.evaluation.hearing import Heard, Panel, References, hear, hear_references, open_panel
+from training.evaluation.clip_scores import (
+    ClipScores,
+    Evaluators,
+    References,
+    embed_references,
+    open_evaluators,
+    score_clips,
+)
 from training.evaluation.report import differences_of, figures_of, measure, split_units
 from training.evaluation.sources import Asked, make_plan
-from training.preferences.scorers import LoadedReward, LoadedScorer
 from training.promotion.gates.clips import clips_folder, served_clips
 from training.promotion.gates.gates import LATENCY, GatesConfig, Verdict, decide
 from training.promotion.registry import Version
 from training.promotion.target import Target, Tell
-from training.promotion.targets.clip_clients import ClipClient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +52,7 @@ class Examination:
         """Load who hears. Raises `ModelError` where one was refused, and what the services raise."""
         self.config, self._judges = config, judges or Judges()
         self.plan: Sequence[Asked] = make_plan(config.evaluation, [])
-        self._panel = self._open_panel()
+        self._evaluators = self._open_evaluators()
         self._references: References | None = None
 
     def examine(
@@ -84,7 +83,7 @@ class Examination:
             ServiceUnavailableError: the target, or a judge, can't be reached.
         """
         serving = target.serving
-        heard: dict[str, Heard] = {}
+        heard: dict[str, ClipScores] = {}
         facts: dict[str, dict[str, Any]] = {}
         for role, version in (("champion", champion), ("challenger", candidate)):
             begun = time.monotonic()
@@ -117,19 +116,19 @@ class Examination:
                 "clips": len(self.plan),
                 "digest": digest_of([[asked.prompt.text, asked.seed] for asked in self.plan]),
             },
-            "heard_by": self._panel.digests(),
+            "heard_by": self._evaluators.digests(),
             "independent": list(self.config.independent),
             "serving": serving,
         }
         return verdicts, evidence
 
-    def _hear(self, name: str, files: Sequence[Path]) -> Heard:
+    def _hear(self, name: str, files: Sequence[Path]) -> ClipScores:
         config = self.config.evaluation
         if self._references is None:
-            self._references = hear_references(self.plan, self._panel, config)
-        return hear(name, files, self.plan, self._panel, self._references, config)
+            self._references = embed_references(self.plan, self._evaluators, config)
+        return score_clips(name, files, self.plan, self._evaluators, self._references, config)
 
-    def _decide(self, heard: Mapping[str, Heard]) -> tuple[list[Verdict], dict[str, Any]]:
+    def _decide(self, heard: Mapping[str, ClipScores]) -> tuple[list[Verdict], dict[str, Any]]:
         config, references = self.config.evaluation, self._references
         assert references is not None
         splits = split_units(self.plan, np.logical_and.reduce([one.readable_N for one in heard.values()]))
@@ -158,21 +157,12 @@ class Examination:
         }
         return decide(self.config.gates, champion, challenger, differences), figures
 
-    def _open_panel(self) -> Panel:
-        """As the config says; scorers and reward model by services where those are given."""
-        config, judges = self.config.evaluation, self._judges
-        local = replace(
-            config,
-            scorers=() if judges.scoring else config.scorers,
-            reward=None if judges.reward else config.reward,
-        )
-        panel = open_panel(local)
-        if judges.scoring:
-            names = [scorer.partition("=")[0] for scorer in config.scorers]
-            panel = replace(panel, scorers=remote_scorers(judges.scoring, names, judges.tls))
-        if judges.reward and config.reward:
-            panel = replace(panel, reward=remote_reward(judges.reward, judges.tls))
-        return panel
+    def _open_evaluators(self) -> Evaluators:
+        """Open what the config names, with the services in the place of its scorers and its reward model."""
+        services = self._judges
+        scoring = AudioClient(scoring=services.scoring, tls=services.tls) if services.scoring else None
+        reward = AudioClient(reward=services.reward, tls=services.tls) if services.reward else None
+        return open_evaluators(self.config.evaluation, scoring=scoring, reward=reward)
 
 
 class _Challenger:
@@ -197,66 +187,6 @@ class _Challenger:
             self._tell(f"it serves, after {self.ready_seconds:.1f} s")
         return self._address
 
-    def client(self, timeout: float) -> ClipClient:
+    def client(self, timeout: float) -> ClipMaker:
         """Who asks it for clips, in up to `timeout` seconds each."""
         return self._target.clip_client(self.start(), timeout)
-
-
-def remote_scorers(address: str, names: Sequence[str], tls: TLS | None = None) -> dict[str, LoadedScorer]:
-    """Scorers of a scoring service. Raises `InvalidInputError` where it lacks one of the names."""
-    client = AudioClient(scoring=address, tls=tls)
-    served = {scorer.name: scorer for scorer in client.list_scorers().scorers}
-    missing = [name for name in names if name not in served]
-    if missing:
-        raise InvalidInputError(
-            FieldViolation(
-                "--scoring", f"{address} has no scorer {', '.join(missing)}; it has {', '.join(served)}"
-            )
-        )
-    return {
-        name: LoadedScorer(
-            model=_RemoteClap(client, name, served[name].sample_rate_hertz),
-            version=read_version(served[name].model),
-        )
-        for name in names
-    }
-
-
-def remote_reward(address: str, tls: TLS | None = None) -> LoadedReward:
-    """The reward model of a reward service."""
-    client = AudioClient(reward=address, tls=tls)
-    model = client.get_reward_model().model
-    return LoadedReward(model=cast(RewardModel, _RemoteReward(client)), version=read_version(model))
-
-
-class _RemoteClap:
-    """See `training.preferences.scorers.ClapScorer`. Clips are sent whole: the service cuts its windows."""
-
-    def __init__(self, client: AudioClient, name: str, sampling_rate: int) -> None:
-        self._client, self._name, self.sampling_rate = client, name, sampling_rate
-
-    def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> Tensor:
-        return torch.from_numpy(resample(waveform, sampling_rate, self.sampling_rate))
-
-    def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
-        sounds = [(clip.numpy(), self.sampling_rate) for clip in clips]
-        (vectors,) = self._client.embed_audio(sounds, scorers=[self._name]).vectors
-        return torch.from_numpy(vectors.copy())
-
-    def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        (vectors,) = self._client.embed_text(prompts, scorers=[self._name]).vectors
-        return torch.from_numpy(vectors.copy())
-
-
-class _RemoteReward:
-    """What is used of `services.models.reward.model.RewardModel`."""
-
-    def __init__(self, client: AudioClient) -> None:
-        self._client = client
-
-    def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> tuple[NDArray[np.float32], int]:
-        return waveform, sampling_rate
-
-    def reward(self, prompts: Sequence[str], clips: Sequence[Any]) -> Tensor:
-        rewards = self._client.compute_rewards(list(zip(prompts, clips, strict=True))).rewards
-        return torch.tensor([reward.logit for reward in rewards])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from services.client import TLS, ModelVersion
+from services.client import TLS, AudioClient, ModelVersion
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
 from training.cluster.pods import Json
 from training.promotion.errors import RolloutError
@@ -21,7 +21,6 @@ from training.promotion.targets.asking import (
     settle,
     wrong_answer,
 )
-from training.promotion.targets.clip_clients import ServiceClips
 from training.promotion.targets.cluster import Cluster
 from training.promotion.targets.forwarding import Forwarding
 from training.promotion.targets.locks import LEASE_SECONDS, LeaseLock, lease_lock
@@ -157,9 +156,9 @@ class KubernetesTarget:
         settle(lambda: wrong_answer(ask, digest, "the challenger"), seconds=self._verify)
         return address
 
-    def clip_client(self, address: str, timeout: float) -> ServiceClips:
+    def clip_client(self, address: str, timeout: float) -> AudioClient:
         """See `Target`."""
-        return ServiceClips(address, tls=self._tls, timeout=timeout)
+        return AudioClient(address, tls=self._tls, timeout=timeout, retries=4)
 
     def stop_challenger(self) -> None:
         """See `Target`."""

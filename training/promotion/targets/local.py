@@ -28,7 +28,6 @@ from training.promotion.targets.asking import (
     settle,
     wrong_answer,
 )
-from training.promotion.targets.clip_clients import ServiceClips
 from training.promotion.targets.locks import FileLock, file_lock
 
 _KEPT: Final = ("MILONGA_CACHE", "MILONGA_DEVICE", "MILONGA_DTYPE", "MILONGA_THREADS", "MILONGA_BATCH_SHAPES")
@@ -117,9 +116,9 @@ class LocalTarget:
             self._challenger = (pin, service.target, stack.pop_all())
         return service.target
 
-    def clip_client(self, address: str, timeout: float) -> ServiceClips:
+    def clip_client(self, address: str, timeout: float) -> AudioClient:
         """See `Target`. The challenger is ours, and speaks no TLS."""
-        return ServiceClips(address, tls=None, timeout=timeout)
+        return AudioClient(address, timeout=timeout, retries=4)
 
     def stop_challenger(self) -> None:
         """See `Target`. One that another promoter started ended with it."""

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from services.audio.encoding import encode_audio
-from services.client import TLS, ModelVersion
+from services.api.generation import Clip, Generation, GenerationOptions, Timings
+from services.api.model import ModelVersion
+from services.client import TLS
 from services.client.connection import Connection
 from services.errors import (
     DeadlineExceededError,
@@ -30,8 +30,6 @@ from services.errors import (
     ServiceUnavailableError,
     UnauthenticatedError,
 )
-from training.evaluation.config import Sampling
-from training.promotion.targets.clip_clients import MadeClip
 
 CALL_SECONDS: Final = 10.0
 """For an answer that needs no model."""
@@ -133,32 +131,21 @@ class TritonClient:
         self._call(self._stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name=model))
 
     def version_of_clip(self, model: str, version: str = "") -> ModelVersion:
-        """Which weights make a clip just now, by one of one step. Without a version the server chooses."""
-        answer = self._clip(model, version, "a dog barks", 1, Sampling(num_inference_steps=1))
-        return ModelVersion(name=model, version=answer.version, digest=answer.digest, license="")
+        """Return which weights make a clip just now, by one of one step. Without a version Triton chooses."""
+        return self._clip(model, version, "a dog barks", {"num_inference_steps": 1, "seed": 1}).model
 
-    def clip(self, model: str, prompt: str, seed: int | None, sampling: Sampling) -> MadeClip:
-        """The clip of a prompt. Seconds are counted here, as Triton says none."""
+    def clip(self, model: str, prompt: str, options: GenerationOptions) -> Generation:
+        """Make the clip of a prompt. The total time is measured here, since Triton states none."""
+        return self._clip(model, "", prompt, options)
+
+    def _clip(self, model: str, version: str, prompt: str, options: GenerationOptions) -> Generation:
         begun = time.monotonic()
-        answer = self._clip(model, "", prompt, seed, sampling)
-        seconds = time.monotonic() - begun
-        wav = encode_audio(answer.waveform_N, answer.sampling_rate, "wav")
-        return MadeClip(wav=wav, digest=answer.digest, seconds=seconds)
-
-    def _clip(self, model: str, version: str, prompt: str, seed: int | None, sampling: Sampling) -> "_Answer":
         request = pb.ModelInferRequest(model_name=model, model_version=version)
         _add_text(request, "PROMPT", prompt)
-        if sampling.scheduler is not None:
-            _add_text(request, "SCHEDULER", sampling.scheduler)
-        settings = {
-            "SEED": seed,
-            "NUM_INFERENCE_STEPS": sampling.num_inference_steps,
-            "GUIDANCE_SCALE": sampling.guidance_scale,
-            "DURATION": sampling.duration,
-        }
-        for name, value in settings.items():
-            if value is not None:
-                kind, datatype = _DATATYPES[name]
+        if (scheduler := options.get("scheduler")) is not None:
+            _add_text(request, "SCHEDULER", scheduler)
+        for name, (kind, datatype) in _DATATYPES.items():
+            if (value := options.get(name.lower())) is not None:
                 request.inputs.add(name=name, datatype=datatype, shape=[1])
                 request.raw_input_contents.append(np.array([value], dtype=kind).tobytes())
         for name in ("AUDIO", "SAMPLE_RATE", "DIGEST"):  # without PROGRESS, which would come at each step
@@ -169,7 +156,15 @@ class TritonClient:
             if made.error_message:
                 raise _refusal(made.error_message)
             if (answer := _read(made.infer_response)) is not None:
-                return answer
+                clip, weights = answer
+                total = time.monotonic() - begun
+                return Generation(
+                    clips=(clip.encoded(options.get("encoding") or clip.encoding, clip.sampling_rate),),
+                    seed=clip.seed,
+                    model=weights,
+                    warnings=(),
+                    timings=Timings(queued=0.0, encode=0.0, denoise=0.0, decode=0.0, total=total),
+                )
         raise MilongaError(f"{self.address} ended the stream of {model} without a clip")
 
     def _call(self, method: Callable[..., Any], request: Any, *, seconds: float = CALL_SECONDS) -> Any:
@@ -213,27 +208,19 @@ class TritonClient:
 
 
 class TritonClips:
-    """A model of a Triton server. See `ClipClient`."""
+    """A `ClipMaker` on a model of a Triton server."""
 
     def __init__(self, client: TritonClient, model: str) -> None:
-        """`client` is closed with this."""
+        """Take over `client`: closing this closes it."""
         self._client, self._model = client, model
 
-    def generate(self, prompt: str, seed: int | None, sampling: Sampling) -> MadeClip:
-        """See `ClipClient`."""
-        return self._client.clip(self._model, prompt, seed, sampling)
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
+        """See `ClipMaker`. Makes one clip."""
+        return self._client.clip(self._model, prompt, options)
 
     def close(self) -> None:
-        """See `ClipClient`."""
+        """See `ClipMaker`."""
         self._client.close()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Answer:
-    waveform_N: NDArray[np.float32]
-    sampling_rate: int
-    digest: str
-    version: str
 
 
 def _add_text(request: Any, name: str, text: str) -> None:
@@ -242,8 +229,8 @@ def _add_text(request: Any, name: str, text: str) -> None:
     request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
 
 
-def _read(response: Any) -> _Answer | None:
-    """What an answer with a clip holds; None for others."""
+def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
+    """Return the clip that an answer holds, and its weights; None where it holds none."""
     contents: dict[str, bytes] = {
         output.name: data for output, data in zip(response.outputs, response.raw_output_contents, strict=True)
     }
@@ -251,12 +238,15 @@ def _read(response: Any) -> _Answer | None:
         return None
     if missing := {"SAMPLE_RATE", "DIGEST"} - contents.keys():
         raise MilongaError(f"the model {response.model_name} gives no {', '.join(sorted(missing))}")
-    return _Answer(
-        waveform_N=np.frombuffer(contents["AUDIO"], dtype="<f4").astype(np.float32),
-        sampling_rate=int(np.frombuffer(contents["SAMPLE_RATE"], dtype="<i4")[0]),
-        digest=contents["DIGEST"][4:].decode(),  # BYTES: their length comes first
-        version=response.model_version,
+    clip = Clip.of_samples(
+        np.frombuffer(contents["AUDIO"], dtype="<f4"),
+        int(np.frombuffer(contents["SAMPLE_RATE"], dtype="<i4")[0]),
     )
+    digest = contents["DIGEST"][4:].decode()  # BYTES: their length comes first
+    version = ModelVersion(
+        name=response.model_name, version=response.model_version, digest=digest, license=""
+    )
+    return clip, version
 
 
 def _refusal(message: str) -> MilongaError:

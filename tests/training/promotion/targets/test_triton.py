@@ -29,6 +29,8 @@ from tests.training.promotion.fixtures import make_version
 from tests.training.promotion.targets.test_kubernetes import self_signed
 from tests.training.promotion.targets.triton_server import FakeTriton, serving
 from training.evaluation.config import Sampling
+from training.evaluation.prompts import Prompt
+from training.evaluation.sources import Asked, options_of
 from training.promotion.errors import RolloutError, exit_code
 from training.promotion.registry import Registry, Version
 from training.promotion.targets.asking import CALLS
@@ -169,7 +171,8 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
 
     clips = target.clip_client(address, 5.0)
     sampling = Sampling(duration=2.5, num_inference_steps=3, guidance_scale=3.1, scheduler="ddim")
-    made = clips.generate("a dog barks", 7, sampling)
+    options = options_of(Asked(prompt=Prompt(text="a dog barks"), seed=7), sampling)
+    made = clips.generate("a dog barks", **options)
     request = world.triton.asked[-1]
     assert (request.model_name, request.model_version) == (CHALLENGER, "")
     told = {one.name: (one.datatype, list(one.shape)) for one in request.inputs}
@@ -181,16 +184,16 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
         "GUIDANCE_SCALE": ("FP32", [1]),
         "DURATION": ("FP32", [1]),
     }
-    waveform, rate = soundfile.read(io.BytesIO(made.wav), dtype="float32")
-    assert (rate, len(waveform), made.digest) == (16_000, 1_600, world.second.digest)
+    waveform, rate = soundfile.read(io.BytesIO(made.clips[0].audio), dtype="float32")
+    assert (rate, len(waveform), made.model.digest) == (16_000, 1_600, world.second.digest)
     expected = 0.1 * np.sin(np.arange(1_600) * (1 + len(b"a dog barks") + 4))
     np.testing.assert_allclose(waveform, expected, atol=1e-3)
-    assert 0.0 < made.seconds < 5.0
+    assert 0.0 < made.timings.total < 5.0
     with pytest.raises(InvalidInputError, match="num_inference_steps: is 0, must be between"):
-        clips.generate("a dog barks", 7, replace(sampling, num_inference_steps=0))
+        clips.generate("a dog barks", num_inference_steps=0)
     clips.close()
     with pytest.raises(MilongaError):
-        clips.generate("a dog barks", 7, sampling)
+        clips.generate("a dog barks", **options)
 
     target.start_challenger(world.first.pin, 5.0)
     assert world.triton.ready[CHALLENGER] == {1: world.first.digest}
@@ -353,7 +356,7 @@ def test_answers_that_are_none(world: World) -> None:
         with pytest.raises(MilongaError, match="Request for unknown model: 'tango' version 9 is not found"):
             client.version_of_clip("tango", "9")
         with pytest.raises(MilongaError, match="unknown model: 'clap'"):
-            TritonClips(client, "clap").generate("a dog", 1, Sampling(num_inference_steps=1))
+            TritonClips(client, "clap").generate("a dog", seed=1, num_inference_steps=1)
     world.triton.seconds = 1.0
     with TritonClient(world.address, timeout=0.1) as client, pytest.raises(DeadlineExceededError):
         client.version_of_clip("tango")

@@ -1,5 +1,4 @@
-"""Every clip is heard once: how loud it is, what scorers, reward model and judge say, where it lies in each
-space.
+"""The scores of every clip: loudness, CLAP, reward, events, and its embeddings in each space.
 
 Shape legend: N clips, R reference clips, D embedding width, K classes.
 """
@@ -11,7 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from services.api.model import ModelVersion
+from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.errors import FieldViolation, InvalidInputError
+from services.local import LocalScorers
 from training.data.examples import Clip, FileClip
 from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
@@ -21,25 +23,30 @@ from training.evaluation.events import EVENT_FIGURES, event_values, is_clipped, 
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import Asked
 from training.loop.progress import progress
-from training.preferences.scorers import LoadedReward, LoadedScorer, load_reward_scorer
 
 _LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Panel:
-    """All who hear."""
+class Evaluators:
+    """Everything that scores or embeds clips."""
 
-    scorers: Mapping[str, LoadedScorer]
-    reward: LoadedReward | None
+    scorers: Scorers
+    versions: Mapping[str, ModelVersion]
+    """The weights of the CLAP scorers by name, and of the reward model by `REWARD`."""
     embedders: Mapping[str, Embedder]
     judge: TaggerEmbedder | None
 
+    @property
+    def clap_names(self) -> list[str]:
+        """Return the names of the CLAP scorers."""
+        return [name for name in self.versions if name != REWARD]
+
     def digests(self) -> dict[str, str]:
-        """Of the weights of each, by name."""
-        found = {f"clap.{name}": scorer.version.digest for name, scorer in self.scorers.items()}
-        if self.reward is not None:
-            found["reward"] = self.reward.version.digest
+        """Return the digest of the weights of each, by name."""
+        found = {f"clap.{name}": self.versions[name].digest for name in self.clap_names}
+        if REWARD in self.versions:
+            found["reward"] = self.versions[REWARD].digest
         if self.judge is not None:
             found["judge"] = self.judge.digest
         return found | {f"space.{label}": embedder.digest for label, embedder in self.embedders.items()}
@@ -54,8 +61,8 @@ class Space:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Heard:
-    """What was heard of the clips of one model, in the order of the plan."""
+class ClipScores:
+    """Scores and embeddings of the clips of one model, in the order of the plan."""
 
     values: Mapping[str, NDArray[np.float64]]
     """Figures of single clips by name, [N]; NaN where one does not count, or can't be read."""
@@ -75,26 +82,44 @@ class References:
     unreadable: Mapping[str, str]
 
 
-def open_panel(config: EvaluationConfig) -> Panel:
-    """Load all who hear. Raises `ModelError` where one was refused."""
+def open_evaluators(
+    config: EvaluationConfig, *, scoring: Scorers | None = None, reward: Scorers | None = None
+) -> Evaluators:
+    """Load the models of `config`; `scoring` and `reward` stand in for its CLAP scorers and its reward model.
+
+    Raises:
+        ModelError: one was refused.
+        InvalidInputError: `scoring` lacks one of the config's scorers.
+    """
     loader = Loader(config.device)
-    scorers = dict(scorer.split("=", 1) for scorer in config.scorers)
-    return Panel(
-        scorers={name: loader.clap(uri) for name, uri in scorers.items()},
-        reward=load_reward_scorer(config.reward, config.reward_clap, config.device)
-        if config.reward
-        else None,
+    uris = dict(scorer.split("=", 1) for scorer in config.scorers)
+    claps = {} if scoring else {name: loader.clap(uri) for name, uri in uris.items()}
+    model = None
+    if config.reward and not reward:
+        model = loader.reward(config.reward, config.reward_clap)
+    local = LocalScorers(claps, model)
+    scorers = CombinedScorers(clap=scoring or local, reward=(reward or local) if config.reward else None)
+    served = scorers.versions()
+    if missing := [name for name in uris if name not in served]:
+        listed = ", ".join(name for name in served if name != REWARD)
+        raise InvalidInputError(
+            FieldViolation("--scoring", f"the service has no scorer {', '.join(missing)}; it has {listed}")
+        )
+    wanted = [*uris, *([REWARD] if config.reward else [])]
+    return Evaluators(
+        scorers=scorers,
+        versions={name: served[name] for name in wanted},
         embedders={label_of(text): loader.embedder(text) for text in config.embedders},
         judge=None if config.judge is None else loader.tagger(config.judge),
     )
 
 
-def hear_references(plan: Sequence[Asked], panel: Panel, config: EvaluationConfig) -> References:
+def embed_references(plan: Sequence[Asked], evaluators: Evaluators, config: EvaluationConfig) -> References:
     """Embed the references of the plan's prompts. Raises `InvalidInputError` where too many can't be read."""
     clips = list(
         dict.fromkeys(asked.prompt.reference for asked in plan if asked.prompt.reference is not None)
     )
-    spaces: dict[str, list[Embeddings]] = {label: [] for label in panel.embedders}
+    spaces: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     rows: dict[Clip, int] = {}
     unreadable: dict[str, str] = {}
     bar = progress(total=len(clips), desc="references", unit="clip")
@@ -103,7 +128,7 @@ def hear_references(plan: Sequence[Asked], panel: Panel, config: EvaluationConfi
             read = _read(batch, unreadable)
             for (position, _), number in zip(read, range(len(rows), len(rows) + len(read)), strict=True):
                 rows[batch[position]] = number
-            _embed([clip for _, clip in read], panel, spaces)
+            _embed([clip for _, clip in read], evaluators, spaces)
             bar.update(len(batch))
     check_readable("references", unreadable, len(clips), config.max_unreadable)
     row_N = [rows.get(asked.prompt.reference, -1) if asked.prompt.reference else -1 for asked in plan]
@@ -111,32 +136,33 @@ def hear_references(plan: Sequence[Asked], panel: Panel, config: EvaluationConfi
     return References(spaces=found, row_N=np.array(row_N, dtype=np.int64), unreadable=unreadable)
 
 
-def hear(
+def score_clips(
     name: str,
     files: Sequence[Path],
     plan: Sequence[Asked],
-    panel: Panel,
+    evaluators: Evaluators,
     references: References,
     config: EvaluationConfig,
-) -> Heard:
-    """Hear the clips of the model `name`. Raises `InvalidInputError` where too many of them can't be read."""
-    names = [*(f"clap.{scorer}" for scorer in panel.scorers), *(["reward"] if panel.reward else [])]
+) -> ClipScores:
+    """Score the clips of the model `name`. Raises `InvalidInputError` where too many can't be read."""
+    names = [f"clap.{name}" for name in evaluators.clap_names]
+    names += ["reward"] if REWARD in evaluators.versions else []
     names += ["silent", "clipped", "loudness_db"]
-    if panel.judge is not None and any(asked.prompt.truth for asked in plan):
+    if evaluators.judge is not None and any(asked.prompt.truth for asked in plan):
         names += EVENT_FIGURES
     values = {figure: np.full(len(plan), np.nan) for figure in names}
-    parts: dict[str, list[Embeddings]] = {label: [] for label in panel.embedders}
+    parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
     unreadable: dict[str, str] = {}
-    bar = progress(total=len(plan), desc=f"hearing {name}", unit="clip")
+    bar = progress(total=len(plan), desc=f"scoring {name}", unit="clip")
     with bar:
         for numbers in batches(range(len(plan)), config.batch):
             read = _read([FileClip(path=files[number]) for number in numbers], unreadable)
             rows, clips = [numbers[position] for position, _ in read], [clip for _, clip in read]
             readable += rows
-            for figure, column in _judged([plan[row].prompt for row in rows], clips, panel).items():
+            for figure, column in _scores_of([plan[row].prompt for row in rows], clips, evaluators).items():
                 values[figure][rows] = column
-            _embed(clips, panel, parts)
+            _embed(clips, evaluators, parts)
             bar.update(len(numbers))
     check_readable(name, unreadable, len(plan), config.max_unreadable)
     spaces = {label: _space(found, readable, len(plan)) for label, found in parts.items() if found}
@@ -145,7 +171,7 @@ def hear(
             values[f"kl.{label}"] = _kl(space.logits_NK, references, label, config)
     is_readable = np.zeros(len(plan), dtype=bool)
     is_readable[readable] = True
-    return Heard(values=values, spaces=spaces, readable_N=is_readable, unreadable=unreadable)
+    return ClipScores(values=values, spaces=spaces, readable_N=is_readable, unreadable=unreadable)
 
 
 def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, Sound]]:
@@ -163,8 +189,8 @@ def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, 
     return found
 
 
-def _judged(
-    prompts: Sequence[Prompt], clips: Sequence[Sound], panel: Panel
+def _scores_of(
+    prompts: Sequence[Prompt], clips: Sequence[Sound], evaluators: Evaluators
 ) -> dict[str, NDArray[np.float64]]:
     """The figures of a few clips."""
     waveforms = [clip.waveform_N for clip in clips]
@@ -174,31 +200,29 @@ def _judged(
         "loudness_db": [loudness_db(waveform) for waveform in waveforms],
     }
     texts = [prompt.text for prompt in prompts]
-    for name, scorer in panel.scorers.items():
-        windows = [scorer.model.prepare(clip.waveform_N, clip.sampling_rate) for clip in clips]
-        if windows:
-            scores_B = (scorer.model.embed_text(texts) * scorer.model.embed_windows(windows)).sum(-1)
-            found[f"clap.{name}"] = scores_B.tolist()
-    if panel.reward is not None and clips:
-        model = panel.reward.model
-        found["reward"] = model.reward(
-            texts, [model.prepare(clip.waveform_N, clip.sampling_rate) for clip in clips]
-        ).tolist()
-    if panel.judge is not None and any(prompt.truth for prompt in prompts):
+    pairs = [(text, (clip.waveform_N, clip.sampling_rate)) for text, clip in zip(texts, clips, strict=True)]
+    if pairs and evaluators.clap_names:
+        scores = evaluators.scorers.score_audio(pairs, scorers=evaluators.clap_names)
+        for index, scorer in enumerate(scores.scorers):
+            found[f"clap.{scorer.name}"] = scores.values[:, index].tolist()
+    if pairs and REWARD in evaluators.versions:
+        rewards = evaluators.scorers.compute_rewards(pairs).rewards
+        found["reward"] = [reward.logit for reward in rewards]
+    if evaluators.judge is not None and any(prompt.truth for prompt in prompts):
         rows: list[dict[str, float]] = [dict.fromkeys(EVENT_FIGURES, float("nan")) for _ in clips]
-        told = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]
-        events = panel.judge.detect([clips[position] for position, _ in told])
-        for (position, truth), heard in zip(told, events, strict=True):
-            rows[position] = event_values(judge(truth, heard))
+        known = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]
+        events = evaluators.judge.detect([clips[position] for position, _ in known])
+        for (position, truth), detected in zip(known, events, strict=True):
+            rows[position] = event_values(judge(truth, detected))
         found |= {name: [row[name] for row in rows] for name in EVENT_FIGURES}
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 
 
-def _embed(clips: Sequence[Sound], panel: Panel, spaces: dict[str, list[Embeddings]]) -> None:
-    """Add what each embedder makes of `clips`, in their order."""
+def _embed(clips: Sequence[Sound], evaluators: Evaluators, spaces: dict[str, list[Embeddings]]) -> None:
+    """Add the embeddings of `clips`, in their order."""
     if clips:
-        for label, embedder in panel.embedders.items():
-            spaces[label].append(embedder.hear(clips))
+        for label, embedder in evaluators.embedders.items():
+            spaces[label].append(embedder.embed(clips))
 
 
 def _space(parts: Sequence[Embeddings], rows: Sequence[int] | None = None, count: int | None = None) -> Space:

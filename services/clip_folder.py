@@ -1,0 +1,110 @@
+"""Folders of clips that are made once: what is there and whole is never made again.
+
+::
+
+    folder = ClipFolder(output, lambda prompt: [f"{digest_of(prompt)}.wav"])
+    for prompt, generation in folder.make(folder.missing(prompts), maker.generate, 16):
+        ...                    # its files are written; after a kill the same call makes the rest
+"""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar, Unpack
+
+import soundfile
+
+from services.api.generation import Clip, ClipMaker, Generation, GenerationOptions
+from services.errors import InvalidInputError, MilongaError
+from services.files import side_by_side, write_atomically
+
+
+class HasClips(Protocol):
+    """What a request gave."""
+
+    @property
+    def clips(self) -> Sequence[Clip]:
+        """The clips to write, encoded."""
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result", bound=HasClips)
+
+
+class ClipFolder(Generic[Item]):
+    """The clips of many items, in files. An item is whatever names its files and can be made."""
+
+    def __init__(self, folder: Path, files: Callable[[Item], Sequence[str | Path]]) -> None:
+        """`files` names the files of an item's clips, relative to `folder`, in the order of the clips."""
+        self.folder, self._files = folder, files
+
+    def paths(self, item: Item) -> list[Path]:
+        """Return the files of an item's clips."""
+        return [self.folder / file for file in self._files(item)]
+
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        """Return the items of which a file is not there, or not whole."""
+        return [item for item in items if not all(map(is_whole, self.paths(item)))]
+
+    def make(
+        self,
+        items: Iterable[Item],
+        make: Callable[[Item], Result],
+        in_flight: int,
+        *,
+        stop: Callable[[], None] | None = None,
+        refused: Callable[[Item, InvalidInputError], None] | None = None,
+    ) -> Generator[tuple[Item, Result], None, None]:
+        """Make items, up to `in_flight` at a time, and yield each when its files are written.
+
+        Args:
+            items: what to make.
+            make: makes the clips of an item, on a thread.
+            in_flight: items at a time.
+            stop: called to end what is under way where one fails, or the caller leaves.
+            refused: called with an item that was refused; the others go on. None: the refusal is raised.
+
+        Raises:
+            OutputError: a file can't be written.
+        """
+
+        def attempt(item: Item) -> Result | InvalidInputError:
+            try:
+                return make(item)
+            except InvalidInputError as error:
+                if refused is None:
+                    raise
+                return error
+
+        for item, result in side_by_side(attempt, items, in_flight, stop):
+            if isinstance(result, InvalidInputError):
+                assert refused is not None
+                refused(item, result)
+                continue
+            for clip, path in zip(result.clips, self.paths(item), strict=True):
+                write_atomically(path, clip.audio)
+            yield item, result
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file is there and holds sound that can be read."""
+    try:
+        return bool(soundfile.info(path).frames)
+    except (OSError, RuntimeError):  # RuntimeError: libsndfile's
+        return False
+
+
+def generate_pinned(
+    maker: ClipMaker, digest: str, prompt: str, **options: Unpack[GenerationOptions]
+) -> Generation:
+    """Make the clips of a prompt by the weights `digest`, and no others.
+
+    Raises:
+        MilongaError: other weights made them.
+    """
+    made = maker.generate(prompt, **options)
+    if made.model.digest != digest:
+        raise MilongaError(
+            f"the weights changed from {digest} to {made.model.digest}; "
+            "pin the service to one version and run again"
+        )
+    return made

@@ -1,0 +1,49 @@
+"""Load the CLAP and reward models that model URIs resolved to.
+
+Each backend is imported only where it is used: it may not be installed.
+"""
+
+from services.errors import FieldViolation, InvalidInputError
+from services.models.clap.model import ClapModel, EmbeddingModel
+from services.models.reward.model import RewardModel, load_reward
+from services.weights.uri import ResolvedModel
+
+
+def load_embedding_model(model: ResolvedModel, device: str = "auto") -> EmbeddingModel:
+    """Load a CLAP model by the backend that its URI named.
+
+    Raises:
+        ModelError: the weights were refused.
+        InvalidInputError: the device does not exist.
+    """
+    if model.reader == "laion-clap":
+        from services.models.clap.laion_package import load_laion_clap
+
+        return load_laion_clap(model.folder, device)
+    return load_clap_model(model, device)
+
+
+def load_clap_model(model: ResolvedModel, device: str = "auto") -> ClapModel:
+    """Load a CLAP model that gives tokens, as reward models need it.
+
+    Raises:
+        ModelError: the weights were refused.
+        InvalidInputError: the device does not exist, or LAION's package was named, which gives no tokens.
+    """
+    match model.reader:
+        case "laion":
+            from services.models.clap.laion import load_laion
+
+            return load_laion(model.folder, device=device)
+        case "laion-clap":
+            text = f"is laion-clap:{model.folder}, which gives embeddings and no tokens; give laion:PATH"
+            raise InvalidInputError(FieldViolation("clap", text))
+        case _:
+            from services.models.clap.loading import load_clap
+
+            return load_clap(model.folder, device=device)
+
+
+def load_reward_model(model: ResolvedModel, clap: ResolvedModel, device: str = "auto") -> RewardModel:
+    """Load a reward model and the CLAP model that it was trained on. Raises as `load_clap_model`."""
+    return load_reward(model.folder, load_clap_model(clap, device), clap.digest)
