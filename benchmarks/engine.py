@@ -25,9 +25,9 @@ from rich.table import Table
 
 from services.api.generation import GenerationRequest, Progress
 from services.engine import Engine, EngineConfig
+from services.models.architectures import load_generator
+from services.models.latent import LatentPipeline, clip_generator
 from services.models.mini import mini_folder
-from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline
 
 PROMPT = "A dog barks then a siren wails"
 STEPS_A_ROUND = 20
@@ -87,9 +87,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _load(model: str, device: str) -> TangoPipeline:
+def _load(model: str, device: str) -> LatentPipeline:
     if model == "mini":
-        return load_tango(mini_folder("mini"), device=device)
+        return load_generator(mini_folder("mini"), device=device)
     from tests.tiny import tiny_pipeline  # only in a checkout
 
     pipeline = tiny_pipeline()
@@ -146,16 +146,19 @@ def _step_seconds(engine: Engine, request: GenerationRequest) -> Iterator[float]
     return (after - before for before, after in pairwise(times))
 
 
-def _bare_call(pipeline: TangoPipeline, request: GenerationRequest) -> Callable[[], None]:
+def _bare_call(pipeline: LatentPipeline, request: GenerationRequest) -> Callable[[], None]:
     clips = request.clip_count
-    latents_BCTF = pipeline.prepare_latents(2 * clips, request.duration)
-    timesteps_B = torch.full((2 * clips,), 500, device=pipeline.device)
-    text = pipeline.encode_prompt(["", request.prompt]).repeat_interleave(clips)
+    noise_1X = pipeline.noise(request.duration, clip_generator(request.seed))
+    latents_BX = noise_1X.repeat(2 * clips, *[1] * (noise_1X.ndim - 1))
+    timesteps_B = torch.full((2 * clips,), 500.0, device=pipeline.device)
+    seconds_B = torch.full((2 * clips,), request.duration, device=pipeline.device)
+    length = pipeline.text_length(request.prompt)
+    text = pipeline.encode(["", request.prompt], length=length).repeat_interleave(clips)
     on_gpu = pipeline.device.type == "cuda"
 
     def call() -> None:
         with torch.inference_mode():
-            pipeline.predict(latents_BCTF, timesteps_B, text.embeds_BLD, text.mask_BL)
+            pipeline.predict(latents_BX, timesteps_B, text, seconds_B)
             if on_gpu:
                 torch.cuda.synchronize()
 
@@ -163,7 +166,7 @@ def _bare_call(pipeline: TangoPipeline, request: GenerationRequest) -> Callable[
     return call
 
 
-def _exact(pipeline: TangoPipeline, config: EngineConfig, request: GenerationRequest, rounds: int) -> Figure:
+def _exact(pipeline: LatentPipeline, config: EngineConfig, request: GenerationRequest, rounds: int) -> Figure:
     pairs = []
     for _ in range(rounds):
         seconds = []
@@ -181,7 +184,7 @@ def _exact(pipeline: TangoPipeline, config: EngineConfig, request: GenerationReq
 
 def _report(
     arguments: argparse.Namespace,
-    pipeline: TangoPipeline,
+    pipeline: LatentPipeline,
     request: GenerationRequest,
     lone: float,
     figures: list[Figure],

@@ -19,8 +19,8 @@ import torch
 from benchmarks.judging import memory_mib, plan
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
+from services.models.architectures import load_generator
 from services.models.mini import mini_folder
-from services.models.tango.loading import load_tango
 from services.processes import running
 
 PROMPT = "A dog barks then a siren wails"
@@ -45,7 +45,7 @@ def main() -> None:
         ready = service.ready_seconds
         idle = memory_mib(service)
         config = EngineConfig(threads=torch.get_num_threads())
-        engine = Engine(load_tango(mini_folder(arguments.model)), config)
+        engine = Engine(load_generator(mini_folder(arguments.model)), config)
         with AudioClient(service.target) as client, engine:
             request = engine.request(PROMPT, seed=0)
             client.generate(PROMPT, seed=0)

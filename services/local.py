@@ -29,9 +29,9 @@ from services.api.scoring import REWARD, Reward, Rewards, Scorer, Scores, Sound
 from services.audio.clips import AudioBounds, ReadClip, read_pairs
 from services.client.sounds import RequestWriter
 from services.engine import Engine, EngineConfig
+from services.models.architectures import load_generator
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
-from services.models.tango.loading import load_tango
 from services.reward.convert import sigmoid
 from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
@@ -88,7 +88,7 @@ def open_clip_maker(
         ModelError: the model was refused.
         InvalidInputError: the device does not exist.
     """
-    pipeline = load_tango(model.folder, device=device, dtype=dtype)
+    pipeline = load_generator(model.folder, device=device, dtype=dtype)
     return LocalClipMaker(Engine(pipeline, config, model.identity))
 
 

@@ -6,6 +6,7 @@ Needs torch.
 from pathlib import Path
 
 from services.errors import DigestMismatchError
+from services.models.architectures import check_generator
 from services.models.clap.laion import load_laion
 from services.models.clap.loading import check_clap_folder, clap_config
 from services.models.folders import read_json, read_shapes
@@ -13,7 +14,6 @@ from services.models.manifest import read_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, RewardHead, read_reward_config
 from services.models.state_dicts import check_weights, on_meta
-from services.models.tango.loading import check_tango_folder
 
 
 def check_model(path: Path) -> None:
@@ -31,7 +31,7 @@ def check_model(path: Path) -> None:
     elif kind == MODEL_TYPE:
         _check_reward(path)
     else:
-        check_tango_folder(path)
+        check_generator(path)
 
 
 def _check_reward(folder: Path) -> None:

@@ -67,11 +67,3 @@ def decodes_this_turn(backlog: int, *, stepping: bool) -> int:
     four decodes at most, and a stream of short drafts can't pile up faster than it is decoded.
     """
     return (backlog + 1) // 2 if stepping else backlog
-
-
-def text_length(tokens: int, lengths: Sequence[int]) -> int:
-    """Return the padded length of a prompt of `tokens` tokens: the smallest of ascending `lengths` that fits.
-
-    Fixed lengths keep a prompt's bits independent of its companions' lengths. Longer than the last: itself.
-    """
-    return next((length for length in lengths if length >= tokens), tokens)

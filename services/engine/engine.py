@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Unpack
 
 from services.api.generation import (
-    Defaults,
     Event,
     Failed,
     Finished,
@@ -17,7 +16,6 @@ from services.api.generation import (
     GenerationOptions,
     GenerationRequest,
     Limits,
-    ModelGeometry,
     Queued,
     collect,
     validate,
@@ -28,8 +26,7 @@ from services.engine.config import EngineConfig
 from services.engine.jobs import Handle, Job
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
-from services.models.tango.pipeline import TangoPipeline
-from services.models.tango.schedulers import SCHEDULERS
+from services.models.latent import LatentPipeline
 
 # Bounds of the advice when to come back, in seconds: not at once, and not so late that nobody does.
 _RETRY_SOONEST, _RETRY_LATEST = 0.1, 60.0
@@ -43,7 +40,7 @@ class Engine:
     """
 
     def __init__(
-        self, pipeline: TangoPipeline, config: EngineConfig | None = None, model: ModelVersion = UNVERSIONED
+        self, pipeline: LatentPipeline, config: EngineConfig | None = None, model: ModelVersion = UNVERSIONED
     ) -> None:
         """Start the worker thread on `pipeline`, the weights `model`, which must be on its device already."""
         self.config = config or EngineConfig()
@@ -88,7 +85,7 @@ class Engine:
         job = Job(
             number=number,
             request=request,
-            frames=self.pipeline.geometry.latent_frames(request.duration),
+            frames=self.pipeline.latent_frames(request.duration),
             position=position,
             on_event=on_event,
             deadline=deadline,
@@ -166,31 +163,11 @@ def _drain(events: "queue.SimpleQueue[Event]", handle: Handle) -> Iterator[Event
         handle.cancel()
 
 
-def _describe(pipeline: TangoPipeline, config: EngineConfig, model: ModelVersion) -> GenerationModel:
-    geometry, defaults = pipeline.geometry, pipeline.config
-    return GenerationModel(
-        model=model,
-        geometry=ModelGeometry(
-            sampling_rate=geometry.sampling_rate,
-            hop_length=geometry.hop_length,
-            mel_bins=geometry.mel_bins,
-            latent_channels=geometry.latent_channels,
-            latent_downsampling=geometry.latent_downsampling,
-            duration_grid=geometry.grid * geometry.frame_multiple,
-        ),
-        limits=Limits(
-            max_prompt_characters=config.max_prompt_characters,
-            min_duration=geometry.min_duration,
-            max_duration=geometry.max_duration,
-            max_clip_count=config.max_clip_count,
-            max_steps=pipeline.scheduler.config.num_train_timesteps,
-            schedulers=SCHEDULERS,
-        ),
-        defaults=Defaults(
-            duration=defaults.default_duration,
-            num_inference_steps=defaults.default_num_inference_steps,
-            guidance_scale=defaults.default_guidance_scale,
-            scheduler=defaults.default_scheduler,
-            sampling_rate=geometry.sampling_rate,
-        ),
+def _describe(pipeline: LatentPipeline, config: EngineConfig, model: ModelVersion) -> GenerationModel:
+    described = pipeline.description
+    limits = replace(
+        described.limits,
+        max_prompt_characters=config.max_prompt_characters,
+        max_clip_count=config.max_clip_count,
     )
+    return replace(described, model=model, limits=limits)

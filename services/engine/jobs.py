@@ -1,23 +1,21 @@
 """The engine's mutable state: a job is one request, a slot one of its clips.
 
-Shapes: C latent channels, T latent frames (time), F latent mel bins. All of it belongs to the engine's worker
-thread, but for `Job.cancelled` and `Job.done`, which any thread may set or read.
+Shapes: X the model's own shape of latents. All of it belongs to the engine's worker thread, except
+`Job.cancelled` and `Job.done`, which any thread may set or read.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from services.api.generation import Event, GenerationRequest, Progress, Timings
 from services.engine.batching import rows_of
-from services.engine.prompts import EmbeddedPrompt
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.engine.prompts import EncodedPrompt
+from services.models.latent import LatentPipeline, clip_generator
 
 
 class GroupKey(NamedTuple):
@@ -51,8 +49,8 @@ class Job:
     cancelled: bool = False
     ended: bool = False
     done: threading.Event = field(default_factory=threading.Event)
-    prompt: EmbeddedPrompt | None = None
-    negative_prompt: EmbeddedPrompt | None = None
+    prompt: EncodedPrompt | None = None
+    negative_prompt: EncodedPrompt | None = None
     started_at: float | None = None
     first_step_at: float | None = None
     last_step_at: float = 0.0
@@ -73,10 +71,10 @@ class Job:
 
     @property
     def text_length(self) -> int:
-        """Tokens that prompt and negative prompt are padded to. The prompts must be embedded."""
+        """Tokens that prompt and negative prompt are padded to. The prompts must be encoded."""
         assert self.prompt is not None
         assert self.negative_prompt is not None
-        return max(self.prompt.embeds_1LD.shape[1], self.negative_prompt.embeds_1LD.shape[1])
+        return max(self.prompt.conditioning.length, self.negative_prompt.conditioning.length)
 
     def progress(self, clip_index: int, step: int, decode_seconds: float | None) -> Progress:
         """Return the event for a denoiser call after which clip `clip_index` has `step` steps behind it.
@@ -110,73 +108,48 @@ class Job:
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what the model could not read of the prompts, without repetition."""
-        embedded = [prompt for prompt in (self.prompt, self.negative_prompt) if prompt is not None]
-        return tuple(dict.fromkeys(warning for prompt in embedded for warning in prompt.warnings))
+        """Return what the model did not read of the prompts, without repetition."""
+        encoded = [prompt for prompt in (self.prompt, self.negative_prompt) if prompt is not None]
+        return tuple(dict.fromkeys(warning for prompt in encoded for warning in prompt.warnings))
 
 
 class Slot:
-    """One clip being denoised: latents, noise and scheduler of its own, so companions can't change it."""
+    """One clip being denoised: latents, noise and solver of its own, so that no other clip can change it."""
 
-    __slots__ = (
-        "_scheduler",
-        "_step_options",
-        "estimate_1CTF",
-        "index",
-        "job",
-        "latents_1CTF",
-        "rows",
-        "step",
-        "timesteps",
-    )
+    __slots__ = ("_generator", "_solver", "estimate_1X", "index", "job", "latents_1X", "rows", "step")
 
-    def __init__(self, pipeline: TangoPipeline, job: Job, index: int) -> None:
+    def __init__(self, pipeline: LatentPipeline, job: Job, index: int) -> None:
         """Draw the clip's noise on the CPU, so that it is the same on every device."""
         request = job.request
         self.job = job
         self.index = index
         self.rows = rows_of(request.guidance_scale)
         self.step = 0
-        self.estimate_1CTF: Tensor | None = None
-        generator = clip_generator(request.seed, index)
-        # Typed `Any`, for the library's schedulers carry no types. Each slot owns one: they keep a history.
-        self._scheduler: Any = pipeline.make_scheduler(request.scheduler)
-        self._scheduler.set_timesteps(request.num_inference_steps)
-        if hasattr(self._scheduler, "set_begin_index"):
-            # Else the first step looks its timestep up, and finds the second where rounding made two equal.
-            self._scheduler.set_begin_index(0)
-        # As numbers, on the host: looking one up on the device would wait for it at every step.
-        self.timesteps: list[int] = self._scheduler.timesteps.tolist()
-        draws_noise = isinstance(self._scheduler, DDPMScheduler)
-        self._step_options: dict[str, Any] = {"generator": generator} if draws_noise else {}
-        self.latents_1CTF = pipeline.prepare_latents(1, request.duration, generator)
+        self.estimate_1X: Tensor | None = None
+        self._generator = clip_generator(request.seed, index)
+        self._solver = pipeline.solver(request.scheduler, request.num_inference_steps)
+        self.latents_1X = pipeline.noise(request.duration, self._generator)
+
+    @property
+    def timestep(self) -> float:
+        """The next step's."""
+        return self._solver.timesteps[self.step]
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
-        return self.step == len(self.timesteps)
+        return self.step == len(self._solver.timesteps)
 
-    def advance(self, velocity_1CTF: Tensor) -> None:
+    def advance(self, output_1X: Tensor) -> None:
         """Take one denoising step along the denoiser's (guided) output."""
         if self._wants_preview():
-            self.estimate_1CTF = self._clean_estimate(velocity_1CTF)
-        self.latents_1CTF = self._scheduler.step(
-            velocity_1CTF,
-            self.timesteps[self.step],
-            self.latents_1CTF,
-            return_dict=False,
-            **self._step_options,
-        )[0]
+            self.estimate_1X = self._solver.clean_estimate(output_1X, self.step, self.latents_1X)
+        self.latents_1X = self._solver.step(output_1X, self.step, self.latents_1X, self._generator)
         self.step += 1
 
     def _wants_preview(self) -> bool:
         every = self.job.request.preview_interval_steps
         return every > 0 and self.index == 0 and (self.step + 1) % every == 0
-
-    def _clean_estimate(self, velocity_1CTF: Tensor) -> Tensor:
-        # x0 = alpha x - sigma v (Salimans and Ho, 2022, appendix D).
-        alpha_squared = float(self._scheduler.alphas_cumprod[self.timesteps[self.step]])
-        return math.sqrt(alpha_squared) * self.latents_1CTF - math.sqrt(1 - alpha_squared) * velocity_1CTF
 
 
 class Handle:

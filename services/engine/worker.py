@@ -23,7 +23,7 @@ from services.engine.jobs import GroupKey, Job, Slot
 from services.engine.prompts import PromptCache
 from services.engine.stats import Meter
 from services.errors import DeadlineExceededError, RequestCancelledError, ServiceUnavailableError
-from services.models.tango.pipeline import TangoPipeline
+from services.models.latent import LatentPipeline
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(
         self,
-        pipeline: TangoPipeline,
+        pipeline: LatentPipeline,
         model: ModelVersion,
         config: EngineConfig,
         admission: Admission,
@@ -53,6 +53,7 @@ class Worker:
         self._config = config
         self._admission = admission
         self._meter = meter
+        self._sampling_rate = pipeline.description.geometry.sampling_rate
         self._prompts = PromptCache(pipeline, config.prompt_cache_size)
         self._denoiser = Denoiser(pipeline, row_shapes(config.batch_shapes), exact=config.exact)
         self._groups: dict[GroupKey, _Group] = {}
@@ -171,7 +172,7 @@ class Worker:
         self._admission.take(ticket)
         try:
             if job.started_at is None:
-                self._embed(job)
+                self._encode(job)
             slot = Slot(self._pipeline, job, ticket.clip_index)
         except Exception as error:
             self._fail(job, error)
@@ -181,10 +182,10 @@ class Worker:
             self._groups[key] = _Group(work=entry_work(group.work for group in self._groups.values()))
         self._groups[key].slots.append(slot)
 
-    def _embed(self, job: Job) -> None:
+    def _encode(self, job: Job) -> None:
         job.started_at = time.monotonic()
-        job.prompt = self._prompts.embed(job.request.prompt)
-        job.negative_prompt = self._prompts.embed(job.request.negative_prompt)
+        job.prompt = self._prompts.encode(job.request.prompt)
+        job.negative_prompt = self._prompts.encode(job.request.negative_prompt)
         job.encode_seconds = time.monotonic() - job.started_at
 
     def _report_positions(self) -> None:
@@ -212,14 +213,14 @@ class Worker:
         for slot in first_slots:
             slot.job.first_step_at = slot.job.first_step_at or started
         try:
-            velocities, rows = self._denoiser(key, slots)
+            outputs, rows = self._denoiser(key, slots)
         except Exception as error:
             for slot in first_slots:
                 self._fail(slot.job, error)
             return
-        for slot, velocity_1CTF in zip(slots, velocities, strict=True):
+        for slot, output_1X in zip(slots, outputs, strict=True):
             try:
-                slot.advance(velocity_1CTF)
+                slot.advance(output_1X)
             except Exception as error:
                 self._fail(slot.job, error)
         now = time.monotonic()
@@ -242,19 +243,15 @@ class Worker:
                 self._preview(slot)
 
     def _preview(self, slot: Slot) -> None:
-        estimate_1CTF, slot.estimate_1CTF = slot.estimate_1CTF, None
-        if estimate_1CTF is None:
+        estimate_1X, slot.estimate_1X = slot.estimate_1X, None
+        if estimate_1X is None:
             return
         try:
-            mel_TM = self._pipeline.decode_mel(estimate_1CTF)[0].cpu().numpy()
+            mel_TM = self._pipeline.preview(estimate_1X, self._samples(slot))[0].cpu().numpy()
         except Exception as error:
             self._fail(slot.job, error)
             return
-        geometry = self._pipeline.geometry
-        frames = -(-geometry.samples(slot.job.request.duration) // geometry.hop_length)
-        self._tell(
-            slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM[:frames]))
-        )
+        self._tell(slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM)))
 
     # -------------------------------------------------------------------------------------------- who is done
 
@@ -274,7 +271,7 @@ class Worker:
         seconds = time.monotonic() - started
         job.decode_seconds += seconds
         job.clips_done += 1
-        rate = self._pipeline.geometry.sampling_rate
+        rate = self._sampling_rate
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)
         self._tell(job, Clip.of_samples(waveform_N, rate, index=slot.index, seed=job.request.seed))
         if job.clips_done == job.request.clip_count:
@@ -282,11 +279,14 @@ class Worker:
 
     def _decode(self, slot: Slot) -> NDArray[np.float32]:
         """Return the slot's waveform, [N]. One clip at a time, so that its bits depend on no other."""
-        samples = self._pipeline.geometry.samples(slot.job.request.duration)
-        waveform_N: NDArray[np.float32] = self._pipeline.decode(slot.latents_1CTF, samples)[0].cpu().numpy()
+        waveform_BN = self._pipeline.decode(slot.latents_1X, self._samples(slot))
+        waveform_N: NDArray[np.float32] = waveform_BN[0].cpu().numpy()
         if not np.isfinite(waveform_N).all():
             raise FloatingPointError("the model made a waveform with infinite or undefined samples")
         return waveform_N
+
+    def _samples(self, slot: Slot) -> int:
+        return round(slot.job.request.duration * self._sampling_rate)
 
 
 def _first_slots(slots: Sequence[Slot]) -> list[Slot]:

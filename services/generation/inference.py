@@ -144,7 +144,7 @@ class LeasedTango:
         self, job: Sequence[GenerationRequest], caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Yield progress and each clip as it is done; without `stream`, all clips at once."""
-        rate = self._served.engine.pipeline.geometry.sampling_rate
+        rate = self._served.engine.description.geometry.sampling_rate
         clips: dict[int, Clip] = {}
         rows: dict[int, Row] = {}
         async with aclosing(run(self._served.engine, job, caller)) as events:

@@ -28,14 +28,13 @@ from services.errors import (
     ServiceUnavailableError,
 )
 from services.generation.settings import GenerationSettings
-from services.models.tango.geometry import Geometry
-from services.models.tango.loading import load_tango
+from services.models.architectures import load_generator
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 log = structlog.get_logger()
 
-FAMILY = ("sampling_rate", "hop_length", "mel_bins", "latent_channels", "latent_downsampling")
-"""Fields of `Geometry` in which a model must agree with the one whose place it takes."""
+SIZES = ("sampling_rate", "hop_length", "mel_bins", "latent_channels", "latent_downsampling")
+"""Fields of `ModelGeometry` in which a model must agree with the one that it replaces under load."""
 
 _TRIAL_PROMPT = "a sound"
 
@@ -125,7 +124,7 @@ class EngineSlot:
         previous = self._current
         model = await asyncio.to_thread(resolve, uri)
         if model.identity != previous.version:
-            served = await asyncio.to_thread(self._open, model, previous.engine.pipeline.geometry)
+            served = await asyncio.to_thread(self._open, model, previous.engine)
             closed, opened = self._counts
             self._counts = (closed, (*opened, served))
             self._current = served
@@ -151,12 +150,12 @@ class EngineSlot:
                 seconds=round(switch.seconds, 2),
             )
 
-    def _open(self, model: ResolvedModel, geometry: Geometry) -> Served:
-        """Load a model of this geometry's family, and have it make a clip."""
+    def _open(self, model: ResolvedModel, served: Engine) -> Served:
+        """Load a model that can replace that of `served`, and have it make a clip."""
         try:
             engine = self._load(model)
             try:
-                _check_family(model, engine.pipeline.geometry, geometry)
+                _check_kind(model, engine, served)
                 _try_out(model, engine)
                 return Served(engine, model.folder)
             except BaseException:
@@ -193,17 +192,20 @@ class EngineSlot:
             log.info("unloaded", digest=digest)
 
 
-def _check_family(model: ResolvedModel, found: Geometry, served: Geometry) -> None:
-    wrong = [
-        f"{field} {getattr(found, field)}, not {getattr(served, field)}"
-        for field in FAMILY
-        if getattr(found, field) != getattr(served, field)
-    ]
+def _check_kind(model: ResolvedModel, found: Engine, served: Engine) -> None:
+    ours, theirs = (_kind(engine) for engine in (served, found))
+    wrong = [f"{name} {theirs[name]}, not {value}" for name, value in ours.items() if theirs[name] != value]
     if wrong:
         raise ModelFormatError(
             f"model: {_named(model)} is of another kind than the served model: "
             f"{', '.join(wrong)}; start a service with it instead"
         )
+
+
+def _kind(engine: Engine) -> dict[str, object]:
+    """Return the family and the sizes of the model of `engine`."""
+    geometry = engine.description.geometry
+    return {"family": type(engine.pipeline).__name__} | {name: getattr(geometry, name) for name in SIZES}
 
 
 def _named(model: ResolvedModel) -> str:
@@ -227,7 +229,7 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
     config = _engine_config(settings)
-    pipeline = load_tango(model.folder, device=settings.device, dtype=settings.dtype)
+    pipeline = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
     return Engine(pipeline, config, model.identity)
 
 

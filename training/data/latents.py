@@ -1,16 +1,15 @@
-"""Latents of clips and embeddings of prompts, made once and kept on disk by content.
+"""Latents of clips and encoded prompts, made once and kept on disk by content.
 
-Autoencoder and text encoder are frozen while a denoiser learns. So they are loaded, do their work and are
-let go; the training itself has only the denoiser on the device.
+What encodes sound and prompts is frozen while a denoiser learns. So it is loaded, does its work and is freed;
+the training itself has only the denoiser on the device.
 
-Shape legend: B batch, C latent channels, T latent frames, F latent mel bins, L text tokens, D text width,
-N samples.
+Shape legend: B batch, X a family's own shape of latents, N samples.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +25,11 @@ from torch import Tensor
 
 from services.audio.resampling import resample
 from services.errors import OutputError
+from services.models.architectures import architecture_of
 from services.models.clap.model import Waveform
 from services.models.folders import DTYPES
+from services.models.latent import Conditioning
 from services.models.manifest import read_manifest
-from services.models.mel import LogMel, mel_frames
-from services.models.tango.loading import load_tango
 from training.data.examples import Clip
 from training.loop.progress import progress
 
@@ -41,12 +40,6 @@ PROMPTS = 32
 """Prompts of one pass through the text encoder."""
 SHARD = 512
 """Tensors of one file: what a kill may cost."""
-TEXT_LENGTH = 64
-"""Prompts are padded to a multiple of so many tokens, where the model fixes no length."""
-
-LATENTS_OF = ("vae/", "model_index.json")
-EMBEDDINGS_OF = ("text_encoder/", "tokenizer/", "model_index.json")
-"""The files of a pipeline that latents, and embeddings, follow from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +49,13 @@ class LatentConfig:
     duration: float | None = None
     """Seconds. Shorter clips get silence after them, longer ones are cut; none: the model's default."""
     normalise: bool = False
-    """Take each clip's mean away and bring its peak to one half, as upstream reads clips."""
+    """Subtract each clip's mean and scale its peak to one half, as upstream reads clips."""
     dtype: Literal["float16", "float32"] = "float16"
-    """What is kept on disk."""
+    """Number format on disk."""
     cache: Path | None = None
     """Folder that several trainings may share; none: the run's own."""
     encode_online: bool = False
-    """Keep autoencoder and text encoder at hand and encode at every step instead: to compare."""
+    """Keep autoencoder and text encoder loaded and encode at every step instead: to compare."""
 
     def __post_init__(self) -> None:
         if self.duration is not None and not self.duration > 0:
@@ -70,7 +63,7 @@ class LatentConfig:
 
 
 class TensorCache:
-    """Tensors on disk by the digest of what they were made from, read when they are asked for.
+    """Tensors on disk by the digest of what they were made from, read when they are used.
 
     Files hold many of them; each is written whole or not at all, so whatever was finished when a run was
     killed is not done again. Several processes may write to one folder.
@@ -82,6 +75,9 @@ class TensorCache:
         self._places: dict[str, Any] = {}
         self.refresh()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
@@ -90,7 +86,7 @@ class TensorCache:
         return tensor
 
     def refresh(self) -> None:
-        """Learn what others wrote. A damaged file is as good as none."""
+        """Read what others wrote. A damaged file is deleted."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._files):
             try:
                 file = safe_open(path, framework="pt")
@@ -117,64 +113,46 @@ class TensorCache:
 
 
 class Encoder:
-    """The frozen parts of a pipeline: sound to latents, prompts to embeddings."""
+    """The frozen parts of a generator: sound to latents, prompts to what the denoiser reads."""
 
     def __init__(self, folder: Path, config: LatentConfig, device: torch.device) -> None:
-        pipeline = load_tango(folder)
-        self.geometry, self.config, self.device = pipeline.geometry, config, device
-        self.vae = pipeline.vae.to(device)
-        self.scale = float(pipeline.vae.config.scaling_factor)
-        pipeline.text_encoder.to(device)
-        # What is not needed here would only take memory.
-        pipeline.register_modules(unet=None, vae=None, vocoder=None)
-        self.pipeline = pipeline
-        self.log_mel = LogMel(
-            sampling_rate=self.geometry.sampling_rate,
-            hop_length=self.geometry.hop_length,
-            mel_bins=self.geometry.mel_bins,
-        ).to(device)
-        frames = self.geometry.latent_frames(config.duration or self.geometry.default_duration)
-        self.samples = frames * self.geometry.latent_downsampling * self.geometry.hop_length
-        """Of a clip: what the latents of its duration hold."""
+        self.config, self.device = config, device
+        self.pipeline = architecture_of(folder).load_encoders(folder, device)
+        described = self.pipeline.description
+        self.sampling_rate = described.geometry.sampling_rate
+        self.samples = self.pipeline.latent_samples(config.duration or described.defaults.duration)
+        """Of a clip, as it is encoded."""
 
     @torch.no_grad()
     def latents(self, clips: Sequence[tuple[Waveform, int]]) -> Tensor:
-        """Scaled latents [B, C, T, F] of waveforms and their rates: the means of the posteriors."""
+        """Return the latents [B, X] of waveforms and their rates."""
         found = []
         for part in _parts(clips, CLIPS):
             waveform_BN = np.zeros((CLIPS, self.samples), dtype=np.float32)
             for row, (waveform, rate) in zip(waveform_BN, part, strict=False):
                 self._fit(waveform, rate, row)
-            mel_B1TM = mel_frames(torch.from_numpy(waveform_BN).to(self.device), self.log_mel)
-            mean_BCTF = self.vae.encode(mel_B1TM).latent_dist.mean * self.scale
-            found.append(mean_BCTF[: len(part)].to(DTYPES[self.config.dtype]).cpu())
+            latents_BX = self.pipeline.encode_audio(torch.from_numpy(waveform_BN).to(self.device))
+            found.append(latents_BX[: len(part)].to(DTYPES[self.config.dtype]).cpu())
         return torch.cat(found)
 
-    def text_length(self, prompt: str) -> int:
-        """Tokens that a prompt is padded to."""
-        if self.pipeline.config.text_length:
-            return int(self.pipeline.config.text_length)
-        blocks = -(-self.pipeline.token_count(prompt) // TEXT_LENGTH)
-        return min(blocks * TEXT_LENGTH, self.geometry.max_prompt_tokens)
-
-    def embeddings(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Hidden states [L, D] of each prompt, without the padding."""
-        found: dict[str, Tensor] = {}
+    def conditioning(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return what the denoiser reads of each prompt, see `Conditioning.rows`."""
+        found: dict[str, dict[str, Tensor]] = {}
         by_length: dict[int, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
-            by_length.setdefault(self.text_length(prompt), []).append(prompt)
+            by_length.setdefault(self.pipeline.text_length(prompt), []).append(prompt)
         for length, alike in by_length.items():
             for part in _parts(alike, PROMPTS):
                 padded = [*part, *[""] * (PROMPTS - len(part))]
-                made = self.pipeline.encode_prompt(padded, length=length)
-                for prompt, hidden_LD, mask_L in zip(part, made.embeds_BLD, made.mask_BL, strict=False):
-                    found[prompt] = hidden_LD[mask_L].to(DTYPES[self.config.dtype]).cpu()
+                rows = self.pipeline.encode(padded, length=length).rows()
+                for prompt, row in zip(part, rows, strict=False):
+                    found[prompt] = {k: v.to(DTYPES[self.config.dtype]).cpu() for k, v in row.items()}
         return [found[prompt] for prompt in prompts]
 
     def _fit(self, waveform: Waveform, rate: int, row_N: NDArray[np.float32]) -> None:
-        """Write a clip into a row of silence: mono, at the model's rate, cut to its length."""
+        """Write a clip into a row of silence: mono, at the model's rate, cut to the row's length."""
         mono = waveform.mean(0) if waveform.ndim == 2 else waveform
-        mono = resample(np.asarray(mono, dtype=np.float32), rate, self.geometry.sampling_rate)
+        mono = resample(np.asarray(mono, dtype=np.float32), rate, self.sampling_rate)
         if self.config.normalise:
             mono = mono - mono.mean()
             mono = mono * np.float32(0.5 / max(1e-8, float(np.abs(mono).max())))
@@ -183,22 +161,26 @@ class Encoder:
 
 
 class Latents:
-    """What a training reads of clips and prompts: from disk, or made afresh where that is wanted."""
+    """Encoded clips and prompts of a training: from disk, or encoded at every step if the config says so."""
 
     def __init__(self, cache: Path, folder: Path, config: LatentConfig, accelerator: Accelerator) -> None:
-        """`folder` is the pipeline's, whose autoencoder and text encoder make what is kept in `cache`."""
+        """`folder` is the generator's, whose frozen parts make what is kept in `cache`."""
         self.folder, self.config, self.accelerator = folder, config, accelerator
-        files = read_manifest(folder).files
-        self._clips = TensorCache(
-            cache / f"latents-{_name(files, LATENTS_OF, config.duration, config.normalise, config.dtype)}"
+        architecture, files = architecture_of(folder), read_manifest(folder).files
+        self.seconds = config.duration or architecture.default_duration(folder)
+        """Duration of every clip."""
+        sound = _name(files, architecture.encoders, config.duration, config.normalise, config.dtype)
+        self._clips = TensorCache(cache / f"latents-{sound}")
+        self._prompts = TensorCache(
+            cache / f"conditioning-{_name(files, architecture.readers, config.dtype)}"
         )
-        self._prompts = TensorCache(cache / f"prompts-{_name(files, EMBEDDINGS_OF, config.dtype)}")
         self._digests: dict[Clip, str] = {}
         self._encoder: Encoder | None = None
         self._length = 0
+        self._names: list[str] = []
 
     def add(self, clips: Iterable[Clip], prompts: Iterable[str]) -> dict[Clip, str]:
-        """Make ready clips and prompts; what is missing is shared out among the processes.
+        """Encode what is missing of clips and prompts, each process its share.
 
         Returns the clips that can't be read, and why.
         """
@@ -216,7 +198,8 @@ class Latents:
                 continue
             if digest not in self._clips:
                 missing.setdefault(digest, number)
-        unknown = [text for text in texts[rank::processes] if _text_key(text) not in self._prompts]
+        known = {key.partition(".")[0] for key in self._prompts}
+        unknown = [text for text in texts[rank::processes] if _text_key(text) not in known]
         if not self.config.encode_online:
             self._encode_prompts(unknown)
             self._encode_clips(missing, wanted, unreadable)
@@ -231,10 +214,11 @@ class Latents:
         self._clips.refresh()
         self._prompts.refresh()
         if self.config.encode_online:
-            self._length = max(self.encoder.text_length(text) for text in texts)
+            self._length = max(self.encoder.pipeline.text_length(text) for text in texts)
             return {wanted[number]: reason for number, reason in sorted(unreadable.items())}
-        self._length = max(len(self._prompts[_text_key(text)]) for text in texts)
-        # What one clip's content is not readable for, that of its copies is not either.
+        self._names = sorted({key.partition(".")[2] for key in self._prompts})
+        self._length = max(len(self._row(text)[self._names[0]]) for text in texts)
+        # A clip with the content of an unreadable one is unreadable too.
         reasons = {self._digests.get(wanted[number]): reason for number, reason in unreadable.items()}
         found = {clip: self._digests.get(clip) for clip in wanted}
         return {
@@ -245,51 +229,50 @@ class Latents:
 
     @property
     def encoder(self) -> Encoder:
-        """The frozen parts, loaded when they are first needed."""
+        """The frozen parts, loaded at first use."""
         if self._encoder is None:
             self._encoder = Encoder(self.folder, self.config, self.accelerator.device)
         return self._encoder
 
     def clips(self, clips: Sequence[Clip]) -> Tensor:
-        """Latents [B, C, T, F] of clips that were added: float32, on the device."""
+        """Return the latents [B, X] of clips that were added: float32, on the device."""
         with self._full_precision():
             if self.config.encode_online:
-                latents_BCTF = self.encoder.latents([clip.read() for clip in clips])
+                latents_BX = self.encoder.latents([clip.read() for clip in clips])
             else:
-                latents_BCTF = torch.stack([self._clips[self._digests[clip]] for clip in clips])
-        return latents_BCTF.to(self.accelerator.device).float()
+                latents_BX = torch.stack([self._clips[self._digests[clip]] for clip in clips])
+        return latents_BX.to(self.accelerator.device).float()
 
-    def text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] (float32) and mask [B, L] of prompts that were added, on the device.
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        """Return what the denoiser reads of prompts that were added, in float32, on the device.
 
-        L is the longest of all that were added, so that a batch has one shape, however it is split up.
+        Its length is the longest of all that were added, so that a batch has one shape, however it is split.
         """
         if self.config.encode_online:
             with self._full_precision():
-                rows = self.encoder.embeddings(prompts)
+                rows = self.encoder.conditioning(prompts)
         else:
-            rows = [self._prompts[_text_key(prompt)] for prompt in prompts]
-        embeds_BLD = torch.zeros(len(rows), self._length, rows[0].shape[-1])
-        mask_BL = torch.zeros(len(rows), self._length, dtype=torch.bool)
-        for number, row_LD in enumerate(rows):
-            embeds_BLD[number, : len(row_LD)] = row_LD.float()
-            mask_BL[number, : len(row_LD)] = True
-        return embeds_BLD.to(self.accelerator.device), mask_BL.to(self.accelerator.device)
+            rows = [self._row(prompt) for prompt in prompts]
+        padded = Conditioning.of_rows(rows, self._length)
+        return padded.to(self.accelerator.device, torch.float32)
+
+    def _row(self, prompt: str) -> dict[str, Tensor]:
+        return {name: self._prompts[f"{_text_key(prompt)}.{name}"] for name in self._names}
 
     def _full_precision(self) -> torch.autocast:
-        """A training step's mixed precision is not for what is frozen (and on a CPU refuses float16)."""
+        """Frozen parts do not use a training step's mixed precision (which on a CPU refuses float16)."""
         return torch.autocast(self.accelerator.device.type, enabled=False)
 
     def _encode_prompts(self, unknown: Sequence[str]) -> None:
         for part in _parts(unknown, SHARD):
-            made = self.encoder.embeddings(part)
-            self._prompts.save({_text_key(text): tensor for text, tensor in zip(part, made, strict=True)})
+            made = zip(part, self.encoder.conditioning(part), strict=True)
+            self._prompts.save({f"{_text_key(text)}.{k}": v for text, row in made for k, v in row.items()})
 
     def _encode_clips(
         self, missing: Mapping[str, int], wanted: Sequence[Clip], unreadable: dict[int, str]
     ) -> None:
-        """Encode clips by digest; what can't be read is put into `unreadable`."""
-        # In the order of the data, so that what lies side by side on disk is read once.
+        """Encode clips by digest; what can't be read is added to `unreadable`."""
+        # In the order of the data, so that neighbours on disk are read once.
         todo = sorted(missing.items(), key=lambda item: item[1])
         bar = progress(
             total=len(todo), desc="latents", unit="clip", disable=self.accelerator.process_index > 0
@@ -305,8 +288,8 @@ class Latents:
                         except (OSError, ValueError) as error:
                             unreadable[number] = _reason(error)
                     if read:
-                        latents_BCTF = self.encoder.latents(list(read.values()))
-                        made |= {digest: row.clone() for digest, row in zip(read, latents_BCTF, strict=True)}
+                        latents_BX = self.encoder.latents(list(read.values()))
+                        made |= {digest: row.clone() for digest, row in zip(read, latents_BX, strict=True)}
                     bar.update(len(part))
                 self._clips.save(made)
 
@@ -320,8 +303,9 @@ def _text_key(prompt: str) -> str:
 
 
 def _name(files: Mapping[str, str], parts: tuple[str, ...], *settings: object) -> str:
-    """Sixteen digits that stand for everything that what is kept follows from."""
-    relevant = {path: sha for path, sha in files.items() if path.startswith(parts)}
+    """Return sixteen digits of a digest over the files of `parts`, the index and `settings`."""
+    prefixes = (*(f"{part}/" for part in parts), "model_index.json")
+    relevant = {path: sha for path, sha in files.items() if path.startswith(prefixes)}
     return hashlib.sha256(json.dumps([sorted(relevant.items()), settings]).encode()).hexdigest()[:16]
 
 

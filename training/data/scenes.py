@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from services.models.clap.model import Waveform
+from services.models.latent import clip_generator
 from services.models.manifest import read_manifest
-from services.models.mel import LogMel, mel_frames
 from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline
 from training.data.examples import Clip, Examples, Labelled, Pair
 from training.soundworld.captions import CaptionTruth, drop, replace_event, swap, write_caption
 from training.soundworld.scenes import SceneConfig, Split, draw_truth, render, split_of
@@ -267,9 +267,8 @@ def _pipeline(model: str) -> TangoPipeline:
 
 @torch.inference_mode()
 def _rebuild(waveform: Waveform, model: str) -> Waveform:
-    """A clip as the model's decoder and vocoder would render it."""
+    """Return a clip as the model's decoder and vocoder render it."""
     pipeline = _pipeline(model)
-    mel = mel_frames(torch.from_numpy(waveform)[None], LogMel())
-    latents = pipeline.vae.encode(mel).latent_dist.mean * pipeline.vae.config.scaling_factor
+    latents = pipeline.encode_audio(torch.from_numpy(waveform)[None])
     rebuilt: Waveform = pipeline.decode(latents)[0].numpy()
     return rebuilt

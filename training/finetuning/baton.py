@@ -6,7 +6,7 @@
 Clips that people labelled (HD) or that a reward model judged (RD) are learned with the weight of their
 reward; pretraining data (PD) hold the denoiser where it was.
 
-Shape legend: B batch, C latent channels, T latent frames, F latent mel bins.
+Shape legend: B batch, X a family's own shape of latents.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ from training.finetuning.session import (
 )
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import reward_weighted
-from training.objectives.noising import Noising, draw_noising
+from training.objectives.noising import Noising
 from training.reward.data import ClapTokens
 from training.reward.report import hear
 from training.soundworld.captions import WEB_CAPTIONS, corrupt
@@ -209,20 +209,16 @@ def loss_of(
     pretraining: Sequence[Labelled],
     session: Session,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """BATON's loss of the rewarded examples at `positions`, and of as many of pretraining."""
+    """Return BATON's loss of the rewarded examples at `positions`, and of as many of pretraining."""
     seed = config.loop.seed
     picked = [rewarded[index] for index in examples_at(positions, len(rewarded), seed)]
     if pretraining:
         picked += [pretraining[index] for index in examples_at(positions, len(pretraining), seed)]
-    clean_BCTF = session.latents.clips([example.clip for example in picked])
-    parts = [
-        draw_noising(
-            positions, tuple(clean_BCTF.shape[1:]), config.noising, batch=batch, seed=seed, stream=stream
-        )
-        for stream in range(len(picked) // len(positions))
-    ]
+    clean_BX = session.latents.clips([example.clip for example in picked])
+    streams = range(len(picked) // len(positions))
+    parts = [session.noising(positions, clean_BX, batch, stream) for stream in streams]
     prompts = [example.prompt for example in picked]
-    errors_B, _ = errors_of(policy, clean_BCTF, prompts, Noising.joined(parts), session)
+    errors_B, _ = errors_of(policy, clean_BX, prompts, Noising.joined(parts), session)
     rewards_B = torch.tensor([example.label for example in picked[: len(positions)]], device=errors_B.device)
     rewarded_B, *pretraining_B = errors_B.split(len(positions))
     loss = reward_weighted(

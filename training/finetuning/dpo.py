@@ -7,7 +7,7 @@ Its journal has, for each step: loss, implicit reward margin and accuracy, the d
 rejected clips and how far each has drifted from the reference's. Implicit accuracy misleads: it rises while
 the model gets worse. Both drifts rising is the collapse that it does not show.
 
-Shape legend: B pairs, C latent channels, T latent frames, F latent mel bins.
+Shape legend: B pairs, X a family's own shape of latents.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from training.finetuning.session import (
     readable,
 )
 from training.loop.fit import Positions, adamw, examples_at, fit
-from training.objectives.diffusion import denoising_loss, diffusion_dpo
-from training.objectives.noising import Noising, draw_noising
+from training.objectives.diffusion import diffusion_dpo
+from training.objectives.noising import Noising
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +42,11 @@ class DpoTraining(FineTuning):
 
     data: PairData = field(default_factory=PairData)
     beta: float = 2000.0
-    """How dear it is to leave the reference (the convention: `diffusion_dpo`)."""
+    """Strength of the penalty for moving away from the reference model (the convention: `diffusion_dpo`)."""
     reference: str | None = None
-    """URI of the model that it is held against; none: the start."""
+    """URI of the reference model; none: the start."""
     chosen_weight: float = 0.0
-    """Of the plain denoising loss of the chosen clip beside DPO's, which holds its error down, as in CRPO
+    """Of the plain denoising loss of the chosen clip beside DPO's, which keeps its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
 
     def __post_init__(self) -> None:
@@ -106,22 +106,19 @@ def loss_of(
     pairs: Sequence[Pair],
     session: Session,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Diffusion-DPO of the pairs at `positions`: all clips in one batch, chosen ones before rejected ones."""
-    seed = config.loop.seed
-    picked = [pairs[index] for index in examples_at(positions, len(pairs), seed)]
+    """Return the loss of the pairs at `positions`: all clips in one batch, chosen before rejected ones."""
+    picked = [pairs[index] for index in examples_at(positions, len(pairs), config.loop.seed)]
     clips = [pair.chosen for pair in picked] + [pair.rejected for pair in picked]
-    clean_BCTF = session.latents.clips(clips)
-    shape_CTF = tuple(clean_BCTF.shape[1:])
-    noising = draw_noising(positions, shape_CTF, config.noising, batch=batch, seed=seed)
+    clean_BX = session.latents.clips(clips)
+    noising = session.noising(positions, clean_BX, batch)
     prompts = [pair.prompt for pair in picked] * 2
-    errors_B, reference_B = errors_of(policy, clean_BCTF, prompts, Noising.joined([noising] * 2), session)
+    errors_B, reference_B = errors_of(policy, clean_BX, prompts, Noising.joined([noising] * 2), session)
     assert reference_B is not None
     chosen_B, rejected_B = errors_B.chunk(2)
-    preference = diffusion_dpo(chosen_B, rejected_B, *reference_B.chunk(2), beta=config.beta)
-    loss = preference.loss
-    if config.chosen_weight:
-        loss = loss + config.chosen_weight * denoising_loss(chosen_B)
-    return loss, {
+    preference = diffusion_dpo(
+        chosen_B, rejected_B, *reference_B.chunk(2), beta=config.beta, chosen_weight=config.chosen_weight
+    )
+    return preference.loss, {
         "margin": preference.margins_B.mean(),
         "accuracy": preference.accuracy,
         "chosen_error": chosen_B.detach().mean(),

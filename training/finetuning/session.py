@@ -1,9 +1,9 @@
 """What supervised fine-tuning, DPO and BATON share: the denoiser in training, its data, its folder.
 
-Only the denoiser learns, all of it or low-rank adapters beside it. Autoencoder, text encoder and vocoder are
-the start's, file for file.
+Only the denoiser learns, all of it or low-rank adapters beside it. All other parts are the start's, file for
+file. How a family's clips are noised and its errors measured is its `Objective`.
 
-Shape legend: B batch, C latent channels, T latent frames, F latent mel bins, L text tokens, D text width.
+Shape legend: B batch, X a family's own shape of latents.
 """
 
 import hashlib
@@ -18,24 +18,24 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ModelFormatError, OutputError
+from services.errors import FieldViolation, InvalidInputError, MilongaError, OutputError
+from services.models.architectures import architecture_of
 from services.models.folders import DTYPES, read_json
+from services.models.latent import Conditioning
 from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
+from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
-from services.models.tango.loading import check_tango_folder
-from services.models.tango.schedulers import make_scheduler
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Pair, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
 from training.loop.config import Plain, flatten
-from training.loop.fit import LoopConfig, make_accelerator
+from training.loop.fit import LoopConfig, Positions, make_accelerator
 from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
-from training.objectives.diffusion import velocity_errors
-from training.objectives.noising import Noising, NoisingConfig
+from training.objectives.noising import Noising, NoisingConfig, draw_noising
+from training.objectives.objective import OBJECTIVES, Objective
 
 TRAINING = "training.json"
 """What a model folder says of its own training."""
@@ -118,85 +118,87 @@ class PairData:
 
 
 class Predictions(NamedTuple):
-    """Velocities of one batch."""
+    """What denoisers predict of one batch."""
 
-    velocity_BCTF: Tensor
-    reference_BCTF: Tensor | None
+    policy_BX: Tensor
+    reference_BX: Tensor | None
     """The reference's, without gradients."""
 
 
 class Policy(nn.Module):
-    """The denoiser in training, and the reference it is held against, if there is one.
+    """The denoiser in training, and the reference that it is compared with, if there is one.
 
     The reference of adapters is the denoiser without them, so no second copy is kept. The state of the
     module, which checkpoints and averages hold, is what learns and nothing else.
     """
 
+    denoiser: Any
+    """A diffusers model, which may have adapters."""
+
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        reference: UNet2DConditionModel | None,
-        *,
-        adapters_off: bool = False,
+        self, denoiser: Any, reference: nn.Module | None, denoise: Denoise, *, adapters_off: bool = False
     ) -> None:
-        """`adapters_off`: the reference is `unet` without its adapters."""
+        """Take over models that `denoise` calls.
+
+        `adapters_off`: the reference is `denoiser` without its adapters.
+        """
         super().__init__()
-        self.unet, self.adapters_off = unet, adapters_off
-        self.reference: nn.Module | None = reference
+        self.denoiser, self.reference = denoiser, reference
+        self.denoise, self.adapters_off = denoise, adapters_off
         if self.reference is not None:
             self.reference.eval().requires_grad_(False)
         self.learned = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         """Names of what learns."""
 
     def forward(
-        self, noisy_BCTF: Tensor, timesteps_B: Tensor, embeds_BLD: Tensor, mask_BL: Tensor
+        self, noisy_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
     ) -> Predictions:
-        """Velocities, and the reference's. It comes first: its memory is free again before any is kept."""
-        inputs = (noisy_BCTF, timesteps_B, embeds_BLD, mask_BL)
-        reference_BCTF = None
+        """Return predictions. The reference's come first: its memory is free again before any is kept."""
+        inputs = (noisy_BX, timesteps_B, conditioning, seconds_B)
+        reference_BX = None
         if self.adapters_off:
-            self.unet.disable_adapters()
+            self.denoiser.disable_adapters()
             try:
                 with torch.no_grad():
-                    reference_BCTF = _velocity(self.unet, *inputs)
+                    reference_BX = self.denoise(self.denoiser, *inputs)
             finally:
-                self.unet.enable_adapters()
+                self.denoiser.enable_adapters()
         elif self.reference is not None:
             with torch.no_grad():
-                reference_BCTF = _velocity(self.reference, *inputs)
-        return Predictions(_velocity(self.unet, *inputs), reference_BCTF)
+                reference_BX = self.denoise(self.reference, *inputs)
+        return Predictions(self.denoise(self.denoiser, *inputs), reference_BX)
 
     def train(self, mode: bool = True) -> "Policy":
-        """As usual; the reference stays in evaluation mode."""
+        """Switch as usual, but the reference stays in evaluation mode."""
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What learns."""
+        """Return what learns."""
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in self.learned}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Put back what `state_dict` gave, all of it."""
+        """Restore all that `state_dict` returned."""
         if state_dict.keys() != self.learned:
             differing = sorted(state_dict.keys() ^ self.learned)
             raise MilongaError(f"the checkpoint is of another denoiser: {', '.join(differing[:3])} …")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def counts(self) -> dict[str, int]:
-        """Parameters of the denoiser, adapters included, and how many of them learn."""
+        """Return the number of the denoiser's parameters, adapters included, and of those that learn."""
         learn = sum(p.numel() for name, p in self.named_parameters() if name in self.learned)
-        return {"all": sum(p.numel() for p in self.unet.parameters()), "learn": learn}
+        return {"all": sum(p.numel() for p in self.denoiser.parameters()), "learn": learn}
 
-    def merged(self) -> UNet2DConditionModel:
-        """The denoiser as it is served: adapters, if any, added to its weights for good."""
+    def merged(self) -> Any:
+        """Return the denoiser as it is served: adapters, if any, merged into its weights."""
         if any("lora_" in name for name in self.learned):
-            self.unet.fuse_lora()
-            self.unet.unload_lora()
-        return self.unet
+            self.denoiser.fuse_lora()
+            self.denoiser.unload_lora()
+        return self.denoiser
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,12 +212,24 @@ class Session:
     start: ResolvedModel
     accelerator: Accelerator
     latents: Latents
-    scheduler: Any
-    """For its noise schedule."""
+    objective: Objective
+    """Of the start's family."""
     settings: Mapping[str, Plain]
     """All that the result follows from."""
     sources: Mapping[str, str]
     """Digests of the data's files."""
+
+    def noising(self, positions: Positions, clean_BX: Tensor, batch: int, stream: int = 0) -> Noising:
+        """Draw the noising of the examples at `positions`, whose latents are like those of `clean_BX`."""
+        return draw_noising(
+            positions,
+            tuple(clean_BX.shape[1:]),
+            self.config.noising,
+            batch=batch,
+            seed=self.config.loop.seed,
+            continuous=self.objective.continuous,
+            stream=stream,
+        )
 
 
 def open_session(
@@ -232,19 +246,16 @@ def open_session(
 
     Raises:
         InvalidInputError: settings are wrong, or the run that is there has others.
-        ModelError: the start is no `TangoPipeline`, or not v-prediction.
+        ModelError: the start is no generator, or predicts what its family can't be trained for.
         OutputError: `output` can't be written, or holds something else.
     """
     check_output(output)
     accelerator = make_accelerator(config.loop)
     run = output.with_name(f"{output.name}.run")
     start = resolve(config.start)
-    check_tango_folder(start.folder)
-    schedule = read_json(start.folder / "scheduler" / "scheduler_config.json")
-    if schedule.get("prediction_type") != "v_prediction":
-        raise ModelFormatError(
-            f"{start.folder} predicts {schedule.get('prediction_type')!r}; only v_prediction can be trained"
-        )
+    architecture = architecture_of(start.folder)
+    architecture.check(start.folder)
+    objective = OBJECTIVES[architecture.objective](start.folder)
     sources = {str(path): file_digest(path) for path in files}
     digests: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
     digests |= {f"{name}_digest": resolve(uri).digest if uri else None for name, uri in models.items()}
@@ -259,7 +270,7 @@ def open_session(
         start=start,
         accelerator=accelerator,
         latents=Latents(config.latents.cache or run, start.folder, config.latents, accelerator),
-        scheduler=make_scheduler("ddpm", schedule),
+        objective=objective,
         settings=kept,
         sources=sources,
     )
@@ -273,43 +284,43 @@ def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedMo
         InvalidInputError: the reference has another architecture, or adapters fit no layer.
         ModelError: a folder holds no denoiser.
     """
-    unet = load_denoiser(start.folder)
+    architecture = architecture_of(start.folder)
+    architecture.check(start.folder)
+    denoiser: Any = architecture.load_denoiser(start.folder)
     copy = None
     if reference is not None and config.lora.rank and reference.digest != start.digest:
         raise invalid(
             "reference", "is another model than start; that of adapters is their start, so leave it out"
         )
     if reference is not None:
-        check_architecture(start, reference)
-        copy = None if config.lora.rank else load_denoiser(reference.folder)
+        check_architecture(architecture, start, reference)
+        copy = None if config.lora.rank else architecture.load_denoiser(reference.folder)
     if config.lora.rank:
         torch.manual_seed(config.loop.seed)
-        unet.requires_grad_(False)
-        add_adapters(unet, config.lora)
+        denoiser.requires_grad_(False)
+        add_adapters(denoiser, config.lora)
     else:
-        unet.requires_grad_(True)
+        denoiser.requires_grad_(True)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return Policy(unet, copy, adapters_off=reference is not None and config.lora.rank > 0)
+        denoiser.enable_gradient_checkpointing()
+    adapters_off = reference is not None and config.lora.rank > 0
+    return Policy(denoiser, copy, architecture.denoise, adapters_off=adapters_off)
 
 
-def load_denoiser(folder: Path) -> UNet2DConditionModel:
-    """The denoiser of a pipeline's folder, in float32 on the CPU. Raises `ModelError`."""
-    check_tango_folder(folder)
-    try:
-        with quiet_loading():
-            return UNet2DConditionModel.from_pretrained(
-                folder / "unet", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-    except Exception as error:  # whatever the library raises here, the folder is to blame
-        raise ModelFormatError(
-            f"{folder}/unet can't be loaded: {str(error).partition(chr(10))[0]}"
-        ) from error
+def check_architecture(architecture: Architecture, start: ResolvedModel, reference: ResolvedModel) -> None:
+    """Raise `InvalidInputError` unless `reference` is of the start's architecture and reads its latents.
 
-
-def check_architecture(start: ResolvedModel, reference: ResolvedModel) -> None:
-    """Raise `InvalidInputError` unless both denoisers are built alike and read the same latents."""
-    for part in ("unet", "vae"):
+    Raises `ModelError` where `reference` is no generator.
+    """
+    other = architecture_of(reference.folder)
+    if other is not architecture:
+        raise invalid(
+            "reference",
+            f"{reference.identity.name} is a {other.pipeline.__name__}, and the start {start.identity.name} "
+            f"a {architecture.pipeline.__name__}; give the model that the start came from",
+        )
+    architecture.check(reference.folder)
+    for part in (architecture.denoiser, *architecture.encoders):
         ours, theirs = (
             {
                 name: value
@@ -329,7 +340,7 @@ def check_architecture(start: ResolvedModel, reference: ResolvedModel) -> None:
             )
 
 
-def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+def add_adapters(denoiser: Any, config: LoraConfig) -> None:
     """Put adapters beside the layers of `config`; they alone learn. At first they change nothing."""
     from peft import LoraConfig as Adapters
 
@@ -340,7 +351,7 @@ def add_adapters(unet: UNet2DConditionModel, config: LoraConfig) -> None:
         lora_dropout=0.0,
     )
     try:
-        unet.add_adapter(adapters)
+        denoiser.add_adapter(adapters)
     except ValueError as error:
         raise invalid("lora.targets", f"is {','.join(config.targets)}, which fits no layer") from error
 
@@ -373,22 +384,21 @@ def readable(
 
 
 def errors_of(
-    policy: nn.Module, clean_BCTF: Tensor, prompts: Sequence[str], noising: Noising, session: Session
+    policy: nn.Module, clean_BX: Tensor, prompts: Sequence[str], noising: Noising, session: Session
 ) -> tuple[Tensor, Tensor | None]:
-    """Denoising errors [B] of the policy, and of the reference if there is one."""
-    noising = noising.to(clean_BCTF.device)
+    """Return denoising errors [B] of the policy, and of the reference if there is one."""
+    noising, objective = noising.to(clean_BX.device), session.objective
     dropped = noising.unconditional_B.tolist()
-    embeds_BLD, mask_BL = session.latents.text(
+    conditioning = session.latents.text(
         ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
     )
-    predicted: Predictions = policy(
-        noising.apply(clean_BCTF, session.scheduler), noising.timesteps_B, embeds_BLD, mask_BL
-    )
-    target = (clean_BCTF, noising.noise_BCTF, noising.timesteps_B, session.scheduler)
-    errors_B = velocity_errors(predicted.velocity_BCTF, *target)
-    if predicted.reference_BCTF is None:
+    noisy_BX = objective.noised(clean_BX, noising)
+    seconds_B = torch.full((len(clean_BX),), session.latents.seconds, device=clean_BX.device)
+    predicted: Predictions = policy(noisy_BX, noising.timesteps_B, conditioning, seconds_B)
+    errors_B = objective.errors(predicted.policy_BX, clean_BX, noising)
+    if predicted.reference_BX is None:
         return errors_B, None
-    return errors_B, velocity_errors(predicted.reference_BCTF, *target)
+    return errors_B, objective.errors(predicted.reference_BX, clean_BX, noising)
 
 
 def finish_session(
@@ -448,7 +458,7 @@ def check_output(output: Path) -> None:
 
 
 def write_pipeline(
-    unet: UNet2DConditionModel,
+    denoiser: Any,
     start: ResolvedModel,
     output: Path,
     report: Mapping[str, Any],
@@ -463,20 +473,22 @@ def write_pipeline(
     The parts that did not learn are copied, file for file. Raises `OutputError`; what was there before is
     then still there.
     """
+    architecture = architecture_of(start.folder)
+    part = architecture.denoiser
     temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
-    left_out = shutil.ignore_patterns("unet", MANIFEST_NAME, TRAINING, "*.md", ".*")
+    left_out = shutil.ignore_patterns(part, MANIFEST_NAME, TRAINING, "*.md", ".*")
     try:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(start.folder, temporary, ignore=left_out)
         with quiet_loading():
-            unet.to(DTYPES[dtype]).save_pretrained(temporary / "unet", safe_serialization=True)
-        # The start's own words for the same architecture, without the paths that the library adds.
-        shutil.copyfile(start.folder / "unet" / "config.json", temporary / "unet" / "config.json")
+            denoiser.to(DTYPES[dtype]).save_pretrained(temporary / part, safe_serialization=True)
+        # The start's own config for the same architecture, without the paths that the library adds.
+        shutil.copyfile(start.folder / part / "config.json", temporary / part / "config.json")
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         (temporary / TRAINING).write_text(text, encoding="utf-8")
         manifest = write_manifest(temporary, name=name, version=version, license=license)
-        (temporary / "README.md").write_text(_card(manifest, report), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(manifest, report, architecture.tags), encoding="utf-8")
         for path in (temporary, *temporary.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # weights come as what only their owner may read
         if output.exists():
@@ -534,28 +546,15 @@ def say(session: Session, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _velocity(
-    unet: nn.Module, noisy_BCTF: Tensor, timesteps_B: Tensor, embeds_BLD: Tensor, mask_BL: Tensor
-) -> Tensor:
-    velocity_BCTF: Tensor = unet(
-        noisy_BCTF,
-        timesteps_B,
-        encoder_hidden_states=embeds_BLD,
-        encoder_attention_mask=mask_BL,
-        return_dict=False,
-    )[0]
-    return velocity_BCTF
-
-
-def _card(manifest: Manifest, report: Mapping[str, Any]) -> str:
-    """The model card."""
+def _card(manifest: Manifest, report: Mapping[str, Any], tags: Sequence[str]) -> str:
+    """Return the model card."""
     lines = "\n".join(f"    {line}" for line in summary(report))
     parent = report["parent"]
     return f"""---
 license: {manifest.license.lower()}
 library_name: diffusers
 pipeline_tag: text-to-audio
-tags: [text-to-audio, latent-diffusion, tango, preference-optimization]
+tags: [{", ".join(("text-to-audio", *tags, "preference-optimization"))}]
 ---
 
 # {manifest.name}

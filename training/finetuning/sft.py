@@ -3,10 +3,10 @@
     milonga train sft --recipe mini --set data.pairs=pairs.parquet
     accelerate launch -m services.cli train sft --recipe tango2 …
 
-What it writes, `milonga serve generation --model file:…` takes, and `train_dpo` as its start. The paper's
-first step (one epoch), and the control that any gain of DPO is measured against.
+`milonga serve generation --model file:…` serves what it writes, and `train_dpo` can start from it. It is the
+paper's first step (one epoch), and the control that any gain of DPO is measured against.
 
-Shape legend: B batch, C latent channels, T latent frames, F latent mel bins.
+Shape legend: B batch, X a family's own shape of latents.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,7 @@ from training.finetuning.session import (
     readable,
 )
 from training.loop.fit import Positions, adamw, examples_at, fit
-from training.objectives.diffusion import denoising_loss, min_snr_weights
-from training.objectives.noising import draw_noising
+from training.objectives.diffusion import denoising_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +89,13 @@ def loss_of(
     pairs: Sequence[Pair],
     session: Session,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The denoising loss of the chosen clips at `positions`."""
-    seed = config.loop.seed
-    picked = [pairs[index] for index in examples_at(positions, len(pairs), seed)]
-    clean_BCTF = session.latents.clips([pair.chosen for pair in picked])
-    noising = draw_noising(positions, tuple(clean_BCTF.shape[1:]), config.noising, batch=batch, seed=seed)
-    errors_B, _ = errors_of(policy, clean_BCTF, [pair.prompt for pair in picked], noising, session)
+    """Return the denoising loss of the chosen clips at `positions`."""
+    picked = [pairs[index] for index in examples_at(positions, len(pairs), config.loop.seed)]
+    clean_BX = session.latents.clips([pair.chosen for pair in picked])
+    noising = session.noising(positions, clean_BX, batch)
+    errors_B, _ = errors_of(policy, clean_BX, [pair.prompt for pair in picked], noising, session)
     weights_B = (
-        min_snr_weights(noising.timesteps_B.to(errors_B.device), session.scheduler, config.min_snr)
+        session.objective.min_snr_weights(noising.timesteps_B.to(errors_B.device), config.min_snr)
         if config.min_snr
         else None
     )

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from services.models.latent import clip_generator
 from services.models.mel import LogMel, mel_frames
 from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline
 from training.evaluation.events import EVENT_FIGURES, Verdict, event_values, is_clipped, is_silent, judge
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
@@ -106,7 +107,7 @@ def evaluate_reconstruction(pipeline: TangoPipeline, tagger: EventTagger, *, cli
         scene = make_scene(PROMPT_SEED, index, PROMPTS)
         waveform = torch.from_numpy(scene.waveform)[None]
         mel = mel_frames(waveform, log_mel)
-        latents = pipeline.vae.encode(mel).latent_dist.mean * pipeline.vae.config.scaling_factor
+        latents = pipeline.encode_audio(waveform)
         errors.append(float((pipeline.decode_mel(latents) - mel[:, 0]).abs().mean()))
         real.append([judge(scene.truth, tagger.detect(waveform)[0])])
         rebuilt.append([judge(scene.truth, tagger.detect(pipeline.decode(latents))[0])])

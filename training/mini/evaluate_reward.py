@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
+from services.models.latent import clip_generator
 from services.models.manifest import verify_manifest
 from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.reward.model import RewardModel, load_reward
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import clip_generator
 from training.evaluation.events import Verdict, judge
 from training.evaluation.prompts import PROMPTS, held_out_prompts
 from training.mini.evaluate import interval

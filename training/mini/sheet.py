@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 
 from services.audio.spectrogram import spectrogram_sheet_png
+from services.models.latent import clip_generator
 from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline
 from training.evaluation.prompts import PROMPT_SEED, PROMPTS
 from training.mini.package import assemble
 from training.soundworld.scenes import make_scene

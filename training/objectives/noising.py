@@ -1,11 +1,13 @@
-"""Which timestep and which noise each example of a training gets: a function of the seed and its position.
+"""Which timestep and which noise each training example gets: a function of the seed and its position.
 
-Shape legend: B batch, C latent channels, T latent frames, F latent mel bins.
+Shape legend: B batch, X a family's own shape of latents.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -13,22 +15,29 @@ from torch import Tensor
 
 from training.loop.fit import Positions
 
+TIMESTEPS: Final = 1000
+"""Timesteps of every family's noise schedule: from 0, a clip, up to this, noise."""
+
 _STREAM = 0x6E6F6973
 """Keeps these random numbers apart from others of the same seed and position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoisingConfig:
-    """How timesteps are distributed. The default is uniform, as in the paper."""
+    """How timesteps are distributed."""
+
+    density: Literal["uniform", "logit_normal"] = "uniform"
+    """uniform, as Tango is trained; logit_normal: the sigmoid of a standard normal (arXiv 2403.03206, section
+    3.1), as TangoFlux is trained: most in the middle."""
 
     blank: float = 0.0
-    """Share of a batch with nothing of the clip left, as at the start of inference. Stable Diffusion's
-    schedule ends with 0.5 % of the signal's power left, enough to read a clip's whole layout from; what comes
-    first and what second is decided where there is less (compare arXiv 2305.08891)."""
+    """Share of a batch that is noise alone, as at the start of inference. Stable Diffusion's schedule ends
+    with 0.5 % of the signal's power left, enough to read a clip's whole layout from; the order of events is
+    decided where there is less (compare arXiv 2305.08891)."""
     blank_from: int = 900
-    """First timestep that blank latents are told to be at."""
+    """First timestep that is given for latents that are noise alone."""
     late: float = 0.0
-    """Share of a batch at late timesteps."""
+    """Share of a batch at late timesteps, uniformly distributed."""
     late_from: int = 800
     """First of the late timesteps."""
     condition_dropout: float = 0.0
@@ -41,8 +50,8 @@ class NoisingConfig:
         if self.blank + self.late > 1:
             raise ValueError(f"blank ({self.blank}) and late ({self.late}) are more than all")
         for name in ("blank_from", "late_from"):
-            if not 0 <= getattr(self, name) < 1000:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1000)")
+            if not 0 <= getattr(self, name) < TIMESTEPS:
+                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, {TIMESTEPS})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,40 +59,49 @@ class Noising:
     """How the clips of a batch are noised."""
 
     timesteps_B: Tensor
-    """int64."""
-    noise_BCTF: Tensor
+    """int64, or float32 where the objective's time is continuous."""
+    noise_BX: Tensor
     """Unit noise, float32."""
     blank_B: Tensor
-    """Bool: nothing of the clip is left."""
+    """Bool: the noised clip is noise alone."""
     unconditional_B: Tensor
     """Bool: the prompt is dropped."""
 
     def to(self, device: torch.device) -> "Noising":
-        """The same on another device."""
+        """Return the same on another device."""
         return Noising(**{name: getattr(self, name).to(device) for name in self.__slots__})
 
     @classmethod
     def joined(cls, parts: "Sequence[Noising]") -> "Noising":
-        """One batch after another. The same one twice: two clips an example, which share everything."""
+        """Return batches one after another. The same one twice: two clips an example, which share it all."""
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
 
-    def apply(self, clean_BCTF: Tensor, scheduler: Any) -> Tensor:
-        """The noised clips."""
-        noisy_BCTF = scheduler.add_noise(clean_BCTF, self.noise_BCTF, self.timesteps_B)
-        return torch.where(self.blank_B[:, None, None, None], self.noise_BCTF, noisy_BCTF)
+    def blanked(self, noisy_BX: Tensor) -> Tensor:
+        """Return `noisy_BX` with noise alone in the rows of `blank_B`."""
+        return torch.where(by_row(self.blank_B, noisy_BX), self.noise_BX, noisy_BX)
+
+
+def by_row(values_B: Tensor, like_BX: Tensor) -> Tensor:
+    """Return `values_B` in a shape that broadcasts over the rows of `like_BX`."""
+    return values_B.reshape(-1, *[1] * (like_BX.ndim - 1))
+
+
+def mean_squares(predicted_BX: Tensor, target_BX: Tensor) -> Tensor:
+    """Return the mean squared difference of each row: float32 [B]."""
+    return (predicted_BX.float() - target_BX.float()).square().mean(tuple(range(1, target_BX.ndim)))
 
 
 def draw_noising(
     positions: Positions,
-    shape_CTF: tuple[int, ...],
+    shape_X: tuple[int, ...],
     config: NoisingConfig,
     *,
     batch: int,
     seed: int,
-    timesteps: int = 1000,
+    continuous: bool = False,
     stream: int = 0,
 ) -> Noising:
-    """Draw for the examples at `positions`.
+    """Draw the noising of the examples at `positions`.
 
     Each stratum (blank, late, the others) is cut into equal parts, one for each of its places in the batch,
     and a timestep is drawn from within the part: as uniform as independent draws, with less variance. The
@@ -91,13 +109,14 @@ def draw_noising(
 
     Args:
         positions: step × batch + place in the batch.
-        shape_CTF: of a clip's latents.
+        shape_X: of a clip's latents.
         config: how timesteps are distributed.
         batch: examples a step, of all processes and parts.
         seed: of everything.
-        timesteps: of the schedule.
+        continuous: draw timesteps in [0, 1000), not whole ones from 0 to 999.
         stream: another one for other examples at the same positions.
     """
+    place_of = _logit_normal if config.density == "logit_normal" else float
     blank, late = round(config.blank * batch), round(config.late * batch)
     strata = (
         (0, blank, config.blank_from),
@@ -110,12 +129,18 @@ def draw_noising(
         rng = np.random.default_rng([seed, position, stream, _STREAM])
         first, count, low = next(s for s in reversed(strata) if s[0] <= place and s[1])
         share = (place - first + rng.uniform()) / count
-        drawn.append(min(timesteps - 1, int(low + share * (timesteps - low))))
+        timestep = low + share * (TIMESTEPS - low) if low else place_of(share) * TIMESTEPS
+        drawn.append(timestep if continuous else min(TIMESTEPS - 1, int(timestep)))
         dropped.append(rng.uniform() < config.condition_dropout)
-        noise.append(rng.standard_normal(shape_CTF, dtype=np.float32))
+        noise.append(rng.standard_normal(shape_X, dtype=np.float32))
     return Noising(
         timesteps_B=torch.tensor(drawn),
-        noise_BCTF=torch.from_numpy(np.stack(noise)),
+        noise_BX=torch.from_numpy(np.stack(noise)),
         blank_B=torch.from_numpy(places < blank),
         unconditional_B=torch.tensor(dropped),
     )
+
+
+def _logit_normal(share: float) -> float:
+    """Return the quantile of the logit-normal distribution below which `share` of it lies."""
+    return 1 / (1 + math.exp(-NormalDist().inv_cdf(min(max(share, 1e-12), 1 - 1e-12))))

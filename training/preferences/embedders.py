@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from services.models.architectures import check_generator
 from services.models.clap.loading import load_tokenizer
 from services.models.folders import pick_device
 from services.models.state_dicts import quiet_loading
-from services.models.tango.loading import check_tango_folder
 from services.weights.loading import load_embedding_model
 from services.weights.uri import ModelURI, resolve
 from training.data.store import invalid
@@ -73,14 +73,14 @@ class SentenceTransformersEmbedder:
 
 
 class TangoEmbedder:
-    """The text encoder of a Tango folder (FLAN-T5, or the mini family's), averaged over the tokens."""
+    """The text encoder of a generator (FLAN-T5, or the mini family's), averaged over the tokens."""
 
     def __init__(self, uri: str, device: str = "auto") -> None:
         from transformers import T5EncoderModel
 
         found = resolve(ModelURI.parse(uri))
         self.identity = f"tango:{found.digest}"
-        check_tango_folder(found.folder)
+        check_generator(found.folder)
         with quiet_loading():
             model: Any = T5EncoderModel.from_pretrained(
                 found.folder / "text_encoder", use_safetensors=True, local_files_only=True

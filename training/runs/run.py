@@ -6,14 +6,14 @@ Each stage is a program of its own and lies in a folder of its own; here they ar
 to MLflow: a parent run, a child a stage. Killed anywhere, the same call goes on: what is done is found done.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from services.files import write_atomically
-from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import clip_generator
+from services.local import open_clip_maker
 from services.weights.uri import ModelURI, resolve
 from training.evaluation.evaluate import compared_names
 from training.finetuning.session import PairData
@@ -162,10 +162,10 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
 
 
 def log_samples(config: LoopRun, policy: str, tracker: Tracker) -> None:
-    """Keep what both models make of a few prompts from the same noise, to listen to and to look at."""
+    """Log clips of a few prompts that both models generate from the same noise."""
     with tracker.stage("samples") as stage:
         for name, uri in (("base", config.start), ("aligned", policy)):
-            pipeline = load_tango(resolve(uri).folder)
-            for number, prompt in enumerate(config.samples):
-                made = pipeline([prompt], generator=[clip_generator(SEED, 0)])
-                stage.log_audio(f"{number}-{name}", made.waveforms_BN[0], made.sampling_rate, prompt)
+            with contextlib.closing(open_clip_maker(resolve(uri), device="cpu")) as maker:
+                for number, prompt in enumerate(config.samples):
+                    (clip,) = maker.generate(prompt, seed=SEED, encoding="float32").clips
+                    stage.log_audio(f"{number}-{name}", clip.waveform(), clip.sampling_rate, prompt)

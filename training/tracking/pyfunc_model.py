@@ -36,12 +36,12 @@ from services.environment import quiet_libraries
 quiet_libraries()
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault  # noqa: E402
+from services.engine import Engine  # noqa: E402
 from services.errors import FieldViolation, InvalidInputError  # noqa: E402
+from services.models.architectures import load_generator  # noqa: E402
 from services.models.clap.laion import load_laion  # noqa: E402
 from services.models.clap.loading import load_clap  # noqa: E402
 from services.models.reward.model import MODEL_TYPE, RewardModel, load_reward, read_reward_config  # noqa: E402
-from services.models.tango.loading import load_tango  # noqa: E402
-from services.models.tango.pipeline import TangoPipeline, clip_generator  # noqa: E402
 
 SEEDS = 2**63
 """Seeds are below this."""
@@ -55,14 +55,14 @@ class MilongaModel(PythonModel):
         folder = Path(context.artifacts["model"])
         config = folder / "config.json"
         kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
-        self.model: TangoPipeline | RewardModel
+        self.model: Engine | RewardModel
         if kind == MODEL_TYPE:
             path = Path(context.artifacts["clap"])
             clap = load_laion(path, device="auto") if path.is_file() else load_clap(path, device="auto")
             # Which CLAP model it is was checked when both were registered, as one.
             self.model = load_reward(folder, clap, read_reward_config(folder).clap_digest)
         else:
-            self.model = load_tango(folder, device="auto")
+            self.model = Engine(load_generator(folder, device="auto"))
 
     def predict(
         self,
@@ -78,23 +78,23 @@ class MilongaModel(PythonModel):
         ]
 
 
-def generated(model: TangoPipeline, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The clip of one row."""
+def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the clip of one row."""
     seed = whole(row, "seed")
     if seed is None:
         seed = secrets.randbelow(SEEDS)
     if not 0 <= seed < SEEDS:
         raise InvalidInputError(FieldViolation("seed", f"is {seed}, must lie in [0, 2^63)"))
-    output = model(
+    request = engine.request(
         sentence(row),
-        row["negative_prompt"] if given(row, "negative_prompt") else None,
+        negative_prompt=row["negative_prompt"] if given(row, "negative_prompt") else None,
         duration=number(row, "duration"),
+        seed=seed,
         num_inference_steps=whole(row, "num_inference_steps"),
         guidance_scale=number(row, "guidance_scale"),
-        generator=[clip_generator(seed)],
     )
-    waveform_N = output.waveforms_BN[0].astype(np.float32)
-    return {"audio": waveform_N, "sampling_rate": output.sampling_rate, "seed": seed}
+    (clip,) = engine.generate(request).clips
+    return {"audio": clip.waveform(), "sampling_rate": clip.sampling_rate, "seed": seed}
 
 
 def judged(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from services.errors import (
     OutputError,
     ServiceUnavailableError,
 )
+from services.models.architectures import check_generator
 from services.models.folders import read_json
 from services.models.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, read_reward_config
-from services.models.tango.loading import check_tango_folder
 from services.weights.registry import (
     DIGEST_TAG,
     FOLDER_TAG,
@@ -177,7 +177,7 @@ def kind_of(folder: Path) -> Kind:
     if config.exists() and read_json(config).get("model_type") == MODEL_TYPE:
         read_reward_config(folder)
         return "reward"
-    check_tango_folder(folder)
+    check_generator(folder)
     return "tango"
 
 

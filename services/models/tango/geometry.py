@@ -32,12 +32,10 @@ class Geometry:
     """Seconds of a clip whose request names no duration."""
     max_duration: float = 10.24
     """Longest clip in seconds."""
-    max_prompt_tokens: int = 512
-    """Tokens of a prompt that the text encoder reads; the rest is cut off."""
 
     def __post_init__(self) -> None:
         for name in ("sampling_rate", "hop_length", "mel_bins", "latent_channels", "latent_downsampling",
-                     "frame_multiple", "max_prompt_tokens"):  # fmt: skip
+                     "frame_multiple"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ModelFormatError(f"geometry.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.mel_bins % self.latent_downsampling:

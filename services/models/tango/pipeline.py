@@ -4,10 +4,9 @@ Shape legend: B batch, C channels, T latent frames (time), F latent mel bins, L 
 N samples, M mel bins.
 """
 
-import re
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -16,40 +15,25 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, Scheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedTokenizerBase, SpeechT5HifiGan, T5EncoderModel
 
+from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
+from services.api.model import UNVERSIONED
 from services.audio.resampling import resample
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
+from services.models.latent import Conditioning, Solver, guide, within_full_scale
+from services.models.mel import LogMel, mel_frames
+from services.models.prompts import T5Prompts
 from services.models.tango.geometry import Geometry
-from services.models.tango.schedulers import SCHEDULERS, make_scheduler
+from services.models.tango.schedulers import SCHEDULERS, VelocitySolver, make_scheduler
 from services.models.vocoder import GriffinLimVocoder
-
-LONGEST_TEXT = 512
-"""Tokens that FLAN-T5 was trained on: the limit where the tokenizer states none."""
 
 StepCallback = Callable[[int, int, Tensor], None]
 """Called after every denoising step with (step from 0, timestep, latents [B, C, T, F])."""
 
 Generators = Generator | Sequence[Generator] | None
 """One generator for a batch (as diffusers and upstream do), one for each clip, or torch's global one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptEmbeddings:
-    """What the text encoder makes of some prompts."""
-
-    embeds_BLD: Tensor
-    """Hidden states [B, L, D]."""
-    mask_BL: Tensor
-    """Bool [B, L]: true where there is a token, false where there is padding."""
-
-    def repeat_interleave(self, count: int) -> "PromptEmbeddings":
-        """Every prompt `count` times, neighbours staying together: [B * count, L, D]."""
-        return PromptEmbeddings(
-            embeds_BLD=self.embeds_BLD.repeat_interleave(count, 0),
-            mask_BL=self.mask_BL.repeat_interleave(count, 0),
-        )
 
 
 @dataclass
@@ -62,26 +46,32 @@ class TangoOutput(BaseOutput):  # type: ignore[misc]
     """Samples a second of `waveforms_BN`."""
 
 
-def clip_generator(seed: int, clip_index: int = 0) -> Generator:
-    """The CPU generator of one clip: all of its noise, whatever the batch, the process or the device.
+def velocity(
+    unet: nn.Module,
+    latents_BCTF: Tensor,
+    timesteps_B: Tensor,
+    conditioning: Conditioning,
+    seconds_B: Tensor | None = None,
+) -> Tensor:
+    """Call the denoiser: v [B, C, T, F] (arXiv 2202.00512). Tango is not conditioned on the duration.
 
-    Seed (0 or more, any size) and index are hashed together by numpy's SeedSequence, so that neighbouring
-    seeds and indices share no noise.
+    The text mask is mandatory: without it the padding changes the prediction by half of its size.
     """
-    state = np.random.SeedSequence([seed, clip_index]).generate_state(1, np.uint64)
-    return torch.Generator("cpu").manual_seed(int(state[0]))
+    v_BCTF = unet(
+        latents_BCTF,
+        timesteps_B,
+        encoder_hidden_states=conditioning["embeds"],
+        encoder_attention_mask=conditioning["mask"],
+        return_dict=False,
+    )[0]
+    return cast(Tensor, v_BCTF)
 
 
-def guide(v_unconditional: Tensor, v_conditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598), as upstream's `inference` writes it."""
-    return v_unconditional + guidance_scale * (v_conditional - v_unconditional)
-
-
-class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
+class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     """Text to audio by latent diffusion; inference only.
 
     Parts: a T5 encoder reads the prompt, a UNet denoises latents [B, C, T, F] by v-prediction, a variational
-    autoencoder turns them into a log-mel spectrogram, a vocoder turns that into a waveform. `encode_prompt`,
+    autoencoder turns them into a log-mel spectrogram, a vocoder turns that into a waveform. `encode`,
     `predict`, `denoise` and `decode` can be used apart. The order of guidance's halves, the mandatory text
     mask and the padded empty prompt as the unconditional text are upstream's (`models.py`, `inference` and
     `encode_text_classifier_free`).
@@ -91,8 +81,6 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
 
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: T5EncoderModel
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     vocoder: SpeechT5HifiGan | GriffinLimVocoder
@@ -142,38 +130,45 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         for part in (text_encoder, unet, vae, vocoder):
             part.eval().requires_grad_(False)
 
-    # ------------------------------------------------------------------------------------------------ text
+    # ----------------------------------------------------------------------------------------------- sizes
 
-    @torch.no_grad()
-    def encode_prompt(self, prompts: Sequence[str], *, length: int | None = None) -> PromptEmbeddings:
-        """Embed `prompts`, padded to `length` tokens, else to the model's `text_length`, else to the longest.
-
-        A prompt with more tokens is cut. The unconditional text of guidance is ``""`` at the same length:
-        one end-of-sequence token, the rest masked. Masked positions do not change the clip.
-        """
-        length = length or self.config.text_length
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length" if length else "longest",
-            max_length=length or self.geometry.max_prompt_tokens,
-            truncation=True,
-            return_tensors="pt",
+    @property
+    def description(self) -> GenerationModel:
+        """See `LatentPipeline`."""
+        config, geometry = self.config, self.geometry
+        return GenerationModel(
+            model=UNVERSIONED,
+            geometry=ModelGeometry(
+                sampling_rate=geometry.sampling_rate,
+                hop_length=geometry.hop_length,
+                mel_bins=geometry.mel_bins,
+                latent_channels=geometry.latent_channels,
+                latent_downsampling=geometry.latent_downsampling,
+                duration_grid=geometry.grid * geometry.frame_multiple,
+            ),
+            limits=Limits(
+                min_duration=geometry.min_duration,
+                max_duration=geometry.max_duration,
+                max_steps=self.scheduler.config.num_train_timesteps,
+                schedulers=SCHEDULERS,
+            ),
+            defaults=Defaults(
+                duration=config.default_duration,
+                num_inference_steps=config.default_num_inference_steps,
+                guidance_scale=config.default_guidance_scale,
+                scheduler=config.default_scheduler,
+                sampling_rate=geometry.sampling_rate,
+            ),
         )
-        device = self.text_encoder.device
-        ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        embeds_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL)[0]
-        return PromptEmbeddings(embeds_BLD=embeds_BLD, mask_BL=mask_BL == 1)
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of `prompt`, end of sequence included, before any cut at `geometry.max_prompt_tokens`."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    def latent_frames(self, duration: float) -> int:
+        """See `LatentPipeline`."""
+        return self.geometry.latent_frames(duration)
 
-    def unknown_words(self, prompt: str) -> tuple[str, ...]:
-        """Words of `prompt` that the tokenizer has no token for, in order, each once."""
-        unknown = self.tokenizer.unk_token_id
-        words = dict.fromkeys(re.findall(r"\w[\w'’-]*", prompt))
-        encoded = ((word, self.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
-        return tuple(word for word, ids in encoded if unknown in ids)
+    def latent_samples(self, duration: float) -> int:
+        """See `LatentPipeline`."""
+        geometry = self.geometry
+        return geometry.latent_frames(duration) * geometry.latent_downsampling * geometry.hop_length
 
     # ------------------------------------------------------------------------------------------- denoising
 
@@ -190,31 +185,38 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         noise_BCTF: Tensor = randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32)
         return noise_BCTF.to(self.device)
 
+    def noise(self, duration: float, generator: Generator) -> Tensor:
+        """See `LatentPipeline`."""
+        return self.prepare_latents(1, duration, generator)
+
+    def solver(self, name: str, steps: int) -> Solver:
+        """See `LatentPipeline`."""
+        scheduler = self.make_scheduler(name)
+        scheduler.set_timesteps(steps)
+        return VelocitySolver(scheduler)
+
     @torch.no_grad()
     def predict(
-        self, latents_BCTF: Tensor, timesteps_B: Tensor, embeds_BLD: Tensor, mask_BL: Tensor
+        self,
+        latents_BCTF: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor | None = None,
     ) -> Tensor:
-        """One denoiser call: v [B, C, T, F] in float32, for latents of any float type.
+        """Call the denoiser: v [B, C, T, F] in float32, for latents of any float type.
 
-        `timesteps_B` may differ between the rows (0 to 999). The text mask is mandatory: without it the
-        padding changes the prediction by half of its size.
+        `timesteps_B` may differ between the rows (0 to 999).
         """
-        unet = self.unet
-        v_BCTF = unet(
-            latents_BCTF.to(unet.device, unet.dtype),
-            timesteps_B.to(unet.device),
-            encoder_hidden_states=embeds_BLD.to(unet.device, unet.dtype),
-            encoder_attention_mask=mask_BL.to(unet.device),
-            return_dict=False,
-        )[0]
-        return cast(Tensor, v_BCTF.float())
+        device, dtype = self.unet.device, self.unet.dtype
+        latents_BCTF, timesteps_B = latents_BCTF.to(device, dtype), timesteps_B.to(device)
+        return velocity(self.unet, latents_BCTF, timesteps_B, conditioning.to(device, dtype)).float()
 
     @torch.no_grad()
     def denoise(
         self,
         latents_BCTF: Tensor,
-        conditional: PromptEmbeddings,
-        unconditional: PromptEmbeddings | None = None,
+        conditional: Conditioning,
+        unconditional: Conditioning | None = None,
         *,
         guidance_scale: float,
         num_inference_steps: int,
@@ -233,15 +235,15 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         guided = guidance_scale > 1
         if guided and unconditional is None:
             raise ValueError("guidance_scale above 1 needs the unconditional embeddings")
-        embeds_BLD, mask_BL = conditional.embeds_BLD, conditional.mask_BL
-        if guided:
-            assert unconditional is not None
-            embeds_BLD = torch.cat([unconditional.embeds_BLD, embeds_BLD])
-            mask_BL = torch.cat([unconditional.mask_BL, mask_BL])
+        text = (
+            conditional
+            if unconditional is None or not guided
+            else Conditioning.cat([unconditional, conditional])
+        )
         noise = _step_arguments(solver, generator)
         for step, timestep in enumerate(solver.timesteps):
             inputs_BCTF = torch.cat([latents_BCTF] * 2) if guided else latents_BCTF
-            v_BCTF = self.predict(inputs_BCTF, timestep.expand(len(inputs_BCTF)), embeds_BLD, mask_BL)
+            v_BCTF = self.predict(inputs_BCTF, timestep.expand(len(inputs_BCTF)), text)
             if guided:
                 v_unconditional, v_conditional = v_BCTF.chunk(2)
                 v_BCTF = guide(v_unconditional, v_conditional, guidance_scale)
@@ -250,7 +252,14 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 callback(step, int(timestep), latents_BCTF)
         return latents_BCTF
 
-    # -------------------------------------------------------------------------------------------- decoding
+    # ----------------------------------------------------------------------------------------------- sound
+
+    @torch.no_grad()
+    def encode_audio(self, waveform_BN: Tensor) -> Tensor:
+        """Return the scaled latents [B, C, T, F] of waveforms: the means of the autoencoder's posteriors."""
+        mel_B1TM = mel_frames(waveform_BN, self._log_mel().to(waveform_BN.device))
+        mean_BCTF = self.vae.encode(mel_B1TM).latent_dist.mean * self.vae.config.scaling_factor
+        return cast(Tensor, mean_BCTF)
 
     @torch.no_grad()
     def decode_mel(self, latents_BCTF: Tensor) -> Tensor:
@@ -268,6 +277,10 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
         mel_BTM = self.decode_mel(latents_BCTF)
         waveform_BN = self.vocoder(mel_BTM.to(self.vocoder.device, _compute_dtype(self.vocoder)))
         return within_full_scale(waveform_BN[:, :samples].float())
+
+    def preview(self, latents_BCTF: Tensor, samples: int) -> Tensor:
+        """See `LatentPipeline`."""
+        return self.decode_mel(latents_BCTF)[:, : math.ceil(samples / self.geometry.hop_length)]
 
     # ------------------------------------------------------------------------------------------ everything
 
@@ -304,9 +317,8 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompts, negatives, duration, steps, scale, clips_per_prompt, scheduler, generator, latents
         )
 
-        conditional = self.encode_prompt(prompts)
-        length = conditional.embeds_BLD.shape[1]
-        unconditional = self.encode_prompt(negatives, length=length) if scale > 1 else None
+        conditional = self.encode(prompts)
+        unconditional = self.encode(negatives, length=conditional.length) if scale > 1 else None
         if latents is None:
             latents = self.prepare_latents(count, duration, generator)
         latents = self.denoise(
@@ -328,6 +340,15 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
     def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
         """A fresh scheduler by name (the model's default where None) on this model's noise schedule."""
         return make_scheduler(name or self.config.default_scheduler, self.scheduler.config)
+
+    def _log_mel(self) -> LogMel:
+        """Return the spectrogram that the autoencoder was trained on."""
+        geometry = self.geometry
+        return LogMel(
+            sampling_rate=geometry.sampling_rate,
+            hop_length=geometry.hop_length,
+            mel_bins=geometry.mel_bins,
+        )
 
     def _scheduler(self, scheduler: SchedulerMixin | str | None) -> SchedulerMixin:
         if scheduler is None or isinstance(scheduler, str):
@@ -382,11 +403,6 @@ class TangoPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise InvalidInputError(*violations)
 
 
-def within_full_scale(waveform_BN: Tensor) -> Tensor:
-    """Each row of [B, N] divided by its peak where that is above 1; the others bit for bit as they are."""
-    return waveform_BN / waveform_BN.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)
-
-
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
     """One negative prompt for each of `count` prompts; the empty text stands for none."""
     if negative_prompt is None or isinstance(negative_prompt, str):
@@ -428,13 +444,14 @@ def _check_parts(pipeline: TangoPipeline) -> None:
 def _vocoder_hop(vocoder: SpeechT5HifiGan | GriffinLimVocoder) -> int:
     """Samples that `vocoder` makes of one mel frame."""
     config = vocoder.config
-    return int(config.hop_length) if isinstance(vocoder, GriffinLimVocoder) else prod(config.upsample_rates)
+    return (
+        int(config.hop_length) if isinstance(vocoder, GriffinLimVocoder) else math.prod(config.upsample_rates)
+    )
 
 
 def _geometry(pipeline: TangoPipeline) -> Geometry:
     """The sizes of `pipeline`, from its parts' own configs."""
     config, unet, vae = pipeline.config, pipeline.unet.config, pipeline.vae.config
-    longest_text = min(pipeline.tokenizer.model_max_length, LONGEST_TEXT)
     return Geometry(
         sampling_rate=config.sampling_rate,
         hop_length=config.hop_length,
@@ -444,5 +461,4 @@ def _geometry(pipeline: TangoPipeline) -> Geometry:
         frame_multiple=2 ** (len(unet.block_out_channels) - 1),
         default_duration=config.default_duration,
         max_duration=config.max_duration,
-        max_prompt_tokens=config.text_length or longest_text,
     )

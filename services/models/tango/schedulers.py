@@ -1,12 +1,15 @@
 """The schedulers by name, on one noise schedule: Stable Diffusion 2.1's, which Tango was trained with."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from torch import Tensor
 
 from services.errors import FieldViolation, InvalidInputError
+from services.models.latent import Solver
 
 SD21_CONFIG: Final[Mapping[str, Any]] = {
     "num_train_timesteps": 1000,
@@ -130,3 +133,12 @@ def make_scheduler(name: str, base_config: Mapping[str, Any] = SD21_CONFIG) -> S
             FieldViolation("scheduler", f"unknown scheduler {name!r}; use one of {known}")
         )
     return factory({key: base_config[key] for key in _NOISE_SCHEDULE if key in base_config})
+
+
+class VelocitySolver(Solver):
+    """Steps along v-predictions."""
+
+    def clean_estimate(self, output: Tensor, index: int, latents: Tensor) -> Tensor:
+        """Return ``alpha x - sigma v`` (arXiv 2202.00512, appendix D)."""
+        alpha_squared = float(self._scheduler.alphas_cumprod[int(self.timesteps[index])])
+        return math.sqrt(alpha_squared) * latents - math.sqrt(1 - alpha_squared) * output

@@ -9,7 +9,6 @@ from services.engine.batching import (
     queue_tag,
     row_shapes,
     rows_of,
-    text_length,
 )
 
 
@@ -72,10 +71,6 @@ def test_decodes_do_not_pile_up_and_do_not_hold_up_the_others() -> None:
         backlog += 3
         backlog -= decodes_this_turn(backlog, stepping=True)
     assert backlog <= 3
-
-
-def test_text_is_padded_to_the_smallest_length_that_fits() -> None:
-    assert [text_length(tokens, (64, 128)) for tokens in (1, 64, 65, 129)] == [64, 64, 128, 129]
 
 
 @pytest.mark.parametrize(

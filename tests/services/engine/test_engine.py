@@ -18,7 +18,8 @@ from services.api.generation import (
     quantise_mel,
 )
 from services.engine import Engine, EngineConfig
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.latent import clip_generator
+from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SCHEDULERS
 from tests.services.engine.watching import Watch, denoiser_calls
 from tests.tiny import tiny_pipeline

@@ -132,10 +132,10 @@ def test_what_was_served_leaves_no_memory_behind(
     client.generate(PROMPT)
     (engine,) = loading.engines
     loading.engines.clear()
-    held: tuple[Any, ...] = (engine, engine.pipeline, engine.pipeline.unet)
+    pipeline: Any = engine.pipeline
+    held: tuple[Any, ...] = (engine, pipeline, pipeline.unet)
     gone = [weakref.ref(one) for one in held]
-    del held
-    del engine
+    del held, engine, pipeline
     third = second.with_name("third")
     tiny_pipeline(seed=2).save_pretrained(third)
     gc.collect()

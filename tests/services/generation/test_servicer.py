@@ -327,9 +327,8 @@ def test_a_fault_of_ours_is_internal_and_never_blamed_on_the_caller(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with tiny_engine() as engine, serving(engine) as served:
-        engine.pipeline.vae.decoder.conv_out.weight.data = engine.pipeline.vae.decoder.conv_out.weight.data[
-            :, :1
-        ]
+        pipeline: Any = engine.pipeline
+        pipeline.vae.decoder.conv_out.weight.data = pipeline.vae.decoder.conv_out.weight.data[:, :1]
         with grpc.insecure_channel(served.target) as channel, pytest.raises(grpc.RpcError) as caught:
             rpc.GenerationServiceStub(channel).GenerateAudio(
                 pb.GenerateAudioRequest(prompt=PROMPT), metadata=(("x-request-id", "my-id"),)

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from services.errors import ModelNotFoundError
+from services.models.latent import clip_generator
 from services.models.manifest import verify_manifest
 from services.models.mini import PARTS, mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline
 
 
 @pytest.fixture(scope="module")

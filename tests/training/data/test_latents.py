@@ -94,8 +94,8 @@ def test_latents_do_not_depend_on_companions_by_a_bit(tmp_path: Path, folder: Pa
     alone.add(clips[17:18], PROMPTS[2:3])
     assert torch.equal(together.clips(clips[17:18]), alone.clips(clips[17:18]))
     ours, theirs = together.text(PROMPTS[2:3]), alone.text(PROMPTS[2:3])
-    length = theirs[0].shape[1]
-    assert torch.equal(ours[0][:, :length], theirs[0]) and not ours[1][:, length:].any()
+    length = theirs.length
+    assert torch.equal(ours["embeds"][:, :length], theirs["embeds"]) and not ours["mask"][:, length:].any()
 
 
 def test_what_is_there_is_not_made_again_whatever_it_is_called(
@@ -162,13 +162,13 @@ def test_clips_that_can_not_be_read_are_told_their_copies_too(tmp_path: Path, fo
 def test_text_is_what_the_pipeline_embeds(tmp_path: Path, folder: Path, pipeline: TangoPipeline) -> None:
     made = _latents(tmp_path, folder)
     made.add([], PROMPTS)
-    embeds, mask = made.text([*PROMPTS, ""])
-    expected = pipeline.encode_prompt([*PROMPTS, ""])
-    length = int(expected.mask_BL.sum(1).max())
-    assert embeds.shape[1] == length
-    assert torch.equal(mask, expected.mask_BL[:, :length])
-    wanted = expected.embeds_BLD[:, :length] * mask[..., None]
-    torch.testing.assert_close(embeds, wanted, rtol=1e-5, atol=1e-6)
+    text = made.text([*PROMPTS, ""])
+    expected = pipeline.encode([*PROMPTS, ""])
+    length = int(expected["mask"].sum(1).max())
+    assert text.length == length
+    assert torch.equal(text["mask"], expected["mask"][:, :length])
+    wanted = expected["embeds"][:, :length] * text["mask"][..., None]
+    torch.testing.assert_close(text["embeds"], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_encoded_at_every_step_it_is_the_same(tmp_path: Path, folder: Path) -> None:
@@ -178,8 +178,8 @@ def test_encoded_at_every_step_it_is_the_same(tmp_path: Path, folder: Path) -> N
     for one in (cached, online):
         one.add(clips, PROMPTS)
     assert torch.equal(cached.clips(clips), online.clips(clips))
-    rows = cached.text(PROMPTS)[0].shape[1]
-    torch.testing.assert_close(online.text(PROMPTS)[0][:, :rows], cached.text(PROMPTS)[0])
+    text = cached.text(PROMPTS)
+    torch.testing.assert_close(online.text(PROMPTS)["embeds"][:, : text.length], text["embeds"])
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

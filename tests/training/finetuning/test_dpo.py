@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from services.errors import InvalidInputError, ModelFormatError, ModelNotFoundError, OutputError
+from services.models.architectures import architecture_of
+from services.models.latent import Conditioning, clip_generator
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import clip_generator
 from services.weights.uri import resolve
 from tests.training.finetuning.finetune_program import (
     LOOP,
@@ -30,7 +31,7 @@ from tests.training.finetuning.finetune_program import (
 )
 from training.data.latents import LatentConfig
 from training.finetuning.dpo import train_dpo
-from training.finetuning.session import LoraConfig, PairData, Policy, build_policy, load_denoiser
+from training.finetuning.session import LoraConfig, PairData, Policy, build_policy
 from training.loop.fit import LoopConfig
 
 LAUNCHER: tuple[str, ...] = (
@@ -181,21 +182,22 @@ def test_the_reference_of_adapters_is_the_base_and_only_they_learn(
                 parameter.normal_()
     noisy, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 16)
     timesteps, mask = torch.tensor([3, 900]), torch.ones(2, 5, dtype=torch.bool)
-    base = load_denoiser(start)
+    base: Any = architecture_of(start).load_denoiser(start)
     with torch.no_grad():
         expected = base(noisy, timesteps, embeds, encoder_attention_mask=mask).sample
-    predicted = policy(noisy, timesteps, embeds, mask)
-    torch.testing.assert_close(predicted.reference_BCTF, expected, rtol=0, atol=0)
-    assert not predicted.reference_BCTF.requires_grad
-    assert (predicted.velocity_BCTF - expected).abs().max() > 1e-3
-    predicted.velocity_BCTF.sum().backward()
+    text = Conditioning(tensors={"embeds": embeds, "mask": mask})
+    predicted = policy(noisy, timesteps, text, torch.zeros(2))
+    torch.testing.assert_close(predicted.reference_BX, expected, rtol=0, atol=0)
+    assert not predicted.reference_BX.requires_grad
+    assert (predicted.policy_BX - expected).abs().max() > 1e-3
+    predicted.policy_BX.sum().backward()
     learned = {name for name, p in policy.named_parameters() if p.grad is not None}
     assert learned == policy.learned
     merged = policy.merged()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     with torch.no_grad():
         served = merged(noisy, timesteps, embeds, encoder_attention_mask=mask).sample
-    torch.testing.assert_close(served, predicted.velocity_BCTF, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(served, predicted.policy_BX, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_run_starts_at_log_2_and_is_merged_into_plain_weights(
@@ -221,10 +223,10 @@ def test_frozen_means_frozen(start: Path, pairs: Path) -> None:
     config = dpo(start, pairs)
     policy = build_policy(config, resolve(config.start), resolve(config.start)).train()
     assert policy.reference is not None and not policy.reference.training
-    assert policy.learned == {name for name, _ in policy.named_parameters() if name.startswith("unet.")}
+    assert policy.learned == {name for name, _ in policy.named_parameters() if name.startswith("denoiser.")}
     with pytest.raises(Exception, match="of another denoiser"):
-        policy.load_state_dict({"unet.conv_in.bias": torch.zeros(8)})
-    assert Policy(nn.Linear(1, 1), None).reference is None
+        policy.load_state_dict({"denoiser.conv_in.bias": torch.zeros(8)})
+    assert Policy(nn.Linear(1, 1), None, policy.denoise).reference is None
 
 
 def test_run_again_it_does_nothing_anew_and_refuses_other_settings_or_data(

@@ -5,13 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from training.objectives.diffusion import (
-    denoising_loss,
-    diffusion_dpo,
-    min_snr_weights,
-    reward_weighted,
-    velocity_errors,
-)
+from training.objectives.diffusion import denoising_loss, diffusion_dpo, reward_weighted
+from training.objectives.velocity import min_snr_weights, velocity_errors
 
 # Shares of the signal's power left at timesteps 0 and 1: 0.64 and 0.36.
 SCHEDULE = DDPMScheduler(
@@ -138,6 +133,19 @@ def test_a_drift_that_both_clips_share_does_not_show_in_the_loss_but_in_the_drif
     collapsed = diffusion_dpo(chosen + 3, rejected + 3, ours, theirs, beta=50.0)
     torch.testing.assert_close(collapsed.loss, good.loss)
     torch.testing.assert_close(collapsed.chosen_drifts_B, good.chosen_drifts_B + 3)
+
+
+def test_crpo_is_dpo_plus_the_chosen_clips_error() -> None:
+    # As above, 0.7240770, and the mean of 0.5 and 1.0.
+    errors = ([0.5, 1.0], [0.5, 0.75], [0.75, 0.5], [0.5, 0.5])
+    chosen, *others = (torch.tensor(values, requires_grad=True) for values in errors)
+    preference = diffusion_dpo(chosen, *others, beta=4.0, chosen_weight=1.0)
+    assert preference.loss.item() == pytest.approx(0.7240770 + 0.75)
+    preference.loss.backward()
+    # -beta / 2 · (sigmoid(margin) - 1) / B + 1 / B, at the margins 0.5 and -0.5.
+    sigmoids = [1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(0.5))]
+    assert chosen.grad is not None
+    assert chosen.grad.tolist() == pytest.approx([2 * (1 - s) / 2 + 1 / 2 for s in sigmoids])
 
 
 def test_dpo_is_finite_far_out() -> None:

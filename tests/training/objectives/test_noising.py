@@ -5,9 +5,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from services.models.mini import mini_folder
 from services.models.tango.schedulers import SD21_CONFIG
 from training.loop.fit import Positions
 from training.objectives.noising import Noising, NoisingConfig, draw_noising
+from training.objectives.velocity import VelocityObjective
 
 SHAPE = (2, 4, 3)
 MINI = NoisingConfig(blank=0.25, late=0.25)
@@ -24,8 +26,8 @@ def test_what_an_example_gets_depends_on_its_position_alone() -> None:
     other = _drawn(MINI, positions, stream=1)
     for name in Noising.__slots__:
         assert torch.equal(getattr(whole, name), getattr(parts, name))
-    assert not torch.equal(whole.noise_BCTF, other.noise_BCTF)
-    assert not torch.equal(whole.noise_BCTF, draw_noising(positions, SHAPE, MINI, batch=8, seed=4).noise_BCTF)
+    assert not torch.equal(whole.noise_BX, other.noise_BX)
+    assert not torch.equal(whole.noise_BX, draw_noising(positions, SHAPE, MINI, batch=8, seed=4).noise_BX)
 
 
 def test_timesteps_are_uniform_by_default_one_from_each_part() -> None:
@@ -44,12 +46,26 @@ def test_a_share_is_blank_and_a_share_late() -> None:
 
 
 def test_blank_latents_are_noise_alone_and_the_others_what_the_schedule_says() -> None:
-    scheduler = DDPMScheduler(**SD21_CONFIG)
     drawn, clean = _drawn(MINI, np.arange(8)), torch.randn(8, *SHAPE)
-    noisy = drawn.apply(clean, scheduler)
-    assert torch.equal(noisy[:2], drawn.noise_BCTF[:2])
-    expected = scheduler.add_noise(clean, drawn.noise_BCTF, drawn.timesteps_B)
+    noisy = VelocityObjective(mini_folder("mini")).noised(clean, drawn)
+    assert torch.equal(noisy[:2], drawn.noise_BX[:2])
+    expected = DDPMScheduler(**SD21_CONFIG).add_noise(clean, drawn.noise_BX, drawn.timesteps_B)
     assert torch.equal(noisy[2:], expected[2:])
+
+
+def test_continuous_timesteps_are_those_before_rounding() -> None:
+    whole = _drawn(MINI, np.arange(16)).timesteps_B
+    continuous = draw_noising(np.arange(16), SHAPE, MINI, batch=8, seed=3, continuous=True).timesteps_B
+    assert continuous.dtype == torch.float32 and torch.equal(continuous.floor().long(), whole)
+
+
+def test_logit_normal_timesteps_are_the_sigmoid_of_a_normal() -> None:
+    config = NoisingConfig(density="logit_normal")
+    drawn = draw_noising(np.arange(4_000), SHAPE, config, batch=8, seed=3, continuous=True).timesteps_B
+    logits = torch.logit(drawn.double() / 1000)
+    assert (logits.mean().item(), logits.std().item()) == pytest.approx((0.0, 1.0), abs=0.02)
+    # The share below 500 · (1 - 0.4621) = 269: sigmoid(-1), a standard normal's 15.87 %.
+    assert (drawn < 268.94).float().mean().item() == pytest.approx(0.1587, abs=0.01)
 
 
 def test_two_clips_of_a_pair_share_everything() -> None:

@@ -21,8 +21,8 @@ from services.errors import (
     ModelFormatError,
     ModelNotFoundError,
 )
+from services.models.latent import clip_generator
 from services.models.manifest import Manifest, verify_manifest, write_manifest
-from services.models.tango.pipeline import clip_generator
 from services.weights import registry
 from services.weights.uri import resolve
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward

@@ -1,4 +1,4 @@
-"""What `load_tango` loads, and what it refuses in one line."""
+"""What `load_tango` and `load_generator` load, and what they refuse in one line."""
 
 import json
 import shutil
@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.errors import InvalidInputError, ModelFormatError, ModelNotFoundError
+from services.models.architectures import ARCHITECTURES, load_generator
+from services.models.latent import clip_generator
 from services.models.tango.loading import load_tango
-from services.models.tango.pipeline import TangoPipeline, clip_generator
+from services.models.tango.pipeline import TangoPipeline
 from tests.tiny import tiny_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -100,6 +102,30 @@ def test_damaged_folder_is_refused(
     with pytest.raises(ModelFormatError) as caught:
         load_tango(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ModelFormatError) as caught:
+        load_generator(folder)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_registry_knows_each_family_by_the_name_of_its_class() -> None:
+    assert all(name == family.pipeline.__name__ for name, family in ARCHITECTURES.items())
+
+
+def test_a_generator_is_loaded_by_its_family(pipeline: TangoPipeline, saved: Path) -> None:
+    loaded = load_generator(saved, dtype="bfloat16")
+    assert isinstance(loaded, TangoPipeline) and loaded.unet.dtype == torch.bfloat16
+    assert loaded.description == pipeline.description
+    assert ARCHITECTURES["TangoPipeline"].default_duration(saved) == 0.64
+
+
+def test_what_encodes_is_loaded_without_the_denoiser(pipeline: TangoPipeline, saved: Path) -> None:
+    family = ARCHITECTURES["TangoPipeline"]
+    encoders = family.load_encoders(saved, torch.device("cpu"))
+    assert isinstance(encoders, TangoPipeline) and encoders.unet is None
+    waveform_BN = torch.randn(1, pipeline.latent_samples(0.64), generator=clip_generator(0)) / 10
+    assert torch.equal(encoders.encode_audio(waveform_BN), pipeline.encode_audio(waveform_BN))
+    ours, theirs = (one.encode(["a dog"], length=16) for one in (encoders, pipeline))
+    assert torch.equal(ours["embeds"], theirs["embeds"])
 
 
 def test_released_checkpoint_is_told_apart(released: Path) -> None:

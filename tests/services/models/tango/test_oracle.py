@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from services.models.latent import Conditioning
 from services.models.mel import LogMel
-from services.models.tango.pipeline import PromptEmbeddings, TangoPipeline
+from services.models.tango.pipeline import TangoPipeline
 from tests.services.models.tango.released import references
 
 PROMPTS = ["A dog barks and rain", "rolling thunder with lightning strikes, people talking quiet"]
@@ -39,9 +40,9 @@ def near_int16(waveform: Tensor | NDArray[np.float32], wanted: NDArray[np.int16]
     assert int(np.abs(found.astype(np.int32) - wanted.astype(np.int32)).max()) <= steps
 
 
-def embeddings(pipeline: TangoPipeline, prompts: list[str]) -> tuple[PromptEmbeddings, PromptEmbeddings]:
-    conditional = pipeline.encode_prompt(prompts)
-    unconditional = pipeline.encode_prompt([""] * len(prompts), length=conditional.embeds_BLD.shape[1])
+def embeddings(pipeline: TangoPipeline, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+    conditional = pipeline.encode(prompts)
+    unconditional = pipeline.encode([""] * len(prompts), length=conditional.length)
     return conditional, unconditional
 
 
@@ -68,21 +69,22 @@ def test_log_mel(ref: dict[str, Any]) -> None:
 
 
 def test_text(converted: TangoPipeline, ref: dict[str, Any]) -> None:
-    found = converted.encode_prompt(PROMPTS)
-    near(found.embeds_BLD, ref["ref_txt_embeds"], 1e-4)
-    assert torch.equal(found.mask_BL, ref["ref_txt_mask"])
+    found = converted.encode(PROMPTS)
+    near(found["embeds"], ref["ref_txt_embeds"], 1e-4)
+    assert torch.equal(found["mask"], ref["ref_txt_mask"])
 
 
 def test_text_for_guidance(converted: TangoPipeline, ref: dict[str, Any]) -> None:
     conditional, unconditional = embeddings(converted, PROMPTS)
-    near(torch.cat([unconditional.embeds_BLD, conditional.embeds_BLD]), ref["ref_cfg_embeds"], 1e-4)
-    assert torch.equal(torch.cat([unconditional.mask_BL, conditional.mask_BL]), ref["ref_cfg_mask"])
+    near(Conditioning.cat([unconditional, conditional])["embeds"], ref["ref_cfg_embeds"], 1e-4)
+    assert torch.equal(Conditioning.cat([unconditional, conditional])["mask"], ref["ref_cfg_mask"])
 
 
 @pytest.mark.parametrize("timestep", [801, 1])
 def test_denoiser(converted: TangoPipeline, ref: dict[str, Any], timestep: int) -> None:
     timesteps_B = torch.tensor([timestep, timestep])
-    found = converted.predict(ref["in_unet_x"], timesteps_B, ref["in_unet_e"], ref["in_unet_m"])
+    text = Conditioning(tensors={"embeds": ref["in_unet_e"], "mask": ref["in_unet_m"]})
+    found = converted.predict(ref["in_unet_x"], timesteps_B, text)
     near(found, ref[f"ref_unet_t{timestep}"], 1e-4)
 
 

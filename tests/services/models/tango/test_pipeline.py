@@ -11,7 +11,8 @@ import torch
 
 from services.audio.resampling import resample
 from services.errors import InvalidInputError, ModelFormatError
-from services.models.tango.pipeline import TangoPipeline, clip_generator, guide, within_full_scale
+from services.models.latent import Conditioning, clip_generator, guide, within_full_scale
+from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SCHEDULERS, SD21_CONFIG, make_scheduler
 from tests.tiny import tiny_hifigan, tiny_pipeline, tiny_unet
 
@@ -34,45 +35,45 @@ def test_guidance_against_numbers_worked_by_hand() -> None:
 
 
 def test_prompts_are_padded_to_the_models_length(pipeline: TangoPipeline) -> None:
-    found = pipeline.encode_prompt(["a dog barks", ""])
-    assert found.embeds_BLD.shape == (2, 16, 16)
-    assert found.mask_BL.sum(1).tolist() == [4, 1]
-    assert pipeline.encode_prompt(["a dog barks"], length=5).mask_BL.tolist() == [[True] * 4 + [False]]
-    assert tiny_pipeline(text_length=None).encode_prompt(["a dog", "a"]).mask_BL.shape == (2, 3)
+    found = pipeline.encode(["a dog barks", ""])
+    assert found["embeds"].shape == (2, 16, 16)
+    assert found["mask"].sum(1).tolist() == [4, 1]
+    assert pipeline.encode(["a dog barks"], length=5)["mask"].tolist() == [[True] * 4 + [False]]
+    assert tiny_pipeline(text_length=None).encode(["a dog", "a"])["mask"].shape == (2, 3)
 
 
 def test_long_prompt_is_cut(pipeline: TangoPipeline) -> None:
     prompt = "a dog barks then " * 10
     assert pipeline.token_count(prompt) == 41
-    assert pipeline.encode_prompt([prompt]).mask_BL.tolist() == [[True] * 16]
+    assert pipeline.encode([prompt])["mask"].tolist() == [[True] * 16]
 
 
 def test_masked_positions_change_nothing(pipeline: TangoPipeline) -> None:
     latents_BCTF = pipeline.prepare_latents(1, 0.64, clip_generator(0))
     timesteps_B = torch.tensor([500])
-    short, long = (pipeline.encode_prompt(["a dog barks"], length=length) for length in (4, 16))
-    garbage_BLD = long.embeds_BLD.masked_fill(~long.mask_BL[..., None], 99.0)
-    found = pipeline.predict(latents_BCTF, timesteps_B, short.embeds_BLD, short.mask_BL)
-    padded = pipeline.predict(latents_BCTF, timesteps_B, garbage_BLD, long.mask_BL)
+    short, long = (pipeline.encode(["a dog barks"], length=length) for length in (4, 16))
+    garbage_BLD = long["embeds"].masked_fill(~long["mask"][..., None], 99.0)
+    garbage = Conditioning(tensors={"embeds": garbage_BLD, "mask": long["mask"]})
+    found = pipeline.predict(latents_BCTF, timesteps_B, short)
+    padded = pipeline.predict(latents_BCTF, timesteps_B, garbage)
     torch.testing.assert_close(padded, found, rtol=0, atol=1e-5)
 
 
 def test_prompt_changes_the_prediction(pipeline: TangoPipeline) -> None:
     latents_BCTF = pipeline.prepare_latents(1, 0.64, clip_generator(0)).expand(2, -1, -1, -1)
-    text = pipeline.encode_prompt(["a dog barks", "rain falls"])
-    v_BCTF = pipeline.predict(latents_BCTF, torch.tensor([500, 500]), text.embeds_BLD, text.mask_BL)
+    text = pipeline.encode(["a dog barks", "rain falls"])
+    v_BCTF = pipeline.predict(latents_BCTF, torch.tensor([500, 500]), text)
     assert float((v_BCTF[0] - v_BCTF[1]).abs().max()) > 1e-4
 
 
 def test_rows_may_have_their_own_timesteps(pipeline: TangoPipeline) -> None:
     latents_BCTF = pipeline.prepare_latents(2, 0.64, [clip_generator(0), clip_generator(1)])
-    text = pipeline.encode_prompt(["a dog barks", "rain falls"])
-    both = pipeline.predict(latents_BCTF, torch.tensor([900, 100]), text.embeds_BLD, text.mask_BL)
+    prompts = ["a dog barks", "rain falls"]
+    both = pipeline.predict(latents_BCTF, torch.tensor([900, 100]), pipeline.encode(prompts))
     for row, timestep in enumerate((900, 100)):
         one = slice(row, row + 1)
-        alone = pipeline.predict(
-            latents_BCTF[one], torch.tensor([timestep]), text.embeds_BLD[one], text.mask_BL[one]
-        )
+        text = pipeline.encode(prompts[one])
+        alone = pipeline.predict(latents_BCTF[one], torch.tensor([timestep]), text)
         torch.testing.assert_close(both[one], alone, rtol=0, atol=1e-5)
 
 

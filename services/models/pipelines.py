@@ -1,0 +1,178 @@
+"""From a folder to a generator: what a family's folder must hold, how it is checked, how it is loaded.
+
+A folder comes from outside. Nothing in it is executed: classes are taken from a fixed table, weights from
+safetensors alone, and every key and shape is compared with the module before anything is loaded.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from services.errors import MilongaError, ModelFormatError, ModelNotFoundError
+from services.models.folders import one_line, pick_device, pick_dtype, read_json, read_shapes
+from services.models.latent import Conditioning, LatentPipeline
+from services.models.state_dicts import check_weights, on_meta, quiet_loading
+
+UPSTREAM_WEIGHTS: Final = "pytorch_model_main.bin"
+"""Only a released Tango checkpoint has this file; `convert_checkpoint` converts it."""
+
+Builder = Callable[[dict[str, Any]], nn.Module]
+"""Makes a module of its `config.json`."""
+
+
+class Denoise(Protocol):
+    """A family's call of its denoiser."""
+
+    def __call__(
+        self,
+        denoiser: nn.Module,
+        latents_BX: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor,
+        /,
+    ) -> Tensor:
+        """Return [B, X] in the denoiser's own float type, with gradients if they are on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A family of generators: diffusers pipelines that are `LatentPipeline`s, one class each."""
+
+    pipeline: type[Any]
+    """Class of the pipeline, by whose name `model_index.json` refers to the family."""
+    parts: Mapping[str, Mapping[str, Builder]]
+    """Each part with weights, and the classes that it may have, as ``library.Class``."""
+    schedulers: tuple[str, ...]
+    """Classes in diffusers that the scheduler may have."""
+    denoiser: str
+    """Name of the part that fine-tuning trains."""
+    denoiser_class: type[Any]
+    denoise: Denoise
+    objective: Literal["v_prediction", "flow"]
+    """What the denoiser predicts: a name in `training.objectives.objective`."""
+    encoders: tuple[str, ...]
+    """Parts that turn sound into latents."""
+    decoders: tuple[str, ...]
+    """Parts that turn latents into sound, and have a number format of their own."""
+    readers: tuple[str, ...] = ("text_encoder", "tokenizer")
+    """Parts that read prompts."""
+    tags: tuple[str, ...]
+    """Of model cards on the Hugging Face hub."""
+
+    def check(self, folder: Path) -> None:
+        """Raise `ModelFormatError` unless `folder` holds a whole model of this family. Loads no weights."""
+        index, own = read_index(folder), self.pipeline.__name__
+        if index.get("_class_name") != own:
+            raise ModelFormatError(f"{folder} holds a {index.get('_class_name')}, not a {own}")
+        for part, builders in self.parts.items():
+            name = ".".join(_class_of(index, part))
+            if name not in builders:
+                raise ModelFormatError(f"{folder}: {part} is a {name}, which is not supported")
+            _check_part(folder / part, builders[name])
+        library, scheduler = _class_of(index, "scheduler")
+        if library != "diffusers" or scheduler not in self.schedulers:
+            raise ModelFormatError(f"{folder}: scheduler is a {library}.{scheduler}, which is not supported")
+        library, tokenizer = _class_of(index, "tokenizer")
+        if library != "transformers" or not ("Tokenizer" in tokenizer and tokenizer.isidentifier()):
+            raise ModelFormatError(f"{folder}: tokenizer is a {library}.{tokenizer}, which is not supported")
+        # Without these files the libraries ask the hub, and report that instead of what is missing.
+        read_json(folder / "scheduler" / "scheduler_config.json")
+        read_json(folder / "tokenizer" / "tokenizer_config.json")
+
+    def load(
+        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", decoder_dtype: str = "float32"
+    ) -> LatentPipeline:
+        """Load a checked model of this family for inference; see `architectures.load_generator`."""
+        target = pick_device(device)
+        types = {"default": pick_dtype("dtype", dtype)} | dict.fromkeys(
+            self.decoders, pick_dtype("decoder_dtype", decoder_dtype)
+        )
+        self.check(folder)
+        try:
+            with quiet_loading():
+                pipeline: Any = self.pipeline.from_pretrained(
+                    folder,
+                    dtype=types,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    low_cpu_mem_usage=find_spec("accelerate") is not None,
+                )
+        except MilongaError:
+            raise
+        except Exception as error:  # whatever the libraries raise here, the folder is to blame
+            raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(target)
+        return cast(LatentPipeline, pipeline)
+
+    def load_encoders(self, folder: Path, device: torch.device) -> LatentPipeline:
+        """Load what encodes sound and prompts, in float32, and not the denoiser."""
+        pipeline: Any = self.load(folder)
+        pipeline.register_modules(**{self.denoiser: None})
+        pipeline.to(device)
+        return cast(LatentPipeline, pipeline)
+
+    def load_denoiser(self, folder: Path) -> nn.Module:
+        """Load the denoiser of a checked folder, in float32 on the CPU. Raises `ModelFormatError`."""
+        try:
+            with quiet_loading():
+                denoiser = self.denoiser_class.from_pretrained(
+                    folder / self.denoiser,
+                    torch_dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                )
+        except Exception as error:  # whatever the library raises here, the folder is to blame
+            raise ModelFormatError(f"{folder}/{self.denoiser} can't be loaded: {one_line(error)}") from error
+        return cast(nn.Module, denoiser)
+
+    def default_duration(self, folder: Path) -> float:
+        """Return the default duration of the model in `folder`, in seconds."""
+        own = inspect.signature(self.pipeline.__init__).parameters["default_duration"].default
+        return float(read_index(folder).get("default_duration", own))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return a generator's `model_index.json`. Raises `ModelNotFoundError` or `ModelFormatError`."""
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is not a folder; give the path of a model folder")
+    path = folder / "model_index.json"
+    if not path.is_file():
+        remedy = (
+            "this is a released checkpoint: run `milonga convert` on it first"
+            if (folder / UPSTREAM_WEIGHTS).exists()
+            else "give a folder that `milonga convert` or `save_pretrained` wrote"
+        )
+        raise ModelFormatError(f"{folder} has no model_index.json; {remedy}")
+    return read_json(path)
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> tuple[str, str]:
+    """Return library and class of `part`."""
+    match index.get(part):
+        case [str(library), str(name)]:
+            return library, name
+        case other:
+            raise ModelFormatError(f"model_index.json: {part} is {other!r}, not a library and a class")
+
+
+def _check_part(folder: Path, build: Builder) -> None:
+    """Compare the weights in `folder` with the module that its `config.json` describes."""
+    config = read_json(folder / "config.json")
+    try:
+        with quiet_loading():
+            module = on_meta(lambda: build(config))
+    except MilongaError:
+        raise
+    except Exception as error:  # a config that its own class refuses
+        raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
+    if not module.state_dict():
+        return
+    check_weights(str(folder), module, read_shapes(folder))

@@ -1,0 +1,73 @@
+"""v-prediction on Stable Diffusion's noise schedule, as Tango is trained.
+
+Shape legend: B batch, X a family's own shape of latents.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from services.errors import ModelFormatError
+from services.models.folders import read_json
+from services.models.tango.schedulers import make_scheduler
+from training.objectives.noising import Noising, mean_squares
+
+
+class VelocityObjective:
+    """The `Objective` of models that predict ``v = sqrt(a) noise - sqrt(1 - a) clean``."""
+
+    continuous = False
+
+    def __init__(self, folder: Path) -> None:
+        """Take the noise schedule of the model in `folder`. Raises `ModelFormatError` if it predicts no v."""
+        schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+        if schedule.get("prediction_type") != "v_prediction":
+            raise ModelFormatError(
+                f"{folder} predicts {schedule.get('prediction_type')!r}; only v_prediction can be trained"
+            )
+        self._scheduler: Any = make_scheduler("ddpm", schedule)
+
+    def noised(self, clean_BX: Tensor, noising: Noising) -> Tensor:
+        """See `Objective`."""
+        noisy_BX = self._scheduler.add_noise(clean_BX, noising.noise_BX, noising.timesteps_B)
+        return noising.blanked(noisy_BX)
+
+    def errors(self, predicted_BX: Tensor, clean_BX: Tensor, noising: Noising) -> Tensor:
+        """See `velocity_errors`."""
+        return velocity_errors(predicted_BX, clean_BX, noising.noise_BX, noising.timesteps_B, self._scheduler)
+
+    def min_snr_weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
+        """See `min_snr_weights`."""
+        return min_snr_weights(timesteps_B, self._scheduler, gamma)
+
+
+def velocity_errors(
+    predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor, timesteps_B: Tensor, scheduler: Any
+) -> Tensor:
+    """Return the mean squared error of v-prediction of each clip: float32 [B].
+
+    The target is ``v = sqrt(a) noise - sqrt(1 - a) clean`` (arXiv 2202.00512), a the share of the signal's
+    power that is left at the timestep.
+
+    Args:
+        predicted_BX: the denoiser's output, of any float type.
+        clean_BX: the clips' latents.
+        noise_BX: the noise they were mixed with.
+        timesteps_B: int64.
+        scheduler: one of diffusers', for its noise schedule.
+    """
+    target_BX = scheduler.get_velocity(clean_BX, noise_BX, timesteps_B)
+    return mean_squares(predicted_BX, target_BX)
+
+
+def min_snr_weights(timesteps_B: Tensor, scheduler: Any, gamma: float) -> Tensor:
+    """Return min-SNR weights of v-prediction, ``min(snr, gamma) / (snr + 1)`` (arXiv 2303.09556, 3.4).
+
+    They go to zero with the signal. Upstream's `compute_snr` divides by snr instead, the form for
+    noise prediction, although Tango predicts velocities.
+    """
+    left_B = scheduler.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
+    snr_B = left_B / (1 - left_B)
+    weights_B: Tensor = snr_B.clamp(max=gamma) / (snr_B + 1)
+    return weights_B
