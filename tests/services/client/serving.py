@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -54,25 +53,25 @@ class Told:
 
     refusals: list[Refusal] = field(default_factory=list)
     """For the first calls, one each."""
-    slow: float = 0.0
-    """Seconds before each answer."""
+    answering: threading.Event = field(default_factory=threading.Event)
+    """Set, unless a test holds the answers back until it sets it."""
     max_clip_count: int = 3
     requests: list[Message] = field(default_factory=list)
-    moments: list[float] = field(default_factory=list)
-    """When each call came."""
     left: list[float] = field(default_factory=list)
     """What each call had left to its deadline."""
     metadata: list[dict[str, Any]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self.answering.set()
+
     def take(self, request: Message, context: grpc.ServicerContext) -> Refusal | None:
         with self.lock:
             self.requests.append(request)
-            self.moments.append(time.monotonic())
             self.left.append(context.time_remaining())
             self.metadata.append(dict(context.invocation_metadata()))
             refusal = self.refusals.pop(0) if self.refusals else None
-        time.sleep(self.slow)
+        self.answering.wait(60)
         if refusal is not None and not refusal.after:
             refuse(context, refusal)
         return refusal
@@ -217,6 +216,7 @@ def serving(
     try:
         yield f"{listen.rpartition(':')[0]}:{port}"
     finally:
+        told.answering.set()
         server.stop(0).wait()
 
 

@@ -22,6 +22,7 @@ from services.client import (
 from services.engine import Engine
 from services.errors import InvalidInputError, MilongaError, ServiceUnavailableError
 from tests.services.generation.serving import Serving, serving, tiny_engine
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,5 @@ def test_leaving_an_asynchronous_stream_cancels_it(served: Serving, engine: Engi
             await updates.aclose()
 
     asyncio.run(leave())
-    end = time.monotonic() + 5
-    while engine.stats.running and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: engine.stats.running == 0)
     assert engine.stats.cancelled == before + 1

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.client import AudioClient
+from services.client import AudioClient, Finished, Progress
 from services.errors import InvalidInputError, ModelNotFoundError, UnauthenticatedError
 from services.generation.serve import run
 from services.generation.settings import GenerationSettings
@@ -64,19 +63,25 @@ def _service(**settings: str) -> Iterator[tuple[subprocess.Popen[str], dict[str,
 
 
 def test_sigterm_drains_gracefully(folder: Path) -> None:
-    settings = {"MILONGA_DRAIN_DELAY_SECONDS": "0.3", "MILONGA_HEALTH_PORT": "0", "MILONGA_METRICS_PORT": "0"}
+    settings = {"MILONGA_DRAIN_DELAY_SECONDS": "1", "MILONGA_HEALTH_PORT": "0", "MILONGA_METRICS_PORT": "0"}
     with _service(MILONGA_MODEL=f"file:{folder}", **settings) as (process, ready, lines):
         made: list[object] = []
+        begun = threading.Event()
+
+        def generate_slowly(client: AudioClient) -> None:
+            for update in client.stream("a dog barks", num_inference_steps=200):
+                made.append(update)
+                if isinstance(update, Progress):
+                    begun.set()
+
         with (
             AudioClient(f"127.0.0.1:{ready['port']}", retries=0) as client,
             grpc.insecure_channel(f"127.0.0.1:{ready['health_port']}") as channel,
         ):
             client.get_model()
-            slow = threading.Thread(
-                target=lambda: made.append(client.generate("a dog barks", num_inference_steps=200))
-            )
+            slow = threading.Thread(target=generate_slowly, args=(client,))
             slow.start()
-            time.sleep(0.2)
+            assert begun.wait(60)
             process.send_signal(signal.SIGTERM)
             health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs know no rpc
             watch = health.Watch(health_pb2.HealthCheckRequest())
@@ -87,8 +92,8 @@ def test_sigterm_drains_gracefully(folder: Path) -> None:
                     break
             assert client.generate("a siren wails").clips  # still served while routers learn
             slow.join()
-        assert process.wait(10) == 0
-        assert len(made) == 1
+        assert process.wait(60) == 0
+        assert isinstance(made[-1], Finished)
         assert statuses[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
     events = [json.loads(line) for line in lines]
     assert events[0]["event"] == "settings"

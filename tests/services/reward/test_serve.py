@@ -158,7 +158,7 @@ def test_the_program_serves_until_sigterm(folders: tuple[Path, Path]) -> None:
                 assert "milonga.v1.RewardService" in listed(channel)
             process.send_signal(signal.SIGTERM)
             story = [line["event"] for line in log]
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             assert story == ["call", "draining", "stopped"]
         finally:
             process.kill()

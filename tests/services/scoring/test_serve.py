@@ -84,7 +84,7 @@ def test_the_program_serves_and_drains(uris: dict[str, str]) -> None:
                 assert stub.BatchEmbedText(pb.BatchEmbedTextRequest(prompts=["a dog"])).results
             process.send_signal(signal.SIGTERM)
             assert [line["event"] for line in lines][-1] == "stopped"
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

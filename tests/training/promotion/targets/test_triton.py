@@ -188,7 +188,7 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     assert (rate, len(waveform), made.model.digest) == (16_000, 1_600, world.second.digest)
     expected = 0.1 * np.sin(np.arange(1_600) * (1 + len(b"a dog barks") + 4))
     np.testing.assert_allclose(waveform, expected, atol=1e-3)
-    assert 0.0 < made.timings.total < 5.0
+    assert made.timings.total > 0.0
     with pytest.raises(InvalidInputError, match="num_inference_steps: is 0, must be between"):
         clips.generate("a dog barks", num_inference_steps=0)
     clips.close()
