@@ -109,7 +109,7 @@ def test_the_deadline_spans_all_tries(face: str, told: Told, target: str, waits:
     assert len(waits) == 3
     assert len(told.left) == 4
     for number, left in enumerate(told.left):
-        assert left < 6.1 - sum(waits[:number])
+        assert left < 1.05 * (6.0 - sum(waits[:number]))  # gRPC sends about what it is told
 
 
 def test_a_slow_service_meets_the_deadline(face: str, told: Told, target: str) -> None:
