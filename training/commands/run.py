@@ -1,11 +1,10 @@
-"""`milonga train run`: the whole loop, or a study of methods, from the command line.
+"""`milonga train run`: the whole loop, from the command line.
 
 milonga train run --recipe mini
 milonga train run --recipe tango2 --set preferences.captions.source=audiocaps.csv
-milonga train run --recipe mini-study
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,14 +12,10 @@ import typer
 
 if TYPE_CHECKING:
     from training.runs.run_recipes import LoopRun
-    from training.runs.study_recipes import StudyRun
 
 
 def run(
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", help="align, mini, smoke or tango2; a study: mini-study or study-smoke."),
-    ] = "mini",
+    recipe: Annotated[str, typer.Option("--recipe", help="align, mini, smoke or tango2.")] = "mini",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
     ] = None,
@@ -32,34 +27,24 @@ def run(
 ) -> None:
     """Run the whole loop: reward ▸ captions ▸ candidates ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
 
-    A study is SFT, DPO, BATON and rounds of DPO side by side, with several training seeds, and nothing is
-    registered. What is done is not done again: give the same command after whatever stopped it.
+    What is done is not done again: give the same command after whatever stopped it.
     """
     from training.loop.config import describe
-    from training.runs.study_recipes import StudyRun
 
     config = configured(recipe, settings or [])
     typer.echo(describe(config))
     if show:
         return
-    folder = output or Path("build/run") / config.name
-    if isinstance(config, StudyRun):
-        from training.runs.study import run_study
+    from training.runs.run import run_loop
 
-        lines = run_study(config, folder).lines
-    else:
-        from training.runs.run import run_loop
-
-        lines = run_loop(config, folder).lines
+    lines = run_loop(config, output or Path("build/run") / config.name).lines
     typer.echo("\n".join(["", *lines]))
 
 
-def configured(recipe: str, settings: Sequence[str]) -> "LoopRun | StudyRun":
-    """The whole config. Raises `InvalidInputError` where the recipe or a setting is none."""
+def configured(recipe: str, settings: Sequence[str]) -> "LoopRun":
+    """The whole config. Raises `InvalidInputError` where the recipe or a setting is unknown or wrong."""
     from training.loop.config import override
     from training.runs.recipes import recipe as named
-    from training.runs.run_recipes import RUNS, LoopRun
-    from training.runs.study_recipes import STUDIES, StudyRun
+    from training.runs.run_recipes import RUNS
 
-    recipes: Mapping[str, Callable[[], LoopRun | StudyRun]] = {**RUNS, **STUDIES}
-    return override(named(recipes, recipe), settings)
+    return override(named(RUNS, recipe), settings)

@@ -156,8 +156,9 @@ def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
     # Those beside it, if it names a group; else those that are spelt alike.
     group, dot, _ = name.rpartition(".")
     beside = [key for key in known if dot and key.startswith(f"{group}.")]
-    near = beside or difflib.get_close_matches(name, known, n=3, cutoff=0.6) or known
-    return f"is given as {text!r}, and no setting has this name; known: {', '.join(near)}"
+    near = beside or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    listed = f"known: {', '.join(near)}" if near else "--show lists all"
+    return f"is given as {text!r}, and no setting has this name; {listed}"
 
 
 def _path(source: str, location: Sequence[int | str]) -> str:

@@ -1,1 +1,1 @@
-"""Recipes, and the programs that run all stages: the loop and the study."""
+"""Recipes, and the whole loop."""

@@ -79,9 +79,9 @@ def test_only_what_was_asked_for_is_changed() -> None:
 
 
 def test_without_a_name_it_is_called_by_recipe_and_time() -> None:
-    job = filled_in(the_job(), Asked(recipe="mini-study"))
+    job = filled_in(the_job(), Asked(recipe="smoke"))
     assert submit._NAME.fullmatch(job["metadata"]["name"])
-    assert job["metadata"]["name"].startswith("mini-study-20")
+    assert job["metadata"]["name"].startswith("smoke-20")
     assert job["metadata"]["namespace"] == "milonga"
 
 
@@ -224,8 +224,8 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "code", "message"),
     [
         (["--recipe", "nonsense"], 2, "--recipe: is 'nonsense', must be one of align, mini"),
-        (["--set", "dpo.beta=x"], 2, "dpo.beta: is 'x', must be a number"),
-        (["--set", "dpo.beta=x", "--detach"], 2, "dpo.beta: is 'x', must be a number"),
+        (["--set", "dpo.beta=x"], 2, "dpo.beta: is 'x', must be a valid number"),
+        (["--set", "dpo.beta=x", "--detach"], 2, "dpo.beta: is 'x', must be a valid number"),
         (["--name", "A"], 2, "--name: is 'A', must be of lowercase"),
         (["--job", "none.yaml"], 2, "--job: none.yaml can't be read: "),
         (["--follow", "align-7", "--recipe", "align"], 2, "--follow: takes --namespace and --context, no"),

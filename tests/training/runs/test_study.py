@@ -1,4 +1,4 @@
-"""A study of methods, from pairs to tables: `milonga train run --recipe study-smoke`."""
+"""A study of methods, from pairs to tables: `python -m benchmarks.study --recipe study-smoke`."""
 
 import json
 from dataclasses import replace
@@ -10,15 +10,25 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.study import (
+    FREE,
+    RECIPES,
+    VARIANTS,
+    comparisons_of,
+    main,
+    name_of,
+    run_mini_study,
+    run_study,
+    run_study_smoke,
+    sampled_from,
+    training_of,
+)
+from benchmarks.study_tables import difference_table, figure_table, study_of, written_study
 from services.errors import InvalidInputError
-from training.commands.run import run
 from training.finetuning.baton import BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.loop.config import flatten, override
 from training.loop.run_folder import claim_folder
-from training.runs.study import FREE, comparisons_of, name_of, run_study, sampled_from, training_of
-from training.runs.study_recipes import STUDIES, VARIANTS, run_mini_study, run_study_smoke
-from training.runs.study_tables import difference_table, figure_table, study_of, written_study
 
 
 def test_the_smoke_study_ends_with_tables_and_is_not_done_twice(
@@ -147,12 +157,14 @@ def test_a_comparison_with_nobody_is_refused_before_any_training(store: str, tmp
     assert [path.name for path in (tmp_path / "study").iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_command_shows_the_settings_of_a_study(name: str) -> None:
     app = typer.Typer()
-    app.command()(run)
+    app.command()(main)
     shown = CliRunner().invoke(app, ["--recipe", name, "--set", "variants=sft,dpo", "--show"])
     assert f"name={name}\n" in shown.stdout and "variants=sft,dpo\n" in shown.stdout
+    wrong = CliRunner().invoke(app, ["--recipe", name, "--set", "variant=sft"])
+    assert wrong.exit_code == 2 and "known: variants" in wrong.stderr
 
 
 def interval(value: float, margin: float | None = 0.05) -> dict[str, float | None]:

@@ -1,13 +1,15 @@
 """A study of alignment methods: SFT, DPO, BATON and rounds of DPO from one start, side by side.
 
-    milonga train run --recipe mini-study
+    python -m benchmarks.study                              # hours; resumable
+    python -m benchmarks.study --set seeds=0 --show
+    python -m benchmarks.study --recipe study-smoke         # every stage in a few steps
 
 Pairs are made once; every method learns from them with each training seed; then all models, and the start,
-are heard on the same prompts and seeds. In ``--output``: `study.json`, `study.md` (the tables),
-`preferences/`, `seed-S/` with a model a method, and `evaluation/`. Logged to MLflow: a parent run, a child a
-stage. A study is no release, so it registers nothing.
+are evaluated on the same prompts and seeds. In ``--output`` (`build/run/NAME`): `study.json`, `study.md` (the
+tables), `preferences/`, `seed-S/` with a model a method, and `evaluation/`. Logged to MLflow: a parent run, a
+child run for each stage. A study is no release, so it registers nothing.
 
-Killed anywhere, the same call goes on. Seeds and methods may be added later: what is done stays.
+Killed anywhere, the same command goes on. Seeds and methods may be added later: what is done stays.
 """
 
 import json
@@ -15,21 +17,38 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, get_args
 
+import typer
+
+from benchmarks.study_tables import figures_of, study_of, written_study
+from services.environment import quiet_libraries
 from services.files import write_atomically
+from training.evaluation.config import (
+    EvaluationConfig,
+    Sampling,
+    WorldPrompts,
+    evaluation_mini,
+    evaluation_smoke,
+)
 from training.evaluation.evaluate import compared_names
+from training.exits import EXIT_CODES, exit_codes
 from training.finetuning.baton import BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
-from training.loop.config import flatten
+from training.loop.config import describe, flatten, override
 from training.loop.run_folder import claim_folder
-from training.preferences.pipeline import PreferencesConfig
+from training.preferences.pairs import PairsConfig
+from training.preferences.pipeline import PreferencesConfig, preferences_smoke
+from training.preferences.scores import ScoresConfig
+from training.runs.recipes import baton_mini, baton_smoke, dpo_mini, dpo_smoke, recipe, sft_mini, sft_smoke
+from training.runs.run_recipes import ranked_mini
 from training.runs.stages import Program, evaluation_stage, finetuning_stage, preferences_stage
-from training.runs.study_recipes import VARIANTS, StudyRun, Variant
-from training.runs.study_tables import figures_of, study_of, written_study
 from training.tracking.runs import Tracker
 
+Variant = Literal["sft", "dpo", "baton", "rounds"]
+VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
+"""In the order of the tables."""
 STUDY, TABLES = "study.json", "study.md"
 BASE = "base"
 """Name of the start."""
@@ -40,6 +59,104 @@ PRIMARY = "present_and_in_order"
 PROGRAMS: Final[Mapping[Variant, Program]] = {"sft": "sft", "dpo": "dpo", "baton": "baton", "rounds": "dpo"}
 BETWEEN: Final[tuple[tuple[Variant, Variant], ...]] = (("dpo", "sft"), ("rounds", "dpo"))
 """Methods that are compared with each other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRun:
+    """Alignment methods side by side: from one start, on the same pairs, each with several training seeds.
+
+    What links the stages (models, data sets, seeds, caches) is filled in from one to the next.
+    """
+
+    name: str
+    """Of the run, as its folder and in MLflow."""
+    preferences: PreferencesConfig
+    """Of the pairs that all methods learn from, sampled from the start."""
+    sft: SftTraining
+    """On the chosen clips."""
+    dpo: DpoTraining
+    """On the pairs; the reference is the start."""
+    baton: BatonTraining
+    """On the pairs' clips, each by its reward."""
+    second_preferences: PreferencesConfig
+    """Of the second round's pairs, sampled from what DPO made."""
+    second: DpoTraining
+    """DPO on them, from what DPO made, which is the reference as well (CRPO, arXiv 2412.21037)."""
+    evaluation: EvaluationConfig
+    start: str = "mini-base"
+    """URI of the model that is aligned."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings (`loop.seed`), one of each method for each."""
+    variants: tuple[Variant, ...] = VARIANTS
+    """Methods; `rounds` goes on from `dpo`."""
+    processes: int = 1
+    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}, must be 1 or more")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {_listed(self.seeds)}, must be different numbers, each 0 or more")
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants is {_listed(self.variants)}, must name methods, each once")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"variants has {_listed(unknown)}; there are {_listed(VARIANTS)}")
+        if "rounds" in self.variants and "dpo" not in self.variants:
+            raise ValueError(f"variants is {_listed(self.variants)}; rounds goes on from dpo, so add dpo")
+
+
+def run_mini_study() -> StudyRun:
+    """`mini-base` by every method, three training seeds each, and all of them on the test split.
+
+    The test split is touched here and nowhere else: settings are chosen on the validation split.
+    """
+    preferences = ranked_mini(per_cluster=40)
+    dpo = dpo_mini()
+    return StudyRun(
+        name="mini-study",
+        preferences=preferences,
+        sft=sft_mini(),
+        dpo=dpo,
+        baton=baton_mini(),
+        second_preferences=replace(ranked_mini(per_cluster=10), pairs=replace(preferences.pairs, margin=2.0)),
+        # As many passes over its fewer pairs as the first round made: 100 steps drifted far.
+        second=replace(dpo, epochs=10.0, loop=replace(dpo.loop, warmup=5, decay=0.75)),
+        evaluation=replace(
+            evaluation_mini(),
+            world=WorldPrompts(split="test", count=500),
+            seeds=2,
+            sampling=Sampling(num_inference_steps=12),
+            set_resamples=100,
+        ),
+    )
+
+
+def run_study_smoke() -> StudyRun:
+    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    smoke = preferences_smoke()
+    preferences = replace(
+        smoke,
+        candidates=replace(smoke.candidates, strategies=("1.2",)),
+        scores=ScoresConfig(reward="mini:reward"),
+        pairs=PairsConfig(mode="ranked", rank_by="reward"),
+    )
+    return StudyRun(
+        name="study-smoke",
+        preferences=preferences,
+        sft=sft_smoke(),
+        dpo=dpo_smoke(),
+        baton=replace(baton_smoke(), reward="mini:reward"),
+        second_preferences=preferences,
+        second=dpo_smoke(),
+        evaluation=evaluation_smoke(),
+        seeds=(0,),
+    )
+
+
+RECIPES: Final[Mapping[str, Callable[[], StudyRun]]] = {
+    "mini-study": run_mini_study,
+    "study-smoke": run_study_smoke,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,3 +292,34 @@ def outcome(study: Mapping[str, Any]) -> list[str]:
         for variant, means in study["means"].items()
         if before is not None and means.get(PRIMARY) is not None
     ]
+
+
+def main(
+    name: Annotated[
+        str, typer.Option("--recipe", help="mini-study, or study-smoke: in a few steps.")
+    ] = "mini-study",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of all stages.", show_default="build/run/NAME"),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+) -> None:
+    """Compare SFT, DPO, BATON and rounds of DPO, with several training seeds each."""
+    with exit_codes(EXIT_CODES):
+        config = override(recipe(RECIPES, name), settings or [])
+        typer.echo(describe(config))
+        if not show:
+            lines = run_study(config, output or Path("build/run") / config.name).lines
+            typer.echo("\n".join(["", *lines]))
+
+
+def _listed(items: tuple[object, ...] | list[Variant]) -> str:
+    return ",".join(map(str, items)) or "empty"
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    typer.run(main)
