@@ -1,4 +1,4 @@
-"""What the commands that change a cluster share: exit codes finer than other commands', and timed lines."""
+"""Exit codes and progress lines of the commands that change a cluster; finer than other commands' codes."""
 
 import os
 import time
@@ -22,7 +22,7 @@ from services.errors import (
 )
 
 ExitCodes = Mapping[type[BaseException], int]
-"""Exit code by error."""
+"""Exit code by error class."""
 
 EXIT_CODES: Final[ExitCodes] = MappingProxyType(
     {
@@ -37,16 +37,16 @@ EXIT_CODES: Final[ExitCodes] = MappingProxyType(
         KeyboardInterrupt: 130,
     }
 )
-"""Those that these commands share. Codes 3, 5, 7 and 8 are left to the commands."""
+"""Codes that these commands share. Each command defines its own 3, 5, 7 and 8."""
 
 
 def exit_code(error: BaseException, codes: ExitCodes) -> int:
-    """That of the nearest class; 1 for what is not there: our fault."""
+    """Return the code of the nearest base class in `codes`; 1, a bug, where there is none."""
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), 1)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for people, in one line."""
+    """Return the message of `error` in one line; with its class where it is not a `MilongaError`."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text = " ".join(str(error).split())
@@ -57,7 +57,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def exit_codes(codes: ExitCodes) -> Iterator[None]:
-    """End the command with one of `codes` where an error ends it, and say that in one line."""
+    """Print an error raised inside in one line, and end the command with its code in `codes`."""
     try:
         yield
     except (MilongaError, KeyboardInterrupt) as error:
@@ -68,10 +68,10 @@ def exit_codes(codes: ExitCodes) -> Iterator[None]:
 
 
 def timed_lines() -> Callable[[str], None]:
-    """Says lines to people, on standard error, with the seconds since now."""
+    """Return a function that prints a line to standard error, with the seconds since this call."""
     start = time.monotonic()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         typer.echo(f"{time.monotonic() - start:7.1f} s  {line}", err=True)
 
-    return tell
+    return report

@@ -1,1 +1,1 @@
-"""A training Job on Kubernetes: created, and followed to its end."""
+"""A training Job on Kubernetes: creation, and progress until it ends."""

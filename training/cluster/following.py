@@ -1,4 +1,8 @@
-"""What becomes of a Job, told as it comes about, with the log of its pod, until it is over."""
+"""Progress of a Job until it ends, with the log of its pod.
+
+Polls the Job, its pods and its events, in this order. `kubernetes.watch` would take more code: three streams
+whose events come in no common order, lists again after a lost connection, and the right to watch.
+"""
 
 import contextlib
 import queue
@@ -10,85 +14,85 @@ from typing import Final
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 from training.cluster.jobs import Jobs
-from training.cluster.namespace import ForbiddenError
-from training.cluster.pods import Json, condition, containers, how_it_ended, short, waits_for
+from training.cluster.namespace import ForbiddenError, Json
+from training.cluster.pods import condition, container_statuses, exit_summary, shorten, waiting_reason
 
 POLL_SECONDS: Final = 1.0
-"""Between two looks at a Job and its pods."""
+"""Time between two polls of a Job and its pods."""
 LOG_SECONDS: Final = 5.0
-"""How long a connection is given to bring the end of the log of a container that has ended."""
+"""Time for which the rest of the log of a terminated container is waited for."""
 WRONG_INPUT: Final = 2
-"""Exit code of `milonga` where trying again is of no use."""
+"""Exit code of `milonga` that a retry does not change."""
 
-_ORDINARY: Final = ("ContainerCreating", "PodInitializing")
-_TOLD_BY_PODS: Final = ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
-"""Reasons of events that say what a pod's own status says."""
+_USUAL_REASONS: Final = ("ContainerCreating", "PodInitializing")
+_REPEATED_REASONS: Final = ("FailedScheduling", "Failed", "BackOff", "InspectFailed")
+"""Reasons of events that repeat the status of a pod."""
 
 
 class JobFailedError(MilongaError):
-    """The Job failed, or is there no more."""
+    """The Job failed, or was deleted."""
 
 
 def follow(
     jobs: Jobs,
     job: Json,
     *,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     write: Callable[[str], None],
     poll_seconds: float = POLL_SECONDS,
 ) -> None:
-    """Return when the Job is complete.
+    """Report the progress of a Job and write its log; return when the Job is complete.
 
     Args:
-        jobs: its namespace.
-        job: as the API server gave it.
-        tell: says what goes on.
-        write: gets each line of the log of its pod.
+        jobs: namespace of the Job.
+        job: the Job as the API server returned it.
+        report: called with each line of progress.
+        write: called with each line of the log of the Job's pod.
         poll_seconds: see `POLL_SECONDS`.
 
     Raises:
-        InvalidInputError: it failed, since its input is wrong.
-        JobFailedError: it failed otherwise, or was deleted.
-        ServiceUnavailableError: the cluster does not answer any more, or does not let us look.
+        InvalidInputError: the Job failed because its input is wrong.
+        JobFailedError: the Job failed for another reason, or was deleted.
+        ServiceUnavailableError: the cluster no longer answers, or does not permit the calls.
     """
     name, uid = job["metadata"]["name"], job["metadata"]["uid"]
     container = job["spec"]["template"]["spec"]["containers"][0]["name"]
-    told: set[Hashable] = set()
+    reported: set[Hashable] = set()
     known: dict[str, Json] = {}
     log: Log | None = None
     while True:
         found = jobs.job(name)
-        # Looked at after the Job: they are at least as new, and tell why it has ended.
-        pods = [] if found is None else jobs.pods(uid)
+        deleted = found is None or found["metadata"]["uid"] != uid
+        # Read after the Job: its pods are at least as new, and show why it has ended.
+        pods = [] if deleted else jobs.pods(uid)
         known |= {pod["metadata"]["name"]: pod for pod in pods}
-        warnings = [] if found is None else _warnings(jobs, uid, pods)
-        if found is not None:
-            for key, line in news(found, _with_gone(known, pods), warnings):
-                if key not in told:
-                    told.add(key)
-                    tell(line)
-        log = _turned(log, jobs, pods, container, write)
-        if found is None or found["metadata"]["uid"] != uid or is_over(found):
+        if found is not None and not deleted:
+            for key, line in status_lines(found, _with_deleted(known, pods), _warnings(jobs, uid, pods)):
+                if key not in reported:
+                    reported.add(key)
+                    report(line)
+        log = _newest_log(log, jobs, pods, container, write)
+        if found is None or deleted or is_over(found):
             if log is not None:
                 log.finish()
-            if found is None or found["metadata"]["uid"] != uid:
-                raise JobFailedError(f"the Job {name} was deleted meanwhile")
-            fail(found, pods)
-            tell(f"the Job {name} is complete")
+            if found is None or deleted:
+                raise JobFailedError(f"the Job {name} was deleted")
+            raise_if_failed(found, pods)
+            report(f"the Job {name} is complete")
             return
         if log is None:
             time.sleep(poll_seconds)
         else:
-            log.pump(poll_seconds)
+            log.write_for(poll_seconds)
 
 
-def news(job: Json, pods: Sequence[Json], warnings: Sequence[Json]) -> Iterator[tuple[Hashable, str]]:
-    """All that can be told of a Job, in order, each line with a key that stays: most of it was told before.
+def status_lines(job: Json, pods: Sequence[Json], warnings: Sequence[Json]) -> Iterator[tuple[Hashable, str]]:
+    """Yield everything to report of a Job, in order: pairs of a stable key and a line.
 
     Args:
         job: the Job.
-        pods: oldest first, those that are gone among them as if they were being deleted.
-        warnings: events about it and its pods.
+        pods: its pods, oldest first; those that were deleted with a deletion timestamp.
+        warnings: events of the Job and its pods.
     """
     suspended = condition(job, "Suspended")
     if suspended.get("status") == "True":
@@ -97,47 +101,49 @@ def news(job: Json, pods: Sequence[Json], warnings: Sequence[Json]) -> Iterator[
     for pod in pods:
         name, status = pod["metadata"]["name"], pod.get("status") or {}
         if before is not None:
-            yield ("next", name), f"pod {name} goes on where {before} was, from its last checkpoint"
+            yield ("next", name), f"pod {name} replaces {before}, and resumes from its last checkpoint"
         if (node := pod["spec"].get("nodeName")) and status.get("phase") == "Pending":
-            yield ("node", name), f"pod {name} is on node {node}, and gets its image and volumes"
-        if text := pending(pod):
+            yield ("node", name), f"pod {name} is on node {node}, pulling its image and mounting volumes"
+        if text := pending_reason(pod):
             yield (name, text), f"pod {name}: {text}"
         if status.get("phase") == "Running":
             yield ("runs", name), f"pod {name} runs" + (f" on node {node}" if node else "")
-        if (why := lost(pod)) is not None:
+        if (why := loss_reason(pod)) is not None:
             yield ("lost", name), f"pod {name} lost ({why})"
             before = name
     for event in warnings:
         about, reason = event["involvedObject"], event.get("reason", "")
-        if reason not in _TOLD_BY_PODS:
+        if reason not in _REPEATED_REASONS:
             yield (
                 (about["name"], reason),
-                f"{about['kind']} {about['name']}: {reason}: {short(event.get('message', ''))}",
+                f"{about['kind']} {about['name']}: {reason}: {shorten(event.get('message', ''))}",
             )
 
 
-def pending(pod: Json) -> str | None:
-    """What a pod waits for that may not come by itself; None where it is only being started."""
+def pending_reason(pod: Json) -> str | None:
+    """Return what a pending pod waits for; None where it is not pending, or only starting."""
     if (pod.get("status") or {}).get("phase") != "Pending":
         return None
-    reasons = [(one.get("state") or {}).get("waiting", {}).get("reason") for _, one in containers(pod)]
-    stuck = any(reason and reason not in _ORDINARY for reason in reasons)
-    return waits_for(pod) if stuck or condition(pod, "PodScheduled").get("status") == "False" else None
+    states = [one.get("state") or {} for _, one in container_statuses(pod)]
+    reasons = [state.get("waiting", {}).get("reason") for state in states]
+    stuck = any(reason and reason not in _USUAL_REASONS for reason in reasons)
+    unscheduled = condition(pod, "PodScheduled").get("status") == "False"
+    return waiting_reason(pod) if stuck or unscheduled else None
 
 
-def lost(pod: Json) -> str | None:
-    """Why a pod has ended before its work was done; None where it has not."""
+def loss_reason(pod: Json) -> str | None:
+    """Return why a pod ended before its work was done; None where it did not."""
     status, deleted = pod.get("status") or {}, pod["metadata"].get("deletionTimestamp")
     if status.get("phase") == "Succeeded" or not (status.get("phase") == "Failed" or deleted):
         return None
-    taken = condition(pod, "DisruptionTarget")
-    for one in (taken if taken.get("status") == "True" else {}, status):
+    disruption = condition(pod, "DisruptionTarget")
+    for one in (disruption if disruption.get("status") == "True" else {}, status):
         if one.get("reason"):
-            return f"{one['reason']}: {short(one.get('message', ''))}".removesuffix(": ")
+            return f"{one['reason']}: {shorten(one.get('message', ''))}".removesuffix(": ")
     if deleted:
         return "deleted"
-    end = _bad_end(pod)
-    return how_it_ended(end) if end else "nobody says why"
+    terminated = _failed_state(pod)
+    return exit_summary(terminated) if terminated else "no reason given"
 
 
 def is_over(job: Json) -> bool:
@@ -145,94 +151,94 @@ def is_over(job: Json) -> bool:
     return any(condition(job, kind).get("status") == "True" for kind in ("Complete", "Failed"))
 
 
-def fail(job: Json, pods: Sequence[Json]) -> None:
-    """Raise, in the words of its last pod, where a Job that is over has failed."""
+def raise_if_failed(job: Json, pods: Sequence[Json]) -> None:
+    """Raise, with the last lost pod's reason, where a Job that is over has failed."""
     failed, name = condition(job, "Failed"), job["metadata"]["name"]
     if failed.get("status") != "True":
         return
-    rule = f"{failed.get('reason', '')}: {short(failed.get('message', ''))}".strip(": ")
-    ends = [(pod, why) for pod in pods if (why := lost(pod)) is not None]
-    if not ends:
+    rule = f"{failed.get('reason', '')}: {shorten(failed.get('message', ''))}".strip(": ")
+    losses = [(pod, why) for pod in pods if (why := loss_reason(pod)) is not None]
+    if not losses:
         raise JobFailedError(f"the Job {name} failed: {rule}")
-    pod, why = ends[-1]
+    pod, why = losses[-1]
     text = f"failed: pod {pod['metadata']['name']}: {why} ({rule})"
-    if _bad_end(pod).get("exitCode") == WRONG_INPUT:
+    if _failed_state(pod).get("exitCode") == WRONG_INPUT:
         raise InvalidInputError(FieldViolation(f"the Job {name}", text))
     raise JobFailedError(f"the Job {name} {text}")
 
 
 @dataclass
 class Log:
-    """What a pod's container writes: each line once, over as many connections as it takes."""
+    """The log of a pod's container: each line written once, over any number of connections."""
 
     jobs: Jobs
     pod: str
     container: str
     write: Callable[[str], None]
-    _come: queue.SimpleQueue[str | ForbiddenError] = field(default_factory=queue.SimpleQueue)
+    _received: queue.SimpleQueue[str | ForbiddenError] = field(default_factory=queue.SimpleQueue)
     _thread: threading.Thread | None = None
     _seen: set[int] = field(default_factory=set)
-    """Of lines with their times: each connection begins at the beginning."""
+    """Hashes of the lines with their timestamps: each connection starts at the first line."""
 
-    def pump(self, seconds: float) -> None:
-        """Write what comes in that time. Raises `ForbiddenError` where logs are not for us."""
+    def write_for(self, seconds: float) -> None:
+        """Write the lines that arrive within `seconds`. Raises `ForbiddenError` without the right."""
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._listen, name=f"log-of-{self.pod}", daemon=True)
+            self._thread = threading.Thread(target=self._receive, name=f"log-of-{self.pod}", daemon=True)
             self._thread.start()
         end = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
             while (left := end - time.monotonic()) > 0:
-                self._take(self._come.get(timeout=left))
+                self._write_new(self._received.get(timeout=left))
 
     def finish(self) -> None:
-        """Write what is left, as far as it can still be had."""
+        """Write the rest, as far as it is still available."""
         if self._thread is not None:
             self._thread.join(LOG_SECONDS)
         with contextlib.suppress(queue.Empty):
             while True:
-                self._take(self._come.get_nowait())
+                self._write_new(self._received.get_nowait())
         with contextlib.suppress(MilongaError):  # the pod may be gone, and its node
             for line in self.jobs.log(self.pod, self.container, follow=False):
-                self._take(line)
+                self._write_new(line)
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         try:
             for line in self.jobs.log(self.pod, self.container, follow=True):
-                self._come.put(line)
+                self._received.put(line)
         except ForbiddenError as error:
-            self._come.put(error)
+            self._received.put(error)
         except MilongaError:
-            pass  # connected again at the next look, if there is still something to hear
+            pass  # `write_for` connects again
 
-    def _take(self, come: str | ForbiddenError) -> None:
-        if isinstance(come, ForbiddenError):
-            raise come
-        if hash(come) not in self._seen:
-            self._seen.add(hash(come))
-            self.write(come.partition(" ")[2])
+    def _write_new(self, received: str | ForbiddenError) -> None:
+        if isinstance(received, ForbiddenError):
+            raise received
+        if hash(received) not in self._seen:
+            self._seen.add(hash(received))
+            self.write(received.partition(" ")[2])
 
 
-def _turned(
+def _newest_log(
     log: Log | None, jobs: Jobs, pods: Sequence[Json], container: str, write: Callable[[str], None]
 ) -> Log | None:
-    """The log of the newest pod that has begun to work."""
-    begun = [pod["metadata"]["name"] for pod in pods if _has_begun(pod, container)]
-    if not begun or (log is not None and log.pod == begun[-1]):
+    """The log of the newest pod whose container has started. `log` is finished where that is another."""
+    started = [pod["metadata"]["name"] for pod in pods if _has_started(pod, container)]
+    if not started or (log is not None and log.pod == started[-1]):
         return log
     if log is not None:
         log.finish()
-    return Log(jobs, begun[-1], container, write)
+    return Log(jobs, started[-1], container, write)
 
 
-def _has_begun(pod: Json, container: str) -> bool:
+def _has_started(pod: Json, container: str) -> bool:
     return any(
-        status["name"] == container and (status.get("state") or {}).keys() & {"running", "terminated"}
-        for _, status in containers(pod)
+        status["name"] == container and bool((status.get("state") or {}).keys() & {"running", "terminated"})
+        for _, status in container_statuses(pod)
     )
 
 
 def _warnings(jobs: Jobs, uid: str, pods: Sequence[Json]) -> list[Json]:
-    """Events about the Job and those of its pods that wait, unless one works."""
+    """Events of the Job and of its pending pods, unless a pod runs."""
     phases = [(pod.get("status") or {}).get("phase") for pod in pods]
     if {"Running", "Succeeded"} & {*phases}:
         return []
@@ -240,16 +246,16 @@ def _warnings(jobs: Jobs, uid: str, pods: Sequence[Json]) -> list[Json]:
     return [event for one in (uid, *waiting) for event in jobs.warnings(one)]
 
 
-def _with_gone(known: dict[str, Json], pods: Sequence[Json]) -> list[Json]:
-    """All pods that were ever seen, oldest first."""
-    there = {pod["metadata"]["name"] for pod in pods}
+def _with_deleted(known: dict[str, Json], pods: Sequence[Json]) -> list[Json]:
+    """All pods ever seen, oldest first; those not in `pods` with a deletion timestamp."""
+    existing = {pod["metadata"]["name"] for pod in pods}
     return [
-        pod if name in there else {**pod, "metadata": {**pod["metadata"], "deletionTimestamp": "gone"}}
+        pod if name in existing else {**pod, "metadata": {**pod["metadata"], "deletionTimestamp": "gone"}}
         for name, pod in known.items()
     ]
 
 
-def _bad_end(pod: Json) -> Json:
-    """The state of a pod's container that ended with an exit code other than 0; empty where none did."""
-    ends = [(one.get("state") or {}).get("terminated") or {} for _, one in containers(pod)]
+def _failed_state(pod: Json) -> Json:
+    """The state of the first container that ended with an exit code other than 0; else an empty dict."""
+    ends = [(one.get("state") or {}).get("terminated") or {} for _, one in container_statuses(pod)]
     return next((one for one in ends if one.get("exitCode")), {})

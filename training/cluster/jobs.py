@@ -1,6 +1,6 @@
-"""The few calls of the Kubernetes API that `milonga train submit` makes, as plain JSON.
+"""The calls of the Kubernetes API that `milonga train submit` makes, as plain JSON.
 
-What a Role must allow stands with each; nothing else is called.
+Each docstring names the right that a Role must grant; no other call is made.
 """
 
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from typing import Any, ClassVar, Final
 from training.cluster.namespace import RAW, TIMEOUT_SECONDS, Json, Namespace
 
 FIELD_MANAGER: Final = "milonga-train"
-"""Who made a Job, among the fields' managers."""
+"""Field manager of the Jobs that are created."""
 QUIET_SECONDS: Final = 300.0
-"""How long a container may write nothing before its log is asked for anew: the connection may be dead."""
+"""Time without a log line after which the connection counts as dead, and is opened again."""
 
 
 class Jobs(Namespace):
-    """The Jobs of a namespace, and what becomes of them."""
+    """The Jobs of a namespace, with their pods, events and logs."""
 
     RIGHTS: ClassVar[str] = "docs/training.md"
 
     def create(self, job: Json, *, dry_run: bool = False) -> Json | None:
-        """Make a Job; None where there is no such namespace. Role: create of jobs.
+        """Create a Job; return it, or None where the namespace does not exist. Role: create of jobs.
 
-        Raises `ConflictError` where there is one of that name, `RequestRefusedError` where it is none.
+        Raises `ConflictError` where the name is taken, `RequestRefusedError` where the manifest is invalid.
         """
         return self._call(
             lambda: self._batch.create_namespaced_job(
@@ -36,11 +36,11 @@ class Jobs(Namespace):
         )
 
     def job(self, name: str) -> Json | None:
-        """A Job; None where there is none. Role: get of jobs."""
+        """Return a Job, or None where there is none of that name. Role: get of jobs."""
         return self._call(lambda: self._batch.read_namespaced_job(name, self.namespace, **RAW))
 
     def pods(self, uid: str) -> list[Json]:
-        """The pods of the Job with this uid, oldest first. Role: list of pods."""
+        """Return the pods of the Job with this uid, oldest first. Role: list of pods."""
         found = self._found(
             self.title,
             lambda: self._core.list_namespaced_pod(
@@ -50,7 +50,7 @@ class Jobs(Namespace):
         return sorted(found["items"], key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
 
     def warnings(self, uid: str) -> list[Json]:
-        """Events of type Warning about the object with this uid. Role: list of events."""
+        """Return the events of type Warning about the object with this uid. Role: list of events."""
         found = self._found(
             self.title,
             lambda: self._core.list_namespaced_event(
@@ -61,10 +61,10 @@ class Jobs(Namespace):
         return items
 
     def log(self, pod: str, container: str, *, follow: bool) -> Iterator[str]:
-        """The lines that a container has written, each after its time; with `follow` to its end.
+        """Yield the lines of a container's log, each after its timestamp; with `follow` until it ends.
 
-        They end early where the connection does. Role: get of pods/log. Raises as other calls do, for what is
-        not there nothing.
+        Ends early where the connection is lost, and yields nothing where there is no such container. Raises
+        as other calls do. Role: get of pods/log.
         """
         seconds = (TIMEOUT_SECONDS[0], QUIET_SECONDS if follow else TIMEOUT_SECONDS[1])
         raw = {**RAW, "_request_timeout": seconds}

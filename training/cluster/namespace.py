@@ -1,6 +1,6 @@
-"""A namespace of a Kubernetes cluster: how it is reached by the official client, and what its errors mean.
+"""Connection to a namespace of a Kubernetes cluster by the official client, its retries and its errors.
 
-What is called there stands in the modules that call it, each with what a Role must allow.
+The calls themselves are in subclasses of `Namespace`, each with the right that a Role must grant.
 """
 
 import json
@@ -19,27 +19,27 @@ Json = dict[str, Any]
 """An object of the API."""
 
 TIMEOUT_SECONDS: Final = (5.0, 20.0)
-"""To connect, and to wait for an answer."""
+"""Timeouts of connecting and of reading."""
 PATIENCE_SECONDS: Final = 30.0
-"""How long an API server that does not answer is asked again, once it has answered."""
+"""Time for which a failed call is tried again, if the API server has answered before."""
 
 RAW: Final[Mapping[str, Any]] = {"_preload_content": False, "_request_timeout": TIMEOUT_SECONDS}
-"""Arguments of every call: its answer as it came."""
+"""Arguments of every call: the answer unparsed."""
 
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _AGAIN: Final = (429, 500, 502, 503, 504)
 
 
 class ForbiddenError(ServiceUnavailableError):
-    """Whoever we are to the cluster may not do this."""
+    """The account lacks the right to do this."""
 
 
 class ConflictError(MilongaError):
-    """The object was changed since it was read, or is there already. Caught where it can come about."""
+    """The object was changed since it was read, or exists already. Caught by the callers."""
 
 
 class RequestRefusedError(MilongaError):
-    """The API server does not take what was sent. `reason` is its own."""
+    """The API server refuses the request as invalid. `reason` is the server's message."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -49,17 +49,17 @@ class RequestRefusedError(MilongaError):
 EXIT_CODES: Final[exits.ExitCodes] = MappingProxyType(
     {**exits.EXIT_CODES, RequestRefusedError: 6, ConflictError: 6}
 )
-"""Those that every command that changes a cluster shares."""
+"""Exit codes that all commands on a cluster share."""
 
 
 class Namespace:
-    """A namespace of a cluster: what calls it derives from this.
+    """A namespace of a cluster. Subclasses add the calls.
 
     Every call raises `ServiceUnavailableError` where the API server does not answer, or forbids it.
     """
 
     RIGHTS: ClassVar[str]
-    """The page that says which rights are needed."""
+    """Page of the documentation that lists the rights needed."""
 
     def __init__(
         self, namespace: str, *, configuration: Any, where: str, patience: float = PATIENCE_SECONDS
@@ -67,9 +67,9 @@ class Namespace:
         """Nothing is called yet.
 
         Args:
-            namespace: of everything that is asked for.
-            configuration: of the client, as `connect` makes it.
-            where: the cluster, for people.
+            namespace: name of the namespace.
+            configuration: the client's configuration, as `connect` makes it.
+            where: name of the cluster in messages.
             patience: see `PATIENCE_SECONDS`.
         """
         from kubernetes import client
@@ -77,13 +77,13 @@ class Namespace:
         self.namespace, self.where = namespace, where
         self.configuration = configuration
         self._patience, self._answered = patience, False
-        # Called by other threads as well, and a client is not for two.
+        # Other threads call as well, and a client is not thread-safe.
         self._local = threading.local()
         self._client = client
 
     @property
     def title(self) -> str:
-        """The namespace, for people."""
+        """The namespace as messages name it."""
         return f"the namespace {self.namespace}"
 
     @property
@@ -97,7 +97,7 @@ class Namespace:
         return self._local.api
 
     def _found(self, what: str, call: Callable[[], Any], patience: float | None = None) -> Json:
-        """The answer, which must be there."""
+        """Return the answer; raise `InvalidInputError` where the object does not exist."""
         answer = self._call(call, patience)
         if answer is None:
             place = self.where
@@ -111,9 +111,9 @@ class Namespace:
         return answer
 
     def _call(self, call: Callable[[], Any], patience: float | None = None) -> Json | None:
-        """The answer as JSON; None for 404. What may come right is asked again, for a while.
+        """Return the answer as JSON; None for 404. Try again, for up to `patience` s, what may be transient.
 
-        `patience` is how long that is at most. What `call` itself raises of ours is passed on.
+        A `MilongaError` that `call` raises is passed on.
         """
         end = time.monotonic() + min(self._patience, self._patience if patience is None else patience)
         wait = 0.25
@@ -136,7 +136,7 @@ class Namespace:
                 return answer
 
     def _explained(self, error: Exception) -> MilongaError | None:
-        """The error as ours; None where something is not there."""
+        """Convert the client's error to a `MilongaError`; None for 404."""
         status = _status(error)
         reason = _reason(error)
         if status == 404:
@@ -150,7 +150,7 @@ class Namespace:
             )
         if status is not None and 400 <= status < 500 and status != 429:
             return RequestRefusedError(
-                f"{self.where} refused a request of ours ({status}): {reason}", reason=reason
+                f"{self.where} refused a request as invalid ({status}): {reason}", reason=reason
             )
         return ServiceUnavailableError(
             f"{self.where} can't be reached: {reason}; start it, or give another --context"
@@ -168,9 +168,9 @@ def connect(
     patience: float = PATIENCE_SECONDS,
     otherwise: str = "",
 ) -> Kind:
-    """A namespace of the cluster that we run in, or of the one that kubeconfig names.
+    """Connect to a namespace of the cluster of this pod, or of the one that kubeconfig names.
 
-    `otherwise` ends the sentence that says what to do where there is none.
+    `otherwise` is appended to the remedy in the error's message.
 
     Raises `InvalidInputError` where there is neither, or no such context.
     """
@@ -182,7 +182,7 @@ def connect(
             config.load_incluster_config(client_configuration=configuration)
             where = "the cluster"
         else:
-            # The client reads KUBECONFIG too, but when it is imported.
+            # The client reads KUBECONFIG only once, on import.
             files = os.environ.get("KUBECONFIG", config.KUBE_CONFIG_DEFAULT_LOCATION)
             config.load_kube_config(files, context, configuration)
             where = f"the cluster {configuration.host}"
@@ -195,23 +195,23 @@ def connect(
                 f"KUBECONFIG, or give --context{otherwise}",
             )
         ) from error
-    configuration.retries = False  # ours know what may be asked again
+    configuration.retries = False  # `Namespace._call` knows which calls may be tried again
     return kind(namespace, configuration=configuration, where=where, patience=patience)
 
 
 def in_cluster() -> bool:
-    """Whether we run in a pod, which reaches other pods and Services by itself."""
+    """Whether this process runs in a pod, which can connect to other pods and to Services directly."""
     return (_SERVICE_ACCOUNT / "token").exists()
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status; None where none came. The client hides that of a websocket's handshake."""
+    """HTTP status; None where there was no answer. The client hides the status of a websocket's handshake."""
     status = getattr(error, "status", None) or getattr(error.__context__, "status_code", None)
     return status if isinstance(status, int) and status else None
 
 
 def _reason(error: Exception) -> str:
-    """What the API server says, or why it says nothing."""
+    """The API server's message, or the reason why there is none."""
     try:
         text = getattr(error, "body", None) or getattr(error.__context__, "resp_body", None)
         body: Mapping[str, Any] = json.loads(text or "")

@@ -1,15 +1,15 @@
-"""What the API says of pods, in words. Pure."""
+"""Descriptions of pods in words, from the API's JSON. Pure functions."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
-Json = Mapping[str, Any]
+from training.cluster.namespace import Json
 
 _MESSAGE_CHARACTERS: Final = 400
 
 
-def containers(pod: Json) -> Iterator[tuple[str, Json]]:
-    """Each container's status, with its kind."""
+def container_statuses(pod: Json) -> Iterator[tuple[str, Json]]:
+    """Yield kind (``init container`` or ``container``) and status of each container."""
     status = pod.get("status") or {}
     for one in status.get("initContainerStatuses") or ():
         yield "init container", one
@@ -17,30 +17,30 @@ def containers(pod: Json) -> Iterator[tuple[str, Json]]:
         yield "container", one
 
 
-def how_it_ended(ended: Json) -> str:
-    """Exit code, reason and last words of a container's state ``terminated``."""
-    reason = ended.get("reason", "Error")
-    what = f"exit code {ended['exitCode']}" + ("" if reason == "Error" else f" ({reason})")
-    message = _last_words(ended.get("message", ""))
+def exit_summary(terminated: Json) -> str:
+    """Return exit code, reason and last error line of a container's state ``terminated``."""
+    reason = terminated.get("reason", "Error")
+    what = f"exit code {terminated['exitCode']}" + ("" if reason == "Error" else f" ({reason})")
+    message = _error_line(terminated.get("message", ""))
     return f"{what}: {message}" if message else what
 
 
-def _last_words(log: str) -> str:
-    """Of the end of a log: the refusal, if there is one, else the last line."""
+def _error_line(log: str) -> str:
+    """The last line of `log` that begins with ``error:``, else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    refusals = [line for line in lines if line.startswith("error: ")]
-    return short((refusals or lines or [""])[-1].removeprefix("error: "))
+    errors = [line for line in lines if line.startswith("error: ")]
+    return shorten((errors or lines or [""])[-1].removeprefix("error: "))
 
 
-def waits_for(pod: Json) -> str:
-    """What a pod that is not ready waits for."""
+def waiting_reason(pod: Json) -> str:
+    """Return why a pod is not ready."""
     scheduled = condition(pod, "PodScheduled")
     if scheduled.get("status") == "False":
-        return f"{scheduled.get('reason', 'not scheduled')}: {short(scheduled.get('message', ''))}"
-    for kind, status in containers(pod):
+        return f"{scheduled.get('reason', 'not scheduled')}: {shorten(scheduled.get('message', ''))}"
+    for kind, status in container_statuses(pod):
         state = status.get("state") or {}
         if waiting := state.get("waiting"):
-            why = f"{waiting.get('reason', '')} {short(waiting.get('message', ''))}".strip()
+            why = f"{waiting.get('reason', '')} {shorten(waiting.get('message', ''))}".strip()
             return f"{kind} {status['name']} waits: {why}"
         if kind == "init container" and "running" in state:
             return f"{kind} {status['name']} is running"
@@ -50,11 +50,11 @@ def waits_for(pod: Json) -> str:
 
 
 def condition(thing: Json, kind: str) -> Json:
-    """The condition of that type of a pod, or of another object; empty where it has none."""
+    """Return the condition of type `kind` of a pod or another object; an empty dict where it has none."""
     conditions = (thing.get("status") or {}).get("conditions") or ()
     return next((one for one in conditions if one.get("type") == kind), {})
 
 
-def short(text: str) -> str:
-    """A message as one line that is not too long."""
+def shorten(text: str) -> str:
+    """Return `text` in one line of at most 400 characters."""
     return " ".join(str(text).split())[:_MESSAGE_CHARACTERS]

@@ -1,6 +1,6 @@
-"""The training Job: its manifest, with the recipe and the settings that were asked for, and its creation.
+"""The training Job: its manifest, overridden by the command's options, and its creation.
 
-The manifest is `k8s/jobs/align.yaml`, which `kubectl create -f` takes as well, or a file of the user's own.
+The manifest is `k8s/jobs/align.yaml`, which `kubectl create -f` accepts unchanged, or the user's own file.
 """
 
 import datetime
@@ -21,14 +21,14 @@ from training.cluster.pods import condition
 from training.exits import ExitCodes
 
 JOB: Final = "align"
-"""Which of several Jobs is meant."""
+"""Name of the Job that is taken where a manifest holds several."""
 NAMESPACE: Final = "milonga"
-"""Of a manifest that names none."""
+"""Default namespace."""
 SUBMISSION: Final = "milonga.dev/submission"
-"""Annotation of a Job: which submission made it."""
+"""Annotation of a Job: a random token per submission, which identifies a Job that this process created."""
 
-# Beside this module in a wheel, among the other manifests in the repository.
-_PLACES: Final = (
+# In a wheel beside this module, in the repository among the other manifests.
+_PATHS: Final = (
     Path(__file__).with_name("align.yaml"),
     Path(__file__).parents[2] / "k8s" / "jobs" / "align.yaml",
 )
@@ -37,66 +37,70 @@ _COMMAND: Final = ["train", "run"]
 
 
 class JobExistsError(MilongaError):
-    """There is a Job of that name."""
+    """A Job of that name exists."""
 
 
 EXIT_CODES: Final[ExitCodes] = MappingProxyType({**CLUSTER_EXIT_CODES, JobFailedError: 4, JobExistsError: 5})
-"""Exit code of `milonga train submit` by error: those of `training.cluster.namespace`, and its own."""
+"""Exit code of `milonga train submit` by error class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What a Job is to run, as far as its manifest does not say it already."""
+class JobOverrides:
+    """Values that replace those of a Job's manifest."""
 
     recipe: str | None = None
-    """None: the manifest's."""
+    """Recipe of the run; None: the manifest's."""
     settings: Sequence[str] = ()
-    """``NAME=VALUE``, after those of the manifest: of two for one name the last holds."""
+    """Settings ``NAME=VALUE``, appended to the manifest's: the last of several for one name holds."""
     name: str | None = None
-    """Of the Job, and of the run's folder on its volume. None: recipe and time."""
+    """Name of the Job, and of the run's folder on its volume. None: recipe and time."""
     image: str | None = None
-    """None: the manifest's."""
+    """Image of the container; None: the manifest's."""
     namespace: str | None = None
-    """None: the manifest's."""
+    """Kubernetes namespace; None: the manifest's."""
 
 
-def read_manifest(place: Path | None, stdin: TextIO) -> Json:
-    """The Job in the file `place`, in `stdin` where that is ``-``, or else the training Job as it is.
+def read_manifest(path: Path | None, stdin: TextIO) -> Json:
+    """Return the Job of the file `path`, of `stdin` where that is ``-``, or of `k8s/jobs/align.yaml`.
 
-    Raises `InvalidInputError` where there is none, or none that could be meant.
+    Raises `InvalidInputError` where there is no training Job, or more than one.
     """
     import yaml  # type: ignore[import-untyped]
 
-    path = next((one for one in _PLACES if one.exists()), _PLACES[0]) if place is None else place
+    if path is None:
+        path = next((one for one in _PATHS if one.exists()), _PATHS[0])
     where = "standard input" if str(path) == "-" else str(path)
     try:
         text = stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
         objects = [one for one in yaml.safe_load_all(text) if isinstance(one, dict)]
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _wrong(f"{where} can't be read: {' '.join(str(error).split())[:200]}") from error
+        raise _invalid_manifest(f"{where} can't be read: {' '.join(str(error).split())[:200]}") from error
     found = {_name(one): one for one in objects if one.get("kind") == "Job"}
     job = next(iter(found.values())) if len(found) == 1 else found.get(JOB)
     if job is None:
         names = ", ".join(found) or "none"
-        raise _wrong(f"{where} holds the Jobs {names}; expected one of them, or one that is called {JOB}")
+        raise _invalid_manifest(f"{where} has the Jobs {names}; expected exactly one, or one named {JOB}")
     _arguments(job)
     return job
 
 
-def recipe_and_settings(job: Mapping[str, Any], asked: Asked) -> tuple[str, list[str]]:
-    """What the Job will be run with: as `milonga train run` gets it."""
+def recipe_and_settings(job: Mapping[str, Any], overrides: JobOverrides) -> tuple[str, list[str]]:
+    """Return the recipe and the settings that the Job passes to `milonga train run`."""
     own = _values(_arguments(job), "--recipe")
-    return asked.recipe or (own or ["mini"])[-1], [*_values(_arguments(job), "--set"), *asked.settings]
+    return overrides.recipe or (own or ["mini"])[-1], [
+        *_values(_arguments(job), "--set"),
+        *overrides.settings,
+    ]
 
 
-def filled_in(job: Json, asked: Asked) -> Json:
-    """The Job as it is sent. `job` is left as it was.
+def with_overrides(job: Json, overrides: JobOverrides) -> Json:
+    """Return a copy of the manifest `job` with the overrides, a name and a submission token.
 
-    Raises `InvalidInputError` for a name that can't be one.
+    Raises `InvalidInputError` for an invalid name.
     """
-    recipe, _ = recipe_and_settings(job, asked)
+    recipe, _ = recipe_and_settings(job, overrides)
     now = datetime.datetime.now(datetime.UTC)
-    name = asked.name or f"{recipe}-{now:%Y%m%d-%H%M%S}"
+    name = overrides.name or f"{recipe}-{now:%Y%m%d-%H%M%S}"
     if not _NAME.fullmatch(name):
         raise InvalidInputError(
             FieldViolation(
@@ -107,26 +111,26 @@ def filled_in(job: Json, asked: Asked) -> Json:
     metadata = {key: value for key, value in given.items() if key != "generateName"}
     metadata |= {
         "name": name,
-        "namespace": asked.namespace or metadata.get("namespace", NAMESPACE),
+        "namespace": overrides.namespace or metadata.get("namespace", NAMESPACE),
         "annotations": {**(metadata.get("annotations") or {}), SUBMISSION: secrets.token_hex(8)},
     }
     template = job["spec"]["template"]
     first, *others = template["spec"]["containers"]
-    # Else the kubelet would put in what it knows by that name.
-    settings = [f"--set={one.replace('$(', '$$(')}" for one in asked.settings]
+    # $(NAME) would be expanded by the kubelet.
+    settings = [f"--set={one.replace('$(', '$$(')}" for one in overrides.settings]
     args = [*_COMMAND, f"--recipe={recipe}", *_without_recipe(_arguments(job)), *settings]
-    first = {**first, "args": args, **({"image": asked.image} if asked.image else {})}
+    first = {**first, "args": args, **({"image": overrides.image} if overrides.image else {})}
     pod = {**template["spec"], "containers": [first, *others]}
     return {**job, "metadata": metadata, "spec": {**job["spec"], "template": {**template, "spec": pod}}}
 
 
 def create(jobs: Jobs, job: Json, *, dry_run: bool = False, context: str | None = None) -> Json:
-    """Make the Job, and return it as it now is. `context` is for what is said.
+    """Create the Job, and return it as the API server does. `context` appears in error messages only.
 
     Raises:
-        InvalidInputError: there is no such namespace, or the API server refuses the manifest.
-        JobExistsError: another one has that name.
-        ServiceUnavailableError: the cluster does not answer, or does not let us.
+        InvalidInputError: the namespace does not exist, or the API server refuses the manifest.
+        JobExistsError: another Job has that name.
+        ServiceUnavailableError: the cluster does not answer, or does not permit it.
     """
     name = job["metadata"]["name"]
     try:
@@ -134,18 +138,18 @@ def create(jobs: Jobs, job: Json, *, dry_run: bool = False, context: str | None 
     except ConflictError as error:
         there = jobs.job(name)
         if there is not None and _submission(there) == _submission(job):
-            return there  # ours: the answer got lost, and we asked again
+            return there  # created by our first request, whose answer was lost
         raise JobExistsError(
-            f"the Job {name} is in the namespace {jobs.namespace} already{_state(there)}; "
-            f"{ways_on(name, jobs.namespace, context)}; or give another --name"
+            f"the Job {name} exists in the namespace {jobs.namespace} already{_state(there)}; "
+            f"{next_steps(name, jobs.namespace, context)}; or give another --name"
         ) from error
     except RequestRefusedError as error:
-        raise _wrong(f"is refused by {jobs.where}: {error.reason}") from error
+        raise _invalid_manifest(f"is refused by {jobs.where}: {error.reason}") from error
     if made is None:
         raise InvalidInputError(
             FieldViolation(
                 "--namespace",
-                f"is {jobs.namespace}, and {jobs.where} has none of that name; give another, or apply the "
+                f"is {jobs.namespace}, and {jobs.where} has no such namespace; give another, or apply the "
                 "manifests: kubectl apply -f k8s/",
             )
         )
@@ -153,7 +157,7 @@ def create(jobs: Jobs, job: Json, *, dry_run: bool = False, context: str | None 
 
 
 def find(jobs: Jobs, name: str) -> Json:
-    """A Job that is there. Raises `InvalidInputError` where it is not."""
+    """Return the Job of that name. Raises `InvalidInputError` where there is none."""
     job = jobs.job(name)
     if job is None:
         raise InvalidInputError(
@@ -166,8 +170,8 @@ def find(jobs: Jobs, name: str) -> Json:
     return job
 
 
-def ways_on(name: str, namespace: str, context: str | None = None) -> str:
-    """How to follow a Job, and how to be rid of it."""
+def next_steps(name: str, namespace: str, context: str | None = None) -> str:
+    """Return the commands that follow and delete a Job, for messages."""
     ours = "" if namespace == NAMESPACE else f" --namespace {namespace}"
     there = f" --context {context}" if context else ""
     return (
@@ -177,22 +181,22 @@ def ways_on(name: str, namespace: str, context: str | None = None) -> str:
 
 
 def _arguments(job: Mapping[str, Any]) -> list[str]:
-    """The arguments of the Job's container. Raises `InvalidInputError` where it runs something else."""
+    """Arguments of the Job's container. Raises `InvalidInputError` where it does not run `train run`."""
     try:
         args = job["spec"]["template"]["spec"]["containers"][0]["args"]
     except (KeyError, IndexError, TypeError):
         args = None
     words = [str(word) for word in args] if isinstance(args, list) else []
     if words[:2] != _COMMAND:
-        raise _wrong(
-            f"holds the Job {_name(job)} with the arguments {' '.join(words[:3]) or 'of its image'}; "
+        raise _invalid_manifest(
+            f"has the Job {_name(job)} with the arguments {' '.join(words[:3]) or 'of its image'}; "
             f"expected {' '.join(_COMMAND)}"
         )
     return words
 
 
 def _values(words: Sequence[str], flag: str) -> list[str]:
-    """The values of a flag: ``--flag=VALUE``, or in two words."""
+    """Values of a flag, given as ``--flag=VALUE`` or as two words."""
     pairs = zip(words, [*words[1:], ""], strict=True)
     return [
         after if word == flag else word.removeprefix(f"{flag}=") for word, after in pairs if _is(word, flag)
@@ -200,7 +204,7 @@ def _values(words: Sequence[str], flag: str) -> list[str]:
 
 
 def _without_recipe(words: Sequence[str]) -> list[str]:
-    """The arguments after the command, without the recipe."""
+    """Arguments after the command, without the recipe."""
     rest = iter(words[len(_COMMAND) :])
     kept = []
     for word in rest:
@@ -220,7 +224,7 @@ def _state(job: Json | None) -> str:
         return ""
     ends = {"Complete": "complete", "Failed": "failed"}
     done = [text for kind, text in ends.items() if condition(job, kind).get("status") == "True"]
-    return f" ({done[0] if done else 'not over yet'})"
+    return f" ({done[0] if done else 'not over'})"
 
 
 def _submission(job: Json) -> str | None:
@@ -229,8 +233,8 @@ def _submission(job: Json) -> str | None:
 
 
 def _name(job: Mapping[str, Any]) -> str:
-    return str((job.get("metadata") or {}).get("name") or "without a name")
+    return str((job.get("metadata") or {}).get("name") or "without name")
 
 
-def _wrong(description: str) -> InvalidInputError:
+def _invalid_manifest(description: str) -> InvalidInputError:
     return InvalidInputError(FieldViolation("--job", description))

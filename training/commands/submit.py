@@ -1,4 +1,4 @@
-"""`milonga train submit`: the training Job on a Kubernetes cluster. Light, as every command is.
+"""`milonga train submit`: the training Job on a Kubernetes cluster.
 
 milonga train submit --recipe align --set dpo.beta=200
 milonga train submit --follow align-20260102-030405
@@ -6,119 +6,142 @@ kubectl kustomize k8s/overlays/production-jobs | milonga train submit --job -
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.errors import FieldViolation, InvalidInputError, ServiceUnavailableError
+from training.commands.options import shared_options
 from training.exits import exit_codes, timed_lines
 
 if TYPE_CHECKING:
     from training.cluster.jobs import Jobs
     from training.cluster.namespace import Json
-    from training.cluster.submit import Asked
 
 EPILOG = (
-    "Exit codes: 0 the Job is complete; with --detach or --dry-run, it was taken · 2 wrong input, here or in "
-    "the Job · 4 the Job failed · 5 there is a Job of that name · 6 cluster unreachable, or no permission · "
+    "Exit codes: 0 the Job is complete; with --detach or --dry-run, accepted · 2 wrong input, here or in the "
+    "Job · 4 the Job failed · 5 a Job of that name exists · 6 cluster unreachable, or no permission · "
     "130 interrupted: the Job goes on."
 )
 
 
-def submit(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitOptions:
+    """Which Job, and what is done with it."""
+
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="As for `milonga train run`.", show_default="the Job's own: align"),
-    ] = None,
+        typer.Option("--recipe", help="As for `milonga train run`.", show_default="the manifest's: align"),
+    ] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None,
+    ] = None
     name: Annotated[
         str | None,
         typer.Option(
             "--name",
-            help="Of the Job; the name of an earlier one, deleted since, goes on with its run.",
+            help="Name of the Job; that of an earlier Job, since deleted, resumes its run.",
             show_default="recipe and time",
         ),
-    ] = None,
+    ] = None
     image: Annotated[
-        str | None, typer.Option("--image", help="Of training.", show_default="the Job's own")
-    ] = None,
+        str | None, typer.Option("--image", help="Training image.", show_default="the manifest's")
+    ] = None
     job: Annotated[
         Path | None,
         typer.Option(
             "--job",
-            help="File with the Job's manifest, e.g. rendered by kustomize; - for standard input.",
+            help="Manifest of the Job, e.g. rendered by kustomize; - for standard input.",
             metavar="FILE",
             show_default="k8s/jobs/align.yaml",
         ),
-    ] = None,
+    ] = None
+    detach: Annotated[bool, typer.Option("--detach", help="Don't follow the Job.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Have the cluster validate the Job, and create none.")
+    ] = False
+    show: Annotated[bool, typer.Option("--show", help="Print the Job, and call no cluster.")] = False
+
+
+@shared_options
+def submit(
+    *,
+    options: SubmitOptions,
     namespace: Annotated[
         str | None,
-        typer.Option("--namespace", "-n", help="Of the cluster.", show_default="the Job's: milonga"),
+        typer.Option(
+            "--namespace", "-n", help="Kubernetes namespace.", show_default="the manifest's: milonga"
+        ),
     ] = None,
     context: Annotated[
         str | None,
         typer.Option(
-            "--context", help="Of kubeconfig.", show_default="the pod's own cluster, else the current one"
+            "--context",
+            help="Context of kubeconfig.",
+            show_default="the pod's own cluster, else the current one",
         ),
     ] = None,
     followed: Annotated[
         str | None,
-        typer.Option("--follow", help="Follow a Job that is there, and submit none.", metavar="NAME"),
+        typer.Option("--follow", help="Follow an existing Job, and submit none.", metavar="NAME"),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Don't follow the Job.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Have the cluster check the Job, and make none.")
-    ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the Job, and ask no cluster.")] = False,
 ) -> None:
     """Submit the training Job to a Kubernetes cluster, and follow it: what it waits for, its log, its end.
 
-    A pod that is lost is replaced, and the run goes on from its last checkpoint.
+    A pod that is lost is replaced, and the run resumes from its last checkpoint.
 
-    Ctrl-C leaves the Job to itself.
+    Ctrl-C stops following; the Job goes on.
     """
-    from training.cluster.submit import EXIT_CODES, NAMESPACE, Asked, create, find, ways_on
+    from training.cluster.submit import EXIT_CODES, NAMESPACE, create, find, next_steps
 
     with exit_codes(EXIT_CODES):
         if followed is not None:
-            others = (recipe, settings, name, image, job, detach, dry_run, show)
-            if any(others):
+            if options != SubmitOptions():
                 raise InvalidInputError(
-                    FieldViolation("--follow", "takes --namespace and --context, no more")
+                    FieldViolation("--follow", "excludes all options but --namespace and --context")
                 )
             jobs = _jobs(namespace or NAMESPACE, context)
             _follow(jobs, find(jobs, followed), context)
             return
-        asked = Asked(recipe=recipe, settings=settings or (), name=name, image=image, namespace=namespace)
-        manifest = _checked(job, asked)
-        if show:
+        manifest = _manifest(options, namespace)
+        if options.show:
             import yaml  # type: ignore[import-untyped]
 
             typer.echo(yaml.safe_dump(manifest, sort_keys=False, width=120), nl=False)
             return
-        where, called = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        jobs = _jobs(where, context)
-        made = create(jobs, manifest, dry_run=dry_run, context=context)
-        if dry_run:
-            typer.echo(f"{jobs.where} would take the Job {called} in the namespace {where}")
-        elif detach:
-            typer.echo(f"the Job {called} is in the namespace {where}; {ways_on(called, where, context)}")
+        space, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        jobs = _jobs(space, context)
+        created = create(jobs, manifest, dry_run=options.dry_run, context=context)
+        if options.dry_run:
+            typer.echo(f"{jobs.where} would accept the Job {name} in the namespace {space}")
+        elif options.detach:
+            typer.echo(
+                f"the Job {name} is created in the namespace {space}; {next_steps(name, space, context)}"
+            )
         else:
-            typer.echo(f"the Job {called} is in the namespace {where}; Ctrl-C leaves it to itself", err=True)
-            _follow(jobs, made, context)
+            typer.echo(
+                f"the Job {name} is created in the namespace {space}; it goes on after Ctrl-C", err=True
+            )
+            _follow(jobs, created, context)
 
 
-def _checked(place: Path | None, asked: "Asked") -> "Json":
-    """The Job to send. What the pod would refuse is refused here, in the same words."""
-    from training.cluster.submit import filled_in, read_manifest, recipe_and_settings
+def _manifest(options: SubmitOptions, namespace: str | None) -> "Json":
+    """The Job to send. Raises `InvalidInputError` for what the pod would refuse, with the same message."""
+    from training.cluster.submit import JobOverrides, read_manifest, recipe_and_settings, with_overrides
     from training.commands.run import configured
 
-    manifest = read_manifest(place, sys.stdin)
-    configured(*recipe_and_settings(manifest, asked))
-    return filled_in(manifest, asked)
+    overrides = JobOverrides(
+        recipe=options.recipe,
+        settings=options.settings or (),
+        name=options.name,
+        image=options.image,
+        namespace=namespace,
+    )
+    manifest = read_manifest(options.job, sys.stdin)
+    configured(*recipe_and_settings(manifest, overrides))
+    return with_overrides(manifest, overrides)
 
 
 def _jobs(namespace: str, context: str | None) -> "Jobs":
@@ -129,16 +152,16 @@ def _jobs(namespace: str, context: str | None) -> "Jobs":
 
 
 def _follow(jobs: "Jobs", job: "Json", context: str | None) -> None:
-    """Follow a Job. Whatever ends that but its own end leaves it as it is, and says so."""
+    """Follow a Job. On Ctrl-C and lost connections, say how to go on: the Job itself is left alone."""
     from training.cluster.following import follow
-    from training.cluster.submit import ways_on
+    from training.cluster.submit import next_steps
 
     name = job["metadata"]["name"]
-    ways = ways_on(name, jobs.namespace, context)
+    steps = next_steps(name, jobs.namespace, context)
     try:
-        follow(jobs, job, tell=timed_lines(), write=typer.echo)
+        follow(jobs, job, report=timed_lines(), write=typer.echo)
     except KeyboardInterrupt as error:
-        typer.echo(f"the Job {name} goes on; {ways}", err=True)
+        typer.echo(f"the Job {name} goes on; {steps}", err=True)
         raise typer.Exit(130) from error
     except ServiceUnavailableError as error:
-        raise ServiceUnavailableError(f"{error}; the Job {name} is not touched by that; {ways}") from error
+        raise ServiceUnavailableError(f"{error}; the Job {name} is unaffected; {steps}") from error

@@ -1,4 +1,4 @@
-"""What is told of a Job that is followed, and how that ends."""
+"""What `follow` reports of a Job, and how it ends."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from services.errors import InvalidInputError, ServiceUnavailableError
 from tests.training.cluster.jobs_api import UID, JobsApi
 from tests.training.promotion.targets.api import Json, namespace_served
 from training.cluster import following
-from training.cluster.following import JobFailedError, follow, lost, news, pending
+from training.cluster.following import JobFailedError, follow, loss_reason, pending_reason, status_lines
 from training.cluster.jobs import Jobs
 from training.cluster.submit import EXIT_CODES
 from training.commands.submit import _follow
@@ -34,16 +34,18 @@ def jobs(api: JobsApi) -> Iterator[Jobs]:
         yield jobs
 
 
-class Heard:
-    """What was told and written, in order."""
+class Following:
+    """Follow a Job, and record what is reported and written, in order."""
 
     def __init__(self, jobs: Jobs, api: JobsApi, acts: list[Callable[[], Any]]) -> None:
         api.acts = dict(enumerate(acts, start=1))
-        self.told: list[str] = []
+        self.reported: list[str] = []
         self.log: list[str] = []
         self.end: BaseException | None = None
         try:
-            follow(jobs, api.jobs[NAME], tell=self.told.append, write=self.log.append, poll_seconds=SECONDS)
+            follow(
+                jobs, api.jobs[NAME], report=self.reported.append, write=self.log.append, poll_seconds=SECONDS
+            )
         except Exception as error:
             self.end = error
 
@@ -59,19 +61,19 @@ def test_a_job_is_followed_from_its_pod_to_its_end(api: JobsApi, jobs: Jobs) -> 
         api.end(NAME, "Complete")
 
     acts = [lambda: None, lambda: api.set_pod("a", "Pending"), begin, lambda: None, finish]
-    heard = Heard(jobs, api, acts)
-    assert heard.end is None
-    assert heard.told == [
-        "pod a is on node node-1, and gets its image and volumes",
+    followed = Following(jobs, api, acts)
+    assert followed.end is None
+    assert followed.reported == [
+        "pod a is on node node-1, pulling its image and mounting volumes",
         "pod a runs on node node-1",
         "the Job align-7 is complete",
     ]
     # Over several connections, each from the beginning of the log.
-    assert heard.log == ["stage: reward", "step 1", "done"]
+    assert followed.log == ["stage: reward", "step 1", "done"]
 
 
 class Stream:
-    """A log as it comes about, made anew for each connection."""
+    """A log that is generated while it is read, from its first line for each connection."""
 
     def __init__(self, lines: Callable[[], Iterator[str]]) -> None:
         self.lines = lines
@@ -97,7 +99,7 @@ def test_a_line_is_written_while_the_container_goes_on(api: JobsApi, jobs: Jobs)
     written: list[str] = []
     api.set_pod("a", "Running")
     api.logs["a"] = Stream(lines)
-    follow(jobs, api.jobs[NAME], tell=lambda line: None, write=write, poll_seconds=SECONDS)
+    follow(jobs, api.jobs[NAME], report=lambda line: None, write=write, poll_seconds=SECONDS)
     assert written == ["step 1", "step 2"]
 
 
@@ -115,12 +117,12 @@ def test_a_connection_that_breaks_is_made_again(api: JobsApi, jobs: Jobs) -> Non
 
     api.set_pod("a", "Running")
     api.logs["a"] = Stream(lines)
-    heard = Heard(jobs, api, [])
-    assert heard.end is None
-    assert heard.log == ["step 1", "step 1", "step 2"]
+    followed = Following(jobs, api, [])
+    assert followed.end is None
+    assert followed.log == ["step 1", "step 1", "step 2"]
 
 
-def test_a_pod_that_is_lost_and_the_next_are_told(api: JobsApi, jobs: Jobs) -> None:
+def test_a_lost_pod_and_its_replacement_are_reported(api: JobsApi, jobs: Jobs) -> None:
     api.logs = {"a": ["t1 step 1"], "b": ["t2 from step 1", "t3 step 2"]}
     taken = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "m"}
 
@@ -128,7 +130,7 @@ def test_a_pod_that_is_lost_and_the_next_are_told(api: JobsApi, jobs: Jobs) -> N
         api.set_pod("b", "Succeeded")
         api.end(NAME, "Complete")
 
-    heard = Heard(
+    followed = Following(
         jobs,
         api,
         [
@@ -140,15 +142,15 @@ def test_a_pod_that_is_lost_and_the_next_are_told(api: JobsApi, jobs: Jobs) -> N
             finish,
         ],
     )
-    assert heard.end is None
-    assert heard.told == [
+    assert followed.end is None
+    assert followed.reported == [
         "pod a runs on node node-1",
         "pod a lost (PreemptionByScheduler: m)",
-        "pod b goes on where a was, from its last checkpoint",
+        "pod b replaces a, and resumes from its last checkpoint",
         "pod b runs on node node-1",
         "the Job align-7 is complete",
     ]
-    assert heard.log == ["step 1", "from step 1", "step 2"]
+    assert followed.log == ["step 1", "from step 1", "step 2"]
 
 
 def test_a_pod_that_vanishes_was_deleted(api: JobsApi, jobs: Jobs) -> None:
@@ -159,11 +161,11 @@ def test_a_pod_that_vanishes_was_deleted(api: JobsApi, jobs: Jobs) -> None:
         api.set_pod("b", "Succeeded")
         api.end(NAME, "Complete")
 
-    heard = Heard(jobs, api, [lambda: api.set_pod("a", "Running"), vanish, next_one])
-    assert heard.told == [
+    followed = Following(jobs, api, [lambda: api.set_pod("a", "Running"), vanish, next_one])
+    assert followed.reported == [
         "pod a runs on node node-1",
         "pod a lost (deleted)",
-        "pod b goes on where a was, from its last checkpoint",
+        "pod b replaces a, and resumes from its last checkpoint",
         "the Job align-7 is complete",
     ]
 
@@ -194,29 +196,31 @@ def test_a_job_that_fails_says_so_in_its_pods_words(
         api.set_pod("a", "Failed", containerStatuses=states)
         api.end(NAME, "Failed", "PodFailurePolicy", "rule 1")
 
-    heard = Heard(jobs, api, [fail])
-    assert isinstance(heard.end, InvalidInputError if code == 2 else JobFailedError)
-    assert str(heard.end) == message
-    assert exit_code(heard.end, EXIT_CODES) == code
-    assert heard.log == ["settings", "error: start: is 'x', must be mini"]
+    followed = Following(jobs, api, [fail])
+    assert isinstance(followed.end, InvalidInputError if code == 2 else JobFailedError)
+    assert str(followed.end) == message
+    assert exit_code(followed.end, EXIT_CODES) == code
+    assert followed.log == ["settings", "error: start: is 'x', must be mini"]
 
 
 def test_a_job_that_fails_without_a_pod_says_the_rule(api: JobsApi, jobs: Jobs) -> None:
-    heard = Heard(jobs, api, [lambda: api.end(NAME, "Failed", "DeadlineExceeded", "was active too long")])
-    assert str(heard.end) == "the Job align-7 failed: DeadlineExceeded: was active too long"
+    followed = Following(
+        jobs, api, [lambda: api.end(NAME, "Failed", "DeadlineExceeded", "was active too long")]
+    )
+    assert str(followed.end) == "the Job align-7 failed: DeadlineExceeded: was active too long"
 
 
-def test_a_job_that_is_deleted_or_replaced_is_told(api: JobsApi, jobs: Jobs) -> None:
-    heard = Heard(jobs, api, [lambda: None, lambda: api.jobs[NAME]["metadata"].update(uid="another")])
-    assert str(heard.end) == "the Job align-7 was deleted meanwhile"
+def test_a_job_that_is_deleted_or_replaced_is_reported(api: JobsApi, jobs: Jobs) -> None:
+    followed = Following(jobs, api, [lambda: None, lambda: api.jobs[NAME]["metadata"].update(uid="another")])
+    assert str(followed.end) == "the Job align-7 was deleted"
     api.looks, job = 0, api.jobs[NAME]
     api.acts = {2: lambda: api.jobs.pop(NAME)}
-    with pytest.raises(JobFailedError, match="deleted meanwhile") as caught:
-        follow(jobs, job, tell=print, write=print, poll_seconds=SECONDS)
+    with pytest.raises(JobFailedError, match="was deleted") as caught:
+        follow(jobs, job, report=print, write=print, poll_seconds=SECONDS)
     assert exit_code(caught.value, EXIT_CODES) == 4
 
 
-def test_what_a_job_waits_for_is_told_once(api: JobsApi, jobs: Jobs) -> None:
+def test_what_a_job_waits_for_is_reported_once(api: JobsApi, jobs: Jobs) -> None:
     full = {
         "type": "PodScheduled",
         "status": "False",
@@ -238,11 +242,11 @@ def test_what_a_job_waits_for_is_told_once(api: JobsApi, jobs: Jobs) -> None:
         about = {"kind": "Pod", "name": "a", "uid": "uid-of-a"}
         api.events = [
             {"involvedObject": about, "reason": "FailedMount", "message": "no secret"},
-            {"involvedObject": about, "reason": "Failed", "message": "told by the pod"},
+            {"involvedObject": about, "reason": "Failed", "message": "reported by the pod"},
         ]
 
     statuses = [{"name": "align", "state": pull, "ready": False}]
-    heard = Heard(
+    followed = Following(
         jobs,
         api,
         [
@@ -254,10 +258,10 @@ def test_what_a_job_waits_for_is_told_once(api: JobsApi, jobs: Jobs) -> None:
             lambda: api.end(NAME, "Failed"),
         ],
     )
-    assert heard.told == [
+    assert followed.reported == [
         "Job align-7: FailedCreate: Error creating: attempt 0: exceeded quota",
         "pod a: Unschedulable: Insufficient cpu",
-        "pod a is on node node-1, and gets its image and volumes",
+        "pod a is on node node-1, pulling its image and mounting volumes",
         "pod a: container align waits: ErrImagePull x:1: not found",
         "Pod a: FailedMount: no secret",
     ]
@@ -266,12 +270,12 @@ def test_what_a_job_waits_for_is_told_once(api: JobsApi, jobs: Jobs) -> None:
 def test_a_suspended_job_waits() -> None:
     condition = {"type": "Suspended", "status": "True", "message": "Job suspended"}
     job = {"metadata": {"name": NAME}, "status": {"conditions": [condition]}}
-    assert [line for _, line in news(job, [], [])] == ["the Job waits: Job suspended"]
+    assert [line for _, line in status_lines(job, [], [])] == ["the Job waits: Job suspended"]
 
 
-def test_what_only_takes_its_time_is_not_told(api: JobsApi) -> None:
-    assert pending(api.set_pod("a", "Pending")) is None
-    assert pending(api.set_pod("a", "Running")) is None
+def test_a_pod_that_is_only_starting_is_not_reported(api: JobsApi) -> None:
+    assert pending_reason(api.set_pod("a", "Pending")) is None
+    assert pending_reason(api.set_pod("a", "Running")) is None
 
 
 @pytest.mark.parametrize(
@@ -282,11 +286,11 @@ def test_what_only_takes_its_time_is_not_told(api: JobsApi) -> None:
         ("Failed", {"reason": "Evicted", "message": "low on memory"}, "Evicted: low on memory"),
         ("Failed", {"reason": "NodeLost"}, "NodeLost"),
         ("Failed", {}, "exit code 1"),
-        ("Failed", {"containerStatuses": []}, "nobody says why"),
+        ("Failed", {"containerStatuses": []}, "no reason given"),
     ],
 )
-def test_why_a_pod_was_lost(api: JobsApi, phase: str, status: Json, why: str | None) -> None:
-    assert lost(api.set_pod("a", phase, **status)) == why
+def test_why_a_pod_was_loss_reason(api: JobsApi, phase: str, status: Json, why: str | None) -> None:
+    assert loss_reason(api.set_pod("a", phase, **status)) == why
 
 
 def test_logs_that_are_not_for_us_and_a_cluster_that_goes_away_leave_the_job(
@@ -297,11 +301,11 @@ def test_logs_that_are_not_for_us_and_a_cluster_that_goes_away_leave_the_job(
     with pytest.raises(ServiceUnavailableError, match=r'permit it: cannot get resource "pods/log"') as caught:
         _follow(jobs, api.jobs[NAME], None)
     assert str(caught.value).endswith(
-        "the Job align-7 is not touched by that; to follow it: milonga train submit --follow align-7; to "
+        "the Job align-7 is unaffected; to follow it: milonga train submit --follow align-7; to "
         "delete it: kubectl --namespace milonga delete job align-7"
     )
     api.status = {"GET": (503, "shutting down")}
-    with pytest.raises(ServiceUnavailableError, match=r"shutting down; .*; the Job align-7 is not touched"):
+    with pytest.raises(ServiceUnavailableError, match=r"shutting down; .*; the Job align-7 is unaffected"):
         _follow(jobs, api.jobs[NAME], None)
 
 

@@ -17,14 +17,14 @@ from training.cluster import submit
 from training.cluster.jobs import Jobs
 from training.cluster.submit import (
     EXIT_CODES,
-    Asked,
     JobExistsError,
+    JobOverrides,
     create,
-    filled_in,
     find,
+    next_steps,
     read_manifest,
     recipe_and_settings,
-    ways_on,
+    with_overrides,
 )
 from training.exits import exit_code
 
@@ -55,13 +55,15 @@ def test_it_is_the_file_that_kubectl_takes_and_a_wheel_carries_it() -> None:
     assert the_job() == yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     copied = project["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["force-include"]
-    assert [(ROOT / source, ROOT / target) for source, target in copied.items()] == [submit._PLACES[::-1]]
+    assert [(ROOT / source, ROOT / target) for source, target in copied.items()] == [submit._PATHS[::-1]]
 
 
 def test_only_what_was_asked_for_is_changed() -> None:
     before = the_job()
-    asked = Asked(settings=["dpo.beta=200", "name=$(HOME)"], name="align-7", image="x:1", namespace="other")
-    job = filled_in(before, asked)
+    overrides = JobOverrides(
+        settings=["dpo.beta=200", "name=$(HOME)"], name="align-7", image="x:1", namespace="other"
+    )
+    job = with_overrides(before, overrides)
     assert before == the_job()
     assert (job["metadata"]["name"], job["metadata"]["namespace"]) == ("align-7", "other")
     assert job["metadata"]["annotations"].keys() - before["metadata"]["annotations"].keys() == {
@@ -79,7 +81,7 @@ def test_only_what_was_asked_for_is_changed() -> None:
 
 
 def test_without_a_name_it_is_called_by_recipe_and_time() -> None:
-    job = filled_in(the_job(), Asked(recipe="smoke"))
+    job = with_overrides(the_job(), JobOverrides(recipe="smoke"))
     assert submit._NAME.fullmatch(job["metadata"]["name"])
     assert job["metadata"]["name"].startswith("smoke-20")
     assert job["metadata"]["namespace"] == "milonga"
@@ -88,22 +90,24 @@ def test_without_a_name_it_is_called_by_recipe_and_time() -> None:
 @pytest.mark.parametrize("name", ["Align", "align_7", "-a", "a" * 64, "a.b"])
 def test_names_that_can_be_none_are_refused(name: str) -> None:
     with pytest.raises(InvalidInputError, match=f"--name: is '{name}"):
-        filled_in(the_job(), Asked(name=name))
+        with_overrides(the_job(), JobOverrides(name=name))
 
 
 def test_settings_of_the_manifest_stay_and_come_first() -> None:
     words = ("train", "run", "--recipe", "smoke", "--set", "processes=4", "--set=rounds=2", "-o", "/x")
     job = read_manifest(Path("-"), io.StringIO(job_of(*words)))
-    assert recipe_and_settings(job, Asked(settings=["rounds=3"])) == (
+    assert recipe_and_settings(job, JobOverrides(settings=["rounds=3"])) == (
         "smoke",
         ["processes=4", "rounds=2", "rounds=3"],
     )
-    asked = Asked(recipe="mini", settings=["rounds=3"], name="x")
-    assert container(filled_in(job, asked))["args"] == [
+    overrides = JobOverrides(recipe="mini", settings=["rounds=3"], name="x")
+    assert container(with_overrides(job, overrides))["args"] == [
         *("train", "run", "--recipe=mini", "--set", "processes=4", "--set=rounds=2", "-o", "/x"),
         "--set=rounds=3",
     ]
-    assert recipe_and_settings(read_manifest(Path("-"), io.StringIO(job_of("train", "run"))), Asked()) == (
+    assert recipe_and_settings(
+        read_manifest(Path("-"), io.StringIO(job_of("train", "run"))), JobOverrides()
+    ) == (
         "mini",
         [],
     )
@@ -117,16 +121,16 @@ def test_of_many_objects_it_is_the_training_job() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: Service", "standard input holds the Jobs none; expected one of them"),
+        ("kind: Service", "standard input has the Jobs none; expected exactly one"),
         ("a: [", "standard input can't be read: while parsing"),
-        ("kind: Job", "the Job without a name with the arguments of its image; expected train run"),
+        ("kind: Job", "the Job without name with the arguments of its image; expected train run"),
         (
             job_of("train", "dpo", "--recipe=x"),
             "mine with the arguments train dpo --recipe=x; expected train",
         ),
         (
             f"{job_of('train', 'run', name='a')}\n---\n{job_of('train', 'run', name='b')}",
-            "holds the Jobs a, b; expected one of them, or one that is called align",
+            "has the Jobs a, b; expected exactly one, or one named align",
         ),
     ],
 )
@@ -140,7 +144,7 @@ def test_manifests_that_can_t_be_meant_are_refused(text: str, message: str) -> N
 
 def test_the_job_is_sent_once_and_checked_strictly() -> None:
     api = JobsApi(port=0)
-    job = filled_in(the_job(), Asked(name="align-7"))
+    job = with_overrides(the_job(), JobOverrides(name="align-7"))
     with namespace_served(api, Jobs) as jobs:
         create(jobs, job, dry_run=True)
         assert api.jobs == {}
@@ -152,15 +156,17 @@ def test_the_job_is_sent_once_and_checked_strictly() -> None:
     assert real.body == job
 
 
-def test_a_job_of_that_name_is_told_with_the_ways_to_go_on() -> None:
+def test_an_existing_job_of_that_name_is_an_error_that_says_how_to_go_on() -> None:
     api = JobsApi(port=0)
     with namespace_served(api, Jobs) as jobs:
-        first = filled_in(the_job(), Asked(name="align-7"))
+        first = with_overrides(the_job(), JobOverrides(name="align-7"))
         create(jobs, first)
-        assert create(jobs, first)["metadata"]["uid"] == UID, "ours, whose answer got lost"
-        again = filled_in(the_job(), Asked(name="align-7"))
+        assert create(jobs, first)["metadata"]["uid"] == UID, (
+            "created by the first request, whose answer was lost"
+        )
+        again = with_overrides(the_job(), JobOverrides(name="align-7"))
         with pytest.raises(
-            JobExistsError, match=r"the Job align-7 is in .* milonga already \(not over yet\); to follow it: "
+            JobExistsError, match=r"the Job align-7 exists in .* milonga already \(not over\); to follow it: "
         ) as caught:
             create(jobs, again)
         assert exit_code(caught.value, EXIT_CODES) == 5
@@ -184,7 +190,7 @@ def test_what_the_cluster_refuses_is_one_line(
 ) -> None:
     api = JobsApi(port=0, status={"POST": status})
     with namespace_served(api, Jobs) as jobs, pytest.raises(kind, match=message) as caught:
-        create(jobs, filled_in(the_job(), Asked()))
+        create(jobs, with_overrides(the_job(), JobOverrides()))
     assert exit_code(caught.value, EXIT_CODES) == code
     assert "\n" not in str(caught.value)
 
@@ -200,11 +206,11 @@ def test_a_job_that_is_not_there_can_t_be_followed() -> None:
 
 
 def test_the_ways_on_name_what_is_not_the_default() -> None:
-    assert ways_on("a", "milonga") == (
+    assert next_steps("a", "milonga") == (
         "to follow it: milonga train submit --follow a; to delete it: kubectl --namespace milonga delete "
         "job a"
     )
-    assert ways_on("a", "other", "kind-x") == (
+    assert next_steps("a", "other", "kind-x") == (
         "to follow it: milonga train submit --follow a --namespace other --context kind-x; to delete it: "
         "kubectl --context kind-x --namespace other delete job a"
     )
@@ -228,7 +234,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--set", "dpo.beta=x", "--detach"], 2, "dpo.beta: is 'x', must be a valid number"),
         (["--name", "A"], 2, "--name: is 'A', must be of lowercase"),
         (["--job", "none.yaml"], 2, "--job: none.yaml can't be read: "),
-        (["--follow", "align-7", "--recipe", "align"], 2, "--follow: takes --namespace and --context, no"),
+        (["--follow", "align-7", "--recipe", "align"], 2, "--follow: excludes all options but --names"),
         (["--context", "kind-x"], 2, "--context: is kind-x: no cluster can be chosen"),
         ([], 6, "the cluster http://127.0.0.1:1 can't be reached: "),
         (["--dry-run"], 6, "the cluster http://127.0.0.1:1 can't be reached: "),
@@ -272,12 +278,12 @@ def test_the_whole_way(
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
         submission = ["train", "submit", "--name", "align-7"]
         assert run([*submission, "--dry-run"]) == 0
-        assert "would take the Job align-7 in the namespace milonga" in capsys.readouterr().out
+        assert "would accept the Job align-7 in the namespace milonga" in capsys.readouterr().out
         assert run(submission) == 0
         out, err = capsys.readouterr()
         assert out == "step 1\n"
         assert [line.partition(" s  ")[2] or line for line in err.splitlines()] == [
-            "the Job align-7 is in the namespace milonga; Ctrl-C leaves it to itself",
+            "the Job align-7 is created in the namespace milonga; it goes on after Ctrl-C",
             "pod a runs on node node-1",
             "the Job align-7 is complete",
         ]
@@ -286,4 +292,6 @@ def test_the_whole_way(
         assert run(submission) == 5
         assert "milonga already (complete); to follow it: " in capsys.readouterr().err
         assert run(["train", "submit", "--name", "align-8", "--detach"]) == 0
-        assert "the Job align-8 is in the namespace milonga; to follow it: " in capsys.readouterr().out
+        assert (
+            "the Job align-8 is created in the namespace milonga; to follow it: " in capsys.readouterr().out
+        )

@@ -9,7 +9,7 @@ from typing import Final
 
 from services.client import TLS, AudioClient, ModelVersion
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
-from training.cluster.pods import Json
+from training.cluster.namespace import Json
 from training.promotion.errors import RolloutError
 from training.promotion.target import Pin, Tell, digest_of
 from training.promotion.targets.asking import (

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
-from training.cluster.pods import Json, condition, containers, how_it_ended, short, waits_for
+from training.cluster.namespace import Json
+from training.cluster.pods import condition, container_statuses, exit_summary, shorten, waiting_reason
 from training.promotion.target import Pin
 from training.promotion.targets.cluster import PIN_ANNOTATION
 
@@ -56,7 +57,7 @@ def pin_of(thing: Json) -> Pin | None:
 def fault_of(pods: Sequence[Json], pin: Pin) -> str | None:
     """Why the pods of `pin` will never be ready, if that can be told already."""
     for pod in pinned_pods(pods, pin):
-        for kind, status in containers(pod):
+        for kind, status in container_statuses(pod):
             if text := _fault(kind, status):
                 return f"pod {pod['metadata']['name']}, {kind} {status['name']}: {text}"
     return None
@@ -66,7 +67,9 @@ def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
     """How far it is, and what each pod that is not ready waits for."""
     status, wanted = deployment.get("status") or {}, deployment["spec"].get("replicas", 1)
     own = pinned_pods(pods, pin)
-    waiting = [f"pod {pod['metadata']['name']}: {waits_for(pod)}" for pod in own if not ready_pods([pod])]
+    waiting = [
+        f"pod {pod['metadata']['name']}: {waiting_reason(pod)}" for pod in own if not ready_pods([pod])
+    ]
     progress = next(
         (
             one.get("message", "")
@@ -90,7 +93,7 @@ def difference_of(served: Json, judged: Json) -> str:
             for field in sorted({*container, *found[name]}):
                 value, wanted = found[name].get(field), container.get(field)
                 if value != wanted:
-                    return f"{field} of {name} {short(_shown(value))}, expected {short(_shown(wanted))}"
+                    return f"{field} of {name} {shorten(_shown(value))}, expected {shorten(_shown(wanted))}"
     return ""
 
 
@@ -118,7 +121,7 @@ def _fault(kind: str, status: Json) -> str | None:
     state = status.get("state") or {}
     waiting = state.get("waiting") or {}
     if waiting.get("reason") in HOPELESS:
-        return f"{waiting['reason']}: {short(waiting.get('message', ''))}"
+        return f"{waiting['reason']}: {shorten(waiting.get('message', ''))}"
     ended = state.get("terminated") or {}
     if waiting:
         # One that runs may have died of anything, weeks ago; one in a crash loop is back here at once.
@@ -130,4 +133,4 @@ def _fault(kind: str, status: Json) -> str | None:
         hopeless = ended["exitCode"] != TRANSIENT_EXIT_CODE or status.get("restartCount", 0) >= TRIES
     else:
         hopeless = ended["exitCode"] == 2 or waiting.get("reason") == "CrashLoopBackOff"
-    return f"ended with {how_it_ended(ended)}" if hopeless else None
+    return f"ended with {exit_summary(ended)}" if hopeless else None

@@ -319,7 +319,7 @@ def test_what_is_missing_or_forbidden_is_one_line(target: KubernetesTarget, api:
         target.start_challenger(NEW, SECONDS)
     assert exit_code(forbidden.value) == 6
     api.status = {"PATCH": (422, "is invalid")}
-    with pytest.raises(MilongaError, match=r"refused a request of ours \(422\): is invalid") as refused:
+    with pytest.raises(MilongaError, match=r"refused a request as invalid \(422\): is invalid") as refused:
         target.stop_challenger()
     assert exit_code(refused.value) == 6
 
