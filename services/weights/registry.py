@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from services.api.model import ModelVersion
 from services.environment import quiet_libraries
 from services.errors import (
     DigestMismatchError,
@@ -65,17 +66,16 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RegisteredVersion:
-    """A version that was fetched; its files are not hashed yet."""
+class RegisteredVersion(ModelVersion):
+    """A version of a registered model: `name` and `version` are the registry's, not the manifest's."""
 
-    folder: Path
-    """The model folder, in the cache."""
-    name: str
-    """Name of the registered model."""
-    version: str
-    """The version that the URI named, or that its alias pointed to just now."""
-    digest: str
-    """What the registry says that the folder's digest is."""
+    @property
+    def uri(self) -> str:
+        """The model URI, pinned to the digest: ``models:/milonga-tango/7#sha256:…``."""
+        return f"models:/{self.name}/{self.version}#{self.digest}"
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
 
 
 def tracking_uri(uri: str | None = None) -> str:
@@ -145,8 +145,10 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     return client
 
 
-def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> RegisteredVersion:
+def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> tuple[Path, ModelVersion]:
     """Fetch what ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS`` names, unless the cache has it.
+
+    Returns the verified folder in the cache, and the version by the registry's name and number.
 
     Args:
         path: what follows ``models:``.
@@ -164,7 +166,7 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> Regis
     """
     name, version, alias = parse_path(path)
     if version and pin and _intact(_place(pin), pin):
-        return RegisteredVersion(folder=_place(pin), name=name, version=version, digest=pin)
+        return _cached(name, version, pin)
     uri = tracking_uri(uri)
     client = connect(uri)
     from mlflow.exceptions import MlflowException
@@ -195,7 +197,7 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> Regis
         source = client.get_model_version_download_uri(name, found.version)
         subfolder = found.tags.get(FOLDER_TAG, "artifacts/model")
         _download(f"{source.rstrip('/')}/{subfolder}", folder, digest, uri)
-    return RegisteredVersion(folder=folder, name=name, version=str(found.version), digest=digest)
+    return _cached(name, str(found.version), digest)
 
 
 def parse_path(path: str) -> tuple[str, str, str]:
@@ -222,6 +224,15 @@ def cache_folder() -> Path:
 def _place(digest: str) -> Path:
     """Where the folder with this digest is kept."""
     return cache_folder() / "models" / digest.removeprefix("sha256:")
+
+
+def _cached(name: str, version: str, digest: str) -> tuple[Path, ModelVersion]:
+    """The folder with this digest, and what it is in the registry."""
+    from services.models.manifest import read_manifest
+
+    folder = _place(digest)
+    license = read_manifest(folder).license
+    return folder, ModelVersion(name=name, version=version, digest=digest, license=license)
 
 
 def _intact(folder: Path, digest: str) -> bool:

@@ -122,8 +122,10 @@ def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
     )
 
 
-def resolve(uri: ModelURI | str) -> ResolvedModel:
+def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> ResolvedModel:
     """Find the weights that a URI names, and verify them.
+
+    `tracking_uri` is the registry of ``models:`` URIs; None: `services.weights.registry.tracking_uri`.
 
     Raises:
         InvalidInputError: no model URI.
@@ -138,7 +140,8 @@ def resolve(uri: ModelURI | str) -> ResolvedModel:
         found = _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
         return replace(found, reader="laion" if uri.scheme == "laion" else "laion-clap")
     if uri.scheme == "models":
-        return _registered(uri)
+        folder, identity = fetch(uri.path, pin=uri.digest, uri=tracking_uri)
+        return ResolvedModel(folder=folder, identity=identity)
     folder = _folder(uri)
     if not folder.is_dir():
         raise ModelNotFoundError(f"model: {folder} is no folder; give the one that holds the model's files")
@@ -169,22 +172,6 @@ def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
         raise DigestMismatchError(f"{path} is {digest}, not {pin}; correct the pin or the model URI")
     identity = ModelVersion(name=path.stem, version="unversioned", digest=digest, license="unknown")
     return ResolvedModel(folder=path, identity=identity)
-
-
-def _registered(uri: ModelURI) -> ResolvedModel:
-    """A registered version: known by the registry's name and version, not by those in its manifest."""
-    from services.models.manifest import read_manifest
-
-    found = fetch(uri.path, pin=uri.digest)
-    return ResolvedModel(
-        folder=found.folder,
-        identity=ModelVersion(
-            name=found.name,
-            version=found.version,
-            digest=found.digest,
-            license=read_manifest(found.folder).license,
-        ),
-    )
 
 
 def _folder(uri: ModelURI) -> Path:

@@ -22,15 +22,15 @@ from services.errors import InvalidInputError
 from services.inference.triton.repository import ModelRepository, open_storage
 from services.models.manifest import write_manifest
 from services.models.mini import mini_folder
-from services.weights.registry import connect
+from services.weights.registry import RegisteredVersion, connect
 from tests.programs import EXACT
 from tests.services.inference.suite import Stream, inputs
 from tests.triton.server import Server, running
 from training.promotion.errors import GatesRefusedError, RolloutError
 from training.promotion.gates.gates import GatesConfig, read_gates
 from training.promotion.ledger import EVIDENCE, Ledger
-from training.promotion.promote import Parts, Wanted, bootstrap, promote, roll_back
-from training.promotion.registry import Registry, Version
+from training.promotion.promote import Promoter, bootstrap, promote, roll_back
+from training.promotion.registry import Registry
 from training.promotion.targets.triton import CHALLENGER, MODEL, TritonTarget
 from training.promotion.targets.triton_client import TritonClient
 from training.tracking.register import register
@@ -66,20 +66,20 @@ class World:
 
     server: Server
     repository: ModelRepository
-    parts: Parts
-    told: list[str]
-    versions: dict[str, Version]
+    promoter: Promoter
+    reported: list[str]
+    versions: dict[str, RegisteredVersion]
     gates: Path
 
     @property
     def target(self) -> TritonTarget:
-        found = self.parts.target
+        found = self.promoter.target
         assert isinstance(found, TritonTarget)
         return found
 
     @property
     def alias(self) -> str | None:
-        return self.parts.registry.alias(NAME, "champion")
+        return self.promoter.registry.alias(NAME, "champion")
 
     def words(self, *command: str) -> list[str]:
         """Arguments of `milonga` for a sub-command of promote, with its own."""
@@ -126,8 +126,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     connect(os.environ["MLFLOW_TRACKING_URI"], create=True)
     versions = {}
     for folder in (mini_folder("mini-base"), mini_folder("mini")):
-        done = register(folder)
-        versions[done.version] = Version(name=done.name, version=done.version, digest=done.digest)
+        version, _ = register(folder)
+        versions[version.version] = version
     settings = [word for name, value in EXACT.items() for word in ("--set", f"tango.{name}={value}")]
     place = str(tmp_path / "repository")
     assert run(["triton", "export", "--only", "tango", "--model", f"models:/{NAME}/1", *settings, place]) == 0
@@ -136,12 +136,17 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     (tmp_path / "triton").mkdir()
     with running(place, tmp_path / "triton") as server:
         registry, repository = Registry(), ModelRepository(open_storage(place))
-        told: list[str] = []
+        reported: list[str] = []
         target = TritonTarget(server.grpc, repository, registry)
-        parts = Parts(target=target, registry=registry, ledger=Ledger(registry), tell=told.append)
+        promoter = Promoter(target=target, registry=registry, ledger=Ledger(registry), report=reported.append)
         gates = tmp_path / "gates.toml"
         world = World(
-            server=server, repository=repository, parts=parts, told=told, versions=versions, gates=gates
+            server=server,
+            repository=repository,
+            promoter=promoter,
+            reported=reported,
+            versions=versions,
+            gates=gates,
         )
         world.read_gates()
         yield world
@@ -200,17 +205,17 @@ def load(address: str, callers: int = 1) -> Iterator[Load]:
 
 def test_under_load_a_version_is_promoted_and_rolled_back(world: World) -> None:
     one, two = world.versions["1"].digest, world.versions["2"].digest
-    assert "is pinned and served" in bootstrap(world.versions["1"], world.parts).line
+    assert "is pinned and served" in bootstrap(world.promoter, world.versions["1"])
     world.serves("1")
     with load(world.server.grpc, callers=3) as made:
         time.sleep(2.0)
         begun = time.monotonic()
-        promote(Wanted(model=NAME), world.read_gates(), world.parts)
+        promote(world.promoter, world.read_gates(), model=NAME)
         promoted = time.monotonic()
         world.serves("2")
         time.sleep(2.0)
         rolled_back = time.monotonic()
-        roll_back(world.parts)
+        roll_back(world.promoter)
         ended = time.monotonic()
         world.serves("1")
         time.sleep(2.0)
@@ -223,11 +228,13 @@ def test_under_load_a_version_is_promoted_and_rolled_back(world: World) -> None:
         f"\n{len(made.answers)} requests under load, none failed; promotion {promoted - begun:.1f} s, "
         f"rollback {ended - rolled_back:.1f} s"
     )
-    print("\n".join(world.told))
-    evidence = json.loads(world.parts.ledger.read_text(world.parts.ledger.entries()[1].run_id, EVIDENCE))
+    print("\n".join(world.reported))
+    evidence = json.loads(
+        world.promoter.ledger.read_text(world.promoter.ledger.entries()[1].run_id, EVIDENCE)
+    )
     assert (evidence["champion"]["clips_made"], evidence["challenger"]["clips_made"]) == (4, 4)
     assert evidence["serving"].startswith("triton/")
-    assert [entry.outcome for entry in world.parts.ledger.entries()] == [
+    assert [entry.outcome for entry in world.promoter.ledger.entries()] == [
         "rolled back",
         "promoted",
         "bootstrapped",
@@ -238,11 +245,10 @@ def test_under_load_a_version_is_promoted_and_rolled_back(world: World) -> None:
     assert initialized == 3
 
 
-def test_whatever_is_refused_the_old_version_serves(world: World, tmp_path: Path) -> None:
-    bootstrap(world.versions["1"], world.parts)
-    done = register(variant(tmp_path / "third", "third"))
-    third = Version(name=done.name, version=done.version, digest=done.digest)
-    world.target._repository.add(world.target._exported(third.pin, MODEL), 3)
+def test_after_a_refusal_the_old_version_serves(world: World, tmp_path: Path) -> None:
+    bootstrap(world.promoter, world.versions["1"])
+    third, _ = register(variant(tmp_path / "third", "third"))
+    world.target._repository.add(world.target._exported(third.uri, MODEL), 3)
     place = Path(world.repository.storage.place)
     for weights in (place / MODEL / "3").rglob("*.safetensors"):
         damaged = bytearray(weights.read_bytes())
@@ -250,23 +256,23 @@ def test_whatever_is_refused_the_old_version_serves(world: World, tmp_path: Path
         weights.write_bytes(bytes(damaged))
     with load(world.server.grpc) as made:
         with pytest.raises(GatesRefusedError, match=r"clap.clap-b: difference at least"):
-            promote(Wanted(model=NAME, version="2"), world.read_gates(2.0), world.parts)
+            promote(world.promoter, world.read_gates(2.0), model=NAME, version="2")
         world.serves("1")
         # Its challenger is as good as any; what is to be served is not what was judged.
         with pytest.raises(
             RolloutError, match=r"^version 1, 3 of tango can't be served: .*unet/.*; fetch the model again$"
         ):
-            promote(Wanted(model=NAME, version="3"), world.read_gates(), world.parts)
+            promote(world.promoter, world.read_gates(), model=NAME, version="3")
         world.serves("1")
     assert made.failures == []
     assert made.digests() == {world.versions["1"].digest}
-    assert [entry.outcome for entry in world.parts.ledger.entries()][:2] == ["failed", "refused"]
-    print("\n".join(world.told))
+    assert [entry.outcome for entry in world.promoter.ledger.entries()][:2] == ["failed", "refused"]
+    print("\n".join(world.reported))
 
     other = TritonTarget(
-        world.server.grpc, ModelRepository(open_storage(str(tmp_path / "other"))), world.parts.registry
+        world.server.grpc, ModelRepository(open_storage(str(tmp_path / "other"))), world.promoter.registry
     )
-    other._repository.add(world.target._exported(world.versions["2"].pin, MODEL), 2)
+    other._repository.add(world.target._exported(world.versions["2"].uri, MODEL), 2)
     with pytest.raises(
         InvalidInputError, match=r"is pinned to version 2 of tango, and the Triton at .* serves 1"
     ):
@@ -274,7 +280,7 @@ def test_whatever_is_refused_the_old_version_serves(world: World, tmp_path: Path
 
 
 def test_a_promoter_that_is_killed(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    bootstrap(world.versions["1"], world.parts)
+    bootstrap(world.promoter, world.versions["1"])
     gates = ["--gates", str(world.gates)]
     with load(world.server.grpc) as made:
         for words, resumed, served in (

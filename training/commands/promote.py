@@ -25,8 +25,10 @@ from training.exits import exit_codes, timed_lines
 from training.promotion.errors import EXIT_CODES
 
 if TYPE_CHECKING:
-    from training.promotion.promote import Parts
-    from training.promotion.registry import Registry, Version
+    from services.weights.registry import RegisteredVersion
+    from services.weights.uri import ResolvedModel
+    from training.promotion.promote import Promoter
+    from training.promotion.registry import Registry
 
 EPILOG = (
     "Exit codes: 0 done · 2 wrong input, or the model was refused · 3 the gates refused · 4 challenger or "
@@ -126,24 +128,24 @@ def run(
     target: TargetOptions,
 ) -> None:
     """Roll out a registered version if it passes the gates; roll back if the rollout fails."""
-    with _promoter(target, alias) as parts:
-        from training.promotion.gates.examination import Judges
+    with _promoter(target, alias) as promoter:
+        from training.promotion import promote
+        from training.promotion.gates.examination import ScorerServices
         from training.promotion.gates.gates import DEFAULT_GATES, read_gates
-        from training.promotion.promote import Wanted, promote
 
         config = read_gates(gates or DEFAULT_GATES)
-        judges = Judges(scoring=scoring, reward=reward, tls=tls_of(target))
-        typer.echo(promote(Wanted(model=model, version=version), config, parts, judges).line)
+        services = ScorerServices(scoring=scoring, reward=reward, tls=tls_of(target))
+        typer.echo(promote.promote(promoter, config, model=model, version=version, services=services))
 
 
 @promote.command(epilog=EPILOG)
 @shared_options
 def rollback(*, alias: Alias = "champion", target: TargetOptions) -> None:
     """Serve what was served before the last promotion, without gates."""
-    with _promoter(target, alias) as parts:
-        from training.promotion.promote import roll_back
+    with _promoter(target, alias) as promoter:
+        from training.promotion import promote
 
-        typer.echo(roll_back(parts).line)
+        typer.echo(promote.roll_back(promoter))
 
 
 @promote.command()
@@ -165,10 +167,10 @@ def history(
 @shared_options
 def resume(*, target: TargetOptions) -> None:
     """Finish or undo a promotion whose promoter died."""
-    with _promoter(target) as parts:
+    with _promoter(target) as promoter:
         from training.promotion import promote
 
-        typer.echo(promote.resume(parts).line)
+        typer.echo(promote.resume(promoter))
 
 
 @promote.command(epilog=EPILOG)
@@ -188,33 +190,33 @@ def bootstrap(
     target: TargetOptions,
 ) -> None:
     """Pin the first version of a target that has no pin."""
-    with _promoter(target, alias) as parts:
+    with _promoter(target, alias) as promoter:
         from training.promotion import promote
 
-        typer.echo(promote.bootstrap(_version_or_folder(source, parts.registry), parts, model).line)
+        typer.echo(promote.bootstrap(promoter, _version_or_model(source, promoter.registry), model))
 
 
 @contextmanager
-def _promoter(options: TargetOptions, alias: str = "champion") -> Iterator["Parts"]:
-    """What a promotion works with. Its errors end the command with their exit codes."""
+def _promoter(options: TargetOptions, alias: str = "champion") -> Iterator["Promoter"]:
+    """Yield what a promotion works with. Errors inside end the command with their exit codes."""
     with exit_codes(EXIT_CODES), _termination_interrupts():
         from training.promotion.ledger import Ledger
-        from training.promotion.promote import Parts
+        from training.promotion.promote import Promoter
         from training.promotion.registry import Registry
 
         registry = Registry(options.tracking_uri)
-        yield Parts(
+        yield Promoter(
             target=open_target(options, registry),
             registry=registry,
             ledger=Ledger(registry),
-            tell=timed_lines(),
+            report=timed_lines(),
             alias=alias,
             deadline=options.deadline,
         )
 
 
-def _version_or_folder(source: str, registry: "Registry") -> "Version | Path":
-    """The registered version, or the model folder, that `source` names."""
+def _version_or_model(source: str, registry: "Registry") -> "RegisteredVersion | ResolvedModel":
+    """The registered version that `source` names, or else the model in its folder."""
     from services.weights.registry import parse_path
     from services.weights.uri import ModelURI, resolve
 
@@ -228,7 +230,7 @@ def _version_or_folder(source: str, registry: "Registry") -> "Version | Path":
                 FieldViolation("bootstrap", f"is {source}, and {name} has no alias {alias}; give a version")
             )
         return registry.version(name, number)
-    return resolve(uri).folder
+    return resolve(uri)
 
 
 @contextmanager

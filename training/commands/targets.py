@@ -150,7 +150,7 @@ def open_target(options: TargetOptions, registry: "Registry") -> "Target":
 
     return KubernetesTarget(
         connect_cluster(options.namespace, options.context),
-        tell=timed_lines(),
+        report=timed_lines(),
         inside=options.context is None and in_cluster(),
         tls=tls,
         generation_address=options.generation_address,

@@ -39,12 +39,12 @@ def register(
     from training.tracking.register import Provenance
     from training.tracking.register import register as register_model
 
-    done = register_model(
+    version, created = register_model(
         folder, name, alias=alias, clap=clap, provenance=Provenance(parent=parent), uri=tracking_uri
     )
-    already = "" if done.created else " (registered before)"
-    typer.echo(f"{done.name} version {done.version}, {done.alias}{already}")
-    typer.echo(done.uri)
+    already = "" if created else " (registered before)"
+    typer.echo(f"{version}, {alias}{already}")
+    typer.echo(version.uri)
 
 
 def sync(

@@ -1,17 +1,18 @@
-"""How a promotion can end other than well, below `services.errors.MilongaError`.
+"""Errors of a promotion, below `services.errors.MilongaError`, and their exit codes.
 
 ::
 
     MilongaError
     └── PromotionError
         ├── GatesRefusedError   the challenger was measured and is not good enough
-        ├── RolloutError        the new pods, or the new weights, did not come up; all is as it was
+        ├── RolloutError        the new pods, or the new weights, did not become ready; all is rolled back
         ├── BusyError           another promotion runs, or one was left unfinished
-        ├── RollbackError       what was changed could not be changed back: needs a person
-        │   └── ForeignPinError since somebody else changed it meanwhile
-        └── UnrecordedError     all is done, only the ledger does not say so
+        ├── RollbackError       a change could not be undone: needs a person
+        │   └── ForeignPinError because somebody else changed the pin
+        └── UnrecordedError     all is done, but not recorded in the ledger
 
-Everything else is `services.errors`' own: `InvalidInputError`, `ModelError`, `ServiceUnavailableError`, …
+All other errors are those of `services.errors`: `InvalidInputError`, `ModelError`, `ServiceUnavailableError`,
+…
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from training.cluster.namespace import EXIT_CODES as CLUSTER_EXIT_CODES
 
 
 class PromotionError(MilongaError):
-    """A promotion did not come about."""
+    """A promotion failed."""
 
 
 class GatesRefusedError(PromotionError):
@@ -32,23 +33,23 @@ class GatesRefusedError(PromotionError):
 
 
 class RolloutError(PromotionError):
-    """The new pods, or the new weights, did not come up, or did not answer as they should."""
+    """The new pods, or the new weights, did not become ready, or failed the verification."""
 
 
 class BusyError(PromotionError):
-    """Another promotion runs, or one was left unfinished, or the lock was lost to one."""
+    """Another promotion runs, or one was left unfinished, or the lock was lost."""
 
 
 class RollbackError(PromotionError):
-    """What was changed could not be changed back."""
+    """A change could not be undone."""
 
 
 class ForeignPinError(RollbackError):
-    """Somebody else pinned something meanwhile. It stays."""
+    """Somebody else changed the pin during the promotion. Their pin stays."""
 
 
 class UnrecordedError(PromotionError):
-    """All is done, only the ledger does not say so."""
+    """All is done, but not recorded in the ledger."""
 
 
 EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
@@ -61,9 +62,9 @@ EXIT_CODES: Final[Mapping[type[BaseException], int]] = MappingProxyType(
         UnrecordedError: 8,
     }
 )
-"""Exit code of `milonga promote` by error, the nearest class first; 1 for what is not here: our fault."""
+"""Exit code of `milonga promote` by error class, the nearest first; 1, a bug, for classes not listed."""
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code that `error` ends `milonga promote` with."""
+    """Return the exit code of `milonga promote` for `error`."""
     return exits.exit_code(error, EXIT_CODES)

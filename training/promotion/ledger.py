@@ -1,8 +1,8 @@
-"""The ledger: every promotion is a run of MLflow's experiment ``milonga-promotions``, and stays there.
+"""The ledger: each promotion is a run of MLflow's experiment ``milonga-promotions``.
 
-A run begins before anything is changed, and its tags say how far it came: each phase is written before it is
-begun. So an entry without an outcome is a promotion that is under way, or whose promoter died; the latter is
-what `resume` goes by. The lock, not the ledger, keeps two promotions apart.
+A run is created before anything is changed, and its tags record each phase before it starts. So an entry
+without an outcome is a promotion that runs, or whose promoter died, which `resume` completes. Two promotions
+are kept apart by the lock, not by the ledger.
 """
 
 import datetime
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from training.promotion.errors import BusyError
-from training.promotion.registry import Registry, asking
+from training.promotion.registry import Registry, mlflow_errors
 from training.promotion.target import Pin, shown_pin
 from training.tracking.register import experiment_id
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 EXPERIMENT: Final = "milonga-promotions"
 EVIDENCE: Final = "evidence.json"
-"""Artifact: what the gates measured, with intervals, and what they decided."""
+"""Artifact: the gates' measurements with confidence intervals, and their verdicts."""
 GATES: Final = "gates.toml"
-"""Artifact: the gates as they were."""
+"""Artifact: the file of gates."""
 
 Kind = Literal["promotion", "rollback", "bootstrap"]
 Phase = Literal["begun", "gates", "rollout", "verification", "alias", "restoring"]
-"""How far it came. From `rollout` on the pin may have moved, and the gates were passed."""
+"""Progress of a promotion. From `rollout` on the gates have passed, and the pin may have changed."""
 Outcome = Literal["promoted", "rolled back", "bootstrapped", "refused", "failed", "interrupted"]
-"""How it ended. The first three changed what is served, the others nothing."""
+"""Result of a promotion. The first three changed what is served, the others nothing."""
 
 OUTCOMES: Final[Mapping[Kind, Outcome]] = {
     "promotion": "promoted",
     "rollback": "rolled back",
     "bootstrap": "bootstrapped",
 }
-"""How each kind ends when all is well."""
+"""Outcome of success by kind."""
 LATE: Final[frozenset[Phase]] = frozenset(("rollout", "verification", "alias"))
-"""Phases that are finished, not undone, when the promoter dies in them."""
+"""Phases that `resume` completes instead of undoing them."""
 
 _PREFIX: Final = "milonga.promotion."
 _TEXT_CHARACTERS: Final = 4_000
@@ -48,50 +48,51 @@ _TEXT_CHARACTERS: Final = 4_000
 
 @dataclass(kw_only=True, slots=True)
 class Entry:
-    """One promotion, as the ledger has it."""
+    """One promotion in the ledger."""
 
     ledger: "Ledger" = field(repr=False)
     run_id: str
     kind: Kind
     place: str
-    """Of the target."""
+    """Name of the target."""
     model: str
     """Name of the registered model."""
     alias: str
-    """That says what is served."""
+    """Alias of the version that is served."""
     alias_before: str | None
-    """Version that the alias pointed to."""
+    """Version that the alias pointed to before."""
     from_pin: Pin | None
-    """What was served before; None where nothing was pinned."""
+    """Pin that was served before; None where nothing was pinned."""
     to_pin: Pin
-    """What is to be served."""
+    """Pin to roll out."""
     who: str
+    """User and host of the promoter."""
     started: datetime.datetime
     phase: Phase = "begun"
     outcome: Outcome | None = None
-    """None: not ended."""
+    """None: unfinished."""
     reason: str = ""
-    """Why it did not come about."""
+    """Why it failed."""
     ended: datetime.datetime | None = None
 
     def enter(self, phase: Phase, reason: str = "") -> None:
-        """Write down that `phase` begins."""
+        """Record that `phase` starts."""
         self.phase, self.reason = phase, reason or self.reason
         self.ledger.set_tags(self.run_id, {"phase": phase} | ({"reason": reason} if reason else {}))
 
     def attach(self, name: str, text: str) -> None:
-        """Keep a file with it."""
+        """Attach a file to the entry."""
         self.ledger.log_text(self.run_id, name, text)
 
     def close(self, outcome: Outcome, reason: str = "") -> None:
-        """Write down how it ended; the outcome last, since that makes room for the next."""
+        """Record the outcome, as the last tag: from then on another promotion may start."""
         self.outcome, self.reason = outcome, reason
-        self.ledger.end(self.run_id, well=outcome in OUTCOMES.values())
+        self.ledger.end(self.run_id, success=outcome in OUTCOMES.values())
         self.ledger.set_tags(self.run_id, {"reason": reason, "outcome": outcome})
 
 
 class Ledger:
-    """The entries. Raises `ServiceUnavailableError` where the MLflow server does not answer."""
+    """All promotions. Methods raise `ServiceUnavailableError` where the MLflow server does not answer."""
 
     def __init__(self, registry: Registry) -> None:
         self._client, self._uri = registry.client, registry.uri
@@ -107,7 +108,7 @@ class Ledger:
         from_pin: Pin | None,
         to_pin: Pin,
     ) -> Entry:
-        """Write down that a promotion begins."""
+        """Create the entry of a promotion that starts."""
         name = f"{kind}: {shown_pin(from_pin)} ▸ {shown_pin(to_pin)}"
         who = whoami()
         tags = {
@@ -121,7 +122,7 @@ class Ledger:
             "who": who,
             "phase": "begun",
         }
-        with asking(self._uri):
+        with mlflow_errors(self._uri):
             experiment = experiment_id(self._client, EXPERIMENT)
             run = self._client.create_run(
                 experiment,
@@ -134,8 +135,8 @@ class Ledger:
         return entry
 
     def entries(self, place: str | None = None) -> list[Entry]:
-        """Entries, newest first: of one target, or of all."""
-        with asking(self._uri):
+        """Return the entries of one target, or of all, newest first."""
+        with mlflow_errors(self._uri):
             found = self._client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 return []
@@ -148,7 +149,7 @@ class Ledger:
         return [entry for run in runs if (entry := self._read(run)) is not None]
 
     def unfinished(self, place: str) -> Entry | None:
-        """The entry that has no outcome, if there is one."""
+        """Return the newest entry without an outcome; None where there is none."""
         return next((entry for entry in self.entries(place) if entry.outcome is None), None)
 
     def refuse_unfinished(self, place: str) -> None:
@@ -158,13 +159,13 @@ class Ledger:
             raise BusyError(
                 f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)} of {entry.who} "
                 f"({entry.started:%Y-%m-%d %H:%M} UTC) was left unfinished in the phase {entry.phase}; "
-                "finish or undo it with `milonga promote resume`"
+                "complete or undo it with `milonga promote resume`"
             )
 
     def before(self, place: str, pin: Pin) -> Pin | None:
-        """What was served before `pin` was promoted; None where that is not known.
+        """Return the pin that was served before `pin` was promoted; None where that is not recorded.
 
-        Rollbacks are passed over, so that one after another goes further back, not to and fro.
+        Rollbacks are skipped, so that two of them in a row go two versions back.
         """
         for entry in self.entries(place):
             if entry.to_pin == pin and entry.outcome in ("promoted", "bootstrapped"):
@@ -172,28 +173,28 @@ class Ledger:
         return None
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Tag an entry's run."""
-        with asking(self._uri):
+        """Set tags of an entry's run."""
+        with mlflow_errors(self._uri):
             for key, value in tags.items():
                 self._client.set_tag(run_id, _PREFIX + key, value[:_TEXT_CHARACTERS])
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
-        """Keep a file with an entry's run."""
-        with asking(self._uri):
+        """Attach a file to an entry's run."""
+        with mlflow_errors(self._uri):
             self._client.log_text(run_id, text, name)
 
     def read_text(self, run_id: str, name: str) -> str:
-        """A file of an entry's run."""
+        """Return the content of a file attached to an entry's run."""
         from mlflow.artifacts import load_text
 
-        with asking(self._uri):
+        with mlflow_errors(self._uri):
             text: str = load_text(f"runs:/{run_id}/{name}")
         return text
 
-    def end(self, run_id: str, *, well: bool) -> None:
-        """End an entry's run."""
-        with asking(self._uri):
-            self._client.set_terminated(run_id, "FINISHED" if well else "FAILED")
+    def end(self, run_id: str, *, success: bool) -> None:
+        """Terminate an entry's run."""
+        with mlflow_errors(self._uri):
+            self._client.set_terminated(run_id, "FINISHED" if success else "FAILED")
 
     def _read(self, run: "Run") -> Entry | None:
         tags = {
@@ -203,7 +204,7 @@ class Ledger:
         }
         kind: Any = tags.get("kind")
         if kind not in get_args(Kind) or not tags.get("to"):
-            return None  # somebody else's run
+            return None  # a run of another program
         phase: Any = tags.get("phase", "begun")
         outcome: Any = tags.get("outcome") or None
         return Entry(
@@ -251,7 +252,7 @@ def history_lines(entries: Sequence[Entry]) -> list[str]:
 
 
 def history_json(entries: Sequence[Entry]) -> str:
-    """The same for programs."""
+    """Return the history as JSON."""
     return json.dumps(
         [
             {
@@ -274,7 +275,7 @@ def history_json(entries: Sequence[Entry]) -> str:
 
 
 def whoami() -> str:
-    """Who promotes, and from where; in a pod its name."""
+    """Return user and host of this process; in a pod the host is the pod's name."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container's user may have no name

@@ -1,11 +1,11 @@
-"""Promotion: candidate ▸ challenger ▸ gates ▸ rollout ▸ verification ▸ alias; or everything as it was.
+"""Promotion: candidate ▸ challenger ▸ gates ▸ rollout ▸ verification ▸ alias; or a rollback.
 
     milonga promote run --model milonga-tango --version 7
     milonga promote rollback | resume | history | bootstrap URI
 
-Every phase stands in the ledger before it is begun, and every step may be done twice. So whatever kills the
-promoter, `resume` knows what to finish and what to undo. Whatever else fails is undone at once: the pin goes
-back and the pods with it, the challenger stops, the alias is where it was, and the reason is in the ledger.
+Each phase is recorded in the ledger before it starts, and every step is idempotent, so that `resume` knows
+what a promoter that died leaves to complete or to undo. After any other failure everything is restored at
+once: pin and pods, challenger and alias; and the ledger records the reason.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.weights.registry import RegisteredVersion
+from services.weights.uri import ResolvedModel
 from training.exits import one_line
 from training.promotion.errors import (
     BusyError,
@@ -26,390 +27,373 @@ from training.promotion.errors import (
     UnrecordedError,
     exit_code,
 )
-from training.promotion.gates.examination import Examination, Judges
+from training.promotion.gates.examination import Examination, ScorerServices
 from training.promotion.gates.gates import GatesConfig
 from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Entry, Kind, Ledger, Outcome
-from training.promotion.registry import Registry, Version
-from training.promotion.target import Lock, Pin, Target, Tell, digest_of, shown_pin, version_of
-from training.tracking.register import checked_manifest, register
+from training.promotion.registry import Registry
+from training.promotion.target import Lock, Pin, Report, Target, digest_of, shown_pin, version_of
+from training.tracking.register import register
 
 RESTORE_SECONDS = 600.0
-"""Least time that what was served before gets to be served again: a short deadline is not meant for that."""
+"""Minimum time for the former version to be served again, even where the deadline is shorter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """Who takes part in a promotion."""
+class Promoter:
+    """What a promotion works with."""
 
     target: Target
     registry: Registry
     ledger: Ledger
-    tell: Tell
-    """Says what goes on."""
+    report: Report
+    """Prints a line of progress."""
     alias: str = "champion"
-    """That says what is served."""
+    """Alias of the version that is served."""
     deadline: float = 600.0
-    """Seconds that challenger and rollout may each take to be ready."""
+    """Seconds that challenger and rollout may each take."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """A version that is to be promoted."""
+def promote(
+    promoter: Promoter,
+    gates: GatesConfig,
+    *,
+    model: str,
+    version: str | None = None,
+    candidate_alias: str = "challenger",
+    services: ScorerServices | None = None,
+) -> str:
+    """Promote a version if it passes the gates; return the result as a line.
 
-    model: str
-    """Name of the registered model."""
-    version: str | None = None
-    """None: the one that `candidate_alias` points to."""
-    candidate_alias: str = "challenger"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """How it ended well."""
-
-    line: str
-    """For people."""
-    entry: Entry | None = None
-    """In the ledger; None where nothing was to be done."""
-
-
-def promote(wanted: Wanted, gates: GatesConfig, parts: Parts, judges: Judges | None = None) -> Done:
-    """Promote a version, if it passes the gates.
+    Args:
+        promoter: target, registry and ledger.
+        gates: what the version must pass.
+        model: name of the registered model.
+        version: version to promote; None: the one that `candidate_alias` points to.
+        candidate_alias: alias of candidates.
+        services: services that compute scores and rewards; None: models in this process.
 
     Raises:
-        InvalidInputError, ModelError: what is wanted can't be promoted; nothing was changed.
+        InvalidInputError, ModelError: the version can't be promoted; nothing was changed.
         BusyError: another promotion runs, or was left unfinished; nothing was changed.
-        GatesRefusedError: it is not good enough; nothing else is served than before.
-        RolloutError: it does not come up; all is as it was.
-        ServiceUnavailableError: target or registry can't be reached; all is as it was.
-        RollbackError: it failed, and what was changed could not be changed back.
-        UnrecordedError: it is promoted, only the ledger does not say so.
+        GatesRefusedError: the version is not good enough; the service is as before.
+        RolloutError: challenger or rollout failed; all is rolled back.
+        ServiceUnavailableError: target or registry can't be reached; all is rolled back.
+        RollbackError: it failed, and a change could not be undone.
+        UnrecordedError: the version is promoted, but the ledger does not record it.
     """
     start = time.monotonic()
-    place = parts.target.place
-    with parts.target.lock() as lock:
-        parts.ledger.refuse_unfinished(place)
-        champion = served_version(parts, wanted.model)
-        candidate = candidate_version(wanted, parts.registry)
+    target, registry, report = promoter.target, promoter.registry, promoter.report
+    place = target.place
+    with target.lock() as lock:
+        promoter.ledger.refuse_unfinished(place)
+        champion = served_version(promoter, model)
+        candidate = candidate_version(registry, model, version, candidate_alias)
         if candidate.digest == champion.digest:
-            return Done(line=f"{candidate} is served already; nothing to do")
-        parts.registry.check_architecture(champion, candidate)
-        parts.target.check_setup(challenger=True)
-        parts.target.check_reach()
-        examination = Examination(gates, judges)
-        entry = begin("promotion", champion.pin, candidate, parts, place)
-        parts.tell(f"promotion of {candidate}, in place of version {champion.version}; run {entry.run_id}")
-        with undone(entry, parts, lock):
+            return f"{candidate} is served already; nothing to do"
+        registry.check_architecture(champion, candidate)
+        target.check_setup(challenger=True)
+        target.check_reach()
+        examination = Examination(gates, services)
+        entry = begin("promotion", champion.uri, candidate, promoter, place)
+        report(f"promotion of {candidate}, in place of version {champion.version}; run {entry.run_id}")
+        with rollback_on_failure(entry, promoter, lock):
             entry.attach(GATES, gates.text)
             entry.enter("gates")
             verdicts, evidence = examination.examine(
-                *(champion, candidate, parts.target, parts.deadline, parts.tell),
-                check=lock.check,
+                *(champion, candidate, target, promoter.deadline, report), check=lock.check
             )
             entry.attach(EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False))
             for verdict in verdicts:
-                parts.tell(f"{'passed ' if verdict.passed else 'REFUSED'} {verdict}")
+                report(f"{'passed ' if verdict.passed else 'REFUSED'} {verdict}")
             refused = [str(verdict) for verdict in verdicts if not verdict.passed]
             if refused:
                 raise GatesRefusedError(f"{candidate} is not promoted: {'; '.join(refused)}")
             lock.check()
-            # Before the rollout, not after it: its device may be the one that the new pod needs.
-            parts.target.stop_challenger()
-            if wanted.version is None:
-                _check_alias(parts.registry, candidate.name, wanted.candidate_alias, candidate.version)
-            put_live(entry, parts, lock)
-    return Done(line=f"{candidate} is promoted, in {time.monotonic() - start:.0f} s", entry=entry)
+            # Before the rollout: the new pod may need the challenger's device.
+            target.stop_challenger()
+            if version is None:
+                _check_alias(registry, model, candidate_alias, candidate.version)
+            roll_out(entry, candidate, promoter, lock)
+    return f"{candidate} is promoted, in {time.monotonic() - start:.0f} s"
 
 
-def roll_back(parts: Parts) -> Done:
-    """Serve again what was served before; without gates, since it was served. Raises as `promote`."""
+def roll_back(promoter: Promoter) -> str:
+    """Serve again what was served before, without gates; return the result. Raises as `promote`."""
     start = time.monotonic()
-    place = parts.target.place
-    with parts.target.lock() as lock:
-        parts.ledger.refuse_unfinished(place)
-        pin = current_pin(parts.target)
-        previous = parts.ledger.before(place, pin)
+    place = promoter.target.place
+    with promoter.target.lock() as lock:
+        promoter.ledger.refuse_unfinished(place)
+        pin = current_pin(promoter.target)
+        previous = promoter.ledger.before(place, pin)
         if previous is None:
             raise InvalidInputError(
                 FieldViolation(
                     "rollback",
-                    f"the ledger knows nothing that was served here before {shown_pin(pin)}; promote the "
+                    f"the ledger records nothing that was served here before {shown_pin(pin)}; promote the "
                     "version that you want instead",
                 )
             )
-        version = parts.registry.of_pin(previous)
-        _check_alias(parts.registry, version.name, parts.alias, version_of(pin))
-        parts.target.check_setup(challenger=False)
-        parts.target.check_reach()
-        entry = begin("rollback", pin, version, parts, place)
-        parts.tell(f"rollback from {shown_pin(pin)} to {shown_pin(previous)}; run {entry.run_id}")
-        with undone(entry, parts, lock):
-            put_live(entry, parts, lock)
-    return Done(line=f"{version} is served again, after {time.monotonic() - start:.0f} s", entry=entry)
+        version = promoter.registry.version_of_pin(previous)
+        _check_alias(promoter.registry, version.name, promoter.alias, version_of(pin))
+        promoter.target.check_setup(challenger=False)
+        promoter.target.check_reach()
+        entry = begin("rollback", pin, version, promoter, place)
+        promoter.report(f"rollback from {shown_pin(pin)} to {version}; run {entry.run_id}")
+        with rollback_on_failure(entry, promoter, lock):
+            roll_out(entry, version, promoter, lock)
+    return f"{version} is served again, after {time.monotonic() - start:.0f} s"
 
 
-def bootstrap(what: Version | Path, parts: Parts, model: str = "milonga-tango") -> Done:
-    """Pin a target that was never pinned. There is no champion to compare with, and so no gates.
+def bootstrap(
+    promoter: Promoter, source: RegisteredVersion | ResolvedModel, model: str = "milonga-tango"
+) -> str:
+    """Pin the first version of a target, without gates; return the result.
 
     Args:
-        what: a version; or a model folder, registered as one of `model` when nothing stands against it.
-        parts: who takes part.
+        promoter: target, registry and ledger.
+        source: a version; or a model folder, registered as a version of `model` after all checks.
         model: name of the registered model.
 
-    Raises `InvalidInputError` where another version is pinned, or has the alias, and as `promote`.
+    Raises `InvalidInputError` where another version is pinned or has the alias, else as `promote`.
     """
     start = time.monotonic()
-    name = what.name if isinstance(what, Version) else model
-    digest = what.digest if isinstance(what, Version) else checked_manifest(what).digest
-    place = parts.target.place
-    with parts.target.lock() as lock:
-        parts.ledger.refuse_unfinished(place)
-        pin, alias = parts.target.current_pin(), parts.registry.alias(name, parts.alias)
+    target, registry = promoter.target, promoter.registry
+    place = target.place
+    with target.lock() as lock:
+        promoter.ledger.refuse_unfinished(place)
+        pin = target.current_pin()
+        name = source.name if isinstance(source, RegisteredVersion) else model
+        served = registry.alias(name, promoter.alias)
         if pin is not None and pin.startswith("models:"):
-            pinned = parts.registry.of_pin(pin)
-            if isinstance(what, Path) and (pinned.name, pinned.digest) == (name, digest):
-                what = pinned
-            if what != pinned:
-                first, version = (
-                    ("", what.version) if isinstance(what, Version) else ("register it, then ", "N")
-                )
-                raise InvalidInputError(
-                    FieldViolation(
-                        "bootstrap",
-                        f"is {what}, and {shown_pin(pin)} is pinned; {first}promote: milonga promote run "
-                        f"--model {name} --version {version}",
-                    )
-                )
-            if alias == pinned.version:
-                return Done(line=f"{pinned} is pinned already; nothing to do")
-        if alias is not None and parts.registry.version(name, alias).digest != digest:
+            pinned = registry.version_of_pin(pin)
+            if isinstance(source, ResolvedModel) and (pinned.name, pinned.digest) == (name, source.digest):
+                source = pinned
+            if source != pinned:
+                raise _is_pinned(source, name, pinned)
+            if served == pinned.version:
+                return f"{pinned} is pinned already; nothing to do"
+        if served is not None and registry.version(name, served).digest != source.digest:
             raise InvalidInputError(
                 FieldViolation(
                     "bootstrap",
-                    f"is {what}, and {name}@{parts.alias} points to version {alias}: that is served "
-                    f"elsewhere, or was; give models:/{name}/{alias}, or another --alias, or "
-                    "move it in MLflow",
+                    f"is {_shown(source)}, and {name}@{promoter.alias} points to version {served}, which is "
+                    f"or was served elsewhere; give models:/{name}/{served}, or another --alias, or move the "
+                    "alias in MLflow",
                 )
             )
-        parts.target.check_setup(challenger=False)
-        parts.target.check_reach()
-        if isinstance(what, Path):
-            done = register(what, name, alias=None, uri=parts.registry.uri)
-            what = Version(name=done.name, version=done.version, digest=done.digest)
-        entry = begin("bootstrap", pin, what, parts, place)
-        with undone(entry, parts, lock):
-            put_live(entry, parts, lock)
-    return Done(line=f"{what} is pinned and served, after {time.monotonic() - start:.0f} s", entry=entry)
+        target.check_setup(challenger=False)
+        target.check_reach()
+        if isinstance(source, ResolvedModel):
+            source, _ = register(source, name, alias=None, uri=registry.uri)
+        entry = begin("bootstrap", pin, source, promoter, place)
+        with rollback_on_failure(entry, promoter, lock):
+            roll_out(entry, source, promoter, lock)
+    return f"{source} is pinned and served, after {time.monotonic() - start:.0f} s"
 
 
-def resume(parts: Parts) -> Done:
-    """Finish what a promoter that died had rolled out, or undo what it had not come so far with.
+def resume(promoter: Promoter) -> str:
+    """Complete the promotion of a promoter that died, or undo it if the pin was not set; return the result.
 
-    Raises `InvalidInputError` where nothing is unfinished, `BusyError` where it lives, and as `promote`.
+    Raises `InvalidInputError` where nothing is unfinished, `BusyError` where the promoter lives, else as
+    `promote`.
     """
-    place = parts.target.place
-    with parts.target.lock() as lock:
-        entry = parts.ledger.unfinished(place)
+    target = promoter.target
+    place = target.place
+    with target.lock() as lock:
+        entry = promoter.ledger.unfinished(place)
         if entry is None:
             raise InvalidInputError(
-                FieldViolation("resume", "nothing was left unfinished here; see `milonga promote history`")
+                FieldViolation("resume", "nothing is unfinished here; see `milonga promote history`")
             )
-        name = _title(entry)
-        pin = parts.target.current_pin()
+        title = _title(entry)
+        pin = target.current_pin()
         if pin not in (entry.from_pin, entry.to_pin):
             lock.check()
-            parts.target.stop_challenger()
+            target.stop_challenger()
             entry.close("failed", f"while it was unfinished, somebody else pinned {shown_pin(pin)}")
             raise _foreign(entry, pin)
-        parts.target.check_reach()
-        parts.tell(f"{name} was left in the phase {entry.phase}")
-        # The pin tells more than the ledger, which may have been away when all was put back.
+        target.check_reach()
+        promoter.report(f"{title} was left in the phase {entry.phase}")
+        # The pin counts as well: the ledger may have been unreachable when everything was restored.
         if entry.phase in LATE and pin == entry.to_pin:
-            with undone(entry, parts, lock):
+            with rollback_on_failure(entry, promoter, lock):
                 lock.check()
-                parts.target.stop_challenger()
-                put_live(entry, parts, lock)
-            return Done(line=f"{name} is finished", entry=entry)
+                target.stop_challenger()
+                roll_out(entry, promoter.registry.version_of_pin(pin), promoter, lock)
+            return f"{title} is completed"
         lock.check()
-        undo(entry, parts, lock, "failed", entry.reason or f"its promoter died in the phase {entry.phase}")
-    return Done(line=f"{name} is undone: {shown_pin(entry.from_pin)} is served", entry=entry)
+        undo(entry, promoter, lock, "failed", entry.reason or f"its promoter died in the phase {entry.phase}")
+    return f"{title} is undone: {shown_pin(entry.from_pin)} is served"
 
 
-def put_live(entry: Entry, parts: Parts, lock: Lock) -> None:
-    """From passed gates to the end. Every step may have been done before."""
-    version = parts.registry.of_pin(entry.to_pin)
+def roll_out(entry: Entry, version: RegisteredVersion, promoter: Promoter, lock: Lock) -> None:
+    """Set the pin of `version`, wait, verify, move the alias, and close the entry. Idempotent."""
+    target, registry = promoter.target, promoter.registry
     entry.enter("rollout")
-    _check_alias(parts.registry, entry.model, entry.alias, entry.alias_before, version.version)
-    pin = parts.target.current_pin()
+    _check_alias(registry, entry.model, entry.alias, entry.alias_before, version.version)
+    pin = target.current_pin()
     if pin not in (entry.from_pin, entry.to_pin):
         raise _foreign(entry, pin)
-    begun = time.monotonic()
+    start = time.monotonic()
     lock.check()
-    parts.target.set_pin(entry.to_pin, parts.deadline)
-    parts.target.wait(entry.to_pin, parts.deadline)
-    parts.tell(f"rolled out in {time.monotonic() - begun:.1f} s")
+    target.set_pin(entry.to_pin, promoter.deadline)
+    target.wait(entry.to_pin, promoter.deadline)
+    promoter.report(f"rolled out in {time.monotonic() - start:.1f} s")
     entry.enter("verification")
-    parts.target.verify(version.digest)
-    parts.tell(f"verified: everything that serves answers with {version.digest}")
+    target.verify(version.digest)
+    promoter.report(f"verified: every answer is of {version.digest}")
     entry.enter("alias")
-    _check_alias(parts.registry, entry.model, entry.alias, entry.alias_before, version.version)
+    _check_alias(registry, entry.model, entry.alias, entry.alias_before, version.version)
     lock.check()
-    parts.registry.point(entry.model, entry.alias, version.version)
+    registry.set_alias(entry.model, entry.alias, version.version)
     outcome = entry.outcome = OUTCOMES[entry.kind]  # from here on there is nothing to undo
     try:
-        parts.tell(f"{entry.model}@{entry.alias} is version {version.version}")
-        _tag(entry, parts)
+        promoter.report(f"{entry.model}@{entry.alias} is version {version.version}")
+        _tag(entry, promoter)
         entry.close(outcome)
     except BaseException as error:
         raise UnrecordedError(
-            f"{version} is {outcome} and served, only the ledger could not be told ({one_line(error)}); "
-            "`milonga promote resume` does it"
+            f"{version} is {outcome} and served, but not recorded in the ledger ({one_line(error)}); "
+            "`milonga promote resume` records it"
         ) from error
 
 
 @contextlib.contextmanager
-def undone(entry: Entry, parts: Parts, lock: Lock) -> Iterator[None]:
-    """Undo a promotion that fails inside, write down why, and raise it on."""
+def rollback_on_failure(entry: Entry, promoter: Promoter, lock: Lock) -> Iterator[None]:
+    """Undo the promotion if an error is raised inside, record the reason, and raise the error again."""
     try:
         yield
     except BaseException as error:
         if entry.outcome is not None:
-            raise  # all is done but what the ledger says of it
+            raise  # all is done but the record
         try:
             lock.check()
         except BusyError as lost:
-            # Somebody else may be at work by now, and what they do is not ours to undo.
+            # Another promoter may hold the lock by now; its changes must not be undone.
             raise lost from error
         reason = one_line(error)
-        parts.tell(f"failed, all goes back to what it was: {reason}")
-        undo(entry, parts, lock, _outcome(error), reason)
+        promoter.report(f"failed, rolling back: {reason}")
+        undo(entry, promoter, lock, _outcome(error), reason)
         raise
 
 
-def undo(entry: Entry, parts: Parts, lock: Lock, outcome: Outcome, reason: str) -> None:
-    """Restore what was before `entry`, and close it.
+def undo(entry: Entry, promoter: Promoter, lock: Lock, outcome: Outcome, reason: str) -> None:
+    """Restore the state before `entry`, and close the entry.
 
-    Raises `RollbackError` where that can't be, `BusyError` where the lock was lost over it.
+    Raises `RollbackError` where that fails, `BusyError` where the lock was lost meanwhile.
     """
     try:
-        restore(entry, parts, lock, reason)
+        restore(entry, promoter, lock, reason)
     except BusyError:
         raise
     except ForeignPinError:
-        with _told(parts):
+        with _warning_on_failure(promoter):
             entry.close(outcome, reason)
         raise
     except BaseException as error:
         raise RollbackError(
-            f"{shown_pin(entry.from_pin)} could not be restored: {one_line(error)}; then "
-            f"`milonga promote resume`. It was to be restored because: {reason}"
+            f"{shown_pin(entry.from_pin)} could not be restored: {one_line(error)}; fix that, then `milonga "
+            f"promote resume`. The rollback was needed because: {reason}"
         ) from error
-    with _told(parts):
+    with _warning_on_failure(promoter):
         entry.close(outcome, reason)
-        _tag(entry, parts)
+        _tag(entry, promoter)
 
 
-def restore(entry: Entry, parts: Parts, lock: Lock, reason: str = "") -> None:
-    """Everything as it was before `entry`. Raises where that can't be.
+def restore(entry: Entry, promoter: Promoter, lock: Lock, reason: str = "") -> None:
+    """Restore pin, challenger and alias as before `entry`. Raises where that fails.
 
-    What is quick goes first: that pods come up again may take its time, or need the challenger's device.
+    Quick steps come first: pods take their time to become ready, and may need the challenger's device.
     """
-    moved, aliased = entry.phase in (*LATE, "restoring"), entry.phase in ("alias", "restoring")
-    with _told(parts):  # the ledger may be why it fails, and is not needed for this
+    target, registry = promoter.target, promoter.registry
+    seconds = max(promoter.deadline, RESTORE_SECONDS)
+    pinned, aliased = entry.phase in (*LATE, "restoring"), entry.phase in ("alias", "restoring")
+    with _warning_on_failure(promoter):  # the ledger may be what failed, and is not needed to restore
         entry.enter("restoring", reason)
-    begun = time.monotonic()
-    pin = parts.target.current_pin() if moved else entry.from_pin
+    start = time.monotonic()
+    pin = target.current_pin() if pinned else entry.from_pin
     foreign = pin not in (entry.from_pin, entry.to_pin)
     lock.check()
-    if moved and not foreign:
-        parts.target.set_pin(entry.from_pin, max(parts.deadline, RESTORE_SECONDS))
+    if pinned and not foreign:
+        target.set_pin(entry.from_pin, seconds)
         lock.check()
-    parts.target.stop_challenger()
+    target.stop_challenger()
     if foreign:
         raise _foreign(entry, pin)
-    # Moved by a call of ours whose answer got lost, and by nobody else.
-    if aliased and entry.alias_before != version_of(entry.to_pin) == parts.registry.alias(
-        entry.model, entry.alias
+    version = version_of(entry.to_pin)
+    if (
+        aliased
+        and entry.alias_before != version
+        and registry.alias(entry.model, entry.alias) == version  # moved by a call whose answer was lost
     ):
         lock.check()
-        parts.registry.point(entry.model, entry.alias, entry.alias_before)
-    if moved and entry.from_pin is not None and not parts.target.idle:
-        parts.target.wait(entry.from_pin, max(parts.deadline, RESTORE_SECONDS))
-        parts.target.verify(digest_of(entry.from_pin))
-        parts.tell(f"{shown_pin(entry.from_pin)} is served again, after {time.monotonic() - begun:.1f} s")
-
-
-def _title(entry: Entry) -> str:
-    return f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)}"
-
-
-def _foreign(entry: Entry, pin: Pin | None) -> ForeignPinError:
-    return ForeignPinError(
-        f"{_title(entry)} did not come to its end, and meanwhile somebody else pinned {shown_pin(pin)}: it "
-        f"stays, the entry is closed; check that the alias {entry.alias} is what you want"
-    )
+        registry.set_alias(entry.model, entry.alias, entry.alias_before)
+    if pinned and entry.from_pin is not None and not target.idle:
+        target.wait(entry.from_pin, seconds)
+        target.verify(digest_of(entry.from_pin))
+        promoter.report(
+            f"{shown_pin(entry.from_pin)} is served again, after {time.monotonic() - start:.1f} s"
+        )
 
 
 def current_pin(target: Target) -> Pin:
-    """The pin. Raises `InvalidInputError` where there is none."""
+    """Return the pin of a registered version. Raises `InvalidInputError` where none is pinned."""
     pin = target.current_pin()
     if pin is None or not pin.startswith("models:"):
-        what = "nothing is pinned" if pin is None else f"{shown_pin(pin)} is served, which is of no registry"
+        what = "nothing is pinned" if pin is None else f"{shown_pin(pin)} is served, which is in no registry"
         raise InvalidInputError(
             FieldViolation(
-                target.place,
-                f"{what}; `milonga promote bootstrap URI_OR_FOLDER` registers and pins something",
+                target.place, f"{what}; register and pin a model: `milonga promote bootstrap URI_OR_FOLDER`"
             )
         )
     return pin
 
 
-def served_version(parts: Parts, model: str) -> Version:
-    """What is served, which the alias must agree with. Raises as `Registry.of_pin`."""
-    champion = parts.registry.of_pin(current_pin(parts.target))
+def served_version(promoter: Promoter, model: str) -> RegisteredVersion:
+    """Return the served version. Raises `InvalidInputError` where pin, alias and `model` disagree."""
+    champion = promoter.registry.version_of_pin(current_pin(promoter.target))
     if champion.name != model:
         raise InvalidInputError(
             FieldViolation("--model", f"is {model}, and {champion} is served; give --model {champion.name}")
         )
-    _check_alias(parts.registry, model, parts.alias, champion.version)
+    _check_alias(promoter.registry, model, promoter.alias, champion.version)
     return champion
 
 
-def candidate_version(wanted: Wanted, registry: Registry) -> Version:
-    """What is to be served. Raises as `Registry.version`, and `InvalidInputError` without any."""
-    version = wanted.version or registry.alias(wanted.model, wanted.candidate_alias)
-    if version is None:
+def candidate_version(registry: Registry, model: str, version: str | None, alias: str) -> RegisteredVersion:
+    """Return `version`, or the one that `alias` points to. Raises as `Registry.version`."""
+    number = version or registry.alias(model, alias)
+    if number is None:
         raise InvalidInputError(
-            FieldViolation(
-                "--version",
-                f"is missing, and {wanted.model} has no alias {wanted.candidate_alias}; give --version",
-            )
+            FieldViolation("--version", f"is missing, and {model} has no alias {alias}; give --version")
         )
-    return registry.version(wanted.model, version)
+    return registry.version(model, number)
 
 
-def begin(kind: Kind, from_pin: Pin | None, to: Version, parts: Parts, place: str) -> Entry:
-    """The entry of a promotion that begins."""
-    return parts.ledger.begin(
+def begin(
+    kind: Kind, from_pin: Pin | None, version: RegisteredVersion, promoter: Promoter, place: str
+) -> Entry:
+    """Create the ledger's entry of a promotion."""
+    return promoter.ledger.begin(
         kind,
         place=place,
-        model=to.name,
-        alias=parts.alias,
-        alias_before=parts.registry.alias(to.name, parts.alias),
+        model=version.name,
+        alias=promoter.alias,
+        alias_before=promoter.registry.alias(version.name, promoter.alias),
         from_pin=from_pin,
-        to_pin=to.pin,
+        to_pin=version.uri,
     )
 
 
 def _check_alias(registry: Registry, model: str, alias: str, *expected: str | None) -> None:
-    """Raise `InvalidInputError` where an alias points to none of `expected`: somebody else moved it."""
+    """Raise `InvalidInputError` where an alias points to none of `expected`."""
     found = registry.alias(model, alias)
     if found not in expected:
         raise InvalidInputError(
             FieldViolation(
                 f"{model}@{alias}",
                 f"points to {_version_text(found)}, expected {_version_text(expected[0])}: somebody else "
-                "moved it, or another --alias is meant; give that, or set it right in MLflow",
+                "moved it, or it is of another target; give --alias, or correct the alias in MLflow",
             )
         )
 
@@ -418,25 +402,54 @@ def _version_text(version: str | None) -> str:
     return f"version {version}" if version else "nothing"
 
 
+def _is_pinned(
+    source: RegisteredVersion | ResolvedModel, name: str, pinned: RegisteredVersion
+) -> InvalidInputError:
+    first, version = (
+        ("", source.version) if isinstance(source, RegisteredVersion) else ("register it, then ", "N")
+    )
+    return InvalidInputError(
+        FieldViolation(
+            "bootstrap",
+            f"is {_shown(source)}, and {pinned} is pinned; {first}promote: milonga promote run "
+            f"--model {name} --version {version}",
+        )
+    )
+
+
+def _shown(source: RegisteredVersion | ResolvedModel) -> str:
+    return str(source if isinstance(source, RegisteredVersion) else source.folder)
+
+
+def _title(entry: Entry) -> str:
+    return f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)}"
+
+
+def _foreign(entry: Entry, pin: Pin | None) -> ForeignPinError:
+    return ForeignPinError(
+        f"{_title(entry)} is not completed, since somebody else pinned {shown_pin(pin)}: it stays, and the "
+        f"entry is closed; check that the alias {entry.alias} is what you want"
+    )
+
+
 def _outcome(error: BaseException) -> Outcome:
     if isinstance(error, GatesRefusedError):
         return "refused"
     return "interrupted" if exit_code(error) == 130 else "failed"
 
 
-def _tag(entry: Entry, parts: Parts) -> None:
-    """Tell on the version how its promotion ended. Not worth failing for."""
-    with _told(parts):
-        version = parts.registry.of_pin(entry.to_pin)
+def _tag(entry: Entry, promoter: Promoter) -> None:
+    """Tag the version with the outcome. A failure is only a warning."""
+    with _warning_on_failure(promoter):
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         tags = {"": entry.outcome or "", "time": now, "run": entry.run_id, "reason": entry.reason}
-        parts.registry.tag(version, tags)
+        promoter.registry.tag(entry.model, version_of(entry.to_pin), tags)
 
 
 @contextlib.contextmanager
-def _told(parts: Parts) -> Iterator[None]:
-    """Say what fails inside, and go on."""
+def _warning_on_failure(promoter: Promoter) -> Iterator[None]:
+    """Report a `MilongaError` raised inside as a warning, and go on."""
     try:
         yield
     except MilongaError as error:
-        parts.tell(f"warning: {one_line(error)}")
+        promoter.report(f"warning: {one_line(error)}")

@@ -1,15 +1,14 @@
-"""The registry's side of a promotion: the version, its architecture, the alias that says what is served."""
+"""MLflow's registry as a promotion uses it: versions, their architecture, aliases and tags."""
 
 import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from services.errors import (
     DigestMismatchError,
@@ -23,7 +22,7 @@ from services.errors import (
 )
 from services.models.manifest import MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
-from services.weights.registry import DIGEST_TAG, FOLDER_TAG, connect, shown, tracking_uri
+from services.weights.registry import DIGEST_TAG, FOLDER_TAG, RegisteredVersion, connect, shown, tracking_uri
 from services.weights.uri import EMBEDDED
 from training.promotion.target import Pin
 
@@ -31,60 +30,41 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PROMOTION_TAG: Final = "milonga.promotion"
-"""Tag of a version: how its last promotion ended; ``.time``, ``.run`` and ``.reason`` stand beside it."""
+"""Tag of a version: outcome of its last promotion. Further tags: ``.time``, ``.run`` and ``.reason``."""
 
 ARCHITECTURE: Final = re.compile(
     r"(unet|vae|text_encoder|vocoder)/config\.json|tokenizer/.*\.(json|model|txt)"
 )
-"""Files of a model folder that say what it is built of, and what its words are."""
+"""Files of a model folder that define its architecture: configs and the tokenizer."""
 
-_NOTES: Final = frozenset(
+_ORIGIN_KEYS: Final = frozenset(
     {"_name_or_path", "_diffusers_version", "transformers_version", "dtype", "torch_dtype"}
 )
-"""Keys of configs that say where they come from and no more."""
+"""Keys of configs that record the origin and do not change the model."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _REASON_CHARACTERS: Final = 1_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Version:
-    """A version of a registered model."""
-
-    name: str
-    """Of the registered model."""
-    version: str
-    """Of it."""
-    digest: str
-    """Of its model folder."""
-
-    @property
-    def pin(self) -> Pin:
-        """The model URI that names it and nothing else."""
-        return f"models:/{self.name}/{self.version}#{self.digest}"
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version}"
+Answer = TypeVar("Answer")
 
 
 class Registry:
-    """MLflow's, as promotion uses it. Raises `ServiceUnavailableError` where the server does not answer."""
+    """MLflow's registry. All methods raise `ServiceUnavailableError` where the server does not answer."""
 
     def __init__(self, uri: str | None = None) -> None:
-        # MLflow would try for minutes.
+        # MLflow's defaults retry for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         self.uri = tracking_uri(uri)
         self.client: MlflowClient = connect(self.uri, create=True)
 
-    def version(self, name: str, version: str) -> Version:
-        """Look a version up.
+    def version(self, name: str, version: str) -> RegisteredVersion:
+        """Return a version of a registered model.
 
         Raises:
-            ModelNotFoundError: there is none.
-            ModelFormatError: it is none that `milonga train register` made of a generating model.
+            ModelNotFoundError: there is no such version.
+            ModelFormatError: `milonga train register` did not make it, or not of a generating model.
         """
-        found = self._ask(
+        found = self._call(
             lambda: self.client.get_model_version(name, version),
             f"version: {name} has no version {version} in the registry {shown(self.uri)}; "
             f"it has {self._versions(name)}",
@@ -98,118 +78,123 @@ class Registry:
         kind = found.tags.get("milonga.kind")
         if kind != "tango":
             raise ModelFormatError(
-                f"version: {name} version {version} is of kind {kind}, must be tango: only models that "
-                "generate are promoted"
+                f"version: {name} version {version} is of kind {kind}, must be tango: only generating "
+                "models are promoted"
             )
         if found.status != "READY":
             raise ModelFormatError(
                 f"version: {name} version {version} is {found.status}, must be READY; register it again"
             )
-        return Version(name=name, version=str(found.version), digest=digest)
+        return RegisteredVersion(
+            name=name,
+            version=str(found.version),
+            digest=digest,
+            license=found.tags.get("milonga.license", "unknown"),
+        )
 
-    def of_pin(self, pin: Pin) -> Version:
-        """The version that a pin names. Raises as `version`, and `DigestMismatchError`."""
+    def version_of_pin(self, pin: Pin) -> RegisteredVersion:
+        """Return the version that a pin names. Raises as `version`, and `DigestMismatchError`."""
         found = re.fullmatch(r"models:/(?P<name>[^/]+)/(?P<version>\d+)#(?P<digest>sha256:[0-9a-f]{64})", pin)
         if found is None:
             raise InvalidInputError(
                 FieldViolation(
-                    "pin", f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; `milonga promote bootstrap`"
+                    "pin",
+                    f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; set one with `milonga promote "
+                    "bootstrap`",
                 )
             )
         version = self.version(found["name"], found["version"])
         if version.digest != found["digest"]:
             raise DigestMismatchError(
                 f"{version} is {version.digest} in the registry {shown(self.uri)}, and is served as "
-                f"{found['digest']}; is MLFLOW_TRACKING_URI the registry that was pinned from?"
+                f"{found['digest']}; set MLFLOW_TRACKING_URI to the registry that the pin is of"
             )
         return version
 
     def pin_of(self, name: str, version: str, digest: str) -> Pin | None:
-        """The pin of weights by what they are called: of a version, or embedded; None where it is neither."""
+        """Return the pin of a registered version or of an embedded model; None where it is neither."""
         try:
             found = self.version(name, version)
         except ModelError:
             found = None
         if found is not None and found.digest == digest:
-            return found.pin
+            return found.uri
         embedded = (one for one in EMBEDDED if read_manifest(mini_folder(one)).digest == digest)
         return next((f"{one}#{digest}" for one in embedded), None)
 
     def alias(self, name: str, alias: str) -> str | None:
-        """The version that an alias points to; None where there is no such alias, or model."""
+        """Return the version that an alias points to; None where there is no such alias or model."""
         try:
-            found = self._ask(lambda: self.client.get_model_version_by_alias(name, alias), "")
+            found = self._call(lambda: self.client.get_model_version_by_alias(name, alias), "")
         except ModelNotFoundError:
             return None
         return str(found.version)
 
-    def point(self, name: str, alias: str, version: str | None) -> None:
-        """Let an alias point to a version, or to none."""
+    def set_alias(self, name: str, alias: str, version: str | None) -> None:
+        """Point an alias to a version; None deletes the alias."""
         if version is None:
-            self._ask(lambda: self.client.delete_registered_model_alias(name, alias), f"{name} is gone")
+            self._call(lambda: self.client.delete_registered_model_alias(name, alias), f"{name} is missing")
         else:
-            self._ask(
+            self._call(
                 lambda: self.client.set_registered_model_alias(name, alias, version),
-                f"{name} version {version} is gone",
+                f"{name} version {version} is missing",
             )
 
-    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
-        """Tag a version, under `PROMOTION_TAG`; the empty name is that tag itself."""
+    def tag(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version, by name below `PROMOTION_TAG`; the empty name is that tag itself."""
         for key, value in tags.items():
-            name = f"{PROMOTION_TAG}.{key}" if key else PROMOTION_TAG
-            self._ask(
-                partial(
-                    self.client.set_model_version_tag,
-                    *(version.name, version.version, name, value[:_REASON_CHARACTERS]),
-                ),
-                f"{version} is gone",
+            tag = f"{PROMOTION_TAG}.{key}" if key else PROMOTION_TAG
+            self._call(
+                partial(self.client.set_model_version_tag, name, version, tag, value[:_REASON_CHARACTERS]),
+                f"{name} version {version} is missing",
             )
 
-    def check_architecture(self, champion: Version, candidate: Version) -> None:
-        """Raise `ModelFormatError` where the two are built differently: then they are no two versions."""
+    def check_architecture(self, champion: RegisteredVersion, candidate: RegisteredVersion) -> None:
+        """Raise `ModelFormatError` where the two have different architectures or tokenizers."""
         first, second = self.architecture(champion), self.architecture(candidate)
         for path in sorted({*first, *second}):
             found, expected = second.get(path), first.get(path)
             if found != expected:
                 raise ModelFormatError(
-                    f"version: {candidate} is of another architecture than {champion}, which is served: "
+                    f"version: {candidate} is of another architecture than the served {champion}: "
                     f"{path} {_difference(expected, found)}; serve it by a Deployment of its own"
                 )
 
-    def architecture(self, version: Version) -> dict[str, object]:
-        """What a version is built of: its configs, and its tokenizer's files. Weights are not fetched.
+    def architecture(self, version: RegisteredVersion) -> dict[str, object]:
+        """Return configs and digests of the tokenizer's files, by path. Weights are not fetched.
 
-        Raises `ModelFormatError` where the folder's manifest is missing or is not what the digest says.
+        Raises `ModelFormatError` where the folder's manifest is missing or has another digest.
         """
-        found = self._ask(
-            lambda: self.client.get_model_version(version.name, version.version), f"{version} is gone"
+        found = self._call(
+            lambda: self.client.get_model_version(version.name, version.version), f"{version} is missing"
         )
-        source = self._ask(
+        source = self._call(
             lambda: self.client.get_model_version_download_uri(version.name, version.version),
-            f"{version} is gone",
+            f"{version} is missing",
         )
         root = f"{str(source).rstrip('/')}/{found.tags.get(FOLDER_TAG, 'artifacts/model')}"
         with tempfile.TemporaryDirectory(prefix="milonga-") as folder:
             manifest = self._file(root, MANIFEST_NAME, Path(folder), version)
             files = manifest.get("files", {}) if isinstance(manifest, dict) else {}
             if not files or manifest["digest"] != version.digest:
-                raise ModelFormatError(f"version: {version} has no manifest of its digest; register it again")
+                raise ModelFormatError(
+                    f"version: {version} has no manifest with its digest; register it again"
+                )
             return {
-                # A tokenizer's files are compared by their digest.
-                path: _without_notes(self._file(root, path, Path(folder), version))
+                path: _without_origin(self._file(root, path, Path(folder), version))
                 if path.endswith("/config.json")
                 else digest
                 for path, digest in files.items()
                 if ARCHITECTURE.fullmatch(path)
             }
 
-    def _file(self, root: str, path: str, folder: Path, version: Version) -> Any:
+    def _file(self, root: str, path: str, folder: Path, version: RegisteredVersion) -> Any:
         from mlflow.artifacts import download_artifacts
 
         target = folder / path.replace("/", "_")
         target.mkdir()
         try:
-            got = self._ask(
+            got = self._call(
                 lambda: download_artifacts(
                     artifact_uri=f"{root}/{path}", dst_path=str(target), tracking_uri=self.uri
                 ),
@@ -222,44 +207,43 @@ class Registry:
             ) from error
 
     def _versions(self, name: str) -> str:
-        """Versions that there are, for people."""
+        """The last ten versions of a model, for messages."""
         with contextlib.suppress(Exception):
             found = self.client.search_model_versions(f"name='{name}'", max_results=100)
             numbers = sorted(int(version.version) for version in found)
             return ", ".join(map(str, numbers[-10:])) or "none"
         return "none"
 
-    def _ask(self, question: Any, missing: str) -> Any:
-        """The answer; MLflow's errors as ours, with `missing` where it is not there."""
-        with asking(self.uri, missing):
-            return question()
+    def _call(self, call: Callable[[], Answer], missing: str) -> Answer:
+        with mlflow_errors(self.uri, missing):
+            return call()
 
 
 @contextlib.contextmanager
-def asking(uri: str, missing: str = "") -> Iterator[None]:
-    """Errors of MLflow as ours. `missing` is what to say where what is asked for is not there."""
+def mlflow_errors(uri: str, missing: str = "") -> Iterator[None]:
+    """Convert MLflow's errors to a `MilongaError`; `missing` is the message for what is not found."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        if missing_or_invalid(error):
+        if _not_found(error):
             raise ModelNotFoundError(missing or _short(error)) from error
-        raise _away(uri, error) from error
+        raise _unavailable(uri, error) from error
     except MilongaError:
         raise
-    except Exception as error:  # those of HTTP libraries, databases and object stores
+    except Exception as error:  # errors of HTTP libraries, databases and object stores
         if isinstance(error, OSError) and not type(error).__module__.startswith(("requests", "urllib3")):
             raise ModelNotFoundError(missing or _short(error)) from error
-        raise _away(uri, error) from error
+        raise _unavailable(uri, error) from error
 
 
-def missing_or_invalid(error: Any) -> bool:
-    """Whether MLflow says that something is not there; of an alias it says so in its own way."""
+def _not_found(error: Any) -> bool:
+    """Whether MLflow's `error` means not found: its codes for versions and for aliases differ."""
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 
 
-def _away(uri: str, error: BaseException) -> ServiceUnavailableError:
+def _unavailable(uri: str, error: BaseException) -> ServiceUnavailableError:
     return ServiceUnavailableError(
         f"the MLflow server {shown(uri)} can't be used: {_short(error)}; start it, or correct "
         "MLFLOW_TRACKING_URI"
@@ -270,15 +254,15 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _without_notes(config: Any) -> object:
+def _without_origin(config: Any) -> object:
     if isinstance(config, dict):
-        return {key: _without_notes(value) for key, value in config.items() if key not in _NOTES}
+        return {key: _without_origin(value) for key, value in config.items() if key not in _ORIGIN_KEYS}
     return config
 
 
 def _difference(expected: object, found: object) -> str:
     if expected is None or found is None:
-        return "is there" if expected is None else "is missing"
+        return "is additional" if expected is None else "is missing"
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted({*expected, *found}):
             if expected.get(key) != found.get(key):

@@ -1,4 +1,4 @@
-"""What a promotion needs of what it promotes to."""
+"""The port between a promotion and its target, and the pin."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,91 +10,91 @@ from services.weights.uri import ModelURI
 Pin = str
 """A model URI with its digest: ``models:/milonga-tango/7#sha256:…``."""
 
-Tell = Callable[[str], None]
-"""Says a line about what goes on, to people."""
+Report = Callable[[str], None]
+"""Prints a line of progress."""
 
 
 class Lock(Protocol):
-    """Held while a promotion runs. Nobody else may change the target meanwhile."""
+    """Excludes other promotions of the target while it is held."""
 
     def check(self) -> None:
-        """Raise `BusyError` if it is held no more. Called before every change."""
+        """Raise `BusyError` if the lock was lost. Called before every change."""
 
 
 class Target(Protocol):
-    """What serves. Every method may be called again after whatever stopped it, and then does what is left.
+    """A service that is promoted to. Every method is idempotent: called again after a failure, it completes.
 
-    All raise `ServiceUnavailableError` where the target can't be reached or does not let us, and
-    `InvalidInputError` where something is missing that should have been set up.
+    All raise `ServiceUnavailableError` where the target can't be reached or does not permit the call, and
+    `InvalidInputError` where its setup is incomplete.
     """
 
     @property
     def place(self) -> str:
-        """Which target this is, the same from wherever it is promoted to: the ledger's key."""
+        """Name of the target, the same from every machine that promotes to it: the ledger's key."""
 
     @property
     def serving(self) -> str:
-        """How its challenger serves (image, resources, machine). Clips of another way are not compared."""
+        """Environment of the challenger (image, resources, machine). Clips of another are not compared."""
 
     def lock(self) -> AbstractContextManager[Lock]:
-        """Exclude other promotions for the time of the context. Raises `BusyError`."""
+        """Hold the lock inside the context. Raises `BusyError`."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is to serve: there is nothing to wait for, and nobody to ask."""
+        """Whether the target is scaled to 0, so that there is nothing to wait for or to verify."""
 
     def check_setup(self, *, challenger: bool) -> None:
-        """Raise `InvalidInputError` where it serves nothing, or its challenger would run something else."""
+        """Raise `InvalidInputError` where nothing serves, or the challenger would run something else."""
 
     def check_reach(self) -> None:
-        """Raise where what serves can't be asked, or changed, because of us: rights, TLS, a token.
+        """Raise where rights, TLS or a token of the caller prevent the calls that a promotion makes.
 
-        What serves may be broken: that is what a rollback is for.
+        A service that is broken passes: it may be why a rollback is wanted.
         """
 
     def current_pin(self) -> Pin | None:
-        """What is served, or is to be; None where nothing was pinned yet."""
+        """Return the pin that is served, or is being rolled out; None where nothing was pinned yet."""
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
-        """Serve `pin` where no traffic comes, in place of an earlier challenger; its address.
+        """Start a challenger without traffic on `pin`, replacing an earlier one; return its address.
 
-        Raises `RolloutError` where it is not ready within `seconds`, or can be seen never to be.
+        Raises `RolloutError` where it is not ready within `seconds`, or has failed for good.
         """
 
     def clip_client(self, address: str, timeout: float) -> ClipMaker:
-        """Who asks the challenger at `address` for clips, in up to `timeout` seconds each. Calls nothing."""
+        """Return a client of the challenger at `address`; `timeout` in seconds per clip. Makes no call."""
 
     def stop_challenger(self) -> None:
-        """Serve no challenger any more."""
+        """Stop the challenger."""
 
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
-        """Begin to serve `pin`, without a pause. None takes the pin away.
+        """Start to roll out `pin`, without interruption of the service. None removes the pin.
 
-        Raises `RolloutError` where it is refused, or does not begin within `seconds`.
+        Raises `RolloutError` where the pin is refused, or the rollout does not start within `seconds`.
         """
 
     def wait(self, pin: Pin, seconds: float) -> None:
         """Return when nothing but `pin` is served.
 
-        Raises `RolloutError` where that is not so within `seconds`, or can be seen never to be.
+        Raises `RolloutError` where that takes longer than `seconds`, or has failed for good.
         """
 
     def verify(self, digest: str) -> None:
-        """Ask everything that serves. Raises `RolloutError` where something answers with another digest."""
+        """Query everything that serves. Raises `RolloutError` where an answer has another digest."""
 
 
 def digest_of(pin: Pin) -> str:
-    """The digest of a pin."""
+    """Return the digest of a pin."""
     digest = ModelURI.parse(pin).digest
     assert digest is not None
     return digest
 
 
 def version_of(pin: Pin) -> str:
-    """The version in the pin of a registered model."""
+    """Return the version number in the pin of a registered model."""
     return pin.partition("#")[0].rpartition("/")[2]
 
 
 def shown_pin(pin: Pin | None) -> str:
-    """A pin for people: without its digest."""
+    """Return a pin as messages show it, without its digest; ``nothing`` for None."""
     return pin.partition("#")[0].removeprefix("models:/").replace("/", " version ") if pin else "nothing"

@@ -14,6 +14,7 @@ from typing import Any
 
 from services.files import write_atomically
 from services.local import open_clip_maker
+from services.weights.registry import RegisteredVersion
 from services.weights.uri import ModelURI, resolve
 from training.evaluation.evaluate import compared_names
 from training.finetuning.session import PairData
@@ -22,7 +23,7 @@ from training.loop.run_folder import claim_folder
 from training.preferences.scores import ScoresConfig
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
-from training.tracking.register import Provenance, Registered, register
+from training.tracking.register import Provenance, register
 from training.tracking.runs import Tracker, data_digest
 
 FREE = ("processes", "alias", "samples")
@@ -41,7 +42,7 @@ class LoopResult:
 
     policy: Path
     """Folder of the aligned model."""
-    registered: Registered
+    registered: RegisteredVersion
     report: Mapping[str, Any]
     """Of the evaluation."""
     lines: tuple[str, ...]
@@ -70,7 +71,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
         models = {"base": config.start, "aligned": policy}
         report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
         log_samples(config, policy, tracker)
-        registered = register(
+        registered, _ = register(
             Path(policy.removeprefix("file:")),
             alias=config.alias,
             provenance=Provenance(
@@ -78,7 +79,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
             ),
         )
         tracker.parent.log_metrics(headline(report))
-        lines = (*outcome(report), f"{registered.uri}  {registered.alias}", tracker.hint)
+        lines = (*outcome(report), f"{registered.uri}  {config.alias}", tracker.hint)
     return LoopResult(
         policy=Path(policy.removeprefix("file:")), registered=registered, report=report, lines=lines
     )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from services.api.model import ModelVersion
 from services.errors import (
     DigestMismatchError,
     FieldViolation,
@@ -31,18 +32,19 @@ from services.errors import (
 )
 from services.models.architectures import check_generator
 from services.models.folders import read_json
-from services.models.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_manifest
+from services.models.manifest import MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, read_reward_config
 from services.weights.registry import (
     DIGEST_TAG,
     FOLDER_TAG,
+    RegisteredVersion,
     connect,
     fetch,
     shown,
     tracking_uri,
 )
-from services.weights.uri import resolve
+from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,40 +84,21 @@ class Provenance:
     """The MLflow run that made it, and that keeps the files; None: one of its own."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Registered:
-    """A version in the registry."""
-
-    name: str
-    """Of the registered model."""
-    version: str
-    """Of it."""
-    digest: str
-    """Of the model folder."""
-    alias: str | None
-    """That now points to it, if one was given."""
-    created: bool
-    """Whether it is new; not where the same files were registered before."""
-
-    @property
-    def uri(self) -> str:
-        """The model URI to serve, pinned to the files."""
-        return f"models:/{self.name}/{self.version}#{self.digest}"
-
-
 def register(
-    folder: Path,
+    model: Path | ResolvedModel,
     name: str | None = None,
     *,
     alias: str | None = CHALLENGER,
     clap: str | None = None,
     provenance: Provenance | None = None,
     uri: str | None = None,
-) -> Registered:
-    """Make a version of the model in `folder`, fetch it back, verify it, and point `alias` to it.
+) -> tuple[RegisteredVersion, bool]:
+    """Make a version of a model, fetch it back, verify it, and point `alias` to it.
+
+    Returns the version, and whether it is new: the same files are registered once.
 
     Args:
-        folder: a model folder with its manifest.
+        model: a model folder with its manifest; files of one that is resolved are not hashed again.
         name: of the registered model; None: by its kind.
         alias: `challenger`, or `champion` to begin a registry with; None: no alias is touched.
         clap: of a reward model: URI of the CLAP model that it stands on. None: the mini family's.
@@ -129,7 +112,8 @@ def register(
         ServiceUnavailableError: the server does not answer.
     """
     provenance, uri = provenance or Provenance(), tracking_uri(uri)
-    manifest = checked_manifest(folder)
+    model = checked_model(model)
+    folder, identity = model.folder, model.identity
     kind = kind_of(folder)
     name = name or NAMES[kind]
     _check_names(name, alias, kind)
@@ -140,9 +124,9 @@ def register(
     from mlflow.exceptions import MlflowException
 
     try:
-        version, created = _find(client, name, manifest.digest), False
+        version, created = _find(client, name, identity.digest), False
         if version is None:
-            version, created = _create(client, name, kind, manifest, artifacts, provenance), True
+            version, created = _create(client, name, kind, identity, artifacts, provenance), True
     except MlflowException as error:
         raise _refused(uri, error) from error
     try:
@@ -156,19 +140,20 @@ def register(
             client.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
         raise _refused(uri, error) from error
-    return Registered(name=name, version=version, digest=manifest.digest, alias=alias, created=created)
+    digest, license = identity.digest, identity.license
+    return RegisteredVersion(name=name, version=version, digest=digest, license=license), created
 
 
-def checked_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`, its files verified. Raises `ModelError` where there is none."""
-    manifest = read_manifest(folder)
-    if not (folder / MANIFEST_NAME).exists():
+def checked_model(model: Path | ResolvedModel) -> ResolvedModel:
+    """Return the model of a folder, its files verified. Raises `ModelError` where it has no manifest."""
+    folder = model if isinstance(model, Path) else model.folder
+    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
         raise ModelFormatError(
             f"{folder} has no {MANIFEST_NAME}, which says its version and its licence; make the folder with "
             "`milonga convert` or `milonga train`, which write one, or call services.models.manifest."
             "write_manifest"
         )
-    return verify_manifest(folder, manifest.digest)
+    return resolve(ModelURI(scheme="file", path=str(folder))) if isinstance(model, Path) else model
 
 
 def kind_of(folder: Path) -> Kind:
@@ -231,7 +216,7 @@ def _create(
     client: "MlflowClient",
     name: str,
     kind: Kind,
-    manifest: Manifest,
+    model: ModelVersion,
     artifacts: Mapping[str, Path],
     provenance: Provenance,
 ) -> str:
@@ -240,7 +225,7 @@ def _create(
 
     own = None
     if provenance.run_id is None:
-        own = client.create_run(experiment_id(client), run_name=f"register {manifest.name}").info.run_id
+        own = client.create_run(experiment_id(client), run_name=f"register {model.name}").info.run_id
     run_id = provenance.run_id or own
     assert run_id is not None
     status = "FAILED"
@@ -260,8 +245,8 @@ def _create(
             name,
             source=f"runs:/{run_id}/{name}",  # a path on this machine would mean nothing to a server
             run_id=run_id,
-            tags=tags_of(kind, manifest, provenance),
-            description=f"{manifest.name} {manifest.version}, {manifest.license}",
+            tags=tags_of(kind, model, provenance),
+            description=f"{model.name} {model.version}, {model.license}",
         )
         status = "FINISHED"
         return str(version.version)
@@ -275,15 +260,15 @@ def _create(
                 client.set_terminated(own, status)
 
 
-def tags_of(kind: Kind, manifest: Manifest, provenance: Provenance) -> dict[str, str]:
-    """The tags of a version."""
+def tags_of(kind: Kind, model: ModelVersion, provenance: Provenance) -> dict[str, str]:
+    """Return the tags of a version of `model`, whose name and version are the manifest's."""
     tags = {
-        DIGEST_TAG: manifest.digest,
+        DIGEST_TAG: model.digest,
         FOLDER_TAG: "artifacts/model",
         "milonga.kind": kind,
-        "milonga.license": manifest.license,
-        "milonga.name": manifest.name,
-        "milonga.version": manifest.version,
+        "milonga.license": model.license,
+        "milonga.name": model.name,
+        "milonga.version": model.version,
     }
     if provenance.parent:
         tags["milonga.parent"] = provenance.parent

@@ -1,4 +1,4 @@
-"""A Kubernetes API server that takes Jobs, and whose controllers do what a test tells them."""
+"""A Kubernetes API server that accepts Jobs, with controllers that a test scripts."""
 
 import copy
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.training.promotion.targets.api import Api, Asked, Json
+from tests.training.promotion.targets.api import Api, Json, Request
 
 UID = "uid-of-the-job"
 
@@ -24,39 +24,39 @@ class JobsApi(Api):
     acts: dict[int, Any] = field(default_factory=dict)
     """What happens before the Job is read for the n-th time."""
 
-    def answer(self, asked: Asked) -> tuple[int, Json | Iterator[str]]:
+    def answer(self, request: Request) -> tuple[int, Json | Iterator[str]]:
         for pattern, (code, message) in self.status.items():
-            if re.search(pattern, f"{asked.method} {asked.path}"):
-                self.asked.append(asked)
+            if re.search(pattern, f"{request.method} {request.path}"):
+                self.requests.append(request)
                 return code, {"kind": "Status", "message": message}
         jobs, core = "/apis/batch/v1/namespaces/milonga/jobs", "/api/v1/namespaces/milonga"
-        if asked.path == jobs and asked.method == "POST":
-            self.asked.append(asked)
-            name = asked.body["metadata"]["name"]
+        if request.path == jobs and request.method == "POST":
+            self.requests.append(request)
+            name = request.body["metadata"]["name"]
             if name in self.jobs:
                 return 409, {"kind": "Status", "message": f'jobs.batch "{name}" already exists'}
-            made = {**asked.body, "metadata": {**asked.body["metadata"], "uid": UID}}
-            if "dryRun" not in asked.query:
+            made = {**request.body, "metadata": {**request.body["metadata"], "uid": UID}}
+            if "dryRun" not in request.query:
                 self.jobs[name] = made
             return 201, made
-        if asked.path.startswith(f"{jobs}/"):
+        if request.path.startswith(f"{jobs}/"):
             self.looks += 1
             self.acts.get(self.looks, lambda: None)()
-            job = self.jobs.get(asked.path.rpartition("/")[2])
+            job = self.jobs.get(request.path.rpartition("/")[2])
             return (404, {"message": "not found"}) if job is None else (200, copy.deepcopy(job))
-        if asked.path == f"{core}/events":
-            uid, kind = (one.partition("=")[2] for one in asked.query["fieldSelector"].split(","))
+        if request.path == f"{core}/events":
+            uid, kind = (one.partition("=")[2] for one in request.query["fieldSelector"].split(","))
             assert kind == "Warning"
             return 200, {"items": [one for one in self.events if one["involvedObject"]["uid"] == uid]}
-        if found := re.fullmatch(rf"{core}/pods/([\w-]+)/log", asked.path):
-            assert asked.query["timestamps"] == "true"
-            self.asked.append(asked)
+        if found := re.fullmatch(rf"{core}/pods/([\w-]+)/log", request.path):
+            assert request.query["timestamps"] == "true"
+            self.requests.append(request)
             lines = self.logs.get(found[1])
             if lines is None:
                 return 404, {"message": "not found"}
             # A list goes on growing, and its container with it.
             return 200, (f"{line}\n" for line in (list(lines) if isinstance(lines, list) else lines))
-        return super().answer(asked)
+        return super().answer(request)
 
     def end(self, name: str, kind: str, reason: str = "", message: str = "") -> None:
         """The Job is over."""

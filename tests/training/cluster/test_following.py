@@ -186,7 +186,7 @@ def test_a_pod_that_vanishes_was_deleted(api: JobsApi, jobs: Jobs) -> None:
         ),
     ],
 )
-def test_a_job_that_fails_says_so_in_its_pods_words(
+def test_a_failed_job_gives_the_reason_of_its_pod(
     api: JobsApi, jobs: Jobs, exit_status: Json, code: int, message: str
 ) -> None:
     api.logs["a"] = ["t1 settings", "t2 error: start: is 'x', must be mini"]
@@ -203,7 +203,7 @@ def test_a_job_that_fails_says_so_in_its_pods_words(
     assert followed.log == ["settings", "error: start: is 'x', must be mini"]
 
 
-def test_a_job_that_fails_without_a_pod_says_the_rule(api: JobsApi, jobs: Jobs) -> None:
+def test_a_failed_job_without_pods_gives_its_own_reason(api: JobsApi, jobs: Jobs) -> None:
     followed = Following(
         jobs, api, [lambda: api.end(NAME, "Failed", "DeadlineExceeded", "was active too long")]
     )
@@ -289,13 +289,11 @@ def test_a_pod_that_is_only_starting_is_not_reported(api: JobsApi) -> None:
         ("Failed", {"containerStatuses": []}, "no reason given"),
     ],
 )
-def test_why_a_pod_was_loss_reason(api: JobsApi, phase: str, status: Json, why: str | None) -> None:
+def test_the_reason_why_a_pod_was_lost(api: JobsApi, phase: str, status: Json, why: str | None) -> None:
     assert loss_reason(api.set_pod("a", phase, **status)) == why
 
 
-def test_logs_that_are_not_for_us_and_a_cluster_that_goes_away_leave_the_job(
-    api: JobsApi, jobs: Jobs
-) -> None:
+def test_forbidden_logs_and_a_lost_cluster_leave_the_job(api: JobsApi, jobs: Jobs) -> None:
     api.set_pod("a", "Running")
     api.status["GET .*/log"] = (403, 'cannot get resource "pods/log"')
     with pytest.raises(ServiceUnavailableError, match=r'permit it: cannot get resource "pods/log"') as caught:

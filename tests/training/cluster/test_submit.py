@@ -1,4 +1,4 @@
-"""The training Job: what is sent, and what is refused before that."""
+"""The training Job: its manifest, its creation, and the command."""
 
 import io
 import tomllib
@@ -58,7 +58,7 @@ def test_it_is_the_file_that_kubectl_takes_and_a_wheel_carries_it() -> None:
     assert [(ROOT / source, ROOT / target) for source, target in copied.items()] == [submit._PATHS[::-1]]
 
 
-def test_only_what_was_asked_for_is_changed() -> None:
+def test_only_the_overrides_change_the_manifest() -> None:
     before = the_job()
     overrides = JobOverrides(
         settings=["dpo.beta=200", "name=$(HOME)"], name="align-7", image="x:1", namespace="other"
@@ -88,7 +88,7 @@ def test_without_a_name_it_is_called_by_recipe_and_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["Align", "align_7", "-a", "a" * 64, "a.b"])
-def test_names_that_can_be_none_are_refused(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(InvalidInputError, match=f"--name: is '{name}"):
         with_overrides(the_job(), JobOverrides(name=name))
 
@@ -134,7 +134,7 @@ def test_of_many_objects_it_is_the_training_job() -> None:
         ),
     ],
 )
-def test_manifests_that_can_t_be_meant_are_refused(text: str, message: str) -> None:
+def test_manifests_without_one_training_job_are_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         read_manifest(Path("-"), io.StringIO(text))
 
@@ -150,7 +150,7 @@ def test_the_job_is_sent_once_and_checked_strictly() -> None:
         assert api.jobs == {}
         made = create(jobs, job)
     assert made["metadata"]["uid"] == UID
-    dry, real = [asked for asked in api.asked if asked.method == "POST"]
+    dry, real = [request for request in api.requests if request.method == "POST"]
     assert dry.query.pop("dryRun") == "All"
     assert dry.query == real.query == {"fieldManager": "milonga-train", "fieldValidation": "Strict"}
     assert real.body == job
@@ -205,7 +205,7 @@ def test_a_job_that_is_not_there_can_t_be_followed() -> None:
         find(jobs, "gone")
 
 
-def test_the_ways_on_name_what_is_not_the_default() -> None:
+def test_the_next_steps_name_namespace_and_context() -> None:
     assert next_steps("a", "milonga") == (
         "to follow it: milonga train submit --follow a; to delete it: kubectl --namespace milonga delete "
         "job a"
@@ -241,7 +241,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--follow", "align-7"], 6, "the cluster http://127.0.0.1:1 can't be reached: "),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_wrong_input_is_one_line(
     nowhere: None, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
 ) -> None:
     assert run(["train", "submit", *words]) == code
@@ -252,7 +252,7 @@ def test_what_is_wrong_is_one_line(
     assert out == ""
 
 
-def test_show_asks_no_cluster_and_prints_what_kubectl_takes(
+def test_show_calls_no_cluster_and_prints_a_manifest(
     nowhere: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["train", "submit", "--name", "align-7", "--set", "dpo.beta=200", "--show"]) == 0
@@ -263,7 +263,7 @@ def test_show_asks_no_cluster_and_prints_what_kubectl_takes(
     assert container(job)["args"][-1] == "--set=dpo.beta=200"
 
 
-def test_the_whole_way(
+def test_submit_follow_and_submit_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api = JobsApi(port=0, logs={"a": ["t1 step 1"]})

@@ -1,4 +1,4 @@
-"""`milonga promote` from the command line: what it refuses, and with which exit code."""
+"""The command line of `milonga promote`: errors and exit codes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.cli import run
 from services.inference.triton.repository import Exported, ModelRepository, Weights, open_storage
-from tests.training.promotion.fixtures import MemoryTarget, make_parts, make_version
+from tests.training.promotion.fixtures import MemoryTarget, make_promoter, make_version
 from training.commands.promote import _termination_interrupts
 from training.promotion.promote import bootstrap
 from training.promotion.registry import Registry
@@ -139,19 +139,19 @@ def test_a_triton_that_is_not_there(nowhere: str, tmp_path: Path, capsys: pytest
     assert "the Triton at 127.0.0.1:1: " in capsys.readouterr().err
 
 
-def test_the_ledger_is_printed(nowhere: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_history_is_printed(nowhere: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = Registry()
     version = make_version(registry, tmp_path)
-    bootstrap(version, make_parts(MemoryTarget(), registry)[0])
+    bootstrap(make_promoter(MemoryTarget(), registry)[0], version)
     assert run(["promote", "history", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
-    assert (entry["kind"], entry["from"], entry["to"]) == ("bootstrap", None, version.pin)
+    assert (entry["kind"], entry["from"], entry["to"]) == ("bootstrap", None, version.uri)
     assert (entry["outcome"], entry["place"]) == ("bootstrapped", "memory/test")
     assert run(["promote", "history"]) == 0
     assert "nothing  milonga-tango/1  bootstrapped" in capsys.readouterr().out
 
 
-def test_termination_undoes_as_an_interruption_does() -> None:
+def test_sigterm_interrupts_as_ctrl_c_does() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), _termination_interrupts():
         os.kill(os.getpid(), signal.SIGTERM)

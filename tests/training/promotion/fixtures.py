@@ -1,4 +1,4 @@
-"""A target in memory whose every step can be made to fail, and versions that cost nothing to register."""
+"""A target in memory whose steps can fail, and registered versions with tiny files."""
 
 import contextlib
 import json
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from services.api.generation import ClipMaker
+from services.api.model import ModelVersion
 from services.models.manifest import write_manifest
+from services.weights.registry import RegisteredVersion
 from training.promotion.errors import BusyError, RolloutError
 from training.promotion.ledger import Ledger
-from training.promotion.promote import Parts
-from training.promotion.registry import Registry, Version
+from training.promotion.promote import Promoter
+from training.promotion.registry import Registry
 from training.promotion.target import Pin, digest_of
 from training.tracking.register import Provenance, tags_of
 
@@ -30,7 +32,7 @@ class HeldLock:
 
 
 class MemoryTarget:
-    """Serves by saying so. `fails` are errors by step, each raised once or as often as it is asked for."""
+    """Implements `Target`. `fails` are errors by step: raised once, or always if the step is in `always`."""
 
     def __init__(self, pin: Pin | None = None) -> None:
         self.pin, self.served = pin, pin
@@ -58,7 +60,7 @@ class MemoryTarget:
         return "nowhere:1"
 
     def clip_client(self, address: str, timeout: float) -> ClipMaker:
-        raise AssertionError("no gate of these tests hears clips")
+        raise AssertionError("no gate of these tests needs clips")
 
     def stop_challenger(self) -> None:
         self._step("stop")
@@ -102,8 +104,8 @@ def make_version(
     unet: dict[str, Any] | None = None,
     kind: Any = "tango",
     seed: int = 0,
-) -> Version:
-    """Register what looks like a model from outside: configs, a manifest, tags."""
+) -> RegisteredVersion:
+    """Register a folder with the config, manifest and tags of a model, and no real weights."""
     root = folder / f"run-{len(list(folder.glob('run-*')))}"
     model = root / "artifacts" / "model"
     (model / "unet").mkdir(parents=True)
@@ -111,17 +113,22 @@ def make_version(
         json.dumps(unet or {**UNET, "_name_or_path": f"build/{root.name}"})
     )
     (model / "unet" / "weights.safetensors").write_bytes(root.name.encode())
-    manifest = write_manifest(model, name="tiny", version="1", license="Apache-2.0")
+    digest = write_manifest(model, name="tiny", version="1", license="Apache-2.0").digest
+    identity = ModelVersion(name="tiny", version="1", digest=digest, license="Apache-2.0")
     with contextlib.suppress(Exception):
         registry.client.create_registered_model("milonga-tango")
     made = registry.client.create_model_version(
-        "milonga-tango", source=str(root), tags=tags_of(kind, manifest, Provenance())
+        "milonga-tango", source=str(root), tags=tags_of(kind, identity, Provenance())
     )
-    return Version(name="milonga-tango", version=str(made.version), digest=manifest.digest)
+    return RegisteredVersion(
+        name="milonga-tango", version=str(made.version), digest=digest, license="Apache-2.0"
+    )
 
 
-def make_parts(target: MemoryTarget, registry: Registry) -> tuple[Parts, list[str]]:
-    """Everything that takes part, and what was told."""
-    told: list[str] = []
-    parts = Parts(target=target, registry=registry, ledger=Ledger(registry), tell=told.append, deadline=5.0)
-    return parts, told
+def make_promoter(target: MemoryTarget, registry: Registry) -> tuple[Promoter, list[str]]:
+    """A promoter of `target`, and the lines that it reports."""
+    reported: list[str] = []
+    promoter = Promoter(
+        target=target, registry=registry, ledger=Ledger(registry), report=reported.append, deadline=5.0
+    )
+    return promoter, reported

@@ -1,4 +1,4 @@
-"""Whatever fails, and wherever: the pin goes back, the alias is untouched, the challenger stops."""
+"""After a failure of any step pin and alias are restored, and the challenger stops."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from services.errors import (
     ModelNotFoundError,
     ServiceUnavailableError,
 )
-from services.models.mini import mini_folder
-from services.weights.registry import DIGEST_TAG
-from tests.training.promotion.fixtures import UNET, MemoryTarget, make_parts, make_version
+from services.weights.registry import DIGEST_TAG, RegisteredVersion
+from services.weights.uri import ResolvedModel, resolve
+from tests.training.promotion.fixtures import UNET, MemoryTarget, make_promoter, make_version
 from training.evaluation.config import evaluation_smoke
 from training.evaluation.statistics import Interval
 from training.promotion import promote as promotion
@@ -31,9 +31,8 @@ from training.promotion.errors import (
 )
 from training.promotion.gates.gates import Gate, GatesConfig, Verdict
 from training.promotion.ledger import EVIDENCE, GATES, Entry, history_lines
-from training.promotion.promote import Parts, Wanted, bootstrap, promote, resume, roll_back
-from training.promotion.registry import PROMOTION_TAG, Registry, Version
-from training.tracking.register import Registered
+from training.promotion.promote import Promoter, bootstrap, promote, resume, roll_back
+from training.promotion.registry import PROMOTION_TAG, Registry
 
 CONFIG = GatesConfig(
     evaluation=evaluation_smoke(),
@@ -50,10 +49,10 @@ class World:
         self.registry = Registry()
         self.champion = make_version(self.registry, folder)
         self.candidate = make_version(self.registry, folder)
-        self.registry.point("milonga-tango", "champion", self.champion.version)
-        self.registry.point("milonga-tango", "challenger", self.candidate.version)
-        self.target = MemoryTarget(self.champion.pin)
-        self.parts, self.told = make_parts(self.target, self.registry)
+        self.registry.set_alias("milonga-tango", "champion", self.champion.version)
+        self.registry.set_alias("milonga-tango", "challenger", self.candidate.version)
+        self.target = MemoryTarget(self.champion.uri)
+        self.promoter, self.reported = make_promoter(self.target, self.registry)
         self.passes = True
         world = self
 
@@ -65,15 +64,15 @@ class World:
 
             def examine(
                 self,
-                champion: Version,
-                candidate: Version,
+                champion: RegisteredVersion,
+                candidate: RegisteredVersion,
                 target: Any,
                 *_: object,
                 check: Callable[[], None],
                 **__: object,
             ) -> tuple[list[Verdict], dict[str, Any]]:
                 check()
-                target.start_challenger(candidate.pin, 1.0)
+                target.start_challenger(candidate.uri, 1.0)
                 target._step("gates")
                 found = Interval(value=0.1, low=0.05 if world.passes else -0.2, high=0.2, count=9)
                 verdict = Verdict(
@@ -87,8 +86,8 @@ class World:
 
         monkeypatch.setattr(promotion, "Examination", Examined)
 
-    def promote(self, version: str | None = "2") -> promotion.Done:
-        return promote(Wanted(model="milonga-tango", version=version), CONFIG, self.parts)
+    def promote(self, version: str | None = "2") -> str:
+        return promote(self.promoter, CONFIG, model="milonga-tango", version=version)
 
     @property
     def alias(self) -> str | None:
@@ -96,14 +95,14 @@ class World:
 
     @property
     def entry(self) -> Entry:
-        return self.parts.ledger.entries()[0]
+        return self.promoter.ledger.entries()[0]
 
     def assert_untouched(self) -> None:
-        assert (self.target.pin, self.target.served) == (self.champion.pin, self.champion.pin)
+        assert (self.target.pin, self.target.served) == (self.champion.uri, self.champion.uri)
         assert self.target.challenger is None
         assert self.alias == self.champion.version
 
-    def tags(self, version: Version) -> dict[str, str]:
+    def tags(self, version: RegisteredVersion) -> dict[str, str]:
         found = self.registry.client.get_model_version(version.name, version.version).tags
         return {k.removeprefix(PROMOTION_TAG): v for k, v in found.items() if k.startswith(PROMOTION_TAG)}
 
@@ -116,13 +115,13 @@ def world(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 def test_a_good_version_is_rolled_out_verified_and_named_champion(world: World) -> None:
     done = world.promote()
     assert world.target.done == ["challenger", "gates", "stop", "rollout", "verify"]
-    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
-    assert "milonga-tango version 2 is promoted" in done.line
+    assert (world.target.served, world.alias) == (world.candidate.uri, "2")
+    assert "milonga-tango version 2 is promoted" in done
     entry = world.entry
     assert (entry.kind, entry.outcome, entry.phase) == ("promotion", "promoted", "alias")
-    assert (entry.from_pin, entry.to_pin) == (world.champion.pin, world.candidate.pin)
-    assert '"passed": true' in world.parts.ledger.read_text(entry.run_id, EVIDENCE)
-    assert world.parts.ledger.read_text(entry.run_id, GATES) == "# gates\n"
+    assert (entry.from_pin, entry.to_pin) == (world.champion.uri, world.candidate.uri)
+    assert '"passed": true' in world.promoter.ledger.read_text(entry.run_id, EVIDENCE)
+    assert world.promoter.ledger.read_text(entry.run_id, GATES) == "# gates\n"
     tags = world.tags(world.candidate)
     assert (tags[""], tags[".run"]) == ("promoted", entry.run_id)
     assert world.registry.client.get_run(entry.run_id).info.status == "FINISHED"
@@ -136,9 +135,9 @@ def test_without_a_version_the_alias_challenger_is_promoted(world: World) -> Non
 def test_what_is_served_already_is_not_promoted_again(world: World) -> None:
     world.promote()
     world.target.done.clear()
-    assert "nothing to do" in world.promote().line
+    assert "nothing to do" in world.promote()
     assert world.target.done == []
-    assert len(world.parts.ledger.entries()) == 1
+    assert len(world.promoter.ledger.entries()) == 1
 
 
 def test_a_worse_version_is_refused(world: World) -> None:
@@ -171,7 +170,7 @@ def test_a_worse_version_is_refused(world: World) -> None:
         ("verify", ValueError("a fault of ours"), 1, "failed"),
     ],
 )
-def test_whatever_fails_is_undone(
+def test_a_failure_of_any_step_is_undone(
     world: World, step: str, error: BaseException, code: int, outcome: str
 ) -> None:
     world.target.fails[step] = error
@@ -192,8 +191,8 @@ def test_an_alias_that_fails_to_move_is_undone(world: World, monkeypatch: pytest
         monkeypatch.undo()
         raise ServiceUnavailableError("the MLflow server went away")  # after it had done so
 
-    point = world.registry.point
-    monkeypatch.setattr(world.registry, "point", fail)
+    point = world.registry.set_alias
+    monkeypatch.setattr(world.registry, "set_alias", fail)
     with pytest.raises(ServiceUnavailableError):
         world.promote()
     world.assert_untouched()
@@ -207,37 +206,35 @@ def test_a_rollback_that_fails_needs_a_person_and_can_be_resumed(world: World) -
         world.promote()
     assert exit_code(caught.value) == 7
     assert (world.entry.outcome, world.entry.phase) == (None, "restoring")
-    with pytest.raises(BusyError, match="phase restoring; finish or undo it with `milonga promote resume`"):
+    with pytest.raises(BusyError, match="phase restoring; complete or undo it with `milonga promote resume`"):
         world.promote()
     world.target.fails.clear()
-    assert "is undone" in resume(world.parts).line
+    assert "is undone" in resume(world.promoter)
     world.assert_untouched()
     assert (world.entry.outcome, world.entry.reason) == ("failed", "not ready")
 
 
-def test_a_champion_that_somebody_moves_meanwhile_stays_theirs(world: World, tmp_path: Path) -> None:
+def test_an_alias_that_somebody_else_moves_meanwhile_stays(world: World, tmp_path: Path) -> None:
     third = make_version(world.registry, tmp_path)
     world.target.before = lambda step: (
-        world.registry.point("milonga-tango", "champion", third.version) if step == "verify" else None
+        world.registry.set_alias("milonga-tango", "champion", third.version) if step == "verify" else None
     )
     with pytest.raises(InvalidInputError, match=r"points to version 3, expected version 1: somebody else"):
         world.promote()
-    assert (world.target.served, world.alias) == (world.champion.pin, third.version)
+    assert (world.target.served, world.alias) == (world.champion.uri, third.version)
 
 
-def test_a_challenger_that_somebody_registers_meanwhile_is_not_passed_over(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_challenger_registered_meanwhile_stops_the_promotion(world: World, tmp_path: Path) -> None:
     third = make_version(world.registry, tmp_path)
     world.target.before = lambda step: (
-        world.registry.point("milonga-tango", "challenger", third.version) if step == "gates" else None
+        world.registry.set_alias("milonga-tango", "challenger", third.version) if step == "gates" else None
     )
     with pytest.raises(InvalidInputError, match="challenger: points to version 3, expected version 2"):
         world.promote(None)
     world.assert_untouched()
 
 
-def test_a_lost_lock_leaves_everything_to_whoever_has_it(world: World) -> None:
+def test_after_a_lost_lock_nothing_is_changed(world: World) -> None:
     def lose(step: str) -> None:
         world.target.held.lost = step == "verify"
 
@@ -245,7 +242,7 @@ def test_a_lost_lock_leaves_everything_to_whoever_has_it(world: World) -> None:
     with pytest.raises(BusyError) as caught:
         world.promote()
     assert exit_code(caught.value) == 5
-    assert world.target.pin == world.candidate.pin  # not ours to undo
+    assert world.target.pin == world.candidate.uri  # not ours to undo
     assert world.entry.outcome is None
 
 
@@ -265,111 +262,109 @@ def die(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("step", ["challenger", "gates", "stop"])
-def test_a_promoter_that_died_before_the_rollout_is_undone(
+def test_a_promotion_whose_promoter_died_before_the_rollout_is_undone(
     world: World, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die(world, step, monkeypatch)
     with pytest.raises(BusyError, match="promote resume`"):
         world.promote()
     assert world.target.done == []
-    assert "undone" in resume(world.parts).line
+    assert "undone" in resume(world.promoter)
     world.assert_untouched()
     assert world.entry.reason == "its promoter died in the phase gates"
-    with pytest.raises(InvalidInputError, match="nothing was left unfinished"):
-        resume(world.parts)
+    with pytest.raises(InvalidInputError, match="nothing is unfinished"):
+        resume(world.promoter)
 
 
 @pytest.mark.parametrize("step", ["rollout", "verify"])
-def test_a_promoter_that_died_after_it_is_finished(
+def test_a_promotion_whose_promoter_died_after_the_pin_is_completed(
     world: World, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die(world, step, monkeypatch)
-    assert "is finished" in resume(world.parts).line
-    assert (world.target.served, world.alias) == (world.candidate.pin, world.candidate.version)
+    assert "is completed" in resume(world.promoter)
+    assert (world.target.served, world.alias) == (world.candidate.uri, world.candidate.version)
     assert (world.target.challenger, world.entry.outcome) == (None, "promoted")
 
 
-def test_what_cannot_be_finished_is_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promotion_that_cannot_be_completed_is_undone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     die(world, "rollout", monkeypatch)
     world.target.fails["verify"] = RolloutError("pod x serves another digest")
     with pytest.raises(RolloutError):
-        resume(world.parts)
+        resume(world.promoter)
     world.assert_untouched()
 
 
-def test_a_pin_that_is_neither_is_left_alone(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_pin_is_left_alone(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     die(world, "rollout", monkeypatch)
     third = make_version(world.registry, tmp_path)
-    world.target.pin = third.pin
+    world.target.pin = third.uri
     with pytest.raises(RollbackError, match="somebody else pinned milonga-tango version 3"):
-        resume(world.parts)
-    assert (world.target.pin, world.entry.outcome) == (third.pin, "failed")
+        resume(world.promoter)
+    assert (world.target.pin, world.entry.outcome) == (third.uri, "failed")
 
 
-def test_a_ledger_that_is_away_at_the_end_does_not_undo(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_that_fails_at_the_end_does_not_undo(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
         raise ServiceUnavailableError("the MLflow server can't be used")
 
-    monkeypatch.setattr(world.parts.ledger, "end", away)
+    monkeypatch.setattr(world.promoter.ledger, "end", away)
     with pytest.raises(
-        UnrecordedError, match="is promoted and served, only the ledger could not be"
+        UnrecordedError, match="is promoted and served, but not recorded in the ledger"
     ) as caught:
         world.promote()
     assert exit_code(caught.value) == 8
-    assert (world.target.served, world.alias) == (world.candidate.pin, world.candidate.version)
+    assert (world.target.served, world.alias) == (world.candidate.uri, world.candidate.version)
 
 
-def test_rollbacks_go_further_back_not_to_and_fro(world: World, tmp_path: Path) -> None:
+def test_two_rollbacks_go_two_versions_back(world: World, tmp_path: Path) -> None:
     third = make_version(world.registry, tmp_path)
-    with pytest.raises(InvalidInputError, match="knows nothing that was served here before"):
-        roll_back(world.parts)
+    with pytest.raises(InvalidInputError, match="records nothing that was served here before"):
+        roll_back(world.promoter)
     world.promote("2")
     world.promote("3")
     assert world.alias == third.version
-    assert "version 2 is served again" in roll_back(world.parts).line
-    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
-    assert "version 1 is served again" in roll_back(world.parts).line
+    assert "version 2 is served again" in roll_back(world.promoter)
+    assert (world.target.served, world.alias) == (world.candidate.uri, "2")
+    assert "version 1 is served again" in roll_back(world.promoter)
     world.assert_untouched()
-    with pytest.raises(InvalidInputError, match="knows nothing"):
-        roll_back(world.parts)
-    header, *lines = history_lines(world.parts.ledger.entries())
+    with pytest.raises(InvalidInputError, match="records nothing"):
+        roll_back(world.promoter)
+    header, *lines = history_lines(world.promoter.ledger.entries())
     assert header.split() == ["began", "(UTC)", "kind", "from", "to", "outcome", "seconds", "who"]
     assert ["rolled back" in line for line in lines] == [True, True, False, False]
     assert "milonga-tango/2  milonga-tango/1  rolled back" in lines[0]
 
 
-def test_a_rollback_that_fails_goes_back_to_where_it_was(world: World) -> None:
+def test_a_failed_rollback_restores_the_version_before_it(world: World) -> None:
     world.promote()
     world.target.fails["verify"] = RolloutError("pod x serves another digest")
     with pytest.raises(RolloutError):
-        roll_back(world.parts)
-    assert (world.target.served, world.alias) == (world.candidate.pin, "2")
+        roll_back(world.promoter)
+    assert (world.target.served, world.alias) == (world.candidate.uri, "2")
 
 
 def test_a_target_that_was_never_pinned_is_bootstrapped_once(world: World) -> None:
     world.target.pin = world.target.served = None
-    with pytest.raises(InvalidInputError, match=r"nothing is pinned; `milonga promote bootstrap") as caught:
+    with pytest.raises(InvalidInputError, match=r"nothing is pinned; .*`milonga promote bootstrap") as caught:
         world.promote()
     assert exit_code(caught.value) == 2
-    world.registry.point("milonga-tango", "champion", None)
-    assert "is pinned and served" in bootstrap(world.champion, world.parts).line
+    world.registry.set_alias("milonga-tango", "champion", None)
+    assert "is pinned and served" in bootstrap(world.promoter, world.champion)
     world.assert_untouched()
     assert world.target.done == ["rollout", "verify"]
-    assert "nothing to do" in bootstrap(world.champion, world.parts).line
+    assert "nothing to do" in bootstrap(world.promoter, world.champion)
     with pytest.raises(InvalidInputError, match=r"version 1 is pinned; promote: .*--version 2"):
-        bootstrap(world.candidate, world.parts)
+        bootstrap(world.promoter, world.candidate)
 
 
 def test_a_bootstrap_that_fails_leaves_nothing_pinned(world: World) -> None:
     world.target.pin = world.target.served = None
-    world.registry.point("milonga-tango", "champion", None)
+    world.registry.set_alias("milonga-tango", "champion", None)
     world.target.fails["verify"] = RolloutError("no pod is ready")
     with pytest.raises(RolloutError):
-        bootstrap(world.champion, world.parts)
+        bootstrap(world.promoter, world.champion)
     assert (world.target.pin, world.alias) == (None, None)
 
 
@@ -381,10 +376,12 @@ def test_a_version_that_is_not_there_is_refused(world: World, version: str, mess
     with pytest.raises(ModelNotFoundError, match=message) as caught:
         world.promote(version)
     assert exit_code(caught.value) == 2
-    assert world.parts.ledger.entries() == []
+    assert world.promoter.ledger.entries() == []
 
 
-def test_versions_that_are_none_of_ours_are_refused(world: World, tmp_path: Path) -> None:
+def test_versions_of_another_architecture_kind_or_without_digest_are_refused(
+    world: World, tmp_path: Path
+) -> None:
     other = make_version(world.registry, tmp_path, unet={**UNET, "block_out_channels": [8, 32]})
     with pytest.raises(ModelFormatError, match=r"another architecture .* unet/config.json has block_out_ch"):
         world.promote(other.version)
@@ -394,32 +391,32 @@ def test_versions_that_are_none_of_ours_are_refused(world: World, tmp_path: Path
     world.registry.client.delete_model_version_tag("milonga-tango", "2", DIGEST_TAG)
     with pytest.raises(ModelFormatError, match=r"has the digest 'nothing' in its tag milonga.digest"):
         world.promote()
-    assert (world.parts.ledger.entries(), world.target.done) == ([], [])
+    assert (world.promoter.ledger.entries(), world.target.done) == ([], [])
 
 
 def test_a_target_pinned_from_another_registry_is_refused(world: World) -> None:
-    world.target.pin = world.champion.pin[:-4] + "0000"
-    with pytest.raises(DigestMismatchError, match=r"is MLFLOW_TRACKING_URI the registry"):
+    world.target.pin = world.champion.uri[:-4] + "0000"
+    with pytest.raises(DigestMismatchError, match=r"set MLFLOW_TRACKING_URI to the registry"):
         world.promote()
-    world.target.pin = world.champion.pin.replace("milonga-tango", "other")
+    world.target.pin = world.champion.uri.replace("milonga-tango", "other")
     with pytest.raises(ModelNotFoundError):
         world.promote()
 
 
 def test_an_alias_that_disagrees_with_the_pin_is_refused(world: World) -> None:
-    world.registry.point("milonga-tango", "champion", "2")
+    world.registry.set_alias("milonga-tango", "champion", "2")
     with pytest.raises(InvalidInputError, match="champion: points to version 2, expected version 1"):
         world.promote()
     with pytest.raises(InvalidInputError, match="expected version 1"):
-        promote(Wanted(model="milonga-tango", version="2"), CONFIG, other_alias(world.parts))
+        promote(other_alias(world.promoter), CONFIG, model="milonga-tango", version="2")
 
 
-def other_alias(parts: Parts) -> Parts:
-    return Parts(
-        target=parts.target,
-        registry=parts.registry,
-        ledger=parts.ledger,
-        tell=parts.tell,
+def other_alias(promoter: Promoter) -> Promoter:
+    return Promoter(
+        target=promoter.target,
+        registry=promoter.registry,
+        ledger=promoter.ledger,
+        report=promoter.report,
         alias="staging",
     )
 
@@ -436,60 +433,64 @@ def test_neither_rollback_nor_bootstrap_moves_the_alias_of_another_place(
 ) -> None:
     world.promote()
     third = make_version(world.registry, tmp_path)
-    world.registry.point("milonga-tango", "champion", third.version)
+    world.registry.set_alias("milonga-tango", "champion", third.version)
     with pytest.raises(
         InvalidInputError, match=r"points to version 3, expected version 2: .*--alias"
     ) as caught:
-        roll_back(world.parts)
+        roll_back(world.promoter)
     assert exit_code(caught.value) == 2
     world.target.pin = world.target.served = None
     world.target.done.clear()
-    with pytest.raises(InvalidInputError, match=r"champion points to version 3: .*--alias") as caught:
-        bootstrap(world.champion, world.parts)
+    with pytest.raises(InvalidInputError, match=r"champion points to version 3, .*--alias") as caught:
+        bootstrap(world.promoter, world.champion)
     assert exit_code(caught.value) == 2
-    assert (world.alias, world.target.done, len(world.parts.ledger.entries())) == (third.version, [], 1)
+    assert (world.alias, world.target.done, len(world.promoter.ledger.entries())) == (third.version, [], 1)
 
 
 @pytest.mark.parametrize("check", ["setup", "reach"])
-def test_what_cannot_be_asked_is_not_changed(world: World, check: str) -> None:
+def test_an_unreachable_target_is_not_changed(world: World, check: str) -> None:
     def refuse() -> None:
         world.target.fails[check] = ServiceUnavailableError("pods/portforward is forbidden")
 
     refuse()
     with pytest.raises(ServiceUnavailableError):
         world.promote()
-    assert world.parts.ledger.entries() == []
+    assert world.promoter.ledger.entries() == []
     world.promote()
     world.target.done.clear()
     refuse()
     with pytest.raises(ServiceUnavailableError):
-        roll_back(world.parts)
+        roll_back(world.promoter)
     world.target.pin = None
-    world.registry.point("milonga-tango", "champion", None)
+    world.registry.set_alias("milonga-tango", "champion", None)
     refuse()
     with pytest.raises(ServiceUnavailableError):
-        bootstrap(world.candidate, world.parts)
-    assert (world.target.done, len(world.parts.ledger.entries())) == ([], 1)
+        bootstrap(world.promoter, world.candidate)
+    assert (world.target.done, len(world.promoter.ledger.entries())) == ([], 1)
 
 
-def test_a_promotion_is_not_resumed_by_who_cannot_ask(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promotion_is_not_resumed_where_the_target_is_unreachable(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     die(world, "rollout", monkeypatch)
     world.target.fails["reach"] = ServiceUnavailableError("pods/portforward is forbidden")
     with pytest.raises(ServiceUnavailableError):
-        resume(world.parts)
+        resume(world.promoter)
     assert (world.target.done, world.entry.outcome) == ([], None)
 
 
-def test_a_promotion_that_was_put_back_is_not_finished(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promotion_that_was_restored_is_not_completed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     die(world, "rollout", monkeypatch)
-    world.target.pin = world.target.served = world.champion.pin  # while the ledger was away
+    world.target.pin = world.target.served = world.champion.uri  # while the ledger was away
     assert world.entry.phase == "rollout"
-    assert "is undone" in resume(world.parts).line
+    assert "is undone" in resume(world.promoter)
     world.assert_untouched()
     assert world.entry.outcome == "failed"
 
 
-def test_what_is_quick_is_put_back_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_steps_are_restored_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[tuple[str | None, object, object, float]] = []
     wait = world.target.wait
 
@@ -498,18 +499,18 @@ def test_what_is_quick_is_put_back_first(world: World, monkeypatch: pytest.Monke
         wait(pin, seconds)
 
     monkeypatch.setattr(world.target, "wait", waiting)
-    point = world.registry.point
+    point = world.registry.set_alias
 
     def lost(name: str, alias: str, version: str | None) -> None:
         point(name, alias, version)
-        monkeypatch.setattr(world.registry, "point", point)
+        monkeypatch.setattr(world.registry, "set_alias", point)
         raise ServiceUnavailableError("its answer got lost")
 
-    monkeypatch.setattr(world.registry, "point", lost)
+    monkeypatch.setattr(world.registry, "set_alias", lost)
     with pytest.raises(ServiceUnavailableError):
         world.promote()
-    assert waits[-1] == (world.champion.pin, None, "1", 600.0)
-    assert waits[0][3] == world.parts.deadline
+    assert waits[-1] == (world.champion.uri, None, "1", 600.0)
+    assert waits[0][3] == world.promoter.deadline
 
 
 def test_a_deployment_at_zero_is_restored_without_waiting(world: World) -> None:
@@ -525,14 +526,14 @@ def test_a_deployment_at_zero_is_restored_without_waiting(world: World) -> None:
 
 
 @pytest.mark.parametrize(("lost_at", "stopped"), [("verify", 1), ("pin", 1)])
-def test_a_lock_that_is_lost_while_it_is_put_back_stops_that(
+def test_a_lock_that_is_lost_during_a_rollback_stops_it(
     world: World, monkeypatch: pytest.MonkeyPatch, lost_at: str, stopped: int
 ) -> None:
     set_pin = world.target.set_pin
 
     def setting(pin: str | None, seconds: float) -> None:
         set_pin(pin, seconds)
-        world.target.held.lost = lost_at == "pin" and pin == world.champion.pin
+        world.target.held.lost = lost_at == "pin" and pin == world.champion.uri
 
     def lose(step: str) -> None:
         world.target.held.lost |= lost_at == step
@@ -546,12 +547,12 @@ def test_a_lock_that_is_lost_while_it_is_put_back_stops_that(
     assert world.entry.outcome is None
 
 
-def test_a_pin_that_somebody_else_moves_meanwhile_stays(world: World, tmp_path: Path) -> None:
+def test_a_pin_that_somebody_else_changes_meanwhile_stays(world: World, tmp_path: Path) -> None:
     third = make_version(world.registry, tmp_path)
 
     def pin(step: str) -> None:
         if step == "rollout":
-            world.target.pin = third.pin
+            world.target.pin = third.uri
 
     world.target.before = pin
     world.target.fails["rollout"] = RolloutError("the pin was changed by somebody else meanwhile")
@@ -560,23 +561,23 @@ def test_a_pin_that_somebody_else_moves_meanwhile_stays(world: World, tmp_path: 
     ) as caught:
         world.promote()
     assert exit_code(caught.value) == 7
-    assert (world.target.pin, world.alias, world.entry.outcome) == (third.pin, "1", "failed")
+    assert (world.target.pin, world.alias, world.entry.outcome) == (third.uri, "1", "failed")
     assert world.target.challenger is None
 
 
-def test_a_pin_that_somebody_else_moved_during_the_gates_is_not_replaced(
+def test_a_pin_that_somebody_else_changes_during_the_gates_is_not_replaced(
     world: World, tmp_path: Path
 ) -> None:
     third = make_version(world.registry, tmp_path)
 
     def pin(step: str) -> None:
         if step == "gates":
-            world.target.pin = third.pin
+            world.target.pin = third.uri
 
     world.target.before = pin
     with pytest.raises(RollbackError, match="somebody else pinned milonga-tango version 3"):
         world.promote()
-    assert world.target.pin == third.pin
+    assert world.target.pin == third.uri
     assert "rollout" not in world.target.done
 
 
@@ -591,50 +592,51 @@ def test_an_interruption_after_the_alias_says_what_is_served(
     with pytest.raises(UnrecordedError, match=r"version 2 is promoted and served, .*interrupted") as caught:
         world.promote()
     assert exit_code(caught.value) == 8
-    assert (world.target.served, world.alias, world.entry.outcome) == (world.candidate.pin, "2", None)
-    assert "is finished" in resume(world.parts).line
+    assert (world.target.served, world.alias, world.entry.outcome) == (world.candidate.uri, "2", None)
+    assert "is completed" in resume(world.promoter)
     assert world.entry.outcome == "promoted"
 
 
-def test_an_undoing_that_fails_is_no_rollback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_undo_that_fails_needs_a_person(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     die(world, "stop", monkeypatch)
     world.target.fails["stop"] = RolloutError("x")
     with pytest.raises(RollbackError, match="could not be restored: x") as caught:
-        resume(world.parts)
+        resume(world.promoter)
     assert exit_code(caught.value) == 7
 
 
-def test_a_folder_is_registered_once_nothing_stands_against_it(
+def test_a_folder_is_registered_after_all_checks(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(mini_folder("mini-base"))
-    made: list[object] = []
+    model = resolve("mini-base")
+    aliases: list[object] = []
 
-    def register(path: Path, name: str, *, alias: str | None, uri: str) -> Registered:
-        made.append(alias)
-        version = make_version(world.registry, tmp_path)
-        return Registered(name=name, version=version.version, digest=version.digest, alias=None, created=True)
+    def register(
+        source: ResolvedModel, name: str, *, alias: str | None, uri: str
+    ) -> tuple[RegisteredVersion, bool]:
+        aliases.append(alias)
+        return make_version(world.registry, tmp_path), True
 
     monkeypatch.setattr(promotion, "register", register)
     with pytest.raises(
         InvalidInputError, match=r"mini-base, and milonga-tango version 1 is pinned; register it"
     ):
-        bootstrap(folder, world.parts)
+        bootstrap(world.promoter, model)
     world.target.pin = world.target.served = None
     with pytest.raises(InvalidInputError, match="champion points to version 1"):
-        bootstrap(folder, world.parts)
-    world.registry.point("milonga-tango", "champion", None)
+        bootstrap(world.promoter, model)
+    world.registry.set_alias("milonga-tango", "champion", None)
     world.target.fails["reach"] = ServiceUnavailableError("forbidden")
     with pytest.raises(ServiceUnavailableError):
-        bootstrap(folder, world.parts)
-    assert made == []
-    assert "version 3 is pinned and served" in bootstrap(folder, world.parts).line
-    assert made == [None]
+        bootstrap(world.promoter, model)
+    assert aliases == []
+    assert "version 3 is pinned and served" in bootstrap(world.promoter, model)
+    assert aliases == [None]
     assert world.registry.alias("milonga-tango", "challenger") == "2"
     assert world.alias == "3"
 
 
-def test_a_place_that_is_not_there_leaves_no_lock_behind(world: World) -> None:
+def test_a_missing_target_leaves_no_lock_behind(world: World) -> None:
     class Nowhere(MemoryTarget):
         @property
         def place(self) -> str:  # type: ignore[override]
@@ -643,9 +645,9 @@ def test_a_place_that_is_not_there_leaves_no_lock_behind(world: World) -> None:
         def lock(self) -> Any:
             raise AssertionError("it was locked")
 
-    parts, _ = make_parts(Nowhere(), world.registry)
-    for begin in (roll_back, resume, lambda one: bootstrap(world.champion, one)):
+    promoter, _ = make_promoter(Nowhere(), world.registry)
+    for begin in (roll_back, resume, lambda one: bootstrap(one, world.champion)):
         with pytest.raises(InvalidInputError, match="is not there"):
-            begin(parts)
+            begin(promoter)
     with pytest.raises(InvalidInputError, match="is not there"):
-        promote(Wanted(model="milonga-tango"), CONFIG, parts)
+        promote(promoter, CONFIG, model="milonga-tango")

@@ -47,8 +47,7 @@ def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twic
     smoke: Smoke, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, output, done = run_smoke(), smoke.output, smoke.result
-    assert (done.registered.name, done.registered.alias) == ("milonga-tango", "challenger")
-    assert done.registered.created
+    assert (done.registered.name, done.registered.version) == ("milonga-tango", "1")
     assert resolve("models:/milonga-tango@challenger").digest == done.registered.digest
     assert resolve("models:/milonga-reward@challenger").identity.version == "1"
     assert any("present_and_in_order" in line for line in done.lines)
@@ -65,7 +64,7 @@ def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twic
     capsys.readouterr()
     again = run_loop(config, output)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made
-    assert again.registered.version == done.registered.version and not again.registered.created
+    assert again.registered == done.registered
 
     with pytest.raises(InvalidInputError, match="rounds was 1, is 2"):
         run_loop(replace(config, rounds=2), output)
@@ -101,7 +100,7 @@ def test_an_alias_counts_as_it_stood_when_the_run_began(store: str, tmp_path: Pa
     assert not list(tmp_path.glob("*.txt"))
     with pytest.raises(ModelNotFoundError, match="milonga-tango@champion is not in the registry"):
         settled_start("models:/milonga-tango@champion", tmp_path)
-    first = register(mini_folder("mini-base"), alias="champion")
+    first, _ = register(mini_folder("mini-base"), alias="champion")
     assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri
     register(mini_folder("mini"), alias="champion")
     assert settled_start("models:/milonga-tango@champion", tmp_path) == first.uri

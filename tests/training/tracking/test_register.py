@@ -71,9 +71,9 @@ def test_a_model_becomes_a_version_that_resolves_back_to_the_same_files(
     provenance = Provenance(
         parent="models:/milonga-tango/0", data={"pairs": "sha256:12"}, metrics={"in_order": 0.615}
     )
-    done = register(model, provenance=provenance)
+    done, created = register(model, provenance=provenance)
     digest = verify_manifest(model).digest
-    assert (done.name, done.version, done.alias, done.created) == ("milonga-tango", "1", "challenger", True)
+    assert (done.name, done.version, created) == ("milonga-tango", "1", True)
     assert done.uri == f"models:/milonga-tango/1#{digest}"
     for uri in ("models:/milonga-tango/1", "models:/milonga-tango@challenger", done.uri):
         found = resolve(uri)
@@ -144,7 +144,7 @@ def test_a_reward_model_is_registered_with_the_clap_model_that_it_stands_on(
         register(folder)
     with pytest.raises(InvalidInputError, match="milonga-reward"):
         register(folder, "milonga-tango", clap=f"file:{tmp_path / 'clap'}")
-    done = register(folder, clap=f"file:{tmp_path / 'clap'}")
+    done, _ = register(folder, clap=f"file:{tmp_path / 'clap'}")
     assert (done.name, done.version) == ("milonga-reward", "1")
     assert resolve("models:/milonga-reward@challenger").digest == verify_manifest(folder).digest
     waveform = np.sin(np.arange(16_000) / 20).astype(np.float32)
@@ -160,13 +160,13 @@ def test_a_reward_model_is_registered_with_the_clap_model_that_it_stands_on(
 
 
 def test_the_same_files_are_registered_once_and_an_alias_moves(store: str, model: Path) -> None:
-    first = register(model)
-    again = register(model, alias=CHAMPION)
-    assert (again.version, again.created) == (first.version, False)
+    first, _ = register(model)
+    again, created = register(model, alias=CHAMPION)
+    assert (again, created) == (first, False)
     tiny_pipeline(seed=1).save_pretrained(model)
     write_manifest(model, name="tuned", version="4", license="CC-BY-NC-SA-4.0")
-    second = register(model)
-    assert (second.version, second.created) == ("2", True)
+    second, created = register(model)
+    assert (second.version, created) == ("2", True)
     assert resolve("models:/milonga-tango@challenger").identity.version == "2"
     assert resolve("models:/milonga-tango@champion").identity.version == "1"
     assert versions(store, "milonga-tango") == ["1", "2"]
@@ -217,7 +217,7 @@ def test_what_comes_back_otherwise_is_no_version(
 def test_the_cache_is_mended_and_a_pinned_version_needs_no_registry(
     store: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = register(model)
+    done, _ = register(model)
     folder = resolve(done.uri).folder
     (folder / "unet" / "config.json").write_text("{}")
     assert verify_manifest(resolve(done.uri).folder).digest == done.digest
@@ -248,7 +248,7 @@ def test_a_remote_registry_gets_the_files_themselves(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MILONGA_CACHE", str(tmp_path / "cache"))
     with Tracker("mini", tmp_path / "t") as tracker:
-        done = register(model, provenance=Provenance(run_id=tracker.run_id), alias=CHAMPION)
+        done, _ = register(model, provenance=Provenance(run_id=tracker.run_id), alias=CHAMPION)
     manifest = verify_manifest(model)
     shutil.rmtree(model)
     shutil.rmtree(tmp_path / "cache")

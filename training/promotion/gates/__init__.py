@@ -1,1 +1,1 @@
-"""What a challenger must pass before it is rolled out."""
+"""The gates that a challenger must pass before it is rolled out."""

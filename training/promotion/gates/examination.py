@@ -1,7 +1,7 @@
-"""The gates' evaluation: the metrics of `milonga train evaluate`, on clips as they are served.
+"""The gates' evaluation: the metrics of `milonga train evaluate` on clips of champion and challenger.
 
-Scorers and reward model are in this process, or services (``--scoring``, ``--reward``). This module hears the
-judge, so no training stage may import it.
+Scorers and reward model run in this process, or as services (``--scoring``, ``--reward-server``). The judge
+is among the metrics, so no training stage may import this module.
 
 Shapes: N clips, B elements of a call, W windows, S samples, D width.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from services.api.generation import ClipMaker
 from services.client import TLS, AudioClient
+from services.weights.registry import RegisteredVersion
 from training.data.store import digest_of
 from training.evaluation.clip_scores import (
     ClipScores,
@@ -30,83 +31,83 @@ from training.evaluation.report import differences_of, figures_of, measure, spli
 from training.evaluation.sources import Asked, make_plan
 from training.promotion.gates.clips import clips_folder, served_clips
 from training.promotion.gates.gates import LATENCY, GatesConfig, Verdict, decide
-from training.promotion.registry import Version
-from training.promotion.target import Target, Tell
+from training.promotion.target import Report, Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judges:
-    """Who hears beside the judge, where it is not this process."""
+class ScorerServices:
+    """Services that compute scores and rewards instead of models in this process."""
 
     scoring: str | None = None
-    """Address of a scoring service."""
+    """Address of a scoring service; None: in this process."""
     reward: str | None = None
-    """Address of a reward service."""
+    """Address of a reward service; None: in this process."""
     tls: TLS | None = None
+    """TLS settings of both; None: plaintext."""
 
 
 class Examination:
-    """Ears that are open, and questions that are known: made before anything is changed."""
+    """An evaluation that is ready: models loaded, prompts and seeds known. Created before any change."""
 
-    def __init__(self, config: GatesConfig, judges: Judges | None = None) -> None:
-        """Load who hears. Raises `ModelError` where one was refused, and what the services raise."""
-        self.config, self._judges = config, judges or Judges()
+    def __init__(self, config: GatesConfig, services: ScorerServices | None = None) -> None:
+        """Load scorers, reward model and judge. Raises `ModelError`, and what the services raise."""
+        self.config, self._services = config, services or ScorerServices()
         self.plan: Sequence[Asked] = make_plan(config.evaluation, [])
         self._evaluators = self._open_evaluators()
         self._references: References | None = None
 
     def examine(
         self,
-        champion: Version,
-        candidate: Version,
+        champion: RegisteredVersion,
+        candidate: RegisteredVersion,
         target: Target,
         seconds: float,
-        tell: Tell,
+        report: Report,
         *,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[list[Verdict], dict[str, Any]]:
-        """What the gates say of `candidate` against `champion`, and the evidence.
+        """Return the verdicts on `candidate` against `champion`, and the evidence.
 
-        The challenger is left running on the candidate; for the champion's clips, if some are missing, it
-        runs on the champion before that.
+        The challenger serves the champion first, if clips of it are missing, and then the candidate, on which
+        it is left running.
 
         Args:
-            champion: what is served.
-            candidate: what is to be.
-            target: whose challenger generates.
-            seconds: that the challenger may take to be ready.
-            tell: says what goes on.
+            champion: the served version.
+            candidate: the version to promote.
+            target: the target, whose challenger generates the clips.
+            seconds: time for the challenger to become ready.
+            report: prints a line of progress.
             check: called before each change of the target.
 
         Raises:
-            RolloutError: the challenger does not come up, or fails.
-            ServiceUnavailableError: the target, or a judge, can't be reached.
+            RolloutError: the challenger does not become ready, or fails.
+            ServiceUnavailableError: the target, or a scorer's service, can't be reached.
         """
         serving = target.serving
-        heard: dict[str, ClipScores] = {}
+        scores: dict[str, ClipScores] = {}
         facts: dict[str, dict[str, Any]] = {}
         for role, version in (("champion", champion), ("challenger", candidate)):
-            begun = time.monotonic()
-            challenger = _Challenger(target, version, seconds, tell, check)
+            start = time.monotonic()
+            challenger = _Challenger(target, version, seconds, report, check)
             if role == "challenger":
-                # One that does not come up is not promoted, whatever its clips of an earlier day were.
+                # Even if its clips are cached: a candidate that does not start is not promoted.
                 challenger.start()
             clips = served_clips(
                 *(role, version.digest, self.plan, clips_folder(version.digest, serving, self.config)),
                 *(self.config, partial(challenger.client, self.config.timeout)),
             )
-            tell(f"{role}: {clips.made} of {len(self.plan)} clips made, the others were there")
-            one = self._hear(role, clips.files)
-            heard[role] = replace(one, values={**one.values, LATENCY: np.log(clips.seconds_N)})
+            report(f"{role}: {clips.made} of {len(self.plan)} clips generated, the others were cached")
+            one = self._score(role, clips.files)
+            scores[role] = replace(one, values={**one.values, LATENCY: np.log(clips.seconds_N)})
             facts[role] = {
                 "version": version.version,
                 "digest": version.digest,
                 "clips_made": clips.made,
                 "ready_seconds": challenger.ready_seconds,
                 "mean_seconds_a_clip": round(float(clips.seconds_N.mean()), 4),
-                "seconds": round(time.monotonic() - begun, 1),
+                "seconds": round(time.monotonic() - start, 1),
             }
-        verdicts, figures = self._decide(heard)
+        verdicts, figures = self._decide(scores)
         evidence = {
             "gates": [verdict.row() for verdict in verdicts],
             "passed": all(verdict.passed for verdict in verdicts),
@@ -122,24 +123,24 @@ class Examination:
         }
         return verdicts, evidence
 
-    def _hear(self, name: str, files: Sequence[Path]) -> ClipScores:
+    def _score(self, name: str, files: Sequence[Path]) -> ClipScores:
         config = self.config.evaluation
         if self._references is None:
             self._references = embed_references(self.plan, self._evaluators, config)
         return score_clips(name, files, self.plan, self._evaluators, self._references, config)
 
-    def _decide(self, heard: Mapping[str, ClipScores]) -> tuple[list[Verdict], dict[str, Any]]:
+    def _decide(self, scores: Mapping[str, ClipScores]) -> tuple[list[Verdict], dict[str, Any]]:
         config, references = self.config.evaluation, self._references
         assert references is not None
-        splits = split_units(self.plan, np.logical_and.reduce([one.readable_N for one in heard.values()]))
-        asked = {gate.split for gate in self.config.gates}
+        splits = split_units(self.plan, np.logical_and.reduce([one.readable_N for one in scores.values()]))
+        gated = {gate.split for gate in self.config.gates}
         measured = {
             role: {
                 split: measure(one, references, self.plan, units, config)
                 for split, units in splits.items()
-                if split in asked
+                if split in gated
             }
-            for role, one in heard.items()
+            for role, one in scores.items()
         }
         champion = {split: figures_of(one) for split, one in measured["champion"].items()}
         challenger = {split: figures_of(one) for split, one in measured["challenger"].items()}
@@ -159,34 +160,39 @@ class Examination:
 
     def _open_evaluators(self) -> Evaluators:
         """Open what the config names, with the services in the place of its scorers and its reward model."""
-        services = self._judges
+        services = self._services
         scoring = AudioClient(scoring=services.scoring, tls=services.tls) if services.scoring else None
         reward = AudioClient(reward=services.reward, tls=services.tls) if services.reward else None
         return open_evaluators(self.config.evaluation, scoring=scoring, reward=reward)
 
 
 class _Challenger:
-    """A challenger that is started when it is first needed."""
+    """A challenger that is started when it is first used."""
 
     def __init__(
-        self, target: Target, version: Version, seconds: float, tell: Tell, check: Callable[[], None]
+        self,
+        target: Target,
+        version: RegisteredVersion,
+        seconds: float,
+        report: Report,
+        check: Callable[[], None],
     ) -> None:
         self._target, self._version, self._seconds = target, version, seconds
-        self._tell, self._check = tell, check
+        self._report, self._check = report, check
         self._address: str | None = None
         self.ready_seconds: float | None = None
 
     def start(self) -> str:
-        """Its address."""
+        """Start it, unless it runs; return its address."""
         if self._address is None:
             self._check()
-            self._tell(f"a challenger is started on {self._version}")
-            begun = time.monotonic()
-            self._address = self._target.start_challenger(self._version.pin, self._seconds)
-            self.ready_seconds = round(time.monotonic() - begun, 2)
-            self._tell(f"it serves, after {self.ready_seconds:.1f} s")
+            self._report(f"starting a challenger on {self._version}")
+            start = time.monotonic()
+            self._address = self._target.start_challenger(self._version.uri, self._seconds)
+            self.ready_seconds = round(time.monotonic() - start, 2)
+            self._report(f"the challenger serves, after {self.ready_seconds:.1f} s")
         return self._address
 
     def client(self, timeout: float) -> ClipMaker:
-        """Who asks it for clips, in up to `timeout` seconds each."""
+        """Return a client of it, with `timeout` in seconds per clip."""
         return self._target.clip_client(self.start(), timeout)

@@ -1,4 +1,4 @@
-"""Gates: what a candidate must show, from a file, and what follows from what was measured.
+"""Gates: bounds on the figures of an evaluation, from a file, and their verdicts.
 
     [evaluation]                       # training.evaluation.config.EvaluationConfig, by its field names
     recipe = "mini"
@@ -8,10 +8,10 @@
     metric = "clap"
     scorer = "clap-b"
     split = "temporal"
-    minimum_difference = -0.01         # challenger - champion: the interval's lower bound
+    minimum_difference = -0.01         # challenger - champion: lower end of the confidence interval
 
-Every difference is paired: the same prompts and seeds, drawn together in the bootstrap. Bounds hold at 97.5 %
-confidence, as intervals are of 95 %.
+Differences are paired: prompts and seeds are the same, and resampled together in the bootstrap. A bound holds
+at 97.5 % confidence, since the intervals are of 95 %.
 """
 
 import math
@@ -34,35 +34,35 @@ from training.evaluation.statistics import Interval
 from training.loop.config import validated
 
 DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
-"""For the mini family, on the sound world."""
+"""Gates of the mini family, on the sound world."""
 LATENCY: Final = "latency"
-"""Seconds from a request to its clip, as the service counts them. Its figure is their natural logarithm."""
+"""Metric: time from request to clip, measured by the service. Its figure is the natural logarithm."""
 JUDGE: Final = "judge"
-"""Name of the tagger among ``independent``."""
+"""Name of the tagger in ``independent``."""
 
 BOUNDS: Final = ("minimum_difference", "maximum_difference", "minimum", "maximum", "maximum_ratio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """One bound that must hold; exactly one of its five kinds is given."""
+    """One bound on a figure, of exactly one of five kinds."""
 
     metric: str
     """A figure of `milonga train evaluate`, or ``latency``."""
     scorer: str | None = None
-    """Of ``clap``: the scorer's name; of ``fad``, ``kad``, ``kl``, ``inception``: the space's."""
+    """Scorer of ``clap``, or embedding space of ``fad``, ``kad``, ``kl`` and ``inception``."""
     split: str = "all"
-    """Which prompts it looks at, one of `training.evaluation.prompts.SPLITS`."""
+    """Split of the prompts, one of `training.evaluation.prompts.SPLITS`."""
     minimum_difference: FiniteFloat | None = None
-    """Challenger less champion, at least: the interval's lower bound."""
+    """Lower bound of challenger - champion, compared with the lower end of its interval."""
     maximum_difference: FiniteFloat | None = None
-    """Challenger less champion, at most: the interval's upper bound. For figures that should be small."""
+    """Upper bound of challenger - champion, compared with the upper end of its interval."""
     minimum: FiniteFloat | None = None
-    """The challenger's own figure, at least. Not its interval: a rate of none has none."""
+    """Lower bound of the challenger's figure. Not of its interval, which a rate of 0 does not have."""
     maximum: FiniteFloat | None = None
-    """The challenger's own figure, at most."""
+    """Upper bound of the challenger's figure."""
     maximum_ratio: FiniteFloat | None = None
-    """Of ``latency``: challenger to champion, clip by clip, at most: the interval's upper bound."""
+    """Upper bound of challenger / champion, paired by clip, for ``latency``: upper end of the interval."""
 
     @property
     def figure(self) -> str:
@@ -71,7 +71,7 @@ class Gate:
 
     @property
     def bound(self) -> tuple[str, float]:
-        """Which bound, and where it lies."""
+        """Name and value of the bound."""
         return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Gate:
         if len(given) != 1:
             found.append(f"has {' and '.join(given) or 'no bound'}; give one of {', '.join(BOUNDS)}")
         if ("maximum_ratio" in given) != (self.metric == LATENCY):
-            found.append(f"maximum_ratio is for the metric {LATENCY}, and {LATENCY} takes nothing else")
+            found.append(f"maximum_ratio is for the metric {LATENCY}, whose only bound it is")
         if self.split not in SPLITS:
             found.append(f"has the split {self.split!r}, must be one of {', '.join(SPLITS)}")
         if found:
@@ -89,17 +89,17 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatesConfig:
-    """A whole file of gates."""
+    """A file of gates."""
 
     evaluation: EvaluationConfig
-    """Which prompts, which seeds, how generated, and who hears."""
+    """Prompts, seeds, generation settings, scorers and metrics."""
     gates: Annotated[tuple[Gate, ...], Field(alias="gate")] = ()
     independent: tuple[str, ...] = ()
-    """Those who hear of whom no training has asked anything: names of scorers, or ``judge``."""
+    """Names of scorers, or ``judge``, that training has never used."""
     in_flight: PositiveInt = 4
-    """Requests at a time, of the champion as of the challenger."""
+    """Concurrent requests, the same for champion and challenger."""
     timeout: Annotated[FiniteFloat, Field(gt=0)] = 600.0
-    """Seconds that one clip may take."""
+    """Seconds per clip."""
     text: Annotated[SkipJsonSchema[str], Field(max_length=0)] = ""
     """Content of the file, for the ledger. Not a key of the file."""
 
@@ -110,13 +110,13 @@ class GatesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a gate decided."""
+    """The result of a gate."""
 
     gate: Gate
     champion: Interval | None
     challenger: Interval | None
     difference: Interval | None
-    """Of latency: the ratio."""
+    """Challenger - champion; for latency the ratio."""
     passed: bool
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ class Verdict:
         }[name]
         seen = self.challenger if name in ("minimum", "maximum") else self.difference
         if seen is None or math.isnan(seen.value):
-            found = "not to be told from these clips"
+            found = "not measurable on these clips"
         elif name == "maximum_ratio":
             found = f"{seen.value:.2f} [{seen.low:.2f}, {seen.high:.2f}]"
         elif name in ("minimum", "maximum"):
@@ -141,7 +141,7 @@ class Verdict:
         return f"{self.gate.figure}{split}: {words}, found {found}"
 
     def row(self) -> dict[str, Any]:
-        """As evidence."""
+        """Return the verdict as JSON values, for the evidence."""
         name, limit = self.gate.bound
         return {
             "metric": self.gate.figure,
@@ -172,13 +172,13 @@ def read_gates(path: Path) -> GatesConfig:
     if isinstance(table, dict):
         content["evaluation"] = _with_recipe(path, table)
     config = replace(validated(GatesConfig, content, path.name), text=text)
-    if violations := _unanswerable(path, config):
+    if violations := _unmeasurable(path, config):
         raise InvalidInputError(*violations)
     return config
 
 
 def known_figures(config: EvaluationConfig, plan: Sequence[Asked]) -> tuple[str, ...]:
-    """Figures that can be told of clips of `plan`."""
+    """Return the names of the figures that an evaluation of `plan` computes."""
     found = [f"clap.{scorer.partition('=')[0]}" for scorer in config.scorers]
     found += ["reward"] if config.reward else []
     found += ["silent", "clipped", "loudness_db", LATENCY]
@@ -200,7 +200,7 @@ def decide(
     challenger: Mapping[str, Figures],
     differences: Mapping[str, Figures],
 ) -> list[Verdict]:
-    """What each gate says of figures by split and name. One that can't be told is not passed."""
+    """Return the verdict of each gate on figures by split and name. A missing figure does not pass."""
     verdicts = []
     for gate in gates:
         old, new, difference = (
@@ -209,7 +209,7 @@ def decide(
         name, limit = gate.bound
         if name == "maximum_ratio":
             old, new, difference = map(_exponential, (old, new, difference))
-        seen = math.nan  # which nothing is above or below
+        seen = math.nan  # passes no bound
         if name in ("minimum", "maximum"):
             seen = math.nan if new is None else new.value
         elif difference is not None:
@@ -221,8 +221,8 @@ def decide(
     return verdicts
 
 
-def _unanswerable(path: Path, config: GatesConfig) -> list[FieldViolation]:
-    """What these gates ask that these prompts and these ears can't say."""
+def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
+    """Violations by gates that the evaluation can't measure, or that are not independent of training."""
     plan = make_plan(config.evaluation, [])
     known = known_figures(config.evaluation, plan)
     found = []
@@ -231,29 +231,29 @@ def _unanswerable(path: Path, config: GatesConfig) -> list[FieldViolation]:
             found.append(
                 FieldViolation(
                     f"{path.name}: gate {number}",
-                    f"has the metric {gate.figure!r}, which is not known here; known: {', '.join(known)}",
+                    f"has the metric {gate.figure!r}, which this evaluation lacks; known: {', '.join(known)}",
                 )
             )
         if not any(SPLITS[gate.split](asked.prompt) for asked in plan):
             found.append(
-                FieldViolation(f"{path.name}: gate {number}", f"no prompt is of the split {gate.split!r}")
+                FieldViolation(f"{path.name}: gate {number}", f"no prompt is in the split {gate.split!r}")
             )
-    ears = [scorer.partition("=")[0] for scorer in config.evaluation.scorers]
-    foreign = [name for name in config.independent if name not in (*ears, JUDGE)]
+    scorers = [scorer.partition("=")[0] for scorer in config.evaluation.scorers]
+    foreign = [name for name in config.independent if name not in (*scorers, JUDGE)]
     if foreign:
         found.append(
             FieldViolation(
                 f"{path.name}: independent",
-                f"has {', '.join(foreign)}, must be of {', '.join([*ears, JUDGE])}",
+                f"has {', '.join(foreign)}, must be of {', '.join([*scorers, JUDGE])}",
             )
         )
-    asked = {gate.scorer or (JUDGE if gate.figure in EVENT_FIGURES else "") for gate in config.gates}
-    if not asked & set(config.independent):
+    used = {gate.scorer or (JUDGE if gate.figure in EVENT_FIGURES else "") for gate in config.gates}
+    if not used & set(config.independent):
         found.append(
             FieldViolation(
                 f"{path.name}: independent",
-                "names nobody whom a gate asks; at least one gate must ask a scorer that was never used in "
-                f"training (one of {', '.join([*ears, JUDGE])}, as it is)",
+                "names no scorer of a gate; at least one gate must use a scorer that was never used in "
+                f"training (here one of {', '.join([*scorers, JUDGE])})",
             )
         )
     return found
@@ -287,7 +287,7 @@ def _exponential(interval: Interval | None) -> Interval | None:
 
 
 def _plain(interval: Interval | None) -> dict[str, float | int | None] | None:
-    """As JSON has it, which knows no NaN."""
+    """As JSON values: null for NaN and infinity."""
     if interval is None:
         return None
     return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}

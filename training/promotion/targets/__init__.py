@@ -1,1 +1,1 @@
-"""What a promotion can change: Kubernetes, Triton, or a service on this machine."""
+"""Promotion targets: Kubernetes, Triton, and a service on this machine."""

@@ -1,6 +1,6 @@
-"""The few calls of the Kubernetes API that a promotion makes, by the official client, as plain JSON.
+"""The calls of the Kubernetes API that a promotion makes, by the official client, as plain JSON.
 
-What its Role must allow stands with each; nothing else is called.
+Each docstring names the right that the Role must grant; no other call is made.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ from training.cluster.namespace import PATIENCE_SECONDS, RAW, ForbiddenError, Js
 from training.promotion.target import Pin
 
 PIN_ANNOTATION: Final = "milonga.dev/pin"
-"""Annotation of the pod template, and so of the pods, that promotion owns."""
+"""Annotation of the pod template, and so of its pods, that promotion owns."""
 FIELD_MANAGER: Final = "milonga-promote"
-"""Owner of that field in server-side apply."""
+"""Field manager of that annotation in server-side apply."""
 NAME_LABEL: Final = "app.kubernetes.io/name"
 
 _APPLY: Final = "application/apply-patch+yaml"
@@ -22,25 +22,25 @@ _LEASE: Final[Mapping[str, Any]] = {**RAW, "_request_timeout": (3.0, 5.0)}
 
 
 class Cluster(Namespace):
-    """A namespace of a cluster, as a promotion needs it."""
+    """The calls of a promotion in one namespace."""
 
     RIGHTS: ClassVar[str] = "docs/promotion.md"
 
     left: Callable[[], float] | None = None
-    """Seconds that a change may take: those that the lock is still good for. Raises where there are none."""
+    """Seconds for which the lock is still valid, and that a change may take. Raises where there are none."""
 
     def deployment(self, name: str) -> Json:
-        """A Deployment. Role: get of deployments."""
+        """Return a Deployment. Role: get of deployments."""
         return self._found(
             f"the Deployment {name}",
             lambda: self._apps.read_namespaced_deployment(name, self.namespace, **RAW),
         )
 
     def apply_pin(self, name: str, pin: Pin | None) -> Json:
-        """Set the pin of a Deployment's pods, or take it away, by server-side apply.
+        """Set or remove the pin of a Deployment's pods, by server-side apply; return the Deployment.
 
-        As the field is ours and stands in no manifest, applying manifests again does not put it back. Role:
-        patch of deployments.
+        No manifest contains the annotation, so applying the manifests again leaves it. Role: patch of
+        deployments.
         """
         annotations = {PIN_ANNOTATION: pin} if pin else {}
         body = {
@@ -63,7 +63,7 @@ class Cluster(Namespace):
         )
 
     def scale(self, name: str, replicas: int) -> Json:
-        """Set a Deployment's replicas. Role: patch of deployments/scale."""
+        """Set a Deployment's replicas; return its scale. Role: patch of deployments/scale."""
         return self._changed(
             f"the Deployment {name}",
             lambda raw: self._apps.patch_namespaced_deployment_scale(
@@ -75,7 +75,7 @@ class Cluster(Namespace):
         )
 
     def pods(self, name: str) -> list[Json]:
-        """The pods that carry the name. Role: list of pods."""
+        """Return the pods with the name as their label. Role: list of pods."""
         found = self._found(
             self.title,
             lambda: self._core.list_namespaced_pod(
@@ -86,11 +86,11 @@ class Cluster(Namespace):
         return items
 
     def read_lease(self, name: str) -> Json | None:
-        """A Lease. Role: get of leases."""
+        """Return a Lease; None where there is none. Role: get of leases."""
         return self._call(lambda: self._coordination.read_namespaced_lease(name, self.namespace, **RAW))
 
     def create_lease(self, name: str, spec: Json) -> Json:
-        """Make a Lease that the manifests should have made. Role: create of leases."""
+        """Create a Lease that the manifests lack; return it. Role: create of leases."""
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -104,9 +104,9 @@ class Cluster(Namespace):
         )
 
     def replace_lease(self, lease: Json) -> Json:
-        """Change a Lease, if it is still at the version that was read. Role: update of leases.
+        """Replace a Lease, if it was not changed since it was read; return it. Role: update of leases.
 
-        Asked once, and soon: whoever holds it knows when to ask again.
+        Not retried: the lock decides when to try again.
         """
         name = lease["metadata"]["name"]
         return self._found(
@@ -116,10 +116,15 @@ class Cluster(Namespace):
         )
 
     def forward(self, pod: str, port: int) -> Any:
-        """A connection to a pod's port by way of the API server. Role: get and create of pods/portforward."""
+        """Connect to a pod's port through the API server; return the socket.
+
+        Role: get and create of pods/portforward.
+        """
         from kubernetes.stream import portforward
 
-        core = self._client.CoreV1Api(self._client.ApiClient(self.configuration))  # it is bent while in use
+        core = self._client.CoreV1Api(
+            self._client.ApiClient(self.configuration)
+        )  # the call patches its client
         try:
             return portforward(
                 core.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port)
@@ -131,7 +136,7 @@ class Cluster(Namespace):
             raise failure or ServiceUnavailableError(f"pod {pod} is gone") from error
 
     def _changed(self, what: str, call: Callable[[Mapping[str, Any]], Any]) -> Json:
-        """The answer to a change, which is not sent, nor sent again, later than the lock is good for."""
+        """Return the answer to a change, which is neither sent nor retried after the lock has expired."""
         left = self.left
         if left is None:
             return self._found(what, lambda: call(RAW))
@@ -156,5 +161,5 @@ class Cluster(Namespace):
 def connect_cluster(
     namespace: str, context: str | None = None, *, patience: float = PATIENCE_SECONDS
 ) -> Cluster:
-    """The cluster that we run in, or the one that kubeconfig names. Raises as `connect`."""
+    """Connect to the cluster of this pod, or to the one that kubeconfig names. Raises as `connect`."""
     return connect(Cluster, namespace, context, patience=patience, otherwise=", or --target local")

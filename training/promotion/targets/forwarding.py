@@ -1,4 +1,4 @@
-"""Pods as ports of this machine: what `kubectl port-forward` does, for a promoter outside the cluster."""
+"""Local ports that lead to pods, as `kubectl port-forward` makes them, for a promoter outside the cluster."""
 
 import contextlib
 import socket
@@ -10,23 +10,23 @@ _CHUNK = 2**16
 
 
 class Forwarding:
-    """A port of the loopback whose connections go to one pod. Closed, or as a context."""
+    """A port on the loopback interface that forwards to one pod. A context manager, or closed by `close`."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
-        """`connect` makes a socket to the pod, one for each connection to us."""
+        """`connect` opens a socket to the pod, once for each connection to the port."""
         self._connect = connect
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
-        """Where it listens."""
+        """HOST:PORT of the local port."""
         self.error: Exception | None = None
-        """Why the last connection to the pod did not come about; None if it did."""
+        """Why the last connection to the pod failed; None if it did not."""
         self._closed = False
         self._open: set[Any] = set()
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, name="forwarding", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening, and break what is connected."""
+        """Close the port and all its connections."""
         self._closed = True
         self._server.close()
         with self._lock:
@@ -50,7 +50,7 @@ class Forwarding:
     def _serve(self, near: socket.socket) -> None:
         try:
             far = self._connect()
-        except Exception as error:  # whatever it is: who called us sees a closed connection
+        except Exception as error:  # any: the client sees a closed connection
             self.error = error
             _shut(near)
             return
@@ -66,7 +66,7 @@ class Forwarding:
 
 
 def _pump(source: Any, sink: Any) -> None:
-    """Pass bytes on until either side ends, then end both."""
+    """Copy bytes until either side closes, then close both."""
     with contextlib.suppress(OSError):
         while data := source.recv(_CHUNK):
             sink.sendall(data)

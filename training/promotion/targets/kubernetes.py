@@ -1,4 +1,4 @@
-"""Promotion on Kubernetes: the pin is an annotation of the pod template, and the Deployment does the rest."""
+"""Promotion on Kubernetes: the pin is an annotation of the pod template, which the Deployment rolls out."""
 
 import hashlib
 import json
@@ -11,45 +11,45 @@ from services.client import TLS, AudioClient, ModelVersion
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
 from training.cluster.namespace import Json
 from training.promotion.errors import RolloutError
-from training.promotion.target import Pin, Tell, digest_of
-from training.promotion.targets.asking import (
-    CALLS,
-    OURS,
-    VERIFY_SECONDS,
-    check_tls,
-    served_model,
-    settle,
-    wrong_answer,
-)
+from training.promotion.target import Pin, Report, digest_of
 from training.promotion.targets.cluster import Cluster
 from training.promotion.targets.forwarding import Forwarding
 from training.promotion.targets.locks import LEASE_SECONDS, LeaseLock, lease_lock
+from training.promotion.targets.probing import (
+    CALLER_ERRORS,
+    CALLS,
+    VERIFY_SECONDS,
+    check_tls,
+    poll_until,
+    probe,
+    served_model,
+)
 from training.promotion.targets.rollouts import (
-    difference_of,
-    fault_of,
+    first_difference,
     is_complete,
+    permanent_fault,
     pin_of,
+    progress_summary,
     ready_pods,
-    story,
 )
 
 GENERATION: Final = "generation"
 """Name of the Deployment that serves, and of its Service."""
 CHALLENGER: Final = "challenger"
-"""Name of the Deployment that gets no traffic."""
+"""Name of the Deployment without traffic."""
 GRPC_PORT: Final = "grpc"
-"""Name of the containers' port."""
+"""Name of the containers' gRPC port."""
 POLL_SECONDS: Final = 0.5
 
 
 class KubernetesTarget:
-    """The Deployments `generation` and `challenger` of a namespace. See `Target`."""
+    """The Deployments `generation` and `challenger` of a namespace. Implements `Target`."""
 
     def __init__(
         self,
         cluster: Cluster,
         *,
-        tell: Tell,
+        report: Report,
         inside: bool,
         tls: TLS | None = None,
         generation_address: str | None = None,
@@ -58,42 +58,42 @@ class KubernetesTarget:
         verify_seconds: float = VERIFY_SECONDS,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
-        """Nothing is called yet.
+        """Make no call yet.
 
         Args:
-            cluster: its namespace.
-            tell: says what is waited for.
-            inside: whether pods' addresses and the Service's name can be reached from here. Otherwise pods
-                are reached by way of the API server.
-            tls: how pods are spoken to.
-            generation_address: of the Service, as it can be reached from here. None: inside its name, outside
-                it is not asked, and each pod is.
-            challenger_address: of the challenger, likewise. None: its pod.
-            poll_seconds: time between two looks at the Deployment and its pods.
+            cluster: the namespace.
+            report: prints what is waited for.
+            inside: whether this process can connect to pods and to the Service directly. Otherwise pods are
+                reached through the API server.
+            tls: TLS settings for pods and Service; None: plaintext.
+            generation_address: address of the Service from here. None: inside its name; outside the Service
+                is not verified, only each pod.
+            challenger_address: address of the challenger from here. None: its pod.
+            poll_seconds: time between two reads of the Deployment and its pods.
             verify_seconds: see `VERIFY_SECONDS`.
             lease_seconds: see `LEASE_SECONDS`.
         """
-        self._cluster, self._tell, self._tls, self._inside = cluster, tell, tls, inside
+        self._cluster, self._report, self._tls, self._inside = cluster, report, tls, inside
         self._generation_address, self._challenger_address = generation_address, challenger_address
         self._poll, self._verify, self._lease_seconds = poll_seconds, verify_seconds, lease_seconds
         self._forwarding: Forwarding | None = None
 
     @property
     def place(self) -> str:
-        """See `Target`. By the Deployment's own id: a cluster has other names from elsewhere."""
+        """See `Target`. Contains the Deployment's uid, since a cluster has no name of its own."""
         uid = self._cluster.deployment(GENERATION)["metadata"]["uid"]
         return f"kubernetes/{self._cluster.namespace}/{uid}"
 
     @property
     def serving(self) -> str:
-        """See `Target`: all of the challenger's pods but the pin."""
+        """See `Target`: a digest of the challenger's pod template without the pin."""
         template: Json = self._cluster.deployment(CHALLENGER)["spec"]["template"]["spec"]
         return f"kubernetes {hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]}"
 
     @contextmanager
     def lock(self) -> Iterator[LeaseLock]:
-        """See `Target`. Changes are made within the time that the Lease is good for."""
-        with lease_lock(self._cluster, self._tell, seconds=self._lease_seconds) as lock:
+        """See `Target`. Changes are made only while the Lease is valid."""
+        with lease_lock(self._cluster, self._report, seconds=self._lease_seconds) as lock:
             self._cluster.left = lock.left
             try:
                 yield lock
@@ -113,25 +113,25 @@ class KubernetesTarget:
             )
         if not challenger:
             return
-        found = difference_of(self._cluster.deployment(GENERATION), self._cluster.deployment(CHALLENGER))
+        found = first_difference(self._cluster.deployment(GENERATION), self._cluster.deployment(CHALLENGER))
         if found:
             raise InvalidInputError(
                 FieldViolation(
                     f"the Deployment {CHALLENGER}",
-                    f"would not run what {GENERATION} does: {found}; apply the manifests, which have both",
+                    f"would not run what {GENERATION} does: {found}; apply the manifests, which define both",
                 )
             )
 
     def check_reach(self) -> None:
-        """See `Target`: whether one ready pod can be asked, and then whether the Service can."""
+        """See `Target`: whether a ready pod answers, and then whether the Service does."""
         pods = ready_pods(self._cluster.pods(GENERATION))
         if not any(self._answers(pod) for pod in pods):
-            return  # there is none, or they are broken
+            return  # no pod is ready, or they are broken
         address = self._service(pods[0])
         if address is None:
             return
         try:
-            settle(lambda: self._silence(address), seconds=self._verify)
+            poll_until(lambda: self._query_error(address), seconds=self._verify)
         except RolloutError as error:
             check_tls(address, self._tls, f"the Service at {address}")
             raise ServiceUnavailableError(
@@ -146,14 +146,14 @@ class KubernetesTarget:
     def start_challenger(self, pin: Pin, seconds: float) -> str:
         """See `Target`."""
         end = time.monotonic() + seconds
-        self._let_go()
-        # In this order, and replaced, not rolled, as the manifest has it: there may be no device for two.
+        self._stop_forwarding()
+        # The manifest's strategy is Recreate: there may be no device for two challengers.
         self._cluster.apply_pin(CHALLENGER, pin)
         self._cluster.scale(CHALLENGER, 1)
         self._watch(CHALLENGER, pin, end, seconds)
         address = self._challenger_address or self._reach(ready_pods(self._cluster.pods(CHALLENGER)))
-        ask, digest = (lambda: self._ask(address, self._forwarding)), digest_of(pin)
-        settle(lambda: wrong_answer(ask, digest, "the challenger"), seconds=self._verify)
+        query, digest = (lambda: self._query(address, self._forwarding)), digest_of(pin)
+        poll_until(lambda: probe(query, digest, "the challenger"), seconds=self._verify)
         return address
 
     def clip_client(self, address: str, timeout: float) -> AudioClient:
@@ -162,7 +162,7 @@ class KubernetesTarget:
 
     def stop_challenger(self) -> None:
         """See `Target`."""
-        self._let_go()
+        self._stop_forwarding()
         self._cluster.scale(CHALLENGER, 0)
 
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
@@ -174,13 +174,13 @@ class KubernetesTarget:
         self._watch(GENERATION, pin, time.monotonic() + seconds, seconds)
 
     def verify(self, digest: str) -> None:
-        """See `Target`. Pods may come and go meanwhile: each round asks those that there are."""
-        settle(lambda: self._pods_fault(digest), seconds=self._verify)
+        """See `Target`. Each round probes the pods that exist then."""
+        poll_until(lambda: self._pods_fault(digest), seconds=self._verify)
         pods = ready_pods(self._cluster.pods(GENERATION))
         address = self._generation_address if not pods else self._service(pods[0])
         if address is not None:
-            settle(
-                lambda: wrong_answer(lambda: self._ask(address), digest, f"the Service at {address}"),
+            poll_until(
+                lambda: probe(lambda: self._query(address), digest, f"the Service at {address}"),
                 calls=CALLS,
                 seconds=self._verify,
             )
@@ -190,27 +190,27 @@ class KubernetesTarget:
         if not pods:
             return f"no pod of the Deployment {GENERATION} is ready"
         for pod in pods:
-            with self._reached(pod) as (_, ask):
-                if fault := wrong_answer(ask, digest, _name(pod)):
+            with self._reached(pod) as (_, query):
+                if fault := probe(query, digest, _name(pod)):
                     return fault
         return ""
 
     def _answers(self, pod: Json) -> bool:
-        """Whether a pod says what it serves. Raises where it does not because of us."""
-        with self._reached(pod) as (address, ask):
+        """Whether a pod answers. Raises where the caller is the reason why not."""
+        with self._reached(pod) as (address, query):
             try:
-                ask()
-            except OURS:
+                query()
+            except CALLER_ERRORS:
                 raise
             except MilongaError:
                 check_tls(address, self._tls, _name(pod))
                 return False
         return True
 
-    def _silence(self, address: str) -> str:
+    def _query_error(self, address: str) -> str:
         try:
-            self._ask(address)
-        except OURS:
+            self._query(address)
+        except CALLER_ERRORS:
             raise
         except MilongaError as error:
             return str(error)
@@ -218,53 +218,54 @@ class KubernetesTarget:
 
     @contextmanager
     def _reached(self, pod: Json) -> Iterator[tuple[str, Callable[[], ModelVersion]]]:
-        """Where a pod is spoken to, and what asks it."""
+        """Yield an address of a pod, and a function that queries it."""
         if self._inside:
             address = _pod_address(pod)
-            yield address, lambda: self._ask(address)
+            yield address, lambda: self._query(address)
         else:
             with self._forward(pod) as forwarding:
-                yield forwarding.address, lambda: self._ask(forwarding.address, forwarding)
+                yield forwarding.address, lambda: self._query(forwarding.address, forwarding)
 
-    def _ask(self, address: str, forwarding: Forwarding | None = None) -> ModelVersion:
-        """What is served. Raises the cluster's error where that is why nothing answers."""
+    def _query(self, address: str, forwarding: Forwarding | None = None) -> ModelVersion:
+        """Return what is served. Raises the cluster's error where the forwarding failed."""
         try:
             return served_model(address, self._tls)
         except MilongaError as error:
-            if forwarding is not None and isinstance(forwarding.error, OURS):
+            if forwarding is not None and isinstance(forwarding.error, CALLER_ERRORS):
                 raise forwarding.error from error
             raise
 
     def _service(self, pod: Json) -> str | None:
-        """The Service's address, where it can be reached."""
+        """The Service's address; None where it can't be reached from here."""
         if self._generation_address is None and self._inside:
             return f"{GENERATION}.{self._cluster.namespace}:{_port(pod)}"
         return self._generation_address
 
     def _watch(self, name: str, pin: Pin, end: float, seconds: float) -> None:
-        """Return when all pods of a Deployment are of `pin` and available."""
+        """Return when all pods of a Deployment have `pin` and are available. Raises `RolloutError`."""
         while True:
             deployment, pods = self._cluster.deployment(name), self._cluster.pods(name)
             if pin_of(deployment["spec"]["template"]) != pin:
-                raise RolloutError(f"the pin of the Deployment {name} was changed by somebody else meanwhile")
+                raise RolloutError(f"somebody else changed the pin of the Deployment {name}")
             if not deployment["spec"].get("replicas", 1):
                 raise RolloutError(f"the Deployment {name} is scaled to 0; scale it to 1 or more")
-            fault = fault_of(pods, pin)
+            fault = permanent_fault(pods, pin)
             if fault is not None:
-                raise RolloutError(f"the Deployment {name} does not come up: {fault}")
+                raise RolloutError(f"the Deployment {name} failed: {fault}")
             if is_complete(deployment):
                 return
             if time.monotonic() > end:
                 raise RolloutError(
                     f"the Deployment {name} is not ready after {seconds:.0f} s: "
-                    f"{story(deployment, pods, pin)}; give a longer --deadline if that is all it needs"
+                    f"{progress_summary(deployment, pods, pin)}; "
+                    "give a longer --deadline if that is all it needs"
                 )
             time.sleep(self._poll)
 
     def _reach(self, pods: Sequence[Json]) -> str:
-        """An address of the one challenger."""
+        """An address of the challenger's pod."""
         if not pods:
-            raise RolloutError("the challenger's pod went away as soon as it was ready")
+            raise RolloutError("the challenger's pod was deleted as soon as it was ready")
         if self._inside:
             return _pod_address(pods[0])
         self._forwarding = self._forward(pods[0])
@@ -274,7 +275,7 @@ class KubernetesTarget:
         name, port = pod["metadata"]["name"], _port(pod)
         return Forwarding(lambda: self._cluster.forward(name, port))
 
-    def _let_go(self) -> None:
+    def _stop_forwarding(self) -> None:
         if self._forwarding is not None:
             self._forwarding.close()
             self._forwarding = None
@@ -290,11 +291,13 @@ def _pod_address(pod: Json) -> str:
 
 
 def _port(pod: Json) -> int:
-    """The port that is named grpc."""
+    """The container port named grpc."""
     for container in pod["spec"]["containers"]:
         for port in container.get("ports") or ():
             if port.get("name") == GRPC_PORT:
                 return int(port["containerPort"])
     raise InvalidInputError(
-        FieldViolation(f"pod {pod['metadata']['name']}", f"has no port named {GRPC_PORT}; name it")
+        FieldViolation(
+            f"pod {pod['metadata']['name']}", f"has no port named {GRPC_PORT}; add one to the manifest"
+        )
     )

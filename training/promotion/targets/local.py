@@ -1,4 +1,4 @@
-"""Promotion without a cluster: a service switches its model, and the challenger is a process of ours."""
+"""Promotion on one machine: a service switches its model, and the challenger is a child process."""
 
 import os
 import time
@@ -20,39 +20,39 @@ from training.promotion.errors import RolloutError
 from training.promotion.ledger import whoami
 from training.promotion.registry import Registry
 from training.promotion.target import Pin, digest_of, shown_pin
-from training.promotion.targets.asking import (
+from training.promotion.targets.locks import FileLock, file_lock
+from training.promotion.targets.probing import (
     CALL_SECONDS,
     CALLS,
     place_of,
+    poll_until,
+    probe,
     served_model,
-    settle,
-    wrong_answer,
 )
-from training.promotion.targets.locks import FileLock, file_lock
 
 _KEPT: Final = ("MILONGA_CACHE", "MILONGA_DEVICE", "MILONGA_DTYPE", "MILONGA_THREADS", "MILONGA_BATCH_SHAPES")
-"""Settings that the challenger shares with us; ports and certificates would be the service's own."""
+"""Variables that the challenger inherits; others, like ports and certificates, are the service's."""
 _POLL_SECONDS: Final = 0.5
 
 
 class LocalTarget:
-    """A generation service of this machine, or one that is reached by its address. See `Target`."""
+    """A generation service at an address, usually of this machine. Implements `Target`."""
 
     def __init__(self, address: str, registry: Registry, *, token: str, tls: TLS | None = None) -> None:
-        """Nothing is called yet.
+        """Make no call yet.
 
         Args:
-            address: of the service, which must have its operator rpcs enabled.
-            registry: where what it serves is looked up.
-            token: of its operators.
-            tls: how it is spoken to.
+            address: address of the service, whose operator rpcs must be enabled.
+            registry: registry of the versions that it serves.
+            token: the service's operator token.
+            tls: TLS settings; None: plaintext.
         """
         self._address, self._registry, self._token, self._tls = address, registry, token, tls
         self._challenger: tuple[Pin, str, ExitStack] | None = None
 
     @property
     def place(self) -> str:
-        """See `Target`: the address; what only this machine reaches, under its name."""
+        """See `Target`: the address; a loopback address is replaced by the name of this machine."""
         return place_of("local", self._address)
 
     @property
@@ -71,13 +71,13 @@ class LocalTarget:
         return False
 
     def check_setup(self, *, challenger: bool) -> None:
-        """See `Target`. The challenger is a process of this very installation."""
+        """See `Target`. The challenger runs the same installation as this process."""
 
     def check_reach(self) -> None:
-        """See `Target`: whether the service takes our token."""
+        """See `Target`: whether the service accepts the token."""
         with AudioClient(self._address, tls=self._tls, retries=0) as client:
             try:
-                # Names no model, and so changes nothing: it is refused, for that if the token is right.
+                # Without a model nothing changes: refused for that, where the token is right.
                 client.switch_model("", token=self._token, timeout=CALL_SECONDS)
             except InvalidInputError as error:
                 if "model_uri" not in str(error):
@@ -90,7 +90,7 @@ class LocalTarget:
                 raise
 
     def current_pin(self) -> Pin | None:
-        """See `Target`: the model URI of what answers, as far as one is known."""
+        """See `Target`: the pin of the served weights; None where they are in no registry."""
         served = served_model(self._address, self._tls)
         return self._registry.pin_of(served.name, served.version, served.digest)
 
@@ -109,26 +109,24 @@ class LocalTarget:
             try:
                 service.wait_until_serving(seconds)
             except ServiceUnavailableError as error:
-                raise RolloutError(f"the challenger does not come up: {error}") from error
-            settle(
-                lambda: wrong_answer(lambda: served_model(service.target), digest_of(pin), "the challenger")
-            )
+                raise RolloutError(f"the challenger failed: {error}") from error
+            poll_until(lambda: probe(lambda: served_model(service.target), digest_of(pin), "the challenger"))
             self._challenger = (pin, service.target, stack.pop_all())
         return service.target
 
     def clip_client(self, address: str, timeout: float) -> AudioClient:
-        """See `Target`. The challenger is ours, and speaks no TLS."""
+        """See `Target`. The challenger is a child process, without TLS."""
         return AudioClient(address, timeout=timeout, retries=4)
 
     def stop_challenger(self) -> None:
-        """See `Target`. One that another promoter started ended with it."""
+        """See `Target`. A challenger of another promoter has ended with its process."""
         if self._challenger is not None:
             stack = self._challenger[2]
             self._challenger = None
             stack.close()
 
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
-        """See `Target`. To what was served before any pin there is no way back but a restart."""
+        """See `Target`. Unpinned weights that were served before can only be served again by a restart."""
         if pin is not None:
             self._switch(pin, seconds)
         elif (served := self.current_pin()) is not None:
@@ -138,12 +136,14 @@ class LocalTarget:
             )
 
     def wait(self, pin: Pin, seconds: float) -> None:
-        """See `Target`. A switch is whole when it is answered."""
+        """See `Target`. A switch is complete when it is answered."""
 
     def verify(self, digest: str) -> None:
         """See `Target`."""
-        who = f"the service at {self._address}"
-        settle(lambda: wrong_answer(lambda: served_model(self._address, self._tls), digest, who), calls=CALLS)
+        service = f"the service at {self._address}"
+        poll_until(
+            lambda: probe(lambda: served_model(self._address, self._tls), digest, service), calls=CALLS
+        )
 
     def _switch(self, pin: Pin, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -153,13 +153,13 @@ class LocalTarget:
                     client.switch_model(pin, token=self._token, timeout=max(1.0, end - time.monotonic()))
                     return
                 except AlreadyUnderWayError as error:
-                    # Perhaps one of ours, whose answer nobody waited for.
+                    # Perhaps an earlier switch of this promotion, whose answer was lost.
                     if time.monotonic() > end:
                         raise RolloutError(f"the service at {self._address}: {error}") from error
                     time.sleep(_POLL_SECONDS)
                 except MilongaError as error:
                     if type(error) is MilongaError or isinstance(error, ModelError | DeadlineExceededError):
-                        # Refused, too slow, a fault of the service's, or it has no operator rpc.
+                        # Refused, too slow, a bug in the service, or operator rpcs are disabled.
                         raise RolloutError(
                             f"the service at {self._address} does not switch to {pin}: {error}"
                         ) from error

@@ -1,4 +1,4 @@
-"""Locks that outlive nobody: a Lease that its holder renews, and a file lock that dies with its process."""
+"""Promotion locks: a renewed Kubernetes Lease, and a file lock released when the process ends."""
 
 import contextlib
 import datetime
@@ -16,87 +16,88 @@ from services.weights.registry import cache_folder
 from training.cluster.namespace import ConflictError, Json
 from training.promotion.errors import BusyError
 from training.promotion.ledger import whoami
-from training.promotion.target import Tell
+from training.promotion.target import Report
 
 LEASE: Final = "milonga-promote"
 """Name of the Lease."""
 LEASE_SECONDS: Final = 30.0
-"""Time after which a holder that renews no more is given up."""
+"""Time without renewal after which a holder counts as dead."""
 RENEWALS: Final = 3
-"""Renewals in that time."""
+"""Renewals within `LEASE_SECONDS`."""
 TRUSTED: Final = 2 / 3
-"""Part of that time in which a holder goes by its last renewal: others need all of it to give it up."""
+"""Part of `LEASE_SECONDS` for which a holder trusts its last renewal; others wait for all of it."""
 FRESH: Final = 0.1
-"""Part of that time after which it renews before it changes something."""
-_AGAIN: Final = 1 / 30
+"""Part of `LEASE_SECONDS` for which a renewal is fresh: a change needs no new one."""
+_RETRY: Final = 1 / 30
+"""Part of `LEASE_SECONDS` between two attempts to renew."""
 POLL_SECONDS: Final = 1.0
 
 
 class Leases(Protocol):
-    """The calls of the API that a lock makes. They raise `ServiceUnavailableError`, or `ConflictError`."""
+    """The API calls of a lock. They raise `ServiceUnavailableError` or `ConflictError`."""
 
     def read_lease(self, name: str) -> Json | None:
-        """The Lease; None where there is none."""
+        """Return a Lease; None where there is none."""
 
     def create_lease(self, name: str, spec: Json) -> Json:
-        """Make it."""
+        """Create a Lease; return it."""
 
     def replace_lease(self, lease: Json) -> Json:
-        """Change it, if nobody has since it was read."""
+        """Replace a Lease, if it was not changed since it was read; return it."""
 
 
 class LeaseLock:
-    """Holds a Lease, and renews it on a thread. `since`: when it was asked for."""
+    """Holds a Lease, and renews it on a thread. `since`: time before the request that acquired it."""
 
     def __init__(self, leases: Leases, lease: Json, identity: str, seconds: float, since: float) -> None:
         self._leases, self._lease, self._identity, self._seconds = leases, lease, identity, seconds
         self._renewed = since
-        self._taken = ""
-        self._turn = threading.Lock()
+        self._taken_by = ""
+        self._mutex = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="promotion-lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_periodically, name="promotion-lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `BusyError` where somebody else may hold it. If it was not renewed just now, that is done.
+        """Renew the Lease unless it is fresh. Raise `BusyError` where somebody else may hold it.
 
-        An API server that does not answer is asked for as long as a Lease lasts: one that is renewed late
-        was held by nobody else, or it would have changed.
+        Retries for up to `LEASE_SECONDS` where the API server does not answer: a late renewal succeeds only
+        if nobody else has taken the Lease, which would have changed it.
         """
         end = _now() + self._seconds
         while not self._renew():
-            if self._taken:
+            if self._taken_by:
                 raise BusyError(
-                    f"the Lease {LEASE} was taken over by {self._taken}; see `milonga promote history`"
+                    f"the Lease {LEASE} was taken over by {self._taken_by}; see `milonga promote history`"
                 )
             if _now() > end:
-                raise self._silent()
-            time.sleep(self._seconds * _AGAIN)
+                raise self._expired()
+            time.sleep(self._seconds * _RETRY)
 
     def left(self) -> float:
-        """Seconds that it is held for certain. Raises `BusyError` where there are none."""
+        """Return for how many seconds the Lease is certainly held. Raises `BusyError` where it is not."""
         left = self._seconds * TRUSTED - (_now() - self._renewed)
-        if self._taken or left <= 0:
-            raise self._silent()
+        if self._taken_by or left <= 0:
+            raise self._expired()
         return left
 
     def release(self) -> None:
-        """Let go of it."""
+        """Stop renewing, and release the Lease."""
         self._stop.set()
         self._thread.join()
-        if not self._taken:
-            with contextlib.suppress(MilongaError):  # it runs out by itself
+        if not self._taken_by:
+            with contextlib.suppress(MilongaError):  # it expires by itself
                 self._leases.replace_lease(_held(self._lease, "", self._seconds))
 
-    def _keep(self) -> None:
+    def _renew_periodically(self) -> None:
         wait = self._seconds / RENEWALS
-        while not self._stop.wait(wait) and not self._taken:
-            wait = self._seconds * (1 / RENEWALS if self._renew() else _AGAIN)
+        while not self._stop.wait(wait) and not self._taken_by:
+            wait = self._seconds * (1 / RENEWALS if self._renew() else _RETRY)
 
     def _renew(self) -> bool:
-        """Renew it once, if that is not fresh; whether it is held for certain."""
-        with self._turn:
-            if self._taken:
+        """Renew the Lease unless it is fresh; return whether it is certainly held."""
+        with self._mutex:
+            if self._taken_by:
                 return False
             begun = _now()
             if begun - self._renewed <= self._seconds * FRESH:
@@ -107,17 +108,17 @@ class LeaseLock:
                 with contextlib.suppress(MilongaError):
                     found = self._leases.read_lease(LEASE)
                     if found is not None and holder_of(found) == self._identity:
-                        self._lease = found  # our own change, whose answer got lost
+                        self._lease = found  # an own renewal, whose answer was lost
                     else:
-                        self._taken = "nobody" if found is None else holder_of(found) or "nobody"
+                        self._taken_by = "nobody" if found is None else holder_of(found) or "nobody"
             except MilongaError:
-                pass  # tried again
+                pass  # the caller tries again
             else:
-                self._renewed = begun  # it may have counted from then on
+                self._renewed = begun  # the server renewed it then or later
                 return True
             return False
 
-    def _silent(self) -> BusyError:
+    def _expired(self) -> BusyError:
         return BusyError(
             f"the Lease {LEASE} could not be renewed for {_now() - self._renewed:.0f} s, so somebody else "
             "may hold it; see `milonga promote history`, then `milonga promote resume`"
@@ -127,24 +128,26 @@ class LeaseLock:
 @contextlib.contextmanager
 def lease_lock(
     leases: Leases,
-    tell: Tell,
+    report: Report,
     *,
     seconds: float = LEASE_SECONDS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[LeaseLock]:
-    """Hold the Lease for the time of the context.
+    """Hold the Lease inside the context.
 
-    A holder is alive if it renews while we look on, for as long as a Lease lasts. No clocks are compared:
-    the laptop's may be an hour off.
+    An earlier holder counts as alive if it renews the Lease within the duration of the Lease, while this
+    function watches. Clocks of two machines are never compared: one may be an hour off.
 
-    Raises `BusyError` where somebody holds it, `ServiceUnavailableError` as the calls do.
+    Raises `BusyError` where a live holder has the Lease, `ServiceUnavailableError` as the calls do.
     """
     identity = f"{whoami()} {secrets.token_hex(4)}"
     lease = leases.read_lease(LEASE)
     if lease is not None and (holder := holder_of(lease)):
         lasts = float(lease["spec"].get("leaseDurationSeconds") or seconds)
-        tell(f"the Lease {LEASE} is held by {holder}: waiting up to {lasts:.0f} s to see whether it is alive")
-        lease = _outlived(leases, lease, lasts, sleep)
+        report(
+            f"the Lease {LEASE} is held by {holder}: waiting up to {lasts:.0f} s to see whether it is alive"
+        )
+        lease = _wait_for_holder(leases, lease, lasts, sleep)
     since = _now()
     try:
         if lease is None:
@@ -152,18 +155,20 @@ def lease_lock(
         else:
             held = leases.replace_lease(_held(lease, identity, seconds))
     except ConflictError as error:
-        raise BusyError("another promotion began at this moment; wait for its end") from error
+        raise BusyError("another promotion started at this moment; wait until it ends") from error
     lock = LeaseLock(leases, held, identity, seconds, since)
     try:
         yield lock
     finally:
-        # What was done is done, and said; the Lease runs out by itself.
+        # Everything is done and reported; the Lease expires by itself.
         with contextlib.suppress(KeyboardInterrupt):
             lock.release()
 
 
-def _outlived(leases: Leases, lease: Json, lasts: float, sleep: Callable[[float], None]) -> Json | None:
-    """The Lease, once its holder is known to be dead or to have let go of it."""
+def _wait_for_holder(
+    leases: Leases, lease: Json, lasts: float, sleep: Callable[[float], None]
+) -> Json | None:
+    """Return the Lease once its holder has released it, or has not renewed it for `lasts` s."""
     holder, waited, first = holder_of(lease), 0.0, lease["spec"].get("renewTime")
     poll = min(POLL_SECONDS, lasts / 4)
     while waited < lasts:
@@ -179,17 +184,17 @@ def _outlived(leases: Leases, lease: Json, lasts: float, sleep: Callable[[float]
 
 
 def _now() -> float:
-    """Seconds on a clock that goes on while the machine sleeps, where there is one."""
+    """Seconds on a clock that also counts while the machine sleeps, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def holder_of(lease: Json) -> str:
-    """Who holds it; empty where nobody does."""
+    """Return the holder of a Lease; an empty text without one."""
     return str((lease.get("spec") or {}).get("holderIdentity") or "")
 
 
 def _held(lease: Json, identity: str, seconds: float) -> Json:
-    """`lease` as `identity` holds it from now on; with an empty one, as nobody does."""
+    """Return `lease` renewed by `identity`; released where that is empty."""
     spec = dict(lease.get("spec") or {})
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     if identity and spec.get("holderIdentity") != identity:
@@ -197,22 +202,22 @@ def _held(lease: Json, identity: str, seconds: float) -> Json:
     spec |= {
         "holderIdentity": identity,
         "renewTime": now,
-        # What an administrator looks at; whole seconds, and at least one.
+        # For administrators; the API takes whole seconds, at least one.
         "leaseDurationSeconds": max(1, round(seconds)),
     }
     return {**lease, "spec": spec}
 
 
 class FileLock:
-    """A lock that the system takes away with its process."""
+    """A lock that the operating system releases when the process ends."""
 
     def check(self) -> None:
-        """It can't be lost."""
+        """Do nothing: a file lock can't be lost."""
 
 
 @contextlib.contextmanager
 def file_lock(place: str) -> Iterator[FileLock]:
-    """Hold the file lock of `place`. Raises `BusyError` where another process on this machine does."""
+    """Hold the file lock of `place`. Raises `BusyError` where another process of this machine holds it."""
     path = cache_folder() / "promotion" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', place)}.lock"
     with contextlib.ExitStack() as closing:
         try:

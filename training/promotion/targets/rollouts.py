@@ -1,4 +1,4 @@
-"""How a rollout stands, from what the API says of a Deployment and its pods. Pure."""
+"""State of a rollout, from the API's JSON of a Deployment and its pods. Pure functions."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -12,18 +12,18 @@ HOPELESS: Final = (
     *("ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"),
     *("CreateContainerConfigError", "CreateContainerError", "RunContainerError"),
 )
-"""Reasons of a container that waits for what will not come by itself."""
+"""Waiting reasons of containers that do not resolve by themselves."""
 TRANSIENT_EXIT_CODE: Final = 3
-"""Exit code of `milonga` where a service, above all the registry, does not answer: it may come back."""
+"""Exit code of `milonga` where a service, usually the registry, does not answer: a retry may help."""
 TRIES: Final = 3
-"""Starts of an init container that may fail so."""
+"""Starts of an init container that may end with that code."""
 
 _RUNS: Final = ("image", "command", "args", "env", "envFrom", "resources")
-"""What of a container says what it runs."""
+"""Fields of a container that define what it runs."""
 
 
 def is_complete(deployment: Json) -> bool:
-    """Whether all pods are of the newest template, and available: kubectl's own rule."""
+    """Whether all pods are of the newest template and available, by the rule of `kubectl rollout status`."""
     wanted, status = deployment["spec"].get("replicas", 1), deployment.get("status") or {}
     if status.get("observedGeneration", 0) < deployment["metadata"]["generation"]:
         return False
@@ -36,12 +36,12 @@ def is_complete(deployment: Json) -> bool:
 
 
 def pinned_pods(pods: Sequence[Json], pin: Pin) -> list[Json]:
-    """Those that were made with the pin and are not being taken down."""
+    """Return the pods with the pin that are not being deleted."""
     return [pod for pod in pods if pin_of(pod) == pin and not pod["metadata"].get("deletionTimestamp")]
 
 
 def ready_pods(pods: Sequence[Json]) -> list[Json]:
-    """Those that get traffic."""
+    """Return the pods that receive traffic."""
     return [
         pod
         for pod in pods
@@ -50,12 +50,12 @@ def ready_pods(pods: Sequence[Json]) -> list[Json]:
 
 
 def pin_of(thing: Json) -> Pin | None:
-    """The pin in the metadata of a pod, or of a pod template."""
+    """Return the pin of a pod, or of a pod template; None without one."""
     return (thing["metadata"].get("annotations") or {}).get(PIN_ANNOTATION) or None
 
 
-def fault_of(pods: Sequence[Json], pin: Pin) -> str | None:
-    """Why the pods of `pin` will never be ready, if that can be told already."""
+def permanent_fault(pods: Sequence[Json], pin: Pin) -> str | None:
+    """Return why a pod of `pin` has failed for good; None where none has."""
     for pod in pinned_pods(pods, pin):
         for kind, status in container_statuses(pod):
             if text := _fault(kind, status):
@@ -63,8 +63,8 @@ def fault_of(pods: Sequence[Json], pin: Pin) -> str | None:
     return None
 
 
-def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
-    """How far it is, and what each pod that is not ready waits for."""
+def progress_summary(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
+    """Return how many pods are ready, and why the others are not."""
     status, wanted = deployment.get("status") or {}, deployment["spec"].get("replicas", 1)
     own = pinned_pods(pods, pin)
     waiting = [
@@ -83,10 +83,10 @@ def story(deployment: Json, pods: Sequence[Json], pin: Pin) -> str:
     return "; ".join([*parts, progress] if progress else parts)
 
 
-def difference_of(served: Json, judged: Json) -> str:
-    """The first difference between what the containers of two Deployments run; empty where there is none."""
+def first_difference(generation: Json, challenger: Json) -> str:
+    """Return the first difference between what the containers of two Deployments run; empty without one."""
     for kind in ("initContainers", "containers"):
-        found, expected = _containers(judged, kind), _containers(served, kind)
+        found, expected = _containers(challenger, kind), _containers(generation, kind)
         if list(found) != list(expected):
             return f"{kind} {', '.join(found) or 'none'}, expected {', '.join(expected) or 'none'}"
         for name, container in expected.items():
@@ -98,7 +98,7 @@ def difference_of(served: Json, judged: Json) -> str:
 
 
 def _containers(deployment: Json, kind: str) -> dict[str, dict[str, object]]:
-    """What each runs, by field, its variables by name. The Deployment's own name is left out of it."""
+    """What each container runs, by field, and its variables by name. The Deployment's name is replaced."""
     own, spec = deployment["metadata"]["name"], deployment["spec"]["template"]["spec"]
     result: dict[str, dict[str, object]] = {}
     for container in spec.get(kind) or ():
@@ -124,11 +124,11 @@ def _fault(kind: str, status: Json) -> str | None:
         return f"{waiting['reason']}: {shorten(waiting.get('message', ''))}"
     ended = state.get("terminated") or {}
     if waiting:
-        # One that runs may have died of anything, weeks ago; one in a crash loop is back here at once.
+        # Only of a waiting container: a running one may have ended for an unrelated reason, weeks ago.
         ended = (status.get("lastState") or {}).get("terminated") or {}
     if not ended.get("exitCode"):
         return None
-    # Wrong input and refused weights stay so; anything else gets another try or two.
+    # Wrong input and refused weights don't change by a retry; other errors may.
     if kind == "init container":
         hopeless = ended["exitCode"] != TRANSIENT_EXIT_CODE or status.get("restartCount", 0) >= TRIES
     else:

@@ -1,8 +1,8 @@
-"""Promotion into a Triton server: new weights are loaded beside the old, verified, and then served alone.
+"""Promotion into a Triton server: new weights are loaded beside the old ones, verified, then served alone.
 
-The pin is the version_policy of ``tango/config.pbtxt`` in the repository that the server reads. The server
-must be in explicit mode (``--model-control-mode=explicit``). The challenger is a model of its own there, with
-the same configuration and code.
+The pin is the version_policy of ``tango/config.pbtxt`` in the server's model repository. The server must run
+in explicit mode (``--model-control-mode=explicit``). The challenger is another model there, with the same
+configuration and code.
 """
 
 import contextlib
@@ -24,30 +24,29 @@ from services.errors import (
     ServiceUnavailableError,
 )
 from services.inference.triton.repository import Exported, ModelRepository, Weights
-from services.weights.registry import fetch
-from services.weights.uri import ModelURI, resolve
+from services.weights.uri import ResolvedModel, resolve
 from training.promotion.errors import RolloutError
 from training.promotion.registry import Registry
 from training.promotion.target import Pin, digest_of, shown_pin, version_of
-from training.promotion.targets.asking import CALLS, VERIFY_SECONDS, check_tls, place_of, settle, wrong_answer
 from training.promotion.targets.locks import FileLock, file_lock
+from training.promotion.targets.probing import CALLS, VERIFY_SECONDS, check_tls, place_of, poll_until, probe
 from training.promotion.targets.triton_client import State, TritonClient, TritonClips
 
 MODEL: Final = "tango"
 CHALLENGER: Final = "tango-challenger"
-"""Name of the model that gets no traffic."""
+"""Name of the model without traffic."""
 DEFAULT_PORT: Final = 8001
-ASK_SECONDS: Final = 120.0
-"""For the clip of one step that tells the weights: it waits its turn among everybody's."""
+PROBE_SECONDS: Final = 120.0
+"""Time for the clip of one step that shows the weights: it queues among the callers' requests."""
 
-_PUT_BACK_SECONDS: Final = 60.0
+_RESTORE_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.25
-_NOBODY: Final = "milonga-no-such-model"
+_NO_MODEL: Final = "milonga-no-such-model"
 
 
 class TritonTarget:
-    """The model `tango` of one Triton server. See `Target`."""
+    """The model `tango` of one Triton server. Implements `Target`."""
 
     def __init__(
         self,
@@ -59,39 +58,41 @@ class TritonTarget:
         token: str = "",
         verify_seconds: float = VERIFY_SECONDS,
     ) -> None:
-        """Nothing is called yet.
+        """Make no call yet.
 
         Args:
             address: HOST:PORT of the server's gRPC endpoint; without a port `DEFAULT_PORT`.
-            repository: the one that the server reads.
-            registry: where versions are fetched from.
-            tls: how the server is spoken to.
-            token: of its operators, where loading is restricted (`triton_client.RESTRICTION`).
+            repository: the server's model repository.
+            registry: registry of the versions.
+            tls: TLS settings; None: plaintext.
+            token: operator token, where loading is restricted (`triton_client.RESTRICTION`).
             verify_seconds: see `VERIFY_SECONDS`.
         """
-        named = address.rpartition("]")[2]  # the colons before are an IPv6 address'
-        self._address = address if ":" in named else f"{address}:{DEFAULT_PORT}"
-        self._who, self._where = f"the Triton at {self._address}", repository.storage.place
+        port = address.rpartition("]")[2]  # the colons before are of an IPv6 address
+        self._address = address if ":" in port else f"{address}:{DEFAULT_PORT}"
+        self._server, self._where = f"the Triton at {self._address}", repository.storage.place
         self._repository, self._registry, self._tls, self._token = repository, registry, tls, token
         self._verify = verify_seconds
         self._challenger: Pin | None = None
+        self._models: dict[Pin, ResolvedModel] = {}
+        """Versions that were resolved: challenger and rollout take the same files, hashed once."""
         self._first: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
-        """See `Target`: the address; what only this machine reaches, under its name."""
+        """See `Target`: the address; a loopback address is replaced by the name of this machine."""
         return place_of("triton", self._address)
 
     @property
     def serving(self) -> str:
-        """See `Target`: the server, and how its repository has the model run."""
+        """See `Target`: the server with its version, and a digest of the model's configuration."""
         with self._client() as client:
             name, version = client.server()
         config = self._config(CHALLENGER).SerializeToString(deterministic=True)
         return f"{self.place} {name} {version} {hashlib.sha256(config).hexdigest()[:16]}"
 
     def lock(self) -> AbstractContextManager[FileLock]:
-        """See `Target`. Promoters of one server run on one machine."""
+        """See `Target`. All promoters of one server must run on one machine."""
         return file_lock(self.place)
 
     @property
@@ -100,9 +101,9 @@ class TritonTarget:
         return False
 
     def check_setup(self, *, challenger: bool) -> None:
-        """See `Target`: that the repository is the server's. One that serves nothing is believed."""
+        """See `Target`: whether the repository is the server's. Not checked where nothing is served."""
         pinned = set(self._pinned())
-        with self._client() as client, self._reaching():
+        with self._client() as client, self._checking_tls():
             self._check_server(client)
             states = client.versions(MODEL)
         ready = _ready(states)
@@ -111,38 +112,38 @@ class TritonTarget:
             wrong = f"does not know {MODEL}"
         if not wrong and ready:
             (highest, weights) = self._highest()
-            with contextlib.suppress(MilongaError):  # broken, which is what a rollback is for
-                found = self._ask("").digest
+            with contextlib.suppress(MilongaError):  # broken, which may be why a rollback is wanted
+                found = self._query("").digest
                 wrong = f"serves {found}" if found != weights.digest else ""
                 pinned = {highest}
         if wrong:
             raise InvalidInputError(
                 FieldViolation(
                     "--repository",
-                    f"{self._where} is pinned to version {_listed(pinned)} of {MODEL}, and {self._who} "
-                    f"{wrong}: it reads another repository, or was not told to load what was pinned by hand; "
-                    f"give its own, or have it load {MODEL}",
+                    f"{self._where} is pinned to version {_listed(pinned)} of {MODEL}, and {self._server} "
+                    f"{wrong}: it reads another repository, or has not loaded a pin set by hand; give the "
+                    f"server's repository, or have it load {MODEL}",
                 )
             )
 
     def check_reach(self) -> None:
-        """See `Target`: whether the server is a Triton that loads models when we tell it to."""
-        with self._client() as client, self._reaching():
+        """See `Target`: whether the server is a Triton that lets the caller load models."""
+        with self._client() as client, self._checking_tls():
             self._check_server(client)
             try:
-                # Changes nothing: it is refused, and for its name if all is well.
-                client.load(_NOBODY, ASK_SECONDS)
+                # Changes nothing: there is no such model, which is the error where loading is allowed.
+                client.load(_NO_MODEL, PROBE_SECONDS)
             except MilongaError as error:
-                if type(error) is not MilongaError or _NOBODY not in str(error):
+                if type(error) is not MilongaError or _NO_MODEL not in str(error):
                     raise
 
     def current_pin(self) -> Pin | None:
-        """See `Target`: what the repository has pinned; of two, what the server prefers."""
+        """See `Target`: the version that the repository pins; of two the higher, which the server prefers."""
         _, weights = self._highest()
         return self._registry.pin_of(weights.name, weights.version, weights.digest)
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
-        """See `Target`. In the same server, beside what serves."""
+        """See `Target`. The challenger is loaded into the same server."""
         if self._challenger == pin:
             return self._address
         self.stop_challenger()
@@ -152,8 +153,8 @@ class TritonTarget:
             try:
                 client.load(CHALLENGER, seconds)
             except MilongaError as error:
-                raise _refused("the challenger does not come up", error) from error
-        settle(partial(self._fault, digest_of(pin), "", CHALLENGER), seconds=self._verify)
+                raise _refused("the challenger failed", error) from error
+        poll_until(partial(self._fault, digest_of(pin), "", CHALLENGER), seconds=self._verify)
         self._challenger = pin
         return self._address
 
@@ -162,7 +163,7 @@ class TritonTarget:
         return TritonClips(TritonClient(address, tls=self._tls, timeout=timeout), CHALLENGER)
 
     def stop_challenger(self) -> None:
-        """See `Target`. Also one that another promoter left; its memory is free when this returns."""
+        """See `Target`. Also of another promoter. Returns when its memory is free."""
         self._challenger = None
         end = time.monotonic() + _STOP_SECONDS
         with self._client() as client:
@@ -173,10 +174,10 @@ class TritonTarget:
         self._repository.remove(CHALLENGER)
 
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
-        """See `Target`: loaded beside what serves, asked, and then pinned alone.
+        """See `Target`: the version is loaded beside the served one, probed, and then pinned alone.
 
-        What fails on the way is taken back. None goes back to weights that are in no registry, as far as it
-        is known which version they were.
+        After a failure the old pin is loaded again. None restores weights that are in no registry, if this
+        promotion has replaced them.
         """
         end = time.monotonic() + seconds
         before = self._pinned()
@@ -184,7 +185,7 @@ class TritonTarget:
             served = self.current_pin()
             if served is not None and not self._first:
                 raise RolloutError(
-                    f"{self._who} serves {shown_pin(served)} now, and what it served before is in no "
+                    f"{self._server} serves {shown_pin(served)} now, and what it served before is in no "
                     f"registry; pin its version in {self._where}, and have the server load {MODEL}"
                 )
             self._serve(self._first or before[-1:], end)
@@ -194,19 +195,19 @@ class TritonTarget:
         self._first = self._first or before
         try:
             self._serve_beside(before, number, end)
-            settle(partial(self._fault, digest_of(pin), str(number)), seconds=self._verify)
+            poll_until(partial(self._fault, digest_of(pin), str(number)), seconds=self._verify)
             self._serve((number,), end)
         except BaseException:
-            # Its own error is less of a help than the first one; who called us sees to it as well.
+            # The first error matters; the caller restores the pin as well.
             with contextlib.suppress(MilongaError):
-                self._serve(before, time.monotonic() + _PUT_BACK_SECONDS)
+                self._serve(before, time.monotonic() + _RESTORE_SECONDS)
             raise
 
     def wait(self, pin: Pin, seconds: float) -> None:
-        """See `Target`. The old version may still have requests under way: none begins there any more."""
+        """See `Target`. The old version gets no new requests, but may still have running ones."""
         number, end = self._number(pin), time.monotonic() + seconds
         while True:
-            found, failed = f"{self._who} does not answer", False
+            found, failed = f"{self._server} does not answer", False
             with contextlib.suppress(ServiceUnavailableError, DeadlineExceededError):
                 states = self._states()
                 ready = _ready(states)
@@ -215,15 +216,15 @@ class TritonTarget:
                 state = states.get(number, State(name="", reason=""))
                 failed = state.name == "UNAVAILABLE"
                 reason = f" ({state.reason or state.name})" if number not in ready else ""
-                found = f"{self._who} serves {_listed(ready)}, expected version {number}{reason}"
+                found = f"{self._server} serves {_listed(ready)}, expected version {number}{reason}"
             if failed or time.monotonic() > end:
                 raise RolloutError(found)
             time.sleep(_POLL_SECONDS)
 
     def verify(self, digest: str) -> None:
-        """See `Target`: whoever names no version, and whoever names the pinned one."""
+        """See `Target`: requests without a version, and requests of the pinned one."""
         for version in ("", *map(str, self._pinned())):
-            settle(partial(self._fault, digest, version), calls=CALLS, seconds=self._verify)
+            poll_until(partial(self._fault, digest, version), calls=CALLS, seconds=self._verify)
 
     def _check_server(self, client: TritonClient) -> None:
         name, _ = client.server()
@@ -231,30 +232,30 @@ class TritonTarget:
             raise InvalidInputError(
                 FieldViolation(
                     "--target",
-                    f"is triton://{self._address}, where a service of ours answers and no Triton; give "
+                    f"is triton://{self._address}, which is a service of Milonga and no Triton; give "
                     f"--target local --generation-address {self._address}",
                 )
             )
 
     @contextlib.contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """See whether TLS is why the server does not answer."""
+    def _checking_tls(self) -> Iterator[None]:
+        """Check whether TLS is why a call inside fails. Raises `InvalidInputError` where it is."""
         try:
             yield
         except ServiceUnavailableError:
-            check_tls(self._address, self._tls, self._who)
+            check_tls(self._address, self._tls, self._server)
             raise
 
     def _client(self) -> TritonClient:
         return TritonClient(self._address, tls=self._tls, token=self._token)
 
     def _fault(self, digest: str, version: str, model: str = MODEL) -> str:
-        """What is wrong with the answer of a version, or nothing."""
-        named = f"version {version} of {model}" if version else model
-        return wrong_answer(partial(self._ask, version, model), digest, f"{named} of {self._who}")
+        """What is wrong with the answer of a version; an empty text where nothing is."""
+        name = f"version {version} of {model}" if version else model
+        return probe(partial(self._query, version, model), digest, f"{name} of {self._server}")
 
-    def _ask(self, version: str, model: str = MODEL) -> ModelVersion:
-        with TritonClient(self._address, tls=self._tls, timeout=ASK_SECONDS, own_connection=True) as client:
+    def _query(self, version: str, model: str = MODEL) -> ModelVersion:
+        with TritonClient(self._address, tls=self._tls, timeout=PROBE_SECONDS, own_connection=True) as client:
             return client.version_of_clip(model, version)
 
     def _states(self) -> dict[int, State]:
@@ -262,7 +263,7 @@ class TritonTarget:
             return client.versions(MODEL)
 
     def _serve(self, versions: Collection[int], end: float) -> None:
-        """Pin `versions`, and have the server load them, and no others. Raises `RolloutError`."""
+        """Pin `versions`, and have the server load exactly these. Raises `RolloutError`."""
         self._repository.pin(MODEL, *versions)
         with self._client() as client:
             try:
@@ -271,16 +272,16 @@ class TritonTarget:
                 raise _refused(f"version {_listed(versions)} of {MODEL} can't be served", error) from error
 
     def _serve_beside(self, before: Collection[int], number: int, end: float) -> None:
-        """Serve a version beside those that serve. These may be broken, or gone."""
-        there = {*before} & {*self._repository.versions(MODEL)}
+        """Serve a version beside those of `before`, which may be broken or missing."""
+        existing = {*before} & {*self._repository.versions(MODEL)}
         try:
-            self._serve({*there, number}, end)
+            self._serve({*existing, number}, end)
         except RolloutError:
-            if number not in _ready(self._states()) or there <= {number}:
+            if number not in _ready(self._states()) or existing <= {number}:
                 raise
 
     def _put(self, pin: Pin, number: int) -> None:
-        """See that the repository has the weights of `pin`, under its name, as version `number`."""
+        """Add the weights of `pin` to the repository as version `number`, unless they are there."""
         if number in self._repository.versions(MODEL):
             (weights,) = self._repository.weights(MODEL, number).values()
             if not pin.startswith("models:") or weights == _weights_of(pin):
@@ -288,44 +289,44 @@ class TritonTarget:
         self._repository.add(self._exported(pin, MODEL), number)
 
     def _exported(self, pin: Pin, model: str) -> Exported:
-        """The weights of `pin` under the configuration and the code that serve."""
-        uri = ModelURI.parse(pin)
-        if uri.scheme == "models":
-            # Into the cache, where `resolve` finds it: that would ask the registry of MLFLOW_TRACKING_URI.
-            fetch(uri.path, pin=uri.digest, uri=self._registry.uri)
-        model_found = resolve(uri)
-        found = model_found.identity
+        """The weights of `pin` with the served configuration and code."""
+        if pin not in self._models:
+            self._models[pin] = resolve(pin, tracking_uri=self._registry.uri)
+        found = self._models[pin]
         highest, _ = self._highest()
         (part,) = self._repository.weights(MODEL, highest)
         weights = Weights(
-            name=found.name, version=found.version, digest=found.digest, folder=model_found.folder
+            name=found.identity.name,
+            version=found.identity.version,
+            digest=found.digest,
+            folder=found.folder,
         )
         code = self._repository.code(MODEL, highest)
         return Exported(config=self._config(model), code=code, weights={part: weights})
 
     def _number(self, pin: Pin) -> int:
-        """The version folder of `pin`. Raises `InvalidInputError` where other weights have its number."""
-        there = {
+        """Number of the version folder of `pin`. Raises `InvalidInputError` where other weights have it."""
+        digests = {
             number: weights.digest
             for number in self._repository.versions(MODEL)
             for weights in self._repository.weights(MODEL, number).values()
         }
         digest = digest_of(pin)
         if not pin.startswith("models:"):
-            return next((number for number, one in there.items() if one == digest), 1)
+            return next((number for number, one in digests.items() if one == digest), 1)
         number = int(version_of(pin))
-        if there.get(number, digest) != digest:
+        if digests.get(number, digest) != digest:
             raise InvalidInputError(
                 FieldViolation(
                     "--repository",
-                    f"{self._where} has other weights ({there[number]}) as version {number} of {MODEL} than "
-                    f"{shown_pin(pin)}; register that again, which gives it a number of its own",
+                    f"{self._where} has other weights ({digests[number]}) as version {number} of {MODEL} "
+                    f"than {shown_pin(pin)}; register the model again, which gives it a new number",
                 )
             )
         return number
 
     def _config(self, model: str) -> ModelConfig:
-        """The configuration that serves, under the name of `model`, without the pin."""
+        """The served configuration, renamed to `model`, without the pin."""
         found = self._repository.config(MODEL)
         if found is None:
             raise self._no_model()
@@ -340,7 +341,7 @@ class TritonTarget:
         return pinned
 
     def _highest(self) -> tuple[int, Weights]:
-        """The highest pinned version, which gets the requests that name none, and its weights."""
+        """The highest pinned version, which gets requests without a version, and its weights."""
         highest = self._pinned()[-1]
         (weights,) = self._repository.weights(MODEL, highest).values()
         return highest, weights
@@ -356,13 +357,13 @@ class TritonTarget:
 
 
 def _weights_of(pin: Pin) -> Weights:
-    """What `ModelRepository.weights` says of a registered version."""
+    """The entry of `ModelRepository.weights` for a registered version."""
     name = pin.removeprefix("models:/").rpartition("/")[0]
     return Weights(name=name, version=version_of(pin), digest=digest_of(pin))
 
 
 def _refused(what: str, error: MilongaError) -> MilongaError:
-    """`error`, as a rollout's where the server refuses, or is too slow."""
+    """`error` as a `RolloutError` where the server refuses, or is too slow."""
     if type(error) is MilongaError or isinstance(error, DeadlineExceededError):
         return RolloutError(f"{what}: {error}")
     return error
@@ -373,7 +374,7 @@ def _ready(states: dict[int, State]) -> set[int]:
 
 
 def _busy(states: dict[int, State]) -> bool:
-    """Whether something is loaded, or on its way."""
+    """Whether a version is loaded, being loaded or being unloaded."""
     return any(state.name in ("READY", "LOADING", "UNLOADING") for state in states.values())
 
 

@@ -1,7 +1,7 @@
-"""A Triton server by the Open Inference Protocol: which versions it has, loading them, and clips of them.
+"""Client of a Triton server by the Open Inference Protocol: its versions, loading them, and clips.
 
-One call of ModelStreamInfer is one clip; tritonclient has one stream a client, so its messages are used here
-without its client.
+One call of ModelStreamInfer makes one clip. A client of tritonclient has only one stream, so only its
+messages are used here.
 """
 
 import re
@@ -32,9 +32,9 @@ from services.errors import (
 )
 
 CALL_SECONDS: Final = 10.0
-"""For an answer that needs no model."""
+"""Timeout of calls that run no model."""
 RESTRICTION: Final = "milonga-operator"
-"""Key of a ``--grpc-restricted-protocol`` that an operator's token opens."""
+"""Key of ``--grpc-restricted-protocol``, whose value is the operator token."""
 
 _DATATYPES: Final[Mapping[str, tuple[type[Any], str]]] = {
     "SEED": (np.int64, "INT64"),
@@ -47,23 +47,23 @@ _FIELD: Final = re.compile(r"(?P<field>[a-z_]+(?:\[\d+\])?): (?P<description>.+)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """How a version stands."""
+    """State of a version in Triton."""
 
     name: str
-    """READY, LOADING, UNLOADING, UNAVAILABLE, or empty: never loaded."""
+    """READY, LOADING, UNLOADING or UNAVAILABLE; empty where it was never loaded."""
     reason: str
-    """Why, in Triton's words."""
+    """Triton's message."""
 
 
 class TritonClient:
     """One connection to a Triton server.
 
     Raises:
-        ServiceUnavailableError: it does not answer, or is no Triton.
-        UnauthenticatedError: it wants a token, or another one.
-        DeadlineExceededError: it answers too late.
-        InvalidInputError: it does not load models on request; or, of a clip, a value was refused.
-        MilongaError: it refuses, or fails; in its words.
+        ServiceUnavailableError: the server does not answer, or is no Triton.
+        UnauthenticatedError: the token is missing or wrong.
+        DeadlineExceededError: the answer takes too long.
+        InvalidInputError: the server is not in explicit mode, or refuses a value of a clip.
+        MilongaError: the server refuses, or fails; with its message.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class TritonClient:
         timeout: float = CALL_SECONDS,
         own_connection: bool = False,
     ) -> None:
-        """Nothing is called yet.
+        """Make no call yet.
 
         Args:
             address: HOST:PORT of its gRPC endpoint.
-            tls: how it is spoken to.
-            token: of its operators; empty: none.
-            timeout: seconds that a clip may take.
-            own_connection: share none with other clients of this process.
+            tls: TLS settings; None: plaintext.
+            token: operator token; empty: none.
+            timeout: seconds per clip.
+            own_connection: don't share a connection with other clients of this process.
         """
         options = (("grpc.use_local_subchannel_pool", 1),) if own_connection else ()
         connection = Connection({"target": address}, tls=tls, channel_options=options)
         self.address, self._timeout = address, timeout
         self._metadata: tuple[tuple[str, str], ...] = ()
         if token:
-            connection.metadata_for(address, token)  # refuses one that would travel in plaintext
+            connection.metadata_for(address, token)  # raises where the token would travel in plaintext
             self._metadata = ((f"triton-grpc-protocol-{RESTRICTION}", token),)
         self._channel = connection.open_channel(address)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -103,16 +103,16 @@ class TritonClient:
         self.close()
 
     def close(self) -> None:
-        """End what is under way, and the connection."""
+        """Cancel running calls, and close the connection."""
         self._channel.close()
 
     def server(self) -> tuple[str, str]:
-        """Name and version of the server."""
+        """Return name and version of the server."""
         found = self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest())
         return found.name, found.version
 
     def versions(self, model: str) -> dict[int, State]:
-        """The versions of a model that the server knows of; none where it does not know the model."""
+        """Return the versions of a model by number; none where the server does not know the model."""
         found = self._call(self._stub.RepositoryIndex, pb.RepositoryIndexRequest())
         return {
             int(one.version): State(name=one.state, reason=_one_line(one.reason))
@@ -121,21 +121,21 @@ class TritonClient:
         }
 
     def load(self, model: str, seconds: float) -> None:
-        """Load the versions that the repository's configuration names, and no others."""
+        """Load exactly the versions that the repository's configuration names."""
         self._call(
             self._stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name=model), seconds=seconds
         )
 
     def unload(self, model: str) -> None:
-        """Unload a model, if it is loaded: once what is under way is answered."""
+        """Unload a model, if it is loaded, after its running requests."""
         self._call(self._stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name=model))
 
     def version_of_clip(self, model: str, version: str = "") -> ModelVersion:
-        """Return which weights make a clip just now, by one of one step. Without a version Triton chooses."""
+        """Return the weights that answer, by a clip of one step. Without a version the server chooses one."""
         return self._clip(model, version, "a dog barks", {"num_inference_steps": 1, "seed": 1}).model
 
     def clip(self, model: str, prompt: str, options: GenerationOptions) -> Generation:
-        """Make the clip of a prompt. The total time is measured here, since Triton states none."""
+        """Return the clip of a prompt. The total time is measured here, since Triton reports none."""
         return self._clip(model, "", prompt, options)
 
     def _clip(self, model: str, version: str, prompt: str, options: GenerationOptions) -> Generation:
@@ -148,14 +148,14 @@ class TritonClient:
             if (value := options.get(name.lower())) is not None:
                 request.inputs.add(name=name, datatype=datatype, shape=[1])
                 request.raw_input_contents.append(np.array([value], dtype=kind).tobytes())
-        for name in ("AUDIO", "SAMPLE_RATE", "DIGEST"):  # without PROGRESS, which would come at each step
+        for name in ("AUDIO", "SAMPLE_RATE", "DIGEST"):  # without PROGRESS, an answer per step
             request.outputs.add(name=name)
         with self._errors():
             answers = list(self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout))
-        for made in answers:
-            if made.error_message:
-                raise _refusal(made.error_message)
-            if (answer := _read(made.infer_response)) is not None:
+        for one in answers:
+            if one.error_message:
+                raise _refusal(one.error_message)
+            if (answer := _read(one.infer_response)) is not None:
                 clip, weights = answer
                 total = time.monotonic() - begun
                 return Generation(
@@ -181,7 +181,7 @@ class TritonClient:
             raise RequestCancelledError(f"{self.address}: {error}") from error
 
     def _named(self, code: grpc.StatusCode, details: str) -> MilongaError:
-        told = f"the Triton at {self.address}: {details}"
+        message = f"the Triton at {self.address}: {details}"
         match code:
             case grpc.StatusCode.UNAVAILABLE if "explicit model load" in details:
                 return InvalidInputError(
@@ -192,26 +192,26 @@ class TritonClient:
                 )
             case grpc.StatusCode.UNAVAILABLE if "is restricted" in details:
                 return UnauthenticatedError(
-                    f"{told}; give its token (--operator-token-file); it must be started with "
+                    f"{message}; give the token (--operator-token-file) with which it was started: "
                     f"--grpc-restricted-protocol=model-repository:{RESTRICTION}=TOKEN"
                 )
             case grpc.StatusCode.UNAVAILABLE:
-                return ServiceUnavailableError(told)
+                return ServiceUnavailableError(message)
             case grpc.StatusCode.UNIMPLEMENTED:
                 return ServiceUnavailableError(f"{self.address} is no Triton: {details}")
             case grpc.StatusCode.DEADLINE_EXCEEDED:
-                return DeadlineExceededError(told)
+                return DeadlineExceededError(message)
             case grpc.StatusCode.CANCELLED:
-                return RequestCancelledError(told)
+                return RequestCancelledError(message)
             case _:
-                return MilongaError(told)
+                return MilongaError(message)
 
 
 class TritonClips:
     """A `ClipMaker` on a model of a Triton server."""
 
     def __init__(self, client: TritonClient, model: str) -> None:
-        """Take over `client`: closing this closes it."""
+        """`close` also closes `client`."""
         self._client, self._model = client, model
 
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
@@ -237,7 +237,7 @@ def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
     if "AUDIO" not in contents:
         return None
     if missing := {"SAMPLE_RATE", "DIGEST"} - contents.keys():
-        raise MilongaError(f"the model {response.model_name} gives no {', '.join(sorted(missing))}")
+        raise MilongaError(f"the model {response.model_name} returns no {', '.join(sorted(missing))}")
     clip = Clip.of_samples(
         np.frombuffer(contents["AUDIO"], dtype="<f4"),
         int(np.frombuffer(contents["SAMPLE_RATE"], dtype="<i4")[0]),
@@ -250,12 +250,12 @@ def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
 
 
 def _refusal(message: str) -> MilongaError:
-    """An error within a stream, which has no status: a field's name comes first where a value is wrong."""
+    """The error of a message in a stream, which has no status: of a wrong value it starts with the field."""
     if found := _FIELD.fullmatch(message):
         return InvalidInputError(FieldViolation(found["field"], found["description"]))
     return MilongaError(_one_line(message))
 
 
 def _one_line(text: Any) -> str:
-    """What the Python backend says, without where in the code that was."""
+    """Message of the Python backend, without its traceback."""
     return " ".join(str(text or "").partition("\n\nAt:\n")[0].split())

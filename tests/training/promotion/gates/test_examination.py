@@ -1,4 +1,4 @@
-"""Services score as the same weights do in this process."""
+"""Scores and rewards of services equal those of the same weights in this process."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which gates there can be, and what they decide."""
+"""Files of gates, and the verdicts of gates."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_a_bound_holds_or_not(
     assert gate.figure in str(verdict)
 
 
-def test_a_gate_looks_at_its_own_split() -> None:
+def test_a_gate_measures_its_own_split() -> None:
     gate = Gate(metric="presence", split="temporal", minimum_difference=0.0)
     differences = {"all": {"presence": BETTER}, "temporal": {"presence": WORSE}}
     (verdict,) = decide([gate], {}, {}, differences)
@@ -61,7 +61,7 @@ def test_a_gate_looks_at_its_own_split() -> None:
     assert str(verdict) == ("presence (temporal): difference at least +0, found +0.1000 [-0.0200, +0.2000]")
 
 
-def test_the_default_gates_ask_independent_ears() -> None:
+def test_the_default_gates_use_independent_scorers() -> None:
     config = read_gates(DEFAULT_GATES)
     assert {gate.figure for gate in config.gates} >= {
         *("present_and_in_order", "order_given_presence", "presence", "clap.clap-b", "reward"),
@@ -84,7 +84,7 @@ GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
         ("colour = 1\n" + HEAD + GOOD, "colour: is not known; known: evaluation, gate, in_flight"),
         (
             HEAD + GOOD + '[[gate]]\nmetric = "loudness"\nmaximum = 1\n',
-            r"gate 2: has the metric 'loudness', which is not known here; known: clap.clap-a, clap",
+            r"gate 2: has the metric 'loudness', which this evaluation lacks; known: clap.clap-a, clap",
         ),
         (HEAD + GOOD + '[[gate]]\nmetric = "clap"\nscorer = "x"\nminimum = 1\n', "has the metric 'clap.x'"),
         (HEAD + '[[gate]]\nmetric = "presence"\n', "gate 1: has no bound; give one of minimum_difference"),
@@ -107,7 +107,7 @@ GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
             HEAD + '[[gate]]\nmetric = "presence"\nmaximum_ratio = 2\n',
             "maximum_ratio is for the metric latency",
         ),
-        (HEAD + '[[gate]]\nmetric = "reward"\nminimum = 0\n', "names nobody whom a gate asks"),
+        (HEAD + '[[gate]]\nmetric = "reward"\nminimum = 0\n', "names no scorer of a gate; at least one"),
         ('independent = ["reward"]\n' + GOOD, "independent: has reward, must be of clap-a, clap-b, judge"),
         ("in_flight = 0\n" + HEAD + GOOD, "in_flight: is 0, must be greater than 0"),
         (HEAD + "[evaluation]\nseeds = 0\n" + GOOD, "seeds is 0, must be 1 or more"),
@@ -137,7 +137,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_gates(tmp_path / "gates.toml")
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_violations_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     path.write_text(HEAD + '[[gate]]\nmetric = "x"\nmaximum = 1\n[[gate]]\nmetric = "y"\nmaximum = 1\n')
     with pytest.raises(InvalidInputError) as caught:

@@ -1,6 +1,6 @@
-"""A Kubernetes API server of one namespace: what promotion calls, with controllers that obey at once.
+"""A Kubernetes API server of one namespace: the calls of a promotion, with controllers that act at once.
 
-Real HTTP, so that what the official client sends is what is looked at.
+It speaks real HTTP, so that the tests see what the official client sends.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Calls = TypeVar("Calls", bound=Namespace)
 
 
 @dataclass
-class Asked:
+class Request:
     """A request."""
 
     method: str
@@ -45,13 +45,13 @@ class Api:
     deployments: dict[str, Json] = field(default_factory=dict)
     pods: dict[str, list[Json]] = field(default_factory=dict)
     lease: Json | None = None
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     status: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Errors by a pattern of `METHOD path`."""
-    roll: Callable[["Api", str], None] = lambda api, name: api.settle(name)
+    roll: Callable[["Api", str], None] = lambda api, name: api.reconcile(name)
     """What the Deployment controller does about a change."""
 
-    def settle(self, name: str, fault: Json | None = None) -> None:
+    def reconcile(self, name: str, fault: Json | None = None) -> None:
         """Give a Deployment the pods that it asks for; `fault` is the state of each one's init container."""
         deployment = self.deployments[name]
         pin = (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(PIN_ANNOTATION)
@@ -78,7 +78,7 @@ class Api:
                 },
             },
         }
-        self.settle(name)
+        self.reconcile(name)
 
     def pin(self, name: str) -> str | None:
         """What is pinned."""
@@ -101,44 +101,44 @@ class Api:
             },
         }
 
-    def answer(self, asked: Asked) -> tuple[int, Json | Iterator[str]]:
+    def answer(self, request: Request) -> tuple[int, Json | Iterator[str]]:
         """What a request gets: an object, or a text as it comes about."""
-        self.asked.append(asked)
+        self.requests.append(request)
         for pattern, (code, message) in self.status.items():
-            if re.search(pattern, f"{asked.method} {asked.path}"):
+            if re.search(pattern, f"{request.method} {request.path}"):
                 return code, {"kind": "Status", "message": message}
         space = "/namespaces/milonga"
         if (
-            found := re.fullmatch(rf"/apis/apps/v1{space}/deployments/(\w+)(/scale)?", asked.path)
+            found := re.fullmatch(rf"/apis/apps/v1{space}/deployments/(\w+)(/scale)?", request.path)
         ) is not None:
             name = found[1]
             if name not in self.deployments:
                 return 404, {"kind": "Status", "message": f'deployments.apps "{name}" not found'}
             deployment = self.deployments[name]
-            if asked.method == "PATCH":
+            if request.method == "PATCH":
                 before = json.dumps(deployment["spec"])
                 if found[2]:
-                    deployment["spec"]["replicas"] = asked.body["spec"]["replicas"]
+                    deployment["spec"]["replicas"] = request.body["spec"]["replicas"]
                 else:
                     template = deployment["spec"]["template"]["metadata"]
-                    template["annotations"] = asked.body["spec"]["template"]["metadata"]["annotations"]
+                    template["annotations"] = request.body["spec"]["template"]["metadata"]["annotations"]
                 if json.dumps(deployment["spec"]) != before:
                     deployment["metadata"]["generation"] += 1
                     self.roll(self, name)
             return 200, deployment
-        if asked.path == f"/api/v1{space}/pods":
-            name = asked.query["labelSelector"].partition("=")[2]
+        if request.path == f"/api/v1{space}/pods":
+            name = request.query["labelSelector"].partition("=")[2]
             return 200, {"items": self.pods.get(name, [])}
-        if asked.path.startswith(f"/apis/coordination.k8s.io/v1{space}/leases"):
-            if asked.method == "GET":
+        if request.path.startswith(f"/apis/coordination.k8s.io/v1{space}/leases"):
+            if request.method == "GET":
                 return (200, self.lease) if self.lease else (404, {"message": "not found"})
             version = (self.lease or {"metadata": {"resourceVersion": "0"}})["metadata"]["resourceVersion"]
-            if asked.method == "PUT" and asked.body["metadata"].get("resourceVersion") != version:
+            if request.method == "PUT" and request.body["metadata"].get("resourceVersion") != version:
                 return 409, {"message": "the object has been modified"}
-            metadata = {**asked.body["metadata"], "resourceVersion": str(int(version) + 1)}
-            self.lease = {**asked.body, "metadata": metadata}
+            metadata = {**request.body["metadata"], "resourceVersion": str(int(version) + 1)}
+            self.lease = {**request.body, "metadata": metadata}
             return 200, self.lease
-        return 404, {"kind": "Status", "message": f"nothing is at {asked.path}"}
+        return 404, {"kind": "Status", "message": f"nothing is at {request.path}"}
 
 
 class Weights(generation_pb2_grpc.GenerationServiceServicer):
@@ -148,7 +148,7 @@ class Weights(generation_pb2_grpc.GenerationServiceServicer):
         self.digest = ""
 
     def GenerateAudio(self, request: Any, context: Any) -> Any:
-        """Not asked."""
+        """Not request."""
         raise NotImplementedError
 
     StreamGenerateAudio = GenerateAudio
@@ -192,14 +192,14 @@ def namespace_served(api: Api, kind: type[Calls], *, patience: float = 0.5) -> I
             url = urlsplit(self.path)
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            asked = Asked(
+            request = Request(
                 self.command,
                 url.path,
                 query,
                 self.headers.get("Content-Type") or "",
                 json.loads(text or b"null"),
             )
-            code, answer = api.answer(asked)
+            code, answer = api.answer(request)
             self.send_response(code)
             if not isinstance(answer, dict):
                 self.send_header("Transfer-Encoding", "chunked")

@@ -1,4 +1,4 @@
-"""What is asked of the Kubernetes API, and what its answers lead to."""
+"""Requests of a promotion to the Kubernetes API, and the effects of its answers."""
 
 import socket
 import subprocess
@@ -55,7 +55,7 @@ def target(
 ) -> KubernetesTarget:
     return KubernetesTarget(
         cluster,
-        tell=lambda line: None,
+        report=lambda line: None,
         inside=True,
         generation_address=f"127.0.0.1:{weights[1]}",
         poll_seconds=0.02,
@@ -74,7 +74,7 @@ def test_the_pin_is_server_side_applied_by_its_owner_and_nothing_else(
 ) -> None:
     roll_out(target)
     assert api.pin("generation") == NEW
-    (patch,) = [asked for asked in api.asked if asked.method == "PATCH"]
+    (patch,) = [request for request in api.requests if request.method == "PATCH"]
     assert patch.path == "/apis/apps/v1/namespaces/milonga/deployments/generation"
     assert patch.content_type == "application/apply-patch+yaml"
     assert patch.query == {"fieldManager": "milonga-promote", "force": "true"}
@@ -95,8 +95,8 @@ def test_the_challenger_is_pinned_then_scaled_up_and_back(
 ) -> None:
     weights[0].digest = NEW_DIGEST
     assert target.start_challenger(NEW, SECONDS) == f"127.0.0.1:{weights[1]}"
-    patches = [asked for asked in api.asked if asked.method == "PATCH"]
-    assert [asked.path.rpartition("/")[2] for asked in patches] == ["challenger", "scale"]
+    patches = [request for request in api.requests if request.method == "PATCH"]
+    assert [request.path.rpartition("/")[2] for request in patches] == ["challenger", "scale"]
     assert patches[1].content_type == "application/merge-patch+json"
     assert patches[1].body == {"spec": {"replicas": 1}}
     assert (api.pin("challenger"), api.pin("generation")) == (NEW, OLD)
@@ -105,12 +105,12 @@ def test_the_challenger_is_pinned_then_scaled_up_and_back(
     assert api.pods["challenger"] == []
 
 
-def test_a_challenger_of_other_weights_is_told(target: KubernetesTarget) -> None:
+def test_a_challenger_with_other_weights_fails(target: KubernetesTarget) -> None:
     with pytest.raises(RolloutError, match=f"the challenger serves {OLD_DIGEST} .*, expected {NEW_DIGEST}"):
         target.start_challenger(NEW, SECONDS)
 
 
-def test_every_ready_pod_and_the_service_are_asked(
+def test_every_ready_pod_and_the_service_are_verified(
     target: KubernetesTarget, api: Api, weights: tuple[Weights, int]
 ) -> None:
     target.verify(OLD_DIGEST)
@@ -123,7 +123,7 @@ def test_every_ready_pod_and_the_service_are_asked(
 
 
 def broken(state: Json) -> Callable[[Api, str], None]:
-    return lambda api, name: api.settle(name, state)
+    return lambda api, name: api.reconcile(name, state)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def broken(state: Json) -> Callable[[Api, str], None]:
     [
         (
             {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}},
-            "generation does not come up: pod generation-0, init container fetch: ImagePullBackOff: no such",
+            "generation failed: pod generation-0, init container fetch: ImagePullBackOff: no such",
         ),
         (
             {"terminated": {"exitCode": 2, "message": "error: not sha256:77, which it was registered as"}},
@@ -140,25 +140,27 @@ def broken(state: Json) -> Callable[[Api, str], None]:
         ({"running": {}}, "not ready after 0 s: 0 of 2 new pods ready; pod generation-0: init container"),
     ],
 )
-def test_a_rollout_that_fails_says_why(target: KubernetesTarget, api: Api, state: Json, message: str) -> None:
+def test_a_failed_rollout_gives_its_reason(
+    target: KubernetesTarget, api: Api, state: Json, message: str
+) -> None:
     api.roll = broken(state)
     with pytest.raises(RolloutError, match=message) as caught:
         roll_out(target)
     assert exit_code(caught.value) == 4
 
 
-def test_a_deployment_at_zero_is_told(target: KubernetesTarget, api: Api) -> None:
+def test_a_rollout_of_a_deployment_at_zero_fails(target: KubernetesTarget, api: Api) -> None:
     api.add("generation", 0, OLD)
     with pytest.raises(RolloutError, match="scaled to 0; scale it to 1 or more"):
         roll_out(target)
 
 
-def test_a_pin_that_somebody_else_moves_is_told(target: KubernetesTarget, api: Api) -> None:
+def test_a_pin_that_somebody_else_changes_fails_the_rollout(target: KubernetesTarget, api: Api) -> None:
     def roll(api: Api, name: str) -> None:
         api.deployments[name]["spec"]["template"]["metadata"]["annotations"] = {"milonga.dev/pin": OLD}
 
     api.roll = roll
-    with pytest.raises(RolloutError, match="changed by somebody else"):
+    with pytest.raises(RolloutError, match="somebody else changed the pin"):
         roll_out(target)
 
 
@@ -185,10 +187,10 @@ def image(api: Api, name: str, text: str) -> None:
 
 
 def outside(cluster: Cluster, tls: TLS | None = None) -> KubernetesTarget:
-    return KubernetesTarget(cluster, tell=lambda line: None, inside=False, tls=tls, verify_seconds=0.2)
+    return KubernetesTarget(cluster, report=lambda line: None, inside=False, tls=tls, verify_seconds=0.2)
 
 
-def test_pods_that_may_not_be_asked_are_told_before_anything_is_changed(cluster: Cluster, api: Api) -> None:
+def test_a_missing_right_to_reach_pods_is_an_error_before_any_change(cluster: Cluster, api: Api) -> None:
     words = 'pods "generation-0" is forbidden: User "x" cannot get resource "pods/portforward"'
     api.status["portforward"] = (403, words)
     for ask in (lambda one: one.check_reach(), lambda one: one.verify(OLD_DIGEST)):
@@ -205,36 +207,38 @@ def test_pods_that_may_not_be_asked_are_told_before_anything_is_changed(cluster:
     outside(cluster).check_reach()
 
 
-def test_tls_that_was_forgotten_or_is_not_spoken_is_told(
+def test_missing_or_unsupported_tls_is_an_error(
     cluster: Cluster, api: Api, weights: tuple[Weights, int], tmp_path: Path
 ) -> None:
     key, certificate = self_signed(tmp_path)
     tls = TLS(ca_file=certificate, server_name="generation")
-    target = KubernetesTarget(cluster, tell=lambda line: None, inside=True, tls=tls, verify_seconds=0.2)
-    with pytest.raises(InvalidInputError, match=r"--tls: pod generation-0 can't be spoken to: .*plaintext"):
+    target = KubernetesTarget(cluster, report=lambda line: None, inside=True, tls=tls, verify_seconds=0.2)
+    with pytest.raises(
+        InvalidInputError, match=r"--tls: the handshake with pod generation-0 failed: .*plaintext"
+    ):
         target.check_reach()
     server = grpc.server(ThreadPoolExecutor(2))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(weights[0], server)
     identity = [(key.read_bytes(), certificate.read_bytes())]
     api.port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(identity))
-    api.settle("generation")
+    api.reconcile("generation")
     server.start()
     try:
         KubernetesTarget(
             cluster,
-            tell=lambda line: None,
+            report=lambda line: None,
             inside=True,
             tls=tls,
             generation_address=f"127.0.0.1:{api.port}",
             verify_seconds=0.2,
         ).check_reach()
-        with pytest.raises(InvalidInputError, match="--tls: is missing, and pod generation-0 speaks TLS"):
-            KubernetesTarget(cluster, tell=lambda line: None, inside=True).check_reach()
+        with pytest.raises(InvalidInputError, match="--tls: is missing, and pod generation-0 uses TLS"):
+            KubernetesTarget(cluster, report=lambda line: None, inside=True).check_reach()
         other = KubernetesTarget(
-            cluster, tell=lambda line: None, inside=True, tls=TLS(ca_file=certificate), verify_seconds=0.2
+            cluster, report=lambda line: None, inside=True, tls=TLS(ca_file=certificate), verify_seconds=0.2
         )
         with pytest.raises(
-            InvalidInputError, match=r"--tls: pod generation-0 can't be spoken to: .*127.0.0.1"
+            InvalidInputError, match=r"--tls: the handshake with pod generation-0 failed: .*127.0.0.1"
         ):
             other.check_reach()
     finally:
@@ -254,10 +258,10 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     return key, certificate
 
 
-def test_a_service_address_that_is_wrong_is_told_before_anything_is_changed(cluster: Cluster) -> None:
+def test_a_wrong_service_address_is_an_error_before_any_change(cluster: Cluster) -> None:
     target = KubernetesTarget(
         cluster,
-        tell=lambda line: None,
+        report=lambda line: None,
         inside=True,
         generation_address="127.0.0.1:1",
         verify_seconds=0.2,
@@ -266,7 +270,7 @@ def test_a_service_address_that_is_wrong_is_told_before_anything_is_changed(clus
         target.check_reach()
 
 
-def test_a_change_is_not_sent_later_than_the_lease_is_good_for(
+def test_no_change_is_sent_after_the_lease_has_expired(
     target: KubernetesTarget, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
@@ -285,7 +289,7 @@ def test_a_change_is_not_sent_later_than_the_lease_is_good_for(
     assert target._cluster.left is None
 
 
-def test_the_lease_is_held_and_let_go(target: KubernetesTarget, api: Api) -> None:
+def test_the_lease_is_held_and_released(target: KubernetesTarget, api: Api) -> None:
     with target.lock() as lock:
         lock.check()
         assert api.lease is not None
@@ -324,7 +328,7 @@ def test_what_is_missing_or_forbidden_is_one_line(target: KubernetesTarget, api:
     assert exit_code(refused.value) == 6
 
 
-def test_what_may_come_right_is_asked_again(target: KubernetesTarget, api: Api) -> None:
+def test_transient_errors_are_retried(target: KubernetesTarget, api: Api) -> None:
     target.current_pin()
     api.status["GET .*deployments"] = (503, "etcdserver: leader changed")
     threading.Timer(0.15, api.status.clear).start()
@@ -334,7 +338,7 @@ def test_what_may_come_right_is_asked_again(target: KubernetesTarget, api: Api) 
         target.current_pin()
 
 
-def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
+def test_a_missing_cluster_is_an_error_at_once() -> None:
     configuration = client.Configuration()
     configuration.host, configuration.retries = "http://127.0.0.1:1", False
     with pytest.raises(ServiceUnavailableError, match=r"the cluster x can't be reached: .*refused") as caught:

@@ -1,21 +1,26 @@
-"""A whole promotion, on real processes: a service that switches, challengers beside it, clips by gRPC."""
+"""A local promotion on real processes: a service that switches, challengers, clips by gRPC."""
 
 import csv
+import os
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from services.client import AudioClient
 from services.errors import MilongaError, UnauthenticatedError
+from services.models import manifest
 from services.models.manifest import write_manifest
 from services.processes import ServicePlan, free_port, running
+from services.weights.uri import resolve
 from tests.tiny import tiny_pipeline
 from training.promotion.errors import GatesRefusedError, RollbackError, RolloutError
 from training.promotion.gates.gates import GatesConfig, read_gates
 from training.promotion.ledger import EVIDENCE, Ledger
-from training.promotion.promote import Parts, Wanted, bootstrap, promote, resume, roll_back
-from training.promotion.registry import Registry, Version
+from training.promotion.promote import Promoter, bootstrap, promote, resume, roll_back
+from training.promotion.registry import Registry
 from training.promotion.targets.local import LocalTarget
 from training.tracking.register import register
 
@@ -46,6 +51,50 @@ maximum_ratio = 1000.0
 """
 
 
+RECORD = """
+import os
+from services.models import manifest
+hash_files = manifest.hash_files
+
+def recorded(folder):
+    with open(os.environ["HASHED_FOLDERS"], "a") as file:
+        print(os.getpid(), folder.resolve(), file=file)
+    return hash_files(folder)
+
+manifest.hash_files = recorded
+"""
+
+
+class Hashes:
+    """Records which process hashes which folder, in this process and in those that it starts."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file = folder / "hashed"
+        hooks = folder / "hooks"
+        hooks.mkdir()
+        (hooks / "sitecustomize.py").write_text(RECORD)
+        paths = [str(hooks), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        monkeypatch.setenv("HASHED_FOLDERS", str(self._file))
+        monkeypatch.setattr(manifest, "hash_files", manifest.hash_files)  # restored after the test
+        exec(RECORD, {})
+
+    @contextmanager
+    def counted(self) -> Iterator[Counter[tuple[int, str]]]:
+        """Count the hashes inside the context, by process and name of the folder."""
+        self._file.write_text("")
+        counts: Counter[tuple[int, str]] = Counter()
+        yield counts
+        for line in self._file.read_text().splitlines():
+            process, _, folder = line.partition(" ")
+            counts[int(process), Path(folder).name] += 1
+
+
+@pytest.fixture
+def hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashes:
+    return Hashes(tmp_path, monkeypatch)
+
+
 def model(folder: Path, seed: int) -> Path:
     tiny_pipeline(seed).save_pretrained(folder)
     write_manifest(folder, name="tiny", version=str(seed), license="Apache-2.0")
@@ -60,7 +109,7 @@ def gates(folder: Path, minimum: float) -> GatesConfig:
 
 
 @pytest.fixture
-def service(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def service(store: str, hashes: Hashes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MILONGA_OPERATOR_TOKEN", TOKEN)
     monkeypatch.setenv("MILONGA_THREADS", "1")
     folder = model(tmp_path / "first", 0)
@@ -99,69 +148,80 @@ def test_loopback_is_another_place_on_each_machine(store: str, monkeypatch: pyte
 
 
 def test_a_local_service_is_promoted_rolled_back_and_protected(
-    service: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    service: str, store: str, hashes: Hashes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry()
-    told: list[str] = []
+    reported: list[str] = []
     with pytest.raises(UnauthenticatedError):
         LocalTarget(service, registry, token="wrong").check_reach()
     target = LocalTarget(service, registry, token=TOKEN)
-    parts = Parts(target=target, registry=registry, ledger=Ledger(registry), tell=told.append, deadline=600.0)
+    promoter = Promoter(
+        target=target, registry=registry, ledger=Ledger(registry), report=reported.append, deadline=600.0
+    )
     assert target.current_pin() is None
 
     def fail(digest: str) -> None:
-        raise RolloutError("it can't be asked")
+        raise RolloutError("no answer")
 
     before = served(service)
     other = model(tmp_path / "other", 7)
     with monkeypatch.context() as patched:
         patched.setattr(target, "verify", fail)
-        with pytest.raises(RollbackError, match="can't be asked") as caught:
-            bootstrap(other, parts)
+        with pytest.raises(RollbackError, match="no answer") as caught:
+            bootstrap(promoter, resolve(f"file:{other}"))
     assert "milonga-tango version 1 now, and what it served before is in no registry" in str(caught.value)
     assert served(service) != before  # it says so
     target.set_pin(f"file:{tmp_path / 'first'}", 60.0)  # as a restart does
-    assert "is undone" in resume(parts).line
+    assert "is undone" in resume(promoter)
     assert registry.alias("milonga-tango", "champion") is None
 
-    bootstrap(tmp_path / "first", parts)
+    with hashes.counted() as counts:
+        bootstrap(promoter, resolve(f"file:{tmp_path / 'first'}"))
+    assert counts, "the folder, its copy in the cache, and that copy by the service"
+    assert set(counts.values()) == {1}
     first = registry.version("milonga-tango", "2")
-    assert (target.current_pin(), registry.alias("milonga-tango", "champion")) == (first.pin, "2")
+    assert (target.current_pin(), registry.alias("milonga-tango", "champion")) == (first.uri, "2")
     assert registry.alias("milonga-tango", "challenger") is None
 
-    done = register(model(tmp_path / "second", 1))
-    second = Version(name=done.name, version=done.version, digest=done.digest)
-    promote(Wanted(model="milonga-tango"), gates(tmp_path, -2.0), parts)
+    second, _ = register(model(tmp_path / "second", 1))
+    with hashes.counted() as counts:
+        promote(promoter, gates(tmp_path, -2.0), model="milonga-tango")
+    assert set(counts.values()) == {1}, "no process hashes a folder twice"
+    by_folder = Counter(folder for _, folder in counts)
+    assert by_folder[second.digest.removeprefix("sha256:")] == 2, "challenger and service"
+    assert by_folder[first.digest.removeprefix("sha256:")] == 1, "the challenger that makes its clips"
     assert (served(service), registry.alias("milonga-tango", "champion")) == (second.digest, "3")
-    entry = parts.ledger.entries()[0]
-    evidence = parts.ledger.read_text(entry.run_id, EVIDENCE)
+    entry = promoter.ledger.entries()[0]
+    evidence = promoter.ledger.read_text(entry.run_id, EVIDENCE)
     assert '"clips_made": 4' in evidence
-    assert [line for line in told if line.startswith("passed  clap.clap-b: difference at least -2, found ")]
+    assert [
+        line for line in reported if line.startswith("passed  clap.clap-b: difference at least -2, found ")
+    ]
 
-    roll_back(parts)
+    roll_back(promoter)
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
 
-    told.clear()
+    reported.clear()
     with pytest.raises(GatesRefusedError, match=r"clap.clap-b: difference at least"):
-        promote(Wanted(model="milonga-tango", version="3"), gates(tmp_path, 2.0), parts)
-    assert "champion: 0 of 4 clips made, the others were there" in told
+        promote(promoter, gates(tmp_path, 2.0), model="milonga-tango", version="3")
+    assert "champion: 0 of 4 clips generated, the others were cached" in reported
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
 
-    done = register(model(tmp_path / "third", 2))
+    third, _ = register(model(tmp_path / "third", 2))
     for weights in Path("mlruns").rglob("*.safetensors"):
         damaged = bytearray(weights.read_bytes())
         damaged[-1] ^= 1
         weights.chmod(0o644)
         weights.write_bytes(bytes(damaged))
     for folder in (tmp_path / "cache" / "models").iterdir():
-        if folder.name == done.digest.removeprefix("sha256:"):
+        if folder.name == third.digest.removeprefix("sha256:"):
             folder.rename(tmp_path / "away")
-    with pytest.raises(RolloutError, match=r"the challenger does not come up: .*which it was registered as"):
-        promote(Wanted(model="milonga-tango", version=done.version), gates(tmp_path, -2.0), parts)
+    with pytest.raises(RolloutError, match=r"the challenger failed: .*which it was registered as"):
+        promote(promoter, gates(tmp_path, -2.0), model="milonga-tango", version=third.version)
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
-    assert [e.outcome for e in parts.ledger.entries()] == [
+    assert [e.outcome for e in promoter.ledger.entries()] == [
         *("failed", "refused", "rolled back", "promoted", "bootstrapped", "failed")
     ]
     with pytest.raises(MilongaError):
-        target.set_pin(f"models:/milonga-tango/{done.version}#{done.digest}", 30.0)
+        target.set_pin(third.uri, 30.0)
     assert served(service) == first.digest

@@ -1,4 +1,4 @@
-"""Two promotions exclude each other, and one that died does not for ever."""
+"""Locks exclude other promotions, until the holder dies."""
 
 import copy
 import subprocess
@@ -63,7 +63,7 @@ def ignore(line: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, {}, {"holderIdentity": "", "leaseTransitions": 3}])
-def test_a_free_lease_is_held_renewed_and_let_go(spec: Json | None) -> None:
+def test_a_free_lease_is_held_renewed_and_released(spec: Json | None) -> None:
     leases = Leases(spec)
 
     def renewed() -> str:
@@ -88,14 +88,14 @@ def test_a_holder_that_renews_is_alive_whatever_its_clock_says() -> None:
         assert leases.lease is not None
         leases.lease["spec"]["renewTime"] = "1990-01-02"
 
-    told: list[str] = []
+    reported: list[str] = []
     with pytest.raises(BusyError, match="ann holds the Lease milonga-promote"):  # noqa: SIM117
-        with lease_lock(leases, told.append, sleep=renew):
+        with lease_lock(leases, reported.append, sleep=renew):
             pass
-    assert "held by ann: waiting up to 2 s" in told[0]
+    assert "held by ann: waiting up to 2 s" in reported[0]
 
 
-def test_a_holder_that_does_not_is_given_up() -> None:
+def test_a_holder_that_does_not_renew_is_replaced() -> None:
     leases = Leases({"holderIdentity": "ann", "renewTime": "2990-01-01", "leaseDurationSeconds": 2})
     waited: list[float] = []
     with lease_lock(leases, ignore, sleep=waited.append):
@@ -104,7 +104,7 @@ def test_a_holder_that_does_not_is_given_up() -> None:
     assert sum(waited) == pytest.approx(2)
 
 
-def test_a_holder_that_lets_go_meanwhile_is_followed_at_once() -> None:
+def test_a_lease_that_is_released_meanwhile_is_taken_at_once() -> None:
     leases = Leases({"holderIdentity": "ann", "renewTime": "2990-01-01", "leaseDurationSeconds": 60})
 
     def let_go(seconds: float) -> None:
@@ -115,7 +115,7 @@ def test_a_holder_that_lets_go_meanwhile_is_followed_at_once() -> None:
         pass
 
 
-def test_of_two_that_begin_at_once_one_is_refused() -> None:
+def test_of_two_simultaneous_promotions_one_is_refused() -> None:
     class Raced(Leases):
         def read_lease(self, name: str) -> Json | None:
             found = super().read_lease(name)
@@ -196,7 +196,7 @@ def test_a_check_waits_for_an_api_server_that_comes_back(monkeypatch: pytest.Mon
         assert leases.refused == 3
 
 
-def test_a_file_lock_excludes_and_dies_with_its_process(
+def test_a_file_lock_excludes_and_is_released_with_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MILONGA_CACHE", str(tmp_path))

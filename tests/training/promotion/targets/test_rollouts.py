@@ -1,11 +1,17 @@
-"""What the API says of pods, and what follows from it."""
+"""States of pods and Deployments as a rollout reads them."""
 
 from typing import Any
 
 import pytest
 
 from training.promotion.targets.cluster import PIN_ANNOTATION
-from training.promotion.targets.rollouts import difference_of, fault_of, is_complete, ready_pods, story
+from training.promotion.targets.rollouts import (
+    first_difference,
+    is_complete,
+    permanent_fault,
+    progress_summary,
+    ready_pods,
+)
 
 PIN = "models:/milonga-tango/7#sha256:" + "7" * 64
 OLD = "models:/milonga-tango/6#sha256:" + "6" * 64
@@ -128,28 +134,28 @@ WAITING = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}}
         (pod(deleted=True, main={"terminated": {"exitCode": 2}}), None),
     ],
 )
-def test_faults_that_time_does_not_mend_are_told_at_once(found: dict[str, Any], fault: str | None) -> None:
-    assert fault_of([pod(pin=OLD, ready=True), found], PIN) == fault
+def test_permanent_faults_are_reported_at_once(found: dict[str, Any], fault: str | None) -> None:
+    assert permanent_fault([pod(pin=OLD, ready=True), found], PIN) == fault
 
 
-def test_the_story_says_what_is_waited_for() -> None:
+def test_the_progress_summary_gives_the_reason_of_each_waiting_pod() -> None:
     pods = [
         pod(pin=OLD, ready=True),
         pod(unscheduled="0/1 nodes are available: 1 Insufficient nvidia.com/gpu."),
         pod(init={"running": {}}),
         pod(main={"running": {}}),
     ]
-    assert story(deployment(updated=1), pods, PIN) == (
+    assert progress_summary(deployment(updated=1), pods, PIN) == (
         "0 of 2 new pods ready; pod generation-x: Unschedulable: 0/1 nodes are available: 1 Insufficient "
         "nvidia.com/gpu.; pod generation-x: init container fetch is running; pod generation-x: container "
         "generation is running and not ready"
     )
     quota = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}
     refused = {"metadata": {"generation": 1}, "spec": {"replicas": 1}, "status": {"conditions": [quota]}}
-    assert story(refused, [], PIN) == "0 of 1 new pods ready; exceeded quota"
+    assert progress_summary(refused, [], PIN) == "0 of 1 new pods ready; exceeded quota"
 
 
-def test_pods_that_go_away_get_no_traffic() -> None:
+def test_pods_being_deleted_get_no_traffic() -> None:
     assert ready_pods([pod(), pod(ready=True, deleted=True)]) == []
     assert len(ready_pods([pod(ready=True)])) == 1
 
@@ -169,16 +175,16 @@ def runs(name: str, **changes: Any) -> dict[str, Any]:
 
 def test_what_two_deployments_run_differs_in_more_than_their_names() -> None:
     served = runs("generation")
-    assert difference_of(served, runs("challenger")) == ""
-    assert difference_of(served, runs("challenger", image="localhost/missing:1")) == (
+    assert first_difference(served, runs("challenger")) == ""
+    assert first_difference(served, runs("challenger", image="localhost/missing:1")) == (
         "image of the main container is localhost/missing:1, expected is services:1"
     )
-    assert "resources of the main container is {'limits': {'cpu': '2'}}" in difference_of(
+    assert "resources of the main container is {'limits': {'cpu': '2'}}" in first_difference(
         served, runs("challenger", resources={"limits": {"cpu": "2"}})
     )
-    assert difference_of(served, runs("challenger", env=[{"name": "B", "value": "1"}])).startswith(
+    assert first_difference(served, runs("challenger", env=[{"name": "B", "value": "1"}])).startswith(
         "env MILONGA_THREADS of the main container is missing, expected is {"
     )
     bare = runs("challenger")
     del bare["spec"]["template"]["spec"]["initContainers"]
-    assert difference_of(served, bare) == "initContainers none, expected fetch"
+    assert first_difference(served, bare) == "initContainers none, expected fetch"

@@ -1,4 +1,4 @@
-"""Promotion into Triton: what is pinned, loaded, verified, and put back. A real one: `tests/triton`."""
+"""Promotion into Triton: pins, loading, verification and restoring. With a real Triton: `tests/triton`."""
 
 import io
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from services.errors import (
 )
 from services.inference.triton.repository import Exported, ModelRepository, Weights, open_storage
 from services.models.mini import mini_folder
+from services.weights.registry import RegisteredVersion
 from services.weights.uri import resolve
 from tests.training.promotion.fixtures import make_version
 from tests.training.promotion.targets.test_kubernetes import self_signed
@@ -32,8 +33,8 @@ from training.evaluation.config import Sampling
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import Asked, options_of
 from training.promotion.errors import RolloutError, exit_code
-from training.promotion.registry import Registry, Version
-from training.promotion.targets.asking import CALLS
+from training.promotion.registry import Registry
+from training.promotion.targets.probing import CALLS
 from training.promotion.targets.triton import CHALLENGER, TritonTarget
 from training.promotion.targets.triton_client import TritonClient, TritonClips
 
@@ -52,8 +53,8 @@ class World:
         self.triton = FakeTriton(self.repository)
         self.address = ""
 
-    def exported(self, version: Version, code: str = CODE) -> Exported:
-        found = resolve(version.pin)
+    def exported(self, version: RegisteredVersion, code: str = CODE) -> Exported:
+        found = resolve(version.uri)
         config = ModelConfig(name="tango", backend="python")
         config.parameters["device"].string_value = "cuda:1"
         weights = Weights(
@@ -93,28 +94,28 @@ def test_a_version_is_loaded_beside_the_old_and_then_alone(world: World) -> None
     target = world.target()
     target.check_setup(challenger=True)
     target.check_reach()
-    assert target.current_pin() == world.first.pin
-    target.set_pin(world.second.pin, 5.0)
+    assert target.current_pin() == world.first.uri
+    target.set_pin(world.second.uri, 5.0)
     assert world.triton.loads == [("tango", (1, 2)), ("tango", (2,))]
     assert world.served == {2: world.second.digest}
-    target.wait(world.second.pin, 1.0)
-    world.triton.asked.clear()
+    target.wait(world.second.uri, 1.0)
+    world.triton.requests.clear()
     target.verify(world.second.digest)
-    assert [one.model_version for one in world.triton.asked] == [""] * CALLS + ["2"] * CALLS
-    assert target.current_pin() == world.second.pin
+    assert [one.model_version for one in world.triton.requests] == [""] * CALLS + ["2"] * CALLS
+    assert target.current_pin() == world.second.uri
     assert world.repository.versions("tango") == [1, 2]
     assert world.repository.code("tango", 2) == CODE
     weights = world.repository.weights("tango", 2)["tango"]
     assert (weights.name, weights.version, weights.digest) == ("milonga-tango", "2", world.second.digest)
 
-    target.set_pin(world.first.pin, 5.0)  # a rollback needs no registry: the folder is there
+    target.set_pin(world.first.uri, 5.0)  # a rollback needs no registry: the folder is there
     assert world.triton.loads[2:] == [("tango", (1, 2)), ("tango", (1,))]
-    target.set_pin(world.first.pin, 5.0)
+    target.set_pin(world.first.uri, 5.0)
     assert world.served == {1: world.first.digest}
 
 
 @pytest.mark.parametrize("fault", ["broken", "other weights", "gone"])
-def test_what_fails_is_taken_back(world: World, fault: str) -> None:
+def test_a_failed_rollout_restores_the_old_pin(world: World, fault: str) -> None:
     target = world.target()
     if fault == "broken":
         world.triton.broken[world.second.digest] = "DigestMismatchError: unet differs"
@@ -126,35 +127,35 @@ def test_what_fails_is_taken_back(world: World, fault: str) -> None:
         world.address = "127.0.0.1:1"
         target, expected = world.target(), "127.0.0.1:1"
     with pytest.raises(ServiceUnavailableError if fault == "gone" else RolloutError, match=expected):
-        target.set_pin(world.second.pin, 5.0)
+        target.set_pin(world.second.uri, 5.0)
     assert world.repository.pinned("tango") == (1,)
     assert world.served == {1: world.first.digest}
 
 
-def test_a_rollback_from_what_is_broken_or_gone(world: World) -> None:
+def test_a_rollback_from_broken_or_missing_weights(world: World) -> None:
     target = world.target()
-    target.set_pin(world.second.pin, 5.0)
+    target.set_pin(world.second.uri, 5.0)
     world.triton.broken[world.second.digest] = "out of memory"
     world.triton.ready.clear()
     world.triton.reasons["tango", 2] = "out of memory"
     target.check_setup(challenger=False)  # it serves nothing, which may be why
     with pytest.raises(RolloutError, match=r"serves nothing, expected version 2 \(out of memory\)"):
-        target.wait(world.second.pin, 5.0)
-    target.set_pin(world.first.pin, 5.0)
+        target.wait(world.second.uri, 5.0)
+    target.set_pin(world.first.uri, 5.0)
     assert world.served == {1: world.first.digest}
-    target.wait(world.first.pin, 0.0)
+    target.wait(world.first.uri, 0.0)
     world.repository.remove_version("tango", 2)
     world.repository.storage.write(
         "tango/config.pbtxt",
         (world.repository.storage.read("tango/config.pbtxt") or b"").replace(b"versions: 1", b"versions: 2"),
     )
-    target.set_pin(world.first.pin, 5.0)
+    target.set_pin(world.first.uri, 5.0)
     assert world.repository.pinned("tango") == (1,)
 
 
 def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     target = world.target()
-    address = target.start_challenger(world.second.pin, 5.0)
+    address = target.start_challenger(world.second.uri, 5.0)
     assert address == world.address
     assert world.triton.ready[CHALLENGER] == {2: world.second.digest}
     assert world.triton.loads == [(CHALLENGER, (2,))]
@@ -163,7 +164,7 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     assert challenger is not None
     assert (challenger.name, challenger.parameters["device"].string_value) == (CHALLENGER, "cuda:1")
     assert world.repository.code(CHALLENGER, 2) == CODE
-    assert target.start_challenger(world.second.pin, 5.0) == address
+    assert target.start_challenger(world.second.uri, 5.0) == address
     assert len(world.triton.loads) == 1
     before = target.serving
     assert before.startswith("triton/")
@@ -173,10 +174,10 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     sampling = Sampling(duration=2.5, num_inference_steps=3, guidance_scale=3.1, scheduler="ddim")
     options = options_of(Asked(prompt=Prompt(text="a dog barks"), seed=7), sampling)
     made = clips.generate("a dog barks", **options)
-    request = world.triton.asked[-1]
+    request = world.triton.requests[-1]
     assert (request.model_name, request.model_version) == (CHALLENGER, "")
-    told = {one.name: (one.datatype, list(one.shape)) for one in request.inputs}
-    assert told == {
+    reported = {one.name: (one.datatype, list(one.shape)) for one in request.inputs}
+    assert reported == {
         "PROMPT": ("BYTES", [1]),
         "SCHEDULER": ("BYTES", [1]),
         "SEED": ("INT64", [1]),
@@ -195,7 +196,7 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     with pytest.raises(MilongaError):
         clips.generate("a dog barks", **options)
 
-    target.start_challenger(world.first.pin, 5.0)
+    target.start_challenger(world.first.uri, 5.0)
     assert world.triton.ready[CHALLENGER] == {1: world.first.digest}
     world.target().stop_challenger()  # of another promoter
     assert CHALLENGER not in world.triton.ready
@@ -208,17 +209,17 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
     assert target.serving != before  # other clips may come of it
 
 
-def test_a_challenger_that_does_not_come_up(world: World) -> None:
+def test_a_challenger_that_fails_to_load(world: World) -> None:
     world.triton.broken[world.second.digest] = "no kernel image"
     target = world.target()
-    with pytest.raises(RolloutError, match=r"the challenger does not come up: .*no kernel image"):
-        target.start_challenger(world.second.pin, 5.0)
+    with pytest.raises(RolloutError, match=r"the challenger failed: .*no kernel image"):
+        target.start_challenger(world.second.uri, 5.0)
     world.triton.broken.clear()
     world.triton.instead[world.second.digest] = world.first.digest
     with pytest.raises(
         RolloutError, match=r"tango-challenger of the Triton at .* serves sha256:.*, expected"
     ):
-        target.start_challenger(world.second.pin, 5.0)
+        target.start_challenger(world.second.uri, 5.0)
     target.stop_challenger()
     assert world.repository.storage.names(CHALLENGER) == []
 
@@ -229,7 +230,7 @@ def test_a_number_of_other_weights(world: World) -> None:
         with pytest.raises(
             InvalidInputError, match=r"--repository: .* has other weights \(sha256:.* version 2"
         ):
-            attempt(world.second.pin, 5.0)
+            attempt(world.second.uri, 5.0)
     assert (world.triton.loads, world.repository.pinned("tango")) == ([], (1,))
 
 
@@ -245,7 +246,7 @@ def test_weights_of_no_registry(world: World) -> None:
     world.triton.ready["tango"] = {4: embedded.digest}
     target = world.target()
     assert target.current_pin() == f"mini#{embedded.digest}"
-    target.set_pin(world.first.pin, 5.0)
+    target.set_pin(world.first.uri, 5.0)
     target.set_pin(f"mini#{embedded.digest}", 5.0)
     assert world.served == {4: embedded.digest}
 
@@ -257,29 +258,29 @@ def test_weights_of_no_registry(world: World) -> None:
     assert target.current_pin() is None
     target.set_pin(None, 5.0)
     assert world.served == {5: other.digest}
-    target.set_pin(world.first.pin, 5.0)
+    target.set_pin(world.first.uri, 5.0)
     with pytest.raises(RolloutError, match=r"serves milonga-tango version 1 now, and what .* in no registry"):
         world.target().set_pin(None, 5.0)
     target.set_pin(None, 5.0)  # who changed it knows
     assert world.served == {5: other.digest}
 
 
-def test_the_names_of_what_is_there_are_renewed(world: World) -> None:
+def test_names_of_existing_weights_are_renewed(world: World) -> None:
     weights = replace(world.repository.weights("tango", 1)["tango"], name="tiny", version="9")
-    folder = resolve(world.first.pin).folder
+    folder = resolve(world.first.uri).folder
     named = replace(world.exported(world.first), weights={"tango": replace(weights, folder=folder)})
     world.repository.add(named, 1)
     target = world.target()
     assert target.current_pin() is None
-    target.set_pin(world.first.pin, 5.0)
-    assert target.current_pin() == world.first.pin
+    target.set_pin(world.first.uri, 5.0)
+    assert target.current_pin() == world.first.uri
     assert world.served == {1: world.first.digest}
 
 
-def test_of_two_pinned_the_higher_is_what_is_served(world: World) -> None:
+def test_of_two_pinned_versions_the_higher_is_served(world: World) -> None:
     world.repository.add(world.exported(world.second), 2)
     world.repository.pin("tango", 1, 2)
-    assert world.target().current_pin() == world.second.pin
+    assert world.target().current_pin() == world.second.uri
 
 
 def test_a_repository_that_is_not_the_servers(world: World) -> None:
@@ -299,7 +300,7 @@ def test_a_repository_that_is_not_the_servers(world: World) -> None:
         target.check_setup(challenger=True)
 
 
-def test_what_keeps_us_from_changing_it(world: World, tmp_path: Path) -> None:
+def test_servers_that_cannot_be_changed_are_errors(world: World, tmp_path: Path) -> None:
     world.triton.explicit = False
     with pytest.raises(
         InvalidInputError, match=r"refuses to load .*; start it with --model-control-mode=expl"
@@ -311,7 +312,7 @@ def test_what_keeps_us_from_changing_it(world: World, tmp_path: Path) -> None:
             attempt()
     world.target(token="sesame").check_reach()
     world.triton.name = "milonga"
-    with pytest.raises(InvalidInputError, match=r"--target: .* a service of ours answers and no Triton"):
+    with pytest.raises(InvalidInputError, match=r"--target: .* is a service of Milonga and no Triton"):
         world.target().check_setup(challenger=True)
     with pytest.raises(InvalidInputError, match="token: would travel to gpu-1:8001 in plaintext"):
         TritonTarget("gpu-1", world.repository, world.registry, token="sesame").check_reach()
@@ -331,7 +332,9 @@ def test_what_keeps_us_from_changing_it(world: World, tmp_path: Path) -> None:
 def test_tls(world: World, tmp_path: Path) -> None:
     key, certificate = self_signed(tmp_path)
     tls = TLS(ca_file=certificate, server_name="generation")
-    with pytest.raises(InvalidInputError, match=r"--tls: the Triton at .* can't be spoken to: .*plaintext"):
+    with pytest.raises(
+        InvalidInputError, match=r"--tls: the handshake with the Triton at .* failed: .*plaintext"
+    ):
         world.target(tls=tls).check_setup(challenger=True)
     server = grpc.server(ThreadPoolExecutor(4))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(world.triton, server)
@@ -340,7 +343,7 @@ def test_tls(world: World, tmp_path: Path) -> None:
     world.address = f"127.0.0.1:{port}"
     server.start()
     try:
-        with pytest.raises(InvalidInputError, match=r"--tls: is missing, and the Triton at .* speaks TLS"):
+        with pytest.raises(InvalidInputError, match=r"--tls: is missing, and the Triton at .* uses TLS"):
             world.target().check_setup(challenger=True)
         world.triton.token = "sesame"
         target = world.target(tls=tls, token="sesame")
@@ -351,7 +354,7 @@ def test_tls(world: World, tmp_path: Path) -> None:
         server.stop(0).wait()
 
 
-def test_answers_that_are_none(world: World) -> None:
+def test_answers_without_a_clip_are_errors(world: World) -> None:
     with TritonClient(world.address) as client:
         with pytest.raises(MilongaError, match="Request for unknown model: 'tango' version 9 is not found"):
             client.version_of_clip("tango", "9")

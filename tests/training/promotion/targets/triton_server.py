@@ -1,4 +1,4 @@
-"""A server that does what was seen of Triton 2.51, from a repository on disk, without models."""
+"""A server that behaves as Triton 2.51, from a repository on disk, without models."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         """Digest that answers in place of another."""
         self.reasons: dict[tuple[str, int], str] = {}
         self.loads: list[tuple[str, tuple[int, ...]]] = []
-        self.asked: list[Any] = []
+        self.requests: list[Any] = []
         self.explicit, self.token, self.name = True, "", "triton"
         self.seconds = 0.0
         """A clip takes."""
@@ -108,7 +108,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             told = "num_inference_steps: is 0, must be between 1 and 1000"
             yield pb.ModelStreamInferResponse(error_message=told)
             return
-        self.asked.append(request)
+        self.requests.append(request)
         time.sleep(self.seconds)
         digest = self.instead.get(versions[version], versions[version]).encode()
         samples = np.arange(1_600, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Asking a generation service which weights it serves."""
+"""Probes of a generation service: which weights it serves, and whether TLS is why it does not answer."""
 
 import re
 import socket
@@ -13,26 +13,26 @@ from training.cluster.namespace import ForbiddenError, RequestRefusedError
 from training.promotion.errors import RolloutError
 
 CALLS = 8
-"""Calls, each on a connection of its own, that must all meet the new weights at a Service's address."""
+"""Probes in a row, each on its own connection, that must all be answered by the new weights."""
 VERIFY_SECONDS = 60.0
-"""How long one may take to show nothing but the new weights: routers learn late which pods have gone."""
+"""Time for all answers to be of the new weights: routers learn late which pods are gone."""
 CALL_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 
-OURS: Final = (InvalidInputError, ForbiddenError, RequestRefusedError)
-"""Why whoever asks can't: nothing that waiting would mend, and no fault of who is asked."""
+CALLER_ERRORS: Final = (InvalidInputError, ForbiddenError, RequestRefusedError)
+"""Errors of the caller, not of the service: waiting does not help."""
 
 _LOOPBACK: Final = re.compile(
     r"(?:dns:/*|ipv[46]:)?(?:localhost|127(?:\.\d+){3}|\[::1\])(?::(\d+))?", re.IGNORECASE
 )
-"""Addresses that mean another service on each machine."""
+"""Loopback addresses, which mean another service on each machine."""
 
-# Whoever asks wants to meet a pod, and not the one that an earlier channel is connected to.
+# Otherwise channels to one address share a connection, and so meet the same pod.
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
 
 def place_of(kind: str, address: str) -> str:
-    """The place (`Target`) of what has an address; what only this machine reaches, under its name."""
+    """Return `Target.place` of an address. A loopback address is replaced by the name of this machine."""
     if found := _LOOPBACK.fullmatch(address):
         return f"{kind}/{socket.gethostname()}:{found[1] or ''}"
     if address.startswith("unix"):
@@ -41,48 +41,48 @@ def place_of(kind: str, address: str) -> str:
 
 
 def served_model(address: str, tls: TLS | None = None, *, timeout: float = CALL_SECONDS) -> ModelVersion:
-    """Which weights answer at `address`, by a connection of its own. Raises what `AudioClient` raises."""
+    """Return the weights served at `address`, by a new connection. Raises what `AudioClient` raises."""
     options: Any = {"timeout": timeout, "retries": 0, "channel_options": _OWN_CONNECTION}
     with AudioClient(address, tls=tls, **options) as client:
         model = client.get_model().model
     return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
 
 
-def wrong_answer(ask: Callable[[], ModelVersion], digest: str, who: str) -> str:
-    """Ask once: what is wrong with the answer, or nothing. Raises those of `OURS`."""
+def probe(query: Callable[[], ModelVersion], digest: str, service: str) -> str:
+    """Query once; return what is wrong with the answer, or an empty text. Raises `CALLER_ERRORS`."""
     try:
-        found = ask()
-    except OURS:
+        found = query()
+    except CALLER_ERRORS:
         raise
     except MilongaError as error:
-        return f"{who} does not answer: {error}"
+        return f"{service} does not answer: {error}"
     if found.digest == digest:
         return ""
-    return f"{who} serves {found.digest} ({found.name} {found.version}), expected {digest}"
+    return f"{service} serves {found.digest} ({found.name} {found.version}), expected {digest}"
 
 
-def settle(fault: Callable[[], str], *, calls: int = 1, seconds: float = VERIFY_SECONDS) -> None:
-    """Look until the last `calls` looks found no fault.
+def poll_until(fault: Callable[[], str], *, calls: int = 1, seconds: float = VERIFY_SECONDS) -> None:
+    """Call `fault` until it returns an empty text `calls` times in a row.
 
-    Raises `RolloutError` where that does not come to be within `seconds`.
+    Raises `RolloutError` with the last fault where there is still one after `seconds`.
     """
     end = time.monotonic() + seconds
-    right = 0
-    while right < calls:
+    passed = 0
+    while passed < calls:
         found = fault()
         if not found:
-            right += 1
+            passed += 1
             continue
         if time.monotonic() > end:
             raise RolloutError(found)
-        right = 0
+        passed = 0
         time.sleep(_POLL_SECONDS)
 
 
-def check_tls(address: str, tls: TLS | None, who: str) -> None:
-    """Raise `InvalidInputError` where a call fails for TLS that is missing, not wanted, or does not match.
+def check_tls(address: str, tls: TLS | None, service: str) -> None:
+    """Raise `InvalidInputError` where TLS is missing, not supported by the service, or does not match.
 
-    gRPC's own words for a server that wants TLS are those for one that is broken.
+    gRPC reports a server that requires TLS with the same error as one that is broken.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -99,10 +99,10 @@ def check_tls(address: str, tls: TLS | None, who: str) -> None:
     try:
         with (
             socket.create_connection((host, int(port)), CALL_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=(tls and tls.server_name) or host) as speaking,
+            context.wrap_socket(plain, server_hostname=(tls and tls.server_name) or host) as secured,
         ):
             if tls is not None:
-                speaking.recv(1)  # whether our certificate is taken is told only now
+                secured.recv(1)  # the server checks the client's certificate only now
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
         return
     except ssl.SSLError as error:
@@ -111,8 +111,8 @@ def check_tls(address: str, tls: TLS | None, who: str) -> None:
             raise InvalidInputError(
                 FieldViolation(
                     "--tls",
-                    f"{who} can't be spoken to: {getattr(error, 'verify_message', '') or reason}; correct "
-                    "--tls-ca, --tls-cert and --tls-server-name, or leave them out where it speaks plaintext",
+                    f"the handshake with {service} failed: {getattr(error, 'verify_message', '') or reason}; "
+                    "correct --tls-ca, --tls-cert and --tls-server-name, or omit them for plaintext",
                 )
             ) from error
     except OSError:
@@ -120,5 +120,5 @@ def check_tls(address: str, tls: TLS | None, who: str) -> None:
     else:
         if tls is None:
             raise InvalidInputError(
-                FieldViolation("--tls", f"is missing, and {who} speaks TLS; give --tls-ca")
+                FieldViolation("--tls", f"is missing, and {service} uses TLS; give --tls-ca")
             )
