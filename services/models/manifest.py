@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,28 +110,30 @@ def hash_files(folder: Path) -> dict[str, str]:
 
     The manifest itself, hidden files and model cards (``*.md``, which may quote the digest) do not count.
     Links are followed: the hub's cache is made of them. A process hashes a folder once, and again where the
-    name, size or time of change of a file differs.
+    name, size or time of modification of a file differs.
     """
+    folder = folder.resolve()
     files = tuple(
         path for path in sorted(folder.rglob("*")) if path.is_file() and _counts(path.relative_to(folder))
     )
     stats = [(path, path.stat()) for path in files]
     state = tuple(
-        (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        for path, stat in stats
+        (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats
     )
     return dict(_hashes(folder, state))
 
 
 @functools.lru_cache(maxsize=256)
 def _hashes(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> tuple[tuple[str, str], ...]:
-    hashes = []
-    for name, *_ in state:
-        path = Path(str(name))
+    return tuple(hash_each(folder, [Path(str(name)) for name, *_ in state]))
+
+
+def hash_each(folder: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """Yield the path of each file relative to `folder`, and its SHA-256 in hex: this reads every byte."""
+    for path in files:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        hashes.append((path.relative_to(folder).as_posix(), digest))
-    return tuple(hashes)
+        yield path.relative_to(folder).as_posix(), digest
 
 
 def _counts(relative: Path) -> bool:

@@ -2,14 +2,14 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from services.models.manifest import hash_files
+from services.models.manifest import hash_each
 from services.weights.uri import resolve
 
 P = ParamSpec("P")
@@ -33,14 +33,14 @@ def counting() -> Iterator[Counts]:
     """Count until the end of the context."""
     counts = Counts()
 
-    def count_hash(folder: Path) -> None:
+    def count_hash(folder: Path, files: Iterable[Path]) -> None:
         counts.hashed[folder.resolve()] += 1
-        counts.size.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        counts.size.append(sum(path.stat().st_size for path in files))
 
     def count_resolve(uri: object, *_: object, **__: object) -> None:
         counts.resolved[str(uri)] += 1
 
-    with _before(hash_files, count_hash), _before(resolve, count_resolve):
+    with _before(hash_each, count_hash), _before(resolve, count_resolve):
         yield counts
 
 

@@ -70,7 +70,6 @@ def test_the_smoke_recipe_ends_with_a_registered_challenger_and_is_not_done_twic
         run_loop(replace(config, rounds=2), output)
 
 
-@pytest.mark.xfail(reason="each stage still resolves the models that it names", strict=True)
 def test_a_run_hashes_each_model_folder_once(smoke: Smoke) -> None:
     assert smoke.counts.hashed
     assert not {folder: times for folder, times in smoke.counts.hashed.items() if times > 1}
