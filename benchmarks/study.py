@@ -53,9 +53,9 @@ STUDY, TABLES = "study.json", "study.md"
 BASE = "base"
 """Name of the start."""
 FREE = ("processes", "seeds", "variants")
-"""Settings that may be others when a study is resumed."""
+"""Settings that may change when a study is resumed."""
 PRIMARY = "present_and_in_order"
-"""The figure that decides, where the prompts' truth is known."""
+"""The primary figure, if the truth of the prompts is known."""
 PROGRAMS: Final[Mapping[Variant, Program]] = {"sft": "sft", "dpo": "dpo", "baton": "baton", "rounds": "dpo"}
 BETWEEN: Final[tuple[tuple[Variant, Variant], ...]] = (("dpo", "sft"), ("rounds", "dpo"))
 """Methods that are compared with each other."""
@@ -161,14 +161,14 @@ RECIPES: Final[Mapping[str, Callable[[], StudyRun]]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """What a study ended with."""
+    """The result of a study."""
 
     report: Mapping[str, Any]
     """Of the evaluation."""
     study: Mapping[str, Any]
     """As study.json has it."""
     lines: tuple[str, ...]
-    """The outcome, for people."""
+    """The result, to print."""
 
 
 def run_study(config: StudyRun, output: Path) -> StudyResult:
@@ -181,22 +181,22 @@ def run_study(config: StudyRun, output: Path) -> StudyResult:
     claim_folder(output, flatten(config), free=FREE)
     variants = [variant for variant in VARIANTS if variant in config.variants]
     comparisons = (*config.evaluation.comparisons, *comparisons_of(config))
-    # What is wrong with them is told now, not after the trainings.
+    # Faults of these are reported now, not after the trainings.
     compared_names([BASE, *(name_of(v, seed) for seed in config.seeds for v in variants)], comparisons)
-    tell = teller(len(config.seeds) * len(variants) + 2)
+    announce = announcer(len(config.seeds) * len(variants) + 2)
     with Tracker(config.name, output / "tracking", params=flatten(config)) as tracker:
-        tell("preferences")
+        announce("preferences")
         pairs = preferences_stage(
             "preferences", sampled_from(config.preferences, config.start), output / "preferences", tracker
         )
         models, trainings = {BASE: config.start}, dict[str, dict[str, Any]]()
         for seed in config.seeds:
             for variant in variants:
-                tell(f"{variant}, seed {seed}")
+                announce(f"{variant}, seed {seed}")
                 name = name_of(variant, seed)
                 folder, trainings[name] = train_variant(config, variant, seed, pairs, output, tracker)
                 models[name] = f"file:{folder}"
-        tell("evaluation")
+        announce("evaluation")
         report = evaluation_stage(
             replace(config.evaluation, comparisons=comparisons),
             models,
@@ -217,7 +217,7 @@ def run_study(config: StudyRun, output: Path) -> StudyResult:
 def train_variant(
     config: StudyRun, variant: Variant, seed: int, pairs: Path, output: Path, tracker: Tracker
 ) -> tuple[Path, dict[str, Any]]:
-    """Train one method with one seed. Returns the model's folder and what stands in its training.json."""
+    """Train one method with one seed. Returns the model's folder and its training.json."""
     name, start, folder = name_of(variant, seed), config.start, output / f"seed-{seed}" / variant
     if variant == "rounds":
         start, folder = f"file:{output / f'seed-{seed}' / 'dpo'}", output / f"seed-{seed}" / "round-2" / "dpo"
@@ -272,16 +272,16 @@ def name_of(variant: Variant, seed: int) -> str:
     return f"{variant}-{seed}"
 
 
-def teller(total: int) -> Callable[[str], None]:
-    """A function that says on stderr which of `total` stages begins."""
+def announcer(total: int) -> Callable[[str], None]:
+    """Return a function that prints which of `total` stages begins."""
     begun = 0
 
-    def tell(stage: str) -> None:
+    def announce(stage: str) -> None:
         nonlocal begun
         begun += 1
         print(f"study: {stage} ({begun} of {total})", file=sys.stderr)
 
-    return tell
+    return announce
 
 
 def outcome(study: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a study found, as figures and as tables. Pure functions of the evaluation's and trainings' reports."""
+"""The results of a study, as figures and as tables: pure functions of its reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -31,17 +31,17 @@ COMPARED: Final = (
     "fad.tagger",
     "fad.clap-b",
 )
-"""Figures whose differences are told with their intervals."""
+"""Figures whose differences are reported with their intervals."""
 SPLIT: Final = "all"
 """Of the prompts."""
 
 
 def study_of(report: Mapping[str, Any], trainings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the study found, as study.json has it.
+    """Return the results of a study, as in study.json.
 
     Args:
         report: of the evaluation; its first model is the start, the others are those of `trainings`.
-        trainings: what stands in the training.json of each model, by its name, VARIANT-SEED.
+        trainings: the training.json of each model, by its name, VARIANT-SEED.
 
     A figure is None where a model has none. A mean over seeds is None where one seed has none, so that all
     means are of as many.
@@ -85,9 +85,9 @@ def figures_of(
     """The figures of each model, in the order of the report."""
     found: dict[str, dict[str, float | None]] = {}
     for model in report["models"]:
-        name, heard = model["name"], model["figures"].get(SPLIT, {})
+        name, figures = model["name"], model["figures"].get(SPLIT, {})
         ended = trainings[name]["figures"] if name in trainings else {}
-        found[name] = {figure: (heard.get(figure) or {}).get("value") for figure in FIGURES}
+        found[name] = {figure: (figures.get(figure) or {}).get("value") for figure in FIGURES}
         found[name] |= {drift: ended.get(drift) for drift in DRIFTS}
     return found
 

@@ -1,4 +1,4 @@
-"""What people said of clips: labels and pairs, and the files they come in.
+"""Labelled clips and preference pairs, and the files that they are read from.
 
 Clips are read when they are needed, so a data set may be larger than memory.
 """
@@ -26,8 +26,8 @@ _LISTED = 5
 PROMPT_NAMES = ("prompt", "captions", "caption", "text")
 AUDIO_NAMES = ("audio", "location", "audio_path", "path", "wav", "file")
 LABEL_NAMES = ("label", "score", "reward")
-"""Field names of labelled JSON; the first that is there counts. BATON's README speaks of audio locations,
-captions and scores; Tango's own lists, which BATON extends, write `location` and `captions`."""
+"""Field names of labelled JSON; the first that a row has counts. BATON's README has audio locations, captions
+and scores; Tango's own lists, which BATON extends, have `location` and `captions`."""
 
 
 class Clip(Protocol):
@@ -35,18 +35,18 @@ class Clip(Protocol):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in messages."""
 
     @property
     def domain(self) -> str:
-        """What kind of recording it is; figures are given for each kind."""
+        """Kind of recording; figures are reported for each kind."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of the content, or of all that it is made from. Raises as `read` does."""
+        """SHA-256 in hex of the content, or of all that determines it. Raises as `read` does."""
 
     def read(self) -> tuple[Waveform, int]:
-        """Samples [N] or [channels, N], and their rate. Raises OSError or ValueError where it can't."""
+        """Return samples [N] or [channels, N], and their rate in hertz. Raises OSError or ValueError."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +84,12 @@ class ParquetClip:
     row: int
     """Row in the group."""
     audio_root: Path
-    """Folder of clips whose bytes are not there, but their path."""
+    """Folder of the clips that have a path in the place of bytes."""
     domain: str = "recorded"
 
     @property
     def name(self) -> str:
-        """File, column and place."""
+        """File, column, row group and row."""
         return f"{self.path}:{self.column}:{self.group}:{self.row}"
 
     @property
@@ -113,14 +113,14 @@ class ParquetClip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelled:
-    """A clip, and whether people liked it for the prompt."""
+    """A clip, and whether annotators liked it for the prompt."""
 
     prompt: str
     clip: Clip
     label: float
-    """1 yes, 0 no; a share of people in between."""
+    """1 yes, 0 no; a share of annotators in between."""
     truth: CaptionTruth | None = None
-    """What the prompt says, where it may be worded otherwise."""
+    """Meaning of the prompt, if it may be paraphrased."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,9 +131,9 @@ class Pair:
     chosen: Clip
     rejected: Clip
     kind: str = "preferred"
-    """What is wrong with the rejected clip: swapped, missing, added, replaced; or what made it."""
+    """What is wrong with the rejected clip: swapped, missing, added, replaced; or its origin."""
     truth: CaptionTruth | None = None
-    """What the prompt says, where it may be worded otherwise."""
+    """Meaning of the prompt, if it may be paraphrased."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,18 +144,18 @@ class Examples:
     pairs: tuple[Pair, ...] = ()
 
     def clips(self) -> Iterator[Clip]:
-        """Every clip, some of them several times."""
+        """Yield every clip, some of them several times."""
         yield from (example.clip for example in self.labelled)
         for pair in self.pairs:
             yield from (pair.chosen, pair.rejected)
 
     def prompts(self) -> Iterator[str]:
-        """Every prompt that stays as it is worded, some of them several times."""
+        """Yield every prompt that is not paraphrased, some of them several times."""
         yield from (example.prompt for example in self.labelled if example.truth is None)
         yield from (pair.prompt for pair in self.pairs if pair.truth is None)
 
     def without(self, clips: set[Clip]) -> "Examples":
-        """Those that do without `clips`."""
+        """Return the examples that use none of `clips`."""
         return Examples(
             labelled=tuple(example for example in self.labelled if example.clip not in clips),
             pairs=tuple(
@@ -164,8 +164,7 @@ class Examples:
         )
 
     def comparable(self) -> tuple[Pair, ...]:
-        """The pairs, and where there are none those that the labels make: each good clip of a prompt with
-        each bad one."""
+        """Return the pairs; without any, each good clip of a prompt with each bad one, by the labels."""
         if self.pairs:
             return self.pairs
         by_prompt: dict[str, list[Labelled]] = defaultdict(list)
@@ -181,9 +180,9 @@ class Examples:
 
 
 def decode(content: bytes) -> tuple[Waveform, int]:
-    """Samples [channels, N] and rate of an encoded clip.
+    """Decode a clip to samples [channels, N] and their rate in hertz.
 
-    Raises ValueError for what is no sound, is longer or shorter than CLAP hears, or not finite.
+    Raises ValueError if it is no audio, is longer or shorter than CLAP accepts, or has samples not finite.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -204,10 +203,10 @@ def decode(content: bytes) -> tuple[Waveform, int]:
 
 
 def find_audio(text: str, root: Path) -> Path:
-    """The path of audio that a list calls `text`: under `root`, or as it stands.
+    """Return the path of audio that a list calls `text`: under `root`, or as it is.
 
-    Lists often hold paths of the machine they were made on; so a longest ending of `text` that exists under
-    `root` is taken. The path under `root` where nothing exists.
+    Lists often hold paths of the machine they were made on; so the longest ending of `text` that exists under
+    `root` is taken. If none exists, the result is the path under `root`.
     """
     path = Path(text)
     if path.is_absolute() and path.exists():
@@ -222,11 +221,11 @@ def find_audio(text: str, root: Path) -> Path:
 def read_labelled(
     path: Path, audio_root: Path | None = None, *, label: float | None = None
 ) -> list[Labelled]:
-    """The examples of a JSON file in BATON's format: a list of objects, or one object a line.
+    """Read the examples of a JSON file in BATON's format: a list of objects, or one object per line.
 
     Each has a prompt, an audio location (relative to `audio_root`, by default the file's folder) and a label
-    in [0, 1], under one of the names above. With `label` every example has that one, and the file need have
-    none, as Tango's lists. Raises `InvalidInputError`.
+    in [0, 1], under one of the names above. `label` is for all examples of a file without labels, as Tango's
+    lists are. Raises `InvalidInputError`.
     """
     field = "data.labelled"
     try:
@@ -255,7 +254,7 @@ def read_labelled(
 
 
 def read_pairs(path: Path, audio_root: Path | None = None) -> list[Pair]:
-    """The pairs of a Parquet file with audio-alpaca's columns: prompt, chosen, rejected, strategy.
+    """Read the pairs of a Parquet file with audio-alpaca's columns: prompt, chosen, rejected, strategy.
 
     The clips are ``{bytes, path}`` or paths (relative to `audio_root`, by default the file's folder).
     `strategy` may be missing. Raises `InvalidInputError`.
@@ -325,14 +324,14 @@ def pair_rows(
 
 
 def counts(examples: Examples) -> dict[str, int]:
-    """How many there are: labelled by label, pairs by kind."""
+    """Count the labelled examples by label, the pairs by kind."""
     labels = Counter("liked" if example.label > 0.5 else "not liked" for example in examples.labelled)
     return dict(labels) | dict(Counter(pair.kind for pair in examples.pairs))
 
 
 @functools.lru_cache(maxsize=4)
 def _parquet_column(path: Path, column: str, group: int) -> list[dict[str, Any] | None]:
-    """One column of one row group: clips are read in order, so its neighbours are next."""
+    """Read one column of one row group. Clips are read in order, so its neighbours are next."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -360,7 +359,7 @@ def _invalid(field: str, description: str) -> InvalidInputError:
 
 
 def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float, *, quiet: bool = False) -> None:
-    """Tell which clips are left out. Raises `InvalidInputError` where they are more than `limit` of all."""
+    """Print which clips are left out. Raises `InvalidInputError` if they are more than `limit` of all."""
     if not unreadable:
         return
     listed = [f"{clip.name}: {reason}" for clip, reason in unreadable.items()]

@@ -1,9 +1,9 @@
-"""The sound world as a source of preferences: clips that are what a prompt says, and clips that just aren't.
+"""Preference data from the sound world: clips that match a prompt, and clips that nearly do.
 
 A contrast is a truth and the same truth with one mistake (order swapped, an event missing or replaced), or at
-times another truth altogether; a clip of each and a prompt of each. Crossed, they are four labels and two
-pairs; each clip is right for one prompt and wrong for the other, so that neither prompts nor clips alone tell
-which is liked. Everything is a function of (seed, split, index).
+times an unrelated truth; a clip of each and a prompt of each. Crossed, they are four labels and two pairs.
+Each clip is right for one prompt and wrong for the other, so neither prompts nor clips alone determine which
+one is preferred. Everything is a function of (seed, split, index).
 """
 
 import functools
@@ -29,23 +29,23 @@ from training.soundworld.synthesis import SAMPLING_RATE
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 GAIN = (-8.0, 2.0)
-"""Bounds in dB of how much quieter or louder than the world's a clip is."""
+"""Bounds in dB of a clip's gain."""
 MISTAKES = {
     "then": (("swapped", 0.5), ("missing", 0.15), ("replaced", 0.15), ("other", 0.2)),
     "while": (("missing", 0.4), ("replaced", 0.4), ("other", 0.2)),
     "single": (("replaced", 0.7), ("other", 0.3)),
 }
-"""Mistakes by the relation of the events, and how often each is made. `other`: nothing of it is right. A
-model that has met near misses only may like what has nothing to do with the prompt."""
+"""Mistakes by the relation of the events, and how often each is made. `other`: an
+unrelated clip. A model that has only met near misses may prefer clips unrelated to the prompt."""
 BACKWARDS = {"swapped": "swapped", "missing": "added", "replaced": "replaced", "other": "other"}
 """What is wrong with the right clip, for the prompt of the mistaken one."""
 WORDINGS = 64
-"""Wordings that are tried before a truth counts as having none in a split."""
+"""Wordings to try before a truth counts as having none in a split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundworldData:
-    """How many contrasts, of what, and how sure the annotators are."""
+    """How many contrasts, of what, and how reliable the annotators are."""
 
     contrasts: int
     """Contrasts to learn from."""
@@ -54,7 +54,7 @@ class SoundworldData:
     generated: int = 0
     """Further contrasts of the test split, whose clips `model` generates from the two prompts."""
     seed: int = 1_010
-    """Another one than those that the CLAP models were trained with."""
+    """Not one of the CLAP models' training seeds."""
     long: float = 0.2
     """Share of clips of 5.12 s; the others have 2.56."""
     rebuilt: float = 0.3
@@ -78,7 +78,7 @@ class SoundworldData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneClip:
-    """A clip rendered from a truth; with `model` also taken through its autoencoder and vocoder."""
+    """A clip rendered from a truth, and with `model` reconstructed by its autoencoder and vocoder."""
 
     truth: CaptionTruth
     seed: tuple[int, ...]
@@ -100,7 +100,7 @@ class SceneClip:
 
     @property
     def digest(self) -> str:
-        """Of everything that it is made from, the model included."""
+        """SHA-256 of all that determines the clip, the model included."""
         return _digest("scene", asdict(self), self.model)
 
     def read(self) -> tuple[Waveform, int]:
@@ -128,7 +128,7 @@ class GeneratedClip:
 
     @property
     def digest(self) -> str:
-        """Of everything that it is made from, the model included."""
+        """SHA-256 of all that determines the clip, the model included."""
         return _digest("generated", asdict(self), self.model)
 
     def read(self) -> tuple[Waveform, int]:
@@ -139,8 +139,8 @@ class GeneratedClip:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Told:
-    """A prompt, what it says, and the clip that is right for it."""
+class Side:
+    """A prompt, its meaning, and the clip that is right for it."""
 
     prompt: str
     truth: CaptionTruth
@@ -151,13 +151,13 @@ class Told:
 class Contrast:
     """A truth and the same with one mistake."""
 
-    right: Told
-    wrong: Told
+    right: Side
+    wrong: Side
     mistake: str
 
 
 def soundworld_examples(config: SoundworldData, split: Split) -> Examples:
-    """Labels and pairs of the contrasts of a split."""
+    """Return the labels and pairs of the contrasts of a split."""
     return Examples(
         labelled=tuple(
             example for index in _range(config, split) for example in labels(config, split, index)
@@ -167,29 +167,29 @@ def soundworld_examples(config: SoundworldData, split: Split) -> Examples:
 
 
 def labels(config: SoundworldData, split: Split, index: int) -> Iterator[Labelled]:
-    """Two prompts by two clips."""
+    """Yield the labels of both prompts for both clips."""
     found = contrast(config, split, index)
     errs = _errors(config, split, index, 0)
-    for told in (found.right, found.wrong):
+    for side in (found.right, found.wrong):
         for other in (found.right, found.wrong):
-            label = float((told is other) != next(errs))
-            yield Labelled(prompt=told.prompt, clip=other.clip, label=label, truth=told.truth)
+            label = float((side is other) != next(errs))
+            yield Labelled(prompt=side.prompt, clip=other.clip, label=label, truth=side.truth)
 
 
 def pairs(config: SoundworldData, split: Split, index: int) -> Iterator[Pair]:
-    """Both prompts, each with its own clip against the other's."""
+    """Yield a pair for each prompt: its own clip against the other's."""
     found = contrast(config, split, index)
     errs = _errors(config, split, index, 1)
     sides = ((found.right, found.wrong, found.mistake), (found.wrong, found.right, BACKWARDS[found.mistake]))
-    for told, other, kind in sides:
-        chosen, rejected = (other, told) if next(errs) else (told, other)
+    for side, other, kind in sides:
+        chosen, rejected = (other, side) if next(errs) else (side, other)
         yield Pair(
-            prompt=told.prompt, chosen=chosen.clip, rejected=rejected.clip, kind=kind, truth=told.truth
+            prompt=side.prompt, chosen=chosen.clip, rejected=rejected.clip, kind=kind, truth=side.truth
         )
 
 
 def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
-    """Contrast number `index` of a split; those from `held_out` on are generated."""
+    """Make contrast number `index` of a split; those from `held_out` on are generated."""
     numbers = [config.seed, SPLITS.index(split), index]
     rng = np.random.default_rng(numbers)
     scenes = SceneConfig(single=0.1, sequence=0.65)
@@ -200,16 +200,16 @@ def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
         truth = draw_truth(rng, scenes)
         kinds, shares = zip(*MISTAKES[truth.relation], strict=True)
         mistake = str(rng.choice(kinds, p=shares))
-        told = truth, _mistaken(truth, mistake, scenes, rng)
-        prompts = [wording(said, rng, split) for said in told]
+        truths = truth, _mistaken(truth, mistake, scenes, rng)
+        prompts = [wording(one, rng, split) for one in truths]
         if all(prompts):
             break
     sides = []
-    for number, (said, prompt) in enumerate(zip(told, prompts, strict=True)):
+    for number, (one, prompt) in enumerate(zip(truths, prompts, strict=True)):
         assert prompt is not None
         gain = float(rng.uniform(*GAIN))
         clip: Clip = SceneClip(
-            truth=said,
+            truth=one,
             seed=(*numbers, number),
             duration=scenes.duration,
             gain=gain,
@@ -217,12 +217,12 @@ def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
         )
         if split != "train" and index >= config.held_out:
             clip = GeneratedClip(prompt=prompt, seed=index, duration=scenes.duration, model=config.model)
-        sides.append(Told(prompt=prompt, truth=said, clip=clip))
+        sides.append(Side(prompt=prompt, truth=one, clip=clip))
     return Contrast(right=sides[0], wrong=sides[1], mistake=mistake)
 
 
 def wording(truth: CaptionTruth, rng: np.random.Generator, split: Split) -> str | None:
-    """A wording of `truth` that belongs to `split`; None where none was met."""
+    """Return a wording of `truth` that belongs to `split`; None if none was found."""
     captions = (write_caption(truth, rng) for _ in range(WORDINGS))
     return next((caption for caption in captions if split_of(caption) == split), None)
 
@@ -246,7 +246,7 @@ def _range(config: SoundworldData, split: Split) -> range:
 
 
 def _errors(config: SoundworldData, split: Split, index: int, what: Literal[0, 1]) -> Iterator[bool]:
-    """Whether the majority of annotators errs, example by example; held-out examples are the oracle's."""
+    """Yield for each example whether the majority of annotators errs; held-out examples are the oracle's."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index, 2 + what])
     noise = config.noise if split == "train" else 0.0
     while True:

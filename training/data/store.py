@@ -1,7 +1,7 @@
-"""What the stages leave on disk, and how: whole files, rows that are there or not, work that goes on.
+"""Files of the stages of preference data: settings, rows, reports.
 
-A stage's folder holds ``run.json`` (the settings and inputs that its content follows from), what it makes,
-and, once all is made, ``report.json``.
+A stage's folder holds ``run.json`` (the settings and inputs that determine its content), its output, and,
+once that is complete, ``report.json``.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from training.loop.run_folder import RUN, claim_folder
 REPORT = "report.json"
 
 Row = dict[str, Any]
-"""An object of JSON."""
+"""A JSON object."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def digest_of(value: object) -> str:
-    """SHA-256 in hex of what JSON can hold; the same wherever and whenever it is taken."""
+    """Return the SHA-256 in hex of a JSON value, the same on any machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 in hex of a file's content. Raises `InvalidInputError` where it can't be read."""
+    """Return the SHA-256 in hex of a file's content. Raises `InvalidInputError` if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -42,15 +42,15 @@ def file_digest(path: Path) -> str:
 
 
 def invalid(field: str, description: str) -> InvalidInputError:
-    """The error of one wrong field."""
+    """Return the error of one invalid field."""
     return InvalidInputError(FieldViolation(field, description))
 
 
 def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = ()) -> Row | None:
-    """Make `output` the folder of a stage with these settings; its report, if it is complete already.
+    """Make `output` the folder of a stage with these settings; return its report if it is complete already.
 
-    `free` are settings that its content does not depend on. Raises `InvalidInputError` where other settings
-    made what is there, `OutputError` where the folder can't be used.
+    `free` are settings that do not affect its content. Raises `InvalidInputError` if `output` was made with
+    other settings, `OutputError` if the folder can't be used.
     """
     try:
         claim_folder(output, settings, free=free)
@@ -64,13 +64,13 @@ def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = (
 
 
 def finish(output: Path, report: Row) -> Row:
-    """Write the report, which says that all else is there; return it as `claim` will."""
+    """Write the report, which marks the stage as complete; return it as `claim` will."""
     write_json(output / REPORT, report)
     return read_json(output / REPORT)
 
 
 def read_json(path: Path) -> Row:
-    """The object in a file. Raises `InvalidInputError`."""
+    """Read the JSON object in a file. Raises `InvalidInputError`."""
     try:
         content: Row = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,7 +84,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The objects of a file of JSON lines. Raises `InvalidInputError`."""
+    """Read the objects of a file of JSON lines. Raises `InvalidInputError`."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -97,15 +97,12 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 class RowLog:
-    """JSON lines that grow by one at a time.
-
-    A line that was cut off in writing is dropped at the next open.
-    """
+    """A file of JSON lines that grows row by row. Opening it drops a last line that was cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[Row] = []
-        """What is there."""
+        """The rows so far."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
@@ -126,7 +123,7 @@ class RowLog:
             raise OutputError(f"{path} can't be used: {error.strerror}; write elsewhere") from error
 
     def append(self, row: Row) -> None:
-        """Add a line, which a process that is killed right after has written all the same."""
+        """Append a line, which is in the file even if the process is killed right after."""
         try:
             self._file.write(_line(row).encode())
             self._file.flush()
@@ -152,7 +149,7 @@ class RowLog:
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Cut a sequence into pieces of `size`, the last one shorter."""
+    """Yield pieces of `size` items, the last one maybe shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

@@ -1,4 +1,4 @@
-"""Configs of the training programs: frozen dataclasses, overridden field by field and written down flat.
+"""Configs of the training programs: frozen dataclasses, overridden by field and written as flat JSON.
 
     override(recipe(), ["loop.steps=50", "objective=bce"])
 
@@ -28,7 +28,7 @@ Plain = None | bool | int | float | str | tuple["Plain", ...] | list["Plain"]
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, Plain]:
-    """Every setting by its dotted name, in the order of the fields, as JSON would give it back."""
+    """Return every setting by its dotted name, in the order of the fields, as plain JSON values."""
     assert dataclasses.is_dataclass(config)
     found: dict[str, Plain] = {}
     for field in dataclasses.fields(config):
@@ -41,18 +41,18 @@ def flatten(config: object, prefix: str = "") -> dict[str, Plain]:
 
 
 def describe(config: object) -> str:
-    """Every setting, one a line, as ``--set`` takes it."""
+    """Return every setting, one per line, as ``--set`` takes it."""
     return "\n".join(f"{name}={_written(value)}" for name, value in flatten(config).items())
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """`config` with the settings of `assignments` (``name=value``), all of them put in at once.
+    """Return `config` with the settings of `assignments` (``name=value``), all of them applied at once.
 
-    Values: numbers, text, paths; ``true`` or ``false``; ``none`` where a setting may be missing; lists with
-    commas. The last of several for one name holds.
+    Values: numbers, text, paths; ``true`` or ``false``; ``none`` where a setting is optional; lists with
+    commas. Of several for one name the last counts.
 
-    Raises `InvalidInputError` with everything that is wrong: a name that is not there, a value of another
-    type, or one that the config itself refuses.
+    Raises `InvalidInputError` with every fault: an unknown name, a value of another type, or one that the
+    config's own checks refuse.
     """
     texts: dict[str, str] = {}
     violations = []
@@ -103,7 +103,7 @@ def validated(kind: type[Config], values: Mapping[str, Any], source: str) -> Con
 
 
 def differences(before: Mapping[str, Plain], now: Mapping[str, Plain]) -> list[str]:
-    """What differs between two flat configs, one line a setting."""
+    """Return the settings that differ between two flat configs, a line for each."""
     names = [*before, *(name for name in now if name not in before)]
     missing = object()
     return [
@@ -114,7 +114,7 @@ def differences(before: Mapping[str, Plain], now: Mapping[str, Plain]) -> list[s
 
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with `values` by dotted name; every dataclass is made once, so checks see all of them."""
+    """Return `config` with `values` by dotted name. Each dataclass is built once, so its checks see all."""
     changes: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

@@ -1,15 +1,15 @@
-"""The loop of the training programs, on accelerate: resumable, exact, on one process or many.
+"""The training loop of all programs, on accelerate: resumable, exact, on one process or many.
 
     accelerator = make_accelerator(config)
     claim_folder(folder, flatten(whole_config))
     fit(module, adamw(module, config), loss_of, config, folder, accelerator=accelerator, title="reward")
 
-`loss_of(module, positions)` gives the loss of some examples. A position is a number that no other example of
-the run has: step × batch + place in the batch. Data order (`examples_at`) and every random number are
-functions of the seed and the position or the step, never of what ran before. So a killed run goes on bit for
-bit where its last checkpoint was, and a batch gives the same loss in one piece, in parts, or spread over
-processes (up to the order of floating-point sums, and but for what the module itself draws, as dropout does).
-What it leaves on disk: `training.loop.run_folder`.
+`loss_of(module, positions)` computes the loss of some examples. A position numbers an example within the
+run: step × batch + index in the batch. Data order (`examples_at`) and every random number are functions of
+the seed and the position or the step, never of what ran before. So a killed run resumes bit for bit from its
+last checkpoint, and a batch has the same loss in one piece, in parts, or spread over processes (up to the
+order of floating-point sums, and apart from random numbers that the module draws itself, as dropout does).
+The files on disk: `training.loop.run_folder`.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ from training.loop.progress import progress
 from training.loop.run_folder import CHECKPOINTS, JOURNAL, Journal, load_checkpoint, save_checkpoint
 
 Positions = NDArray[np.int64]
-"""Numbers of examples in a run: step × batch + place in the batch."""
+"""Numbers of examples within a run: step × batch + index in the batch."""
 
 Figures = Mapping[str, "float | Tensor"]
-"""What is written down beside the loss: means over the examples, under the same names at each call."""
+"""Logged beside the loss: means over the examples, under the same names at each call."""
 
 LossFunction = Callable[[nn.Module, Positions], tuple[Tensor, Figures]]
-"""The module, as accelerate wrapped it (call it, don't reach into it), and examples: their mean loss."""
+"""From the module, as accelerate wraps it (call it, use no attributes), and positions to the mean loss."""
 
 Schedule = Callable[[int], float]
-"""Step to what the learning rate is multiplied by."""
+"""From a step to the factor of the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,33 +55,33 @@ class LoopConfig:
     """How long and how fast to train."""
 
     steps: int
-    """Optimiser steps in all, those of earlier runs included."""
+    """Optimiser steps in total, earlier sessions included."""
     batch: int
-    """Examples a step, of all processes and accumulated parts together."""
+    """Examples per step, over all processes and accumulated parts."""
     seed: int = 0
-    """Of the data order and of all that is random."""
+    """Seed of the data order and of all random numbers."""
     accumulation: int = 1
-    """Parts that a process's share of a batch is computed in, to save memory."""
+    """Parts in which a process computes its share of a batch, to save memory."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup: int = 50
     """Steps of linear warm-up."""
     decay: float = 0.3
-    """Share of the steps, at the end, over which the rate falls linearly to zero (1: from the start)."""
+    """Share of the steps, at the end, over which the rate decays linearly to zero (1: from the start)."""
     weight_decay: float = 0.01
-    """AdamW's, as a multiple of the learning rate."""
+    """AdamW's weight decay, as a multiple of the learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's decay of the averages of gradients and of their squares."""
+    """AdamW's decay rates of the running averages of gradients and of their squares."""
     clip: float = 1.0
-    """Limit of the gradient's norm; 0: none."""
+    """Maximum norm of the gradient; 0: no clipping."""
     ema: float = 0.0
-    """Decay of the moving average of the weights, which is then what is evaluated and kept; 0 keeps none."""
+    """Decay of the moving average of the weights, which is then evaluated and kept; 0: no average."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Type of the forward pass's matrix products."""
+    """Number format of the forward pass's matrix products."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the accelerator that is there."""
+    """auto: the accelerator, if there is one."""
     threads: int = 0
-    """Torch's threads in each process; 0: as many as torch likes. On a busy machine one is far faster."""
+    """Torch's threads in each process; 0: torch's default. On a busy machine one is far faster."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
 
@@ -94,45 +94,45 @@ class LoopConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1]")
 
     def rate_at(self, step: int) -> float:
-        """Warm-up, constant, linear decay to zero: the `Schedule` of these settings."""
+        """Return the factor of the learning rate at `step`: warm-up, constant, linear decay to zero."""
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), left)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Held-out figures while training, and which weights they say to keep."""
+    """Held-out figures during training, and which weights to keep by them."""
 
     run: Callable[[nn.Module], Mapping[str, float]]
-    """The unwrapped module, in evaluation mode, with averaged weights if there are any; to figures."""
+    """From the unwrapped module, in evaluation mode, with averaged weights if there are any, to figures."""
     every: int
-    """Steps between two; the end of the training is always one."""
+    """Steps between two evaluations; there is always one at the end."""
     watched: str | None
-    """The figure of which the highest is the best; None: the last weights are kept."""
+    """The figure whose highest value is the best; None: the last weights are kept."""
     patience: int = 0
-    """Evaluations without a new best after which the training ends; 0: it never does so early."""
+    """Evaluations without a new best after which training stops early; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """What became of a training. The module holds the weights that were to be kept."""
+    """The result of a training, whose module holds the kept weights."""
 
     steps: int
     """Steps done."""
     best_step: int
-    """Steps after which the kept weights were there."""
+    """The step of the kept weights."""
     figures: Mapping[str, float]
-    """Of the kept weights, held-out."""
+    """Held-out figures of the kept weights."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """All that a checkpoint holds beside module and optimiser."""
+    """What a checkpoint holds beside module and optimiser."""
 
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """Time they took, in all sessions."""
+    """Time that they took, in all sessions."""
     average: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     """`step`, `figures` and `weights` of the best evaluation."""
@@ -142,7 +142,7 @@ class _State:
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """Accelerate on the configured device. One a process at a time: it forgets an earlier one's settings."""
+    """Return an accelerator on the configured device. It replaces an earlier one of this process."""
     if config.threads:
         torch.set_num_threads(config.threads)
     # Without this a second stage in one process could not have another mixed precision or device.
@@ -151,7 +151,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 
 def adamw(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters."""
+    """Return AdamW over the trainable parameters."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -159,9 +159,9 @@ def adamw(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
 
 
 def examples_at(positions: Positions, size: int, seed: int) -> Positions:
-    """Indices in [0, size): which examples stand at `positions`.
+    """Return the indices in [0, size) of the examples at `positions`.
 
-    Each pass over the data has its own order; a function of the seed and the position alone.
+    Each pass over the data has its own order, a function of the seed and the position alone.
     """
     passes, places = np.divmod(positions, size)
     pairs = zip(passes.tolist(), places.tolist(), strict=True)
@@ -190,7 +190,7 @@ def fit(
 
     At the end it holds the weights of the best evaluation, else the averaged ones, else the last.
 
-    Ctrl-C and SIGTERM save and end the program with code 130; the same call then goes on from there.
+    Ctrl-C and SIGTERM save a checkpoint and exit with code 130; the same call then resumes from it.
 
     Raises:
         InvalidInputError: the batch can't be divided among processes and parts.
@@ -254,8 +254,7 @@ class _Loop:
             while state.step < self.config.steps and not state.finished:
                 began, step = time.monotonic(), state.step
                 figures = self._step(step)
-                # All processes act on what any of them was told: one that stops alone would leave the others
-                # waiting for it.
+                # A signal to one process stops all: one that stopped alone would leave the others waiting.
                 figures |= {"stop": float(stopped.is_set())}
                 figures |= {"due": float(main and began - saved >= self.config.checkpoint_seconds)}
                 figures = self._over_processes(figures)
@@ -283,14 +282,14 @@ class _Loop:
                     bar.close()
                     if main:
                         print(
-                            f"stopped after step {step}, and saved: the same command goes on from there",
+                            f"stopped after step {step}, and saved: the same command resumes from there",
                             file=sys.stderr,
                         )
                     raise SystemExit(130)
         return self._keep()
 
     def _step(self, step: int) -> dict[str, float]:
-        """One optimiser step: this process's means."""
+        """Take one optimiser step; return this process's mean figures."""
         config, rank = self.config, self.accelerator.process_index
         multiplier = self.schedule(step)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
@@ -324,7 +323,7 @@ class _Loop:
         return dict(zip(figures, means.tolist(), strict=True))
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluate where it is time, and remember the best; figures, or nothing."""
+        """Evaluate if it is due, and keep the best weights. Returns the figures, or nothing."""
         state, evaluation = self.state, self.evaluation
         if evaluation is None or (state.step % evaluation.every and state.step < self.config.steps):
             return {}
@@ -336,7 +335,7 @@ class _Loop:
             figures = dict(evaluation.run(self.bare))
         self.module.train()
         if self.accelerator.num_processes > 1:
-            # One verdict for all, should their hardware differ in the last digit.
+            # The same figures for all, should their hardware differ in the last digit.
             (figures,) = broadcast_object_list([figures])
         state.stale += 1
         watched, best = evaluation.watched, state.best
@@ -349,7 +348,7 @@ class _Loop:
         return figures
 
     def _keep(self) -> Fitted:
-        """Put the weights that are to be kept into the caller's module."""
+        """Load the weights to keep into the caller's module."""
         self.accelerator.wait_for_everyone()
         # Without accelerate's wrapper of `forward`, which would stay on the module.
         self.bare = self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
@@ -391,7 +390,7 @@ class _Loop:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set inside, instead of breaking off wherever the program is."""
+    """Yield an event that Ctrl-C and SIGTERM set, instead of interrupting the program."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -415,7 +414,7 @@ def _seed(numbers: list[int]) -> None:
 
 
 def _ema_decay(step: int, limit: float) -> float:
-    """Short memory at first, `limit` in the long run."""
+    """Return the decay of the average at `step`: short memory at first, `limit` in the long run."""
     return min(limit, (1 + step) / (10 + step))
 
 

@@ -1,4 +1,4 @@
-"""Progress bars of long work; a line now and then where nobody sees a bar, as in the log of a Job."""
+"""Progress bars; in a log, as of a Kubernetes Job, a line every `LINE_SECONDS` instead."""
 
 import sys
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any, Final, TextIO, TypeVar
 from tqdm import tqdm
 
 LINE_SECONDS: Final = 15.0
-"""Between two lines in a log."""
+"""Seconds between two lines in a log."""
 
 _LINE: Final = (
     "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
@@ -25,7 +25,7 @@ def progress(
     initial: int = 0,
     disable: bool = False,
 ) -> "tqdm[T]":
-    """A bar of `tqdm`, on standard error."""
+    """Return a `tqdm` bar on standard error."""
     settings: dict[str, Any] = {"mininterval": 0.5}
     if not sys.stderr.isatty():
         settings = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1}
@@ -40,19 +40,19 @@ def say(text: str) -> None:
 
 
 class _Lines:
-    """Writes each state of a bar on a line of its own: collectors of logs keep a line back until it ends."""
+    """Writes each state of a bar as a whole line: log collectors hold a line back until it ends."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self._last = ""
 
     def write(self, text: str) -> None:
-        """Take what a bar writes: its state, and how it gets over the state before."""
+        """Write the state of a bar, without its control characters."""
         line = text.strip("\r\n ")
         if line and line != self._last:
             self._last = line
             self._file.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Pass on what was written."""
+        """Flush the file."""
         self._file.flush()

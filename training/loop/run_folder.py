@@ -1,8 +1,8 @@
 """The folder of a training run: its config, its journal, its checkpoints.
 
-``run.json`` holds the settings that the run was begun with, ``journal.jsonl`` a line for each step and
-evaluation, ``checkpoints/step-…/`` the last two states. Whatever is here is whole: files are written under
-another name and renamed.
+``run.json`` holds the settings of the run, ``journal.jsonl`` a line for each step and evaluation,
+``checkpoints/step-…/`` the last two states. Files are written under another name and renamed, so none is
+half written.
 """
 
 import json
@@ -24,11 +24,11 @@ CHECKPOINTS = "checkpoints"
 JOURNAL = "journal.jsonl"
 RUN = "run.json"
 KEPT = 2
-"""Checkpoints that stay: the last, and the one before it should the last prove unreadable."""
+"""Checkpoints to keep: the last, and the one before in case the last is unreadable."""
 
 
 def finished_report(path: Path, settings: Mapping[str, Plain]) -> dict[str, Any] | None:
-    """The report at `path`, if a run with the same settings (its ``settings``) ended with it."""
+    """Return the report at `path` if it is of a run with the same settings (its ``settings``), else None."""
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         same = report["settings"] == json.loads(json.dumps(dict(settings)))
@@ -40,12 +40,12 @@ def finished_report(path: Path, settings: Mapping[str, Plain]) -> dict[str, Any]
 def claim_folder(
     folder: Path, settings: Mapping[str, Plain], *, fresh: bool = False, free: Collection[str] = ()
 ) -> None:
-    """Make `folder` the place of the run with these settings, or find that it is.
+    """Make `folder` that of the run with these settings, or check that it is.
 
     Args:
         folder: made if missing.
         settings: the whole config, flat.
-        fresh: give up what an earlier run left there (what it cached stays).
+        fresh: delete what an earlier run left there, except its caches.
         free: settings that may differ from the earlier run's.
 
     Raises:
@@ -72,7 +72,7 @@ def claim_folder(
                     FieldViolation(
                         "--resume",
                         f"{folder} holds a run with other settings ({'; '.join(found)}); give those, "
-                        "--fresh to begin anew, or another --output",
+                        "--fresh to start over, or another --output",
                     )
                 )
         if old != text or not path.exists():
@@ -105,7 +105,7 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> None
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The content of the last readable checkpoint in `folder`, on the CPU; None where there is none."""
+    """Load the last readable checkpoint in `folder`, on the CPU; return None if there is none."""
     faults = []
     for path in reversed(_checkpoints(folder)):
         try:
@@ -114,15 +114,15 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             faults.append(f"{path}: {str(error).partition(chr(10))[0]}")
             continue
         if faults:
-            print(f"warning: not readable, going on from {path.name}: {'; '.join(faults)}", file=sys.stderr)
+            print(f"warning: not readable, resuming from {path.name}: {'; '.join(faults)}", file=sys.stderr)
         return content
     if faults:
-        raise MilongaError(f"no checkpoint is readable ({'; '.join(faults)}); give --fresh to begin anew")
+        raise MilongaError(f"no checkpoint is readable ({'; '.join(faults)}); give --fresh to start over")
     return None
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a last one that was cut off in writing is left out."""
+    """Read the rows of a journal, without a last one that was cut off."""
     if not path.exists():
         return []
     rows = []
@@ -139,7 +139,7 @@ class Journal:
 
     Args:
         path: of the file.
-        first: a step from which the work is done again; rows from there on are dropped. None: none is.
+        first: the step to resume from; rows from there on are dropped. None: all are kept.
     """
 
     def __init__(self, path: Path, first: int | None) -> None:

@@ -3,7 +3,7 @@
     make mini            (python -m training.mini)
 
 On two cores this takes hours. What is finished is not done again; remove a part's folder under
-`build/mini` to train it anew.
+`build/mini` to train it again.
 """
 
 import argparse
@@ -17,7 +17,7 @@ MINI = "training.mini."
 
 
 def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]]:
-    """Modules with their arguments, in order; `{work}` stands for the working folder."""
+    """Return modules with their arguments, in order; `{work}` is to be the working folder."""
     work = ["--work", "{work}"]
     denoiser = [f"{MINI}denoiser", *work]
     from_trunk = ["--init", "{work}/trunk/final"]
@@ -32,7 +32,7 @@ def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]
         [f"{MINI}vocoder", *work],
         [f"{MINI}clap", *work, "--name", "clap-a"],
         [f"{MINI}clap", *work, "--name", "clap-b"],
-        # The reward model stands on clap-a as it ships, and learns from what mini makes.
+        # The reward model uses clap-a as it ships, and learns from clips of mini.
         [f"{MINI}package", *work, *(f"--only={name}" for name in PARTS if name != "reward")],
         ["services.cli", "train", "reward", "--recipe", "mini", "--output", "{work}/reward"],
         [f"{MINI}package", *work, "--only=reward"],
@@ -55,7 +55,7 @@ def main() -> int:
         try:
             code = subprocess.run(command, check=False).returncode
         except KeyboardInterrupt:
-            # The program had it too, and saved what it had.
+            # The program got the signal too, and saved a checkpoint.
             return 130
         if code:
             return code

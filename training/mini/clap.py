@@ -1,14 +1,14 @@
-"""Train one of the two mini CLAP models: sound and sentence in one space, by contrast.
+"""Train one of the two mini CLAP models: audio and captions in one space, by contrastive learning.
 
     python -m training.mini.clap --name clap-a --work build/mini
     python -m training.mini.clap --name clap-a --work build/mini --init FOLDER    # sound side from there
 
-Every caption of a clip stands against those of the batch and against its own hard negatives: an event
-missing, an event replaced, and for sequences the order swapped. The architecture is that of the real ones.
+The caption of a clip is contrasted with those of the batch and with its own hard negatives: an event missing,
+an event replaced, and for sequences the order swapped. The architecture is that of the released models.
 
-The text encoder first learns to parse captions, and goes on with it beside: its tokens keep what came first,
-as those of a language model do, for whoever reads them (the reward model). Its pooled embedding does not, as
-the one of the sound knows no order either.
+The text encoder first learns to parse captions, and continues to during the training. So its tokens keep the
+order of events, as those of a language model do, for the reward model. Its pooled embedding does not, as that
+of the audio has no order either.
 
 Shape legend: B batch, N samples, D embedding width, K captions of a clip (the true one and its negatives).
 """
@@ -49,7 +49,7 @@ TEXT_LENGTH = 40
 SHORT = SceneConfig(single=0.2, sequence=0.5)
 LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
 LONG_EVERY = 4
-"""Every so many steps the batch is of 5.12 s clips."""
+"""Every this many steps the batch has clips of 5.12 s."""
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -107,14 +107,14 @@ def build(tokenizer: transformers.PreTrainedTokenizerBase) -> ClapModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captions:
-    """What a clip is told with."""
+    """The captions of a clip."""
 
     true: str
     negatives: tuple[str, ...]
 
 
 def _wording(truth: CaptionTruth, rng: np.random.Generator) -> str:
-    """A wording of the training split."""
+    """Return a wording of the training split."""
     while True:
         caption = write_caption(truth, rng)
         if split_of(caption) == "train":
@@ -122,17 +122,17 @@ def _wording(truth: CaptionTruth, rng: np.random.Generator) -> str:
 
 
 def draw_captions(truth: CaptionTruth, rng: np.random.Generator) -> Captions:
-    """A true wording and its hard negatives: replaced, missing, swapped, as far as they exist."""
+    """Return a true wording and its hard negatives: replaced, missing, swapped, as far as they exist."""
     wrong = [replace_event(truth, rng)]
     if len(truth.classes) > 1:
         wrong.append(drop(truth, rng))
     if truth.relation == "then":
         wrong.append(swap(truth, rng))
-    return Captions(true=_wording(truth, rng), negatives=tuple(_wording(told, rng) for told in wrong))
+    return Captions(true=_wording(truth, rng), negatives=tuple(_wording(mistake, rng) for mistake in wrong))
 
 
-def told_alike(truths: list[CaptionTruth]) -> Tensor:
-    """Bool [B, B]: pairs of different clips that the same caption describes, which are no negatives."""
+def same_caption(truths: list[CaptionTruth]) -> Tensor:
+    """Return bool [B, B]: pairs of different clips with the same caption, which are no negatives."""
     keys = [
         (truth.relation, truth.classes if truth.relation == "then" else tuple(sorted(truth.classes)))
         for truth in truths
@@ -149,7 +149,7 @@ def contrastive_loss(
     alike_BB: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """InfoNCE both ways; a clip's own hard negatives (where `known`) join its row of captions."""
+    """Return InfoNCE both ways; a clip's own hard negatives (where `known`) join its row of captions."""
     logits_BB = (scale * audio_BD @ text_BD.T).masked_fill(alike_BB, -torch.inf)
     hard_BK = scale * torch.einsum("bd,bkd->bk", audio_BD, negatives_BKD)
     rows = torch.cat([logits_BB, hard_BK.masked_fill(~known_BK, -torch.inf)], dim=1)
@@ -159,14 +159,14 @@ def contrastive_loss(
 
 
 def waveforms(scenes: list[Scene], rng: np.random.Generator) -> list[NDArray[np.float32]]:
-    """The scenes at other levels than the world's."""
+    """Return the scenes with random gains."""
     return [scene.waveform * np.float32(10 ** (rng.uniform(-8, 2) / 20)) for scene in scenes]
 
 
 def loss_of(
     model: ClapModel, scenes: list[Scene], rng: np.random.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one batch, and the share of clips whose own caption scores highest in its row."""
+    """Return the loss of one batch, and the share of clips whose own caption scores highest in its row."""
     windows = torch.cat([model.prepare(waveform, 16_000) for waveform in waveforms(scenes, rng)])
     captions = [draw_captions(scene.truth, rng) for scene in scenes]
     most = max(len(c.negatives) for c in captions)
@@ -182,7 +182,7 @@ def loss_of(
         text_BD,
         negatives_BKD,
         known_BK,
-        told_alike([scene.truth for scene in scenes]),
+        same_caption([scene.truth for scene in scenes]),
         model.clap.logit_scale_a.exp().clamp(max=100.0),
     )
     right = (audio_BD @ text_BD.T).argmax(1) == torch.arange(len(scenes))
@@ -227,7 +227,7 @@ def main() -> None:
     model.eval().save(folder / "final")
     held_out = parsing_batch(np.random.default_rng([seed, 2]), model.tokenizer, 256, held_out=True)
     right = reader.accuracy(*held_out)
-    print(f"held-out captions: {right:.4f} of the words told which event they name, and when")
+    print(f"held-out captions: {right:.4f} of the words labelled with the right event and time")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m training.mini.denoiser --name mini --captions true --init build/mini/trunk/final
 
 The loss is not weighted by min-SNR, unlike upstream's: for v-prediction that weight goes to zero with the
-signal, and what comes first and what second is decided where there is hardly any.
+signal, and the order of events is decided where there is hardly any.
 
 Shape legend: B batch, C latent channels, T latent frames, F latent mel bins, L text tokens, D text width.
 """
@@ -40,12 +40,12 @@ BATCH = 32
 CONDITION_DROPOUT = 0.1
 """Share of the prompts replaced by the empty one, for classifier-free guidance."""
 BLANK_SHARE, BLANK_FROM = 0.25, 900
-"""Share of a batch with no signal left, and the first timestep it is told to be at. Solvers that space their
-steps differently begin anywhere from here on."""
+"""Share of a batch with no signal left, and its first timestep. Solvers of other spacings begin anywhere
+from there on."""
 LATE_SHARE, LATE_FROM = 0.25, 800
 """Share of a batch at late timesteps, where the layout of a clip is decided."""
 LONG_EVERY = 6
-"""Every so many steps the batch is of 5.12 s clips, half as many."""
+"""Every this many steps the batch has clips of 5.12 s, half as many."""
 LOOP = LoopConfig(steps=20_000, batch=BATCH, learning_rate=1e-3, warmup=200, decay=0.3, ema=0.999)
 NOISES: dict[str, CaptionNoise] = {"true": TRUE_CAPTIONS, "web": WEB_CAPTIONS}
 
@@ -68,7 +68,7 @@ def build(cross_attention_dim: int) -> UNet2DConditionModel:
 
 
 def schedule() -> DDPMScheduler:
-    """Stable Diffusion 2.1's, which Tango trains on."""
+    """Return Stable Diffusion 2.1's noise schedule, as Tango's."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -96,12 +96,12 @@ class TextSide:
 
 
 def training_caption(truth: CaptionTruth, noise: CaptionNoise, rng: np.random.Generator) -> str:
-    """A wording from the training split, wrong with `noise`'s probabilities, empty with the dropout's."""
+    """Return a wording of the training split, wrong with `noise`'s probability, empty with the dropout's."""
     if rng.uniform() < CONDITION_DROPOUT:
         return ""
-    told = corrupt(truth, noise, rng)
+    described = corrupt(truth, noise, rng)
     while True:
-        caption = write_caption(told, rng)
+        caption = write_caption(described, rng)
         if split_of(caption) == "train":
             return caption
 

@@ -55,14 +55,14 @@ def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
 
     def by_class(name: str) -> dict[str, float]:
         naming = [p for p in verdicts if name in p[0].truth.classes]
-        heard = interval([[float(name in v.heard) for v in p] for p in naming])[0]
-        return {"heard": heard} | {key: value[0] for key, value in figures(naming).items()}
+        detected = interval([[float(name in v.heard) for v in p] for p in naming])[0]
+        return {"heard": detected} | {key: value[0] for key, value in figures(naming).items()}
 
-    told = {name for prompt in verdicts for name in prompt[0].truth.classes}
+    named = {name for prompt in verdicts for name in prompt[0].truth.classes}
     return {
         "clips": sum(map(len, verdicts)),
         **figures(verdicts),
-        "by_class": {name: by_class(name) for name in CLASSES if name in told},
+        "by_class": {name: by_class(name) for name in CLASSES if name in named},
     }
 
 
@@ -92,8 +92,8 @@ def evaluate_generation(
             output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
             silent += sum(map(is_silent, output.waveforms_BN))
             clipped += sum(map(is_clipped, output.waveforms_BN))
-            heard = tagger.detect(torch.from_numpy(output.waveforms_BN))
-            for row, (_, truth), found in zip(rows, part, heard, strict=True):
+            detected = tagger.detect(torch.from_numpy(output.waveforms_BN))
+            for row, (_, truth), found in zip(rows, part, detected, strict=True):
                 row.append(judge(truth, found))
         verdicts += rows
     return summarise(verdicts) | {"silent": silent, "clipped": clipped}

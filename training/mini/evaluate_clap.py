@@ -1,4 +1,4 @@
-"""Measure the mini CLAP models on held-out prompts and scenes they have not seen.
+"""Measure the mini CLAP models on held-out prompts and scenes.
 
     python -m training.mini.evaluate_clap --clips 1000 --output benchmarks/mini-clap.json
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
 from services.models.mini import mini_folder
-from training.mini.clap import told_alike
+from training.mini.clap import same_caption
 from training.mini.evaluate import interval
 from training.soundworld.captions import (
     CaptionTruth,
@@ -39,7 +39,7 @@ GROUP = 100
 """Clips, and captions, of one retrieval."""
 BATCH = 50
 TRIES = 300
-"""Wordings that are drawn before it is taken that none is held out."""
+"""Wordings to draw before a truth counts as having none held out."""
 NEGATIVES: dict[str, Callable[[CaptionTruth, np.random.Generator], CaptionTruth]] = {
     "replaced": replace_event,
     "missing": drop,
@@ -67,7 +67,7 @@ def retrieval(audio_BD: Tensor, text_BD: Tensor, truths: list[CaptionTruth]) -> 
     by_audio, by_text = [], []
     for start in range(0, len(truths), GROUP):
         part = slice(start, start + GROUP)
-        similarity = (audio_BD[part] @ text_BD[part].T).masked_fill(told_alike(truths[part]), -2.0)
+        similarity = (audio_BD[part] @ text_BD[part].T).masked_fill(same_caption(truths[part]), -2.0)
         own = torch.arange(len(similarity))
         by_audio += [[float(hit)] for hit in similarity.argmax(1) == own]
         by_text += [[float(hit)] for hit in similarity.argmax(0) == own]

@@ -2,10 +2,10 @@
 
     python -m training.mini.evaluate_reward --prompts 400 --output benchmarks/mini-reward.json
 
-Real pairs: the scene that the prompt tells, against one with two events swapped, one missing,
+Real pairs: the scene of the prompt, against one with two events swapped, one missing,
 one replaced, or nothing right.
-Generated pairs: clips of `mini-base`, as the tagger hears them: in order against reversed, all events against
-one missing. The tagger judges here, and no training has heard of it.
+Generated pairs: clips of `mini-base` by the tagger's detections: in order against reversed, all events
+against one missing. The tagger is the judge, and no training used it.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def pair_accuracy(
     prompts = [prompt for prompt, _, _ in pairs]
     chosen = values(score, prompts, [clip for _, clip, _ in pairs])
     rejected = values(score, prompts, [clip for _, _, clip in pairs])
-    # Prompts are the units: several pairs of one are no several witnesses.
+    # The bootstrap is over prompts: several pairs of one prompt are not independent.
     hits: dict[str, list[float]] = {}
     for prompt, hit in zip(prompts, (chosen > rejected).tolist(), strict=True):
         hits.setdefault(prompt, []).append(float(hit))
@@ -88,18 +88,18 @@ def pair_accuracy(
 
 
 def real_pairs(kind: str, count: int) -> list[tuple[str, Waveform, Waveform]]:
-    """Prompts of sequences with the scene they tell and one that is wrong in one way."""
+    """Return prompts of sequences, each with its scene and one that is wrong in one way."""
     pairs = []
     for index, (caption, truth) in enumerate(held_out_prompts(count, SEQUENCES)):
         rng = np.random.default_rng([SEED, index])
         wrong = MISTAKES[kind](truth, rng)
-        chosen, rejected = (render(told, SEQUENCES.duration, rng)[0] for told in (truth, wrong))
+        chosen, rejected = (render(scene, SEQUENCES.duration, rng)[0] for scene in (truth, wrong))
         pairs.append((caption, chosen, rejected))
     return pairs
 
 
 def generated_clips(count: int, seeds: int) -> list[list[tuple[Verdict, Waveform]]]:
-    """Clips of `mini-base` with what the tagger says of them: a list for each held-out sequence."""
+    """Return clips of `mini-base` with the tagger's verdicts: a list for each held-out sequence."""
     pipeline = load_tango(mini_folder("mini-base"))
     tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
     drawn = held_out_prompts(count, SEQUENCES)
@@ -109,9 +109,9 @@ def generated_clips(count: int, seeds: int) -> list[list[tuple[Verdict, Waveform
         for seed in range(seeds):
             generators = [clip_generator(SEED + seed, start + i) for i in range(len(part))]
             clips = pipeline([caption for caption, _ in part], generator=generators).waveforms_BN
-            heard = tagger.detect(torch.from_numpy(clips))
+            detected = tagger.detect(torch.from_numpy(clips))
             for i, (_, truth) in enumerate(part):
-                rows[start + i].append((judge(truth, heard[i]), clips[i]))
+                rows[start + i].append((judge(truth, detected[i]), clips[i]))
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Render scenes once and keep their latents, so that the denoisers' trainings need no synthesis.
+"""Render scenes once and cache their latents, so that the denoisers' trainings need no synthesis.
 
     python -m training.mini.latents --work build/mini --scenes 32768
 
-Shards of float16 latents [B, C, T, F] with what each scene holds; captions are written afresh at every
-training step. A shard that exists is not made again.
+Shards of float16 latents [B, C, T, F] with the truth of each scene; every training step writes new captions.
+An existing shard is not made again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RELATIONS: tuple[Relation, ...] = ("single", "then", "while")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentSet:
-    """Latents and what their clips hold."""
+    """Latents and the truths of their clips."""
 
     latents_BCTF: Tensor
     """float16."""
@@ -63,7 +63,7 @@ def make_shard(path: Path, number: int, config: SceneConfig, vae: AutoencoderKL)
 
 
 def load_shards(folder: Path, pattern: str) -> LatentSet:
-    """All shards whose names match: the first dimension is the scenes, in order."""
+    """Load all shards whose names match; the first dimension is the scenes, in order."""
     parts, truths = [], []
     for path in sorted(folder.glob(pattern)):
         with np.load(path) as shard:

@@ -58,7 +58,7 @@ def assemble(work: Path, denoiser: Path) -> TangoPipeline:
 
 def _replace(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
-        # The libraries write weights that only their owner may read; a service runs as somebody else.
+        # The libraries write weights that only their owner may read; a service runs as another user.
         path.chmod(0o755 if path.is_dir() else 0o644)
     if target.exists():
         shutil.rmtree(target)
@@ -66,20 +66,20 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def package_pipeline(work: Path, name: str, target: Path) -> None:
-    """A text-to-audio model of the denoiser `name` and the parts that all share."""
+    """Package the text-to-audio model of the denoiser `name` and the shared parts."""
     pipeline = assemble(work, work / name / "final")
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
 
 
 def package_clap(work: Path, name: str, target: Path) -> None:
-    """A CLAP model, in half precision."""
+    """Package a CLAP model, in half precision."""
     model = load_clap(work / name / "final")
     model.clap.half()
     model.save(target)
 
 
 def package_reward(work: Path, name: str, target: Path) -> None:
-    """What `milonga train reward --recipe mini` wrote, its weights in half precision."""
+    """Package the model of `milonga train reward --recipe mini`, in half precision."""
     config = read_reward_config(work / name)
     head = RewardHead(config)
     head.load_state_dict(load_file(work / name / WEIGHTS_NAME))
@@ -87,7 +87,7 @@ def package_reward(work: Path, name: str, target: Path) -> None:
 
 
 def package_tagger(work: Path, name: str, target: Path) -> None:
-    """The judge, in half precision."""
+    """Package the tagger, in half precision."""
     EventTagger.from_pretrained(work / name / "final").half().save_pretrained(target)
 
 
@@ -104,7 +104,7 @@ PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
 def restore(work: Path) -> None:
     """Write each shipped part to where its program would have left it under `work`.
 
-    Raises `InvalidInputError` where a training lies there.
+    Raises `InvalidInputError` if `work` holds a training.
     """
     taken = [name for name in (*DENOISERS, "autoencoder", "text_encoder") if (work / name).exists()]
     if taken:

@@ -1,7 +1,7 @@
-"""Parsing captions, token by token: what the mini family's text encoders learn before anything else.
+"""Parsing captions token by token, on which the mini family's text encoders are pretrained.
 
-Every word is labelled with the event that it names and with when that event happens. Released models start
-from text encoders that have read the web; these start from this. Sound alone does not teach them word order.
+Every word is labelled with the event that it names and with the time of that event. Released models start
+from language models; these start from this. Audio alone does not teach them word order.
 
 Shape legend: B batch, L text tokens.
 """
@@ -63,8 +63,8 @@ def labelled_caption(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a caption and for each the label class x role of the event it names, or IGNORED.
 
-    The token that stands for the sentence (RoBERTa's first, T5's last) carries the label of the first event,
-    so that it too must read all of it.
+    The token of the whole sentence (RoBERTa's first, T5's last) has the label of the first event, so that it
+    too depends on all of it.
     """
     while True:
         truth = draw_truth(rng, SCENES)
@@ -101,7 +101,7 @@ def parsing_batch(
 
 
 class Parser(nn.Module):
-    """A text encoder with a linear head over class x role; the head is thrown away afterwards."""
+    """A text encoder with a linear head over class x role, which is dropped after training."""
 
     def __init__(self, encoder: nn.Module, width: int, padding: int) -> None:
         """Args:
@@ -128,5 +128,5 @@ class Parser(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, ids_BL: Tensor, labels_BL: Tensor) -> float:
-        """Share of the labelled tokens that are told right."""
+        """Return the share of the labelled tokens with the right label."""
         return float((self(ids_BL).argmax(-1) == labels_BL)[labels_BL != IGNORED].float().mean())

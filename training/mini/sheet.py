@@ -1,4 +1,4 @@
-"""Sheets of spectrograms, to look at before believing the numbers.
+"""Draw sheets of spectrograms of the mini models.
 
     python -m training.mini.sheet --output docs/images
     python -m training.mini.sheet --denoiser build/mini/mini/final --output /tmp

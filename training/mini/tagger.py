@@ -1,4 +1,4 @@
-"""Train the mini event tagger, the judge that no training stage may consult.
+"""Train the mini event tagger, the independent judge, which no training stage may use.
 
     python -m training.mini.tagger --work build/mini
 
@@ -24,7 +24,7 @@ SCENES = SceneConfig(single=0.15, sequence=0.45)
 
 
 def targets(scene: Scene, segments: int, segment_seconds: float) -> Tensor:
-    """Which class sounds in which segment: float32 [S, K]."""
+    """Return which class sounds in which segment: float32 [S, K]."""
     centres = (np.arange(segments) + 0.5) * segment_seconds
     truth = np.zeros((segments, len(CLASSES)), dtype=np.float32)
     for event in scene.events:
@@ -60,10 +60,10 @@ def main() -> None:
     right = total = 0
     for index in range(400):
         scene = make_scene(SEED + 1, index, replace(SCENES, split="validation"))
-        heard = tagger.detect(torch.from_numpy(scene.waveform)[None])[0]
-        right += set(heard) == set(scene.truth.classes)
+        found = tagger.detect(torch.from_numpy(scene.waveform)[None])[0]
+        right += set(found) == set(scene.truth.classes)
         total += 1
-    print(f"held-out clips whose classes were heard exactly: {right / total:.4f}")
+    print(f"held-out clips whose classes were detected exactly: {right / total:.4f}")
     tagger.save_pretrained(folder / "final", safe_serialization=True)
 
 

@@ -1,9 +1,9 @@
-"""Train the mini text encoder: a small T5 that knows, at each word, which event it names and when.
+"""Train the mini text encoder: a small T5 whose tokens encode which event a word names, and when.
 
     python -m training.mini.text_encoder --work build/mini
 
-It is pretrained on parsing captions, token by token, and then frozen: trained jointly with a denoiser it
-does not learn word order (a swapped caption ends up nearly equal), and a sentence-level objective stalls.
+It is pretrained on parsing captions, token by token, and then frozen. Trained jointly with a denoiser it does
+not learn word order (a swapped caption ends up nearly equal), and a sentence-level objective stalls.
 """
 
 from dataclasses import replace
@@ -64,7 +64,7 @@ def main() -> None:
     right = model.accuracy(
         *parsing_batch(np.random.default_rng([SEED, 10_000_000]), tokenizer, BATCH, held_out=True)
     )
-    print(f"held-out captions: {right:.4f} of the words told which event they name, and when")
+    print(f"held-out captions: {right:.4f} of the words labelled with the right event and time")
     encoder.save_pretrained(folder / "final", safe_serialization=True)
     tokenizer.save_pretrained(folder / "tokenizer")
 

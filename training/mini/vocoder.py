@@ -1,10 +1,10 @@
-"""Try a neural vocoder for the mini family, and compare it with Griffin-Lim.
+"""Train a neural vocoder for the mini family, and compare it with Griffin-Lim.
 
     python -m training.mini.vocoder --work build/mini --steps 8000
 
 SpeechT5HifiGan, Tango's vocoder class, without a discriminator: its loss is the distance of spectra at
-several resolutions. The comparison at the end (log-mel error after re-synthesis, what the tagger hears)
-decides which of the two ships; the model card says which did.
+several resolutions. The comparison at the end (log-mel error after re-synthesis, the tagger's detections)
+decides which of the two ships; the model card names it.
 
 Shape legend: B batch, N samples, T mel frames, M mel bins.
 """
@@ -84,7 +84,7 @@ def crops(step: int, log_mel: LogMel) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def compare(vocoder: nn.Module, tagger: EventTagger, clips: int = 200) -> dict[str, float]:
-    """Re-synthesise held-out real clips: log-mel L1, share heard right by the tagger, CPU seconds a clip."""
+    """Re-synthesise held-out clips: log-mel L1, share that the tagger detects right, CPU seconds per clip."""
     log_mel, errors, right = LogMel(), [], 0
     config, seconds = SceneConfig(split="validation"), 0.0
     for index in range(clips):

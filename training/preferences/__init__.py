@@ -5,5 +5,5 @@
     captions ▸ perturb ▸ candidates ▸ scores ▸ pairs ▸ dataset
 
 Every stage is a function of a config, the folders of the stages before it, and a folder of its own, in which
-it goes on after whatever stopped it. `pipeline` runs all of them.
+it resumes after an interruption. `pipeline` runs all of them.
 """

@@ -1,9 +1,9 @@
-"""Clips to choose from: every strategy's, made by an engine in this process or by a service.
+"""Generate the candidate clips of every strategy, by an engine in this process or by a service.
 
-``clips/`` holds one file a clip, named after all that determines it; ``manifest-I-of-N.jsonl`` a row for each
-clip of shard I: `id`, `number`, `strategy`, `caption` (what it is judged against), `prompt` (what it was made
-of), `kind` (what is wrong with the prompt), `slot`, `seed`, `num_inference_steps`, `guidance_scale`,
-`duration`, `sampling_rate`, `file`, `model`. A clip that is there is never made again; a row is there or not.
+``clips/`` holds a file per clip, named after all that determines it; ``manifest-I-of-N.jsonl`` a row for each
+clip of shard I: `id`, `number`, `strategy`, `caption` (to score it against), `prompt` (that generated it),
+`kind` (what is wrong with the prompt), `slot`, `seed`, `num_inference_steps`, `guidance_scale`, `duration`,
+`sampling_rate`, `file`, `model`. An existing clip is never generated again.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ STRATEGIES: Final = ("1.1", "1.2", "2", "3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidatesConfig:
-    """Which clips are made, of what and by whom. The numbers are the paper's."""
+    """Which clips to generate. The defaults are the paper's."""
 
     source: SourceConfig
-    """Who makes them."""
+    """What generates them."""
     strategies: tuple[str, ...] = STRATEGIES
     """1.1: one caption, several numbers of steps. 1.2: one caption, several seeds. 2 and 3: one clip of the
     caption, one of each perturbed caption."""
@@ -69,7 +69,7 @@ class CandidatesConfig:
     duration: float | None = None
     """Seconds of each clip; none: the model's default."""
     seed: int = 0
-    """Of all clips; each has one of its own, a function of this one and of what the clip is."""
+    """Seed of the data set. Each clip's own is a function of it and of the clip's settings."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.strategies) - set(STRATEGIES)):
@@ -87,7 +87,7 @@ class CandidatesConfig:
 def plan(
     config: CandidatesConfig, captions: Sequence[str], perturbed: Sequence[Row], ordered: Sequence[str]
 ) -> list[Candidate]:
-    """Every clip to make, in order.
+    """Return every clip to generate, in order.
 
     Args:
         config: the settings.
@@ -132,7 +132,7 @@ def plan(
 def candidates_identity(
     config: CandidatesConfig, captions: Path, perturbed: Path | None, model: ModelVersion | None = None
 ) -> dict[str, Plain]:
-    """What the outcome depends on. `model`: the weights, where they are known."""
+    """Return all that determines the result. `model`: the weights, if known."""
     inputs: dict[str, Plain] = {
         f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)
     }
@@ -153,13 +153,13 @@ def make_candidates(
 ) -> Row:
     """Run shard `shard` (index from 0, count) of the stage in `output`; return its report.
 
-    Shards may run at once, on one folder or on folders whose files are put together afterwards. `captions`
+    Shards may run in parallel, on one folder or on folders whose files are merged afterwards. `captions`
     and `perturbed` are the folders of the stages before; without the latter there are no strategies 2 and 3.
-    `maker`, whose weights are `model`, stands in for what the config names; it stays open.
+    `maker`, whose weights are `model`, replaces the config's source; it stays open.
 
     Raises:
         InvalidInputError: a shard that does not exist, or nothing to make.
-        MilongaError: a clip could not be made; those that were are kept.
+        MilongaError: a clip could not be generated; those before it are kept.
         OutputError: the disk is full.
     """
     index, count = shard
@@ -183,7 +183,7 @@ def make_candidates(
     own = candidates[index::count]
     manifest = output / f"manifest-{name}.jsonl"
     rows = _make(config, own, model, output, manifest, maker)
-    # By number, as an unbroken run would have written them whatever was done first.
+    # By number, as an uninterrupted run would have written them.
     write_rows(manifest, rows)
     made: Row = {
         "clips": len(rows),
@@ -198,16 +198,16 @@ def make_candidates(
         try:
             finish(output, {"clips": len(candidates), "model": asdict(model)})
         except OutputError:
-            # Two shards may end at the same moment, and say the same.
+            # Two shards may end at the same moment, with the same report.
             if not (output / REPORT).exists():
                 raise
     return read_json(report)
 
 
 def read_candidates(folder: Path, *, partly: bool = False) -> list[Row]:
-    """The rows of all shards, each clip once, by number.
+    """Read the rows of all shards, each clip once, by number.
 
-    Raises `InvalidInputError` where shards are missing, unless `partly`.
+    Raises `InvalidInputError` if shards are missing, unless `partly`.
     """
     found: dict[int, Row] = {}
     for path in sorted(folder.glob("manifest-*.jsonl")):
@@ -222,7 +222,7 @@ def read_candidates(folder: Path, *, partly: bool = False) -> list[Row]:
 
 
 def candidates_digest(folder: Path) -> str:
-    """SHA-256 in hex over the rows."""
+    """Return the SHA-256 in hex over the rows."""
     return digest_of(read_candidates(folder))
 
 
@@ -234,7 +234,7 @@ def _make(
     manifest: Path,
     maker: ClipMaker | None,
 ) -> list[Row]:
-    """Make what is missing of `candidates`; return the rows of all, by number."""
+    """Generate the missing `candidates`; return the rows of all, by number."""
     source = config.source
     folder: ClipFolder[Candidate] = ClipFolder(
         output, lambda candidate: [_file(_identity(candidate, model), source.encoding)]
@@ -303,7 +303,7 @@ def _row(candidate: Candidate, identity: str, model: ModelVersion, path: Path, o
 
 
 def _whole_rows(path: Path) -> Iterator[Row]:
-    """The rows of a manifest that may still be growing."""
+    """Yield the rows of a manifest that may still be growing."""
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             return

@@ -1,7 +1,7 @@
-"""Captions of many kinds: clusters of embedded captions, and some of each (the paper: 200 x 70).
+"""Select diverse captions: clusters of embedded captions, and some of each cluster (the paper: 200 x 70).
 
-Writes ``captions.jsonl`` (the paper's T1: `caption`, `cluster`) and ``temporal.jsonl`` (T2: captions that
-tell an order of time, for strategy 3).
+Writes ``captions.jsonl`` (the paper's T1: `caption`, `cluster`) and ``temporal.jsonl`` (T2: captions with a
+temporal order, for strategy 3).
 """
 
 import csv
@@ -37,12 +37,12 @@ from training.soundworld.scenes import SceneConfig, draw_caption
 CAPTIONS = "captions.jsonl"
 TEMPORAL = "temporal.jsonl"
 TEMPORAL_WORDS: Final = ("before", "after", "then", "followed")
-"""What tells that a caption is of strategy 3 (section 4.1.1)."""
+"""Words that make a caption one of strategy 3 (section 4.1.1)."""
 FREE: Final = ("device", "batch")
 
 _TEMPORAL = re.compile(rf"\b({'|'.join(TEMPORAL_WORDS)})\b", re.IGNORECASE)
 _SHARD = 1_024
-"""Captions whose embeddings make one file: what a kill may cost."""
+"""Captions whose embeddings make one file: the most that is lost by a kill."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +52,9 @@ class SoundworldCaptions:
     count: int = 20_000
     """Captions drawn, before equal ones are dropped."""
     seed: int = 4_001
-    """Of the draw."""
+    """Seed of the draw."""
     duration: float = 2.56
-    """Seconds of the scenes that they are of: 5.12 where three events are wanted."""
+    """Seconds of their scenes: 5.12 for three events."""
     single: float = 0.2
     """Share of captions of one event."""
     sequence: float = 0.6
@@ -70,24 +70,24 @@ class CaptionsConfig:
     source: Path | None = None
     """CSV, JSON lines, JSON or Parquet; none: the sound world."""
     column: str = "caption"
-    """Where the captions stand in `source`."""
+    """Column of the captions in `source`."""
     soundworld: SoundworldCaptions = field(default_factory=SoundworldCaptions)
-    """Where `source` is none."""
+    """Used if `source` is none."""
     embedder: str = "sentence-transformers:thenlper/gte-large"
-    """What the clusters are made by: sentence-transformers:NAME_OR_PATH, tango:MODEL_URI (its text encoder),
+    """Embedder of the clustering: sentence-transformers:NAME_OR_PATH, tango:MODEL_URI (its text encoder),
     or clap:MODEL_URI (its text side)."""
     clusters: int = 200
     """Clusters of K-Means."""
     per_cluster: int = 70
     """Captions drawn from each cluster; all of a smaller one."""
     temporal_limit: int | None = None
-    """Captions for strategy 3 at most, drawn by lot; none: all that there are."""
+    """Most captions for strategy 3, drawn at random; none: all."""
     seed: int = 0
-    """Of K-Means and of the draws."""
+    """Seed of K-Means and of the draws."""
     batch: int = 64
     """Captions embedded at once."""
     device: str = "auto"
-    """Of the embedder."""
+    """Device of the embedder."""
 
     def __post_init__(self) -> None:
         for name in ("clusters", "per_cluster", "batch"):
@@ -96,7 +96,7 @@ class CaptionsConfig:
 
 
 def captions_identity(config: CaptionsConfig) -> dict[str, Plain]:
-    """What the outcome depends on."""
+    """Return all that determines the result."""
     inputs: dict[str, Plain] = {"embedder.identity": embedder_identity(config.embedder)}
     if config.source is not None:
         inputs["source.digest"] = file_digest(config.source)
@@ -106,7 +106,7 @@ def captions_identity(config: CaptionsConfig) -> dict[str, Plain]:
 def select_captions(config: CaptionsConfig, output: Path, *, embedder: Embedder | None = None) -> Row:
     """Run the stage in `output`; return its report: how many captions there were, and of which clusters.
 
-    `embedder` stands in for the one that the config names.
+    `embedder` replaces the one that the config names.
 
     Raises:
         InvalidInputError: a source that can't be read, lacks the column, or has too few captions.
@@ -154,7 +154,7 @@ def select_captions(config: CaptionsConfig, output: Path, *, embedder: Embedder 
 
 
 def is_temporal(caption: str) -> bool:
-    """Whether a caption tells an order of time."""
+    """Return whether a caption has a temporal order."""
     return _TEMPORAL.search(caption) is not None
 
 
@@ -208,7 +208,7 @@ def cluster(vectors_ND: NDArray[np.float32], clusters: int, seed: int) -> NDArra
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
 
     with warnings.catch_warnings():
-        # Fewer different points than clusters: some stay empty, and the report says so.
+        # With fewer different points than clusters some stay empty, which the report shows.
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels_N = KMeans(clusters, random_state=seed, n_init=1).fit_predict(vectors_ND)
     numbers: dict[int, int] = {}

@@ -1,9 +1,9 @@
-"""Preference data as Parquet, with the columns of the public audio-alpaca; reading it, and the public one.
+"""Write preference data as Parquet with the columns of the public audio-alpaca; read it, and the public one.
 
 ``data/train-00000-of-00003.parquet``: `prompt`, `chosen` and `rejected` (``{bytes, path}``, Hugging Face's
-Audio at 16 kHz), `strategy`; beside them, in data that was made here, the scores of each scorer, rewards,
-seeds, steps, the perturbed caption, and the digests of all models. ``datasets.load_dataset`` reads the
-folder as it is.
+Audio at 16 kHz), `strategy`; in data from this pipeline also the scores of each scorer, rewards, seeds,
+steps, the perturbed caption, and the digests of all models. ``datasets.load_dataset`` reads the folder as it
+is.
 """
 
 import hashlib
@@ -42,26 +42,26 @@ DATA = "data"
 SIDES: Final = ("chosen", "rejected")
 REQUIRED: Final = ("prompt", *SIDES)
 SAMPLING_RATE: Final = 16_000
-"""Hertz of the clips, as in the public data."""
+"""Sampling rate of the clips in hertz, as in the public data."""
 ROW_GROUP = 32
-"""Pairs of a row group: what is read at once to get at one clip."""
+"""Pairs of a row group, which is read at once for one clip."""
 NAMES: Final[Mapping[str, str]] = {
     "1.1": "1.1 other steps",
     "1.2": "1.2 same steps",
     "2": "2 perturbed",
     "3": "3 temporal",
 }
-"""How table 2 calls the strategies."""
+"""Names of the strategies in table 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetConfig:
-    """How the data set is cut."""
+    """How the data set is divided into files."""
 
     rows_per_file: int = 1_000
-    """Pairs of a Parquet file."""
+    """Pairs per Parquet file."""
     max_unreadable: float = 0.05
-    """Share of pairs that may lack a clip before the stage is refused."""
+    """Share of clips that may be unreadable; above it the stage fails."""
 
     def __post_init__(self) -> None:
         if self.rows_per_file < 1:
@@ -70,7 +70,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """A pair of clips of one prompt, the first liked better. The clips are read when they are needed."""
+    """A pair of clips of one prompt. The clips are read when they are needed."""
 
     prompt: str
     chosen: Clip
@@ -81,7 +81,7 @@ class Preference:
 
 
 def dataset_identity(config: DatasetConfig, candidates: Path, pairs: Path) -> dict[str, Plain]:
-    """What the outcome depends on."""
+    """Return all that determines the result."""
     return flatten(config) | {
         "input.candidates": candidates_digest(candidates),
         f"input.{PAIRS}": file_digest(pairs / PAIRS),
@@ -111,7 +111,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
     refuse_unreadable(unreadable, len(used), config.max_unreadable)
     schema = _schema(names, list(judges))
     whole: list[Row] = []
-    # Cut before the unreadable are left out: a file that is there holds what it would hold now.
+    # Divided before the unreadable are left out, so that an existing file has the content it would have now.
     parts = list(batches(rows, config.rows_per_file))
     with progress(total=len(rows), desc="data set", unit="pair") as bar:
         for number, part in enumerate(parts):
@@ -138,9 +138,9 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
 
 
 def read_preferences(path: Path) -> list[Preference]:
-    """The pairs of a Parquet file, or of all in a folder (this module's, or the public data's), in order.
+    """Read the pairs of a Parquet file, or of all in a folder (of this module, or the public data), in order.
 
-    Clips that are not in the file are looked for beside it. Raises `InvalidInputError`.
+    Clips that are not in the file are expected beside it. Raises `InvalidInputError`.
     """
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
@@ -152,9 +152,9 @@ def read_preferences(path: Path) -> list[Preference]:
 
 
 def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Preference]:
-    """Those whose clips can be read; the others are told, and are an error where they are more than `limit`.
+    """Return the pairs whose clips can be read; print the others.
 
-    Every clip is decoded once. Raises `InvalidInputError`.
+    Every clip is decoded once. Raises `InvalidInputError` if unreadable clips are more than `limit` of all.
     """
     unreadable: dict[Clip, str] = {}
     found = []
@@ -167,9 +167,9 @@ def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Pre
 
 
 def dataset_digest(preferences: Iterable[Preference]) -> str:
-    """``sha256:`` and the digest over prompts, strategies and encoded clips, in order; not over the layout.
+    """Return ``sha256:`` and the digest over prompts, strategies and encoded clips, in order.
 
-    A clip that can't be read counts as empty.
+    It does not depend on the division into files. An unreadable clip counts as empty.
     """
     digest = hashlib.sha256()
     for one in preferences:
@@ -254,7 +254,7 @@ def _columns(row: Row, clips: Mapping[str, Row], folder: Path, judges: Mapping[s
 
 
 def _audio(path: Path) -> Row:
-    """The file as it is; encoded anew only where it is not mono at 16 kHz."""
+    """Return the file as it is, or encoded again if it is not mono at 16 kHz."""
     content = path.read_bytes()
     waveform_CN, rate = decode(content)
     if rate != SAMPLING_RATE or len(waveform_CN) != 1:
@@ -264,7 +264,7 @@ def _audio(path: Path) -> Row:
 
 
 def _schema(scorers: Sequence[str], judges: Sequence[str]) -> "pyarrow.Schema":
-    """Arrow's schema, with Hugging Face's features in its metadata: `datasets` decodes the clips by these."""
+    """Return Arrow's schema, with Hugging Face's features, by which `datasets` decodes the clips."""
     from datasets import Audio, Features, Value  # type: ignore[import-untyped]
 
     audio = Audio(sampling_rate=SAMPLING_RATE)

@@ -1,4 +1,4 @@
-"""Sentences to points, for the clustering of captions. Shapes: B sentences, L tokens, D width."""
+"""Sentence embedders for the clustering of captions. Shapes: B sentences, L tokens, D width."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,17 +21,17 @@ FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODE
 
 
 class Embedder(Protocol):
-    """Embeds sentences; alike ones lie near each other."""
+    """Embeds sentences, similar ones near each other."""
 
     identity: str
-    """Which weights: equal where embeddings are equal."""
+    """Identity of the weights: equal ones give equal embeddings."""
 
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
-        """[B, D], every row of length 1."""
+        """Return embeddings [B, D] of length 1."""
 
 
 def load_embedder(name: str, device: str = "auto") -> Embedder:
-    """The embedder called `name`, which is one of `FORMS`.
+    """Load the embedder called `name`, which is one of `FORMS`.
 
     Raises:
         InvalidInputError: no such name, or its package is not installed.
@@ -44,7 +44,7 @@ def load_embedder(name: str, device: str = "auto") -> Embedder:
 
 
 class SentenceTransformersEmbedder:
-    """A model of the sentence-transformers package, which the user has installed."""
+    """A model of the sentence-transformers package, if that is installed."""
 
     def __init__(self, name: str, device: str = "auto") -> None:
         self.identity = f"sentence-transformers:{name}"
@@ -58,7 +58,7 @@ class SentenceTransformersEmbedder:
             ) from error
         try:
             self._model: Any = package.SentenceTransformer(name, device=str(pick_device(device)))
-        except Exception as error:  # the errors of four libraries: it did not come
+        except Exception as error:  # the errors of four libraries
             reason = str(error).strip().partition("\n")[0]
             raise invalid(
                 "embedder",
@@ -73,7 +73,7 @@ class SentenceTransformersEmbedder:
 
 
 class TangoEmbedder:
-    """The text encoder of a generator (FLAN-T5, or the mini family's), averaged over the tokens."""
+    """The text encoder of a generator (FLAN-T5, or the mini family's): the mean over tokens."""
 
     def __init__(self, uri: str, device: str = "auto") -> None:
         from transformers import T5EncoderModel
@@ -125,7 +125,7 @@ _KINDS: Final[Mapping[str, Callable[[str, str], Embedder]]] = MappingProxyType(
 
 
 def embedder_identity(name: str) -> str:
-    """`Embedder.identity` of the embedder called `name`, without loading it."""
+    """Return `Embedder.identity` of the embedder called `name`, without loading it."""
     kind, _, what = name.partition(":")
     if kind not in _KINDS or not what:
         raise invalid("embedder", f"is {name!r}, must be {FORMS}")

@@ -1,4 +1,4 @@
-"""Perturbs captions with a large language model, through any endpoint that speaks OpenAI's chat completions.
+"""Perturb captions by a large language model, through any endpoint for OpenAI's chat completions.
 
 Address, model and key come from the config or from the environment (``MILONGA_LLM_URL``,
 ``MILONGA_LLM_MODEL``, ``MILONGA_LLM_KEY``); the key is never part of a config, a file or a message. Answers
@@ -30,7 +30,7 @@ KEY_VARIABLE: Final = "MILONGA_LLM_KEY"
 FREE: Final = (
     *("base_url", "key_variable", "timeout", "attempts", "bad_answers", "in_flight", "longest_wait", "cache"),
 )
-"""Settings that the answers do not depend on."""
+"""Settings that do not affect the answers."""
 
 _SYSTEM = (
     "You edit captions of short audio clips. Each caption names one or more sound events and perhaps how "
@@ -67,30 +67,30 @@ _SHORTER, _LONGER = 0.3, 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LLMConfig:
-    """Which model, where, and how patiently."""
+    """Which model, where, and how often to retry."""
 
     base_url: str | None = None
-    """Up to and without ``/chat/completions``: https://api.openai.com/v1. None: MILONGA_LLM_URL."""
+    """Address without ``/chat/completions``: https://api.openai.com/v1. None: MILONGA_LLM_URL."""
     model: str | None = None
-    """None: MILONGA_LLM_MODEL."""
+    """Name of the model. None: MILONGA_LLM_MODEL."""
     key_variable: str = KEY_VARIABLE
-    """Environment variable with the key; where it is unset, no key is sent."""
+    """Environment variable of the key; if it is unset, no key is sent."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Sampling temperature."""
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How the endpoint is asked for JSON: those that know no schema take one of the others."""
+    """How to request JSON; the others are for endpoints without support for schemas."""
     timeout: float = 60.0
     """Seconds of one request."""
     attempts: int = 6
-    """Requests until an endpoint that refuses, fails or does not answer ends the stage."""
+    """Requests after which an endpoint that refuses, fails or does not answer ends the stage."""
     longest_wait: float = 60.0
-    """Seconds between two of them at most; an endpoint that asks for more ends the stage."""
+    """Most seconds between two of them; an endpoint that asks for more ends the stage."""
     bad_answers: int = 2
-    """Times that a useless answer is asked for again before the caption is skipped."""
+    """Retries after useless answers before the caption is skipped."""
     in_flight: int = 8
-    """Requests at a time."""
+    """Concurrent requests."""
     cache: Path | None = None
-    """Folder of the answers; none: the stage's own."""
+    """Folder of the cached answers; none: the stage's own."""
 
     def __post_init__(self) -> None:
         for name in ("attempts", "in_flight"):
@@ -102,10 +102,10 @@ class LLMConfig:
 
 
 class LLMPerturber:
-    """See the module. Thread-safe."""
+    """Perturbs captions by a language model. Thread-safe."""
 
     def __init__(self, config: LLMConfig, cache: Path) -> None:
-        """Raises `InvalidInputError` where address or model are missing."""
+        """Raises `InvalidInputError` if address or model are missing."""
         base = config.base_url or os.environ.get(URL_VARIABLE)
         model = config.model or os.environ.get(MODEL_VARIABLE)
         if not base or urllib.parse.urlsplit(base).scheme not in ("http", "https"):
@@ -133,9 +133,9 @@ class LLMPerturber:
         """See `Perturber`.
 
         Raises:
-            BadAnswerError: no answer of use, even when asked again.
-            ServiceUnavailableError: the endpoint can't be reached, or refuses for too long.
-            MilongaError: the endpoint refuses for good.
+            BadAnswerError: no usable answer after all retries.
+            ServiceUnavailableError: the endpoint can't be reached, or refuses after all retries.
+            MilongaError: the endpoint refuses the request itself.
         """
         body = self._body(caption, strategy, count)
         path = self._cache / f"{digest_of(body)}.json"
@@ -171,7 +171,7 @@ class LLMPerturber:
         return body
 
     def _ask(self, body: Row) -> Any:
-        """The endpoint's answer, after up to `attempts` requests."""
+        """Return the endpoint's answer, after up to `attempts` requests."""
         config, attempt = self._config, 0
         refusal: openai.APIError
         while True:
@@ -229,13 +229,15 @@ _SCHEMA: Final[Row] = {
 
 
 def _read_answer(answer: Any, caption: str, count: int) -> list[Perturbation]:
-    """The first `count` captions of an answer, checked. Raises `BadAnswerError` where there are fewer."""
+    """Return the first `count` valid captions of an answer. Raises `BadAnswerError` if there are fewer."""
     try:
         content = answer["choices"][0]["message"]["content"]
         rows = json.loads(_unfenced(content))["captions"]
         pairs = [(" ".join(str(row["text"]).split()), _kind(row["change"])) for row in rows]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadAnswerError(f"the answer is not as asked for: {type(error).__name__}: {error}") from error
+        raise BadAnswerError(
+            f"the answer does not fit the schema: {type(error).__name__}: {error}"
+        ) from error
     found: dict[str, Perturbation] = {}
     for text, kind in pairs:
         same = text.casefold().rstrip(". ")
@@ -259,7 +261,7 @@ def _kind(change: Any) -> Kind:
 
 
 def _unfenced(content: str) -> str:
-    """What stands between the fences that some models put around JSON."""
+    """Return the text between the fences that some models put around JSON."""
     text = content.strip()
     return text.partition("\n")[2].rpartition("```")[0] if text.startswith("```") else text
 
@@ -273,7 +275,7 @@ def _kept(path: Path) -> list[Perturbation] | None:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which holds seconds or a date; 0 where it says nothing."""
+    """Return the seconds of a Retry-After header, which is a number or a date; 0 without one."""
     try:
         seconds = float(value or 0)
     except ValueError:
@@ -285,6 +287,6 @@ def _retry_after(value: str | None) -> float:
 
 
 def _message(error: openai.APIStatusError) -> str:
-    """What the endpoint says of its refusal, in one short line."""
+    """Return the endpoint's message in one short line."""
     text = error.body.get("message") if isinstance(error.body, dict) else error.body
     return " ".join(str(text or error.response.reason_phrase).split())[:200]

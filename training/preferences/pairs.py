@@ -1,4 +1,4 @@
-"""From judged clips to pairs: by strategy and filtered as the paper does, or best against worst.
+"""Build pairs from scored clips: by strategy and filtered as in the paper, or best against worst.
 
 Writes ``pairs.jsonl``: `prompt`, `strategy`, `chosen` and `rejected` (ids of clips), and their scores and
 rewards.
@@ -32,23 +32,23 @@ from training.preferences.scores import SCORES, read_scores
 
 PAIRS = "pairs.jsonl"
 RANKED = "ranked"
-"""`strategy` of pairs of the ranking mode."""
+"""`strategy` of pairs of the mode `ranked`."""
 
 Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """What a pair must keep to, by scorer. The defaults are the paper's for 630k-audioset-best, 630k-best."""
+    """Conditions for a pair, by scorer. The defaults are the paper's for 630k-audioset-best and 630k-best."""
 
     alpha: tuple[float, ...] = (0.45, 0.60)
-    """The chosen clip scores this at least."""
+    """Least score of the chosen clip."""
     beta: tuple[float, ...] = (0.40, 0.0)
-    """The rejected clip scores this at least: a near miss teaches more."""
+    """Least score of the rejected clip: a near miss teaches more."""
     delta_min: tuple[float, ...] = (0.05, 0.08)
-    """The chosen clip scores at least this much more."""
+    """Least difference of the scores."""
     delta_max: tuple[float, ...] = (0.35, 0.70)
-    """And at most this much."""
+    """Greatest difference of the scores."""
 
     def __post_init__(self) -> None:
         if len({len(self.alpha), len(self.beta), len(self.delta_min), len(self.delta_max)}) != 1:
@@ -87,24 +87,24 @@ class PairsConfig:
     """strategies: the paper's, filtered by the ensemble. ranked: the best of a caption's clips against the
     worst, as rounds of alignment do."""
     rank_by: str = "first"
-    """What tells the better of two clips: a scorer's name, first (of the ensemble), mean (of all), reward."""
+    """Value that ranks clips: a scorer's name, first (of the ensemble), mean (of all), or reward."""
     margin: float = 0.0
-    """In ranked mode: least difference of what `rank_by` says."""
+    """In ranked mode: least difference of the values of `rank_by`."""
     calibrate: bool = False
-    """Take the thresholds from `quantiles` of the scores in the place of `thresholds`."""
+    """Use `quantiles` of the scores instead of `thresholds`."""
     thresholds: Thresholds = field(default_factory=Thresholds)
-    """Of the filter, in the order of the scorers."""
+    """Thresholds of the filter, in the order of the scorers."""
     quantiles: Quantiles = field(default_factory=Quantiles)
-    """Of the filter, where `calibrate`."""
+    """Thresholds of the filter if `calibrate` is true."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """One condition of the filter, and what it did."""
+    """A condition of the filter, and how many pairs it removed."""
 
     scorer: str
     name: str
-    """chosen >= 0.45, say."""
+    """For example: chosen >= 0.45."""
     alone: int
     """Pairs that fail it."""
     first: int
@@ -123,7 +123,7 @@ class Pool:
 
 
 def pairs_identity(config: PairsConfig, candidates: Path, scores: Path) -> dict[str, Plain]:
-    """What the outcome depends on."""
+    """Return all that determines the result."""
     return flatten(config) | {
         "input.candidates": candidates_digest(candidates),
         f"input.{SCORES}": file_digest(scores / SCORES),
@@ -135,13 +135,13 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
 
     `candidates` and `scores` are the folders of the stages before.
 
-    Raises `InvalidInputError` where no pair is left, with what removed how many, or where the thresholds are
-    not those of as many scorers as there are.
+    Raises `InvalidInputError` if no pair is left, with the count that each condition removed, or if the
+    number of thresholds is not the number of scorers.
     """
     if report := claim(output, pairs_identity(config, candidates, scores)):
         return report
     names = [scorer["name"] for scorer in read_json(scores / REPORT)["scorers"]]
-    judged = judge(read_candidates(candidates), read_scores(scores), names, config.rank_by)
+    judged = valued(read_candidates(candidates), read_scores(scores), names, config.rank_by)
     pool = _pool(ranked(judged) if config.mode == "ranked" else by_strategy(judged), names)
     if not pool.rows:
         raise invalid("pairs", "no caption has two clips to choose between; make more clips a caption")
@@ -152,13 +152,13 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
         thresholds = calibrate(pool, config.quantiles) if config.calibrate else config.thresholds
         kept_P, conditions = ensemble_filter(pool, thresholds, names)
     if not kept_P.any():
-        told = "; ".join(
+        removed = "; ".join(
             f"{one.scorer}: {one.name} removed {one.first} (alone {one.alone})"
             for one in conditions
             if one.alone
         )
         remedy = "lower margin" if config.mode == "ranked" else "lower the thresholds, or set calibrate=true"
-        raise invalid("pairs", f"none of {len(pool.rows)} pairs is left: {told}; {remedy}")
+        raise invalid("pairs", f"none of {len(pool.rows)} pairs is left: {removed}; {remedy}")
     rows = [row for row, kept in zip(pool.rows, kept_P, strict=True) if kept]
     write_rows(output / PAIRS, rows)
     return finish(
@@ -176,16 +176,16 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
 
 
 def read_pairs(folder: Path) -> list[Row]:
-    """The pairs that the stage left in `folder`."""
+    """Read the pairs that the stage wrote into `folder`."""
     return read_rows(folder / PAIRS)
 
 
-def judge(
+def valued(
     candidates: Iterable[Row], scores: Mapping[str, Row], names: Sequence[str], rank_by: str
 ) -> list[Row]:
-    """Candidates that were scored, with `scores`, `reward`, and `value`: what `rank_by` says of each.
+    """Return the candidates with scores: with `scores`, `reward`, and `value`, by which `rank_by` ranks them.
 
-    Raises `InvalidInputError` where nothing is called `rank_by`.
+    Raises `InvalidInputError` if no value is called `rank_by`.
     """
     judged = [{**row, **scores[row["id"]]} for row in candidates if row["id"] in scores]
     known = ("first", "mean", *names) if names else ()
@@ -209,7 +209,7 @@ def judge(
 
 
 def by_strategy(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """(chosen, rejected) of section 4.1.2: in strategies 1.1 and 1.2 the best clip against each of the
+    """Return (chosen, rejected) of section 4.1.2: in strategies 1.1 and 1.2 the best clip against each of the
     others, in 2 and 3 the caption's clip against each perturbed caption's that is worse."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in judged:
@@ -227,7 +227,7 @@ def by_strategy(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 
 def ranked(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """(chosen, rejected): the best and the worst of all clips that were made of a caption as it stands."""
+    """Return (chosen, rejected): the best and the worst of all clips of each unperturbed caption."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in judged:
         if row["kind"] is None:
@@ -241,14 +241,14 @@ def ranked(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 
 def calibrate(pool: Pool, quantiles: Quantiles) -> Thresholds:
-    """Thresholds at the same places of this pool's distributions, for each scorer by itself.
+    """Return the thresholds at these quantiles of the pool's scores, for each scorer by itself.
 
-    Raises `InvalidInputError` where a scorer finds no chosen clip better.
+    Raises `InvalidInputError` if a scorer scores no chosen clip above its rejected one.
     """
     delta_PS = pool.chosen_PS - pool.rejected_PS
     positive = [column[column > 0] for column in delta_PS.T]
     if any(not len(column) for column in positive):
-        raise invalid("calibrate", "is true, and a scorer likes no chosen clip better than its rejected one")
+        raise invalid("calibrate", "is true, and a scorer scores no chosen clip above its rejected one")
     return Thresholds(
         alpha=_quantiles(pool.chosen_PS.T, quantiles.alpha),
         beta=_quantiles(pool.rejected_PS.T, quantiles.beta),
@@ -260,26 +260,26 @@ def calibrate(pool: Pool, quantiles: Quantiles) -> Thresholds:
 def ensemble_filter(
     pool: Pool, thresholds: Thresholds, names: Sequence[str]
 ) -> tuple[NDArray[np.bool_], list[Condition]]:
-    """Which pairs all scorers let pass [P], and what each condition removed."""
+    """Return which pairs pass all conditions of all scorers [P], and what each condition removed."""
     if len(thresholds.alpha) != len(names):
         raise invalid(
             "thresholds",
             f"are for {len(thresholds.alpha)} scorers, and there are {len(names)}: {', '.join(names)}",
         )
-    told: list[tuple[str, str, NDArray[np.bool_]]] = []
+    passes: list[tuple[str, str, NDArray[np.bool_]]] = []
     for s, name in enumerate(names):
         chosen_P, rejected_P = pool.chosen_PS[:, s], pool.rejected_PS[:, s]
         delta_P = chosen_P - rejected_P
         alpha, beta = thresholds.alpha[s], thresholds.beta[s]
         low, high = thresholds.delta_min[s], thresholds.delta_max[s]
-        told += [
+        passes += [
             (name, f"chosen >= {alpha:.4g}", chosen_P >= alpha),
             (name, f"rejected >= {beta:.4g}", rejected_P >= beta),
             (name, "chosen > rejected", chosen_P > rejected_P),
             (name, f"difference >= {low:.4g}", delta_P >= low),
             (name, f"difference <= {high:.4g}", delta_P <= high),
         ]
-    return _apply(told, len(pool.rows))
+    return _apply(passes, len(pool.rows))
 
 
 ALL: Final = "all"
@@ -287,8 +287,11 @@ ALL: Final = "all"
 
 
 def table_2(rows: Iterable[Row], names: Sequence[str]) -> dict[str, Row]:
-    """The paper's table 2: samples, and by scorer the means of chosen, rejected and difference; by strategy
-    and of all. `rows` have `strategy`, `chosen_scores` and `rejected_scores`."""
+    """Return the paper's table 2, by strategy and of all.
+
+    Each row has the number of samples, and by scorer the means of chosen, rejected and difference. `rows`
+    have `strategy`, `chosen_scores` and `rejected_scores`.
+    """
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["strategy"]].append(row)
@@ -338,11 +341,11 @@ def _margin_filter(pool: Pool, margin: float, rank_by: str) -> tuple[NDArray[np.
 
 
 def _apply(
-    told: Sequence[tuple[str, str, NDArray[np.bool_]]], count: int
+    passes: Sequence[tuple[str, str, NDArray[np.bool_]]], count: int
 ) -> tuple[NDArray[np.bool_], list[Condition]]:
     kept_P = np.ones(count, dtype=bool)
     conditions = []
-    for scorer, name, passes_P in told:
+    for scorer, name, passes_P in passes:
         alone, first = int((~passes_P).sum()), int((kept_P & ~passes_P).sum())
         conditions.append(Condition(scorer=scorer, name=name, alone=alone, first=first))
         kept_P &= passes_P

@@ -1,6 +1,6 @@
 """Captions made somewhat wrong, for strategies 2 and 3: by an LLM, or by rules, offline.
 
-Writes ``perturbed.jsonl``: `caption`, `strategy` (2: of the selected captions; 3: of those that tell an order
+Writes ``perturbed.jsonl``: `caption`, `strategy` (2: of the selected captions; 3: of those with a temporal
 of time), `perturbed`, and the `kind` of mistake.
 """
 
@@ -55,7 +55,7 @@ FREE: Final = tuple(f"llm.{name}" for name in LLM_FREE)
 
 
 def perturb_identity(config: PerturbConfig, captions: Path) -> dict[str, Plain]:
-    """What the outcome depends on."""
+    """Return all that determines the result."""
     inputs = {f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)}
     return flatten(config) | inputs
 
@@ -65,7 +65,7 @@ def perturb_captions(
 ) -> Row:
     """Run the stage in `output`; return its report: how many of which kind, and how many were skipped.
 
-    `captions` is the folder of the stage before. `perturber` stands in for the one that the config names.
+    `captions` is the folder of the stage before. `perturber` replaces the one that the config names.
     What an LLM has answered is on disk at once, so a stage that was stopped asks for nothing twice.
 
     Raises:

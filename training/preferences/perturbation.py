@@ -1,4 +1,4 @@
-"""What perturbers make, and what they are asked for."""
+"""Types of the perturbers, which make captions wrong on purpose."""
 
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, get_args
@@ -24,11 +24,11 @@ class Perturber(Protocol):
     """Makes captions wrong on purpose. Thread-safe."""
 
     def perturb(self, caption: str, strategy: Strategy, count: int) -> list[Perturbation]:
-        """Up to `count` different wrong captions.
+        """Return up to `count` different wrong captions.
 
-        Raises `BadAnswerError` where there are none because something answered badly.
+        Raises `BadAnswerError` if there are none because of useless answers.
         """
 
 
 class BadAnswerError(Exception):
-    """A perturber's answer is of no use, and asking again did not help."""
+    """The answers of a perturber's model are useless, after all retries."""

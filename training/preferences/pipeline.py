@@ -1,9 +1,8 @@
-"""All stages one after another, each in a folder named after what its content follows from.
+"""Run all stages in order, each in a folder named after all that determines its content.
 
     make_preferences(preferences_mini(), Path("build/preferences/mini"))
 
-So a setting that is changed makes anew the stages that depend on it, and no others; and whatever was killed
-goes on where it was.
+So a changed setting runs the stages that depend on it again, and no others; a killed stage resumes.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -48,19 +47,19 @@ class PreferencesConfig:
     """How preference data is made."""
 
     name: str
-    """Of the data set, as its folder."""
+    """Name of the data set, and of its folder."""
     candidates: CandidatesConfig
-    """Which clips are made."""
+    """Which clips to generate."""
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     """Of which captions."""
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
-    """Who makes captions wrong."""
+    """How captions are perturbed."""
     scores: ScoresConfig = field(default_factory=ScoresConfig)
-    """Who judges."""
+    """What scores the clips."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
-    """Which pairs are kept."""
+    """Which pairs to keep."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """How they are written."""
+    """How the pairs are written."""
 
 
 def make_preferences(
@@ -73,8 +72,8 @@ def make_preferences(
 ) -> dict[Stage, Path]:
     """Run the stages up to `until`; return their folders under `output`, by name.
 
-    With a `shard` of several the stages end after its candidates, unless all other shards' are there as well.
-    `on_stage` is told each stage's folder and report when it is done: the place to log them.
+    With one of several shards the stages end after its candidates, unless those of all others exist as well.
+    `on_stage` is called with each stage's folder and report when it is done.
 
     Raises what the stages raise.
     """
@@ -128,14 +127,14 @@ def make_preferences(
 
 
 class _Run:
-    """Where the stages of one call are."""
+    """The stages of one call."""
 
     def __init__(
         self, output: Path, until: Stage, on_stage: Callable[[Stage, Path, Row], None] | None
     ) -> None:
         self.folders: dict[Stage, Path] = {}
         self.goes_on = True
-        """Whether the last stage is complete, and not the one to end with."""
+        """Whether the last stage is complete, and not `until`."""
         self._output, self._until, self._on_stage = output, until, on_stage
 
     def stage(
@@ -196,7 +195,7 @@ def preferences_mini() -> PreferencesConfig:
 
 
 def preferences_smoke() -> PreferencesConfig:
-    """Seconds: a few clips of a few captions."""
+    """A few clips of a few captions, in seconds."""
     mini = preferences_mini()
     return replace(
         mini,

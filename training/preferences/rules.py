@@ -1,8 +1,8 @@
-"""Perturbs captions offline, by rules on their text: what stands for the LLM where there is none.
+"""Perturb captions offline, by rules on their text: the replacement for the language model.
 
 A caption is cut at its connectives into events ("a dog barks", "a siren wails") and the links between them.
-Made for general English captions of AudioCaps' kind, and for the sound world's grammar, in which what comes
-out is a sentence of the grammar again. Events that are put in come from other captions of the set.
+It is for English captions like those of AudioCaps, and for the sound world's grammar, whose perturbed
+captions are sentences of the grammar too. Added events come from other captions of the set.
 
 It knows no grammar beyond that: a clause without a subject of its own ("and laughs") is never moved, and
 parts without a verb ("a man" in "a man and a woman speak") are no events.
@@ -32,7 +32,7 @@ _LINK = re.compile(
 _LEAD = re.compile(r"(before|after|while|as)\s+", re.IGNORECASE)
 _FORWARD: Final = frozenset({"followed by", "and then", "then", "before"})
 _WEAK: Final = frozenset({"and", "with", "as well as", ""})
-"""Links that also stand inside of an event."""
+"""Links that also occur inside an event."""
 _FUNCTION_WORDS = frozenset(
     (
         *("a", "an", "the", "of", "in", "on", "at", "by", "to", "from", "into", "over", "off", "out", "up"),
@@ -159,7 +159,7 @@ def world_class(event: str) -> str | None:
 
 
 class RulePerturber:
-    """See the module. What it says of a caption depends on the seed, the caption and the pool alone."""
+    """Perturbs captions by rules. The result depends on the seed, the caption and the pool alone."""
 
     def __init__(
         self,
@@ -182,12 +182,14 @@ class RulePerturber:
                 if not _is_bare(parsed, index):
                     pool[form_of(event)].add(event)
         self._pool = {form: sorted(events) for form, events in pool.items()}
-        # Long captions without links say more than one thing: as one event they would not fit anywhere.
+        # Long captions without links hold several events: as one event they would fit nowhere.
         self._pool["phrase"] = []
 
     def perturb(self, caption: str, strategy: Strategy, count: int) -> list[Perturbation]:
-        """Up to `count` different wrong captions, the strategy's kinds taken in turn; fewer where the rules
-        find no more."""
+        """Return up to `count` different wrong captions, the strategy's kinds in turn.
+
+        They are fewer if the rules find no more.
+        """
         parsed = parse(caption)
         rng = np.random.default_rng(int(digest_of([self._seed, caption, strategy])[:15], 16))
         makers: dict[Kind, Callable[[], Iterator[str]]] = {
@@ -328,7 +330,7 @@ def _order(parsed: Parsed, index: int) -> bool:
 
 
 def _core(link: str) -> str:
-    """What a link says, commas and spaces aside."""
+    """Return the words of a link, without commas and spaces."""
     return link.replace(",", " ").strip().lower()
 
 

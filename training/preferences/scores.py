@@ -1,8 +1,8 @@
-"""Every clip against its caption: CLAP scores by several scorers, and the reward where it is wanted.
+"""Score every clip against its caption: by several CLAP models, and by a reward model if one is given.
 
-Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null). A clip that was
-made of a perturbed caption is scored against the caption itself, as the paper does: that is what it is a
-worse clip of. Clips that can't be read are left out, and listed in the report.
+Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null). The clip of a
+perturbed caption is scored against the original caption, as in the paper: for that it is the worse clip.
+Unreadable clips are left out, and listed in the report.
 """
 
 import re
@@ -55,7 +55,7 @@ class ScoresConfig:
     batch: int = 16
     """Clips scored at once."""
     in_flight: int = 4
-    """Batches on their way to services."""
+    """Concurrent batches to services."""
     timeout: float = 600.0
     """Seconds that a service may take for a batch."""
     max_unreadable: float = 0.05
@@ -137,7 +137,7 @@ def read_scores(folder: Path) -> dict[str, Row]:
 
 
 def refuse_unreadable(unreadable: Mapping[FileClip, str], total: int, limit: float) -> None:
-    """Tell which clips are left out. Raises `InvalidInputError` where they are more than `limit` of all."""
+    """Print which clips are left out. Raises `InvalidInputError` if they are more than `limit` of all."""
     if unreadable:
         # Inside: it brings accelerate along, and clips that can't be read are rare.
         from training.data.examples import check_readable

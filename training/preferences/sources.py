@@ -1,4 +1,4 @@
-"""What makes candidates: an engine in this process, or a generation service."""
+"""The generator of the candidates: an engine in this process, or a generation service."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,12 +13,12 @@ from services.weights.uri import resolve
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """A generator of clips, and how many requests it is given at a time."""
+    """A generator of clips, and its load."""
 
     model: str = "mini"
     """URI of the model of an engine in this process."""
     server: str | None = None
-    """Address of a generation service that is asked instead."""
+    """Address of a generation service to use instead."""
     device: str = "auto"
     """Of the engine."""
     dtype: str = "float32"
@@ -28,7 +28,7 @@ class SourceConfig:
     threads: int | None = None
     """CPU threads of the engine; none: torch's choice."""
     in_flight: int = 16
-    """Requests at a time."""
+    """Concurrent requests."""
     sampling_rate: int = 16_000
     """Hertz of the clips."""
     encoding: Literal["flac", "wav"] = "flac"
@@ -48,19 +48,19 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One clip to make."""
+    """One clip to generate."""
 
     number: int
-    """Place among all candidates: what shards are cut by."""
+    """Index among all candidates, by which shards divide them."""
     strategy: str
     caption: str
-    """What the clip will be scored against."""
+    """Caption to score the clip against."""
     prompt: str
-    """What it is made of."""
+    """Prompt that generates it."""
     kind: str | None
-    """What is wrong with the prompt; None where it is the caption."""
+    """What is wrong with the prompt; None if it is the caption."""
     slot: int
-    """Place among the caption's clips in the strategy."""
+    """Index among the caption's clips in the strategy."""
     seed: int
     num_inference_steps: int
     guidance_scale: float
@@ -68,14 +68,14 @@ class Candidate:
     duration: float | None
 
     def settings(self) -> dict[str, Any]:
-        """All that the clip's content depends on, but the model."""
+        """Return all that determines the clip's content but the model."""
         settings = asdict(self)
         for name in ("number", "kind"):
             del settings[name]
         return settings
 
     def options(self, source: SourceConfig) -> GenerationOptions:
-        """Return how it is generated."""
+        """Return the options of the request."""
         return {
             "duration": self.duration,
             "clip_count": 1,

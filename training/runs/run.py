@@ -2,8 +2,8 @@
 
     milonga train run --recipe mini
 
-Each stage is a program of its own and lies in a folder of its own; here they are strung together, and logged
-to MLflow: a parent run, a child a stage. Killed anywhere, the same call goes on: what is done is found done.
+Each stage is a program with a folder of its own. Here they run in order, and are logged to MLflow: a parent
+run, a child run for each stage. Killed anywhere, the same call resumes, and skips the stages that are done.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from training.tracking.register import Provenance, register
 from training.tracking.runs import Tracker, data_digest
 
 FREE = ("processes", "alias", "samples")
-"""Settings that may be others when a run is resumed."""
+"""Settings that may change when a run is resumed."""
 PRIMARY = "present_and_in_order"
-"""The figure that decides, where the prompts' truth is known."""
+"""The primary figure, if the truth of the prompts is known."""
 SEED = 7
-"""Of the samples."""
+"""Seed of the samples."""
 START = "start.txt"
-"""What the run began from, in its folder, where that was a registered version."""
+"""File with the run's start, if that was a registered version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopResult:
-    """What a run ended with."""
+    """The result of a run."""
 
     policy: Path
     """Folder of the aligned model."""
@@ -46,7 +46,7 @@ class LoopResult:
     report: Mapping[str, Any]
     """Of the evaluation."""
     lines: tuple[str, ...]
-    """The outcome, for people."""
+    """The result, to print."""
 
 
 def run_loop(config: LoopRun, output: Path) -> LoopResult:

@@ -1,7 +1,6 @@
-"""Single stages, each run and logged as a child run: what the programs that string them together share.
+"""The stages of a run, each logged as a child run.
 
-Every stage is a program of its own in a folder of its own. One that is done is found done; one that was
-killed goes on where it was.
+Every stage is a program with a folder of its own. One that is done is skipped; one that was killed resumes.
 """
 
 import json
@@ -29,14 +28,14 @@ Program = Literal["reward", "sft", "dpo", "baton"]
 
 
 def preferences_stage(name: str, config: PreferencesConfig, folder: Path, tracker: Tracker) -> Path:
-    """Make preference pairs in `folder`, as the child run `name`; the data set's folder."""
+    """Make preference pairs in `folder`, as the child run `name`; return the data set's folder."""
     with tracker.stage(name) as stage:
 
-        def tell(part: Stage, _: Path, report: Row) -> None:
+        def log(part: Stage, _: Path, report: Row) -> None:
             stage.log_metrics({f"{part}.{key}": v for key, v in report.items() if isinstance(v, int | float)})
             stage.log_bytes(f"{part}.json", json.dumps(report, indent=1).encode())
 
-        folders = make_preferences(config, folder, on_stage=tell)
+        folders = make_preferences(config, folder, on_stage=log)
         stage.log_dataset("pairs", folders["dataset"])
     return folders["dataset"]
 
@@ -44,7 +43,7 @@ def preferences_stage(name: str, config: PreferencesConfig, folder: Path, tracke
 def finetuning_stage(
     name: str, program: Program, config: FineTuning, folder: Path, processes: int, tracker: Tracker
 ) -> dict[str, Any]:
-    """Fine-tune a denoiser into `folder`, as the child run `name`; what stands in its training.json."""
+    """Fine-tune a denoiser into `folder`, as the child run `name`; return its training.json."""
     with tracker.stage(name) as stage:
         report = train(program, config, folder, processes, stage)
         stage.log_metrics({f"last.{figure}": value for figure, value in report["figures"].items()})
@@ -72,7 +71,7 @@ def evaluation_stage(
 def train(
     program: Program, config: RewardTraining | FineTuning, folder: Path, processes: int, stage: TrackedRun
 ) -> dict[str, Any]:
-    """Run a training program, in this process or in several; its report. Its curves go to `stage`."""
+    """Run a training program, in this process or in several; return its report. `stage` gets its curves."""
     stage.log_params(flatten(config))
     stage.follow(folder.with_name(f"{folder.name}.run") / JOURNAL)
     if processes > 1:
@@ -97,4 +96,4 @@ def launch(program: Program, config: object, folder: Path, processes: int) -> No
     ]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise MilongaError(f"{program} ended with exit code {code}; what it said stands above")
+        raise MilongaError(f"{program} ended with exit code {code}; see its output above")

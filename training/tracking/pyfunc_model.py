@@ -1,22 +1,21 @@
-"""The code of a registered model: MLflow keeps this file beside the weights, and no pickle.
+"""The code of a registered model, which MLflow keeps beside the weights in the place of a pickle.
 
     model = mlflow.pyfunc.load_model("models:/milonga-tango@challenger")
     [clip] = model.predict({"prompt": "A dog barks then a siren wails", "seed": 7})
     clip["audio"]            # float32 [N] in [-1, 1]
     clip["sampling_rate"]    # hertz
-    clip["seed"]             # the one that was given, or drawn
+    clip["seed"]             # as given, or drawn
 
     [verdict] = mlflow.pyfunc.load_model("models:/milonga-reward@challenger").predict(
         {"prompt": "A dog barks", "audio": waveform, "sampling_rate": 16_000}
     )
     verdict["logit"], verdict["probability"]
 
-`predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list, a dict for each.
-A row of `milonga-tango` may say `negative_prompt`, `seed`, `num_inference_steps`, `guidance_scale` and
-`duration` (seconds); what it leaves out takes the model's default. The same seed gives the clip that the
-service gives.
+`predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list of dicts, one for
+each. A row of `milonga-tango` may have `negative_prompt`, `seed`, `num_inference_steps`, `guidance_scale` and
+`duration` (seconds); the others take the model's defaults. A seed gives the same clip as the service.
 
-It runs wherever ``milonga[serving]`` is installed; nothing of `training` is imported.
+It needs ``milonga[serving]`` only; nothing of `training` is imported.
 """
 
 import json
@@ -48,10 +47,10 @@ SEEDS = 2**63
 
 
 class MilongaModel(PythonModel):
-    """A text-to-audio or a reward model, as its folder says."""
+    """A text-to-audio or a reward model, by its folder."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the artifact `model`; a reward model stands on the artifact `clap`."""
+        """Load the artifact `model`, and the artifact `clap` of a reward model."""
         folder = Path(context.artifacts["model"])
         config = folder / "config.json"
         kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
@@ -59,7 +58,7 @@ class MilongaModel(PythonModel):
         if kind == MODEL_TYPE:
             path = Path(context.artifacts["clap"])
             clap = load_laion(path, device="auto") if path.is_file() else load_clap(path, device="auto")
-            # Which CLAP model it is was checked when both were registered, as one.
+            # The registration checked that this is its CLAP model.
             self.model = load_reward(folder, clap, read_reward_config(folder).clap_digest)
         else:
             self.model = Engine(load_generator(folder, device="auto"))
@@ -70,7 +69,7 @@ class MilongaModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """A clip, or a verdict, for each row. Raises `InvalidInputError` where one is wrong."""
+        """Return a clip or a reward for each row. Raises `InvalidInputError` if a row is invalid."""
         rows = [{str(k): v for k, v in row.items()} for row in model_input.to_dict("records")]
         return [
             judged(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
@@ -98,7 +97,7 @@ def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def judged(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdict on one row."""
+    """Compute the reward of one row."""
     prompt, rate = sentence(row), whole(row, "sampling_rate")
     waveform_N = np.asarray(row["audio"], dtype=np.float32)
     if waveform_N.ndim != 1 or not len(waveform_N) or not np.isfinite(waveform_N).all():
@@ -121,13 +120,13 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 
 def given(row: Mapping[str, Any], name: str) -> bool:
-    """Whether a row says something there: in a table, what others leave out is NaN."""
+    """Return whether a row has a value for `name`: in a table, missing values are NaN."""
     value = row.get(name)
     return value is not None and value == value
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:
-    """A number of a row, None where it says nothing."""
+    """Return a number of a row, None if it has none."""
     if not given(row, name):
         return None
     try:
@@ -137,7 +136,7 @@ def number(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def whole(row: Mapping[str, Any], name: str) -> int | None:
-    """A whole number of a row, None where it says nothing."""
+    """Return a whole number of a row, None if it has none."""
     value = number(row, name)
     if value is None:
         return None

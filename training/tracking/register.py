@@ -1,11 +1,10 @@
-"""A model folder becomes a version in MLflow's registry, which `models:/NAME/VERSION` resolves to again.
+"""Register a model folder as a version in MLflow, which `models:/NAME/VERSION` then resolves to.
 
     milonga train register build/run/mini/dpo/model
     milonga train register tango2/ --name milonga-tango --alias champion
 
-What is registered is a pyfunc whose code is `pyfunc_model.py` and whose artifact is the folder: no
-pickle. Tags carry its digest, licence, parent, data and figures. A folder is registered once: the same files
-under the same name are the version that is there already.
+A version is a pyfunc whose code is `pyfunc_model.py` and whose artifact is the folder: no pickle. Tags carry
+its digest, licence, parent, data and figures. The same files under the same name are registered once.
 """
 
 import contextlib
@@ -51,17 +50,17 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 Kind = Literal["tango", "reward"]
-"""What a registered model does."""
+"""Kind of a registered model."""
 
 NAMES: Final[Mapping[Kind, str]] = {"tango": "milonga-tango", "reward": "milonga-reward"}
 """Names of the registered models."""
 
 CHALLENGER: Final = "challenger"
 CHAMPION: Final = "champion"
-"""Alias of what is served, and of what would like to be."""
+"""Aliases of the version that is served and of the next candidate."""
 
 EXPERIMENT: Final = "milonga"
-"""Where runs are kept, unless they say otherwise."""
+"""Name of the MLflow experiment."""
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _EXAMPLES: Final[Mapping[Kind, Mapping[str, Any]]] = {
@@ -98,10 +97,10 @@ def register(
     Returns the version, and whether it is new: the same files are registered once.
 
     Args:
-        model: a model folder with its manifest; files of one that is resolved are not hashed again.
+        model: a model folder with its manifest; the files of a resolved one are not hashed again.
         name: of the registered model; None: by its kind.
         alias: `challenger`, or `champion` to begin a registry with; None: no alias is touched.
-        clap: of a reward model: URI of the CLAP model that it stands on. None: the mini family's.
+        clap: of a reward model: URI of its CLAP model. None: the mini family's.
         provenance: where it comes from.
         uri: of the MLflow server; None: `services.weights.registry.tracking_uri`.
 
@@ -149,7 +148,7 @@ def checked_model(model: Path | ResolvedModel) -> ResolvedModel:
     folder = model if isinstance(model, Path) else model.folder
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
         raise ModelFormatError(
-            f"{folder} has no {MANIFEST_NAME}, which says its version and its licence; make the folder with "
+            f"{folder} has no {MANIFEST_NAME}, with its version and licence; make the folder with "
             "`milonga convert` or `milonga train`, which write one, or call services.models.manifest."
             "write_manifest"
         )
@@ -157,7 +156,7 @@ def checked_model(model: Path | ResolvedModel) -> ResolvedModel:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What the model in `folder` does. Raises `ModelError` where it holds neither kind, whole."""
+    """Return the kind of the model in `folder`. Raises `ModelError` if it is no complete model."""
     config = folder / "config.json"
     if config.exists() and read_json(config).get("model_type") == MODEL_TYPE:
         read_reward_config(folder)
@@ -167,7 +166,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def clap_of(folder: Path, clap: str | None) -> Path:
-    """The CLAP model that the reward model in `folder` stands on, by the URI `clap` or in the mini family."""
+    """Return the CLAP model of the reward model in `folder`, by the URI `clap` or from the mini family."""
     config = read_reward_config(folder)
     if clap is None:
         beside = mini_folder("clap-a")
@@ -175,7 +174,7 @@ def clap_of(folder: Path, clap: str | None) -> Path:
             raise InvalidInputError(
                 FieldViolation(
                     "--clap",
-                    f"is missing, and {folder} stands on the CLAP model {config.clap_name} "
+                    f"is missing, and {folder} needs the CLAP model {config.clap_name} "
                     f"({config.clap_digest}), not on the mini family's; give its model URI",
                 )
             )
@@ -206,7 +205,7 @@ def _check_names(name: str, alias: str | None, kind: Kind) -> None:
 
 
 def _find(client: "MlflowClient", name: str, digest: str) -> str | None:
-    """The newest version with these files, if there is one."""
+    """Return the newest version with these files, if there is one."""
     found = client.search_model_versions(f"name='{name}' and tags.`{DIGEST_TAG}`='{digest}'")
     versions = [int(version.version) for version in found if version.status == "READY"]
     return str(max(versions)) if versions else None
@@ -220,7 +219,7 @@ def _create(
     artifacts: Mapping[str, Path],
     provenance: Provenance,
 ) -> str:
-    """Send the files and make the version. A version is there only once its files are."""
+    """Send the files, then create the version: none exists without its files."""
     from mlflow.exceptions import MlflowException
 
     own = None
@@ -232,7 +231,7 @@ def _create(
     try:
         with tempfile.TemporaryDirectory(prefix="milonga-") as temporary:
             with warnings.catch_warnings():
-                # MLflow's, of its own classes and of types that we left open on purpose.
+                # Of MLflow's own classes, and of types that are open on purpose.
                 warnings.simplefilter("ignore")
                 packed = _pack(Path(temporary), kind, artifacts)
             client.log_artifacts(run_id, str(packed), name)
@@ -277,7 +276,7 @@ def tags_of(kind: Kind, model: ModelVersion, provenance: Provenance) -> dict[str
 
 
 def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
-    """The experiment `name`, made where it is missing. Files of a local database lie beside it."""
+    """Return the id of the experiment `name`, created if missing. Files of a local database are beside it."""
     from mlflow.exceptions import MlflowException
 
     from services.weights.registry import database_path
@@ -308,7 +307,7 @@ def _pack(folder: Path, kind: Kind, artifacts: Mapping[str, Path]) -> Path:
 
     named = {}
     for name, path in artifacts.items():
-        # MLflow names its copies after these; links out of their folder it refuses.
+        # MLflow names its copies after these, and refuses links out of their folder.
         named[name] = folder / (name if path.is_dir() else f"{name}{path.suffix}")
         if path.is_dir():
             shutil.copytree(
@@ -332,7 +331,7 @@ def _pack(folder: Path, kind: Kind, artifacts: Mapping[str, Path]) -> Path:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Weights are gigabytes, and often on the same disk."""
+    """Link a file, or copy it to another disk: weights are gigabytes."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -340,7 +339,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def signature_of(kind: Kind) -> "ModelSignature":
-    """What `predict` takes and gives. Numbers that may be missing are of any type: tables have NaN there."""
+    """Return the schema of `predict`. Optional numbers are of any type: tables have NaN there."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema, TensorSpec
 

@@ -185,7 +185,7 @@ def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(
     assert len(list(tmp_path.iterdir())) == KEPT
     (tmp_path / "step-000000020" / "state.pt").write_bytes(b"half")
     assert load_checkpoint(tmp_path) == {"step": 3}
-    assert "going on from step-000000003" in capsys.readouterr().err
+    assert "resuming from step-000000003" in capsys.readouterr().err
     (tmp_path / "step-000000003" / "state.pt").write_bytes(b"")
     with pytest.raises(MilongaError, match="no checkpoint is readable"):
         load_checkpoint(tmp_path)

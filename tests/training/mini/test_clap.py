@@ -48,7 +48,7 @@ def test_hard_negatives_join_the_clips_row_alone_and_only_where_they_are_known()
 def test_clips_that_one_caption_describes_are_no_negatives_of_each_other() -> None:
     swapped = CaptionTruth(classes=("siren", "dog"), relation="then")
     turned = CaptionTruth(classes=("siren", "dog"), relation="while")
-    alike = clap.told_alike([THEN, THEN, swapped, WHILE, turned])
+    alike = clap.same_caption([THEN, THEN, swapped, WHILE, turned])
     expected = torch.zeros(5, 5, dtype=torch.bool)
     for a, b in ((0, 1), (3, 4)):
         expected[a, b] = expected[b, a] = True

@@ -15,11 +15,11 @@ from training.preferences.pairs import (
     by_strategy,
     calibrate,
     ensemble_filter,
-    judge,
     make_pairs,
     ranked,
     read_pairs,
     table_2,
+    valued,
 )
 from training.preferences.pairs import Pool as PairPool
 
@@ -34,7 +34,7 @@ def _clip(
 
 
 def _judged(*clips: tuple[Row, Row], rank_by: str = "first") -> list[Row]:
-    return judge([row for row, _ in clips], {row["id"]: row for _, row in clips}, NAMES, rank_by)
+    return valued([row for row, _ in clips], {row["id"]: row for _, row in clips}, NAMES, rank_by)
 
 
 def _ids(pairs: list[tuple[Row, Row]]) -> list[tuple[str, str]]:
@@ -130,7 +130,7 @@ def test_thresholds_from_quantiles() -> None:
         assert np.mean(rejected[:, s] >= found.beta[s]) == pytest.approx(0.8, abs=0.01)
         inside = (delta >= found.delta_min[s]) & (delta <= found.delta_max[s])
         assert inside.sum() / (delta > 0).sum() == pytest.approx(0.8, abs=0.01)
-    with pytest.raises(InvalidInputError, match="no chosen clip better"):
+    with pytest.raises(InvalidInputError, match="scores no chosen clip above"):
         calibrate(_pool([(0.1, 0.1)], [(0.2, 0.0)]), Quantiles())
 
 
