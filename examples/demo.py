@@ -22,9 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from services import client
 from services.audio.spectrogram import spectrogram_png
 from services.cli.judging import SCORERS
-from services.cli.outputs import make_folder
+from services.cli.outputs import Cell, make_folder, print_table
 from services.cli.progress import stage_of
-from services.cli.table import Cell, print_table
 from services.errors import MilongaError
 from services.files import write_atomically
 from services.processes import ServicePlan, free_port, running

@@ -1,12 +1,14 @@
-"""Our programs as processes of their own: their environment, and the three services on embedded models."""
+"""Our programs as processes of their own: their environment, and every service on its embedded models."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.catalogue import CATALOGUE
+from services.cli.options import setting_words
 from services.processes import ServicePlan, free_port, running
 
 EXACT = {"exact": "true", "batch_shapes": "[2]", "threads": "1"}
@@ -23,27 +25,44 @@ def environment(**settings: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """Addresses."""
+    """Addresses of services."""
 
-    generation: str
-    scoring: str
-    reward: str
+    targets: Mapping[str, str]
+    """By name."""
+
+    @property
+    def generation(self) -> str:
+        return self.targets["generation"]
+
+    @property
+    def scoring(self) -> str:
+        return self.targets["scoring"]
+
+    @property
+    def reward(self) -> str:
+        return self.targets["reward"]
+
+    @property
+    def by_model(self) -> dict[str, str]:
+        """By the model's name in the Open Inference Protocol."""
+        return {CATALOGUE[name].model: target for name, target in self.targets.items()}
 
 
 @contextmanager
 def all_services(logs: Path) -> Iterator[Services]:
-    """Start the services on the embedded models, and wait until they answer."""
-    arguments = {
-        "generation": ("--model", "mini"),
-        "scoring": ("--scorer", "clap-a=mini:clap-a", "--scorer", "clap-b=mini:clap-b"),
-        "reward": ("--model", "mini"),
-    }
+    """Start every service on its embedded models, and wait until they answer."""
     plans = [
-        ServicePlan(name=name, arguments=given, address=f"127.0.0.1:{free_port()}")
-        for name, given in arguments.items()
+        ServicePlan(
+            name=entry.name,
+            arguments=tuple(
+                word for one in entry.weights for word in setting_words(one.setting, one.embedded)
+            ),
+            address=f"127.0.0.1:{free_port()}",
+        )
+        for entry in CATALOGUE.values()
     ]
     settings = {f"MILONGA_{name.upper()}": value for name, value in EXACT.items()}
     with running(plans, logs=logs, environment=environment(**settings)) as started:
         for service in started:
             service.wait_until_serving()
-        yield Services(**{service.plan.name: service.target for service in started})
+        yield Services(targets={service.plan.name: service.target for service in started})

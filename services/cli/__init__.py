@@ -92,7 +92,7 @@ def build_app() -> typer.Typer:
     app.command()(generate.generate)
     app.command()(score.score)
     app.add_typer(serve.app, name="serve")
-    app.command(epilog=up.EPILOG)(up.up)
+    app.command("up", epilog=up.EPILOG)(up.up)
     app.command()(fetch.fetch)
     app.command()(convert.convert)
     app.add_typer(triton.app, name="triton")
@@ -146,12 +146,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _wants_hub(words: Sequence[str]) -> bool:
-    """Whether a model or a text encoder is named by its place on the hub."""
-    named = (*words, *(os.environ.get(f"MILONGA_{name}", "") for name in ("MODEL", "UNPINNED_MODEL", "CLAP")))
-    # The scorers are a JSON object.
-    return any(word.rpartition("=")[2].startswith("hf:") for word in named) or (
-        '"hf:' in os.environ.get("MILONGA_SCORERS", "")
-    )
+    """Whether a model or a text encoder is named by its place on the Hugging Face hub."""
+    variables = [value for name, value in os.environ.items() if name.startswith("MILONGA_")]
+    # Several models are a JSON object.
+    return any(one.rpartition("=")[2].startswith("hf:") or '"hf:' in one for one in (*words, *variables))
 
 
 def _one_line(error: Exception, code: int) -> str:

@@ -1,4 +1,4 @@
-"""`milonga doctor`: what is installed, what is there to run on, what is missing and how to get it."""
+"""`milonga doctor`: what is installed, devices, embedded models, what is missing and how to get it."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
-from services.errors import MilongaError
+from services.catalogue import CATALOGUE
+from services.errors import DigestMismatchError, MilongaError
 
 Status = Literal["ok", "note", "missing"]
 
@@ -43,8 +44,6 @@ _PURPOSES = {
 }
 _ALONE = {"laion-clap": "numpy"}
 """Extras that want an older release of a distribution than the others do: for environments of their own."""
-_EMBEDDED = ("mini", "mini-base", "mini:clap-a", "mini:clap-b", "mini:reward")
-"""Model URIs of the embedded models that commands use by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,7 +241,6 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
             remedy="pip install 'milonga[serving]', or use a service with --server",
         )
         return
-    from services.cli.models import check_model
     from services.weights import uri as model_uri
 
     for uri in uris:
@@ -257,10 +255,60 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
         yield Check(group="models", name=uri, status="ok", found=found)
 
 
+def check_model(path: Path) -> None:
+    """Raise `ModelError` unless `path` holds a whole model: text to audio, CLAP or reward. Needs torch.
+
+    Of a folder, keys and shapes are compared and nothing is loaded; a LAION checkpoint has to be.
+    """
+    from services.models.architectures import check_generator
+    from services.models.clap.laion import load_laion
+    from services.models.clap.loading import check_clap_folder, clap_config
+    from services.models.folders import read_json
+    from services.models.reward.model import MODEL_TYPE
+
+    if path.is_file():
+        load_laion(path)
+        return
+    config = path / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if kind == "clap":
+        check_clap_folder(path, clap_config(path))
+    elif kind == MODEL_TYPE:
+        _check_reward(path)
+    else:
+        check_generator(path)
+
+
+def _check_reward(folder: Path) -> None:
+    from services.models.folders import read_shapes
+    from services.models.manifest import read_manifest
+    from services.models.mini import mini_folder
+    from services.models.reward.model import RewardHead, read_reward_config
+    from services.models.state_dicts import check_weights, on_meta
+
+    config = read_reward_config(folder)
+    check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_shapes(folder))
+    if folder == mini_folder("reward"):
+        clap = read_manifest(mini_folder("clap-a"))
+        if clap.digest != config.clap_digest:
+            raise DigestMismatchError(
+                f"{folder} was trained on {config.clap_name} ({config.clap_digest}), and beside it lies "
+                f"{clap.digest}; install milonga again"
+            )
+
+
+def embedded_models() -> tuple[str, ...]:
+    """Return the model URIs of the embedded models that commands use by default."""
+    values = [weights.embedded for entry in CATALOGUE.values() for weights in entry.weights]
+    uris = [uri for one in values for uri in ([one] if isinstance(one, str) else one.values())]
+    # Training starts from mini-base.
+    return tuple(dict.fromkeys((uris[0], "mini-base", *uris)))
+
+
 def examine(models: tuple[str, ...]) -> tuple[Check, ...]:
     """Return every check of the report, the embedded models and `models` included."""
     named = os.environ.get("MILONGA_MODEL")
-    uris = dict.fromkeys((*_EMBEDDED, *([named] if named else []), *models))
+    uris = dict.fromkeys((*embedded_models(), *([named] if named else []), *models))
     return (*python_checks(), *package_checks(), *device_checks(), *model_checks(tuple(uris)))
 
 
@@ -286,7 +334,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Tell versions, devices and model folders, what is missing and how to get it.
+    """Report versions, devices and model folders, what is missing and how to get it.
 
     Ends with 1 where something needed is missing, otherwise with 0.
     """

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from services.cli.serve import URI_FORMS
-from services.cli.table import is_terminal, print_lines, print_table
+from services.cli.options import URI_FORMS
+from services.cli.outputs import is_terminal, print_lines, print_table
 
 
 def fetch(

@@ -12,9 +12,8 @@ from services.cli import judging, prompts
 from services.cli.folder import Folder
 from services.cli.judging import refuse
 from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
-from services.cli.outputs import check_writable, encoding_of, numbered
+from services.cli.outputs import Cell, check_writable, encoding_of, numbered, print_table
 from services.cli.progress import ProgressView
-from services.cli.table import Cell, print_table
 from services.errors import InvalidInputError
 from services.files import write_atomically
 

@@ -17,7 +17,7 @@ import typer
 
 from services import client
 from services.api.scoring import CombinedScorers, Scorers
-from services.cli.serve import read_scorers
+from services.cli.options import read_pairs
 from services.errors import FieldViolation, InvalidInputError, ModelError
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def choose_judges(
     if scoring is not None and any("=" in one for one in scorer or ()):
         refuse("--scorer", "is NAME=URI, and the service has its own; with --scoring give names alone")
     by_default = scoring is None and reward_server is None
-    scorers = read_scorers(scorer) if scoring is None else None
+    scorers = read_pairs("--scorer", scorer) if scorer and scoring is None else None
     if scorers is None:
         scorers = dict(SCORERS) if by_default else {}
     if reward is None and by_default and not no_reward:

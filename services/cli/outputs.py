@@ -1,6 +1,16 @@
-"""Files that a command writes: whole or not at all."""
+"""What a command writes.
 
+Files are written whole or not at all. Tables are aligned for people and tab-separated for programs.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from services.errors import FieldViolation, InvalidInputError, OutputError
 from services.files import temporary_name
@@ -47,3 +57,36 @@ def make_folder(folder: Path) -> None:
 def numbered(path: Path, index: int, count: int) -> Path:
     """Return `path` for the only clip, ``clip-1.wav``, ``clip-2.wav``, … for several."""
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+
+
+Cell = str | float
+"""Text, or a number that is rounded for the eye."""
+
+
+def print_lines(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """Print a line of tab-separated cells for the `header`, if there is one, and for each row."""
+    for row in ([header] if header else []) + list(rows):
+        print("\t".join(_exact(cell) for cell in row))
+    sys.stdout.flush()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, stderr: bool = False) -> None:
+    """Print an aligned table; numbers stand under each other."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(header):
+        numeric = all(not isinstance(row[index], str) for row in rows)
+        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        # As Text: file names and prompts hold brackets that are no markup.
+        table.add_row(*(Text(cell if isinstance(cell, str) else f"{cell:.3f}") for cell in row))
+    Console(stderr=stderr, highlight=False, soft_wrap=False).print(table)
+
+
+def is_terminal() -> bool:
+    """Whether a person reads stdout."""
+    return sys.stdout.isatty()
+
+
+def _exact(cell: Cell) -> str:
+    # A tab or line feed in a file's name would make another cell or row of it.
+    return re.sub(r"\s", " ", cell) if isinstance(cell, str) else f"{cell:.6f}"

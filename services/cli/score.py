@@ -17,8 +17,8 @@ from services.api.scoring import Scorers
 from services.audio.clips import AudioBounds, check_prompt, read_clip
 from services.cli import judging, prompts
 from services.cli.judging import refuse
+from services.cli.outputs import Cell, is_terminal, print_lines, print_table
 from services.cli.progress import ProgressView
-from services.cli.table import Cell, is_terminal, print_lines, print_table
 from services.errors import FieldViolation, InvalidInputError
 
 _MAX_BATCH_BYTES = 128 * 2**20

@@ -1,18 +1,44 @@
 """`milonga triton`: our models for a Triton server."""
 
-from collections.abc import Mapping
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from services.cli import judging
-from services.cli.serve import URI_FORMS, read_scorers
+from services.catalogue import CATALOGUE, Entry
+from services.cli.options import option_of, read_weights, weights_options, with_options
 from services.errors import FieldViolation, InvalidInputError
+
+if TYPE_CHECKING:
+    from services.inference.triton.repository import Exported, Weights
+    from services.inference.triton.serving import Servable
+    from services.weights.uri import ModelURI, ResolvedModel
 
 app = typer.Typer(help="Our models in NVIDIA's Triton Inference Server.", no_args_is_help=True)
 
-MODELS = ("tango", "clap", "reward")
+MODELS: Final = {entry.model: entry for entry in CATALOGUE.values()}
+"""Services by their model's name."""
+NAMES: Final = ", ".join(MODELS)
+TOKENIZER: Final = "roberta-base"
+"""Folder beside a LAION checkpoint in which its tokenizer is looked for."""
+WAITING: Final = 256
+"""Requests to a model with batches that may wait in Triton; beyond that it answers UNAVAILABLE."""
+WAIT_MICROSECONDS: Final = 5_000
+"""How long one waits for others to share its batch: as long as in our services."""
+
+_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CODE: Final = '''\
+"""Written by `milonga triton export`: the model that the {service} service serves, under Triton."""
+
+from services.{service}.triton import open_model
+from services.inference.triton.backend import python_model
+
+TritonPythonModel = python_model(open_model)
+'''
 
 
 @app.callback()
@@ -20,30 +46,16 @@ def _triton() -> None:
     pass
 
 
-@app.command()
-def export(
+def _export(
     repository: Annotated[
         str, typer.Argument(help="Folder of the repository, made if it is not there; or s3://….")
     ],
-    model: Annotated[str, typer.Option(help=f"What makes sound: mini, {URI_FORMS}.", metavar="URI")] = "mini",
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A scorer of clap. May be given several times.",
-            metavar="NAME=URI",
-            show_default="clap-a=mini:clap-a clap-b=mini:clap-b",
-        ),
-    ] = None,
-    reward: Annotated[str, typer.Option(help="Reward model.", metavar="URI")] = judging.REWARD,
-    clap: Annotated[
-        str, typer.Option(help="CLAP model that the reward model was trained on.", metavar="URI")
-    ] = judging.CLAP,
     only: Annotated[
         list[str] | None,
         typer.Option(
             help="Export this model alone. May be given several times.",
-            metavar="tango|clap|reward",
-            show_default="all three",
+            metavar="|".join(MODELS),
+            show_default="all",
         ),
     ] = None,
     version: Annotated[
@@ -65,29 +77,17 @@ def export(
             show_default=False,
         ),
     ] = None,
+    **weights: Any,
 ) -> None:
-    """Write a Triton model repository: tango, clap and reward, each with its weights.
-
-    A version that is there already is left as it is. A model's first version is pinned (version_policy); a
-    later one lies beside it until `milonga promote run --target triton://HOST:8001` takes it there.
-    """
     chosen = _chosen(only)
     if version is not None and len(chosen) != 1:
         raise InvalidInputError(FieldViolation("--version", "is for one model; name it by --only"))
-    settings = _settings(setting, chosen)
-    # Only now: the services' modules import torch.
-    from services.cli import triton_export as exporting
+    settings, values = _settings(setting, chosen), read_weights(weights, export=True)
     from services.inference.triton.repository import ModelRepository, open_storage
 
     storage = open_storage(repository)
-    scorers = read_scorers(scorer or tuple(f"{n}={uri}" for n, uri in judging.SCORERS.items())) or {}
-    exports = {
-        "tango": lambda: exporting.export_tango(model, settings["tango"]),
-        "clap": lambda: exporting.export_clap(scorers, settings["clap"]),
-        "reward": lambda: exporting.export_reward(reward, clap, settings["reward"]),
-    }
     # All are found before the first is written.
-    found = [exports[name]() for name in chosen]
+    found = [export_model(entry, values[entry.name], settings[entry.model]) for entry in chosen]
     models = ModelRepository(storage)
     for exported, number in found:
         name, number = exported.config.name, version or number
@@ -101,26 +101,142 @@ def export(
         typer.echo(f"tritonserver --model-repository={repository} {flags}")
 
 
-def _chosen(only: list[str] | None) -> list[str]:
+HELP: Final = (
+    f"Write a Triton model repository: {NAMES}, each with its weights.\n\n"
+    "A version that is there already is left as it is. A model's first version is pinned (version_policy); a "
+    "later one lies beside it until `milonga promote run --target triton://HOST:8001` takes it there."
+)
+app.command("export", help=HELP)(with_options(_export, weights_options(export=True)))
+
+
+def export_model(
+    entry: Entry, values: Mapping[str, Any], settings: Mapping[str, str] | None = None
+) -> tuple["Exported", int]:
+    """Return the model of a service, and its version number: that of its first weights.
+
+    Args:
+        entry: the service.
+        values: its settings that name weights.
+        settings: its other settings, as text, for config.pbtxt.
+
+    Raises:
+        ModelError: weights were not found, or refused.
+        InvalidInputError: they are of another kind, or a setting is wrong.
+    """
+    from services.inference.triton.repository import Exported
+    from services.inference.triton.serving import read_settings
+    from services.weights.uri import resolve
+
+    servable: Servable[Any] = importlib.import_module(f"services.{entry.name}.triton").SERVABLE
+    given = settings or {}
+    try:
+        _check_parts(values)
+        read = read_settings(servable.settings, given, f"--set {entry.model}.{{}}", **values)
+        uris = servable.uris(read)
+        _refuse_package(uris, values)
+        found = {part: resolve(uri) for part, uri in uris.items()}
+        config = servable.configure(read, found)
+    except InvalidInputError as error:
+        raise InvalidInputError(*(_as_option(one, entry) for one in error.violations)) from error
+    _configure(config, given)
+    weights = {part: _weights(model) for part, model in found.items()}
+    exported = Exported(config=config, code=_CODE.format(service=entry.name), weights=weights)
+    return exported, _number(next(iter(found.values())))
+
+
+def _chosen(only: Sequence[str] | None) -> list[Entry]:
     for name in only or ():
         if name not in MODELS:
-            raise InvalidInputError(
-                FieldViolation("--only", f"is {name!r}, must be one of {', '.join(MODELS)}")
-            )
-    return [name for name in MODELS if not only or name in only]
+            raise InvalidInputError(FieldViolation("--only", f"is {name!r}, must be one of {NAMES}"))
+    return [entry for name, entry in MODELS.items() if not only or name in only]
 
 
-def _settings(given: list[str] | None, chosen: list[str]) -> Mapping[str, dict[str, str]]:
+def _settings(given: Sequence[str] | None, chosen: Sequence[Entry]) -> Mapping[str, dict[str, str]]:
     """What --set says, by model."""
-    settings: dict[str, dict[str, str]] = {name: {} for name in MODELS}
+    settings: dict[str, dict[str, str]] = {entry.model: {} for entry in chosen}
     for text in given or ():
         name, equals, value = text.partition("=")
         model, dot, key = name.partition(".")
-        if not (equals and dot and key) or model not in chosen:
+        if not (equals and dot and key) or model not in settings:
             raise InvalidInputError(
                 FieldViolation(
-                    "--set", f"is {text!r}, must be MODEL.NAME=VALUE, MODEL of {', '.join(chosen)}"
+                    "--set", f"is {text!r}, must be MODEL.NAME=VALUE, MODEL of {', '.join(settings)}"
                 )
             )
         settings[model][key] = value
     return settings
+
+
+def _as_option(violation: FieldViolation, entry: Entry) -> FieldViolation:
+    """Name the option in the place of a setting: ``--scorer a`` of ``scorers.a``."""
+    setting, _, name = violation.field.partition(".")
+    for weights in entry.weights:
+        if weights.setting == setting:
+            return replace(violation, field=f"--{option_of(weights, export=True)} {name}".rstrip())
+    return violation
+
+
+def _check_parts(values: Mapping[str, Any]) -> None:
+    """Refuse names of weights that can't be names of folders."""
+    for setting, value in values.items():
+        for part in () if isinstance(value, str) else value:
+            if not _PART.fullmatch(part):
+                raise InvalidInputError(
+                    FieldViolation(
+                        setting,
+                        f"has the name {part[:80]!r}, must be letters, digits, dots, underscores and "
+                        "hyphens, the first of them a letter or a digit: it names a folder",
+                    )
+                )
+
+
+def _refuse_package(uris: "Mapping[str, ModelURI]", values: Mapping[str, Any]) -> None:
+    """Refuse weights that need the package laion_clap, which Triton's process can't import."""
+    for part, uri in uris.items():
+        if uri.scheme == "laion-clap":
+            field = part if part in values else next(f"{name}.{part}" for name in values)
+            raise InvalidInputError(
+                FieldViolation(
+                    field,
+                    f"is laion-clap:{uri.path}, which needs the package laion_clap; give laion:{uri.path}",
+                )
+            )
+
+
+def _number(found: "ResolvedModel") -> int:
+    """The version as Triton's folders have it: a registered model's own; others are 1 unless they say."""
+    version = found.identity.version
+    return int(version) if version.isdecimal() and int(version) else 1
+
+
+def _configure(config: Any, settings: Mapping[str, str]) -> None:
+    """Fill in how Triton runs a model, and the service's settings as parameters."""
+    from tritonclient.grpc import model_config_pb2
+
+    config.backend = "python"
+    # The setting `device` says where it runs. One instance: requests share its batches.
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_MODEL, count=1)
+    if not config.model_transaction_policy.decoupled:
+        config.dynamic_batching.max_queue_delay_microseconds = WAIT_MICROSECONDS
+        config.dynamic_batching.default_queue_policy.max_queue_size = WAITING
+    for name, value in settings.items():
+        config.parameters[name].string_value = value
+
+
+def _weights(model: "ResolvedModel") -> "Weights":
+    """What is copied of weights: a folder, or a LAION checkpoint with the tokenizer that it lacks."""
+    from services.inference.triton.repository import Weights
+
+    found = model.identity
+    weights = Weights(name=found.name, version=found.version, digest=found.digest, folder=model.folder)
+    if not model.folder.is_file():
+        return weights
+    from services.models.clap.laion import TOKENIZER_FILES, find_tokenizer
+
+    tokenizer = find_tokenizer(model.folder)
+    files = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+    return replace(
+        weights,
+        checkpoint=model.folder.name,
+        beside={f"{TOKENIZER}/{name}": tokenizer / name for name in files},
+    )

@@ -4,24 +4,28 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated, Any, Final, Self
 
 import typer
 
-from services.cli import judging
+from services.catalogue import CATALOGUE
+from services.cli.options import option_of, read_weights, setting_words, weights_options, with_options
 from services.cli.outputs import make_folder
-from services.cli.serve import PORTS, read_scorers
 from services.errors import FieldViolation, InvalidInputError
 from services.processes import ServicePlan, ServiceProcess, running
 
-DEFAULT_SCORERS: Final = tuple(f"{name}={uri}" for name, uri in judging.SCORERS.items())
+NAMES: Final = ", ".join(CATALOGUE)
+FIRST_PORT: Final = min(entry.port for entry in CATALOGUE.values())
 
 _POLL_SECONDS: Final = 0.1
-_PER_SERVICE: Final = ("LISTEN", "MODEL", "SCORERS", "HEALTH_PORT", "METRICS_PORT")
-"""Settings that services on one machine can't share, and `up` gives itself or leaves off."""
+_PER_SERVICE: Final = frozenset(
+    {"listen", "health_port", "metrics_port"}
+    | {weights.setting for entry in CATALOGUE.values() for weights in entry.weights}
+)
+"""Settings that services on one machine can't share: `up` gives them itself, or leaves them out."""
 EPILOG: Final = (
     "Prints a line for each service when it is ready; their logs go to stderr, each line after the "
     "service's name. Other settings come from the environment, as for milonga serve: MILONGA_DEVICE, "
@@ -31,51 +35,33 @@ EPILOG: Final = (
 )
 
 
-def up(
-    generation: Annotated[str, typer.Option(help="Model URI of the generation service.")] = "mini",
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A scorer of the scoring service, as for milonga serve scoring. May be given several times.",
-            metavar="NAME=URI",
-            show_default=" ".join(DEFAULT_SCORERS),
-        ),
-    ] = None,
-    reward: Annotated[str, typer.Option(help="Model URI of the reward service.")] = "mini",
-    clap: Annotated[
-        str, typer.Option(help="Model URI of the CLAP model that the reward model was trained on.")
-    ] = "mini:clap-a",
+def _up(
     host: Annotated[
         str, typer.Option(help="Interface to listen on; 0.0.0.0 for every one. Without TLS.")
     ] = "127.0.0.1",
     port: Annotated[
         int,
         typer.Option(
-            help="First of three consecutive ports: generation, scoring, reward.",
-            min=1,
-            max=65536 - len(PORTS),
+            help=f"First of {len(CATALOGUE)} consecutive ports: {NAMES}.", min=1, max=65536 - len(CATALOGUE)
         ),
-    ] = PORTS["generation"],
+    ] = FIRST_PORT,
     log_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the logs, one file a service, instead of stderr.", show_default=False),
     ] = None,
+    **weights: Any,
 ) -> None:
-    """Run all three services on this machine until Ctrl-C: generation, scoring and reward."""
-    scorers = read_scorers(scorer or DEFAULT_SCORERS) or {}
-    arguments = {
-        "generation": ("--model", generation),
-        "scoring": tuple(word for name, uri in scorers.items() for word in ("--scorer", f"{name}={uri}")),
-        "reward": ("--model", reward, "--clap", clap),
-    }
+    settings = read_weights(weights)
+    _check_models(settings)
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     plans = [
-        ServicePlan(name=name, arguments=arguments[name], address=f"{shown}:{port + index}")
-        for index, name in enumerate(PORTS)
+        ServicePlan(
+            name=name,
+            arguments=tuple(word for given in settings[name].items() for word in setting_words(*given)),
+            address=f"{shown}:{port + index}",
+        )
+        for index, name in enumerate(CATALOGUE)
     ]
-    _check_models(
-        {"--generation": [generation], "--scorer": scorers.values(), "--reward": [reward], "--clap": [clap]}
-    )
     _check_ports(plans)
     if log_dir is not None:
         make_folder(log_dir)
@@ -83,6 +69,10 @@ def up(
     if last_words:
         typer.echo(f"error: {last_words}", err=True)
     raise typer.Exit(code)
+
+
+up = with_options(_up, weights_options())
+up.__doc__ = f"Run every service on this machine until Ctrl-C: {NAMES}."
 
 
 def _run(plans: Sequence[ServicePlan], log_dir: Path | None) -> tuple[int, str | None]:
@@ -108,7 +98,7 @@ def _run(plans: Sequence[ServicePlan], log_dir: Path | None) -> tuple[int, str |
 
 
 def _watch(services: Sequence[ServiceProcess], signals: "_Signals") -> ServiceProcess | None:
-    """Tell what becomes ready. Returns at the first signal, or with the service that ended by itself."""
+    """Print what becomes ready. Returns at the first signal, or with the service that ended by itself."""
     waiting = list(services)
     while not signals.count:
         for service in services:
@@ -117,38 +107,36 @@ def _watch(services: Sequence[ServiceProcess], signals: "_Signals") -> ServicePr
         for service in tuple(waiting):
             if service.is_serving():
                 waiting.remove(service)
-                _tell_ready(service)
+                _print_ready(service)
                 if not waiting:
-                    _tell_how_to_call({one.plan.name: one.target for one in services})
+                    _print_examples(services)
         time.sleep(_POLL_SECONDS)
     return None
 
 
-def _tell_ready(service: ServiceProcess) -> None:
+def _print_ready(service: ServiceProcess) -> None:
     plan, seconds = service.plan, service.ready_seconds or 0.0
     models = " ".join(word for word in plan.arguments if not word.startswith("--"))
     typer.echo(f"{plan.name:<10}  {plan.address}  {models}  ready after {seconds:.1f} s")
 
 
-def _tell_how_to_call(targets: Mapping[str, str]) -> None:
-    typer.echo(
-        f"all ready; Ctrl-C stops them. Try: milonga generate 'A dog barks' --server {targets['generation']}"
-        f" · milonga score 'A dog barks' clip.wav --scoring {targets['scoring']}"
-        f" --reward-server {targets['reward']}"
-    )
+def _print_examples(services: Sequence[ServiceProcess]) -> None:
+    examples = (CATALOGUE[one.plan.name].example.format(one.target) for one in services)
+    typer.echo(f"all ready; Ctrl-C stops them. Try: {' · '.join(examples)}")
 
 
-def _check_models(models: Mapping[str, Iterable[str]]) -> None:
+def _check_models(settings: Mapping[str, Mapping[str, str | Mapping[str, str]]]) -> None:
     """Refuse what is no model URI before anything is started."""
-    from services.weights.uri import ModelURI
+    from services.weights.uri import parse_uris
 
-    faults = []
-    for flag, uris in models.items():
-        for uri in uris:
+    faults: list[FieldViolation] = []
+    for entry in CATALOGUE.values():
+        for weights in entry.weights:
+            value = settings[entry.name][weights.setting]
             try:
-                ModelURI.parse(uri)
+                parse_uris({"": value} if isinstance(value, str) else value, field=f"--{option_of(weights)}")
             except InvalidInputError as error:
-                faults += [FieldViolation(flag, one.description) for one in error.violations]
+                faults += error.violations
     if faults:
         raise InvalidInputError(*faults)
 
@@ -169,7 +157,7 @@ def _check_ports(plans: Sequence[ServicePlan]) -> None:
 
 def _environment(log_dir: Path | None) -> dict[str, str]:
     """This process's environment for each service, without what they can't share."""
-    dropped = tuple(f"MILONGA_{name}" for name in _PER_SERVICE)
+    dropped = {f"MILONGA_{name.upper()}" for name in _PER_SERVICE}
     kept = {
         name: value
         for name, value in os.environ.items()

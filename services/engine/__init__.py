@@ -1,6 +1,6 @@
 """Step-level batching over a model. Knows tensors and devices, no protocol."""
 
-from services.engine.config import EngineConfig
+from services.api.engine import EngineConfig
 from services.engine.engine import Engine
 from services.engine.jobs import Handle
 from services.engine.stats import EngineStats

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Unpack
 
+from services.api.engine import EngineConfig
 from services.api.generation import (
     Event,
     Failed,
@@ -22,7 +23,6 @@ from services.api.generation import (
 )
 from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
-from services.engine.config import EngineConfig
 from services.engine.jobs import Handle, Job
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
@@ -168,6 +168,6 @@ def _describe(pipeline: LatentPipeline, config: EngineConfig, model: ModelVersio
     limits = replace(
         described.limits,
         max_prompt_characters=config.max_prompt_characters,
-        max_clip_count=config.max_clip_count,
+        max_clip_count=min(config.max_clip_count, config.max_queue),
     )
     return replace(described, model=model, limits=limits)

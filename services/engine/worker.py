@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from services.api.engine import EngineConfig
 from services.api.generation import Clip, Event, Failed, Finished, Preview, Queued, quantise_mel
 from services.api.model import ModelVersion
 from services.engine.admission import Admission, Ticket
 from services.engine.batching import decodes_this_turn, entry_work, next_turn, row_shapes
-from services.engine.config import EngineConfig
 from services.engine.denoiser import Denoiser
 from services.engine.jobs import GroupKey, Job, Slot
 from services.engine.prompts import PromptCache

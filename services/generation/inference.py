@@ -1,37 +1,75 @@
 """The generation service as a model of the Open Inference Protocol: tensors in, tensors out.
 
 Row i is the clip that GenerateAudio makes of prompt i with seed i, bit for bit.
-Shapes: n prompts, N samples.
+Imports no torch. Shapes: n prompts, N samples.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.api.generation import Clip, Finished, GenerationRequest, Progress, Queued, violations
+from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
 from services.generation.operator import TokenCheck, read_uri
-from services.generation.running import run
-from services.generation.slot import EngineSlot, Served
-from services.generation.tensors import (
-    DURATION,
-    GUIDANCE_SCALE,
-    INPUTS,
-    NAME,
-    NEGATIVE_PROMPT,
-    NUM_INFERENCE_STEPS,
-    OUTPUTS,
-    PROMPT,
-    SCHEDULER,
-    SEED,
-)
-from services.inference import Response, Stages, Tensors, spread, texts
+from services.generation.servicer import run
+from services.inference import Response, Stages, Tensors, TensorSpec, spread, texts
 from services.inference.model import Caller, Parameter
 from services.inference.tensors import decimals, row_field
+
+if TYPE_CHECKING:
+    from services.generation.slot import EngineSlot, Served
+
+
+PROMPT: Final = TensorSpec(name="PROMPT", field="prompt", datatype="BYTES", dims=("n",))
+NEGATIVE_PROMPT: Final = TensorSpec(
+    name="NEGATIVE_PROMPT",
+    field="negative_prompt",
+    datatype="BYTES",
+    dims=("n",),
+    optional=True,
+    one_for_all=True,
+)
+SEED: Final = TensorSpec(
+    name="SEED", field="seed", datatype="INT64", dims=("n",), optional=True, one_for_all=True
+)
+NUM_INFERENCE_STEPS: Final = TensorSpec(
+    name="NUM_INFERENCE_STEPS",
+    field="num_inference_steps",
+    datatype="INT32",
+    dims=("n",),
+    optional=True,
+    one_for_all=True,
+)
+GUIDANCE_SCALE: Final = TensorSpec(
+    name="GUIDANCE_SCALE",
+    field="guidance_scale",
+    datatype="FP32",
+    dims=("n",),
+    optional=True,
+    one_for_all=True,
+)
+DURATION: Final = TensorSpec(
+    name="DURATION", field="duration", datatype="FP32", dims=("n",), optional=True, one_for_all=True
+)
+SCHEDULER: Final = TensorSpec(
+    name="SCHEDULER", field="scheduler", datatype="BYTES", dims=("n",), optional=True, one_for_all=True
+)
+INPUTS: Final = (PROMPT, NEGATIVE_PROMPT, SEED, NUM_INFERENCE_STEPS, GUIDANCE_SCALE, DURATION, SCHEDULER)
+
+OUTPUTS: Final = (
+    TensorSpec(name="AUDIO", field="audio", datatype="FP32", dims=("n", "samples")),
+    TensorSpec(name="SAMPLE_RATE", field="sample_rate_hertz", datatype="INT32", dims=(1,)),
+    TensorSpec(name="SEED", field="seed", datatype="INT64", dims=("n",)),
+    TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n",)),
+    TensorSpec(name="ROW", field="row", datatype="INT32", dims=(1,), optional=True),
+    TensorSpec(name="PROGRESS", field="progress", datatype="FP32", dims=(1,), optional=True),
+)
+"""In a stream each answer is about one row, ROW: PROGRESS on the way, the others with its clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +87,9 @@ class Row:
 class TangoModel:
     """What the slot of a generation service serves."""
 
-    name, inputs, outputs, decoupled = NAME, INPUTS, OUTPUTS, True
+    name, inputs, outputs, decoupled = GENERATION.model, INPUTS, OUTPUTS, True
 
-    def __init__(self, slot: EngineSlot) -> None:
+    def __init__(self, slot: "EngineSlot") -> None:
         self._slot = slot
 
     @property
@@ -80,7 +118,7 @@ class TangoModel:
 class LeasedTango:
     """The weights of one call."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: "Served") -> None:
         self._served = served
         self.version = served.version.version
         self.parameters = {
@@ -190,7 +228,7 @@ class LeasedTango:
 class SlotOperator:
     """Lets whoever knows the token change what a slot serves."""
 
-    def __init__(self, slot: EngineSlot, token: str) -> None:
+    def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot
         self.authorise = TokenCheck(token)
 

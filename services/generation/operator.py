@@ -1,16 +1,18 @@
 """The rpc of OperatorService: check the token, switch, encode."""
 
 import hmac
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
 from milonga.v1 import operator_pb2 as pb
 from milonga.v1 import operator_pb2_grpc as rpc
 from services.errors import FieldViolation, InvalidInputError, UnauthenticatedError
-from services.generation.slot import EngineSlot
 from services.weights.uri import ModelURI
 from services.wire import write_duration, write_version
+
+if TYPE_CHECKING:
+    from services.generation.slot import EngineSlot
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["OperatorService"].full_name
 
@@ -20,7 +22,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class OperatorServicer(rpc.OperatorServiceServicer):
     """Lets whoever knows the token change what a slot serves. Exceptions are mapped by the interceptor."""
 
-    def __init__(self, slot: EngineSlot, token: str) -> None:
+    def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot
         self._check_token = TokenCheck(token)
 

@@ -1,62 +1,69 @@
-"""Start the generation service: settings, model, engine, server, and the drain at the end."""
+"""What `services.runtime.serving` runs as the generation service, and what Prometheus sees of it."""
 
-import asyncio
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-import structlog
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import generation_pb2_grpc, operator_pb2_grpc
-from services.environment import quiet_libraries
-from services.errors import FieldViolation, InvalidInputError
-from services.generation.settings import GenerationSettings
-from services.runtime.logs import configure_logs
-from services.runtime.metrics import ServerMetrics
+from services.catalogue import GENERATION
+from services.generation.settings import GenerationSettings, model_uris, read_operator_token
+from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
-from services.runtime.serving import serve
-from services.weights.uri import ModelURI, resolve, served_uri
+from services.runtime.serving import Service
+from services.weights.uri import resolve
 
 if TYPE_CHECKING:
     from services.generation.slot import EngineSlot
 
-log = structlog.get_logger()
+COUNTERS: Final = {
+    "calls": ("milonga_denoiser_calls", "Calls of the denoiser, each one step of a batch."),
+    "clip_steps": ("milonga_denoising_steps", "Denoising steps, summed over clips."),
+    "rows": ("milonga_denoiser_rows", "Rows computed in denoiser calls, padding included."),
+    "padding_rows": ("milonga_denoiser_padding_rows", "Rows of padding in denoiser calls."),
+    "denoise_seconds": ("milonga_denoise_seconds", "Time in denoising steps."),
+    "decode_seconds": ("milonga_decode_seconds", "Time in decoding clips."),
+    "clips": ("milonga_clips", "Clips made."),
+    "audio_seconds": ("milonga_audio_seconds", "Seconds of sound made."),
+}
+"""Field of `EngineStats` to name and help of its counter."""
+
+OUTCOMES: Final = ("finished", "cancelled", "expired", "failed")
+"""Fields of `EngineStats` that count ended requests."""
 
 
-def run(settings: GenerationSettings) -> None:
-    """Serve until SIGTERM or SIGINT.
-
-    Raises:
-        MilongaError: the service could not start: a setting, the port, the model.
-    """
-    uri = served_uri(settings.model, settings.unpinned_model)
-    token = _operator_token(settings)
-    quiet_libraries(online=uri.needs_network)
-    configure_logs(settings.log_format, settings.log_level)
-    log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(
-        serve(
-            settings,
-            load=lambda: _load(settings, uri),
-            add=lambda server, metrics, slot: add_generation(server, metrics, slot, token),
-            describe=_describe,
-            close=lambda slot: slot.close(),
-        )
-    )
+def check(settings: GenerationSettings) -> bool:
+    """See `Service.check`."""
+    read_operator_token(settings)
+    return any(uri.needs_network for uri in model_uris(settings).values())
 
 
-def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", token: str | None) -> None:
-    """Add the services of a slot, and its metrics, to a server; the operator's where there is a `token`."""
+def load(settings: GenerationSettings) -> "EngineSlot":
+    """Load the engine of the model that the settings name. Raises `MilongaError`."""
+    model = resolve(model_uris(settings)[GENERATION.model])
+    # Torch takes seconds to import, and a wrong model should be refused at once.
+    from services.generation.slot import EngineSlot, Served, load_engine
+
+    return EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
+
+
+def add_generation(
+    server: Server, metrics: ServerMetrics, slot: "EngineSlot", settings: GenerationSettings
+) -> None:
+    """Add the services of a slot, and its metrics, to a server; the operator's where there is a token."""
     from services.generation import operator, servicer
     from services.generation.inference import SlotOperator, TangoModel
-    from services.generation.metrics import EngineCollector
     from services.inference import add_inference
 
-    metrics.registry.register(EngineCollector(slot))
+    metrics.add(partial(collect, slot))
     generation = servicer.GenerationServicer(slot)
     server.add(
         servicer.SERVICE_NAME,
         lambda to: generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, to),
     )
+    token = read_operator_token(settings)
     if token is not None:
         switching = operator.OperatorServicer(slot, token)
         server.add(
@@ -66,15 +73,8 @@ def add_generation(server: Server, metrics: ServerMetrics, slot: "EngineSlot", t
     add_inference(server, TangoModel(slot), None if token is None else SlotOperator(slot, token))
 
 
-def _load(settings: GenerationSettings, uri: ModelURI) -> "EngineSlot":
-    model = resolve(uri)
-    # Only now: torch takes seconds to import, and a wrong setting should be known at once.
-    from services.generation.slot import EngineSlot, Served, load_engine
-
-    return EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
-
-
-def _describe(slot: "EngineSlot") -> dict[str, Any]:
+def describe(slot: "EngineSlot") -> dict[str, Any]:
+    """See `Service.describe`."""
     model = slot.current.version
     return {
         "model": model.name,
@@ -84,28 +84,28 @@ def _describe(slot: "EngineSlot") -> dict[str, Any]:
     }
 
 
-def _operator_token(settings: GenerationSettings) -> str | None:
-    """The operator's token; None where there is none, and so no operator.
+def collect(slot: "EngineSlot") -> Iterator[Metric]:
+    """Yield the metrics of a slot's engines and of the served weights."""
+    stats = slot.stats
+    yield GaugeMetricFamily(
+        "milonga_queue_depth", "Clips that wait for a place in the batch.", stats.queue_depth
+    )
+    yield GaugeMetricFamily(
+        "milonga_running", "Requests in the engine, waiting ones included.", stats.running
+    )
+    yield from counters(COUNTERS, stats)
+    ended = CounterMetricFamily("milonga_engine_requests", "Requests that ended.", labels=["outcome"])
+    for outcome in OUTCOMES:
+        ended.add_metric([outcome], getattr(stats, outcome))
+    yield ended
+    yield served_weights("milonga_model", "The served weights.", slot.current.version)
 
-    Raises:
-        InvalidInputError: the file can't be read, or what is given is no token.
-    """
-    field, token = "operator_token", settings.operator_token
-    text = "" if token is None else token.get_secret_value()
-    if settings.operator_token_file is not None:
-        field, path = "operator_token_file", settings.operator_token_file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            raise InvalidInputError(
-                FieldViolation(field, f"is {path}, which can't be read: {reason}")
-            ) from error
-    elif not text:
-        return None
-    text = text.strip()
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise InvalidInputError(
-            FieldViolation(field, "holds no token: give one line of printable ASCII without spaces")
-        )
-    return text
+
+SERVICE: Final = Service(
+    settings=GenerationSettings,
+    check=check,
+    load=load,
+    add=add_generation,
+    describe=describe,
+    close=lambda slot: slot.close(),
+)

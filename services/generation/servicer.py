@@ -2,20 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
-from services.api.generation import Clip, Finished
+from services.api.generation import Clip, Event, Failed, Finished, GenerationRequest, Update
 from services.generation import convert
-from services.generation.running import run
-from services.generation.slot import EngineSlot
+from services.inference.model import Caller
 from services.wire import write_version
+
+if TYPE_CHECKING:
+    from services.engine import Engine, Handle
+    from services.generation.slot import EngineSlot
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -25,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationServicer(rpc.GenerationServiceServicer):
     """Serves what its slot holds: each call one model. Exceptions are mapped by the interceptor."""
 
-    def __init__(self, slot: EngineSlot) -> None:
+    def __init__(self, slot: "EngineSlot") -> None:
         self._slot = slot
 
     async def GenerateAudio(
@@ -66,3 +69,44 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
         return convert.write_model(self._slot.current.engine.description)
+
+
+async def run(
+    engine: "Engine", requests: Sequence[GenerationRequest], caller: Caller
+) -> AsyncGenerator[tuple[int, Update], None]:
+    """Yield the index of a request and its next event, until each of `requests` is `Finished`.
+
+    Raises what one failed with, or what refused it. Then, and when left early, all are cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    deadline = _deadline(caller)
+    handles: list[Handle] = []
+
+    def submit(index: int, request: GenerationRequest) -> "Handle":
+        def on_event(event: Event) -> None:
+            # Called on the engine's thread, which may outlive the loop of a stopped server.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        return engine.submit(request, on_event, deadline=deadline)
+
+    try:
+        for index, request in enumerate(requests):
+            handles.append(submit(index, request))
+        left = len(requests)
+        while left:
+            index, event = await events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            yield index, event
+            left -= isinstance(event, Finished)
+    finally:
+        for handle in handles:
+            handle.cancel()
+
+
+def _deadline(caller: Caller) -> float | None:
+    """Return the caller's deadline on `time.monotonic`'s clock."""
+    left: float | None = caller.time_remaining()  # of which grpc's stubs forget that it may be None
+    return None if left is None else time.monotonic() + left

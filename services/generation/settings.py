@@ -3,34 +3,64 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import SecretStr
 
-from services.runtime.settings import ServerSettings
+from services.api.engine import EngineConfig
+from services.catalogue import GENERATION
+from services.errors import FieldViolation, InvalidInputError
+from services.runtime.settings import ModelText, ServerSettings
+from services.weights.uri import ModelURI, served_uri
 
 
-class GenerationSettings(ServerSettings):
-    """Settings of the generation service."""
+class GenerationSettings(ServerSettings, EngineConfig):
+    """Settings of the generation service: of its server, its model and its engine."""
 
-    model: str = ""
-    """Model URI, best with a pin. Empty: there is no pin, and without `unpinned_model` nothing is served: a
-    service must not fall back to other weights by itself."""
-    unpinned_model: str = ""
-    """Model URI of what is served while `model` is empty: for a first start, never in production."""
+    model_config = ServerSettings.model_config
+
+    listen: str = GENERATION.listen
+    model: ModelText = ""
+    """Model to serve, best with a pin. Default: no model is pinned, and without `unpinned_model` the service
+    does not start: it never falls back to other weights by itself."""
+    unpinned_model: ModelText = ""
+    """Model to serve while `model` is empty: for a first start, never in production."""
     device: str = "auto"
-    """auto (cuda where there is one, otherwise cpu), cpu, cuda or cuda:N."""
+    """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of text encoder and denoiser; autoencoder and vocoder stay in float32."""
-    batch_shapes: tuple[int, ...] = Field(default=(1, 2, 4, 8), min_length=1)
-    """Clips that a denoiser call may hold, ascending; calls are padded to the smallest that fits."""
-    exact: bool = False
-    """Always pad to the largest batch shape: the same clip bit for bit, whoever else is served. Slower."""
-    max_queue: int = Field(default=64, gt=0)
-    """Clips that may wait. Beyond that, RESOURCE_EXHAUSTED at once."""
-    max_clip_count: int = Field(default=8, gt=0)
-    """Most clips in one request; never more than `max_queue`."""
-    threads: int | None = Field(default=None, gt=0)
-    """CPU threads of the model; None: torch's choice."""
     operator_token_file: Path | None = None
-    """File with the token of the operator rpc, which switches models. None: off, without `operator_token`."""
+    """File with a token; its bearer may switch models while calls are served (OperatorService). Default:
+    nobody may."""
     operator_token: SecretStr | None = None
-    """The token itself, where there is no file: from the environment, never a flag that others can list."""
+    """The token itself, if there is no file: from the environment, since others can list options."""
+
+
+def model_uris(settings: GenerationSettings) -> dict[str, ModelURI]:
+    """Return the URI of the model. Raises `InvalidInputError` if it is none, or nothing is to be served."""
+    return {GENERATION.model: served_uri(settings.model, settings.unpinned_model)}
+
+
+def read_operator_token(settings: GenerationSettings) -> str | None:
+    """Return the operator's token; None where there is none, and models are not switched.
+
+    Raises:
+        InvalidInputError: the file can't be read, or holds no token.
+    """
+    field, token = "operator_token", settings.operator_token
+    text = "" if token is None else token.get_secret_value()
+    if settings.operator_token_file is not None:
+        field, path = "operator_token_file", settings.operator_token_file
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise InvalidInputError(
+                FieldViolation(field, f"is {path}, which can't be read: {reason}")
+            ) from error
+    elif not text:
+        return None
+    text = text.strip()
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise InvalidInputError(
+            FieldViolation(field, "holds no token: give one line of printable ASCII without spaces")
+        )
+    return text

@@ -17,11 +17,9 @@ import structlog
 import torch
 
 from services.api.model import ModelSwitch, ModelVersion
-from services.engine import Engine, EngineConfig, EngineStats
+from services.engine import Engine, EngineStats
 from services.errors import (
     AlreadyUnderWayError,
-    FieldViolation,
-    InvalidInputError,
     MilongaError,
     ModelError,
     ModelFormatError,
@@ -228,19 +226,5 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
 
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
-    config = _engine_config(settings)
     pipeline = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
-    return Engine(pipeline, config, model.identity)
-
-
-def _engine_config(settings: GenerationSettings) -> EngineConfig:
-    try:
-        return EngineConfig(
-            batch_shapes=settings.batch_shapes,
-            max_queue=settings.max_queue,
-            max_clip_count=min(settings.max_clip_count, settings.max_queue),
-            exact=settings.exact,
-            threads=settings.threads,
-        )
-    except ValueError as error:
-        raise InvalidInputError(FieldViolation("settings", str(error))) from error
+    return Engine(pipeline, settings, model.identity)

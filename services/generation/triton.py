@@ -1,20 +1,38 @@
-"""The generation service's model under Triton."""
+"""The generation service's model under Triton. Exported repositories import `open_model`."""
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from typing import Any, Final
 
-from services.generation.inference import TangoModel
-from services.generation.settings import GenerationSettings
-from services.generation.slot import EngineSlot, Served, load_engine
-from services.generation.tensors import PART
+from services.catalogue import GENERATION
+from services.errors import FieldViolation, InvalidInputError
+from services.generation.inference import INPUTS, OUTPUTS, TangoModel
+from services.generation.settings import GenerationSettings, model_uris
+from services.inference.describing import write_config
 from services.inference.triton.backend import Opened
-from services.inference.triton.serving import file_uri, read_settings, served_models
+from services.inference.triton.serving import Servable
+from services.weights.uri import ResolvedModel
 
 
-async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
-    """Load the engine of a version folder. Raises `MilongaError`."""
-    version = served_models(folder)[PART]
-    settings = read_settings(GenerationSettings, parameters, model=file_uri(version))
-    slot = EngineSlot(Served(load_engine(settings, version), version.folder), partial(load_engine, settings))
+def configure(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) -> Any:
+    """See `Servable.configure`."""
+    model = found[GENERATION.model]
+    if not (model.folder / "model_index.json").exists():
+        description = f"is {settings.model}, which makes no sound: it has no model_index.json"
+        raise InvalidInputError(FieldViolation("model", description))
+    return write_config(GENERATION.model, INPUTS, OUTPUTS, 0, decoupled=True)
+
+
+async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+    """See `Servable.load`."""
+    from services.generation.slot import EngineSlot, Served, load_engine
+
+    model = found[GENERATION.model]
+    slot = EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
     return Opened(model=TangoModel(slot), close=slot.close)
+
+
+SERVABLE: Final = Servable(
+    entry=GENERATION, settings=GenerationSettings, uris=model_uris, configure=configure, load=load
+)
+open_model = SERVABLE.open

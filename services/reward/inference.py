@@ -1,39 +1,43 @@
 """The reward service as a model of the Open Inference Protocol: REWARD of prompts and their clips.
 
-Shapes: n pairs.
+Imports no torch. Shapes: n pairs.
 """
 
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from milonga.v1 import reward_pb2 as pb
-from services.audio.clips import AudioBounds
-from services.inference import Response, Stages, Tensors
+from services.catalogue import REWARD
+from services.inference import Response, Stages, Tensors, TensorSpec
 from services.inference.model import Caller
-from services.inference.pairs import limits_of, read_pairs
-from services.reward.judge import Judge
-from services.reward.servicer import RewardServicer
-from services.reward.tensors import INPUTS, NAME, OUTPUTS
+from services.inference.pairs import INPUTS, limits_of, read_pairs
+
+if TYPE_CHECKING:
+    from services.reward.servicer import RewardServicer
+
+OUTPUTS: Final = (
+    TensorSpec(name="REWARD", field="logit", datatype="FP32", dims=("n", 1)),
+    TensorSpec(name="PROBABILITY", field="probability", datatype="FP32", dims=("n", 1)),
+    TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", 1)),
+)
 
 
 class JudgeModel:
     """The reward model of a service."""
 
-    name, inputs, outputs, decoupled = NAME, INPUTS, OUTPUTS, False
+    name, inputs, outputs, decoupled = REWARD.model, INPUTS, OUTPUTS, False
 
-    def __init__(self, servicer: RewardServicer, judge: Judge, bounds: AudioBounds) -> None:
+    def __init__(self, servicer: "RewardServicer") -> None:
         self._servicer = servicer
-        self.max_rows = bounds.max_batch_size
-        self.limits = limits_of(bounds)
-        self.version = judge.version.version
-        self.parameters = {
-            "name": judge.version.name,
-            "version": judge.version.version,
-            "digest": judge.version.digest,
-        }
+        self.max_rows = servicer.bounds.max_batch_size
+        self.limits = limits_of(servicer.bounds)
+        version = servicer.judge.version
+        self.version = version.version
+        self.parameters = {"name": version.name, "version": version.version, "digest": version.digest}
 
     def lease(self) -> AbstractContextManager["JudgeModel"]:
         """Itself: the weights stay."""

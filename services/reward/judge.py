@@ -4,15 +4,16 @@ Shape legend: B pairs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from services.audio.clips import ReadClip
+from services.catalogue import REWARD
 from services.errors import ModelError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
-from services.reward.settings import RewardSettings, model_uris
+from services.reward.settings import CLAP, RewardSettings, model_uris
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
@@ -81,17 +82,17 @@ class Judge:
             torch.set_num_threads(self._threads)
 
 
-def load(settings: RewardSettings) -> Judge:
-    """Find and load the models of the settings.
+def load(settings: RewardSettings, found: Mapping[str, ResolvedModel] | None = None) -> Judge:
+    """Load the models of the settings; `found` has them by their names in `model_uris`, if they are resolved.
 
     Raises:
         ModelError: one was not found or refused, or they do not belong together.
         InvalidInputError: the device does not exist, or the CLAP model gives no tokens.
     """
-    uri, clap_uri = model_uris(settings)
-    version = resolve(uri)
+    uris = model_uris(settings)
+    version = found[REWARD.model] if found else resolve(uris[REWARD.model])
     with _naming_clap():
-        clap = resolve(clap_uri)
+        clap = found[CLAP] if found else resolve(uris[CLAP])
         tokens = load_clap_model(clap, settings.device)
     return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
 

@@ -1,69 +1,59 @@
-"""Start the reward service: settings, judge, server, and the drain at the end."""
+"""What `services.runtime.serving` runs as the reward service, and what Prometheus sees of it."""
 
-import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
-import structlog
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import reward_pb2_grpc as rpc
-from services.audio.clips import AudioBounds
-from services.environment import quiet_libraries
 from services.reward.settings import RewardSettings, model_uris
-from services.runtime.logs import configure_logs
-from services.runtime.metrics import ServerMetrics
+from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
-from services.runtime.serving import serve
+from services.runtime.serving import Service
 
 if TYPE_CHECKING:
     from services.reward.judge import Judge
 
-log = structlog.get_logger()
+COUNTERS: Final = {
+    "items": ("milonga_reward_clips", "Clips evaluated."),
+    "calls": ("milonga_reward_calls", "Calls of the model, each one batch."),
+    "cost": ("milonga_reward_audio_seconds", "Seconds of sound evaluated, in whole windows."),
+    "seconds": ("milonga_reward_busy_seconds", "Time in calls of the model."),
+    "waited": ("milonga_reward_wait_seconds", "Time that clips spent in the queue, summed over clips."),
+    "refused": ("milonga_reward_refused", "Submissions that found the queue full."),
+}
+"""Field of `BatchStats` to name and help of its counter."""
 
 
-def run(settings: RewardSettings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def check(settings: RewardSettings) -> bool:
+    """See `Service.check`."""
+    return any(uri.needs_network for uri in model_uris(settings).values())
 
-    Raises:
-        MilongaError: the service could not start: a setting, the port, a model.
-    """
-    quiet_libraries(online=any(uri.needs_network for uri in model_uris(settings)))
-    configure_logs(settings.log_format, settings.log_level)
-    log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(
-        serve(
-            settings,
-            load=lambda: _load(settings),
-            add=lambda server, metrics, judge: add_reward(server, metrics, judge, settings),
-            describe=_describe,
-            close=lambda judge: judge.close(),
-        )
-    )
+
+def load(settings: RewardSettings) -> "Judge":
+    """Load the models that the settings name. Raises `MilongaError`."""
+    # Torch takes seconds to import, and a wrong setting should be refused at once.
+    from services.reward import judge
+
+    return judge.load(settings)
 
 
 def add_reward(server: Server, metrics: ServerMetrics, judge: "Judge", settings: RewardSettings) -> None:
-    """Add the service of a loaded judge, and its metrics, to a server."""
+    """Add the services of a loaded judge, and its metrics, to a server."""
     from services.inference import add_inference
     from services.reward.inference import JudgeModel
-    from services.reward.metrics import RewardCollector
     from services.reward.servicer import SERVICE_NAME, RewardServicer
 
-    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
-    servicer = RewardServicer(judge, bounds, max_request_bytes=settings.max_request_bytes)
-    metrics.registry.register(RewardCollector(judge))
-    server.add(
-        SERVICE_NAME, lambda grpc_server: rpc.add_RewardServiceServicer_to_server(servicer, grpc_server)
-    )
-    add_inference(server, JudgeModel(servicer, judge, bounds))
+    servicer = RewardServicer(judge, settings)
+    metrics.add(partial(collect, judge))
+    server.add(SERVICE_NAME, lambda to: rpc.add_RewardServiceServicer_to_server(servicer, to))
+    add_inference(server, JudgeModel(servicer))
 
 
-def _load(settings: RewardSettings) -> "Judge":
-    # Only now: torch takes seconds to import, and a wrong setting should be known at once.
-    from services.reward.judge import load
-
-    return load(settings)
-
-
-def _describe(judge: "Judge") -> dict[str, Any]:
+def describe(judge: "Judge") -> dict[str, Any]:
+    """See `Service.describe`."""
     return {
         "model": judge.version.name,
         "version": judge.version.version,
@@ -71,3 +61,22 @@ def _describe(judge: "Judge") -> dict[str, Any]:
         "folder": str(judge.folder),
         "clap": {"model": judge.clap.name, "digest": judge.clap.digest},
     }
+
+
+def collect(judge: "Judge") -> Iterator[Metric]:
+    """Yield the metrics of a judge and of its weights."""
+    stats = judge.stats
+    yield GaugeMetricFamily("milonga_reward_queue_seconds", "Seconds of sound that wait.", stats.queue_cost)
+    yield from counters(COUNTERS, stats)
+    yield served_weights("milonga_model", "The served weights.", judge.version)
+    yield served_weights("milonga_clap_model", "The CLAP model that they were trained on.", judge.clap)
+
+
+SERVICE: Final = Service(
+    settings=RewardSettings,
+    check=check,
+    load=load,
+    add=add_reward,
+    describe=describe,
+    close=lambda judge: judge.close(),
+)

@@ -1,26 +1,33 @@
-"""The reward service's model under Triton."""
+"""The reward service's model under Triton. Exported repositories import `open_model`."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any, Final
 
-from services.audio.clips import AudioBounds
+from services.catalogue import REWARD
+from services.inference.describing import write_config
+from services.inference.pairs import INPUTS
 from services.inference.triton.backend import Opened
-from services.inference.triton.serving import file_uri, read_settings, served_models
-from services.reward.inference import JudgeModel
-from services.reward.judge import load
-from services.reward.servicer import RewardServicer
-from services.reward.settings import RewardSettings
-from services.reward.tensors import CLAP, REWARD
+from services.inference.triton.serving import Servable
+from services.reward.inference import OUTPUTS, JudgeModel
+from services.reward.settings import RewardSettings, model_uris
+from services.weights.uri import ResolvedModel
 
 
-async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
-    """Load the judge of a version folder. Raises `MilongaError`."""
-    versions = served_models(folder)
-    settings = read_settings(
-        RewardSettings, parameters, model=file_uri(versions[REWARD]), clap=file_uri(versions[CLAP])
-    )
-    judge = load(settings)
-    judge.version = versions[REWARD].identity
-    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
-    servicer = RewardServicer(judge, bounds, max_request_bytes=settings.max_request_bytes)
-    return Opened(model=JudgeModel(servicer, judge, bounds), close=judge.close)
+def configure(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Any:
+    """See `Servable.configure`."""
+    return write_config(REWARD.model, INPUTS, OUTPUTS, settings.max_batch_size, decoupled=False)
+
+
+async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+    """See `Servable.load`."""
+    from services.reward import judge
+    from services.reward.servicer import RewardServicer
+
+    loaded = judge.load(settings, found)
+    return Opened(model=JudgeModel(RewardServicer(loaded, settings)), close=loaded.close)
+
+
+SERVABLE: Final = Servable(
+    entry=REWARD, settings=RewardSettings, uris=model_uris, configure=configure, load=load
+)
+open_model = SERVABLE.open

@@ -1,6 +1,7 @@
 """Prometheus metrics of a service, in a registry of its own."""
 
 import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self
 from wsgiref.simple_server import WSGIServer
 
@@ -13,7 +14,11 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
+from services.api.model import ModelVersion
 from services.errors import FieldViolation, InvalidInputError
 
 # From a cached answer to a minute-long render on a CPU.
@@ -43,6 +48,34 @@ class ServerMetrics:
         self.in_flight = Gauge(
             "milonga_requests_in_flight", "Calls under way.", ["rpc"], registry=self.registry
         )
+
+    def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Add what `collect` returns at each scrape: a service's own counts."""
+        self.registry.register(_Collected(collect))
+
+
+class _Collected(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+
+def counters(table: Mapping[str, tuple[str, str]], stats: object) -> Iterator[Metric]:
+    """Yield a counter for each row of `table`, an attribute of `stats` with the metric's name and help."""
+    for attribute, (name, text) in table.items():
+        yield CounterMetricFamily(name, text, getattr(stats, attribute))
+
+
+def identity(version: ModelVersion) -> dict[str, str]:
+    """Return the labels that name weights."""
+    return {"name": version.name, "version": version.version, "digest": version.digest}
+
+
+def served_weights(name: str, text: str, version: ModelVersion) -> Metric:
+    """Return the metric that names weights."""
+    return InfoMetricFamily(name, text, identity(version))
 
 
 class MetricsServer:

@@ -27,20 +27,6 @@ _FIRST_GUESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchConfig:
-    """How a scorer's calls are gathered."""
-
-    max_batch_seconds: float
-    """Seconds of windows in a call of the audio side."""
-    max_wait_seconds: float
-    """How long a clip or a prompt waits for companions."""
-    max_queue_seconds: float
-    """Seconds of windows that may wait."""
-    threads: int | None = None
-    """CPU threads of each side; None: torch's choice."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchStats:
     """What a batcher has done so far. Costs are in the unit of its `cost`."""
 

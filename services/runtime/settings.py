@@ -1,14 +1,24 @@
-"""Settings that every service shares: a flag, else the environment (``MILONGA_*``), else the default."""
+"""Settings of services: their names, defaults, bounds and help, all in one place.
 
+A setting is an option of `milonga serve`, else it comes from the environment (``MILONGA_*``), else it has its
+default. Options and their help are derived from the fields and their docstrings (`services.cli.options`).
+"""
+
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from services.errors import FieldViolation, InvalidInputError
 
 ENV_PREFIX = "MILONGA_"
+
+ModelText = Annotated[str, "URI"]
+"""A model URI. The help of options shows it as URI."""
 
 
 class ServerSettings(BaseSettings):
@@ -18,29 +28,30 @@ class ServerSettings(BaseSettings):
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
     )
 
-    listen: str = "127.0.0.1:50051"
-    """Address of the service: host:port (port 0: any free one), or unix:/path."""
+    listen: str = "127.0.0.1:0"
+    """Address of the service: HOST:PORT (port 0: any free one), or unix:/PATH."""
     tls_cert_file: Path | None = None
-    """Certificate chain in PEM. With `tls_key_file`: speak TLS. Read at start."""
+    """Certificate chain (PEM). With `tls_key_file` the service speaks TLS, otherwise plaintext. Read at
+    start."""
     tls_key_file: Path | None = None
-    """Private key in PEM."""
+    """Private key (PEM)."""
     tls_client_ca_file: Path | None = None
-    """Authorities in PEM that clients' certificates must come from: mTLS."""
+    """Authorities (PEM) that clients' certificates must come from: mTLS."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of a second server with the health service only, always in plaintext (kubelet probes speak no
-    TLS), on the host of `listen`. 0: any free one. None: off."""
+    TLS), on the host of `listen`; 0: any free one. Default: no such server."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of Prometheus metrics over HTTP, on the host of `listen`. 0: any free one. None: off."""
-    max_request_bytes: int = Field(default=2**20, gt=0)
-    """Largest message that is taken in."""
+    """Port of Prometheus metrics over HTTP, on the host of `listen`; 0: any free one. Default: no metrics."""
+    max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
+    """Largest message that is accepted, in bytes."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
     """Age at which a connection is closed gracefully, its calls finished, so that clients spread over
-    replicas, and leave one that drains before it refuses: so less than `drain_delay_seconds`.
-    None: never."""
+    replicas, and leave a draining one before it refuses calls. Must be less than `drain_delay_seconds`.
+    Default: connections stay."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
-    """On SIGTERM: how long to go on serving after readiness is off, until routers know (5 on Kubernetes)."""
+    """On SIGTERM: seconds to go on serving after readiness is off, until routers know (15 on Kubernetes)."""
     grace_seconds: float = Field(default=30.0, ge=0, le=3600)
-    """After that: how long calls under way may take to finish. New ones are refused."""
+    """After that: seconds that calls under way may take to finish. New ones are refused."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: console on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -75,20 +86,49 @@ class ServerSettings(BaseSettings):
 Settings = TypeVar("Settings", bound=ServerSettings)
 
 
-def load_settings(kind: type[Settings], **flags: Any) -> Settings:
-    """Build settings; a flag that is None falls back to the environment.
+class BatchedSettings(ServerSettings):
+    """Settings of a service whose models take clips in batches, of several calls together."""
+
+    max_request_bytes: int = Field(default=256 * 2**20, gt=0, lt=2**31)
+    """Largest message that is accepted, in bytes: by default eleven minutes of stereo float32 at 48 kHz."""
+    device: str = "auto"
+    """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads of each model. Default: PyTorch's choice."""
+    max_batch_size: int = Field(default=64, gt=0)
+    """Most clips, pairs or prompts in one call."""
+    max_batch_seconds: float = Field(default=80.0, gt=0)
+    """Seconds of sound in one batch of a model, in whole windows. Bounds its memory."""
+    max_wait_seconds: float = Field(default=0.005, ge=0, le=60)
+    """Seconds that a clip or a prompt waits for others to share its batch."""
+    max_queue_seconds: float = Field(default=3840.0, gt=0)
+    """Seconds of sound that may wait for each model. Beyond that, calls are refused at once
+    (RESOURCE_EXHAUSTED)."""
+
+
+def load_settings(
+    kind: type[Settings], texts: Mapping[str, str] = MappingProxyType({}), /, **values: Any
+) -> Settings:
+    """Build settings of `kind`: from `values` and `texts`, otherwise from the environment, else the defaults.
+
+    Args:
+        kind: the settings' class.
+        texts: values as the environment would have them, by the setting's name: lists and tables are JSON.
+        values: values by the setting's name; None is as good as not given.
 
     Raises:
         InvalidInputError: with every wrong setting at once.
     """
     try:
-        return kind(**{name: value for name, value in flags.items() if value is not None})
+        source = EnvSettingsSource(kind)
+        source.env_vars = {f"{ENV_PREFIX}{name}".lower(): text for name, text in texts.items()}
+        return kind(**{**source(), **{name: value for name, value in values.items() if value is not None}})
     except ValidationError as error:
         raise InvalidInputError(*(_violation(fault) for fault in error.errors())) from error
     except SettingsError as error:
-        # A list or table in the environment that is no JSON; the message names the field.
-        remedy = 'lists and tables are JSON: [1, 2, 4], {"a": "mini:clap-a"}'
-        raise InvalidInputError(FieldViolation("settings", f"{error}; {remedy}")) from error
+        name = re.search(r'field "(\w+)"', str(error))
+        description = 'is no JSON; lists and tables are: [1, 2, 4], {"a": "mini:clap-a"}'
+        raise InvalidInputError(FieldViolation(name[1] if name else "settings", description)) from error
 
 
 def _violation(fault: Any) -> FieldViolation:

@@ -18,7 +18,7 @@ from services.scoring.scorers import Panel, Scorer
 from services.wire import write_version
 
 Prepared = dict[Scorer, list[Tensor]]
-"""Clips as each scorer hears them."""
+"""Clips as each scorer takes them."""
 
 Read = TypeVar("Read")
 
@@ -46,13 +46,13 @@ def choose(names: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[Panel, 
     return Panel(chosen), tuple(faults)
 
 
-def hear_pairs(
+def prepare_pairs(
     pairs: Sequence[audio_pb2.PromptedClip],
     panel: Panel,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
 ) -> tuple[list[str], Prepared]:
-    """Return the prompts, and the clips as each scorer hears them.
+    """Return the prompts, and the clips as each scorer takes them.
 
     Raises:
         InvalidInputError: with every violated field, and `faults` found before.
@@ -61,20 +61,20 @@ def hear_pairs(
     return [prompt for prompt, _ in read], panel.prepare([clip for _, clip in read])
 
 
-def hear_clips(
+def prepare_clips(
     clips: Sequence[audio_pb2.Clip],
     panel: Panel,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
 ) -> Prepared:
-    """As `hear_pairs`, without prompts."""
+    """As `prepare_pairs`, without prompts."""
     return panel.prepare(_read(lambda: read_clips(clips, "clips", bounds), faults))
 
 
 def check_prompts(
     prompts: Sequence[str], bounds: AudioBounds, faults: Sequence[FieldViolation] = ()
 ) -> list[str]:
-    """As `hear_pairs`, without clips."""
+    """As `prepare_pairs`, without clips."""
     return _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
 
 
@@ -96,7 +96,7 @@ def write_embeddings(embeddings: Sequence[NDArray[np.float32]]) -> Iterable[pb.E
 
 
 def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
-    """Return who the scorers are."""
+    """Return the scorers and which weights they are."""
     return [
         pb.Scorer(
             name=name,

@@ -1,35 +1,44 @@
 """The scoring service as a model of the Open Inference Protocol: SCORE of prompts and their clips.
 
-Shapes: n pairs.
+Imports no torch. Shapes: n pairs.
 """
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from milonga.v1 import scoring_pb2 as pb
-from services.audio.clips import AudioBounds
+from services.catalogue import SCORING
 from services.inference import Response, Stages, Tensors, TensorSpec
 from services.inference.model import Caller
-from services.inference.pairs import limits_of, read_pairs
-from services.scoring.scorers import Scorer
-from services.scoring.servicer import ScoringServicer
-from services.scoring.tensors import INPUTS, NAME, outputs_of
+from services.inference.pairs import INPUTS, limits_of, read_pairs
+
+if TYPE_CHECKING:
+    from services.scoring.servicer import ScoringServicer
+
+
+def outputs_of(scorers: int) -> Sequence[TensorSpec]:
+    """Return the output tensors of so many scorers: each is a column."""
+    return (
+        TensorSpec(name="SCORE", field="scores", datatype="FP32", dims=("n", scorers)),
+        TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", scorers)),
+    )
 
 
 class ClapModel:
     """The scorers of a service, which are a column of SCORE each."""
 
-    name, inputs, decoupled = NAME, INPUTS, False
+    name, inputs, decoupled = SCORING.model, INPUTS, False
 
-    def __init__(self, servicer: ScoringServicer, scorers: Mapping[str, Scorer], bounds: AudioBounds) -> None:
+    def __init__(self, servicer: "ScoringServicer") -> None:
         self._servicer = servicer
-        self.outputs: Sequence[TensorSpec] = outputs_of(len(scorers))
-        self.max_rows = bounds.max_batch_size
-        self.limits = limits_of(bounds)
-        versions = {name: scorer.version for name, scorer in scorers.items()}
+        self.outputs = outputs_of(len(servicer.scorers))
+        self.max_rows = servicer.bounds.max_batch_size
+        self.limits = limits_of(servicer.bounds)
+        versions = {name: scorer.version for name, scorer in servicer.scorers.items()}
         self.version = ",".join(dict.fromkeys(version.version for version in versions.values()))
         self._digests = [version.digest.encode() for version in versions.values()]
         self.parameters = {"scorers": ",".join(versions)}

@@ -17,10 +17,11 @@ from torch import Tensor
 from services.audio.clips import ReadClip
 from services.errors import ModelError
 from services.models.clap.model import EmbeddingModel, TextCache
-from services.runtime.microbatching import BatchConfig, BatchStats, MicroBatcher
+from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.runtime.settings import BatchedSettings
 from services.scoring.settings import ScoringSettings, model_uris
 from services.weights.loading import load_embedding_model
-from services.weights.uri import ModelURI, ResolvedModel, resolve
+from services.weights.uri import ResolvedModel, resolve
 
 Embedding = NDArray[np.float32]
 """[D], of length 1."""
@@ -37,23 +38,23 @@ Made = TypeVar("Made")
 class Scorer:
     """A loaded model. Its audio side and its text side have a worker thread and batches each."""
 
-    def __init__(self, model: EmbeddingModel, version: ResolvedModel, config: BatchConfig) -> None:
+    def __init__(self, model: EmbeddingModel, version: ResolvedModel, settings: BatchedSettings) -> None:
         self.version = version.identity
         self.sampling_rate, self.dimension = model.sampling_rate, model.dimension
-        self._model, self._threads = model, config.threads
+        self._model, self._threads = model, settings.threads
         self._audio: MicroBatcher[Tensor, Embedding] = MicroBatcher(
             lambda clips: list(model.embed_windows(clips).numpy()),
             cost=lambda windows: windows.numel() / model.sampling_rate,
-            max_cost=config.max_batch_seconds,
-            max_wait=config.max_wait_seconds,
-            max_queue_cost=config.max_queue_seconds,
+            max_cost=settings.max_batch_seconds,
+            max_wait=settings.max_wait_seconds,
+            max_queue_cost=settings.max_queue_seconds,
             initialize=self._set_threads,
         )
         self._text: MicroBatcher[str, Embedding] = MicroBatcher(
             lambda prompts: list(model.embed_text(prompts).numpy()),
             cost=lambda _: 1.0,
             max_cost=MAX_TEXT_BATCH,
-            max_wait=config.max_wait_seconds,
+            max_wait=settings.max_wait_seconds,
             max_queue_cost=MAX_TEXT_QUEUE,
             initialize=self._set_threads,
         )
@@ -156,24 +157,30 @@ async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
             task.cancel()
 
 
-def load_scorers(uris: Mapping[str, ModelURI], device: str, config: BatchConfig) -> dict[str, Scorer]:
-    """Resolve and load every scorer, by name. Names of the same version share one.
+def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel] | None = None) -> dict[str, Scorer]:
+    """Load every scorer of the settings, by name. Names of the same weights share one.
+
+    Args:
+        settings: of the service.
+        found: the scorers' weights by name, if they are resolved.
 
     Raises:
         ModelError: one was not found, or refused; the message begins with its name.
         InvalidInputError: the device does not exist.
     """
+    versions = dict(found or {})
+    # All are found before the first is loaded, so that a wrong one is refused at once.
+    for name, uri in model_uris(settings).items():
+        if name not in versions:
+            with _naming(name):
+                versions[name] = resolve(uri)
     loaded: dict[ResolvedModel, Scorer] = {}
     scorers: dict[str, Scorer] = {}
-    versions: dict[str, ResolvedModel] = {}
-    # All are found before the first is loaded: a wrong one is known at once.
-    for name, uri in uris.items():
-        with _naming(name):
-            versions[name] = resolve(uri)
     for name, version in versions.items():
         if version not in loaded:
             with _naming(name):
-                loaded[version] = Scorer(load_embedding_model(version, device), version, config)
+                model = load_embedding_model(version, settings.device)
+                loaded[version] = Scorer(model, version, settings)
         scorers[name] = loaded[version]
     return scorers
 
@@ -185,20 +192,3 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise type(error)(f"scorer {name}: {error}") from error
-
-
-def load(settings: ScoringSettings) -> dict[str, Scorer]:
-    """Load every scorer of the settings, by name."""
-    config = BatchConfig(
-        max_batch_seconds=settings.max_batch_seconds,
-        max_wait_seconds=settings.max_wait_seconds,
-        max_queue_seconds=settings.max_queue_seconds,
-        threads=settings.threads,
-    )
-    return load_scorers(model_uris(settings.scorers), settings.device, config)
-
-
-async def close(scorers: Mapping[str, Scorer]) -> None:
-    """Close each scorer once."""
-    for scorer in dict.fromkeys(scorers.values()):
-        await scorer.close()

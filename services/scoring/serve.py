@@ -1,78 +1,126 @@
-"""Start the scoring service: settings, scorers, server, and the drain at the end."""
+"""What `services.runtime.serving` runs as the scoring service, and what Prometheus sees of it."""
 
-import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
-import structlog
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import scoring_pb2_grpc as rpc
-from services.audio.clips import AudioBounds
-from services.environment import quiet_libraries
-from services.runtime.logs import configure_logs
-from services.runtime.metrics import ServerMetrics
+from services.runtime.metrics import ServerMetrics, identity
 from services.runtime.server import Server
-from services.runtime.serving import serve
+from services.runtime.serving import Service
 from services.scoring.settings import ScoringSettings, model_uris
 
 if TYPE_CHECKING:
     from services.scoring.scorers import Scorer
 
-log = structlog.get_logger()
+COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
+    "milonga_scoring_clips": ("Clips embedded.", lambda scorer: scorer.audio_stats.items),
+    "milonga_scoring_audio_calls": (
+        "Calls of the model's audio side, each one batch.",
+        lambda scorer: scorer.audio_stats.calls,
+    ),
+    "milonga_scoring_audio_seconds": (
+        "Seconds of sound embedded, in whole windows.",
+        lambda scorer: scorer.audio_stats.cost,
+    ),
+    "milonga_scoring_audio_busy_seconds": (
+        "Time in calls of the audio side.",
+        lambda scorer: scorer.audio_stats.seconds,
+    ),
+    "milonga_scoring_audio_wait_seconds": (
+        "Time that clips spent in the queue, summed over clips.",
+        lambda scorer: scorer.audio_stats.waited,
+    ),
+    "milonga_scoring_refused": (
+        "Submissions that found the queue full.",
+        lambda scorer: scorer.audio_stats.refused + scorer.text_stats.refused,
+    ),
+    "milonga_scoring_texts": ("Prompts embedded or found.", lambda scorer: scorer.text_stats.items),
+    "milonga_scoring_text_calls": (
+        "Calls of the model's text side, each one batch.",
+        lambda scorer: scorer.text_stats.calls,
+    ),
+    "milonga_scoring_text_cache_hits": (
+        "Prompts whose embedding was cached.",
+        lambda scorer: scorer.cache.hits,
+    ),
+    "milonga_scoring_text_cache_misses": (
+        "Prompts whose embedding was not cached.",
+        lambda scorer: scorer.cache.misses,
+    ),
+}
+"""Name of each counter to its help and where it is read."""
 
 
-def run(settings: ScoringSettings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def check(settings: ScoringSettings) -> bool:
+    """See `Service.check`."""
+    return any(uri.needs_network for uri in model_uris(settings).values())
 
-    Raises:
-        MilongaError: the service could not start: a setting, the port, a model.
-    """
-    uris = model_uris(settings.scorers)
-    quiet_libraries(online=any(uri.needs_network for uri in uris.values()))
-    configure_logs(settings.log_format, settings.log_level)
-    log.info("settings", **settings.model_dump(mode="json"))
-    asyncio.run(
-        serve(
-            settings,
-            load=lambda: _load(settings),
-            add=lambda server, metrics, scorers: add_scoring(server, metrics, scorers, settings),
-            describe=_describe,
-            close=_close,
-        )
-    )
+
+def load(settings: ScoringSettings) -> "dict[str, Scorer]":
+    """Load the scorers that the settings name. Raises `MilongaError`."""
+    # Torch takes seconds to import, and a wrong setting should be refused at once.
+    from services.scoring import scorers
+
+    return scorers.load(settings)
 
 
 def add_scoring(
     server: Server, metrics: ServerMetrics, scorers: "Mapping[str, Scorer]", settings: ScoringSettings
 ) -> None:
-    """Add the service of loaded scorers, and its metrics, to a server."""
+    """Add the services of loaded scorers, and their metrics, to a server."""
     from services.inference import add_inference
     from services.scoring.inference import ClapModel
-    from services.scoring.metrics import ScoringCollector
     from services.scoring.servicer import SERVICE_NAME, ScoringServicer
 
-    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
-    servicer = ScoringServicer(scorers, bounds, max_request_bytes=settings.max_request_bytes)
-    metrics.registry.register(ScoringCollector(scorers))
-    server.add(
-        SERVICE_NAME, lambda grpc_server: rpc.add_ScoringServiceServicer_to_server(servicer, grpc_server)
-    )
-    add_inference(server, ClapModel(servicer, scorers, bounds))
+    servicer = ScoringServicer(scorers, settings)
+    metrics.add(partial(collect, scorers))
+    server.add(SERVICE_NAME, lambda to: rpc.add_ScoringServiceServicer_to_server(servicer, to))
+    add_inference(server, ClapModel(servicer))
 
 
-def _load(settings: ScoringSettings) -> "dict[str, Scorer]":
-    # Only now: torch takes seconds to import, and a wrong setting should be known at once.
-    from services.scoring.scorers import load
-
-    return load(settings)
-
-
-def _describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
+def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
+    """See `Service.describe`."""
     versions = {name: scorer.version for name, scorer in scorers.items()}
     return {"scorers": {name: {"model": v.name, "digest": v.digest} for name, v in versions.items()}}
 
 
-async def _close(scorers: "Mapping[str, Scorer]") -> None:
-    from services.scoring.scorers import close
+async def close(scorers: "Mapping[str, Scorer]") -> None:
+    """Close each scorer once: names may share one."""
+    for scorer in dict.fromkeys(scorers.values()):
+        await scorer.close()
 
-    await close(scorers)
+
+def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
+    """Yield the metrics of every scorer. Names that share weights are one, under the first."""
+    first: dict[Scorer, str] = {}
+    for name, scorer in scorers.items():
+        first.setdefault(scorer, name)
+    queue = GaugeMetricFamily(
+        "milonga_scoring_queue_seconds", "Seconds of sound that wait.", labels=["scorer"]
+    )
+    for scorer, name in first.items():
+        queue.add_metric([name], scorer.audio_stats.queue_cost)
+    yield queue
+    for metric, (text, read) in COUNTERS.items():
+        counter = CounterMetricFamily(metric, text, labels=["scorer"])
+        for scorer, name in first.items():
+            counter.add_metric([name], read(scorer))
+        yield counter
+    served = InfoMetricFamily("milonga_model", "The served weights.", labels=["scorer"])
+    for name, scorer in scorers.items():
+        served.add_metric([name], identity(scorer.version))
+    yield served
+
+
+SERVICE: Final = Service(
+    settings=ScoringSettings,
+    check=check,
+    load=load,
+    add=add_scoring,
+    describe=describe,
+    close=close,
+)

@@ -8,43 +8,44 @@ from services.audio.clips import AudioBounds
 from services.runtime.offloading import OffLoop
 from services.scoring import convert
 from services.scoring.scorers import Scorer, together
+from services.scoring.settings import ScoringSettings
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ScoringService"].full_name
 
 Context = object
-"""Of the call itself nothing is looked at."""
+"""Nothing of the call is read but its message."""
 
 
 class ScoringServicer(rpc.ScoringServiceServicer):
     """Serves named scorers. Exceptions are mapped by the interceptor."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], bounds: AudioBounds, *, max_request_bytes: int) -> None:
-        self._scorers, self._bounds = scorers, bounds
+    def __init__(self, scorers: Mapping[str, Scorer], settings: ScoringSettings) -> None:
+        self.scorers, self.bounds = scorers, AudioBounds(max_batch_size=settings.max_batch_size)
         self._off_loop = OffLoop()
         self._listing = pb.ListScorersResponse(
-            scorers=convert.write_scorers(scorers), limits=bounds.message(max_request_bytes)
+            scorers=convert.write_scorers(scorers), limits=self.bounds.message(settings.max_request_bytes)
         )
 
     async def BatchScoreAudio(
         self, request: pb.BatchScoreAudioRequest, context: Context
     ) -> pb.BatchScoreAudioResponse:
         """See scoring.proto."""
-        panel, faults = convert.choose(request.scorers, self._scorers)
+        panel, faults = convert.choose(request.scorers, self.scorers)
         panel.check()
-        prompts, heard = await self._off_loop(
-            lambda: convert.hear_pairs(request.pairs, panel, self._bounds, faults)
+        prompts, clips = await self._off_loop(
+            lambda: convert.prepare_pairs(request.pairs, panel, self.bounds, faults)
         )
-        texts, sounds = await together(panel.embed_text(prompts), panel.embed_audio(heard))
+        texts, sounds = await together(panel.embed_text(prompts), panel.embed_audio(clips))
         return convert.write_scores(panel, texts, sounds)
 
     async def BatchEmbedAudio(
         self, request: pb.BatchEmbedAudioRequest, context: Context
     ) -> pb.BatchEmbedAudioResponse:
         """See scoring.proto."""
-        panel, faults = convert.choose(request.scorers, self._scorers)
+        panel, faults = convert.choose(request.scorers, self.scorers)
         panel.check()
-        heard = await self._off_loop(lambda: convert.hear_clips(request.clips, panel, self._bounds, faults))
-        sounds = await panel.embed_audio(heard)
+        clips = await self._off_loop(lambda: convert.prepare_clips(request.clips, panel, self.bounds, faults))
+        sounds = await panel.embed_audio(clips)
         return pb.BatchEmbedAudioResponse(
             scorers=convert.write_scorers(panel.members), results=convert.write_embeddings(sounds)
         )
@@ -53,8 +54,8 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         self, request: pb.BatchEmbedTextRequest, context: Context
     ) -> pb.BatchEmbedTextResponse:
         """See scoring.proto."""
-        panel, faults = convert.choose(request.scorers, self._scorers)
-        texts = await panel.embed_text(convert.check_prompts(request.prompts, self._bounds, faults))
+        panel, faults = convert.choose(request.scorers, self.scorers)
+        texts = await panel.embed_text(convert.check_prompts(request.prompts, self.bounds, faults))
         return pb.BatchEmbedTextResponse(
             scorers=convert.write_scorers(panel.members), results=convert.write_embeddings(texts)
         )

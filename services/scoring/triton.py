@@ -1,25 +1,36 @@
-"""The scoring service's model under Triton."""
+"""The scoring service's model under Triton. Exported repositories import `open_model`."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
+from typing import Any, Final
 
-from services.audio.clips import AudioBounds
+from services.catalogue import SCORING
+from services.inference.describing import write_config
+from services.inference.pairs import INPUTS
 from services.inference.triton.backend import Opened
-from services.inference.triton.serving import file_uri, read_settings, served_models
-from services.scoring.inference import ClapModel
-from services.scoring.scorers import close, load
-from services.scoring.servicer import ScoringServicer
-from services.scoring.settings import ScoringSettings
+from services.inference.triton.serving import Servable
+from services.scoring.inference import ClapModel, outputs_of
+from services.scoring.serve import close
+from services.scoring.settings import ScoringSettings, model_uris
+from services.weights.uri import ResolvedModel
 
 
-async def open_model(folder: Path, parameters: Mapping[str, str]) -> Opened:
-    """Load the scorers of a version folder. Raises `MilongaError`."""
-    versions = served_models(folder)
-    uris = {name: file_uri(version) for name, version in versions.items()}
-    settings = read_settings(ScoringSettings, parameters, scorers=uris)
-    scorers = load(settings)
-    for name, scorer in scorers.items():
-        scorer.version = versions[name].identity
-    bounds = AudioBounds(max_batch_size=settings.max_batch_size)
-    servicer = ScoringServicer(scorers, bounds, max_request_bytes=settings.max_request_bytes)
-    return Opened(model=ClapModel(servicer, scorers, bounds), close=lambda: close(scorers))
+def configure(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> Any:
+    """See `Servable.configure`."""
+    outputs = outputs_of(len(found))
+    return write_config(SCORING.model, INPUTS, outputs, settings.max_batch_size, decoupled=False)
+
+
+async def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+    """See `Servable.load`."""
+    from services.scoring import scorers
+    from services.scoring.servicer import ScoringServicer
+
+    loaded = scorers.load(settings, found)
+    return Opened(model=ClapModel(ScoringServicer(loaded, settings)), close=partial(close, loaded))
+
+
+SERVABLE: Final = Servable(
+    entry=SCORING, settings=ScoringSettings, uris=model_uris, configure=configure, load=load
+)
+open_model = SERVABLE.open

@@ -16,6 +16,7 @@ Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is serve
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -120,6 +121,24 @@ def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
         "is empty: there is no pin; `milonga promote bootstrap` sets one, or give a model URI: --model, or "
         "set MILONGA_MODEL"
     )
+
+
+def parse_uris(texts: Mapping[str, str], field: str = "{}") -> dict[str, ModelURI]:
+    """Take several model URIs apart, by name.
+
+    Raises:
+        InvalidInputError: with every wrong one; `field` says how a name is called in the error.
+    """
+    uris: dict[str, ModelURI] = {}
+    faults: list[FieldViolation] = []
+    for name, text in texts.items():
+        try:
+            uris[name] = ModelURI.parse(text)
+        except InvalidInputError as error:
+            faults += [FieldViolation(field.format(name), fault.description) for fault in error.violations]
+    if faults:
+        raise InvalidInputError(*faults)
+    return uris
 
 
 def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> ResolvedModel:

@@ -1,6 +1,7 @@
 """What linters do not see: that the manifests agree with the services, and with each other."""
 
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -11,15 +12,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from k8s import lint
-from milonga.v1 import generation_pb2, reward_pb2, scoring_pb2
-from services.cli.serve import PORTS
-from services.generation.metrics import EngineCollector
-from services.generation.settings import GenerationSettings
-from services.reward.metrics import RewardCollector
-from services.reward.settings import RewardSettings
-from services.runtime.settings import ENV_PREFIX, ServerSettings, load_settings
-from services.scoring.metrics import ScoringCollector
-from services.scoring.settings import ScoringSettings
+from services.catalogue import CATALOGUE, GENERATION, Entry
+from services.cli.serve import service_of
+from services.runtime.settings import ENV_PREFIX, load_settings
 from services.weights.uri import served_uri
 from training.loop.config import override
 from training.preferences.pipeline import PREFERENCES
@@ -33,18 +28,8 @@ OVERLAYS: Final = ("local", "production")
 OTHER_OVERLAYS: Final = ("production-jobs", "production-triton", "production-triton-jobs")
 """Of Jobs; and of a Triton, see test_triton.py."""
 JOBS: Final = ("align", "candidates", "multi-gpu", "multi-node", "promote")
-SETTINGS: Final[dict[str, type[ServerSettings]]] = {
-    "generation": GenerationSettings,
-    "challenger": GenerationSettings,
-    "scoring": ScoringSettings,
-    "reward": RewardSettings,
-}
-PROTOS: Final = {
-    "generation": generation_pb2.DESCRIPTOR,
-    "challenger": generation_pb2.DESCRIPTOR,
-    "scoring": scoring_pb2.DESCRIPTOR,
-    "reward": reward_pb2.DESCRIPTOR,
-}
+SERVICES: Final[dict[str, Entry]] = {**CATALOGUE, "challenger": GENERATION}
+"""What serves, by its Deployment."""
 OTHERS: Final = {"MILONGA_CACHE", "MILONGA_RUN"}
 """Variables that are no setting of a service."""
 SECRETS: Final = {"mlflow-store", "milonga-tls"}
@@ -195,24 +180,24 @@ def test_local_asks_for_no_secret_no_gpu_and_little() -> None:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-@pytest.mark.parametrize("service", SETTINGS)
+@pytest.mark.parametrize("service", SERVICES)
 def test_settings_are_the_services_own_and_load(
     name: str, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deployment = of_kind(overlay(name), "Deployment")[service]
+    entry, deployment = SERVICES[service], of_kind(overlay(name), "Deployment")[service]
+    kind = service_of(entry.name).settings
     for container in containers(deployment):
         variables = environment(overlay(name), container)
         ours = {variable for variable in variables if variable.startswith(ENV_PREFIX)} - OTHERS
-        known = {f"{ENV_PREFIX}{field}".upper() for field in SETTINGS[service].model_fields}
+        known = {f"{ENV_PREFIX}{field}".upper() for field in kind.model_fields}
         assert ours <= known
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    settings = load_settings(SETTINGS[service])
-    port = PORTS.get(service, PORTS["generation"])
-    assert settings.listen == f"0.0.0.0:{port}"
-    assert container["args"] == ["serve", "generation" if service == "challenger" else service]
+    settings = load_settings(kind)
+    assert settings.listen == f"0.0.0.0:{entry.port}"
+    assert container["args"] == ["serve", entry.name]
     named = {one["name"]: one["containerPort"] for one in container["ports"]}
-    assert named == {"grpc": port, "health": settings.health_port, "metrics": settings.metrics_port}
+    assert named == {"grpc": entry.port, "health": settings.health_port, "metrics": settings.metrics_port}
     grace = pod(deployment)["terminationGracePeriodSeconds"]
     assert grace > settings.drain_delay_seconds + settings.grace_seconds
     assert settings.drain_delay_seconds >= 5
@@ -221,13 +206,12 @@ def test_settings_are_the_services_own_and_load(
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-@pytest.mark.parametrize("service", SETTINGS)
+@pytest.mark.parametrize("service", SERVICES)
 def test_probes_ask_the_health_service_by_the_services_name(name: str, service: str) -> None:
     deployment = of_kind(overlay(name), "Deployment")[service]
     (container,) = pod(deployment)["containers"]
-    (proto,) = PROTOS[service].services_by_name.values()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": 8081, "service": proto.full_name}
+        assert container[probe]["grpc"] == {"port": 8081, "service": SERVICES[service].rpc}
     start = container["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 600
     assert deployment["spec"]["progressDeadlineSeconds"] > start["periodSeconds"] * start["failureThreshold"]
@@ -235,7 +219,7 @@ def test_probes_ask_the_health_service_by_the_services_name(name: str, service: 
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-@pytest.mark.parametrize("service", [*SETTINGS, "mlflow"])
+@pytest.mark.parametrize("service", [*SERVICES, "mlflow"])
 def test_names_are_one_and_services_find_their_pods(name: str, service: str) -> None:
     objects = overlay(name)
     deployment = of_kind(objects, "Deployment")[service]
@@ -280,7 +264,7 @@ def test_the_challenger_is_generation_without_traffic(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_replicas_are_the_autoscalers(name: str) -> None:
-    for service in ("generation", "scoring", "reward"):
+    for service in CATALOGUE:
         assert "replicas" not in of_kind(overlay(name), "Deployment")[service]["spec"]
 
 
@@ -289,13 +273,12 @@ def test_autoscalers_ask_for_metrics_that_exist_and_the_adapter_shows() -> None:
     (rule,) = adapter["rules"]["custom"]
     shown = re.search(r'__name__=~"([^"]*)"', rule["seriesQuery"])
     assert shown is not None
-    collectors = {"generation": EngineCollector, "scoring": ScoringCollector, "reward": RewardCollector}
     autoscalers = of_kind(load("base", "hpa-queue"), "HorizontalPodAutoscaler")
-    assert autoscalers.keys() == collectors.keys()
-    for service, collector in collectors.items():
-        (metric,) = autoscalers[service]["spec"]["metrics"]
+    assert autoscalers.keys() == CATALOGUE.keys()
+    for service, autoscaler in autoscalers.items():
+        (metric,) = autoscaler["spec"]["metrics"]
         asked = metric["pods"]["metric"]["name"]
-        assert f'"{asked}"' in inspect.getsource(collector)
+        assert f'"{asked}"' in inspect.getsource(importlib.import_module(f"services.{service}.serve"))
         assert re.fullmatch(shown[1], asked)
 
 
@@ -437,13 +420,13 @@ def test_policies_name_every_job_and_let_promotion_reach_the_pods_and_the_api() 
         selector = policies[policy]["spec"]["podSelector"]
         return {name for name, labels in pods.items() if matches(selector, labels)}
 
-    assert selects("services-from-clients") == {*SETTINGS} - {"challenger"}
-    assert selects("registry") == {*SETTINGS, *JOBS}
+    assert selects("services-from-clients") == {*SERVICES} - {"challenger"}
+    assert selects("registry") == {*SERVICES, *JOBS}
     assert selects("jobs-to-services") == set(JOBS)
     assert selects("promotion-to-the-api") == {"promote"}
     (rule,) = policies["jobs-to-services"]["spec"]["egress"]
     (peer,) = rule["to"]
-    assert {name for name, labels in pods.items() if matches(peer["podSelector"], labels)} == {*SETTINGS}
+    assert {name for name, labels in pods.items() if matches(peer["podSelector"], labels)} == {*SERVICES}
 
 
 # Jobs

@@ -10,8 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from k8s import lint
-from milonga.v1 import generation_pb2
-from services.cli.serve import PORTS
+from services.catalogue import GENERATION
 from services.cli.triton import MODELS
 from services.generation.settings import GenerationSettings
 from services.runtime.settings import ENV_PREFIX
@@ -332,12 +331,11 @@ def test_the_example_is_the_generation_service_by_the_protocol() -> None:
     assert {name for name in told if name.startswith(ENV_PREFIX)} <= {
         f"{ENV_PREFIX}{field}".upper() for field in GenerationSettings.model_fields
     }
-    port = PORTS["generation"]
-    assert told["MILONGA_LISTEN"] == f"0.0.0.0:{port}"
-    assert container["ports"][0]["containerPort"] == port
-    name = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+    assert told["MILONGA_LISTEN"] == f"0.0.0.0:{GENERATION.port}"
+    assert container["ports"][0]["containerPort"] == GENERATION.port
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": int(told["MILONGA_HEALTH_PORT"]), "service": name}
+        health = {"port": int(told["MILONGA_HEALTH_PORT"]), "service": GENERATION.rpc}
+        assert container[probe]["grpc"] == health
     stop = int(told["MILONGA_DRAIN_DELAY_SECONDS"]) + int(told["MILONGA_GRACE_SECONDS"])
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > stop
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 
+from services.catalogue import CATALOGUE
 from services.cli import run
 from tests.programs import EXACT
 from tests.services.inference.suite import Addresses
@@ -52,4 +53,4 @@ def server(
 
 @pytest.fixture(scope="session")
 def served(server: Server) -> Addresses:
-    return Addresses(tango=server.grpc, clap=server.grpc, reward=server.grpc, is_triton=True)
+    return Addresses(models={entry.model: server.grpc for entry in CATALOGUE.values()}, is_triton=True)

@@ -1,23 +1,53 @@
-"""What every `open_model` needs: the weights of a version folder, verified, and its settings."""
+"""A service's model under Triton: what exports it, and what loads an export. The same for every service."""
 
-import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from services.catalogue import Entry
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
+from services.inference.triton.backend import Opened
 from services.inference.triton.repository import SERVED, WEIGHTS, parse_served
-from services.runtime.settings import ENV_PREFIX, ServerSettings, load_settings
+from services.runtime.settings import ServerSettings, load_settings
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 Settings = TypeVar("Settings", bound=ServerSettings)
 
 
-def served_models(folder: Path) -> dict[str, ResolvedModel]:
-    """Find and verify the weights of a version folder, by their part in the model.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Servable(Generic[Settings]):
+    """What is particular to a service's model under Triton."""
 
-    They are known by the registry's name and version, not by those in their manifests.
+    entry: Entry
+    """The service."""
+    settings: type[Settings]
+    """Its settings."""
+    uris: Callable[[Settings], Mapping[str, ModelURI]]
+    """Returns the model URIs that settings name, by part."""
+    configure: Callable[[Settings, Mapping[str, ResolvedModel]], ModelConfig]
+    """Returns the tensors of its model, by `write_config`, from settings and their weights by part. Raises
+    `InvalidInputError` where the weights are of another kind."""
+    load: Callable[[Settings, Mapping[str, ResolvedModel]], Awaitable[Opened]]
+    """Loads weights, by part. Raises `MilongaError`."""
+
+    async def open(self, folder: Path, parameters: Mapping[str, str]) -> Opened:
+        """Load a version folder, with the parameters of config.pbtxt. Raises `MilongaError`."""
+        found = served_models(folder)
+        files = {part: file_uri(model) for part, model in found.items()}
+        values: dict[str, Any] = {
+            one.setting: files if isinstance(one.embedded, Mapping) else files[self.entry.part(one)]
+            for one in self.entry.weights
+        }
+        return await self.load(read_settings(self.settings, parameters, **values), found)
+
+
+def served_models(folder: Path) -> dict[str, ResolvedModel]:
+    """Find and verify the weights of a version folder, by part.
+
+    Their names and versions are the registry's, not those in their manifests.
 
     Raises:
         ModelFormatError: no version folder of this format.
@@ -47,33 +77,29 @@ def file_uri(model: ResolvedModel) -> str:
 def read_settings(
     kind: type[Settings], parameters: Mapping[str, str], field: str = "parameters.{}", **given: Any
 ) -> Settings:
-    """Build a service's settings: from config.pbtxt's parameters, which have their names, then as everywhere.
+    """Build a service's settings from parameters with their names, and from values that are `given`.
 
-    Names in capitals are Triton's own parameters. The others pass through the environment, which is where
-    settings are parsed; it stays as it was.
+    What neither has is from the environment, else the default. Names in capitals are Triton's own parameters.
 
     Raises:
-        InvalidInputError: a parameter that is no setting, or a wrong one; `field` says how it is called.
+        InvalidInputError: a parameter that is no setting, or a wrong one; `field` says how a parameter is
+            called in the error.
     """
     known = kind.model_fields.keys() - ServerSettings.model_fields.keys() - given.keys()
-    ours = {name: value for name, value in parameters.items() if not name.isupper()}
-    unknown = sorted(ours.keys() - known)
+    texts = {name: text for name, text in parameters.items() if not name.isupper()}
+    unknown = sorted(texts.keys() - known)
     if unknown:
         raise InvalidInputError(
             FieldViolation(
                 field.format(unknown[0]), f"is no setting of this model; known: {', '.join(sorted(known))}"
             )
         )
-    variables = {f"{ENV_PREFIX}{name.upper()}": value for name, value in ours.items()}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
     try:
-        return load_settings(kind, **given)
+        return load_settings(kind, texts, **given)
     except InvalidInputError as error:
-        faults = (FieldViolation(field.format(one.field), one.description) for one in error.violations)
-        raise InvalidInputError(*faults) from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        raise InvalidInputError(
+            *(
+                replace(one, field=field.format(one.field)) if one.field in texts else one
+                for one in error.violations
+            )
+        ) from error

@@ -15,13 +15,13 @@ import pytest
 
 from milonga.v1 import reward_pb2, reward_pb2_grpc
 from services import cli
+from services.catalogue import CATALOGUE, Entry
 from services.cli import up
-from services.cli.serve import PORTS, read_scorers
+from services.cli.options import flag_of, read_options, read_pairs
+from services.cli.serve import service_of
 from services.errors import InvalidInputError, OutputError, ServiceUnavailableError
-from services.generation.settings import GenerationSettings
 from services.processes import ServicePlan, ServiceProcess, free_port, running, stop
-from services.reward.settings import RewardSettings
-from services.scoring.settings import ScoringSettings
+from services.runtime.settings import load_settings
 from tests.programs import environment
 from tests.services.reward.serving import write_models
 from tests.tiny import tiny_pipeline
@@ -53,45 +53,91 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 # milonga serve
 
 
-@pytest.mark.parametrize(
-    ("service", "settings", "own"),
-    [
-        ("generation", GenerationSettings, ("--model", "--dtype", "--exact")),
-        ("scoring", ScoringSettings, ("--scorer",)),
-        ("reward", RewardSettings, ("--model", "--clap")),
-    ],
+OLD_OPTIONS = {
+    "generation": (
+        "--model",
+        "--unpinned-model",
+        "--dtype",
+        "--exact",
+        "--no-exact",
+        "--operator-token-file",
+    ),
+    "scoring": ("--scorer",),
+    "reward": ("--model", "--clap"),
+}
+"""Options that users' scripts have, by service."""
+SHARED_OPTIONS = (
+    *("--listen", "--device", "--metrics-port", "--health-port", "--tls-cert-file", "--tls-key-file"),
+    *("--tls-client-ca-file", "--drain-delay-seconds", "--grace-seconds", "--log-format", "--log-level"),
 )
-def test_each_service_shows_its_own_flags_and_those_of_all(
-    service: str,
-    settings: type[GenerationSettings | ScoringSettings | RewardSettings],
-    own: tuple[str, ...],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+
+
+@pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE)
+def test_every_setting_is_an_option_with_its_docstring(
+    entry: Entry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    assert cli.run(["serve", service, "--help"]) == 0
-    out = capsys.readouterr().out
-    shared = {
-        *("--listen", "--device", "--metrics-port", "--health-port", "--tls-cert-file", "--tls-key-file"),
-        *("--tls-client-ca-file", "--drain-delay-seconds", "--grace-seconds", "--log-format", "--log-level"),
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.run(["serve", entry.name, "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for option in (*SHARED_OPTIONS, *OLD_OPTIONS.get(entry.name, ())):
+        assert f" {option} " in out
+    settings = service_of(entry.name).settings
+    assert settings.model_fields["listen"].default == entry.listen
+    assert entry.listen in out
+    for name in settings.model_fields:
+        # Secrets are the environment's alone, which the end of the help says.
+        assert f" {flag_of(settings, name)} " in out or f"MILONGA_{name.upper()} has no option" in out
+    assert "With --tls-key-file the service speaks TLS, otherwise plaintext." in out
+    assert "`" not in out
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_options_and_environment_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = service_of(name).settings
+    texts = {
+        "listen": "127.0.0.1:7000",
+        "metrics_port": "0",
+        "device": "cpu",
+        "threads": "2",
+        "log_level": "error",
+        "grace_seconds": "1.5",
+        "model": "mini",
+        "clap": "mini:clap-b",
+        "dtype": "bfloat16",
+        "batch_shapes": "[2, 4]",
+        "exact": "true",
+        "scorers": '{"a": "mini:clap-a"}',
     }
-    for flag in (*own, *shared):
-        assert flag in out
-    address = settings.model_fields["listen"].default
-    assert address == f"127.0.0.1:{PORTS[service]}"
-    assert address in out
-    # Every setting has a flag, or is named as one of the environment.
-    names = set(settings.model_fields) - {"scorers"}
-    told = out.replace("\n", " ")
-    for name in names:
-        assert f"--{name.replace('_', '-')}" in told or f"MILONGA_{name.upper()}" in told
+    texts = {setting: text for setting, text in texts.items() if setting in kind.model_fields}
+    values: dict[str, object] = {**texts}
+    values |= {"scorers": ["a=mini:clap-a"]} if "scorers" in texts else {}
+    values |= {"exact": True} if "exact" in texts else {}
+    given = read_options(kind, values)
+    for setting, text in texts.items():
+        monkeypatch.setenv(f"MILONGA_{setting.upper()}", text)
+    assert load_settings(kind) == given
+    assert given.listen == "127.0.0.1:7000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "imported"),
+    [(["serve", "--help"], []), (["serve", "reward", "--help"], ["pydantic_settings"])],
+)
+def test_help_imports_little(arguments: list[str], imported: list[str]) -> None:
+    code = (
+        f"import sys; from services.cli import run; code = run({arguments!r}); "
+        "print([code, *(one for one in ('torch', 'pydantic_settings') if one in sys.modules)])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str([0, *imported])
 
 
 def test_scorers_are_read_by_name() -> None:
-    assert read_scorers(None) is None
-    assert read_scorers(["a=mini:clap-a", "b=laion:/x=y.pt"]) == {"a": "mini:clap-a", "b": "laion:/x=y.pt"}
+    pairs = read_pairs("--scorer", ["a=mini:clap-a", "b=laion:/x=y.pt"])
+    assert pairs == {"a": "mini:clap-a", "b": "laion:/x=y.pt"}
     with pytest.raises(InvalidInputError) as caught:
-        read_scorers(["mini:clap-a", "=x", "a=", "b=1", "b=2"])
+        read_pairs("--scorer", ["mini:clap-a", "=x", "a=", "b=1", "b=2"])
     assert [fault.field for fault in caught.value.violations] == ["--scorer"] * 4
 
 
@@ -105,6 +151,13 @@ def test_scorers_are_read_by_name() -> None:
         (["reward", "--model", "nonsense"], "nonsense"),
         (["reward", "--model", "mini", "--clap", "nonsense"], "clap: is"),
         (["reward", "--model", "mini", "--listen", "x"], "listen"),
+        (["reward", "--model", "mini", "--max-batch-size", "0"], "max_batch_size: is 0: "),
+        (
+            ["generation", "--model", "mini", "--dtype", "float8", "--grace-seconds", "-1"],
+            "dtype: is 'float8'",
+        ),
+        (["generation", "--model", "mini", "--batch-shapes", "1,2"], "batch_shapes"),
+        (["generation", "--model", "mini", "--batch-shapes", "[4, 2]"], "must be ascending"),
     ],
 )
 def test_what_a_service_refuses_is_one_line_and_2(
@@ -195,7 +248,7 @@ class Up:
 @contextmanager
 def running_up(*arguments: str) -> Iterator[Up]:
     """Run `milonga up`; nothing of it is left after the test."""
-    port = free_port(3)
+    port = free_port(len(CATALOGUE))
     process = subprocess.Popen(
         [sys.executable, "-m", "services.cli", "up", "--port", str(port), *arguments],
         env=environment(),
@@ -206,7 +259,7 @@ def running_up(*arguments: str) -> Iterator[Up]:
     )
     children: dict[str, int] = {}
     try:
-        while len(children) < 3 and process.poll() is None:
+        while len(children) < len(CATALOGUE) and process.poll() is None:
             children |= children_of(process.pid)
         yield Up(process=process, children=children, port=port)
     finally:
@@ -221,11 +274,11 @@ def test_up_serves_all_three_and_one_ctrl_c_stops_them(models: Models) -> None:
     with running_up(*models.flags) as running_one:
         out = running_one.process.stdout
         assert out is not None
-        ready = [out.readline() for _ in range(3)]
-        assert {line.split()[0] for line in ready} == {"generation", "scoring", "reward"}
+        ready = [out.readline() for _ in CATALOGUE]
+        assert {line.split()[0] for line in ready} == {*CATALOGUE}
         for line in ready:
             name, address, *_ = line.split()
-            assert address == f"127.0.0.1:{running_one.port + list(PORTS).index(name)}"
+            assert address == f"127.0.0.1:{running_one.port + list(CATALOGUE).index(name)}"
             assert "ready after" in line
         hint = out.readline()
         for offset, flag in enumerate(("--server", "--scoring", "--reward-server")):
@@ -238,19 +291,19 @@ def test_up_serves_all_three_and_one_ctrl_c_stops_them(models: Models) -> None:
         assert running_one.process.returncode == 0, err
         assert [name for name, pid in running_one.children.items() if alive(pid)] == []
     # Each drained by itself, and its log came through under its name.
-    for name in PORTS:
+    for name in CATALOGUE:
         assert any(line.startswith(f"{name}: ") and '"stopped"' in line for line in err.splitlines())
 
 
 def test_a_service_that_dies_takes_the_others_with_it(models: Models, tmp_path: Path) -> None:
     with running_up(*models.flags, "--log-dir", str(tmp_path / "logs")) as running_one:
-        assert len(running_one.children) == 3
+        assert len(running_one.children) == len(CATALOGUE)
         os.kill(running_one.children["scoring"], signal.SIGKILL)
         _, err = running_one.process.communicate(timeout=60)
         assert running_one.process.returncode == 1, err
         assert [name for name, pid in running_one.children.items() if alive(pid)] == []
     assert "error: the scoring service was killed by SIGKILL" in err
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{name}.log" for name in PORTS}
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{name}.log" for name in CATALOGUE}
 
 
 def test_a_model_that_is_refused_ends_up_with_2_and_says_so(models: Models) -> None:
@@ -287,13 +340,13 @@ def test_a_second_ctrl_c_ends_what_does_not_stop(models: Models) -> None:
 
 def test_nothing_outlives_up_even_if_that_is_killed(models: Models) -> None:
     with running_up(*models.flags) as running_one:
-        assert len(running_one.children) == 3
+        assert len(running_one.children) == len(CATALOGUE)
         running_one.process.kill()
         until(lambda: not any(alive(pid) for pid in running_one.children.values()))
 
 
 def test_wrong_flags_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    first = free_port(3)
+    first = free_port(len(CATALOGUE))
     with socket.create_server(("127.0.0.1", first + 1)):
         assert cli.run(["up", "--port", str(first)]) == 2
     err = capsys.readouterr().err

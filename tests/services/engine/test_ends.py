@@ -3,7 +3,6 @@
 import operator
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from services.models.tango.pipeline import TangoPipeline
 from tests.services.engine.watching import Watch, broken, denoiser_calls
 
 ONE = EngineConfig(threads=1)
+ONE_PLACE = EngineConfig(threads=1, batch_shapes=(1,))
 
 
 class Gate:
@@ -48,7 +48,10 @@ def held(engine: Engine, *, clip_count: int = 1, steps: int = 3) -> tuple[Gate, 
 
 
 def test_a_cancelled_request_frees_its_place_within_one_step(pipeline: TangoPipeline) -> None:
-    with denoiser_calls(pipeline) as calls, Engine(pipeline, replace(ONE, batch_shapes=(1,))) as engine:
+    with (
+        denoiser_calls(pipeline) as calls,
+        Engine(pipeline, ONE_PLACE) as engine,
+    ):
         gate, first, handle = held(engine, steps=1000)
         second = Watch()
         engine.submit(engine.request("a dog", seed=2, num_inference_steps=2), second)
@@ -62,7 +65,7 @@ def test_a_cancelled_request_frees_its_place_within_one_step(pipeline: TangoPipe
 
 
 def test_a_request_can_be_cancelled_while_it_waits(pipeline: TangoPipeline) -> None:
-    with Engine(pipeline, replace(ONE, batch_shapes=(1,))) as engine:
+    with Engine(pipeline, ONE_PLACE) as engine:
         gate, first, _ = held(engine)
         second = Watch()
         handle = engine.submit(engine.request("a dog", seed=2, clip_count=3), second)
@@ -104,8 +107,8 @@ def test_a_deadline_that_has_passed_costs_no_step(pipeline: TangoPipeline) -> No
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(pipeline: TangoPipeline) -> None:
-    config = replace(ONE, batch_shapes=(1,), max_queue=3, max_clip_count=3)
-    with Engine(pipeline, config) as engine:
+    with Engine(pipeline, EngineConfig(threads=1, batch_shapes=(1,), max_queue=3)) as engine:
+        assert engine.limits.max_clip_count == 3
         gate, first, _ = held(engine)
         waiting = Watch()
         engine.submit(engine.request("a dog", seed=2, clip_count=2), waiting)
@@ -164,7 +167,7 @@ def test_a_fault_of_the_denoiser_fails_those_in_the_call_only(pipeline: TangoPip
     faulty = threading.Event()
     with (
         broken(pipeline.unet, when=faulty.is_set),
-        Engine(pipeline, replace(ONE, batch_shapes=(1, 2))) as engine,
+        Engine(pipeline, EngineConfig(threads=1, batch_shapes=(1, 2))) as engine,
     ):
         gate, first, _ = held(engine, clip_count=2)
         waiting = Watch()
@@ -210,7 +213,7 @@ def test_a_callback_that_raises_in_submit_leaves_nothing_behind(pipeline: TangoP
 
 
 def test_close_drains_what_was_accepted(pipeline: TangoPipeline) -> None:
-    engine = Engine(pipeline, replace(ONE, batch_shapes=(1,)))
+    engine = Engine(pipeline, ONE_PLACE)
     watches = [Watch() for _ in range(3)]
     for seed, watch in enumerate(watches):
         engine.submit(engine.request("a dog", seed=seed), watch)
@@ -222,7 +225,7 @@ def test_close_drains_what_was_accepted(pipeline: TangoPipeline) -> None:
 
 
 def test_close_fails_what_does_not_end_in_time(pipeline: TangoPipeline) -> None:
-    engine = Engine(pipeline, replace(ONE, batch_shapes=(1,)))
+    engine = Engine(pipeline, ONE_PLACE)
     watches = [Watch() for _ in range(2)]
     for watch in watches:
         engine.submit(engine.request("a dog", seed=1, num_inference_steps=1000), watch)

@@ -25,6 +25,8 @@ from tests.services.engine.watching import Watch, denoiser_calls
 from tests.tiny import tiny_pipeline
 
 ONE = EngineConfig(threads=1)
+ONE_PLACE = EngineConfig(threads=1, batch_shapes=(1,))
+ONE_LENGTH = EngineConfig(threads=1, max_lengths=1)
 
 
 def steps_of(watch: Watch) -> list[int]:
@@ -85,7 +87,7 @@ def test_events_come_in_order_and_progress_is_exact(pipeline: TangoPipeline) -> 
 
 
 def test_clips_that_wait_for_a_place_keep_the_fraction_exact(pipeline: TangoPipeline) -> None:
-    with Engine(pipeline, replace(ONE, batch_shapes=(1, 2))) as engine:
+    with Engine(pipeline, EngineConfig(threads=1, batch_shapes=(1, 2))) as engine:
         events = list(engine.stream(engine.request("a dog", seed=3, num_inference_steps=2, clip_count=3)))
     progress = [event for event in events if isinstance(event, Progress)]
     assert [(event.clip_index, event.step) for event in progress] == [(0, 1), (0, 2), (2, 1), (2, 2)]
@@ -146,7 +148,7 @@ def test_a_lone_request_does_not_pay_for_a_full_batch(pipeline: TangoPipeline) -
 
 
 def test_with_exact_every_call_has_the_largest_shape(pipeline: TangoPipeline) -> None:
-    with denoiser_calls(pipeline) as calls, Engine(pipeline, replace(ONE, exact=True)) as engine:
+    with denoiser_calls(pipeline) as calls, Engine(pipeline, EngineConfig(threads=1, exact=True)) as engine:
         engine.generate(engine.request("a dog", seed=1, guidance_scale=3))
         engine.generate(engine.request("a dog", seed=1, clip_count=3, guidance_scale=1))
     assert [call.rows for call in calls] == [16] * 8
@@ -154,7 +156,7 @@ def test_with_exact_every_call_has_the_largest_shape(pipeline: TangoPipeline) ->
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_companions_and_slot_change_no_bit(pipeline: TangoPipeline, scheduler: str) -> None:
-    config = replace(ONE, batch_shapes=(4,), exact=True, max_clip_count=4)
+    config = EngineConfig(threads=1, batch_shapes=(4,), exact=True, max_clip_count=4)
     with Engine(pipeline, config) as engine:
         request = engine.request("a dog barks", seed=5, num_inference_steps=6, scheduler=scheduler)
         (alone,) = engine.generate(request).clips
@@ -172,7 +174,7 @@ def test_companions_and_slot_change_no_bit(pipeline: TangoPipeline, scheduler: s
 
 def test_a_place_that_is_taken_over_keeps_nothing_of_its_last_clip(pipeline: TangoPipeline) -> None:
     """Two places, of which the opener keeps one: the others follow each other in the second."""
-    with Engine(pipeline, replace(ONE, batch_shapes=(2,), exact=True)) as engine:
+    with Engine(pipeline, EngineConfig(threads=1, batch_shapes=(2,), exact=True)) as engine:
         requests = [
             engine.request("a dog barks", seed=5),
             engine.request("a bell rings", negative_prompt="rain", seed=6),
@@ -188,7 +190,7 @@ def test_the_difference_between_batch_shapes_is_inaudible(vocoder: str) -> None:
     pipeline = tiny_pipeline(vocoder=vocoder)  # type: ignore[arg-type]
     clips = []
     for exact in (False, True):
-        with Engine(pipeline, replace(ONE, exact=exact)) as engine:
+        with Engine(pipeline, EngineConfig(threads=1, exact=exact)) as engine:
             request = engine.request("a dog barks", seed=5, num_inference_steps=10)
             clips.append(engine.generate(request).clips[0].waveform().astype(np.float64))
     lone, full = clips
@@ -197,7 +199,7 @@ def test_the_difference_between_batch_shapes_is_inaudible(vocoder: str) -> None:
 
 
 def test_a_clip_depends_on_seed_and_index_alone(pipeline: TangoPipeline) -> None:
-    with Engine(pipeline, replace(ONE, exact=True)) as engine:
+    with Engine(pipeline, EngineConfig(threads=1, exact=True)) as engine:
         three = engine.generate(engine.request("a dog", seed=5, clip_count=3)).clips
         one = engine.generate(engine.request("a dog", seed=5)).clips
         other = engine.generate(engine.request("a dog", seed=6)).clips
@@ -221,7 +223,10 @@ def test_lengths_take_turns_and_each_clip_gets_its_share(pipeline: TangoPipeline
 
 
 def test_a_length_too_many_waits_its_turn(pipeline: TangoPipeline) -> None:
-    with denoiser_calls(pipeline) as calls, Engine(pipeline, replace(ONE, max_lengths=1)) as engine:
+    with (
+        denoiser_calls(pipeline) as calls,
+        Engine(pipeline, ONE_LENGTH) as engine,
+    ):
         others = [
             engine.request("a cat", seed=2, num_inference_steps=2, duration=1.28),
             engine.request("a bird", seed=3, num_inference_steps=2, duration=0.64),
@@ -232,7 +237,10 @@ def test_a_length_too_many_waits_its_turn(pipeline: TangoPipeline) -> None:
 
 
 def test_the_queue_reports_positions_and_lets_newcomers_before_second_clips(pipeline: TangoPipeline) -> None:
-    with denoiser_calls(pipeline) as calls, Engine(pipeline, replace(ONE, batch_shapes=(1,))) as engine:
+    with (
+        denoiser_calls(pipeline) as calls,
+        Engine(pipeline, ONE_PLACE) as engine,
+    ):
         requests = [
             engine.request("a cat", seed=2, num_inference_steps=1, clip_count=2),
             engine.request("a bird", seed=3, num_inference_steps=1),
@@ -250,7 +258,7 @@ def test_prompts_are_embedded_once(pipeline: TangoPipeline) -> None:
     embedded: list[int] = []
     hook = pipeline.text_encoder.register_forward_pre_hook(lambda *_: embedded.append(1))
     try:
-        with Engine(pipeline, replace(ONE, prompt_cache_size=2)) as engine:
+        with Engine(pipeline, EngineConfig(threads=1, prompt_cache_size=2)) as engine:
             for prompt in ("a dog", "a dog", "a cat", "a cat", "a dog"):
                 engine.generate(engine.request(prompt, seed=1, num_inference_steps=1))
     finally:
@@ -318,7 +326,7 @@ def test_many_threads_submit_at_once(pipeline: TangoPipeline) -> None:
         request = engine.request("a dog", seed=seed % 4, num_inference_steps=2 + seed % 3)
         results[seed] = engine.generate(request).clips[0].waveform().tobytes()
 
-    with Engine(pipeline, replace(ONE, exact=True)) as engine:
+    with Engine(pipeline, EngineConfig(threads=1, exact=True)) as engine:
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(24)]
         for thread in threads:
             thread.start()

@@ -17,9 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.client import AudioClient, Finished, Progress
 from services.errors import InvalidInputError, ModelNotFoundError, UnauthenticatedError
-from services.generation.serve import run
+from services.generation.serve import SERVICE
 from services.generation.settings import GenerationSettings
 from services.generation.slot import load_engine
+from services.runtime.serving import run
 from services.runtime.settings import load_settings
 from services.weights.uri import resolve
 from tests.programs import environment
@@ -148,7 +149,7 @@ def test_a_token_that_is_none_is_refused_at_start(tmp_path: Path, content: str |
     if content is not None:
         path.write_text(content)
     with pytest.raises(InvalidInputError) as caught:
-        run(load_settings(GenerationSettings, model="mini", operator_token_file=path))
+        run(SERVICE, load_settings(GenerationSettings, model="mini", operator_token_file=path))
     assert [fault.field for fault in caught.value.violations] == ["operator_token_file"]
 
 

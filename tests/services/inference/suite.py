@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,14 +35,16 @@ TONES = [tone(0.5), tone(0.5, hertz=880.0)]
 class Addresses:
     """Which server answers for which model."""
 
-    tango: str
-    clap: str
-    reward: str
+    models: Mapping[str, str]
     is_triton: bool = False
 
     @property
-    def models(self) -> dict[str, str]:
-        return {"tango": self.tango, "clap": self.clap, "reward": self.reward}
+    def tango(self) -> str:
+        return self.models["tango"]
+
+    @property
+    def clap(self) -> str:
+        return self.models["clap"]
 
 
 def inputs(prompts: list[Any], **tensors: tuple[str, Any]) -> list[triton.InferInput]:

@@ -9,4 +9,4 @@ from tests.services.inference.suite import Addresses
 
 @pytest.fixture(scope="module")
 def served(services: Services) -> Addresses:
-    return Addresses(tango=services.generation, clap=services.scoring, reward=services.reward)
+    return Addresses(models=services.by_model)

@@ -1,11 +1,7 @@
 """A real server in the test's process, on a thread of its own, and a real (tiny) reward model behind it."""
 
-import asyncio
 import io
-import logging
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,6 @@ from typing import Any
 import grpc
 import numpy as np
 import soundfile
-import structlog
 from numpy.typing import NDArray
 
 from milonga.v1 import audio_pb2
@@ -23,12 +18,12 @@ from services.api.model import ModelVersion
 from services.models.manifest import write_manifest
 from services.models.reward.model import RewardModel
 from services.reward.judge import Judge
-from services.reward.serve import add_reward
+from services.reward.serve import SERVICE
 from services.reward.settings import RewardSettings
 from services.runtime.metrics import ServerMetrics
-from services.runtime.server import Server
 from services.runtime.settings import load_settings
 from services.weights.uri import ResolvedModel
+from tests.services.hosting import hosting
 from tests.tiny import tiny_clap, tiny_reward
 
 CLAP = ResolvedModel(
@@ -52,44 +47,16 @@ class Served:
 @contextmanager
 def serving(model: RewardModel, **settings: Any) -> Iterator[Served]:
     """Serve `model` on a free port until the end of the context."""
-    # The access log, written from the server's thread, would land between the tests' dots.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     flags = {"listen": "127.0.0.1:0", "model": "tiny", "threads": 1, "grace_seconds": 0, **settings}
     config = load_settings(RewardSettings, **flags)
-    started: Future[tuple[int, Judge, ServerMetrics]] = Future()
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(model, config, started, stop)))
-    thread.start()
-    try:
-        port, judge, metrics = started.result(30)
-        target = f"127.0.0.1:{port}"
-        options = (("grpc.max_send_message_length", -1),)
-        with grpc.insecure_channel(target, options=options) as channel:
-            yield Served(target=target, stub=rpc.RewardServiceStub(channel), judge=judge, metrics=metrics)
-    finally:
-        stop.set()
-        thread.join()
-
-
-async def _serve(
-    model: RewardModel,
-    settings: RewardSettings,
-    started: "Future[tuple[int, Judge, ServerMetrics]]",
-    stop: threading.Event,
-) -> None:
-    try:
-        metrics = ServerMetrics()
-        server = Server(settings, metrics)
-        judge = Judge(model, MODEL, CLAP, settings)
-        add_reward(server, metrics, judge, settings)
-        await server.start()
-        started.set_result((server.port, judge, metrics))
-    except BaseException as error:
-        started.set_exception(error)
-        return
-    await asyncio.to_thread(stop.wait)
-    await server.stop(0)
-    await judge.close()
+    judge = Judge(model, MODEL, CLAP, config)
+    options = (("grpc.max_send_message_length", -1),)
+    with (
+        hosting(SERVICE, judge, config) as hosted,
+        grpc.insecure_channel(hosted.target, options=options) as channel,
+    ):
+        stub = rpc.RewardServiceStub(channel)
+        yield Served(target=hosted.target, stub=stub, judge=judge, metrics=hosted.metrics)
 
 
 def write_models(folder: Path) -> tuple[Path, Path]:

@@ -3,19 +3,15 @@
 import json
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from milonga.v1 import scoring_pb2 as pb
-from milonga.v1 import scoring_pb2_grpc as rpc
 from services.errors import (
     DigestMismatchError,
     InvalidInputError,
@@ -23,9 +19,10 @@ from services.errors import (
     ModelFormatError,
     ModelNotFoundError,
 )
+from services.runtime.serving import run
 from services.runtime.settings import load_settings
 from services.scoring.scorers import load
-from services.scoring.serve import run
+from services.scoring.serve import SERVICE
 from services.scoring.settings import ScoringSettings
 from tests.programs import environment
 
@@ -70,25 +67,6 @@ def _load_refusal(uri: str) -> ModelError:
     return caught.value
 
 
-def test_the_program_serves_and_drains(uris: dict[str, str]) -> None:
-    with subprocess.Popen(
-        COMMAND, env=_environment(json.dumps(uris)), stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        try:
-            lines = (json.loads(line) for line in process.stderr)
-            ready = next(line for line in lines if line["event"] == "ready")
-            assert list(ready["scorers"]) == ["a", "b", "a2"]
-            with grpc.insecure_channel(f"127.0.0.1:{ready['port']}") as channel:
-                stub = rpc.ScoringServiceStub(channel)
-                assert stub.BatchEmbedText(pb.BatchEmbedTextRequest(prompts=["a dog"])).results
-            process.send_signal(signal.SIGTERM)
-            assert [line["event"] for line in lines][-1] == "stopped"
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-
-
 def test_the_program_refuses_in_one_line_and_with_exit_code_2(folders: dict[str, Path]) -> None:
     assert "MILONGA_SCORERS" in _refusal(None)
     assert "JSON" in _refusal("a=mini:clap-a")
@@ -115,7 +93,7 @@ def test_names_are_checked(scorers: dict[str, str], said: str) -> None:
 
 def test_every_wrong_uri_is_named_before_anything_is_loaded() -> None:
     with pytest.raises(InvalidInputError) as caught:
-        run(_settings(scorers={"a": "maxi", "b": "mini", "c": "mini:x"}))
+        run(SERVICE, _settings(scorers={"a": "maxi", "b": "mini", "c": "mini:x"}))
     assert [violation.field for violation in caught.value.violations] == ["scorers.a", "scorers.c"]
 
 

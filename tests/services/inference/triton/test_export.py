@@ -10,8 +10,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from services.catalogue import SCORING
 from services.cli import run
-from services.cli.triton_export import export_clap
+from services.cli.triton import export_model
 from services.errors import DigestMismatchError, InvalidInputError, ModelFormatError
 from services.generation.settings import GenerationSettings
 from services.inference.triton.repository import ModelRepository, open_storage
@@ -124,7 +125,7 @@ def test_a_laion_checkpoint_takes_its_tokenizer_along(tmp_path: Path) -> None:
     (tmp_path / "laion" / "roberta-base").mkdir(parents=True)
     checkpoint.write_bytes(b"weights")
     (tmp_path / "laion" / "roberta-base" / "vocab.json").write_text("{}")
-    exported, number = export_clap({"a": f"laion:{checkpoint}"})
+    exported, number = export_model(SCORING, {"scorers": {"a": f"laion:{checkpoint}"}})
     assert number == 1
     ModelRepository(open_storage(str(tmp_path / "models"))).add(exported, number)
     folder = tmp_path / "models" / "clap" / "1"

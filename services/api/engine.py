@@ -1,0 +1,35 @@
+"""Settings of the engine, which are settings of the generation service, too."""
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class EngineConfig(BaseModel):
+    """How the engine shares the device. Raises `ValueError` for settings that can't work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    batch_shapes: tuple[int, ...] = (1, 2, 4, 8)
+    """Clips that a denoiser call may hold, ascending; calls are padded to the smallest shape that fits. The
+    last one is also the number of places for each latent length."""
+    exact: bool = False
+    """Pad every call to the largest batch shape: the same request gives the same bits under any load.
+    Slower."""
+    max_queue: int = Field(default=64, gt=0)
+    """Clips that may wait for a place. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED)."""
+    max_lengths: int = Field(default=4, gt=0)
+    """Latent lengths that run at a time, each with its own places. Bounds the memory of what runs."""
+    max_clip_count: int = Field(default=8, gt=0)
+    """Most clips in one request; never more than `max_queue`."""
+    max_prompt_characters: int = Field(default=1000, gt=0)
+    """Longest prompt, in characters."""
+    prompt_cache_size: int = Field(default=256, gt=0)
+    """Prompts whose embeddings are kept, the unconditional one included."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads of the model. Default: PyTorch's choice."""
+
+    @field_validator("batch_shapes")
+    @classmethod
+    def _check_batch_shapes(cls, shapes: tuple[int, ...]) -> tuple[int, ...]:
+        if not shapes or shapes[0] < 1 or list(shapes) != sorted(set(shapes)):
+            raise ValueError("must be ascending batch sizes of 1 or more, as (1, 2, 4, 8)")
+        return shapes

@@ -1,0 +1,115 @@
+"""The services of this product: a row for each.
+
+`milonga serve`, `milonga up`, `milonga doctor`, `milonga triton export` and the tests iterate over them. A
+service is the folder ``services/NAME``, with `SERVICE` in ``serve.py`` and `SERVABLE` in ``triton.py``; here
+are only facts that need none of its imports.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """A setting of a service that names the weights that it serves."""
+
+    setting: str
+    """Its name. Its value is a model URI, or a model URI for each of several names."""
+    embedded: str | Mapping[str, str]
+    """Its value for the embedded weights: the default of commands that start or export every service."""
+    option: str
+    """Its option, without dashes, of those commands: no other setting has the same."""
+    export_option: str = ""
+    """Its option of `milonga triton export`, where that is another one."""
+    help: str
+    """Help of these options."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A service."""
+
+    name: str
+    """Sub-command of `milonga serve`, folder in `services`, Deployment on Kubernetes."""
+    summary: str
+    """What it does, in one line."""
+    port: int
+    """Port that it listens on by default."""
+    rpc: str
+    """Full name of its gRPC service."""
+    model: str
+    """Name of its model in the Open Inference Protocol."""
+    weights: tuple[Weights, ...]
+    """What it serves."""
+    example: str
+    """A command that calls it, with its address as ``{}``."""
+
+    @property
+    def listen(self) -> str:
+        """Address that it listens on by default."""
+        return f"127.0.0.1:{self.port}"
+
+    def part(self, weights: Weights) -> str:
+        """Return how one of its `weights` is called among them: the one of ``model`` as its model."""
+        return self.model if weights.setting == "model" else weights.setting
+
+
+GENERATION: Final = Entry(
+    name="generation",
+    summary="Serve one model: prompts in, clips out (milonga.v1.GenerationService).",
+    port=50051,
+    rpc="milonga.v1.GenerationService",
+    model="tango",
+    weights=(
+        Weights(
+            setting="model",
+            embedded="mini",
+            option="generation",
+            export_option="model",
+            help="Model that generates sound.",
+        ),
+    ),
+    example="milonga generate 'A dog barks' --server {}",
+)
+
+SCORING: Final = Entry(
+    name="scoring",
+    summary="Serve CLAP scores: clips and prompts in, how well they match out (milonga.v1.ScoringService).",
+    port=50052,
+    rpc="milonga.v1.ScoringService",
+    model="clap",
+    weights=(
+        Weights(
+            setting="scorers",
+            embedded=MappingProxyType({"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"}),
+            option="scorer",
+            help="Scorer: its name and its CLAP model. May be given several times.",
+        ),
+    ),
+    example="milonga score 'A dog barks' clip.wav --scoring {}",
+)
+
+REWARD: Final = Entry(
+    name="reward",
+    summary="Serve a reward model: clips and prompts in, preferences out (milonga.v1.RewardService).",
+    port=50053,
+    rpc="milonga.v1.RewardService",
+    model="reward",
+    weights=(
+        Weights(setting="model", embedded="mini:reward", option="reward", help="Reward model."),
+        Weights(
+            setting="clap",
+            embedded="mini:clap-a",
+            option="clap",
+            help="CLAP model that the reward model was trained on; it refuses another.",
+        ),
+    ),
+    example="milonga score 'A dog barks' clip.wav --reward-server {}",
+)
+
+CATALOGUE: Final[Mapping[str, Entry]] = MappingProxyType(
+    {entry.name: entry for entry in (GENERATION, SCORING, REWARD)}
+)
+"""Every service by its name, in the order of their ports."""

@@ -1,0 +1,247 @@
+"""Options that are derived: of settings from their fields and docstrings, of weights from the catalogue."""
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from services.catalogue import CATALOGUE, Weights
+from services.errors import FieldViolation, InvalidInputError
+
+if TYPE_CHECKING:
+    from services.runtime.settings import ServerSettings
+
+URI_FORMS: Final = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also with #sha256:HEX"
+NAME_URI: Final = "NAME=URI"
+
+_MODEL_PANEL: Final = "Device, batches and limits"
+_SERVER_PANEL: Final = "Watching, TLS and stopping"
+
+
+def with_options(function: Callable[..., Any], options: Iterable[inspect.Parameter]) -> Callable[..., Any]:
+    """Return `function` for typer, with `options` in the place of its ``**`` parameter, before its own."""
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        return function(**values)
+
+    own = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for one in inspect.signature(function).parameters.values()
+        if one.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    return command
+
+
+# Settings
+
+
+def setting_options(kind: "type[ServerSettings]") -> list[inspect.Parameter]:
+    """Return an option for each setting but secrets: first the service's own, last those of every server."""
+    from pydantic import SecretStr
+
+    from services.runtime.settings import ServerSettings
+
+    own = [name for name in inspect.get_annotations(kind) if name != "listen"]
+    panels: dict[str, str | None] = dict.fromkeys([*own, "listen"])
+    panels |= {
+        name: _MODEL_PANEL for name in kind.model_fields if name not in ServerSettings.model_fields
+    } | panels
+    panels |= dict.fromkeys(kind.model_fields, _SERVER_PANEL) | panels
+    return [
+        _setting_option(kind, name, panel)
+        for name, panel in panels.items()
+        if _type_of(kind, name) is not SecretStr and name in kind.model_fields
+    ]
+
+
+def read_options(kind: "type[ServerSettings]", values: Mapping[str, Any]) -> "ServerSettings":
+    """Return the settings that the values of `setting_options` say. Raises `InvalidInputError`."""
+    from services.runtime.settings import load_settings
+
+    texts: dict[str, str] = {}
+    others: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            others[name] = read_pairs(flag_of(kind, name), value) or None
+        elif isinstance(value, str):
+            texts[name] = value
+        else:
+            others[name] = value
+    return load_settings(kind, texts, **others)
+
+
+def setting_words(name: str, value: str | Mapping[str, str]) -> tuple[str, ...]:
+    """Return the words of a command line that give a setting which names weights."""
+    if isinstance(value, str):
+        return (f"--{name}", value)
+    return tuple(word for key, uri in value.items() for word in (_singular(name), f"{key}={uri}"))
+
+
+def environment_note(kind: "type[ServerSettings]") -> str:
+    """Return how settings are read from the environment, for the end of a command's help."""
+    from pydantic import SecretStr
+
+    note = (
+        f"URI is a model URI: mini and other embedded models, {URI_FORMS}; for CLAP also laion:PATH and "
+        "laion-clap:PATH. Every option is also read from the environment: --metrics-port is "
+        "MILONGA_METRICS_PORT"
+    )
+    tables = [name for name in kind.model_fields if get_origin(_type_of(kind, name)) is dict]
+    secrets = [name for name in kind.model_fields if _type_of(kind, name) is SecretStr]
+    note += "".join(f", {flag_of(kind, name)} is MILONGA_{name.upper()}, a JSON object" for name in tables)
+    note += "".join(f"; MILONGA_{name.upper()} has no option: others can list those" for name in secrets)
+    return f"{note}."
+
+
+def flag_of(kind: "type[ServerSettings]", name: str) -> str:
+    """Return the option of a setting."""
+    if get_origin(_type_of(kind, name)) is dict:
+        return _singular(name)
+    return f"--{name.replace('_', '-')}"
+
+
+def _singular(name: str) -> str:
+    return f"--{name.removesuffix('s').replace('_', '-')}"
+
+
+def _type_of(kind: "type[ServerSettings]", name: str) -> Any:
+    """The type of a setting, where it has a value."""
+    annotation = kind.model_fields[name].annotation
+    members = get_args(annotation)
+    return next(one for one in members if one is not NoneType) if NoneType in members else annotation
+
+
+def _setting_option(kind: "type[ServerSettings]", name: str, panel: str | None) -> inspect.Parameter:
+    field, wanted = kind.model_fields[name], _type_of(kind, name)
+    flag, option_type, metavar, completion, note = flag_of(kind, name), wanted, None, None, ""
+    if get_origin(wanted) is dict:
+        option_type, metavar, note = list[str], NAME_URI, " May be given several times."
+    elif get_origin(wanted) is Literal:
+        choices = list(get_args(wanted))
+        option_type, completion, note = str, lambda: choices, f" One of {', '.join(choices)}."
+    elif wanted is bool:
+        flag = f"{flag}/--no-{name.replace('_', '-')}"
+    elif wanted not in (int, float, str, Path):
+        option_type, metavar = str, "JSON"
+    elif "URI" in field.metadata:
+        metavar = "URI"
+    option = typer.Option(
+        flag,
+        help=_help_of(kind, name) + note,
+        metavar=metavar,
+        autocompletion=completion,
+        show_default=_default_of(field.default, name),
+        rich_help_panel=panel,
+    )
+    return _parameter(name, option_type, option)
+
+
+def _help_of(kind: "type[ServerSettings]", name: str) -> str:
+    """The docstring of a setting, with options in the place of other settings' names."""
+    fields = [getattr(one, "model_fields", {}).get(name) for one in kind.__mro__]
+    docstring = next(field.description for field in fields if field is not None and field.description)
+
+    def named(found: re.Match[str]) -> str:
+        return flag_of(kind, found[1]) if found[1] in kind.model_fields else found[1]
+
+    return escape(re.sub(r"`(\w+)`", named, " ".join(docstring.split())))
+
+
+def _default_of(default: Any, name: str) -> str | Literal[False]:
+    """A default for the help; False where there is none, or the docstring says it."""
+    match default:
+        case bool():
+            return name if default else f"no-{name}"
+        case str() | int():
+            return str(default) or False
+        case float():
+            return f"{default:g}"
+        case tuple():
+            return json.dumps(default)
+        case _:
+            return False
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind | None, option]
+    )
+
+
+# Weights
+
+
+def weights_options(*, export: bool = False) -> list[inspect.Parameter]:
+    """Return an option for what each service serves, of `milonga triton export` or of `milonga up`."""
+    return [_weights_option(weights, export) for entry in CATALOGUE.values() for weights in entry.weights]
+
+
+def read_weights(
+    values: Mapping[str, Any], *, export: bool = False
+) -> dict[str, dict[str, str | Mapping[str, str]]]:
+    """Return the settings that the values of `weights_options` say, by service.
+
+    Raises:
+        InvalidInputError: a value is not of the form that its option has.
+    """
+    return {
+        entry.name: {
+            one.setting: _weights_value(values[option_of(one, export)], one, export) for one in entry.weights
+        }
+        for entry in CATALOGUE.values()
+    }
+
+
+def option_of(weights: Weights, export: bool = False) -> str:
+    """Return the option of weights, without dashes."""
+    return (weights.export_option if export else "") or weights.option
+
+
+def read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Return the model URI of each name, of `pairs` that are each ``NAME=URI``.
+
+    Raises:
+        InvalidInputError: one is no such pair, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    faults = []
+    for pair in pairs:
+        name, equals, uri = (part.strip() for part in pair.partition("="))
+        if not (name and equals and uri):
+            faults.append(
+                FieldViolation(flag, f"is {pair[:80]!r}, must be {NAME_URI}, for example a=mini:clap-a")
+            )
+        elif name in found:
+            faults.append(FieldViolation(flag, f"names {name!r} twice; names must differ"))
+        else:
+            found[name] = uri
+    if faults:
+        raise InvalidInputError(*faults)
+    return found
+
+
+def _weights_option(weights: Weights, export: bool) -> inspect.Parameter:
+    name, embedded = option_of(weights, export), weights.embedded
+    if isinstance(embedded, str):
+        option = typer.Option(f"--{name}", help=weights.help, metavar="URI")
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=embedded, annotation=Annotated[str, option]
+        )
+    default = " ".join(f"{key}={uri}" for key, uri in embedded.items())
+    option = typer.Option(f"--{name}", help=weights.help, metavar=NAME_URI, show_default=default)
+    return _parameter(name, list[str], option)
+
+
+def _weights_value(value: Any, weights: Weights, export: bool) -> str | Mapping[str, str]:
+    if isinstance(weights.embedded, str):
+        return str(value)
+    return read_pairs(f"--{option_of(weights, export)}", value) if value else weights.embedded
