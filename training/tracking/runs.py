@@ -263,8 +263,7 @@ class Tracker:
         while not self._given_up.is_set():
             closing = self._closing.wait(wait)
             try:
-                if not closing:
-                    self._log_system()
+                self._log_system()
                 self._publisher.publish()
             except Exception as error:  # the training must not end because of its tracking
                 if not away:
