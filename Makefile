@@ -65,6 +65,10 @@ lint-types: protos
 lint-imports: protos
 	$(BIN)/lint-imports
 
+.PHONY: lint-house
+lint-house: protos
+	$(BIN)/python -m tests.house --check
+
 .PHONY: lint-protos
 lint-protos:
 	@if command -v npm >/dev/null; then \
@@ -80,9 +84,11 @@ format: $(READY) ## Format the Python files and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# At most four processes: each imports torch and mlflow. A process that has nothing left takes from another's end, so
+# that tests of one module, and what they share, mostly stay in one.
 .PHONY: test
-test: protos $(KUBE)/.milonga-ready ## Run the tests (PYTEST_ARGS="-k engine" for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: protos $(KUBE)/.milonga-ready ## Run the tests (PYTEST_ARGS="-k engine" for some, "-n0" in one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: protos ## Start the service, send it three prompts over gRPC, write clips and a page to listen to

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import House, circles_of, is_core, lines_of_code, read, siblings, tree_paths
+from tests.house import House, circles_of, lines_of_code, read, siblings, tree_paths
 
 SOURCE = '''"""A module
 of two lines."""
@@ -46,11 +46,11 @@ def test_functions_are_measured(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_core() -> None:
-    assert is_core("services.models.tango.pipeline")
-    assert not is_core("services.models.clap.laion")
-    assert not is_core("services.modelsmith")
-    assert not is_core("training.promotion.promote")
+def test_the_core_is_what_servicers_and_trainers_import() -> None:
+    house = House()
+    assert {"services.engine.engine", "services.models.tango.pipeline"} <= house.serve
+    assert {"training.objectives.preference", "training.finetuning.dpo"} <= house.learn
+    assert not {"services.cli", "training.promotion.promote"} & (house.serve | house.learn)
 
 
 def test_circles_are_found_between_the_modules_and_folders_of_one_folder() -> None:
