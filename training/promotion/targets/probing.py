@@ -44,8 +44,7 @@ def served_model(address: str, tls: TLS | None = None, *, timeout: float = CALL_
     """Return the weights served at `address`, by a new connection. Raises what `AudioClient` raises."""
     options: Any = {"timeout": timeout, "retries": 0, "channel_options": _OWN_CONNECTION}
     with AudioClient(address, tls=tls, **options) as client:
-        model = client.get_model().model
-    return ModelVersion(name=model.name, version=model.version, digest=model.digest, license=model.license)
+        return client.get_model().model
 
 
 def probe(query: Callable[[], ModelVersion], digest: str, service: str) -> str:
