@@ -284,7 +284,7 @@ def test_a_promoter_that_is_killed(world: World, capsys: pytest.CaptureFixture[s
     gates = ["--gates", str(world.gates)]
     with load(world.server.grpc) as made:
         for words, resumed, served in (
-            (["run", "--version", "2", *gates], "is finished", "2"),
+            (["run", "--version", "2", *gates], "is completed", "2"),
             (["rollback"], "is undone: milonga-tango version 2 is served", "2"),
         ):
             _kill_when_both_are_pinned(world, words)
