@@ -1,6 +1,7 @@
 """Weights against the module they belong to: every key and every shape accounted for, before any is used."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -77,7 +78,7 @@ def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no chatter of diffusers and transformers inside; as before afterwards."""
+    """Silence progress bars, log messages and deprecation warnings of the model libraries inside."""
     bars = [
         library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
     ]
@@ -89,7 +90,10 @@ def quiet_loading() -> Iterator[None]:
     for logger, _ in levels:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of one library about another: the autoencoder of waveforms uses torch's older weight_norm.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library in bars:
             library.enable_progress_bar()

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 PROMOTION_TAG: Final = "milonga.promotion"
 """Tag of a version: outcome of its last promotion. Further tags: ``.time``, ``.run`` and ``.reason``."""
 
-ARCHITECTURE: Final = re.compile(
-    r"(unet|vae|text_encoder|vocoder)/config\.json|tokenizer/.*\.(json|model|txt)"
-)
-"""Files of a model folder that define its architecture: configs and the tokenizer."""
+ARCHITECTURE: Final = re.compile(r"[^/]+/config\.json|tokenizer/.*\.(json|model|txt)")
+"""Files of a model folder, of any family, that define its architecture: configs and the tokenizer."""
 
 _ORIGIN_KEYS: Final = frozenset(
     {"_name_or_path", "_diffusers_version", "transformers_version", "dtype", "torch_dtype"}

@@ -1,7 +1,7 @@
 """The folder of a `TangoPipeline`."""
 
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
@@ -32,6 +32,9 @@ TANGO: Final = Architecture(
 )
 
 
-def load_tango(folder: Path, **options: Any) -> TangoPipeline:
-    """Load a Tango model, for programs that use its parts. Options and errors are `load_generator`'s."""
-    return cast(TangoPipeline, TANGO.load(folder, **options))
+def load_tango(
+    folder: Path, *, device: str = "cpu", dtype: str = "float32", decoder_dtype: str = "float32"
+) -> TangoPipeline:
+    """Load a Tango model, for programs that use its parts; see `architectures.load_generator`."""
+    pipeline = TANGO.load(folder, device=device, dtype=dtype, decoder_dtype=decoder_dtype)
+    return cast(TangoPipeline, pipeline)
