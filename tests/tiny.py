@@ -6,7 +6,13 @@ About 80 thousand parameters; a clip of 0.64 s takes some tens of milliseconds o
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderOobleck,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -22,8 +28,11 @@ from transformers import ClapModel as TransformersClapModel
 
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
+from services.models.state_dicts import quiet_loading
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
+from services.models.tangoflux.denoiser import TangoFluxDenoiser
+from services.models.tangoflux.pipeline import TangoFluxPipeline
 from services.models.vocoder import GriffinLimVocoder
 
 WORDS = (
@@ -100,6 +109,23 @@ def tiny_hifigan() -> SpeechT5HifiGan:
     )
 
 
+def tiny_text_encoder(vocabulary: int) -> T5EncoderModel:
+    """One layer of 16 dimensions."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
 def tiny_pipeline(
     seed: int = 0,
     *,
@@ -114,22 +140,9 @@ def tiny_pipeline(
         vae = tiny_vae()
         # As quiet as real spectrograms, so that waveforms do not clip.
         torch.nn.init.constant_(vae.decoder.conv_out.bias, -5.0)
-        text_encoder = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer),
-                d_model=16,
-                d_kv=8,
-                d_ff=32,
-                num_layers=1,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
         return TangoPipeline(
             tokenizer=tokenizer,
-            text_encoder=text_encoder,
+            text_encoder=tiny_text_encoder(len(tokenizer)),
             unet=tiny_unet(),
             vae=vae,
             vocoder=GriffinLimVocoder(iterations=4, inversion_iterations=8)
@@ -141,6 +154,44 @@ def tiny_pipeline(
             default_num_inference_steps=4,
             default_guidance_scale=3.0,
             default_scheduler=default_scheduler,
+            text_length=text_length,
+        )
+
+
+def tiny_tangoflux(seed: int = 0, *, channels: int = 2, text_length: int | None = 16) -> TangoFluxPipeline:
+    """Random weights of another family. Latents [40, 4]; durations as those of `tiny_pipeline`."""
+    with torch.random.fork_rng(devices=[]), quiet_loading():
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        transformer = TangoFluxDenoiser(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            max_duration=2.56,
+        )
+        return TangoFluxPipeline(
+            tokenizer=tokenizer,
+            text_encoder=tiny_text_encoder(len(tokenizer)),
+            transformer=transformer,
+            vae=AutoencoderOobleck(
+                encoder_hidden_size=8,
+                downsampling_ratios=[8, 8, 16],
+                channel_multiples=[1, 1, 2],
+                decoder_channels=8,
+                decoder_input_channels=4,
+                audio_channels=channels,
+                sampling_rate=16_000,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            default_duration=0.64,
+            max_duration=2.56,
+            default_num_inference_steps=4,
+            default_guidance_scale=3.0,
+            latent_length=40,
             text_length=text_length,
         )
 

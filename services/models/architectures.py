@@ -8,9 +8,11 @@ from services.errors import ModelFormatError
 from services.models.latent import LatentPipeline
 from services.models.pipelines import Architecture, read_index
 from services.models.tango.loading import TANGO
+from services.models.tangoflux.pipeline import TANGOFLUX
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "TangoPipeline": TANGO,
+    "TangoFluxPipeline": TANGOFLUX,
 }
 """By the `_class_name` of a folder's `model_index.json`."""
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from services.api.generation import Clip, Event, Failed, Finished
-from services.models.tango.pipeline import TangoPipeline
+from services.models.architectures import ARCHITECTURES
 
 E = TypeVar("E")
 TIMEOUT = 60.0
@@ -21,17 +21,19 @@ class Call:
 
     rows: int
     frames: int
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
 
 
 @contextmanager
-def denoiser_calls(pipeline: TangoPipeline) -> Iterator[list[Call]]:
+def denoiser_calls(pipeline: Any) -> Iterator[list[Call]]:
+    """Calls of any family's denoiser; latent frames are the last dimension but one."""
     calls: list[Call] = []
 
     def record(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        calls.append(Call(rows=len(args[0]), frames=args[0].shape[2], timesteps=tuple(args[1].tolist())))
+        calls.append(Call(rows=len(args[0]), frames=args[0].shape[-2], timesteps=tuple(args[1].tolist())))
 
-    hook = pipeline.unet.register_forward_pre_hook(record)
+    denoiser = getattr(pipeline, ARCHITECTURES[type(pipeline).__name__].denoiser)
+    hook = denoiser.register_forward_pre_hook(record)
     try:
         yield calls
     finally:

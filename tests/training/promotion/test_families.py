@@ -1,0 +1,121 @@
+"""A second family through evaluation, registry, gates and promotion, with real models."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from services.api.generation import ClipMaker
+from services.engine import EngineConfig
+from services.errors import ModelFormatError
+from services.local import open_clip_maker
+from services.models.manifest import write_manifest
+from services.models.mini.tagger import EventTagger
+from services.weights.uri import resolve
+from tests.tiny import tiny_pipeline, tiny_tangoflux
+from tests.training.promotion.fixtures import MemoryTarget, make_promoter
+from training.evaluation.config import EvaluationConfig, Sampling, WorldPrompts
+from training.evaluation.evaluate import evaluate
+from training.promotion.gates.gates import Gate, GatesConfig
+from training.promotion.promote import promote
+from training.promotion.registry import Registry
+from training.soundworld.synthesis import CLASSES
+from training.tracking.register import register
+
+PROMPT = "a dog barks then a siren wails"
+
+
+class ServingTarget(MemoryTarget):
+    """Its challenger generates on an engine in this process."""
+
+    def clip_client(self, address: str, timeout: float) -> ClipMaker:
+        assert self.challenger is not None
+        config = EngineConfig(threads=1, batch_shapes=(4,), exact=True)
+        return open_clip_maker(resolve(self.challenger), device="cpu", config=config)
+
+
+def _flux(folder: Path, seed: int) -> Path:
+    tiny_tangoflux(seed).save_pretrained(folder)
+    write_manifest(folder, name=folder.name, version="1", license="Apache-2.0")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvaluationConfig:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tagger = tmp_path / "tagger"
+    EventTagger(classes=list(CLASSES), width=8, hidden=4).save_pretrained(tagger)
+    write_manifest(tagger, name="tagger", version="1", license="Apache-2.0")
+    return EvaluationConfig(
+        name="tiny",
+        world=WorldPrompts(count=4),
+        sampling=Sampling(num_inference_steps=2, duration=2.56),
+        batch=4,
+        device="cpu",
+        scorers=(),
+        reward=None,
+        embedders=(),
+        judge=f"file:{tagger}",
+        sheet=2,
+    )
+
+
+def test_two_models_are_compared(config: EvaluationConfig, tmp_path: Path) -> None:
+    first, second = (_flux(tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
+    report = evaluate(config, [f"file:{first}", f"other=file:{second}"], tmp_path / "evaluation")
+    assert [model["name"] for model in report["models"]] == ["first", "other"]
+    assert report["prompts"]["clips"] == 4 * config.seeds
+    (comparison,) = report["comparisons"]
+    assert (comparison["name"], comparison["against"]) == ("other", "first")
+
+
+def test_registered_versions_generate_pass_gates_and_are_promoted(
+    store: str, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    champion, _ = register(_flux(tmp_path / "base", 0), alias="champion")
+    candidate, created = register(_flux(tmp_path / "tuned", 1))
+    assert (champion.version, candidate.version, created) == ("1", "2", True)
+    assert resolve(candidate.uri).identity.name == "milonga-tango"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", store)
+        loaded = mlflow.pyfunc.load_model("models:/milonga-tango@challenger")
+    [clip] = loaded.predict({"prompt": PROMPT, "seed": 7, "num_inference_steps": 2})
+    maker = open_clip_maker(resolve(candidate.uri), device="cpu", config=EngineConfig(threads=1))
+    expected = maker.generate(PROMPT, seed=7, num_inference_steps=2, encoding="float32").clips[0]
+    maker.close()
+    np.testing.assert_allclose(clip["audio"], expected.waveform(), atol=1e-6)
+
+    target = ServingTarget(champion.uri)
+    promoter, reported = make_promoter(target, Registry())
+    gates = GatesConfig(
+        evaluation=replace(config, seeds=1),
+        gates=(Gate(metric="silent", maximum=1.0),),
+        independent=("judge",),
+    )
+    assert "milonga-tango version 2 is promoted" in promote(
+        promoter, gates, model="milonga-tango", version="2"
+    )
+    assert target.served == candidate.uri
+    assert any("challenger: 4 of 4 clips generated" in line for line in reported)
+
+
+def test_a_version_of_another_family_is_not_promoted(
+    store: str, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    tango = tmp_path / "tango"
+    tiny_pipeline().save_pretrained(tango)
+    write_manifest(tango, name="tango", version="1", license="Apache-2.0")
+    champion, _ = register(tango, alias="champion")
+    register(_flux(tmp_path / "flux", 0))
+    promoter, _ = make_promoter(ServingTarget(champion.uri), Registry())
+    gates = GatesConfig(
+        evaluation=replace(config, seeds=1),
+        gates=(Gate(metric="silent", maximum=1.0),),
+        independent=("judge",),
+    )
+    with pytest.raises(ModelFormatError, match="is of another architecture than"):
+        promote(promoter, gates, model="milonga-tango", version="2")
