@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services import client
 from services.audio.spectrogram import spectrogram_png
-from services.cli.judging import SCORERS
+from services.catalogue import GENERATION, REWARD, SCORING
+from services.cli.options import embedded_words
 from services.cli.outputs import Cell, make_folder, print_table
 from services.cli.progress import stage_of
 from services.errors import MilongaError
@@ -56,12 +57,9 @@ class Judgement:
 
 
 def plans(model: str) -> list[ServicePlan]:
-    """Return the three services, each on a free port."""
-    arguments = {
-        "generation": ("--model", model),
-        "scoring": tuple(word for name, uri in SCORERS.items() for word in ("--scorer", f"{name}={uri}")),
-        "reward": ("--model", "mini"),
-    }
+    """Return the services, each on a free port; generation with `model`, the others with embedded weights."""
+    arguments = {entry.name: embedded_words(entry) for entry in (GENERATION, SCORING, REWARD)}
+    arguments["generation"] = ("--model", model)
     return [
         ServicePlan(name=name, arguments=flags, address=f"127.0.0.1:{free_port()}")
         for name, flags in arguments.items()

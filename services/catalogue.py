@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+EMBEDDED_SCORERS: Final[Mapping[str, str]] = MappingProxyType(
+    {"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"}
+)
+"""Model URIs of the embedded CLAP models, by the names that they have as scorers."""
+EMBEDDED_REWARD: Final = "mini:reward"
+"""Model URI of the embedded reward model."""
+EMBEDDED_CLAP: Final = "mini:clap-a"
+"""Model URI of the CLAP model that `EMBEDDED_REWARD` was trained on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
@@ -83,7 +92,7 @@ SCORING: Final = Entry(
     weights=(
         Weights(
             setting="scorers",
-            embedded=MappingProxyType({"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"}),
+            embedded=EMBEDDED_SCORERS,
             option="scorer",
             help="Scorer: its name and its CLAP model. May be given several times.",
         ),
@@ -98,10 +107,10 @@ REWARD: Final = Entry(
     rpc="milonga.v1.RewardService",
     model="reward",
     weights=(
-        Weights(setting="model", embedded="mini:reward", option="reward", help="Reward model."),
+        Weights(setting="model", embedded=EMBEDDED_REWARD, option="reward", help="Reward model."),
         Weights(
             setting="clap",
-            embedded="mini:clap-a",
+            embedded=EMBEDDED_CLAP,
             option="clap",
             help="CLAP model that the reward model was trained on; it refuses another.",
         ),

@@ -32,7 +32,6 @@ from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
-from services.reward.convert import sigmoid
 from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
 
@@ -147,7 +146,7 @@ class LocalScorers:
             for part in _passes(sizes):
                 logits += model.reward(prompts[part], prepared[part]).tolist()
         return Rewards(
-            rewards=tuple(Reward(logit=logit, probability=sigmoid(logit)) for logit in logits),
+            rewards=tuple(map(Reward.of, logits)),
             model=self._reward.version,
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.catalogue import CATALOGUE
-from services.cli.options import setting_words
+from services.cli.options import embedded_words
 from services.processes import ServicePlan, free_port, running
 
 EXACT = {"exact": "true", "batch_shapes": "[2]", "threads": "1"}
@@ -54,9 +54,7 @@ def all_services(logs: Path) -> Iterator[Services]:
     plans = [
         ServicePlan(
             name=entry.name,
-            arguments=tuple(
-                word for one in entry.weights for word in setting_words(one.setting, one.embedded)
-            ),
+            arguments=embedded_words(entry),
             address=f"127.0.0.1:{free_port()}",
         )
         for entry in CATALOGUE.values()

@@ -3,10 +3,12 @@
 Shapes: N samples, B elements of a call, S scorers, D dimensions.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +66,11 @@ class Reward:
     probability: float
     """That a listener calls the clip right for the prompt: sigmoid(logit)."""
 
+    @classmethod
+    def of(cls, logit: float) -> Self:
+        """Return the reward of a calibrated logit."""
+        return cls(logit=logit, probability=_sigmoid(logit))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewards:
@@ -90,6 +97,22 @@ class Ranking:
 
     places: tuple[RankedClip, ...]
     model: ModelVersion
+
+
+def rank(logits: Sequence[float]) -> list[RankedClip]:
+    """Return the places of clips with these rewards, best first; equal ones stay in order."""
+    order = sorted(range(len(logits)), key=lambda index: -logits[index])
+    beaten = [_sigmoid(logits[one] - logits[other]) for one, other in itertools.pairwise(order)]
+    return [
+        RankedClip(index=index, reward=Reward.of(logits[index]), beats_next=probability)
+        for index, probability in zip(order, [*beaten, None], strict=True)
+    ]
+
+
+def _sigmoid(logit: float) -> float:
+    """The logistic function, for a logit of any size."""
+    small = math.exp(-abs(logit))
+    return (1.0 if logit >= 0 else small) / (1.0 + small)
 
 
 class Scorers(Protocol):

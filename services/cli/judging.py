@@ -10,25 +10,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from services import client
 from services.api.scoring import CombinedScorers, Scorers
+from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS
 from services.cli.options import read_pairs
 from services.errors import FieldViolation, InvalidInputError, ModelError
 
 if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
-
-SCORERS: Mapping[str, str] = MappingProxyType({"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"})
-"""The scorers that judge where nothing else is said: model URI by name."""
-REWARD = "mini:reward"
-"""The reward model that judges where nothing else is said."""
-CLAP = "mini:clap-a"
-"""The CLAP model that `REWARD` stands on."""
 
 MAX_BATCH = 16
 """Clips that a judge is asked about in one call."""
@@ -54,7 +47,7 @@ RewardOption = Annotated[
         "--reward",
         help="Reward model in this process: its model URI.",
         metavar="URI",
-        show_default=REWARD,
+        show_default=EMBEDDED_REWARD,
         rich_help_panel=JUDGES,
     ),
 ]
@@ -64,7 +57,7 @@ ClapOption = Annotated[
         "--clap",
         help="CLAP model that --reward was trained on; it refuses another.",
         metavar="URI",
-        show_default=CLAP,
+        show_default=EMBEDDED_CLAP,
         rich_help_panel=JUDGES,
     ),
 ]
@@ -143,7 +136,7 @@ class Judges:
     """The service's scorers to ask; empty: all of them."""
     reward: str | None = None
     """Model URI of the reward model in this process."""
-    clap: str = CLAP
+    clap: str = EMBEDDED_CLAP
     """Model URI of the CLAP model that `reward` stands on."""
     reward_server: str | None = None
     """Address of the reward service."""
@@ -276,12 +269,12 @@ def choose_judges(
     by_default = scoring is None and reward_server is None
     scorers = read_pairs("--scorer", scorer) if scorer and scoring is None else None
     if scorers is None:
-        scorers = dict(SCORERS) if by_default else {}
+        scorers = dict(EMBEDDED_SCORERS) if by_default else {}
     if reward is None and by_default and not no_reward:
-        reward = REWARD
+        reward = EMBEDDED_REWARD
     elif reward is not None and reward.partition("#")[0] == "mini":
         # Where no sound is made, the family's name means this member, as for `milonga serve reward`.
-        reward = reward.replace("mini", REWARD, 1)
+        reward = reward.replace("mini", EMBEDDED_REWARD, 1)
     if clap is not None and reward is None:
         refuse(
             "--clap",
@@ -292,7 +285,7 @@ def choose_judges(
         scoring=scoring,
         names=tuple(scorer or ()) if scoring is not None else (),
         reward=reward,
-        clap=clap or CLAP,
+        clap=clap or EMBEDDED_CLAP,
         reward_server=reward_server,
         device=device or "auto",
         connection=connection,

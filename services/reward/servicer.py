@@ -2,8 +2,9 @@
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
-from services.audio.clips import AudioBounds, read_pairs
-from services.reward import convert
+from services.api.scoring import RankedClip, Reward, rank
+from services.audio.clips import AudioBounds, ReadClip, check_prompt, read_clips, read_pairs
+from services.errors import FieldViolation, InvalidInputError
 from services.reward.judge import Judge, Pair
 from services.reward.settings import RewardSettings
 from services.runtime.offloading import OffLoop
@@ -35,15 +36,15 @@ class RewardServicer(rpc.RewardServiceServicer):
         """See reward.proto."""
         self.judge.check()
         pairs = await self._off_loop(lambda: self._read_pairs(request))
-        logits = await self.judge.judge(pairs)
-        return pb.BatchComputeRewardsResponse(rewards=map(convert.write_reward, logits), model=self._version)
+        rewards = map(Reward.of, await self.judge.judge(pairs))
+        return pb.BatchComputeRewardsResponse(rewards=map(write_reward, rewards), model=self._version)
 
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
         self.judge.check()
         pairs = await self._off_loop(lambda: self._read_candidates(request))
-        places = convert.rank(await self.judge.judge(pairs))
-        return pb.RankAudioResponse(ranking=map(convert.write_place, places), model=self._version)
+        places = rank(await self.judge.judge(pairs))
+        return pb.RankAudioResponse(ranking=map(write_place, places), model=self._version)
 
     async def GetRewardModel(
         self, request: pb.GetRewardModelRequest, context: Context
@@ -57,6 +58,35 @@ class RewardServicer(rpc.RewardServiceServicer):
         return [self.judge.prepare(prompt, clip) for prompt, clip in read]
 
     def _read_candidates(self, request: pb.RankAudioRequest) -> list[Pair]:
-        prompt, clips = convert.read_candidates(request, self.bounds)
+        prompt, clips = read_candidates(request, self.bounds)
         self.judge.check(sum(clip.seconds for clip in clips))
         return [self.judge.prepare(prompt, clip) for clip in clips]
+
+
+def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> tuple[str, list[ReadClip]]:
+    """Return the prompt and the decoded clips of RankAudio.
+
+    Raises:
+        InvalidInputError: with every violated field, the prompt's and the clips'.
+    """
+    faults: list[FieldViolation] = [*check_prompt(request.prompt, "prompt", bounds)]
+    clips: list[ReadClip] = []
+    try:
+        clips = read_clips(request.clips, "clips", bounds)
+    except InvalidInputError as error:
+        faults += error.violations
+    if faults:
+        raise InvalidInputError(*faults)
+    return request.prompt, clips
+
+
+def write_reward(reward: Reward) -> pb.Reward:
+    """Return the message of a reward."""
+    return pb.Reward(logit=reward.logit, probability=reward.probability)
+
+
+def write_place(place: RankedClip) -> pb.RankedClip:
+    """Return the message of one place of a ranking."""
+    return pb.RankedClip(
+        clip_index=place.index, reward=write_reward(place.reward), beats_next=place.beats_next
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from services.catalogue import REWARD
+from services.catalogue import EMBEDDED_CLAP, REWARD
 from services.runtime.settings import BatchedSettings, ModelText
 from services.weights.uri import ModelURI, parse_uris
 
@@ -19,7 +19,7 @@ class RewardSettings(BatchedSettings):
     model: ModelText
     """Reward model to serve, best with a pin; mini means mini:reward. No default: a service never falls back
     to other weights by itself."""
-    clap: ModelText = "mini:clap-a"
+    clap: ModelText = EMBEDDED_CLAP
     """CLAP model that the reward model was trained on; it refuses another."""
 
 
