@@ -4,19 +4,17 @@ Shape legend: B pairs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from services.audio.clips import ReadClip
 from services.catalogue import REWARD
-from services.errors import ModelError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
-from services.reward.settings import CLAP, RewardSettings, model_uris
+from services.reward.settings import CLAP, RewardSettings
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.weights.loading import load_clap_model
-from services.weights.uri import ResolvedModel, resolve
+from services.weights.uri import ResolvedModel, naming
 
 Pair = tuple[str, RewardClip]
 """A prompt, and a clip as the model hears it."""
@@ -82,25 +80,14 @@ class Judge:
             torch.set_num_threads(self._threads)
 
 
-def load(settings: RewardSettings, found: Mapping[str, ResolvedModel] | None = None) -> Judge:
-    """Load the models of the settings; `found` has them by their names in `model_uris`, if they are resolved.
+def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Judge:
+    """Load the models that were resolved, by their names in `model_uris`.
 
     Raises:
-        ModelError: one was not found or refused, or they do not belong together.
+        ModelError: one was refused, or they do not belong together.
         InvalidInputError: the device does not exist, or the CLAP model gives no tokens.
     """
-    uris = model_uris(settings)
-    version = found[REWARD.model] if found else resolve(uris[REWARD.model])
-    with _naming_clap():
-        clap = found[CLAP] if found else resolve(uris[CLAP])
+    version, clap = found[REWARD.model], found[CLAP]
+    with naming(CLAP):
         tokens = load_clap_model(clap, settings.device)
     return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
-
-
-@contextmanager
-def _naming_clap() -> Iterator[None]:
-    """State in a refusal that it is about the CLAP model."""
-    try:
-        yield
-    except ModelError as error:
-        raise type(error)(f"clap: {error}") from error

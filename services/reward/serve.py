@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import reward_pb2_grpc as rpc
-from services.reward.settings import RewardSettings, model_uris
+from services.reward.settings import RewardSettings, find_models, model_uris
 from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
 from services.runtime.serving import Service
@@ -34,10 +34,11 @@ def check(settings: RewardSettings) -> bool:
 
 def load(settings: RewardSettings) -> "Judge":
     """Load the models that the settings name. Raises `MilongaError`."""
-    # Torch takes seconds to import, and a wrong setting should be refused at once.
+    found = find_models(settings)
+    # Only now: torch takes seconds to import, and a wrong setting or model should be refused at once.
     from services.reward import judge
 
-    return judge.load(settings)
+    return judge.load(settings, found)
 
 
 def add_reward(server: Server, metrics: ServerMetrics, judge: "Judge", settings: RewardSettings) -> None:

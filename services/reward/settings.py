@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from services.catalogue import EMBEDDED_CLAP, REWARD
 from services.runtime.settings import BatchedSettings, ModelText
-from services.weights.uri import ModelURI, parse_uris
+from services.weights.uri import ModelURI, ResolvedModel, naming, parse_uris, resolve
 
 FAMILY, MEMBER = "mini", "reward"
 """In this service the name of the embedded family means this member."""
@@ -30,3 +30,11 @@ def model_uris(settings: RewardSettings) -> dict[str, ModelURI]:
     if settings.model.partition("#")[0] == FAMILY:
         model = replace(model, path=MEMBER)
     return {REWARD.model: model, CLAP: uris["clap"]}
+
+
+def find_models(settings: RewardSettings) -> dict[str, ResolvedModel]:
+    """Resolve the models, by their names in `model_uris`. Raises `ModelError`."""
+    uris = model_uris(settings)
+    found = {REWARD.model: resolve(uris[REWARD.model])}
+    with naming(CLAP):
+        return found | {CLAP: resolve(uris[CLAP])}

@@ -4,8 +4,7 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.audio.clips import ReadClip
-from services.errors import ModelError
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings
-from services.scoring.settings import ScoringSettings, model_uris
+from services.scoring.settings import ScoringSettings
 from services.weights.loading import load_embedding_model
-from services.weights.uri import ResolvedModel, resolve
+from services.weights.uri import ResolvedModel, naming
 
 Embedding = NDArray[np.float32]
 """[D], of length 1."""
@@ -157,38 +155,17 @@ async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
             task.cancel()
 
 
-def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel] | None = None) -> dict[str, Scorer]:
-    """Load every scorer of the settings, by name. Names of the same weights share one.
-
-    Args:
-        settings: of the service.
-        found: the scorers' weights by name, if they are resolved.
+def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> dict[str, Scorer]:
+    """Load every scorer of which the weights were resolved, by name. Names of the same weights share one.
 
     Raises:
-        ModelError: one was not found, or refused; the message begins with its name.
+        ModelError: one was refused; the message begins with its name.
         InvalidInputError: the device does not exist.
     """
-    versions = dict(found or {})
-    # All are found before the first is loaded, so that a wrong one is refused at once.
-    for name, uri in model_uris(settings).items():
-        if name not in versions:
-            with _naming(name):
-                versions[name] = resolve(uri)
     loaded: dict[ResolvedModel, Scorer] = {}
-    scorers: dict[str, Scorer] = {}
-    for name, version in versions.items():
+    for name, version in found.items():
         if version not in loaded:
-            with _naming(name):
+            with naming(f"scorer {name}"):
                 model = load_embedding_model(version, settings.device)
                 loaded[version] = Scorer(model, version, settings)
-        scorers[name] = loaded[version]
-    return scorers
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Say in a refusal which scorer it is about."""
-    try:
-        yield
-    except ModelError as error:
-        raise type(error)(f"scorer {name}: {error}") from error
+    return {name: loaded[version] for name, version in found.items()}

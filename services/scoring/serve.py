@@ -11,7 +11,7 @@ from milonga.v1 import scoring_pb2_grpc as rpc
 from services.runtime.metrics import ServerMetrics, identity
 from services.runtime.server import Server
 from services.runtime.serving import Service
-from services.scoring.settings import ScoringSettings, model_uris
+from services.scoring.settings import ScoringSettings, find_models, model_uris
 
 if TYPE_CHECKING:
     from services.scoring.scorers import Scorer
@@ -62,10 +62,11 @@ def check(settings: ScoringSettings) -> bool:
 
 def load(settings: ScoringSettings) -> "dict[str, Scorer]":
     """Load the scorers that the settings name. Raises `MilongaError`."""
-    # Torch takes seconds to import, and a wrong setting should be refused at once.
+    found = find_models(settings)
+    # Only now: torch takes seconds to import, and a wrong setting or model should be refused at once.
     from services.scoring import scorers
 
-    return scorers.load(settings)
+    return scorers.load(settings, found)
 
 
 def add_scoring(

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from services.catalogue import SCORING
 from services.runtime.settings import BatchedSettings, ModelText
-from services.weights.uri import ModelURI, parse_uris
+from services.weights.uri import ModelURI, ResolvedModel, naming, parse_uris, resolve
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -37,3 +37,12 @@ class ScoringSettings(BatchedSettings):
 def model_uris(settings: ScoringSettings) -> dict[str, ModelURI]:
     """Return the URI of each scorer. Raises `InvalidInputError` with every wrong one."""
     return parse_uris(settings.scorers, field="scorers.{}")
+
+
+def find_models(settings: ScoringSettings) -> dict[str, ResolvedModel]:
+    """Resolve the CLAP model of each scorer. Raises `ModelError` that begins with the scorer's name."""
+    found = {}
+    for name, uri in model_uris(settings).items():
+        with naming(f"scorer {name}"):
+            found[name] = resolve(uri)
+    return found

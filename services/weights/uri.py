@@ -16,7 +16,8 @@ Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is serve
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -26,6 +27,7 @@ from services.errors import (
     DigestMismatchError,
     FieldViolation,
     InvalidInputError,
+    ModelError,
     ModelNotFoundError,
 )
 from services.weights.registry import fetch, parse_path
@@ -243,3 +245,12 @@ def _member(name: str) -> str:
 
 def _invalid(description: str) -> InvalidInputError:
     return InvalidInputError(FieldViolation("model", description))
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """State in a refusal which of several models it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise type(error)(f"{part}: {error}") from error

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from services.errors import DigestMismatchError, InvalidInputError, ModelError, ModelFormatError
 from services.models.manifest import write_manifest
 from services.models.reward.model import WEIGHTS_NAME
-from services.reward.judge import load
+from services.reward.serve import load
 from services.reward.settings import RewardSettings, model_uris
 from services.runtime.settings import load_settings
 from tests.programs import environment

@@ -8,8 +8,8 @@ from typing import Any
 
 from services.models.manifest import write_manifest
 from services.runtime.settings import load_settings
-from services.scoring.scorers import Scorer, load
-from services.scoring.serve import SERVICE
+from services.scoring.scorers import Scorer
+from services.scoring.serve import SERVICE, load
 from services.scoring.settings import ScoringSettings
 from tests.services.hosting import Hosted, hosting
 from tests.tiny import tiny_clap

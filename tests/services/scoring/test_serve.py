@@ -21,8 +21,7 @@ from services.errors import (
 )
 from services.runtime.serving import run
 from services.runtime.settings import load_settings
-from services.scoring.scorers import load
-from services.scoring.serve import SERVICE
+from services.scoring.serve import SERVICE, load
 from services.scoring.settings import ScoringSettings
 from tests.programs import environment
 
