@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.milonga-ready
 PARITY := .venv-parity
 KUBE := .venv-k8s
+DOCS := .venv-docs
 TRITON := .venv-triton
 # The first interpreter that runs and is of a supported version (a pyenv shim may exist and not run).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -50,7 +51,7 @@ protos: $(READY) ## Generate the gRPC stubs under protos/milonga (nothing to do 
 	@$(BIN)/python protos/generate.py
 
 .PHONY: check
-check: lint-python lint-types lint-imports lint-protos lint-manifests ## Everything CI checks: format, lint, types, import rules, protos, manifests
+check: lint-python lint-types lint-imports lint-protos lint-manifests docs ## Everything CI checks: format, lint, types, import rules, protos, manifests, dead links
 
 .PHONY: lint-python
 lint-python: $(READY)
@@ -114,6 +115,17 @@ $(PARITY)/.milonga-ready: $(READY)
 	@$(BIN)/uv export --quiet --frozen --extra laion-clap --no-hashes --no-emit-project --no-annotate --prune torch -o $(PARITY)/requirements.txt
 	@awk -F'==' 'NR == FNR { known[$$1]; next } !($$1 in known)' $(PARITY)/requirements.txt $(VENV)/constraints.txt > $(PARITY)/constraints.txt
 	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python -c $(PARITY)/constraints.txt -r $(PARITY)/requirements.txt $(TORCH) diffusers pytest pytest-asyncio
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS)/.milonga-ready ## Build the documentation as a site, build/docs/index.html; a dead link is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.milonga-ready: $(READY)
+	@echo "setting up $(DOCS): mkdocs-material — some seconds"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(BIN)/uv export --quiet --frozen --extra docs --no-hashes --no-emit-project --no-annotate -o $(DOCS)/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(DOCS)/bin/python -r $(DOCS)/requirements.txt
 	@touch $@
 
 # Manifests (docs/kubernetes.md). The tools, kubectl among them, come from PyPI into an environment of their own.
