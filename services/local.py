@@ -70,7 +70,7 @@ class LocalClipMaker:
                 case Failed(error=error):
                     raise error
                 case Clip():
-                    yield event.encoded(request.encoding, request.sampling_rate)
+                    yield event.as_requested(request)
                 case _:
                     yield event
 

@@ -274,6 +274,10 @@ class Clip:
         """Decode the samples, [N] in [-1, 1]."""
         return decode_audio(self.audio, self.encoding, self.sampling_rate)[0]
 
+    def as_requested(self, request: GenerationRequest) -> "Clip":
+        """Return the engine's clip as `request` wants it. Takes milliseconds."""
+        return self.encoded(request.encoding, request.sampling_rate)
+
     def encoded(self, encoding: str, sampling_rate: int) -> "Clip":
         """Return the clip in another encoding, resampled to `sampling_rate` hertz. Takes milliseconds."""
         if (encoding, sampling_rate) == (self.encoding, self.sampling_rate):

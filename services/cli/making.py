@@ -24,7 +24,7 @@ from services.api.generation import (
     collect,
 )
 from services.api.scoring import Scorers
-from services.cli.judging import MAX_BATCH, Connection, Judges, name_clips, refuse
+from services.cli.scorers import MAX_BATCH, Connection, ScorerSources, name_clips, refuse
 from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
 
 T = TypeVar("T")
@@ -44,23 +44,23 @@ _FLAGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOf:
-    """Make more clips than are wanted, and keep those that a judge likes best."""
+    """Make more clips than are wanted, and keep those with the highest scores."""
 
     candidates: int
     """Clips to make of a prompt."""
     rank_by: RankBy
     """The reward, or the mean of the scorers' CLAP scores."""
-    judges: Judges
-    """Who judges; no others than `rank_by` needs."""
+    scorers: ScorerSources
+    """What scores them; no others than `rank_by` needs."""
 
     def settings(self) -> dict[str, Any]:
-        """What a record keeps of it: who asks for other candidates asks for other clips."""
-        return {"candidates": self.candidates, "rank_by": self.rank_by, "judge": self.judges.source}
+        """Return what a record keeps of it: other candidates are other clips."""
+        return {"candidates": self.candidates, "rank_by": self.rank_by, "judge": self.scorers.source}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where clips are made and judged: an engine and judges in this process, or services."""
+    """Where clips are made and scored: in this process, or by services."""
 
     model: str | None
     """Model URI of the engine."""
@@ -87,8 +87,8 @@ class Place:
     @property
     def first_stage(self) -> str:
         """What takes time before the first clip is under way."""
-        judges_here = self.best_of is not None and self.best_of.judges.are_here
-        return "loading the models" if self.server is None or judges_here else "connecting"
+        scorers_here = self.best_of is not None and self.best_of.scorers.are_here
+        return "loading the models" if self.server is None or scorers_here else "connecting"
 
     def open(self, *, batch: int | None = None) -> "Maker":
         """Connect to the services, or load the models.
@@ -102,7 +102,7 @@ class Place:
         with contextlib.ExitStack() as stack:
             try:
                 # The scorers first: they may be refused too, and are loaded sooner.
-                scorers = None if self.best_of is None else self.best_of.judges.open()
+                scorers = None if self.best_of is None else self.best_of.scorers.open()
                 if scorers is not None:
                     stack.callback(scorers.close)
                 clips = self._open_clip_maker(batch)
@@ -113,7 +113,7 @@ class Place:
 
     def _open_clip_maker(self, batch: int | None) -> StreamingClipMaker:
         if self.server is not None:
-            return client.AudioClient(self.server, tls=self.connection.tls, timeout=self.connection.seconds)
+            return client.AudioClient(self.server, tls=self.connection.files, timeout=self.connection.seconds)
         # Torch is seconds of import: only where the engine is wanted.
         from services.engine import EngineConfig
         from services.local import open_clip_maker
@@ -211,7 +211,7 @@ class Maker:
         try:
             if self._best_of.rank_by == "reward":
                 return ScoredClips.by_reward(self._scorers.compute_rewards(pairs))
-            names_of = self._best_of.judges.names or None
+            names_of = self._best_of.scorers.names or None
             return ScoredClips.by_clap(self._scorers.score_audio(pairs, scorers=names_of))
         except InvalidInputError as error:
             raise name_clips(error, names) from None

@@ -5,9 +5,10 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -39,6 +40,43 @@ def with_options(function: Callable[..., Any], options: Iterable[inspect.Paramet
     ]
     command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
     return command
+
+
+def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` for typer, with an option for each field of its parameters that are dataclasses.
+
+    The fields are annotated as parameters of a command are: ``Annotated[TYPE, typer.Option(...)]``.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        return function(**values)
+
+    options: list[inspect.Parameter] = []
+    for one in inspect.signature(function).parameters.values():
+        if one.name in groups:
+            options += _field_options(groups[one.name])
+        else:
+            options.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]))
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return command
+
+
+def _field_options(kind: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
 
 
 # Settings

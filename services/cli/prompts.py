@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_type_hints
 
 from services.cli.outputs import numbered
 from services.client import GenerationOptions
@@ -24,15 +24,13 @@ INDEX = "index.jsonl"
 _TYPES: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "id": (str, int),
-    "negative_prompt": (str,),
-    "duration": (int, float),
-    "clip_count": (int,),
-    "seed": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": (int, float),
-    "scheduler": (str,),
-    "sampling_rate": (int,),
+    **{
+        name: tuple(kind for kind in get_args(hint) if kind is not NoneType)
+        for name, hint in get_type_hints(GenerationOptions).items()
+        if name != "encoding"
+    },
 }
+"""What a line may hold. The encoding follows from the files' ending."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SHOWN = 5
 _MAX_NAMED_CLIPS = 1000
@@ -48,7 +46,7 @@ class Job:
     """What to hear."""
     options: GenerationOptions
     """The line's own settings over those of the command; always with a seed."""
-    judging: Mapping[str, Any] = field(default_factory=dict)
+    ranking: Mapping[str, Any] = field(default_factory=dict)
     """How the best of several candidates are chosen, as the record keeps it; empty where all are kept."""
 
     @property
@@ -60,7 +58,7 @@ class Job:
 
 
 def read_jobs(
-    path: Path, defaults: GenerationOptions, judging: Mapping[str, Any] = MappingProxyType({})
+    path: Path, defaults: GenerationOptions, ranking: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Job, ...]:
     """Return the jobs of a file of prompts.
 
@@ -83,7 +81,7 @@ def read_jobs(
         if not line.strip():
             continue
         fields, fault = _parse(line)
-        job = None if fault else _job(number, fields, defaults, judging)
+        job = None if fault else _job(number, fields, defaults, ranking)
         # Compared without case, since some file systems are.
         names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
         if job is not None and names & taken:
@@ -123,8 +121,9 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
     if "prompt" not in fields:
         return {}, "has no prompt"
     for name, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, _TYPES[name]):
-            kinds = " or ".join(kind.__name__ for kind in _TYPES[name])
+        kinds_of = (*_TYPES[name], int) if float in _TYPES[name] else _TYPES[name]
+        if isinstance(value, bool) or not isinstance(value, kinds_of):
+            kinds = " or ".join(kind.__name__ for kind in kinds_of)
             return {}, f"{name} is {value!r}, must be {kinds}"
     name = str(fields.get("id", "x"))
     if not _NAME.fullmatch(name):
@@ -133,7 +132,7 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
 
 
 def _job(
-    number: int, fields: Mapping[str, Any], defaults: GenerationOptions, judging: Mapping[str, Any]
+    number: int, fields: Mapping[str, Any], defaults: GenerationOptions, ranking: Mapping[str, Any]
 ) -> Job:
     prompt = str(fields["prompt"])
     name = str(fields["id"]) if "id" in fields else f"{number:05d}-{_slug(prompt)}".rstrip("-")
@@ -142,7 +141,7 @@ def _job(
     if options.get("seed") is None:
         digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).digest()
         options["seed"] = int.from_bytes(digest, "big")
-    return Job(name=name, prompt=prompt, options=options, judging=judging)
+    return Job(name=name, prompt=prompt, options=options, ranking=ranking)
 
 
 def _slug(prompt: str) -> str:
@@ -155,7 +154,7 @@ def request_record(job: Job, source: str) -> dict[str, Any]:
     `source` is the model URI, or the service's address.
     """
     settings = {key: value for key, value in sorted(job.options.items()) if value is not None} | {
-        **job.judging
+        **job.ranking
     }
     return {"prompt": job.prompt, "source": source, "settings": settings}
 

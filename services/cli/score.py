@@ -15,10 +15,19 @@ from milonga.v1 import audio_pb2
 from services import client
 from services.api.scoring import Scorers
 from services.audio.clips import AudioBounds, check_prompt, read_clip
-from services.cli import judging, prompts
-from services.cli.judging import refuse
+from services.cli import prompts
+from services.cli.options import grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
 from services.cli.progress import ProgressView
+from services.cli.scorers import (
+    MAX_BATCH,
+    PANEL,
+    Connection,
+    ScorerOptions,
+    ScorerSources,
+    name_clips,
+    refuse,
+)
 from services.errors import FieldViolation, InvalidInputError
 
 _MAX_BATCH_BYTES = 128 * 2**20
@@ -68,6 +77,7 @@ class Pair:
         return description if self.place == self.location else f"location {self.location} {description}"
 
 
+@grouped
 def score(
     prompt: Annotated[
         str | None,
@@ -85,37 +95,24 @@ def score(
             '{"prompt": …, "location": …}, as in the index.jsonl of `milonga generate --prompts`.',
         ),
     ] = None,
-    scorer: judging.ScorerOption = None,
-    reward: judging.RewardOption = None,
     no_reward: Annotated[
-        bool, typer.Option("--no-reward", help="Ask scorers only.", rich_help_panel=judging.JUDGES)
+        bool, typer.Option("--no-reward", help="Use scorers only.", rich_help_panel=PANEL)
     ] = False,
-    clap: judging.ClapOption = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="Where judges in this process run: auto, cpu, cuda, cuda:1, mps.",
+            help="Device of the models in this process: auto, cpu, cuda, cuda:1, mps.",
             show_default="auto",
-            rich_help_panel=judging.JUDGES,
-        ),
-    ] = None,
-    scoring: judging.ScoringOption = None,
-    reward_server: judging.RewardServerOption = None,
-    tls: judging.TLSOption = False,
-    tls_ca: judging.TLSCAOption = None,
-    tls_cert: judging.TLSCertOption = None,
-    tls_key: judging.TLSKeyOption = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            help="With a service: seconds that a call may take, waiting included.",
-            show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
+            rich_help_panel=PANEL,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a clip on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    *,
+    connection: Connection,
+    scorer_options: ScorerOptions,
 ) -> None:
-    """Tell how well clips and sentences go together.
+    """Score how well clips match their prompts.
 
     One row a clip: its CLAP score by each scorer (a cosine), its reward (a logit), and the probability that a
     listener calls it right.
@@ -133,29 +130,25 @@ def score(
         if prompt is not None:
             refuse("PROMPT, CLIP", "come from the file with --prompts; leave one of the two out")
         pairs = read_pair_file(pair_file)
-    connection = judging.Connection.of_flags(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, timeout=timeout)
-    judges = judging.choose_judges(
-        scorer=scorer, reward=reward, no_reward=no_reward, clap=clap, device=device, scoring=scoring,
-        reward_server=reward_server, connection=connection,
-    )  # fmt: skip
-    if not connection.is_default and scoring is None and reward_server is None:
+    sources = scorer_options.choose(connection, device=device, no_reward=no_reward)
+    if not connection.is_default and not scorer_options.given("scoring", "reward_server"):
         refuse("--tls, --timeout", "are for a connection; give --scoring or --reward-server as well")
-    if device is not None and not judges.are_here:
-        refuse("--device", "is the services' to choose; leave it out where no judge runs in this process")
+    if device is not None and not sources.are_here:
+        refuse("--device", "is the services' to choose; leave it out where no model runs in this process")
     report = _Report(as_json=as_json, with_prompts=pair_file is not None)
     try:
         with ProgressView(jobs=len(pairs), quiet=quiet) as view:
             view.stage("reading the clips")
             sizes = check_pairs(pairs, single_prompt=pair_file is None)
-            view.stage("loading the judges" if judges.are_here else "connecting")
-            with contextlib.closing(judges.open()) as scorers:
+            view.stage("loading the models" if sources.are_here else "connecting")
+            with contextlib.closing(sources.open()) as scorers:
                 view.stage("scoring")
                 for batch in batches(pairs, sizes):
-                    report.add(judge(batch, judges, scorers))
+                    report.add(score_batch(batch, sources, scorers))
                     for pair in batch:
                         view.done(pair.location)
     finally:
-        # Below where the bar was. What was judged is shown, even if a later batch was not.
+        # Below where the bar was. Scores are shown even if a later batch failed.
         report.close()
 
 
@@ -240,7 +233,7 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
             clip = read_clip(audio_pb2.Clip(audio=content), "pairs[0].clip", bounds)
             sizes.append(max(len(content), clip.waveform.nbytes))
         except InvalidInputError as error:
-            faults.extend(judging.name_clips(error, [pair.place]).violations)
+            faults.extend(name_clips(error, [pair.place]).violations)
     if faults:
         raise InvalidInputError(*(faults if single_prompt else prompts.shortened(faults)))
     return sizes
@@ -250,7 +243,7 @@ def batches(pairs: Sequence[Pair], sizes: Sequence[int]) -> Iterator[Sequence[Pa
     """Cut `pairs` into calls of `MAX_BATCH` clips and `_MAX_BATCH_BYTES` at most."""
     start, total = 0, 0
     for index, size in enumerate(sizes):
-        if index > start and (index - start == judging.MAX_BATCH or total + size > _MAX_BATCH_BYTES):
+        if index > start and (index - start == MAX_BATCH or total + size > _MAX_BATCH_BYTES):
             yield pairs[start:index]
             start, total = index, 0
         total += size
@@ -288,7 +281,7 @@ class Verdict:
         return record
 
 
-def judge(batch: Sequence[Pair], judges: judging.Judges, scorers: Scorers) -> list[Verdict]:
+def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers) -> list[Verdict]:
     """Score a batch by every scorer and the reward model.
 
     Raises:
@@ -296,10 +289,10 @@ def judge(batch: Sequence[Pair], judges: judging.Judges, scorers: Scorers) -> li
     """
     sounds = [(pair.prompt, pair.read()) for pair in batch]
     try:
-        scores = scorers.score_audio(sounds, scorers=judges.names or None) if judges.by_clap else None
-        rewards = scorers.compute_rewards(sounds) if judges.by_reward else None
+        scores = scorers.score_audio(sounds, scorers=sources.names or None) if sources.by_clap else None
+        rewards = scorers.compute_rewards(sounds) if sources.by_reward else None
     except InvalidInputError as error:
-        raise judging.name_clips(error, [pair.place for pair in batch]) from None
+        raise name_clips(error, [pair.place for pair in batch]) from None
     columns = () if scores is None else scores.scorers
     return [
         Verdict(

@@ -52,14 +52,14 @@ def read_stream_request(message: pb.StreamGenerateAudioRequest, model: Generatio
     return request
 
 
-def write_clip(clip: Clip, encoding: str, sampling_rate: int) -> pb.GeneratedClip:
+def write_clip(clip: Clip, request: GenerationRequest) -> pb.GeneratedClip:
     """Encode one clip. Takes milliseconds: call it off the event loop."""
-    encoded = clip.encoded(encoding, sampling_rate)
+    encoded = clip.as_requested(request)
     return pb.GeneratedClip(
         clip=audio_pb2.Clip(
             audio=encoded.audio,
-            encoding=WIRE_ENCODINGS[encoding],
-            sample_rate_hertz=sampling_rate,
+            encoding=WIRE_ENCODINGS[encoded.encoding],
+            sample_rate_hertz=encoded.sampling_rate,
             duration=write_duration(clip.duration),
         ),
         clip_index=clip.index,
@@ -77,8 +77,7 @@ def write_event(event: Update, request: GenerationRequest, total: float) -> pb.S
         case Preview():
             return pb.StreamGenerateAudioResponse(preview=_preview(event))
         case Clip():
-            clip = write_clip(event, request.encoding, request.sampling_rate)
-            return pb.StreamGenerateAudioResponse(clip=clip)
+            return pb.StreamGenerateAudioResponse(clip=write_clip(event, request))
         case Finished():
             return pb.StreamGenerateAudioResponse(
                 finished=pb.FinishedEvent(

@@ -43,8 +43,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             async with aclosing(run(served.engine, [request], context)) as events:
                 async for _, event in events:
                     if isinstance(event, Clip):
-                        encode = partial(convert.write_clip, event, request.encoding, request.sampling_rate)
-                        clips.append(await asyncio.to_thread(encode))
+                        clips.append(await asyncio.to_thread(convert.write_clip, event, request))
                     elif isinstance(event, Finished):
                         total = time.monotonic() - start
                         response.model.CopyFrom(write_version(event.model))

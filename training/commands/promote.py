@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from services.cli.options import grouped
 from services.errors import FieldViolation, InvalidInputError
-from training.commands.options import shared_options
 from training.commands.targets import TargetOptions, TrackingURI, open_target, tls_of
 from training.exits import exit_codes, timed_lines
 from training.promotion.errors import EXIT_CODES
@@ -87,7 +87,7 @@ def _promote() -> None:
 
 
 @promote.command(epilog=EPILOG)
-@shared_options
+@grouped
 def run(
     *,
     model: Model = "milonga-tango",
@@ -139,7 +139,7 @@ def run(
 
 
 @promote.command(epilog=EPILOG)
-@shared_options
+@grouped
 def rollback(*, alias: Alias = "champion", target: TargetOptions) -> None:
     """Serve what was served before the last promotion, without gates."""
     with _promoter(target, alias) as promoter:
@@ -164,7 +164,7 @@ def history(
 
 
 @promote.command(epilog=EPILOG)
-@shared_options
+@grouped
 def resume(*, target: TargetOptions) -> None:
     """Finish or undo a promotion whose promoter died."""
     with _promoter(target) as promoter:
@@ -174,7 +174,7 @@ def resume(*, target: TargetOptions) -> None:
 
 
 @promote.command(epilog=EPILOG)
-@shared_options
+@grouped
 def bootstrap(
     source: Annotated[
         str,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.cli.options import grouped
 from services.errors import FieldViolation, InvalidInputError, ServiceUnavailableError
-from training.commands.options import shared_options
 from training.exits import exit_codes, timed_lines
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SubmitOptions:
     show: Annotated[bool, typer.Option("--show", help="Print the Job, and call no cluster.")] = False
 
 
-@shared_options
+@grouped
 def submit(
     *,
     options: SubmitOptions,

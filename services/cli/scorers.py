@@ -1,7 +1,7 @@
-"""Who judges clips: CLAP scorers and a reward model, in this process or through their services.
+"""The scorers and the reward model of a command, in this process or through their services.
 
-`milonga score` prints what they say; `milonga generate --candidates` keeps the clips that they like best.
-Starts without torch, which only judges in this process need.
+`milonga score` prints their scores; `milonga generate --candidates` keeps the clips with the highest. Starts
+without torch, which only models in this process need.
 """
 
 import contextlib
@@ -24,67 +24,11 @@ if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
 
 MAX_BATCH = 16
-"""Clips that a judge is asked about in one call."""
+"""Clips that are scored in one call."""
 
-JUDGES = "Judges"
-"""The panel of the help in which the flags below lie."""
+PANEL = "Scorers"
+"""Panel of the help."""
 _PATH = re.compile(r"pairs\[(\d+)\](?:\.clip)?\.(\w+)")
-
-ScorerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--scorer",
-        help="CLAP scorer in this process: its name and model URI (mini:NAME, file:PATH, hf:OWNER/NAME, "
-        "laion:PATH). Can be given again. With --scoring: the name of one of the service's.",
-        metavar="NAME=URI",
-        show_default="clap-a=mini:clap-a and clap-b=mini:clap-b",
-        rich_help_panel=JUDGES,
-    ),
-]
-RewardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--reward",
-        help="Reward model in this process: its model URI.",
-        metavar="URI",
-        show_default=EMBEDDED_REWARD,
-        rich_help_panel=JUDGES,
-    ),
-]
-ClapOption = Annotated[
-    str | None,
-    typer.Option(
-        "--clap",
-        help="CLAP model that --reward was trained on; it refuses another.",
-        metavar="URI",
-        show_default=EMBEDDED_CLAP,
-        rich_help_panel=JUDGES,
-    ),
-]
-ScoringOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scoring",
-        help="Address of a scoring service, instead of scorers in this process.",
-        metavar="ADDR",
-        rich_help_panel=JUDGES,
-    ),
-]
-RewardServerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--reward-server",
-        help="Address of a reward service, instead of a reward model in this process.",
-        metavar="ADDR",
-        rich_help_panel=JUDGES,
-    ),
-]
-TLSOption = Annotated[bool, typer.Option("--tls", help="Speak TLS to the services.")]
-TLSCAOption = Annotated[
-    Path | None, typer.Option(help="Authorities (PEM) that the servers' certificates must come from.")
-]
-TLSCertOption = Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")]
-TLSKeyOption = Annotated[Path | None, typer.Option(help="Its private key (PEM).")]
 
 
 def refuse(field: str, description: str) -> NoReturn:
@@ -94,54 +38,159 @@ def refuse(field: str, description: str) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """How to reach services, by the flags of a command."""
+    """The options that say how services are reached."""
 
-    tls: client.TLS | None = None
-    """TLS, or plaintext."""
-    timeout: float | None = None
-    """Seconds that a call may take."""
+    tls: Annotated[bool, typer.Option("--tls", help="Use TLS to reach the services.")] = False
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Authorities (PEM) that the servers' certificates must come from.")
+    ] = None
+    tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="With a service: seconds that a call may take, waiting included.",
+            show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             refuse("--timeout", f"is {self.timeout:g}, must be seconds above 0")
 
-    @classmethod
-    def of_flags(
-        cls, *, tls: bool, ca: Path | None, cert: Path | None, key: Path | None, timeout: float | None
-    ) -> "Connection":
-        """Read the flags `--tls`, `--tls-ca`, `--tls-cert`, `--tls-key` and `--timeout`."""
-        files = client.TLS(ca_file=ca, cert_file=cert, key_file=key) if tls or ca or cert or key else None
-        return cls(tls=files, timeout=timeout)
-
     @property
     def is_default(self) -> bool:
-        """Whether no flag said anything."""
-        return self.tls is None and self.timeout is None
+        """Return whether none of the options was given."""
+        return self == Connection()
+
+    @property
+    def files(self) -> client.TLS | None:
+        """Return how TLS is used; None for plaintext."""
+        if self == Connection(timeout=self.timeout):
+            return None
+        return client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
 
     @property
     def seconds(self) -> float:
-        """Seconds that a call may take."""
+        """Return the seconds that a call may take."""
         return client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judges:
-    """Which judges are asked, and where they are; none of a kind is asked where neither place is given."""
+class ScorerOptions:
+    """The options that name scorers and a reward model."""
+
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="CLAP scorer in this process: its name and model URI (mini:NAME, file:PATH, hf:OWNER/NAME, "
+            "laion:PATH). Can be given again. With --scoring: the name of one of the service's.",
+            metavar="NAME=URI",
+            show_default="clap-a=mini:clap-a and clap-b=mini:clap-b",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="Reward model in this process: its model URI.",
+            metavar="URI",
+            show_default=EMBEDDED_REWARD,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    clap: Annotated[
+        str | None,
+        typer.Option(
+            help="CLAP model that --reward was trained on; it refuses another.",
+            metavar="URI",
+            show_default=EMBEDDED_CLAP,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    scoring: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a scoring service, instead of scorers in this process.",
+            metavar="ADDR",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    reward_server: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a reward service, instead of a reward model in this process.",
+            metavar="ADDR",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+
+    def given(self, *names: str) -> str:
+        """Return the first of the named options that was given; empty if none was."""
+        options = (f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None)
+        return next(options, "")
+
+    def choose(
+        self, connection: Connection, *, device: str | None = None, no_reward: bool = False
+    ) -> "ScorerSources":
+        """Return which scorers are used.
+
+        Without an address, what is not given is the default, in this process. With one, a scorer that is not
+        named is not used: a user of services need not have torch.
+
+        Raises:
+            InvalidInputError: options that contradict each other.
+        """
+        reward, is_local = self.reward, self.scoring is None and self.reward_server is None
+        for flag, address in (("--scoring", self.scoring), ("--reward-server", self.reward_server)):
+            if address == "":
+                refuse(flag, "is empty; give HOST:PORT")
+        if self.reward_server is not None and (reward is not None or no_reward):
+            refuse("--reward-server", "gives rewards; leave out --reward and --no-reward with it")
+        if no_reward and reward is not None:
+            refuse("--no-reward", "leaves the reward model out; leave out --reward with it")
+        if self.scoring is not None and any("=" in one for one in self.scorer or ()):
+            refuse("--scorer", "is NAME=URI, and the service has its own; with --scoring give names alone")
+        if reward is None and is_local and not no_reward:
+            reward = EMBEDDED_REWARD
+        elif reward is not None and reward.partition("#")[0] == "mini":
+            # Where no sound is generated, the family's name means this member, as in `milonga serve reward`.
+            reward = reward.replace("mini", EMBEDDED_REWARD, 1)
+        if self.clap is not None and reward is None:
+            refuse("--clap", "goes with --reward; leave it out where no reward model runs in this process")
+        scorers = dict(EMBEDDED_SCORERS) if is_local else {}
+        if self.scorer and self.scoring is None:
+            scorers = read_pairs("--scorer", self.scorer)
+        return ScorerSources(
+            scorers=scorers,
+            scoring=self.scoring,
+            names=tuple(self.scorer or ()) if self.scoring is not None else (),
+            reward=reward,
+            clap=self.clap or EMBEDDED_CLAP,
+            reward_server=self.reward_server,
+            device=device or "auto",
+            connection=connection,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerSources:
+    """Which scorers and reward model are used, and where they run; of a kind that has no place, none."""
 
     scorers: Mapping[str, str]
     """Scorers in this process: model URI by name."""
     scoring: str | None = None
     """Address of the scoring service."""
     names: tuple[str, ...] = ()
-    """The service's scorers to ask; empty: all of them."""
+    """The service's scorers to use; empty: all of them."""
     reward: str | None = None
     """Model URI of the reward model in this process."""
     clap: str = EMBEDDED_CLAP
-    """Model URI of the CLAP model that `reward` stands on."""
+    """Model URI of the CLAP model that `reward` was trained on."""
     reward_server: str | None = None
     """Address of the reward service."""
     device: str = "auto"
-    """Where the judges in this process run."""
+    """Device of the models in this process."""
     connection: Connection = Connection()
     """How to reach the services."""
 
@@ -181,7 +230,7 @@ class Judges:
             there = client.AudioClient(
                 scoring=self.scoring,
                 reward=self.reward_server,
-                tls=self.connection.tls,
+                tls=self.connection.files,
                 timeout=self.connection.seconds,
             )
         return CombinedScorers(
@@ -236,60 +285,6 @@ def _naming(flag: str) -> Iterator[None]:
         ) from error
     except ModelError as error:
         raise type(error)(f"{flag}: {error}") from error
-
-
-def choose_judges(
-    *,
-    scorer: Sequence[str] | None,
-    reward: str | None,
-    clap: str | None,
-    scoring: str | None,
-    reward_server: str | None,
-    no_reward: bool = False,
-    device: str | None = None,
-    connection: Connection = Connection(),
-) -> Judges:
-    """Read the flags of the judges.
-
-    Without an address, what is not said is the default, in this process. With one, a judge that is not named
-    is not asked: whoever uses services need not have torch.
-
-    Raises:
-        InvalidInputError: flags that contradict each other.
-    """
-    for flag, address in (("--scoring", scoring), ("--reward-server", reward_server)):
-        if address == "":
-            refuse(flag, "is empty; give HOST:PORT")
-    if reward_server is not None and (reward is not None or no_reward):
-        refuse("--reward-server", "asks a service for rewards; leave out --reward and --no-reward with it")
-    if no_reward and reward is not None:
-        refuse("--no-reward", "asks no reward model; leave out --reward with it")
-    if scoring is not None and any("=" in one for one in scorer or ()):
-        refuse("--scorer", "is NAME=URI, and the service has its own; with --scoring give names alone")
-    by_default = scoring is None and reward_server is None
-    scorers = read_pairs("--scorer", scorer) if scorer and scoring is None else None
-    if scorers is None:
-        scorers = dict(EMBEDDED_SCORERS) if by_default else {}
-    if reward is None and by_default and not no_reward:
-        reward = EMBEDDED_REWARD
-    elif reward is not None and reward.partition("#")[0] == "mini":
-        # Where no sound is made, the family's name means this member, as for `milonga serve reward`.
-        reward = reward.replace("mini", EMBEDDED_REWARD, 1)
-    if clap is not None and reward is None:
-        refuse(
-            "--clap",
-            "is what --reward was trained on; leave it out where no reward model runs in this process",
-        )
-    return Judges(
-        scorers=scorers,
-        scoring=scoring,
-        names=tuple(scorer or ()) if scoring is not None else (),
-        reward=reward,
-        clap=clap or EMBEDDED_CLAP,
-        reward_server=reward_server,
-        device=device or "auto",
-        connection=connection,
-    )
 
 
 def name_clips(error: InvalidInputError, names: Sequence[str]) -> InvalidInputError:
