@@ -19,7 +19,7 @@ from services.models.latent import LatentPipeline, clip_generator
 
 
 class GroupKey(NamedTuple):
-    """What clips must share to stand in one denoiser call."""
+    """What clips must share to be in one denoiser call."""
 
     frames: int
     """Latent frames."""
@@ -29,22 +29,22 @@ class GroupKey(NamedTuple):
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Job:
-    """One request on its way."""
+    """One request in progress."""
 
     number: int
     """Order of arrival."""
     request: GenerationRequest
-    """What was asked."""
+    """The complete request."""
     frames: int
     """Latent frames of each clip."""
     position: int
-    """Place in the queue that the caller was last told."""
+    """Place in the queue that was last reported to the caller."""
     on_event: Callable[[Event], None]
     """Called on the worker thread (for the first `Queued`: on the caller's)."""
     deadline: float | None
     """When to give up, on the clock of `time.monotonic`."""
     wake: Callable[[], None]
-    """Tells the worker to look at the job."""
+    """Makes the worker look at the job."""
     submitted_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     ended: bool = False
@@ -77,7 +77,7 @@ class Job:
         return max(self.prompt.conditioning.length, self.negative_prompt.conditioning.length)
 
     def progress(self, clip_index: int, step: int, decode_seconds: float | None) -> Progress:
-        """Return the event for a denoiser call after which clip `clip_index` has `step` steps behind it.
+        """Return the event for a denoiser call after which clip `clip_index` has made `step` steps.
 
         `decode_seconds` is what decoding a clip takes, if a clip was decoded before.
         """
@@ -132,7 +132,7 @@ class Slot:
 
     @property
     def timestep(self) -> float:
-        """The next step's."""
+        """Timestep of the next step."""
         return self._solver.timesteps[self.step]
 
     @property
@@ -153,7 +153,7 @@ class Slot:
 
 
 class Handle:
-    """The caller's hold on a submitted request."""
+    """The caller's handle of a submitted request."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

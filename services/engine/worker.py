@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class _Group:
-    """Clips that can stand in one denoiser call."""
+    """Clips that can be in one denoiser call."""
 
     work: float
     """Latent frames that each clip was given, see `batching.next_turn`."""
@@ -87,7 +87,7 @@ class Worker:
     # --------------------------------------------------------------------------------------------- who leaves
 
     def _reap(self) -> None:
-        """End the jobs that nobody waits for any more."""
+        """End jobs that are cancelled or expired, or all of them if the engine is aborting."""
         for job in self._admission.jobs():
             error = self._verdict(job)
             if error is not None:
@@ -119,7 +119,7 @@ class Worker:
         # Before the event: who has it may look at the queue at once, or send the next request.
         self._meter.count_end(event)
         self._admission.remove(job)
-        self._tell(job, event)
+        self._send(job, event)
         job.done.set()
 
     def _keep(self, key: GroupKey, slots: list[Slot]) -> None:
@@ -133,7 +133,7 @@ class Worker:
         _log.error("request %d failed", job.number, exc_info=error)
         self._end(job, Failed(error=error))
 
-    def _tell(self, job: Job, event: Event) -> None:
+    def _send(self, job: Job, event: Event) -> None:
         """Send an event. A callback that raises loses its request, and nothing else."""
         try:
             job.on_event(event)
@@ -189,7 +189,7 @@ class Worker:
         job.encode_seconds = time.monotonic() - job.started_at
 
     def _report_positions(self) -> None:
-        """Tell the jobs of which no clip has started where they stand now, if that changed."""
+        """Report to jobs without a started clip their position in the queue, if it changed."""
         seen: set[int] = set()
         for position, ticket in enumerate(self._admission.tickets()):
             job = ticket.job
@@ -198,7 +198,7 @@ class Worker:
             seen.add(job.number)
             if job.started_at is None and job.position != position:
                 job.position = position
-                self._tell(job, Queued(position=position))
+                self._send(job, Queued(position=position))
 
     # ----------------------------------------------------------------------------------------------- who runs
 
@@ -239,7 +239,7 @@ class Worker:
             slot.job.last_step_at = now
         for slot in first_slots:
             if not slot.job.ended:
-                self._tell(slot.job, slot.job.progress(slot.index, slot.step, self._meter.decode_seconds))
+                self._send(slot.job, slot.job.progress(slot.index, slot.step, self._meter.decode_seconds))
                 self._preview(slot)
 
     def _preview(self, slot: Slot) -> None:
@@ -251,7 +251,7 @@ class Worker:
         except Exception as error:
             self._fail(slot.job, error)
             return
-        self._tell(slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM)))
+        self._send(slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM)))
 
     # -------------------------------------------------------------------------------------------- who is done
 
@@ -273,7 +273,7 @@ class Worker:
         job.clips_done += 1
         rate = self._sampling_rate
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)
-        self._tell(job, Clip.of_samples(waveform_N, rate, index=slot.index, seed=job.request.seed))
+        self._send(job, Clip.of_samples(waveform_N, rate, index=slot.index, seed=job.request.seed))
         if job.clips_done == job.request.clip_count:
             self._end(job, Finished(model=self._model, warnings=job.warnings(), timings=job.timings()))
 

@@ -3,8 +3,8 @@
     milonga train baton --recipe mini --set data.pairs=pairs.parquet
     milonga train baton --recipe tango2 --set data.labelled=HD.json,RD.json --set data.pretraining=PD.json
 
-Clips that people labelled (HD) or that a reward model judged (RD) are learned with the weight of their
-reward; pretraining data (PD) hold the denoiser where it was.
+Clips that people labelled (HD) or that a reward model scored (RD) are learned with the weight of their
+reward; pretraining data (PD) keep the denoiser close to the start.
 
 Shape legend: B batch, X a family's own shape of latents.
 """
@@ -58,9 +58,9 @@ class BatonData:
     """Parquet files of preference pairs, or folders of them. Each clip is an example: its reward is the
     reward model's probability, without one 1 for the chosen and 0 for the rejected."""
     pretraining: tuple[Path, ...] = ()
-    """JSON files of prompts and clips, PD; labels are not looked at."""
+    """JSON files of prompts and clips, PD; labels are ignored."""
     scenes: int = 0
-    """Scenes of the sound world beside them, captioned as badly as those that `mini-base` learned from."""
+    """Number of further scenes of the sound world, captioned as badly as the training data of `mini-base`."""
     audio_root: Path | None = None
     """Folder of the audio that they name by relative paths; none: each file's own folder."""
     max_unreadable: float = 0.05
@@ -71,7 +71,7 @@ class BatonData:
             raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
 
     def files(self) -> tuple[Path, ...]:
-        """All of them."""
+        """Return all files."""
         return (*self.labelled, *parquet_files(self.pairs), *self.pretraining)
 
 
@@ -81,9 +81,9 @@ class BatonTraining(FineTuning):
 
     data: BatonData = field(default_factory=BatonData)
     reward: str | None = None
-    """URI of the reward model that judges the clips of pairs; none: chosen or not is all that counts."""
+    """URI of the reward model that scores the clips of pairs; none: 1 for the chosen, 0 for the rejected."""
     clap: str = "mini:clap-a"
-    """URI of the CLAP model that it stands on."""
+    """URI of the CLAP model that it was trained on."""
     pretraining_weight: float = 1.0
     """Of the loss on pretraining data, where there are any."""
 
@@ -94,10 +94,10 @@ class BatonTraining(FineTuning):
 
 
 def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Run the whole program; `output` is then a pipeline's folder. Returns what stands in its training.json.
+    """Run the whole program; `output` is then a generator's folder. Returns the report in its training.json.
 
     Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
-    latents. After whatever stopped it, the same call goes on from there; with `fresh` it begins anew.
+    latents. However a run ended, the same call resumes it; with `fresh` it starts over.
 
     Raises:
         InvalidInputError: settings or data are wrong, or the run that is there has other settings.
@@ -152,7 +152,7 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
 
 
 def read_rewarded(data: BatonData) -> tuple[list[Labelled], list[Labelled]]:
-    """The clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
+    """Return the clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
 
     Raises `InvalidInputError` where there is none.
     """
@@ -169,7 +169,7 @@ def read_rewarded(data: BatonData) -> tuple[list[Labelled], list[Labelled]]:
 
 
 def read_pretraining(data: BatonData) -> list[Labelled]:
-    """Pretraining data: those of the files, then scenes with a caption of the training split."""
+    """Return pretraining data: those of the files, then scenes with a caption of the training split."""
     found = [
         example for path in data.pretraining for example in read_labelled(path, data.audio_root, label=1.0)
     ]
@@ -185,13 +185,13 @@ def read_pretraining(data: BatonData) -> list[Labelled]:
 
 
 def judged(examples: Sequence[Labelled], config: BatonTraining, session: Session) -> list[Labelled]:
-    """The examples with the reward model's probability in the place of their labels."""
+    """Return the examples with the reward model's probabilities as labels."""
     assert config.reward is not None
     found = resolve(config.clap)
     clap = load_clap_model(found, str(session.accelerator.device))
     model = load_reward(resolve(config.reward).folder, clap, found.digest)
     tokens = ClapTokens(config.latents.cache or session.run, clap, found.digest, session.accelerator)
-    # Those that the autoencoder could hear, CLAP can hear too: they have been decoded by the same reader.
+    # All of them can be read: the same reader has decoded them for the autoencoder.
     tokens.add(example.clip for example in examples)
     tokens.add_prompts(example.prompt for example in examples)
     logits_B = hear(model.head, Examples(labelled=tuple(examples)), tokens).logits_B

@@ -58,10 +58,10 @@ class DpoTraining(FineTuning):
 
 
 def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Run the whole program; `output` is then a pipeline's folder. Returns what stands in its training.json.
+    """Run the whole program; `output` is then a generator's folder. Returns the report in its training.json.
 
     Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
-    latents. After whatever stopped it, the same call goes on from there; with `fresh` it begins anew.
+    latents. However a run ended, the same call resumes it; with `fresh` it starts over.
 
     Raises:
         InvalidInputError: settings or data are wrong, the reference is of another architecture, or the run

@@ -38,23 +38,23 @@ from training.objectives.noising import Noising, NoisingConfig, draw_noising
 from training.objectives.objective import OBJECTIVES, Objective
 
 TRAINING = "training.json"
-"""What a model folder says of its own training."""
+"""File of a model folder with the report of its training."""
 FREE = ("loop.checkpoint_seconds", "loop.threads", "latents.cache")
-"""Settings that may be others when a run is resumed."""
+"""Settings that may differ when a run is resumed."""
 
 Example = TypeVar("Example")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) beside the denoiser's weights, which then stay as they are."""
+    """Low-rank adapters (arXiv 2106.09685) beside the denoiser's weights, which are then frozen."""
 
     rank: int = 0
     """Of the adapters; 0: none, the denoiser itself learns."""
     alpha: int = 0
-    """What the adapters are multiplied by, divided by the rank; 0: the rank."""
+    """Numerator of the adapters' scale, alpha / rank; 0: the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the layers that get one: those of the attention."""
+    """Names of the layers that get an adapter: those of the attention."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -76,9 +76,9 @@ class FineTuning:
     latents: LatentConfig = field(default_factory=LatentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     weights: Literal["float32", "float16"] = "float32"
-    """Type that the denoiser's weights are stored in. What a small learning rate changes, float16 rounds."""
+    """Number format of the stored denoiser. float16 rounds away the changes of a small learning rate."""
     version: str = "1"
     """Of the weights, in the manifest."""
     license: str | None = None
@@ -105,7 +105,7 @@ class PairData:
             raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
 
     def files(self) -> tuple[Path, ...]:
-        """The Parquet files. Raises `InvalidInputError` where there is none."""
+        """Return the Parquet files. Raises `InvalidInputError` where there is none."""
         if not self.pairs:
             raise invalid(
                 "data.pairs", "is empty; give Parquet files with the columns prompt, chosen and rejected"
@@ -113,7 +113,7 @@ class PairData:
         return parquet_files(self.pairs)
 
     def read(self) -> list[Pair]:
-        """Every pair, its clips unread. Raises `InvalidInputError` where there is none."""
+        """Return every pair, its clips unread. Raises `InvalidInputError` where there is none."""
         return [pair for path in self.files() for pair in read_pairs(path, self.audio_root)]
 
 
@@ -235,14 +235,14 @@ class Session:
 def open_session(
     config: FineTuning, output: Path, files: Iterable[Path], models: Mapping[str, str | None], *, fresh: bool
 ) -> tuple[Session, dict[str, Any] | None]:
-    """Claim the run's folder and find the start; also the report, if all is done already.
+    """Claim the run's folder and find the start; return also the report, if the run is finished already.
 
     Args:
         config: of the program.
         output: the model's folder; beside it lies ``NAME.run``.
         files: the data, whose content the run is bound to.
         models: URIs of further models that the result follows from, by the names of their settings.
-        fresh: begin anew.
+        fresh: start over.
 
     Raises:
         InvalidInputError: settings are wrong, or the run that is there has others.
@@ -278,7 +278,7 @@ def open_session(
 
 
 def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedModel | None = None) -> Policy:
-    """The start's denoiser, ready to learn, and a reference if one is given.
+    """Return the start's denoiser, ready to learn, with a reference if one is given.
 
     Raises:
         InvalidInputError: the reference has another architecture, or adapters fit no layer.
@@ -341,7 +341,7 @@ def check_architecture(architecture: Architecture, start: ResolvedModel, referen
 
 
 def add_adapters(denoiser: Any, config: LoraConfig) -> None:
-    """Put adapters beside the layers of `config`; they alone learn. At first they change nothing."""
+    """Add adapters to the layers of `config`; only they learn. At first they change nothing."""
     from peft import LoraConfig as Adapters
 
     adapters = Adapters(
@@ -357,7 +357,7 @@ def add_adapters(denoiser: Any, config: LoraConfig) -> None:
 
 
 def loop_of(config: FineTuning, examples: int) -> LoopConfig:
-    """The loop's settings, with as many steps as the epochs ask for."""
+    """Return the loop's settings, with the number of steps that the epochs take."""
     if not config.epochs:
         return config.loop
     return replace(config.loop, steps=max(1, math.ceil(config.epochs * examples / config.loop.batch)))
@@ -370,7 +370,7 @@ def readable(
     session: Session,
     limit: float,
 ) -> tuple[list[Example], dict[Clip, str]]:
-    """The examples whose clips can be read, latents and embeddings made; and the other clips.
+    """Encode the examples; return those whose clips can be read, and the other clips with the reason.
 
     Raises `InvalidInputError` where too many can't be read, or nothing is left.
     """
@@ -404,7 +404,7 @@ def errors_of(
 def finish_session(
     session: Session, policy: Policy, stage: str, steps: int, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the model's folder, from the main process; what stands in its training.json."""
+    """Write the model's folder, from the main process; return the report in its training.json."""
     config, start = session.config, session.start
     report: dict[str, Any] = {
         "stage": stage,
@@ -435,7 +435,7 @@ def finish_session(
 
 
 def last_figures(journal: Path, share: float = 0.1) -> dict[str, float]:
-    """Means of what was written down in the last part of a training; times are left out."""
+    """Return the means of the journal's figures over the last part of a training, without times."""
     rows = [row for row in read_journal(journal) if "loss" in row]
     last = rows[-max(1, round(share * len(rows))) :]
     timed = ("step", "seconds", "samples_per_second", "time")
@@ -505,7 +505,7 @@ def write_pipeline(
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines for people."""
+    """Return the report as lines of text."""
     parameters, data = report["parameters"], report["data"]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in report["figures"].items())
     return [
@@ -516,7 +516,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """The files among `paths`, and those in the folders. Raises `InvalidInputError` for an empty folder."""
+    """Return files and the files of folders. Raises `InvalidInputError` for an empty folder."""
     found: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -527,7 +527,7 @@ def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 in hex of a file's content. Raises `InvalidInputError` where it can't be read."""
+    """Return the SHA-256 in hex of a file's content. Raises `InvalidInputError` where it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -536,12 +536,12 @@ def file_digest(path: Path) -> str:
 
 
 def invalid(field: str, description: str) -> InvalidInputError:
-    """The error of one wrong setting."""
+    """Return the error of one invalid setting."""
     return InvalidInputError(FieldViolation(field, description))
 
 
 def say(session: Session, text: str) -> None:
-    """Tell people, once of all processes."""
+    """Print a line to standard error, from the main process only."""
     if session.accelerator.is_main_process:
         print(text, file=sys.stderr)
 

@@ -173,7 +173,7 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- denoising
 
     def prepare_latents(self, count: int, duration: float, generator: Generators = None) -> Tensor:
-        """Unit noise [count, C, T, F] for clips of `duration` seconds, float32, on the pipeline's device.
+        """Draw unit noise [count, C, T, F] for clips of `duration` seconds, float32, on its device.
 
         It is drawn on the generator's device (CPU for `clip_generator`) and then moved, so that it does not
         depend on the pipeline's device. A list gives every clip its own generator; one generator draws the
@@ -224,10 +224,10 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         generator: Generators = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """The whole loop from unit noise to clean latents [B, C, T, F].
+        """Run the whole loop from unit noise to clean latents [B, C, T, F].
 
         Guidance takes place only where `guidance_scale` is above 1, and then needs `unconditional` (of the
-        same length as `conditional`; the negative prompt stands there too). `generator` feeds schedulers that
+        same length as `conditional`; a negative prompt takes its place). `generator` feeds schedulers that
         draw noise (`ddpm`).
         """
         solver = self._scheduler(scheduler)
@@ -263,14 +263,14 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def decode_mel(self, latents_BCTF: Tensor) -> Tensor:
-        """Natural-log mel spectrogram [B, T * downsampling, M] of clean latents, float32."""
+        """Return the natural-log mel spectrogram [B, T * downsampling, M] of clean latents, float32."""
         z_BCTF = latents_BCTF.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
         mel_B1TM = self.vae.decode(z_BCTF, return_dict=False)[0]
         return cast(Tensor, mel_B1TM.squeeze(1).float())
 
     @torch.no_grad()
     def decode(self, latents_BCTF: Tensor, samples: int | None = None) -> Tensor:
-        """Waveform [B, N] in [-1, 1], float32, of clean latents; cut to `samples` unless that is None.
+        """Return the waveform [B, N] in [-1, 1], float32, of clean latents, cut to `samples` unless None.
 
         A clip that overshoots full scale is turned down as a whole: it is neither clipped nor wrapped.
         """
@@ -338,7 +338,7 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         return TangoOutput(waveforms_BN=resampled_BN, sampling_rate=rate)
 
     def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
-        """A fresh scheduler by name (the model's default where None) on this model's noise schedule."""
+        """Return a new scheduler by name (None: the model's default) on this model's noise schedule."""
         return make_scheduler(name or self.config.default_scheduler, self.scheduler.config)
 
     def _log_mel(self) -> LogMel:
@@ -404,19 +404,19 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
-    """One negative prompt for each of `count` prompts; the empty text stands for none."""
+    """Return a negative prompt for each of `count` prompts: the empty text where none is given."""
     if negative_prompt is None or isinstance(negative_prompt, str):
         return [negative_prompt or ""] * count
     return list(negative_prompt)
 
 
 def _compute_dtype(module: torch.nn.Module) -> torch.dtype:
-    """The float type that `module` computes in: its parameters', float32 where it has none."""
+    """Return the float type that `module` computes in: its parameters', float32 where it has none."""
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 def _step_arguments(scheduler: SchedulerMixin, generator: Generators) -> dict[str, Any]:
-    """The `generator` argument for schedulers that draw noise; deterministic ones get none."""
+    """Return the `generator` argument for schedulers that draw noise; deterministic ones get none."""
     if generator is None or not isinstance(scheduler, DDPMScheduler):
         return {}
     return {"generator": generator if isinstance(generator, Generator) else list(generator)}
@@ -442,7 +442,7 @@ def _check_parts(pipeline: TangoPipeline) -> None:
 
 
 def _vocoder_hop(vocoder: SpeechT5HifiGan | GriffinLimVocoder) -> int:
-    """Samples that `vocoder` makes of one mel frame."""
+    """Return the samples that `vocoder` makes of one mel frame."""
     config = vocoder.config
     return (
         int(config.hop_length) if isinstance(vocoder, GriffinLimVocoder) else math.prod(config.upsample_rates)
@@ -450,7 +450,7 @@ def _vocoder_hop(vocoder: SpeechT5HifiGan | GriffinLimVocoder) -> int:
 
 
 def _geometry(pipeline: TangoPipeline) -> Geometry:
-    """The sizes of `pipeline`, from its parts' own configs."""
+    """Return the sizes of `pipeline`, from its parts' own configs."""
     config, unet, vae = pipeline.config, pipeline.unet.config, pipeline.vae.config
     return Geometry(
         sampling_rate=config.sampling_rate,
