@@ -117,9 +117,11 @@ $(PARITY)/.milonga-ready: $(READY)
 	@$(BIN)/uv pip install --quiet --python $(PARITY)/bin/python -c $(PARITY)/constraints.txt -r $(PARITY)/requirements.txt $(TORCH) diffusers pytest pytest-asyncio
 	@touch $@
 
+# Not --quiet: then --strict passes dead links.
 .PHONY: docs
 docs: $(DOCS)/.milonga-ready ## Build the documentation as a site, build/docs/index.html; a dead link is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "built build/docs/index.html; with search: python -m http.server --directory build/docs"
 
 $(DOCS)/.milonga-ready: $(READY)
 	@echo "setting up $(DOCS): mkdocs-material — some seconds"

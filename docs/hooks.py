@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -24,6 +25,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml",
 
 _CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")
+_FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
 
 
 def _pages() -> list[str]:
@@ -95,3 +97,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + posixpath.relpath(_site_uri(target), posixpath.dirname(here) or ".") + match[3]
 
     return "".join(_LINK.sub(point, text) if is_prose else text for is_prose, text in _prose(markdown))
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that makes the browser fetch something from another host."""
+    found = _FETCHED.search(output)
+    if found is not None:
+        raise PluginError(f"{page.file.src_uri} fetches {found[1]}")
+    return output
