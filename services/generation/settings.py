@@ -19,8 +19,8 @@ class GenerationSettings(ServerSettings, EngineConfig):
 
     listen: str = GENERATION.listen
     model: ModelText = ""
-    """Model to serve, best with a pin. Default: no model is pinned, and without `unpinned_model` the service
-    does not start: it never falls back to other weights by itself."""
+    """Model to serve, preferably pinned to a digest. Default: no model is pinned, and without
+    `unpinned_model` the service does not start: it never falls back to other weights by itself."""
     unpinned_model: ModelText = ""
     """Model to serve while `model` is empty: for a first start, never in production."""
     device: str = "auto"

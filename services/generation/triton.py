@@ -1,4 +1,7 @@
-"""The generation service's model under Triton. Exported repositories import `open_model`."""
+"""The generation service's model in a Triton repository.
+
+`model.py` of an exported version imports `open_model`.
+"""
 
 from collections.abc import Mapping
 from functools import partial

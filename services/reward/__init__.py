@@ -1,1 +1,1 @@
-"""The reward service: how much a listener would like a clip for a sentence."""
+"""The reward service: predict how much a listener would like a clip for its prompt."""

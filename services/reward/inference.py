@@ -1,6 +1,6 @@
-"""The reward service as a model of the Open Inference Protocol: REWARD of prompts and their clips.
+"""The reward service as a model of the Open Inference Protocol: prompts and clips in, REWARD out.
 
-Imports no torch. Shapes: n pairs.
+Imports no torch. Shapes: n pairs of a prompt and a clip.
 """
 
 import time
@@ -26,8 +26,8 @@ OUTPUTS: Final = (
 )
 
 
-class JudgeModel:
-    """The reward model of a service."""
+class RewardInference:
+    """The service's reward model, as `services.inference.model.Model`."""
 
     name, inputs, outputs, decoupled = REWARD.model, INPUTS, OUTPUTS, False
 
@@ -35,22 +35,22 @@ class JudgeModel:
         self._servicer = servicer
         self.max_rows = servicer.bounds.max_batch_size
         self.limits = limits_of(servicer.bounds)
-        version = servicer.judge.version
+        version = servicer.scorer.version
         self.version = version.version
         self.parameters = {"name": version.name, "version": version.version, "digest": version.digest}
 
-    def lease(self) -> AbstractContextManager["JudgeModel"]:
-        """Itself: the weights stay."""
+    def lease(self) -> AbstractContextManager["RewardInference"]:
+        """Return a context with this object itself: the weights never change."""
         return nullcontext(self)
 
     def read(self, tensors: Tensors) -> pb.BatchComputeRewardsRequest:
-        """Return the native API's request; it decodes and checks the pairs."""
+        """Return the request of BatchComputeRewards, which decodes and checks the pairs."""
         return pb.BatchComputeRewardsRequest(pairs=read_pairs(tensors))
 
     async def run(
         self, job: pb.BatchComputeRewardsRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
-        """Yield the one answer."""
+        """Call BatchComputeRewards and yield one response."""
         start = time.monotonic()
         answer = await self._servicer.BatchComputeRewards(job, caller)
         yield Response(

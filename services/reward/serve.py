@@ -1,4 +1,4 @@
-"""What `services.runtime.serving` runs as the reward service, and what Prometheus sees of it."""
+"""The reward service's `SERVICE`, which `services.runtime.serving` runs, and its Prometheus metrics."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,17 +14,17 @@ from services.runtime.server import Server
 from services.runtime.serving import Service
 
 if TYPE_CHECKING:
-    from services.reward.judge import Judge
+    from services.reward.model import RewardScorer
 
 COUNTERS: Final = {
     "items": ("milonga_reward_clips", "Clips evaluated."),
     "calls": ("milonga_reward_calls", "Calls of the model, each one batch."),
-    "cost": ("milonga_reward_audio_seconds", "Seconds of sound evaluated, in whole windows."),
+    "cost": ("milonga_reward_audio_seconds", "Seconds of audio evaluated, in whole windows."),
     "seconds": ("milonga_reward_busy_seconds", "Time in calls of the model."),
     "waited": ("milonga_reward_wait_seconds", "Time that clips spent in the queue, summed over clips."),
-    "refused": ("milonga_reward_refused", "Submissions that found the queue full."),
+    "refused": ("milonga_reward_refused", "Submissions refused because the queue was full."),
 }
-"""Field of `BatchStats` to name and help of its counter."""
+"""Fields of `BatchStats`, each with its counter's name and help."""
 
 
 def check(settings: RewardSettings) -> bool:
@@ -32,45 +32,51 @@ def check(settings: RewardSettings) -> bool:
     return any(uri.needs_network for uri in model_uris(settings).values())
 
 
-def load(settings: RewardSettings) -> "Judge":
-    """Load the models that the settings name. Raises `MilongaError`."""
+def load(settings: RewardSettings) -> "RewardScorer":
+    """Load the models that `settings` names. Raises `MilongaError`."""
     found = find_models(settings)
-    # Only now: torch takes seconds to import, and a wrong setting or model should be refused at once.
-    from services.reward import judge
+    # Imported last: importing torch takes seconds, and a wrong setting or model should be refused at once.
+    from services.reward import model
 
-    return judge.load(settings, found)
+    return model.load(settings, found)
 
 
-def add_reward(server: Server, metrics: ServerMetrics, judge: "Judge", settings: RewardSettings) -> None:
-    """Add the services of a loaded judge, and its metrics, to a server."""
+def add_reward(
+    server: Server, metrics: ServerMetrics, scorer: "RewardScorer", settings: RewardSettings
+) -> None:
+    """Add RewardService, the Open Inference Protocol and the metrics of `scorer` to a server."""
     from services.inference import add_inference
-    from services.reward.inference import JudgeModel
+    from services.reward.inference import RewardInference
     from services.reward.servicer import SERVICE_NAME, RewardServicer
 
-    servicer = RewardServicer(judge, settings)
-    metrics.add(partial(collect, judge))
+    servicer = RewardServicer(scorer, settings)
+    metrics.add(partial(collect, scorer))
     server.add(SERVICE_NAME, lambda to: rpc.add_RewardServiceServicer_to_server(servicer, to))
-    add_inference(server, JudgeModel(servicer))
+    add_inference(server, RewardInference(servicer))
 
 
-def describe(judge: "Judge") -> dict[str, Any]:
+def describe(scorer: "RewardScorer") -> dict[str, Any]:
     """See `Service.describe`."""
     return {
-        "model": judge.version.name,
-        "version": judge.version.version,
-        "digest": judge.version.digest,
-        "folder": str(judge.folder),
-        "clap": {"model": judge.clap.name, "digest": judge.clap.digest},
+        "model": scorer.version.name,
+        "version": scorer.version.version,
+        "digest": scorer.version.digest,
+        "folder": str(scorer.folder),
+        "clap": {"model": scorer.clap.name, "digest": scorer.clap.digest},
     }
 
 
-def collect(judge: "Judge") -> Iterator[Metric]:
-    """Yield the metrics of a judge and of its weights."""
-    stats = judge.stats
-    yield GaugeMetricFamily("milonga_reward_queue_seconds", "Seconds of sound that wait.", stats.queue_cost)
+def collect(scorer: "RewardScorer") -> Iterator[Metric]:
+    """Yield the metrics of `scorer` and of its weights."""
+    stats = scorer.stats
+    yield GaugeMetricFamily(
+        "milonga_reward_queue_seconds", "Seconds of audio in the queue.", stats.queue_cost
+    )
     yield from counters(COUNTERS, stats)
-    yield served_weights("milonga_model", "The served weights.", judge.version)
-    yield served_weights("milonga_clap_model", "The CLAP model that they were trained on.", judge.clap)
+    yield served_weights("milonga_model", "The served weights.", scorer.version)
+    yield served_weights(
+        "milonga_clap_model", "The CLAP model that the served weights were trained on.", scorer.clap
+    )
 
 
 SERVICE: Final = Service(
@@ -79,5 +85,5 @@ SERVICE: Final = Service(
     load=load,
     add=add_reward,
     describe=describe,
-    close=lambda judge: judge.close(),
+    close=lambda scorer: scorer.close(),
 )

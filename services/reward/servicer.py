@@ -1,11 +1,11 @@
-"""The rpcs of RewardService: decode, let the reward model evaluate, encode."""
+"""The rpcs of RewardService: decode, score, encode."""
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.api.scoring import RankedClip, Reward, rank
 from services.audio.clips import AudioBounds, ReadClip, check_prompt, read_clips, read_pairs
 from services.errors import FieldViolation, InvalidInputError
-from services.reward.judge import Judge, Pair
+from services.reward.model import Pair, RewardScorer
 from services.reward.settings import RewardSettings
 from services.runtime.offloading import OffLoop
 from services.wire import write_version
@@ -13,37 +13,37 @@ from services.wire import write_version
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
 
 Context = object
-"""Nothing of the call is read but its message."""
+"""The rpcs read only their request, so any context will do."""
 
 
 class RewardServicer(rpc.RewardServiceServicer):
-    """Serves one reward model. Exceptions are mapped by the interceptor."""
+    """Serves one reward model. `CallInterceptor` maps exceptions to statuses."""
 
-    def __init__(self, judge: Judge, settings: RewardSettings) -> None:
-        self.judge, self.bounds = judge, AudioBounds(max_batch_size=settings.max_batch_size)
+    def __init__(self, scorer: RewardScorer, settings: RewardSettings) -> None:
+        self.scorer, self.bounds = scorer, AudioBounds(max_batch_size=settings.max_batch_size)
         self._off_loop = OffLoop()
-        self._version = write_version(judge.version)
+        self._version = write_version(scorer.version)
         self._description = pb.GetRewardModelResponse(
             model=self._version,
-            clap=write_version(judge.clap),
+            clap=write_version(scorer.clap),
             limits=self.bounds.message(settings.max_request_bytes),
-            sample_rate_hertz=judge.sampling_rate,
+            sample_rate_hertz=scorer.sampling_rate,
         )
 
     async def BatchComputeRewards(
         self, request: pb.BatchComputeRewardsRequest, context: Context
     ) -> pb.BatchComputeRewardsResponse:
         """See reward.proto."""
-        self.judge.check()
+        self.scorer.check()
         pairs = await self._off_loop(lambda: self._read_pairs(request))
-        rewards = map(Reward.of, await self.judge.judge(pairs))
+        rewards = map(Reward.of, await self.scorer.score(pairs))
         return pb.BatchComputeRewardsResponse(rewards=map(write_reward, rewards), model=self._version)
 
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
-        self.judge.check()
+        self.scorer.check()
         pairs = await self._off_loop(lambda: self._read_candidates(request))
-        places = rank(await self.judge.judge(pairs))
+        places = rank(await self.scorer.score(pairs))
         return pb.RankAudioResponse(ranking=map(write_place, places), model=self._version)
 
     async def GetRewardModel(
@@ -54,20 +54,20 @@ class RewardServicer(rpc.RewardServiceServicer):
 
     def _read_pairs(self, request: pb.BatchComputeRewardsRequest) -> list[Pair]:
         read = read_pairs(request.pairs, "pairs", self.bounds)
-        self.judge.check(sum(clip.seconds for _, clip in read))
-        return [self.judge.prepare(prompt, clip) for prompt, clip in read]
+        self.scorer.check(sum(clip.seconds for _, clip in read))
+        return [self.scorer.prepare(prompt, clip) for prompt, clip in read]
 
     def _read_candidates(self, request: pb.RankAudioRequest) -> list[Pair]:
         prompt, clips = read_candidates(request, self.bounds)
-        self.judge.check(sum(clip.seconds for clip in clips))
-        return [self.judge.prepare(prompt, clip) for clip in clips]
+        self.scorer.check(sum(clip.seconds for clip in clips))
+        return [self.scorer.prepare(prompt, clip) for clip in clips]
 
 
 def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> tuple[str, list[ReadClip]]:
-    """Return the prompt and the decoded clips of RankAudio.
+    """Return the prompt and the decoded clips of a RankAudio request.
 
     Raises:
-        InvalidInputError: with every violated field, the prompt's and the clips'.
+        InvalidInputError: the prompt or a clip is invalid; lists every violation.
     """
     faults: list[FieldViolation] = [*check_prompt(request.prompt, "prompt", bounds)]
     clips: list[ReadClip] = []
@@ -81,12 +81,12 @@ def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> tuple[
 
 
 def write_reward(reward: Reward) -> pb.Reward:
-    """Return the message of a reward."""
+    """Return the wire's message of a reward."""
     return pb.Reward(logit=reward.logit, probability=reward.probability)
 
 
 def write_place(place: RankedClip) -> pb.RankedClip:
-    """Return the message of one place of a ranking."""
+    """Return the wire's message of one place of a ranking."""
     return pb.RankedClip(
         clip_index=place.index, reward=write_reward(place.reward), beats_next=place.beats_next
     )

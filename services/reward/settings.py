@@ -7,9 +7,9 @@ from services.runtime.settings import BatchedSettings, ModelText
 from services.weights.uri import ModelURI, ResolvedModel, naming, parse_uris, resolve
 
 FAMILY, MEMBER = "mini", "reward"
-"""In this service the name of the embedded family means this member."""
+"""In this service the URI ``mini`` means ``mini:reward``."""
 CLAP = "clap"
-"""The CLAP model among the weights of the service."""
+"""Key of the CLAP model among the service's models."""
 
 
 class RewardSettings(BatchedSettings):
@@ -17,14 +17,18 @@ class RewardSettings(BatchedSettings):
 
     listen: str = REWARD.listen
     model: ModelText
-    """Reward model to serve, best with a pin; mini means mini:reward. No default: a service never falls back
-    to other weights by itself."""
+    """Reward model to serve, preferably pinned to a digest; mini means mini:reward. No default: a service
+    never falls back to other weights by itself."""
     clap: ModelText = EMBEDDED_CLAP
-    """CLAP model that the reward model was trained on; it refuses another."""
+    """CLAP model that the reward model was trained on; any other is refused."""
 
 
 def model_uris(settings: RewardSettings) -> dict[str, ModelURI]:
-    """Return the URIs of the reward model and of its CLAP model. Raises `InvalidInputError`."""
+    """Return the URIs of the reward model (key: ``REWARD.model``) and of its CLAP model (key: ``CLAP``).
+
+    Raises:
+        InvalidInputError: a URI is invalid; lists every violation.
+    """
     uris = parse_uris({"model": settings.model, "clap": settings.clap})
     model = uris["model"]
     if settings.model.partition("#")[0] == FAMILY:
@@ -33,7 +37,7 @@ def model_uris(settings: RewardSettings) -> dict[str, ModelURI]:
 
 
 def find_models(settings: RewardSettings) -> dict[str, ResolvedModel]:
-    """Resolve the models, by their names in `model_uris`. Raises `ModelError`."""
+    """Resolve the models of `model_uris`, under the same keys. Raises `ModelError`."""
     uris = model_uris(settings)
     found = {REWARD.model: resolve(uris[REWARD.model])}
     with naming(CLAP):

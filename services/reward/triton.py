@@ -1,4 +1,7 @@
-"""The reward service's model under Triton. Exported repositories import `open_model`."""
+"""The reward service's model in a Triton repository.
+
+`model.py` of an exported version imports `open_model`.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -8,7 +11,7 @@ from services.inference.describing import write_config
 from services.inference.pairs import INPUTS
 from services.inference.triton.backend import Opened
 from services.inference.triton.serving import Servable
-from services.reward.inference import OUTPUTS, JudgeModel
+from services.reward.inference import OUTPUTS, RewardInference
 from services.reward.settings import RewardSettings, model_uris
 from services.weights.uri import ResolvedModel
 
@@ -20,11 +23,11 @@ def configure(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> A
 
 async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Opened:
     """See `Servable.load`."""
-    from services.reward import judge
+    from services.reward import model
     from services.reward.servicer import RewardServicer
 
-    loaded = judge.load(settings, found)
-    return Opened(model=JudgeModel(RewardServicer(loaded, settings)), close=loaded.close)
+    loaded = model.load(settings, found)
+    return Opened(model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close)
 
 
 SERVABLE: Final = Servable(

@@ -1,1 +1,1 @@
-"""The scoring service: how well a clip and a sentence go together, by CLAP."""
+"""The scoring service: score how well clips match their prompts, by CLAP."""

@@ -1,6 +1,6 @@
 """`python -m services.scoring`: run the service with settings from the environment (``MILONGA_*``).
 
-Exit codes: 0 stopped by a signal, 1 a fault of ours, 2 a setting or a model was refused.
+Exit codes: 0 stopped by a signal; 1 internal error; 2 a setting or a model was refused.
 """
 
 import sys

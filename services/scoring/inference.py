@@ -1,6 +1,6 @@
-"""The scoring service as a model of the Open Inference Protocol: SCORE of prompts and their clips.
+"""The scoring service as a model of the Open Inference Protocol: prompts and clips in, SCORE out.
 
-Imports no torch. Shapes: n pairs.
+Imports no torch. Shapes: n pairs of a prompt and a clip.
 """
 
 import time
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def outputs_of(scorers: int) -> Sequence[TensorSpec]:
-    """Return the output tensors of so many scorers: each is a column."""
+    """Return the specs of the output tensors for a number of scorers, one column each."""
     return (
         TensorSpec(name="SCORE", field="scores", datatype="FP32", dims=("n", scorers)),
         TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", scorers)),
     )
 
 
-class ClapModel:
-    """The scorers of a service, which are a column of SCORE each."""
+class ScoringInference:
+    """The service's scorers, as `services.inference.model.Model`. Each scorer is a column of SCORE."""
 
     name, inputs, decoupled = SCORING.model, INPUTS, False
 
@@ -49,18 +49,18 @@ class ClapModel:
                 f"digest.{name}": version.digest,
             }
 
-    def lease(self) -> AbstractContextManager["ClapModel"]:
-        """Itself: the scorers stay."""
+    def lease(self) -> AbstractContextManager["ScoringInference"]:
+        """Return a context with this object itself: the scorers never change."""
         return nullcontext(self)
 
     def read(self, tensors: Tensors) -> pb.BatchScoreAudioRequest:
-        """Return the native API's request; it decodes and checks the pairs."""
+        """Return the request of BatchScoreAudio, which decodes and checks the pairs."""
         return pb.BatchScoreAudioRequest(pairs=read_pairs(tensors))
 
     async def run(
         self, job: pb.BatchScoreAudioRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
-        """Yield the one answer."""
+        """Call BatchScoreAudio and yield one response."""
         start = time.monotonic()
         answer = await self._servicer.BatchScoreAudio(job, caller)
         yield Response(

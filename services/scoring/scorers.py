@@ -1,4 +1,4 @@
-"""The scorers: CLAP models with their batches. Loading them, and asking several at once.
+"""Loaded CLAP models that batch the clips and prompts of concurrent calls.
 
 Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 """
@@ -22,19 +22,19 @@ from services.weights.loading import load_embedding_model
 from services.weights.uri import ResolvedModel, naming
 
 Embedding = NDArray[np.float32]
-"""[D], of length 1."""
+"""[D], of unit length."""
 
 MAX_TEXT_BATCH = 64
-"""Prompts that are embedded in one pass."""
+"""Maximum number of prompts in one batch."""
 
 MAX_TEXT_QUEUE = 4_096
-"""Prompts that may wait."""
+"""Maximum number of prompts in the queue of a scorer."""
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Scorer:
-    """A loaded model. Its audio side and its text side have a worker thread and batches each."""
+    """A CLAP model with one worker thread and one batcher for audio, and one of each for text."""
 
     def __init__(self, model: EmbeddingModel, version: ResolvedModel, settings: BatchedSettings) -> None:
         self.version = version.identity
@@ -59,39 +59,39 @@ class Scorer:
 
     @property
     def audio_stats(self) -> BatchStats:
-        """Of the audio side; costs are seconds of windows."""
+        """Return the counts of the audio batcher; costs are seconds of audio, in whole windows."""
         return self._audio.stats
 
     @property
     def text_stats(self) -> BatchStats:
-        """Of the text side; costs are prompts."""
+        """Return the counts of the text batcher; costs are numbers of prompts."""
         return self._text.stats
 
     @property
     def cache(self) -> TextCache:
-        """The embeddings of prompts that are kept."""
+        """Return the cache of text embeddings."""
         return self._model.cache
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raise `QueueFullError` where there is no room for so much sound: before work is put into it."""
+        """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._audio.check(seconds)
 
     def prepare(self, clip: ReadClip) -> Tensor:
-        """The windows [W, S] that the model hears. Blocks for milliseconds; from any thread."""
+        """Return the windows [W, S] of a clip for `embed_audio`. Thread-safe; blocks for milliseconds."""
         return self._model.prepare(clip.waveform, clip.sampling_rate)
 
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Embeddings [B, D] of prepared clips."""
+        """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
         return _finite(np.stack(await self._audio.submit(clips)))
 
     async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings [B, D] of sentences; equal ones are embedded once."""
+        """Return the embeddings [B, D] of prompts; equal ones are embedded once. Raises `QueueFullError`."""
         unique = list(dict.fromkeys(prompts))
-        made = dict(zip(unique, await self._text.submit(unique), strict=True))
-        return _finite(np.stack([made[prompt] for prompt in prompts]))
+        embeddings = dict(zip(unique, await self._text.submit(unique), strict=True))
+        return _finite(np.stack([embeddings[prompt] for prompt in prompts]))
 
     async def close(self) -> None:
-        """Refuse what waits, finish what runs, end the threads."""
+        """Refuse queued items, finish the running batches and stop the worker threads."""
         await asyncio.gather(self._audio.close(), self._text.close())
 
     def _set_threads(self) -> None:
@@ -100,53 +100,53 @@ class Scorer:
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """The scorers of one call, by name, in the order of the answer. Two names may mean one scorer."""
+class ScorerGroup:
+    """The scorers of one call, by name, in the order of the response. Two names may share one scorer."""
 
     members: Mapping[str, Scorer]
 
     def check(self) -> None:
-        """Raise `QueueFullError` where one of them has no room."""
+        """Raise `QueueFullError` if the queue of any scorer is full."""
         for scorer in self._distinct():
             scorer.check()
 
     def prepare(self, clips: Sequence[ReadClip]) -> dict[Scorer, list[Tensor]]:
-        """The clips as each scorer hears them. Raises `QueueFullError` where one of them has no room."""
+        """Return the clips as windows for each scorer. Raises `QueueFullError` if any queue has no room."""
         prepared: dict[Scorer, list[Tensor]] = {scorer: [] for scorer in self._distinct()}
         for scorer in prepared:
             scorer.check(sum(clip.seconds for clip in clips))
         for clip in clips:
-            for scorer, heard in prepared.items():
-                heard.append(scorer.prepare(clip))
+            for scorer, windows in prepared.items():
+                windows.append(scorer.prepare(clip))
         return prepared
 
     async def embed_audio(self, prepared: Mapping[Scorer, Sequence[Tensor]]) -> list[NDArray[np.float32]]:
-        """Embeddings [B, D] by each member."""
-        made = await together(*(scorer.embed_audio(clips) for scorer, clips in prepared.items()))
-        return self._by_member(dict(zip(prepared, made, strict=True)))
+        """Return embeddings [B, D], one array per member."""
+        results = await gather_or_cancel(*(scorer.embed_audio(clips) for scorer, clips in prepared.items()))
+        return self._by_member(dict(zip(prepared, results, strict=True)))
 
     async def embed_text(self, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Embeddings [B, D] by each member."""
+        """Return embeddings [B, D], one array per member."""
         scorers = self._distinct()
-        made = await together(*(scorer.embed_text(prompts) for scorer in scorers))
-        return self._by_member(dict(zip(scorers, made, strict=True)))
+        results = await gather_or_cancel(*(scorer.embed_text(prompts) for scorer in scorers))
+        return self._by_member(dict(zip(scorers, results, strict=True)))
 
     def _distinct(self) -> list[Scorer]:
         return list(dict.fromkeys(self.members.values()))
 
-    def _by_member(self, made: Mapping[Scorer, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        return [made[scorer] for scorer in self.members.values()]
+    def _by_member(self, results: Mapping[Scorer, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        return [results[scorer] for scorer in self.members.values()]
 
 
 def _finite(embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Refuse a caller's own embeddings where the model failed: the others of its batch are unaffected."""
+    """Return one caller's embeddings. Raises `ValueError` unless finite; other callers of the batch go on."""
     if not np.isfinite(embeddings_BD).all():
-        raise ValueError("the model made an embedding that is not finite")
+        raise ValueError("the CLAP model returned an embedding that is not finite")
     return embeddings_BD
 
 
-async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
-    """Run coroutines side by side. As soon as one fails, or the caller is cancelled, all of them end."""
+async def gather_or_cancel(*coroutines: Coroutine[Any, Any, Result]) -> list[Result]:
+    """Run coroutines concurrently. If one fails, or the caller is cancelled, cancel the others."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
@@ -156,10 +156,10 @@ async def together(*coroutines: Coroutine[Any, Any, Made]) -> list[Made]:
 
 
 def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> dict[str, Scorer]:
-    """Load every scorer of which the weights were resolved, by name. Names of the same weights share one.
+    """Return a scorer for each resolved model, by name. Names with the same weights share one scorer.
 
     Raises:
-        ModelError: one was refused; the message begins with its name.
+        ModelError: a model was refused; the message begins with the scorer's name.
         InvalidInputError: the device does not exist.
     """
     loaded: dict[ResolvedModel, Scorer] = {}

@@ -1,4 +1,4 @@
-"""What `services.runtime.serving` runs as the scoring service, and what Prometheus sees of it."""
+"""The scoring service's `SERVICE`, which `services.runtime.serving` runs, and its Prometheus metrics."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
     "milonga_scoring_clips": ("Clips embedded.", lambda scorer: scorer.audio_stats.items),
     "milonga_scoring_audio_calls": (
-        "Calls of the model's audio side, each one batch.",
+        "Calls of the audio encoder, each one batch.",
         lambda scorer: scorer.audio_stats.calls,
     ),
     "milonga_scoring_audio_seconds": (
-        "Seconds of sound embedded, in whole windows.",
+        "Seconds of audio embedded, in whole windows.",
         lambda scorer: scorer.audio_stats.cost,
     ),
     "milonga_scoring_audio_busy_seconds": (
-        "Time in calls of the audio side.",
+        "Time in calls of the audio encoder.",
         lambda scorer: scorer.audio_stats.seconds,
     ),
     "milonga_scoring_audio_wait_seconds": (
@@ -35,12 +35,15 @@ COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
         lambda scorer: scorer.audio_stats.waited,
     ),
     "milonga_scoring_refused": (
-        "Submissions that found the queue full.",
+        "Submissions refused because the queue was full.",
         lambda scorer: scorer.audio_stats.refused + scorer.text_stats.refused,
     ),
-    "milonga_scoring_texts": ("Prompts embedded or found.", lambda scorer: scorer.text_stats.items),
+    "milonga_scoring_texts": (
+        "Prompts embedded, or found in the cache.",
+        lambda scorer: scorer.text_stats.items,
+    ),
     "milonga_scoring_text_calls": (
-        "Calls of the model's text side, each one batch.",
+        "Calls of the text encoder, each one batch.",
         lambda scorer: scorer.text_stats.calls,
     ),
     "milonga_scoring_text_cache_hits": (
@@ -52,7 +55,7 @@ COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
         lambda scorer: scorer.cache.misses,
     ),
 }
-"""Name of each counter to its help and where it is read."""
+"""Counters by name: help, and function that reads the value."""
 
 
 def check(settings: ScoringSettings) -> bool:
@@ -61,9 +64,9 @@ def check(settings: ScoringSettings) -> bool:
 
 
 def load(settings: ScoringSettings) -> "dict[str, Scorer]":
-    """Load the scorers that the settings name. Raises `MilongaError`."""
+    """Load the scorers that `settings` names. Raises `MilongaError`."""
     found = find_models(settings)
-    # Only now: torch takes seconds to import, and a wrong setting or model should be refused at once.
+    # Imported last: importing torch takes seconds, and a wrong setting or model should be refused at once.
     from services.scoring import scorers
 
     return scorers.load(settings, found)
@@ -72,15 +75,15 @@ def load(settings: ScoringSettings) -> "dict[str, Scorer]":
 def add_scoring(
     server: Server, metrics: ServerMetrics, scorers: "Mapping[str, Scorer]", settings: ScoringSettings
 ) -> None:
-    """Add the services of loaded scorers, and their metrics, to a server."""
+    """Add ScoringService, the Open Inference Protocol and the metrics of `scorers` to a server."""
     from services.inference import add_inference
-    from services.scoring.inference import ClapModel
+    from services.scoring.inference import ScoringInference
     from services.scoring.servicer import SERVICE_NAME, ScoringServicer
 
     servicer = ScoringServicer(scorers, settings)
     metrics.add(partial(collect, scorers))
     server.add(SERVICE_NAME, lambda to: rpc.add_ScoringServiceServicer_to_server(servicer, to))
-    add_inference(server, ClapModel(servicer))
+    add_inference(server, ScoringInference(servicer))
 
 
 def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
@@ -90,18 +93,18 @@ def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
 
 
 async def close(scorers: "Mapping[str, Scorer]") -> None:
-    """Close each scorer once: names may share one."""
+    """Close each scorer once; names may share one."""
     for scorer in dict.fromkeys(scorers.values()):
         await scorer.close()
 
 
 def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
-    """Yield the metrics of every scorer. Names that share weights are one, under the first."""
+    """Yield the metrics of every scorer. A scorer with several names is reported once, under the first."""
     first: dict[Scorer, str] = {}
     for name, scorer in scorers.items():
         first.setdefault(scorer, name)
     queue = GaugeMetricFamily(
-        "milonga_scoring_queue_seconds", "Seconds of sound that wait.", labels=["scorer"]
+        "milonga_scoring_queue_seconds", "Seconds of audio in the queue.", labels=["scorer"]
     )
     for scorer, name in first.items():
         queue.add_metric([name], scorer.audio_stats.queue_cost)

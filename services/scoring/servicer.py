@@ -1,6 +1,6 @@
-"""The rpcs of ScoringService: decode, let the scorers embed, encode.
+"""The rpcs of ScoringService: decode, embed, encode.
 
-Shapes: B clips or prompts, D embedding width, P members of the panel.
+Shapes: B clips or prompts, D embedding width, P scorers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,23 +16,23 @@ from milonga.v1 import scoring_pb2_grpc as rpc
 from services.audio.clips import AudioBounds, read_clips, read_pairs, read_prompts
 from services.errors import FieldViolation, InvalidInputError
 from services.runtime.offloading import OffLoop
-from services.scoring.scorers import Panel, Scorer, together
+from services.scoring.scorers import Scorer, ScorerGroup, gather_or_cancel
 from services.scoring.settings import ScoringSettings
 from services.wire import write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ScoringService"].full_name
 
 Prepared = dict[Scorer, list[Tensor]]
-"""Clips as each scorer takes them."""
+"""The windows of each clip, for each scorer."""
 
 Read = TypeVar("Read")
 
 Context = object
-"""Nothing of the call is read but its message."""
+"""The rpcs read only their request, so any context will do."""
 
 
 class ScoringServicer(rpc.ScoringServiceServicer):
-    """Serves named scorers. Exceptions are mapped by the interceptor."""
+    """Serves named scorers. `CallInterceptor` maps exceptions to statuses."""
 
     def __init__(self, scorers: Mapping[str, Scorer], settings: ScoringSettings) -> None:
         self.scorers, self.bounds = scorers, AudioBounds(max_batch_size=settings.max_batch_size)
@@ -45,34 +45,34 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         self, request: pb.BatchScoreAudioRequest, context: Context
     ) -> pb.BatchScoreAudioResponse:
         """See scoring.proto."""
-        panel, faults = choose(request.scorers, self.scorers)
-        panel.check()
+        group, faults = choose(request.scorers, self.scorers)
+        group.check()
         prompts, clips = await self._off_loop(
-            lambda: prepare_pairs(request.pairs, panel, self.bounds, faults)
+            lambda: prepare_pairs(request.pairs, group, self.bounds, faults)
         )
-        texts, sounds = await together(panel.embed_text(prompts), panel.embed_audio(clips))
-        return write_scores(panel, texts, sounds)
+        texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
+        return write_scores(group, texts, sounds)
 
     async def BatchEmbedAudio(
         self, request: pb.BatchEmbedAudioRequest, context: Context
     ) -> pb.BatchEmbedAudioResponse:
         """See scoring.proto."""
-        panel, faults = choose(request.scorers, self.scorers)
-        panel.check()
-        clips = await self._off_loop(lambda: prepare_clips(request.clips, panel, self.bounds, faults))
-        sounds = await panel.embed_audio(clips)
+        group, faults = choose(request.scorers, self.scorers)
+        group.check()
+        clips = await self._off_loop(lambda: prepare_clips(request.clips, group, self.bounds, faults))
+        sounds = await group.embed_audio(clips)
         return pb.BatchEmbedAudioResponse(
-            scorers=write_scorers(panel.members), results=write_embeddings(sounds)
+            scorers=write_scorers(group.members), results=write_embeddings(sounds)
         )
 
     async def BatchEmbedText(
         self, request: pb.BatchEmbedTextRequest, context: Context
     ) -> pb.BatchEmbedTextResponse:
         """See scoring.proto."""
-        panel, faults = choose(request.scorers, self.scorers)
-        texts = await panel.embed_text(check_prompts(request.prompts, self.bounds, faults))
+        group, faults = choose(request.scorers, self.scorers)
+        texts = await group.embed_text(check_prompts(request.prompts, self.bounds, faults))
         return pb.BatchEmbedTextResponse(
-            scorers=write_scorers(panel.members), results=write_embeddings(texts)
+            scorers=write_scorers(group.members), results=write_embeddings(texts)
         )
 
     async def ListScorers(self, request: pb.ListScorersRequest, context: Context) -> pb.ListScorersResponse:
@@ -80,13 +80,17 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         return self._listing
 
 
-def choose(names: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[Panel, tuple[FieldViolation, ...]]:
-    """Return the scorers that a request names (all where it names none), and what is wrong with the names."""
+def choose(
+    names: Sequence[str], scorers: Mapping[str, Scorer]
+) -> tuple[ScorerGroup, tuple[FieldViolation, ...]]:
+    """Return the scorers that a request names (all if it names none), and the violations of its names."""
     if not names:
-        return Panel(scorers), ()
+        return ScorerGroup(scorers), ()
     if len(names) > len(scorers):
-        fault = f"has {len(names)} elements, and there are {len(scorers)} scorers; name each once"
-        return Panel(scorers), (FieldViolation("scorers", fault),)
+        fault = (
+            f"has {len(names)} elements, but there are only {len(scorers)} scorers; name each at most once"
+        )
+        return ScorerGroup(scorers), (FieldViolation("scorers", fault),)
     chosen: dict[str, Scorer] = {}
     faults = []
     for index, name in enumerate(names):
@@ -96,64 +100,67 @@ def choose(names: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[Panel, 
         elif name in chosen:
             first = list(names).index(name)
             faults.append(
-                FieldViolation(f"scorers[{index}]", f"is {name!r}, as scorers[{first}] is; name each once")
+                FieldViolation(
+                    f"scorers[{index}]", f"is {name!r}, the same as scorers[{first}]; name each at most once"
+                )
             )
         else:
             chosen[name] = scorers[name]
-    return Panel(chosen), tuple(faults)
+    return ScorerGroup(chosen), tuple(faults)
 
 
 def prepare_pairs(
     pairs: Sequence[audio_pb2.PromptedClip],
-    panel: Panel,
+    group: ScorerGroup,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
 ) -> tuple[list[str], Prepared]:
-    """Return the prompts, and the clips as each scorer takes them.
+    """Return the prompts, and the windows of the clips for each scorer.
 
     Raises:
-        InvalidInputError: with every violated field, and `faults` found before.
+        InvalidInputError: a prompt or a clip is invalid, or `faults` is not empty; lists every violation.
+        QueueFullError: the queue of a scorer has no room.
     """
     read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
-    return [prompt for prompt, _ in read], panel.prepare([clip for _, clip in read])
+    return [prompt for prompt, _ in read], group.prepare([clip for _, clip in read])
 
 
 def prepare_clips(
     clips: Sequence[audio_pb2.Clip],
-    panel: Panel,
+    group: ScorerGroup,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
 ) -> Prepared:
-    """As `prepare_pairs`, without prompts."""
-    return panel.prepare(_read(lambda: read_clips(clips, "clips", bounds), faults))
+    """Return the windows of clips for each scorer. Raises what `prepare_pairs` raises."""
+    return group.prepare(_read(lambda: read_clips(clips, "clips", bounds), faults))
 
 
 def check_prompts(
     prompts: Sequence[str], bounds: AudioBounds, faults: Sequence[FieldViolation] = ()
 ) -> list[str]:
-    """As `prepare_pairs`, without clips."""
+    """Return the prompts. Raises `InvalidInputError` as `prepare_pairs` does."""
     return _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
 
 
 def write_scores(
-    panel: Panel, texts: Sequence[NDArray[np.float32]], sounds: Sequence[NDArray[np.float32]]
+    group: ScorerGroup, texts: Sequence[NDArray[np.float32]], sounds: Sequence[NDArray[np.float32]]
 ) -> pb.BatchScoreAudioResponse:
-    """Return the cosines of embeddings [B, D] of prompts and of their clips, by each member."""
+    """Return the cosine similarities of prompts and clips by each scorer, from embeddings [B, D]."""
     cosines = [(text * sound).sum(-1) for text, sound in zip(texts, sounds, strict=True)]
     scores_BP = np.stack(cosines, axis=1).clip(-1.0, 1.0)
     return pb.BatchScoreAudioResponse(
-        scorers=write_scorers(panel.members), results=[pb.AudioScores(scores=row) for row in scores_BP]
+        scorers=write_scorers(group.members), results=[pb.AudioScores(scores=row) for row in scores_BP]
     )
 
 
 def write_embeddings(embeddings: Sequence[NDArray[np.float32]]) -> Iterable[pb.Embeddings]:
-    """Return embeddings [B, D] by each member, clip by clip."""
+    """Yield the message of each clip or prompt: its embeddings by all scorers. Takes [B, D] per scorer."""
     for rows in zip(*embeddings, strict=True):
         yield pb.Embeddings(embeddings=[pb.Embedding(values=row) for row in rows])
 
 
 def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
-    """Return the scorers and which weights they are."""
+    """Return the wire's messages of scorers: names, weights, widths and sampling rates."""
     return [
         pb.Scorer(
             name=name,
@@ -167,9 +174,9 @@ def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
 
 def _read(read: Callable[[], Read], faults: Sequence[FieldViolation]) -> Read:
     try:
-        made = read()
+        value = read()
     except InvalidInputError as error:
         raise InvalidInputError(*error.violations, *faults) from error
     if faults:
         raise InvalidInputError(*faults)
-    return made
+    return value

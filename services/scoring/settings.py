@@ -16,8 +16,8 @@ class ScoringSettings(BatchedSettings):
 
     listen: str = SCORING.listen
     scorers: dict[str, ModelText] = Field(default={}, validate_default=True)
-    """A scorer's name and its CLAP model, best with a pin. No default: a service never falls back to other
-    weights by itself."""
+    """Names of scorers with their CLAP models, preferably pinned to a digest. No default: a service never
+    falls back to other weights by itself."""
 
     @field_validator("scorers")
     @classmethod
@@ -35,12 +35,12 @@ class ScoringSettings(BatchedSettings):
 
 
 def model_uris(settings: ScoringSettings) -> dict[str, ModelURI]:
-    """Return the URI of each scorer. Raises `InvalidInputError` with every wrong one."""
+    """Return the URI of each scorer's model. Raises `InvalidInputError` that lists every invalid URI."""
     return parse_uris(settings.scorers, field="scorers.{}")
 
 
 def find_models(settings: ScoringSettings) -> dict[str, ResolvedModel]:
-    """Resolve the CLAP model of each scorer. Raises `ModelError` that begins with the scorer's name."""
+    """Resolve the CLAP model of each scorer. Raises `ModelError` whose message begins with the scorer."""
     found = {}
     for name, uri in model_uris(settings).items():
         with naming(f"scorer {name}"):

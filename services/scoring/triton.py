@@ -1,4 +1,7 @@
-"""The scoring service's model under Triton. Exported repositories import `open_model`."""
+"""The scoring service's model in a Triton repository.
+
+`model.py` of an exported version imports `open_model`.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -9,7 +12,7 @@ from services.inference.describing import write_config
 from services.inference.pairs import INPUTS
 from services.inference.triton.backend import Opened
 from services.inference.triton.serving import Servable
-from services.scoring.inference import ClapModel, outputs_of
+from services.scoring.inference import ScoringInference, outputs_of
 from services.scoring.serve import close
 from services.scoring.settings import ScoringSettings, model_uris
 from services.weights.uri import ResolvedModel
@@ -27,7 +30,7 @@ async def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) ->
     from services.scoring.servicer import ScoringServicer
 
     loaded = scorers.load(settings, found)
-    return Opened(model=ClapModel(ScoringServicer(loaded, settings)), close=partial(close, loaded))
+    return Opened(model=ScoringInference(ScoringServicer(loaded, settings)), close=partial(close, loaded))
 
 
 SERVABLE: Final = Servable(

@@ -17,7 +17,7 @@ from milonga.v1 import reward_pb2_grpc as rpc
 from services.api.model import ModelVersion
 from services.models.manifest import write_manifest
 from services.models.reward.model import RewardModel
-from services.reward.judge import Judge
+from services.reward.model import RewardScorer
 from services.reward.serve import SERVICE
 from services.reward.settings import RewardSettings
 from services.runtime.metrics import ServerMetrics
@@ -40,7 +40,7 @@ MODEL = ResolvedModel(
 class Served:
     target: str
     stub: rpc.RewardServiceStub
-    judge: Judge
+    scorer: RewardScorer
     metrics: ServerMetrics
 
 
@@ -49,14 +49,14 @@ def serving(model: RewardModel, **settings: Any) -> Iterator[Served]:
     """Serve `model` on a free port until the end of the context."""
     flags = {"listen": "127.0.0.1:0", "model": "tiny", "threads": 1, "grace_seconds": 0, **settings}
     config = load_settings(RewardSettings, **flags)
-    judge = Judge(model, MODEL, CLAP, config)
+    scorer = RewardScorer(model, MODEL, CLAP, config)
     options = (("grpc.max_send_message_length", -1),)
     with (
-        hosting(SERVICE, judge, config) as hosted,
+        hosting(SERVICE, scorer, config) as hosted,
         grpc.insecure_channel(hosted.target, options=options) as channel,
     ):
         stub = rpc.RewardServiceStub(channel)
-        yield Served(target=hosted.target, stub=stub, judge=judge, metrics=hosted.metrics)
+        yield Served(target=hosted.target, stub=stub, scorer=scorer, metrics=hosted.metrics)
 
 
 def write_models(folder: Path) -> tuple[Path, Path]:

@@ -40,7 +40,7 @@ def test_rewards_are_those_of_the_native_api(client: triton.InferenceServerClien
     assert result.get_response().model_version == "2"
 
 
-def test_files_are_judged_too(client: triton.InferenceServerClient) -> None:
+def test_files_are_scored_too(client: triton.InferenceServerClient) -> None:
     of_samples = client.infer("reward", _inputs(PROMPTS, "FP32", TONES, 16_000, 16_000))
     files = tensor("ENCODED_AUDIO", "BYTES", [[wav(one).audio] for one in TONES])
     of_files = client.infer("reward", [*_inputs(PROMPTS, "FP32", TONES)[:1], files])

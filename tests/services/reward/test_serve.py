@@ -42,9 +42,13 @@ def rehash(folder: Path) -> None:
 
 def test_what_was_saved_is_loaded(folders: tuple[Path, Path]) -> None:
     clap, model = folders
-    judge = load(settings(model, clap))
-    assert (judge.version.name, judge.version.version, judge.clap.name) == ("tiny-reward", "2", "tiny-clap")
-    assert judge.sampling_rate == 16_000
+    scorer = load(settings(model, clap))
+    assert (scorer.version.name, scorer.version.version, scorer.clap.name) == (
+        "tiny-reward",
+        "2",
+        "tiny-clap",
+    )
+    assert scorer.sampling_rate == 16_000
 
 
 def test_another_clap_model_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_every_fault_is_told_at_once(stub: rpc.ScoringServiceStub) -> None:
     found = _refusal(lambda: stub.BatchScoreAudio(request))
     assert list(found) == ["pairs[0].prompt", "pairs[1].clip.audio", "scorers[0]", "scorers[2]"]
     assert found["scorers[0]"] == "is 'c', must be one of a, b, a2"
-    assert found["scorers[2]"] == "is 'a', as scorers[1] is; name each once"
+    assert found["scorers[2]"] == "is 'a', the same as scorers[1]; name each at most once"
 
 
 @pytest.mark.parametrize("count", [0, 65])
@@ -235,7 +235,7 @@ def test_none_and_too_many_are_refused(stub: rpc.ScoringServiceStub, count: int)
         assert "64" in found[field]
 
 
-def test_clips_and_prompts_alone_are_judged_alike(stub: rpc.ScoringServiceStub) -> None:
+def test_clips_and_prompts_alone_are_checked_alike(stub: rpc.ScoringServiceStub) -> None:
     clips = [Clip(audio=FLAC), Clip(audio=FLAC[:500])]
     audio = pb.BatchEmbedAudioRequest(clips=clips, scorers=["?"])
     assert list(_refusal(lambda: stub.BatchEmbedAudio(audio))) == ["clips[1].audio", "scorers[0]"]

@@ -1,6 +1,6 @@
-"""The judge: a reward model with its batches. Loading it.
+"""A loaded reward model that batches the pairs of concurrent calls.
 
-Shape legend: B pairs.
+Shapes: B pairs of a prompt and a clip.
 """
 
 import math
@@ -17,20 +17,20 @@ from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, naming
 
 Pair = tuple[str, RewardClip]
-"""A prompt, and a clip as the model hears it."""
+"""A prompt, and a clip resampled and cut into windows for the model."""
 
 
-class Judge:
-    """A loaded model. Pairs of concurrent calls are judged together, on a worker thread."""
+class RewardScorer:
+    """A reward model on a worker thread. Pairs of concurrent calls share batches."""
 
     def __init__(
         self, model: RewardModel, version: ResolvedModel, clap: ResolvedModel, settings: RewardSettings
     ) -> None:
         """Args:
-        model: the weights.
-        version: which they are.
-        clap: which CLAP model they stand on.
-        settings: how calls are gathered.
+        model: the reward model.
+        version: its identity and folder.
+        clap: identity of the CLAP model that it was trained on.
+        settings: limits of batches and of the queue; CPU threads.
         """
         self.version, self.clap = version.identity, clap.identity
         self.folder = version.folder
@@ -47,27 +47,32 @@ class Judge:
 
     @property
     def stats(self) -> BatchStats:
-        """What it has done; costs are seconds of windows."""
+        """Return the batcher's counts; costs are seconds of audio, in whole windows."""
         return self._batcher.stats
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raise `QueueFullError` where there is no room for so much sound: before work is put into it."""
+        """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._batcher.check(seconds)
 
     def prepare(self, prompt: str, clip: ReadClip) -> Pair:
-        """What `judge` takes. Blocks for milliseconds; from any thread."""
+        """Return a pair for `score`. Thread-safe; blocks for milliseconds."""
         return prompt, self._model.prepare(clip.waveform, clip.sampling_rate)
 
-    async def judge(self, pairs: Sequence[Pair]) -> list[float]:
-        """Rewards of pairs: calibrated logits."""
+    async def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """Return the rewards of `pairs`: calibrated logits, in order.
+
+        Raises:
+            QueueFullError: the queue has no room for the pairs.
+            ValueError: a reward is not finite.
+        """
         logits = await self._batcher.submit(pairs)
-        # Here, not in the shared call: whoever was in it too is unaffected.
+        # Checked per caller, not in the shared batch, so that other callers don't fail too.
         if not all(map(math.isfinite, logits)):
-            raise ValueError("the model made a reward that is not finite")
+            raise ValueError("the reward model returned a reward that is not finite")
         return logits
 
     async def close(self) -> None:
-        """Refuse what waits, finish what runs, end the thread."""
+        """Refuse queued pairs, finish the running batch and stop the worker thread."""
         await self._batcher.close()
 
     def _run(self, pairs: Sequence[Pair]) -> list[float]:
@@ -80,14 +85,18 @@ class Judge:
             torch.set_num_threads(self._threads)
 
 
-def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Judge:
-    """Load the models that were resolved, by their names in `model_uris`.
+def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> RewardScorer:
+    """Load the reward model and its CLAP model.
+
+    Args:
+        settings: the service's settings.
+        found: resolved models, keyed as `model_uris` keys them.
 
     Raises:
-        ModelError: one was refused, or they do not belong together.
-        InvalidInputError: the device does not exist, or the CLAP model gives no tokens.
+        ModelError: a model was refused, or the reward model was trained on another CLAP model.
+        InvalidInputError: the device does not exist, or the CLAP model returns no tokens.
     """
     version, clap = found[REWARD.model], found[CLAP]
     with naming(CLAP):
         tokens = load_clap_model(clap, settings.device)
-    return Judge(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
+    return RewardScorer(load_reward(version.folder, tokens, clap.digest), version, clap, settings)
