@@ -31,7 +31,7 @@ from training.evaluation.config import (
     evaluation_mini,
     evaluation_smoke,
 )
-from training.evaluation.evaluate import compared_names
+from training.evaluation.evaluate import comparison_pairs
 from training.exits import EXIT_CODES, exit_codes
 from training.finetuning.baton import BatonTraining
 from training.finetuning.dpo import DpoTraining
@@ -182,7 +182,7 @@ def run_study(config: StudyRun, output: Path) -> StudyResult:
     variants = [variant for variant in VARIANTS if variant in config.variants]
     comparisons = (*config.evaluation.comparisons, *comparisons_of(config))
     # Faults of these are reported now, not after the trainings.
-    compared_names([BASE, *(name_of(v, seed) for seed in config.seeds for v in variants)], comparisons)
+    comparison_pairs([BASE, *(name_of(v, seed) for seed in config.seeds for v in variants)], comparisons)
     announce = announcer(len(config.seeds) * len(variants) + 2)
     with Tracker(config.name, output / "tracking", params=flatten(config)) as tracker:
         announce("preferences")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from training.evaluation.markdown import Row, meanings, table, written
+from training.evaluation.markdown import Row, describe_metrics, format_interval, table
 
 FIGURES: Final = (
     "present_and_in_order",
@@ -108,7 +108,10 @@ def difference_table(study: Mapping[str, Any], *, against_start: bool) -> tuple[
     found = [one for one in study["differences"] if (one["against"] == start) == against_start]
     columns = _known([one["differences"] for one in found], COMPARED)
     return ["difference", *columns], [
-        [f"{one['name']} - {one['against']}", *(written(one["differences"][column]) for column in columns)]
+        [
+            f"{one['name']} - {one['against']}",
+            *(format_interval(one["differences"][column]) for column in columns),
+        ]
         for one in found
     ]
 
@@ -138,7 +141,7 @@ def written_study(name: str, study: Mapping[str, Any]) -> str:
     if between[1]:
         lines += ["", "## Against each other", "", *table(*between)]
     names = [*figure_table(study)[0][1:]]
-    lines += ["", "## Figures", "", *meanings(names)]
+    lines += ["", "## Figures", "", *describe_metrics(names)]
     if set(DRIFTS) & set(names):
         lines.append(
             "* `chosen_drift`, `rejected_drift` denoising error less the reference's at the end of training; "

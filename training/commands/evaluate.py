@@ -57,13 +57,13 @@ def evaluate(
 
     from training.evaluation.evaluate import REPORT, TABLES
     from training.evaluation.evaluate import evaluate as run
-    from training.evaluation.markdown import difference_rows, figure_rows
+    from training.evaluation.markdown import difference_rows, metric_rows
 
     report = run(config, sources, output, cache=cache)
     if as_json:
         typer.echo(json.dumps(report))
         return
-    tables = [figure_rows(report, "all"), *([difference_rows(report, "all")] if len(sources) > 1 else [])]
+    tables = [metric_rows(report, "all"), *([difference_rows(report, "all")] if len(sources) > 1 else [])]
     console = Console(highlight=False)
     for header, rows in tables:
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,6 +1,6 @@
-"""Labelled clips and preference pairs, and the files that they are read from.
+"""Labelled clips and preference pairs, read from BATON's JSON and from Parquet files.
 
-Clips are read when they are needed, so a data set may be larger than memory.
+Clips are decoded on access, so a data set may be larger than memory.
 """
 
 import functools
@@ -26,32 +26,32 @@ _LISTED = 5
 PROMPT_NAMES = ("prompt", "captions", "caption", "text")
 AUDIO_NAMES = ("audio", "location", "audio_path", "path", "wav", "file")
 LABEL_NAMES = ("label", "score", "reward")
-"""Field names of labelled JSON; the first that a row has counts. BATON's README has audio locations, captions
-and scores; Tango's own lists, which BATON extends, have `location` and `captions`."""
+"""Field names of labelled JSON; the first that is present is used. BATON's README names audio locations,
+captions and scores; Tango's lists, which BATON extends, have `location` and `captions`."""
 
 
 class Clip(Protocol):
-    """A clip that is read when it is needed. Hashable."""
+    """A clip that is decoded on access. Hashable."""
 
     @property
     def name(self) -> str:
-        """Name in messages."""
+        """Name of the clip in messages and reports."""
 
     @property
     def domain(self) -> str:
-        """Kind of recording; figures are reported for each kind."""
+        """Kind of recording, by which metrics are grouped."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of the content, or of all that determines it. Raises as `read` does."""
+        """SHA-256 in hex of the content, or of all that it is computed from. Raises as `read` does."""
 
     def read(self) -> tuple[Waveform, int]:
-        """Return samples [N] or [channels, N], and their rate in hertz. Raises OSError or ValueError."""
+        """Return samples [N] or [channels, N] and their rate in Hz. Raises OSError or ValueError."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileClip:
-    """A clip in a file of its own."""
+    """A clip in an audio file."""
 
     path: Path
     domain: str = "recorded"
@@ -63,18 +63,18 @@ class FileClip:
 
     @property
     def digest(self) -> str:
-        """Of the encoded bytes."""
+        """SHA-256 of the encoded bytes."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def read(self) -> tuple[Waveform, int]:
-        """Decode the file."""
+        """Decode the file. Raises OSError or ValueError."""
         return decode(self.path.read_bytes())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetClip:
-    """A clip in a Parquet file's column of ``{bytes, path}``, as Hugging Face's data sets write them."""
+    """A clip in a Parquet column of ``{bytes, path}``, as Hugging Face's datasets write it."""
 
     path: Path
     """The Parquet file."""
@@ -82,9 +82,9 @@ class ParquetClip:
     group: int
     """Row group."""
     row: int
-    """Row in the group."""
+    """Row in the row group."""
     audio_root: Path
-    """Folder of the clips that have a path in the place of bytes."""
+    """Folder that the paths of clips without bytes start from."""
     domain: str = "recorded"
 
     @property
@@ -94,11 +94,11 @@ class ParquetClip:
 
     @property
     def digest(self) -> str:
-        """Of the encoded bytes."""
+        """SHA-256 of the encoded bytes."""
         return hashlib.sha256(self._content()).hexdigest()
 
     def read(self) -> tuple[Waveform, int]:
-        """Decode the bytes."""
+        """Decode the bytes. Raises OSError or ValueError."""
         return decode(self._content())
 
     def _content(self) -> bytes:
@@ -112,50 +112,50 @@ class ParquetClip:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Labelled:
-    """A clip, and whether annotators liked it for the prompt."""
+class LabelledClip:
+    """A clip, labelled by whether annotators liked it for the prompt."""
 
     prompt: str
     clip: Clip
     label: float
-    """1 yes, 0 no; a share of annotators in between."""
+    """1 yes, 0 no; in between, the share of annotators."""
     truth: CaptionTruth | None = None
-    """Meaning of the prompt, if it may be paraphrased."""
+    """The events of the prompt, if known; the prompt may then be paraphrased."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two clips of one prompt, the first liked better."""
+    """A preference pair: two clips of one prompt."""
 
     prompt: str
     chosen: Clip
     rejected: Clip
     kind: str = "preferred"
-    """What is wrong with the rejected clip: swapped, missing, added, replaced; or its origin."""
+    """Mistake in the rejected clip (swapped, missing, added, replaced, other), or origin of the pair."""
     truth: CaptionTruth | None = None
-    """Meaning of the prompt, if it may be paraphrased."""
+    """The events of the prompt, if known; the prompt may then be paraphrased."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """The examples of one split."""
+    """Labelled clips and preference pairs, of one split."""
 
-    labelled: tuple[Labelled, ...] = ()
+    labelled: tuple[LabelledClip, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
     def clips(self) -> Iterator[Clip]:
-        """Yield every clip, some of them several times."""
+        """Yield the clips of all examples, with repetitions."""
         yield from (example.clip for example in self.labelled)
         for pair in self.pairs:
             yield from (pair.chosen, pair.rejected)
 
     def prompts(self) -> Iterator[str]:
-        """Yield every prompt that is not paraphrased, some of them several times."""
+        """Yield the prompts that are never paraphrased, with repetitions."""
         yield from (example.prompt for example in self.labelled if example.truth is None)
         yield from (pair.prompt for pair in self.pairs if pair.truth is None)
 
     def without(self, clips: set[Clip]) -> "Examples":
-        """Return the examples that use none of `clips`."""
+        """Return the examples that contain none of `clips`."""
         return Examples(
             labelled=tuple(example for example in self.labelled if example.clip not in clips),
             pairs=tuple(
@@ -163,31 +163,31 @@ class Examples:
             ),
         )
 
-    def comparable(self) -> tuple[Pair, ...]:
-        """Return the pairs; without any, each good clip of a prompt with each bad one, by the labels."""
+    def preference_pairs(self) -> tuple[Pair, ...]:
+        """Return the pairs, or if there are none, each liked clip of a prompt with each disliked one."""
         if self.pairs:
             return self.pairs
-        by_prompt: dict[str, list[Labelled]] = defaultdict(list)
+        by_prompt: dict[str, list[LabelledClip]] = defaultdict(list)
         for example in self.labelled:
             by_prompt[example.prompt].append(example)
         return tuple(
-            Pair(prompt=prompt, chosen=good.clip, rejected=bad.clip, kind="labelled")
+            Pair(prompt=prompt, chosen=liked.clip, rejected=disliked.clip, kind="labelled")
             for prompt, examples in by_prompt.items()
-            for good in examples
-            for bad in examples
-            if bad.label < 0.5 < good.label
+            for liked in examples
+            for disliked in examples
+            if disliked.label < 0.5 < liked.label
         )
 
 
 def decode(content: bytes) -> tuple[Waveform, int]:
-    """Decode a clip to samples [channels, N] and their rate in hertz.
+    """Return the samples [channels, N], float32, and the rate in Hz of an encoded clip.
 
-    Raises ValueError if it is no audio, is longer or shorter than CLAP accepts, or has samples not finite.
+    Raises ValueError if it is not audio, is too short or too long for CLAP, or has non-finite samples.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate = int(file.samplerate)
-            # Bounded by what is decoded, not by what a header claims.
+            # Limits the decoded samples, whatever the header says.
             samples_NC = file.read(int(MAX_SECONDS * rate) + 1, dtype="float32", always_2d=True)
     except RuntimeError as error:  # libsndfile's errors
         raise ValueError(str(error)) from error
@@ -203,10 +203,10 @@ def decode(content: bytes) -> tuple[Waveform, int]:
 
 
 def find_audio(text: str, root: Path) -> Path:
-    """Return the path of audio that a list calls `text`: under `root`, or as it is.
+    """Return the path of the audio file that a data set calls `text`.
 
-    Lists often hold paths of the machine they were made on; so the longest ending of `text` that exists under
-    `root` is taken. If none exists, the result is the path under `root`.
+    An absolute path that exists is returned unchanged. Data sets often contain paths of another machine, so
+    otherwise the longest suffix of `text` that exists under `root` is taken; if none exists, ``root / text``.
     """
     path = Path(text)
     if path.is_absolute() and path.exists():
@@ -220,12 +220,12 @@ def find_audio(text: str, root: Path) -> Path:
 
 def read_labelled(
     path: Path, audio_root: Path | None = None, *, label: float | None = None
-) -> list[Labelled]:
+) -> list[LabelledClip]:
     """Read the examples of a JSON file in BATON's format: a list of objects, or one object per line.
 
     Each has a prompt, an audio location (relative to `audio_root`, by default the file's folder) and a label
-    in [0, 1], under one of the names above. `label` is for all examples of a file without labels, as Tango's
-    lists are. Raises `InvalidInputError`.
+    in [0, 1], under one of the names above. With `label`, all examples get that label and the file needs
+    none, as Tango's lists. Raises `InvalidInputError`.
     """
     field = "data.labelled"
     try:
@@ -235,7 +235,7 @@ def read_labelled(
         raise _invalid(field, f"{path} can't be read: {error}") from error
     if not rows:
         raise _invalid(field, f"{path} holds no examples")
-    root, found = audio_root or path.parent, []
+    root, examples = audio_root or path.parent, []
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise _invalid(field, f"{path}, example {number} is {type(row).__name__}, must be an object")
@@ -249,15 +249,15 @@ def read_labelled(
         if not 0 <= value <= 1:
             raise _invalid(field, f"{where} has the label {written!r}, must be 0 to 1")
         clip = FileClip(path=find_audio(str(audio), root))
-        found.append(Labelled(prompt=str(prompt), clip=clip, label=value))
-    return found
+        examples.append(LabelledClip(prompt=str(prompt), clip=clip, label=value))
+    return examples
 
 
 def read_pairs(path: Path, audio_root: Path | None = None) -> list[Pair]:
     """Read the pairs of a Parquet file with audio-alpaca's columns: prompt, chosen, rejected, strategy.
 
     The clips are ``{bytes, path}`` or paths (relative to `audio_root`, by default the file's folder).
-    `strategy` may be missing. Raises `InvalidInputError`.
+    `strategy` is optional. Raises `InvalidInputError`.
     """
     field = "data.pairs"
     found = [
@@ -282,16 +282,16 @@ def pair_rows(
     domain: str = "recorded",
     columns: Collection[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Clip, Clip]]:
-    """Read the rows of a Parquet file with the columns prompt, chosen and rejected, in order.
+    """Yield the rows of a Parquet file with the columns prompt, chosen and rejected, in order.
+
+    Each comes with its chosen and its rejected clip. Raises `InvalidInputError`.
 
     Args:
-        path: of the file.
-        field: what messages name as wrong.
-        audio_root: of paths in the place of clips; None: the file's folder.
-        domain: of the clips.
-        columns: to read beside the clips; None: all.
-
-    Returns each row, its chosen and its rejected clip. Raises `InvalidInputError`.
+        path: the Parquet file.
+        field: the field that errors name.
+        audio_root: folder that paths of clips start from; None: the file's folder.
+        domain: domain of the clips.
+        columns: columns to read beside the clips; None: all.
     """
     from pyarrow import ArrowException, types  # type: ignore[import-untyped]
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
@@ -305,9 +305,9 @@ def pair_rows(
                     field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
                 )
             embedded = {side: types.is_struct(schema.field(side).type) for side in sides}
-            wanted = {*sides, *(schema.names if columns is None else columns)}
-            light = [name for name in schema.names if name in wanted and not embedded.get(name)]
-            groups = [file.read_row_group(group, light).to_pylist() for group in range(file.num_row_groups)]
+            selected = {*sides, *(schema.names if columns is None else columns)}
+            names = [name for name in schema.names if name in selected and not embedded.get(name)]
+            groups = [file.read_row_group(group, names).to_pylist() for group in range(file.num_row_groups)]
     except (OSError, ArrowException) as error:
         raise _invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
 
@@ -324,14 +324,14 @@ def pair_rows(
 
 
 def counts(examples: Examples) -> dict[str, int]:
-    """Count the labelled examples by label, the pairs by kind."""
+    """Return the number of labelled clips by label, and of pairs by kind."""
     labels = Counter("liked" if example.label > 0.5 else "not liked" for example in examples.labelled)
     return dict(labels) | dict(Counter(pair.kind for pair in examples.pairs))
 
 
 @functools.lru_cache(maxsize=4)
 def _parquet_column(path: Path, column: str, group: int) -> list[dict[str, Any] | None]:
-    """Read one column of one row group. Clips are read in order, so its neighbours are next."""
+    """Read one column of one row group; cached, since clips are read in order."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -359,7 +359,7 @@ def _invalid(field: str, description: str) -> InvalidInputError:
 
 
 def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float, *, quiet: bool = False) -> None:
-    """Print which clips are left out. Raises `InvalidInputError` if they are more than `limit` of all."""
+    """Print the unreadable clips on stderr. Raises `InvalidInputError` if they exceed the share `limit`."""
     if not unreadable:
         return
     listed = [f"{clip.name}: {reason}" for clip, reason in unreadable.items()]

@@ -1,7 +1,7 @@
-"""Latents of clips and encoded prompts, made once and kept on disk by content.
+"""Cache of the latents of clips and the encodings of prompts, on disk by content.
 
-What encodes sound and prompts is frozen while a denoiser learns. So it is loaded, does its work and is freed;
-the training itself has only the denoiser on the device.
+Autoencoder and text encoder are frozen while a denoiser is trained. So they are loaded, encode all examples
+and are freed; during training only the denoiser is on the device.
 
 Shape legend: B batch, X a family's own shape of latents, N samples.
 """
@@ -34,28 +34,28 @@ from training.data.examples import Clip
 from training.loop.progress import progress
 
 CLIPS = 16
-"""Clips of one pass through the autoencoder: always as many, so that a clip's latents do not depend, not by a
-bit, on how many others are missing."""
+"""Batch size of the autoencoder. Batches are padded to it, so that the latents of a clip are the same bit for
+bit whichever other clips are encoded."""
 PROMPTS = 32
-"""Prompts of one pass through the text encoder."""
+"""Batch size of the text encoder, also padded to."""
 SHARD = 512
-"""Tensors of one file: what a kill may cost."""
+"""Tensors per cache file: at most so many are encoded again after a kill."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentConfig:
-    """How clips become latents."""
+    """How clips are encoded."""
 
     duration: float | None = None
-    """Seconds. Shorter clips get silence after them, longer ones are cut; none: the model's default."""
+    """Seconds. Shorter clips are padded with silence, longer ones cut; None: the model's default."""
     normalise: bool = False
-    """Subtract each clip's mean and scale its peak to one half, as upstream reads clips."""
+    """Subtract the mean of each clip and scale its peak to 1/2, as upstream Tango does."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Number format on disk."""
+    """Data type of cached tensors."""
     cache: Path | None = None
-    """Folder that several trainings may share; none: the run's own."""
+    """Cache folder, which several runs may share; None: in the run's folder."""
     encode_online: bool = False
-    """Keep autoencoder and text encoder loaded and encode at every step instead: to compare."""
+    """Encode at every step instead of caching, for comparison."""
 
     def __post_init__(self) -> None:
         if self.duration is not None and not self.duration > 0:
@@ -63,40 +63,40 @@ class LatentConfig:
 
 
 class TensorCache:
-    """Tensors on disk by the digest of what they were made from, read when they are used.
+    """Tensors on disk, by key (the digest of their source), read on access.
 
-    Files hold many of them; each is written whole or not at all, so whatever was finished when a run was
-    killed is not done again. Several processes may write to one folder.
+    A file contains many tensors and is written atomically, so a resumed run computes only what is missing.
+    Several processes may write to one folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: set[Path] = set()
-        self._places: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
         self.refresh()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._handles)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._handles
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor: Tensor = self._places[key].get_tensor(key)
+        tensor: Tensor = self._handles[key].get_tensor(key)
         return tensor
 
     def refresh(self) -> None:
-        """Read what others wrote. A damaged file is deleted."""
+        """Find the files written by other processes. Damaged files are deleted."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._files):
             try:
                 file = safe_open(path, framework="pt")
-                self._places |= dict.fromkeys(file.keys(), file)
+                self._handles |= dict.fromkeys(file.keys(), file)
                 self._files.add(path)
             except (OSError, SafetensorError):
                 path.unlink(missing_ok=True)
 
     def save(self, made: Mapping[str, Tensor]) -> None:
-        """Add tensors. Raises `OutputError` where the disk is full or gone; nothing is left behind then."""
+        """Write tensors to a new file. Raises `OutputError`; no partial file is left."""
         if not made:
             return
         name = hashlib.sha256(" ".join(sorted(made)).encode()).hexdigest()[:16]
@@ -113,7 +113,7 @@ class TensorCache:
 
 
 class Encoder:
-    """The frozen parts of a generator: sound to latents, prompts to what the denoiser reads."""
+    """The frozen encoders of a generator: audio to latents, prompts to conditioning."""
 
     def __init__(self, folder: Path, config: LatentConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -121,36 +121,36 @@ class Encoder:
         described = self.pipeline.description
         self.sampling_rate = described.geometry.sampling_rate
         self.samples = self.pipeline.latent_samples(config.duration or described.defaults.duration)
-        """Of a clip, as it is encoded."""
+        """Number of samples of an encoded clip."""
 
     @torch.no_grad()
     def latents(self, clips: Sequence[tuple[Waveform, int]]) -> Tensor:
-        """Return the latents [B, X] of waveforms and their rates."""
+        """Return the latents [B, X] of waveforms with their sampling rates in Hz, on the CPU."""
         found = []
         for part in _parts(clips, CLIPS):
             waveform_BN = np.zeros((CLIPS, self.samples), dtype=np.float32)
             for row, (waveform, rate) in zip(waveform_BN, part, strict=False):
-                self._fit(waveform, rate, row)
+                self._write_row(waveform, rate, row)
             latents_BX = self.pipeline.encode_audio(torch.from_numpy(waveform_BN).to(self.device))
             found.append(latents_BX[: len(part)].to(DTYPES[self.config.dtype]).cpu())
         return torch.cat(found)
 
     def conditioning(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return what the denoiser reads of each prompt, see `Conditioning.rows`."""
+        """Return the conditioning of each prompt by tensor name (see `Conditioning.rows`), on the CPU."""
         found: dict[str, dict[str, Tensor]] = {}
         by_length: dict[int, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
             by_length.setdefault(self.pipeline.text_length(prompt), []).append(prompt)
-        for length, alike in by_length.items():
-            for part in _parts(alike, PROMPTS):
+        for length, group in by_length.items():
+            for part in _parts(group, PROMPTS):
                 padded = [*part, *[""] * (PROMPTS - len(part))]
                 rows = self.pipeline.encode(padded, length=length).rows()
                 for prompt, row in zip(part, rows, strict=False):
                     found[prompt] = {k: v.to(DTYPES[self.config.dtype]).cpu() for k, v in row.items()}
         return [found[prompt] for prompt in prompts]
 
-    def _fit(self, waveform: Waveform, rate: int, row_N: NDArray[np.float32]) -> None:
-        """Write a clip into a row of silence: mono, at the model's rate, cut to the row's length."""
+    def _write_row(self, waveform: Waveform, rate: int, row_N: NDArray[np.float32]) -> None:
+        """Write a clip into a row of silence: mono, at the model's sampling rate, cut to the row's length."""
         mono = waveform.mean(0) if waveform.ndim == 2 else waveform
         mono = resample(np.asarray(mono, dtype=np.float32), rate, self.sampling_rate)
         if self.config.normalise:
@@ -161,18 +161,18 @@ class Encoder:
 
 
 class Latents:
-    """Encoded clips and prompts of a training: from disk, or encoded at every step if the config says so."""
+    """Encoded clips and prompts of a run: cached on disk, or with `encode_online` encoded at every step."""
 
     def __init__(self, cache: Path, folder: Path, config: LatentConfig, accelerator: Accelerator) -> None:
-        """`folder` is the generator's, whose frozen parts make what is kept in `cache`."""
+        """Open the cache folder `cache` for the frozen encoders of the generator in `folder`."""
         self.folder, self.config, self.accelerator = folder, config, accelerator
         architecture, files = architecture_of(folder), read_manifest(folder).files
         self.seconds = config.duration or architecture.default_duration(folder)
-        """Duration of every clip."""
-        sound = _name(files, architecture.encoders, config.duration, config.normalise, config.dtype)
-        self._clips = TensorCache(cache / f"latents-{sound}")
+        """Duration of every clip in seconds."""
+        audio = _cache_name(files, architecture.encoders, config.duration, config.normalise, config.dtype)
+        self._clips = TensorCache(cache / f"latents-{audio}")
         self._prompts = TensorCache(
-            cache / f"conditioning-{_name(files, architecture.readers, config.dtype)}"
+            cache / f"conditioning-{_cache_name(files, architecture.readers, config.dtype)}"
         )
         self._digests: dict[Clip, str] = {}
         self._encoder: Encoder | None = None
@@ -180,17 +180,17 @@ class Latents:
         self._names: list[str] = []
 
     def add(self, clips: Iterable[Clip], prompts: Iterable[str]) -> dict[Clip, str]:
-        """Encode what is missing of clips and prompts, each process its share.
+        """Encode the missing clips and prompts, divided among the processes.
 
-        Returns the clips that can't be read, and why.
+        Returns the unreadable clips with reasons. Raises `OutputError` if the cache can't be written.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        wanted = list(dict.fromkeys(clips))
+        unique = list(dict.fromkeys(clips))
         texts = sorted({"", *prompts})
         unreadable: dict[int, str] = {}
         missing: dict[str, int] = {}
-        for number in range(rank, len(wanted), processes):
-            clip = wanted[number]
+        for number in range(rank, len(unique), processes):
+            clip = unique[number]
             try:
                 self._digests[clip] = digest = clip.digest
             except (OSError, ValueError) as error:
@@ -199,28 +199,28 @@ class Latents:
             if digest not in self._clips:
                 missing.setdefault(digest, number)
         known = {key.partition(".")[0] for key in self._prompts}
-        unknown = [text for text in texts[rank::processes] if _text_key(text) not in known]
+        missing_texts = [text for text in texts[rank::processes] if _text_key(text) not in known]
         if not self.config.encode_online:
-            self._encode_prompts(unknown)
-            self._encode_clips(missing, wanted, unreadable)
+            self._encode_prompts(missing_texts)
+            self._encode_clips(missing, unique, unreadable)
             self._encoder = None
         self.accelerator.wait_for_everyone()
         if processes > 1:
-            own = {number: self._digests.get(clip) for number, clip in enumerate(wanted)}
+            own = {number: self._digests.get(clip) for number, clip in enumerate(unique)}
             everywhere = gather_object([(unreadable, own)])
             unreadable = {n: reason for there, _ in everywhere for n, reason in there.items()}
             for _, there in everywhere:
-                self._digests |= {wanted[n]: digest for n, digest in there.items() if digest}
+                self._digests |= {unique[n]: digest for n, digest in there.items() if digest}
         self._clips.refresh()
         self._prompts.refresh()
         if self.config.encode_online:
             self._length = max(self.encoder.pipeline.text_length(text) for text in texts)
-            return {wanted[number]: reason for number, reason in sorted(unreadable.items())}
+            return {unique[number]: reason for number, reason in sorted(unreadable.items())}
         self._names = sorted({key.partition(".")[2] for key in self._prompts})
         self._length = max(len(self._row(text)[self._names[0]]) for text in texts)
-        # A clip with the content of an unreadable one is unreadable too.
-        reasons = {self._digests.get(wanted[number]): reason for number, reason in unreadable.items()}
-        found = {clip: self._digests.get(clip) for clip in wanted}
+        # A copy of an unreadable clip is unreadable too.
+        reasons = {self._digests.get(unique[number]): reason for number, reason in unreadable.items()}
+        found = {clip: self._digests.get(clip) for clip in unique}
         return {
             clip: unreadable.get(number) or reasons[digest]
             for number, (clip, digest) in enumerate(found.items())
@@ -229,13 +229,13 @@ class Latents:
 
     @property
     def encoder(self) -> Encoder:
-        """The frozen parts, loaded at first use."""
+        """Return the frozen encoders, loaded on first access."""
         if self._encoder is None:
             self._encoder = Encoder(self.folder, self.config, self.accelerator.device)
         return self._encoder
 
     def clips(self, clips: Sequence[Clip]) -> Tensor:
-        """Return the latents [B, X] of clips that were added: float32, on the device."""
+        """Return the latents [B, X] of clips that were added, float32 on the device."""
         with self._full_precision():
             if self.config.encode_online:
                 latents_BX = self.encoder.latents([clip.read() for clip in clips])
@@ -244,9 +244,9 @@ class Latents:
         return latents_BX.to(self.accelerator.device).float()
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
-        """Return what the denoiser reads of prompts that were added, in float32, on the device.
+        """Return the conditioning of prompts that were added, float32 on the device.
 
-        Its length is the longest of all that were added, so that a batch has one shape, however it is split.
+        It is padded to the longest prompt that was added, so that every part of a batch has the same shape.
         """
         if self.config.encode_online:
             with self._full_precision():
@@ -260,19 +260,19 @@ class Latents:
         return {name: self._prompts[f"{_text_key(prompt)}.{name}"] for name in self._names}
 
     def _full_precision(self) -> torch.autocast:
-        """Frozen parts do not use a training step's mixed precision (which on a CPU refuses float16)."""
+        """Return a context without mixed precision, whose autocast on a CPU refuses float16."""
         return torch.autocast(self.accelerator.device.type, enabled=False)
 
-    def _encode_prompts(self, unknown: Sequence[str]) -> None:
-        for part in _parts(unknown, SHARD):
+    def _encode_prompts(self, prompts: Sequence[str]) -> None:
+        for part in _parts(prompts, SHARD):
             made = zip(part, self.encoder.conditioning(part), strict=True)
             self._prompts.save({f"{_text_key(text)}.{k}": v for text, row in made for k, v in row.items()})
 
     def _encode_clips(
-        self, missing: Mapping[str, int], wanted: Sequence[Clip], unreadable: dict[int, str]
+        self, missing: Mapping[str, int], unique: Sequence[Clip], unreadable: dict[int, str]
     ) -> None:
-        """Encode clips by digest; what can't be read is added to `unreadable`."""
-        # In the order of the data, so that neighbours on disk are read once.
+        """Encode `missing`, indices of clips by digest; add unreadable ones to `unreadable`."""
+        # In the order of the data: neighbouring clips share a row group.
         todo = sorted(missing.items(), key=lambda item: item[1])
         bar = progress(
             total=len(todo), desc="latents", unit="clip", disable=self.accelerator.process_index > 0
@@ -284,7 +284,7 @@ class Latents:
                     read: dict[str, tuple[Waveform, int]] = {}
                     for digest, number in part:
                         try:
-                            read[digest] = wanted[number].read()
+                            read[digest] = unique[number].read()
                         except (OSError, ValueError) as error:
                             unreadable[number] = _reason(error)
                     if read:
@@ -302,8 +302,8 @@ def _text_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 
-def _name(files: Mapping[str, str], parts: tuple[str, ...], *settings: object) -> str:
-    """Return sixteen digits of a digest over the files of `parts`, the index and `settings`."""
+def _cache_name(files: Mapping[str, str], parts: tuple[str, ...], *settings: object) -> str:
+    """Return 16 hex digits of a digest of the files of `parts`, the model index and `settings`."""
     prefixes = (*(f"{part}/" for part in parts), "model_index.json")
     relevant = {path: sha for path, sha in files.items() if path.startswith(prefixes)}
     return hashlib.sha256(json.dumps([sorted(relevant.items()), settings]).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Files of the stages of preference data: settings, rows, reports.
+"""Files of the pipeline's stages: JSON, JSON Lines, digests, and a folder per stage.
 
-A stage's folder holds ``run.json`` (the settings and inputs that determine its content), its output, and,
-once that is complete, ``report.json``.
+A stage's folder contains ``run.json`` (the settings and inputs that determine its content), the output and,
+once the stage is complete, ``report.json``. Files are written atomically, so that a stage can be resumed.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ Result = TypeVar("Result")
 
 
 def digest_of(value: object) -> str:
-    """Return the SHA-256 in hex of a JSON value, the same on any machine."""
+    """Return the SHA-256 in hex of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 in hex of a file's content. Raises `InvalidInputError` if it can't be read."""
+    """Return the SHA-256 in hex of a file. Raises `InvalidInputError` if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -42,20 +42,20 @@ def file_digest(path: Path) -> str:
 
 
 def invalid(field: str, description: str) -> InvalidInputError:
-    """Return the error of one invalid field."""
+    """Return an error with one violation."""
     return InvalidInputError(FieldViolation(field, description))
 
 
 def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = ()) -> Row | None:
-    """Make `output` the folder of a stage with these settings; return its report if it is complete already.
+    """Make `output` the folder of a stage with these settings; return its report if it is complete.
 
-    `free` are settings that do not affect its content. Raises `InvalidInputError` if `output` was made with
-    other settings, `OutputError` if the folder can't be used.
+    `free` names settings that do not affect the content. Raises `InvalidInputError` if the folder belongs to
+    other settings, `OutputError` if it can't be used.
     """
     try:
         claim_folder(output, settings, free=free)
     except OutputError:
-        # Another shard, begun at the same moment, was first.
+        # Another shard created it at the same time.
         if not (output / RUN).exists():
             raise
         claim_folder(output, settings, free=free)
@@ -64,13 +64,13 @@ def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = (
 
 
 def finish(output: Path, report: Row) -> Row:
-    """Write the report, which marks the stage as complete; return it as `claim` will."""
+    """Write the report, which marks the stage as complete, and return it as `claim` does."""
     write_json(output / REPORT, report)
     return read_json(output / REPORT)
 
 
 def read_json(path: Path) -> Row:
-    """Read the JSON object in a file. Raises `InvalidInputError`."""
+    """Read a JSON object from a file. Raises `InvalidInputError`."""
     try:
         content: Row = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -79,12 +79,12 @@ def read_json(path: Path) -> Row:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically. Raises `OutputError`."""
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the objects of a file of JSON lines. Raises `InvalidInputError`."""
+    """Read the objects of a JSON Lines file. Raises `InvalidInputError`."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -92,17 +92,20 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write JSON lines, whole or not at all."""
+    """Write JSON Lines atomically. Raises `OutputError`."""
     write_atomically(path, "".join(_line(row) for row in rows))
 
 
 class RowLog:
-    """A file of JSON lines that grows row by row. Opening it drops a last line that was cut off."""
+    """A JSON Lines file that rows are appended to. An incomplete last line is dropped on opening.
+
+    All methods raise `OutputError` if the file can't be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[Row] = []
-        """The rows so far."""
+        """All rows of the file."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
@@ -123,7 +126,7 @@ class RowLog:
             raise OutputError(f"{path} can't be used: {error.strerror}; write elsewhere") from error
 
     def append(self, row: Row) -> None:
-        """Append a line, which is in the file even if the process is killed right after."""
+        """Append a row and flush it, so that it survives a kill of the process."""
         try:
             self._file.write(_line(row).encode())
             self._file.flush()
@@ -132,7 +135,7 @@ class RowLog:
         self.rows.append(row)
 
     def close(self) -> None:
-        """Wait until the lines are on the disk, and close."""
+        """Sync the file to disk and close it."""
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -149,7 +152,7 @@ class RowLog:
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Yield pieces of `size` items, the last one maybe shorter."""
+    """Yield consecutive slices of `size` items; the last one may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

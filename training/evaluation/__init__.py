@@ -1,1 +1,1 @@
-"""Metrics, what they are computed on, and reports. Imports the independent judge."""
+"""Evaluation of models: clips, metrics with intervals, reports. Imports the independent judge."""

@@ -1,6 +1,6 @@
-"""The scores of every clip: loudness, CLAP, reward, events, and its embeddings in each space.
+"""Metrics of single clips (loudness, CLAP score, reward, events), and their embeddings.
 
-Shape legend: N clips, R reference clips, D embedding width, K classes.
+Shape legend: N clips of the plan, B clips, D embedding width, K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,16 @@ from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
 from training.evaluation.embedders import Embedder, Embeddings, Loader, Sound, TaggerEmbedder
-from training.evaluation.events import EVENT_FIGURES, event_values, is_clipped, is_silent, judge, loudness_db
+from training.evaluation.events import (
+    EVENT_METRICS,
+    compare_events,
+    event_metrics,
+    is_clipped,
+    is_silent,
+    loudness_db,
+)
 from training.evaluation.prompts import Prompt
-from training.evaluation.sources import Asked
+from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
 
 _LISTED = 5
@@ -29,13 +36,15 @@ _LISTED = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluators:
-    """Everything that scores or embeds clips."""
+    """The models that score or embed clips."""
 
     scorers: Scorers
     versions: Mapping[str, ModelVersion]
-    """The weights of the CLAP scorers by name, and of the reward model by `REWARD`."""
+    """Versions of the CLAP scorers by name, and of the reward model under `REWARD`."""
     embedders: Mapping[str, Embedder]
+    """Embedding models by name."""
     judge: TaggerEmbedder | None
+    """The tagger, which no training stage uses; None: no metrics of events."""
 
     @property
     def clap_names(self) -> list[str]:
@@ -43,7 +52,7 @@ class Evaluators:
         return [name for name in self.versions if name != REWARD]
 
     def digests(self) -> dict[str, str]:
-        """Return the digest of the weights of each, by name."""
+        """Return the digests of the weights of all models, by name."""
         found = {f"clap.{name}": self.versions[name].digest for name in self.clap_names}
         if REWARD in self.versions:
             found["reward"] = self.versions[REWARD].digest
@@ -53,43 +62,38 @@ class Evaluators:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Space:
-    """Where clips lie in one space; NaN for those that can't be read."""
-
-    embeddings_ND: NDArray[np.float32]
-    logits_NK: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClipScores:
-    """Scores and embeddings of the clips of one model, in the order of the plan."""
+    """Metrics and embeddings of the clips of a source, in the order of the plan."""
 
     values: Mapping[str, NDArray[np.float64]]
-    """Figures of single clips by name, [N]; NaN where one does not count, or can't be read."""
-    spaces: Mapping[str, Space]
+    """Metrics by name, [N]; NaN if undefined or the clip is unreadable."""
+    embeddings: Mapping[str, Embeddings]
+    """Embeddings [N, D] and logits [N, K] by embedder; NaN for unreadable clips."""
     readable_N: NDArray[np.bool_]
     unreadable: Mapping[str, str]
-    """Why, by name."""
+    """Reasons by name of the clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class References:
-    """The real clips, each once, and whose they are."""
+    """Embeddings of the distinct reference clips."""
 
-    spaces: Mapping[str, Space]
+    embeddings: Mapping[str, Embeddings]
+    """Embeddings and logits by embedder, a row per reference."""
     row_N: NDArray[np.int64]
-    """Of each clip of the plan, the row of its prompt's reference; -1 where it has none."""
+    """For each clip of the plan, the row of its prompt's reference; -1 if it has none."""
     unreadable: Mapping[str, str]
+    """Reasons by name of the clip."""
 
 
 def open_evaluators(
     config: EvaluationConfig, *, scoring: Scorers | None = None, reward: Scorers | None = None
 ) -> Evaluators:
-    """Load the models of `config`; `scoring` and `reward` stand in for its CLAP scorers and its reward model.
+    """Load the models of `config`; `scoring` and `reward` replace its CLAP scorers and its reward model.
 
     Raises:
-        ModelError: one was refused.
-        InvalidInputError: `scoring` lacks one of the config's scorers.
+        ModelError: a model can't be loaded.
+        InvalidInputError: `scoring` lacks a scorer of the config.
     """
     loader = Loader(config.device)
     uris = dict(scorer.split("=", 1) for scorer in config.scorers)
@@ -105,52 +109,54 @@ def open_evaluators(
         raise InvalidInputError(
             FieldViolation("--scoring", f"the service has no scorer {', '.join(missing)}; it has {listed}")
         )
-    wanted = [*uris, *([REWARD] if config.reward else [])]
+    names = [*uris, *([REWARD] if config.reward else [])]
     return Evaluators(
         scorers=scorers,
-        versions={name: served[name] for name in wanted},
+        versions={name: served[name] for name in names},
         embedders={label_of(text): loader.embedder(text) for text in config.embedders},
         judge=None if config.judge is None else loader.tagger(config.judge),
     )
 
 
-def embed_references(plan: Sequence[Asked], evaluators: Evaluators, config: EvaluationConfig) -> References:
-    """Embed the references of the plan's prompts. Raises `InvalidInputError` where too many can't be read."""
+def embed_references(
+    plan: Sequence[PlannedClip], evaluators: Evaluators, config: EvaluationConfig
+) -> References:
+    """Embed the references of the plan. Raises `InvalidInputError` if too many are unreadable."""
     clips = list(
-        dict.fromkeys(asked.prompt.reference for asked in plan if asked.prompt.reference is not None)
+        dict.fromkeys(planned.prompt.reference for planned in plan if planned.prompt.reference is not None)
     )
-    spaces: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
+    parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     rows: dict[Clip, int] = {}
     unreadable: dict[str, str] = {}
     bar = progress(total=len(clips), desc="references", unit="clip")
     with bar:
         for batch in batches(clips, config.batch):
             read = _read(batch, unreadable)
-            for (position, _), number in zip(read, range(len(rows), len(rows) + len(read)), strict=True):
-                rows[batch[position]] = number
-            _embed([clip for _, clip in read], evaluators, spaces)
+            for position, _ in read:
+                rows[batch[position]] = len(rows)
+            _embed([clip for _, clip in read], evaluators, parts)
             bar.update(len(batch))
     check_readable("references", unreadable, len(clips), config.max_unreadable)
-    row_N = [rows.get(asked.prompt.reference, -1) if asked.prompt.reference else -1 for asked in plan]
-    found = {label: _space(parts) for label, parts in spaces.items() if parts}
-    return References(spaces=found, row_N=np.array(row_N, dtype=np.int64), unreadable=unreadable)
+    row_N = [rows.get(planned.prompt.reference, -1) if planned.prompt.reference else -1 for planned in plan]
+    embeddings = {label: _concatenate(found) for label, found in parts.items() if found}
+    return References(embeddings=embeddings, row_N=np.array(row_N, dtype=np.int64), unreadable=unreadable)
 
 
 def score_clips(
     name: str,
     files: Sequence[Path],
-    plan: Sequence[Asked],
+    plan: Sequence[PlannedClip],
     evaluators: Evaluators,
     references: References,
     config: EvaluationConfig,
 ) -> ClipScores:
-    """Score the clips of the model `name`. Raises `InvalidInputError` where too many can't be read."""
-    names = [f"clap.{name}" for name in evaluators.clap_names]
-    names += ["reward"] if REWARD in evaluators.versions else []
-    names += ["silent", "clipped", "loudness_db"]
-    if evaluators.judge is not None and any(asked.prompt.truth for asked in plan):
-        names += EVENT_FIGURES
-    values = {figure: np.full(len(plan), np.nan) for figure in names}
+    """Score and embed the clips of a source. Raises `InvalidInputError` if too many are unreadable."""
+    metrics = [f"clap.{scorer}" for scorer in evaluators.clap_names]
+    metrics += ["reward"] if REWARD in evaluators.versions else []
+    metrics += ["silent", "clipped", "loudness_db"]
+    if evaluators.judge is not None and any(planned.prompt.truth for planned in plan):
+        metrics += EVENT_METRICS
+    values = {metric: np.full(len(plan), np.nan) for metric in metrics}
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
     unreadable: dict[str, str] = {}
@@ -160,22 +166,22 @@ def score_clips(
             read = _read([FileClip(path=files[number]) for number in numbers], unreadable)
             rows, clips = [numbers[position] for position, _ in read], [clip for _, clip in read]
             readable += rows
-            for figure, column in _scores_of([plan[row].prompt for row in rows], clips, evaluators).items():
-                values[figure][rows] = column
+            for metric, column in _score([plan[row].prompt for row in rows], clips, evaluators).items():
+                values[metric][rows] = column
             _embed(clips, evaluators, parts)
             bar.update(len(numbers))
     check_readable(name, unreadable, len(plan), config.max_unreadable)
-    spaces = {label: _space(found, readable, len(plan)) for label, found in parts.items() if found}
-    for label, space in spaces.items():
-        if space.logits_NK is not None and (references.row_N >= 0).any():
-            values[f"kl.{label}"] = _kl(space.logits_NK, references, label, config)
+    embeddings = {label: _concatenate(found, readable, len(plan)) for label, found in parts.items() if found}
+    for label, space in embeddings.items():
+        if space.logits_BK is not None and (references.row_N >= 0).any():
+            values[f"kl.{label}"] = _kl(space.logits_BK, references, label, config)
     is_readable = np.zeros(len(plan), dtype=bool)
     is_readable[readable] = True
-    return ClipScores(values=values, spaces=spaces, readable_N=is_readable, unreadable=unreadable)
+    return ClipScores(values=values, embeddings=embeddings, readable_N=is_readable, unreadable=unreadable)
 
 
 def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, Sound]]:
-    """Positions and sounds of those that can be read."""
+    """Return the position and waveform of each readable clip; add the others to `unreadable`."""
     found = []
     for position, clip in enumerate(clips):
         try:
@@ -189,10 +195,10 @@ def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, 
     return found
 
 
-def _scores_of(
+def _score(
     prompts: Sequence[Prompt], clips: Sequence[Sound], evaluators: Evaluators
 ) -> dict[str, NDArray[np.float64]]:
-    """The figures of a few clips."""
+    """Return the metrics of a batch of clips by name, [B]."""
     waveforms = [clip.waveform_N for clip in clips]
     found: dict[str, list[float]] = {
         "silent": [float(is_silent(waveform)) for waveform in waveforms],
@@ -209,54 +215,56 @@ def _scores_of(
         rewards = evaluators.scorers.compute_rewards(pairs).rewards
         found["reward"] = [reward.logit for reward in rewards]
     if evaluators.judge is not None and any(prompt.truth for prompt in prompts):
-        rows: list[dict[str, float]] = [dict.fromkeys(EVENT_FIGURES, float("nan")) for _ in clips]
+        rows: list[dict[str, float]] = [dict.fromkeys(EVENT_METRICS, float("nan")) for _ in clips]
         known = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]
         events = evaluators.judge.detect([clips[position] for position, _ in known])
         for (position, truth), detected in zip(known, events, strict=True):
-            rows[position] = event_values(judge(truth, detected))
-        found |= {name: [row[name] for row in rows] for name in EVENT_FIGURES}
+            rows[position] = event_metrics(compare_events(truth, detected))
+        found |= {name: [row[name] for row in rows] for name in EVENT_METRICS}
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 
 
-def _embed(clips: Sequence[Sound], evaluators: Evaluators, spaces: dict[str, list[Embeddings]]) -> None:
-    """Add the embeddings of `clips`, in their order."""
+def _embed(clips: Sequence[Sound], evaluators: Evaluators, parts: dict[str, list[Embeddings]]) -> None:
+    """Append the embeddings of `clips` to `parts`."""
     if clips:
         for label, embedder in evaluators.embedders.items():
-            spaces[label].append(embedder.embed(clips))
+            parts[label].append(embedder.embed(clips))
 
 
-def _space(parts: Sequence[Embeddings], rows: Sequence[int] | None = None, count: int | None = None) -> Space:
-    """`parts` together; with `rows` each at its place among `count`."""
+def _concatenate(
+    parts: Sequence[Embeddings], rows: Sequence[int] | None = None, count: int | None = None
+) -> Embeddings:
+    """Concatenate `parts`; with `rows`, scatter them into `count` rows that are NaN otherwise."""
 
-    def together(found: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        stacked = np.concatenate(found)
+    def scatter(arrays: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        array = np.concatenate(arrays)
         if rows is None or count is None:
-            return stacked
-        placed = np.full((count, stacked.shape[1]), np.nan, dtype=np.float32)
-        placed[list(rows)] = stacked
-        return placed
+            return array
+        scattered = np.full((count, array.shape[1]), np.nan, dtype=np.float32)
+        scattered[list(rows)] = array
+        return scattered
 
     logits = [part.logits_BK for part in parts if part.logits_BK is not None]
-    return Space(
-        embeddings_ND=together([part.embeddings_BD for part in parts]),
-        logits_NK=together(logits) if logits else None,
+    return Embeddings(
+        embeddings_BD=scatter([part.embeddings_BD for part in parts]),
+        logits_BK=scatter(logits) if logits else None,
     )
 
 
 def _kl(
     logits_NK: NDArray[np.float32], references: References, label: str, config: EvaluationConfig
 ) -> NDArray[np.float64]:
-    """KL of each clip that has a reference [N]."""
-    found = np.full(len(logits_NK), np.nan)
+    """Return the KL divergence of each clip from its reference [N]; NaN without a reference."""
+    divergence_N = np.full(len(logits_NK), np.nan)
     rows = np.flatnonzero((references.row_N >= 0) & np.isfinite(logits_NK).all(axis=1))
-    reference_RK = references.spaces[label].logits_NK
-    assert reference_RK is not None
-    found[rows] = kl_divergence(reference_RK[references.row_N[rows]], logits_NK[rows], config.kl)
-    return found
+    reference_BK = references.embeddings[label].logits_BK
+    assert reference_BK is not None
+    divergence_N[rows] = kl_divergence(reference_BK[references.row_N[rows]], logits_NK[rows], config.kl)
+    return divergence_N
 
 
 def check_readable(name: str, unreadable: Mapping[str, str], total: int, limit: float) -> None:
-    """Raise `InvalidInputError` where more than `limit` of the clips can't be read."""
+    """Raise `InvalidInputError` if the share of unreadable clips exceeds `limit`."""
     if len(unreadable) <= limit * total:
         return
     listed = [f"{clip}: {reason}" for clip, reason in unreadable.items()]

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, without the judge, so that recipes may import them."""
+"""Settings and recipes of evaluations. Imports no judge, so that other recipes may import it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ from training.evaluation.divergence import Convention
 from training.soundworld.scenes import DURATIONS, Split
 
 EMBEDDERS = ("tagger", "clap", "panns")
-"""Kinds of embedders."""
+"""Kinds of embedding models."""
 MINI_SCORERS = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldPrompts:
-    """Prompts of the sound world, where no file of prompts is given. Their truth is known, so the judge can
-    be asked, and scenes of the same truth are the reference."""
+    """Prompts of the sound world, used if no file of prompts is given. Their events are known, so the judge
+    can compare them with the clips, and rendered scenes are the references."""
 
     count: int = 300
-    """Prompts."""
+    """Number of prompts."""
     split: Split = "validation"
-    """`test` is for the last table alone; whoever chooses by it has used it up."""
+    """Use `test` only for final results, never to choose a model or a setting."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -30,10 +30,10 @@ class WorldPrompts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How clips are generated; None is the model's default."""
+    """Generation settings; None is the model's default."""
 
     duration: float | None = None
-    """Seconds a clip."""
+    """Seconds per clip."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
@@ -41,53 +41,53 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """What is heard, and by whom."""
+    """Prompts, generation settings, scorers and metrics of an evaluation."""
 
     name: str = "mini"
-    """Of the recipe."""
+    """Name of the recipe."""
     prompts: Path | None = None
-    """CSV or JSON Lines with a caption a row, and perhaps the path of a reference clip. None: the prompts of
-    the folder of clips, if one is evaluated, else the sound world's."""
+    """CSV or JSON Lines with a caption per row and, optionally, the path of a reference clip. None: the
+    prompts of the first folder of clips among the sources, else the sound world's."""
     caption_column: str | None = None
-    """Its column of captions; None: prompt, captions, caption or text."""
+    """Column of captions; None: prompt, captions, caption or text."""
     reference_column: str | None = None
-    """Its column of reference clips; None: reference, audio, location, … where there is one."""
+    """Column of reference clips; None: reference, audio, location, … if there is one."""
     audio_root: Path | None = None
-    """Folder of the reference clips; None: the file's own."""
+    """Folder of the reference clips; None: the folder of the file."""
     world: WorldPrompts = field(default_factory=WorldPrompts)
     seeds: int = 2
-    """Clips a prompt, each of its own seed."""
+    """Clips per prompt, each with its own seed."""
     first_seed: int = 0
-    """Number of the first of them; evaluations with other numbers share no noise."""
+    """Number of the first seed; evaluations with disjoint numbers share no noise."""
     sampling: Sampling = field(default_factory=Sampling)
     batch: int = 8
-    """Clips that are denoised, and heard, together. Changes no figure beyond rounding."""
+    """Batch size of generation and of scoring. Affects metrics by rounding only."""
     device: str = "auto"
     dtype: str = "float32"
-    """Of text encoder and denoiser: float32, bfloat16 or float16."""
+    """Data type of text encoder and denoiser: float32, bfloat16 or float16."""
     scorers: tuple[str, ...] = MINI_SCORERS
     """CLAP scorers, NAME=URI."""
     reward: str | None = "mini:reward"
     """URI of the reward model; None: no rewards."""
     reward_clap: str = "mini:clap-a"
-    """URI of the CLAP model that it stands on."""
+    """URI of the CLAP model that the reward model is built on."""
     embedders: tuple[str, ...] = ("tagger:mini:tagger", "clap:mini:clap-b")
-    """Spaces of the Fréchet distance and KAD: tagger:URI, clap:URI or panns:PATH. Those with classes (all but
-    CLAP) give KL and the inception score as well."""
+    """Embedding models of Fréchet distance and KAD: tagger:URI, clap:URI or panns:PATH. Those with classes
+    (tagger, panns) also give KL and the inception score."""
     judge: str | None = "mini:tagger"
-    """URI of the tagger that says which events were heard; asked only where the prompts' truth is known."""
+    """URI of the tagger that detects events; used only for prompts whose events are known."""
     kl: Convention = "softmax"
-    """How KL makes posteriors of logits: softmax or sigmoid."""
+    """How KL computes posteriors from logits: softmax or sigmoid."""
     inception_splits: int = 1
-    """Parts of the inception score; papers take 10, which needs thousands of clips."""
+    """Splits of the inception score; papers use 10, which needs thousands of clips."""
     set_resamples: int = 100
-    """Bootstrap draws of Fréchet distance, KAD and inception score; 0: no intervals for them."""
+    """Bootstrap resamples of Fréchet distance, KAD and inception score; 0: no intervals for them."""
     max_unreadable: float = 0.05
-    """Share of the clips of a folder that may be unreadable before the evaluation is refused."""
+    """Maximum share of unreadable clips of a source; above it, the evaluation is refused."""
     sheet: int = 6
-    """Prompts of the sheet of spectrograms."""
+    """Prompts in the spectrogram sheet."""
     comparisons: tuple[str, ...] = ()
-    """Further comparisons, NAME:AGAINST by names of sources. All are compared with the first in any case."""
+    """Additional comparisons, NAME:AGAINST by names of sources. All are compared with the first anyway."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "batch", "inception_splits"):
@@ -125,18 +125,18 @@ class EvaluationConfig:
 
 
 def label_of(embedder: str) -> str:
-    """A short name of ``KIND:LOCATION``, for figures: panns, or the last part of the location."""
+    """Return the name of an embedder in metrics: panns, or the last part of its location."""
     kind, _, location = embedder.partition(":")
     return kind if kind == "panns" else Path(location.rpartition(":")[2].partition("#")[0]).stem
 
 
 def evaluation_mini() -> EvaluationConfig:
-    """The mini family on the sound world's validation prompts: minutes on two cores."""
+    """Return the recipe for the mini family on the sound world's validation prompts: minutes on two cores."""
     return EvaluationConfig()
 
 
 def evaluation_smoke() -> EvaluationConfig:
-    """Seconds, for tests: far too few clips to conclude anything."""
+    """Return a recipe for tests: a few seconds, with too few clips for any conclusion."""
     return EvaluationConfig(
         name="smoke",
         world=WorldPrompts(count=6),
@@ -149,9 +149,11 @@ def evaluation_smoke() -> EvaluationConfig:
 
 
 def evaluation_tango2() -> EvaluationConfig:
-    """The Tango 2 paper's evaluation (arXiv 2404.09956): give ``prompts`` (AudioCaps' test captions with
-    their clips) and the checkpoints' paths. 200 steps, guidance 3, one clip a prompt. Its FAD is of VGGish,
-    which is not among the embedders; FD, KL and IS are of PANNs, the 16 kHz checkpoint as audioldm_eval's."""
+    """Return the recipe of the Tango 2 paper (arXiv 2404.09956): 200 steps, guidance 3, one clip per prompt.
+
+    Give ``prompts`` (AudioCaps' test captions with their clips) and the paths of the checkpoints. The paper's
+    FAD uses VGGish, which is not among the embedders; FD, KL and IS use PANNs at 16 kHz, as in audioldm_eval.
+    """
     return EvaluationConfig(
         name="tango2",
         prompts=Path("audiocaps-test.csv"),

@@ -1,4 +1,4 @@
-"""What a tagger's posteriors tell: KL against a reference clip, and the inception score.
+"""Metrics of a tagger's posteriors: KL divergence from a reference clip, and the inception score.
 
 Shape legend: N clips, K classes.
 """
@@ -10,22 +10,22 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_softmax, softmax, xlogy
 
 Convention = Literal["softmax", "sigmoid"]
-"""How logits become posteriors. `softmax`: one distribution over all classes (AudioGen's, and that of Tango's
-tables). `sigmoid`: each class by itself; the terms of absent classes are left out (audioldm_eval's form), so
-it is no divergence of distributions and may be negative."""
+"""How posteriors are computed from logits. `softmax`: one distribution over all classes, as in AudioGen's and
+Tango's tables. `sigmoid`: each class by itself, without the terms of absent classes, as in audioldm_eval; it
+is not a divergence of distributions and may be negative."""
 
 FLOOR = 1e-6
-"""Added to the generated clip's posteriors before the logarithm, as audioldm_eval does: it bounds what one
-class that is missed outright can cost."""
+"""Added to the posteriors of the generated clip before the logarithm, as in audioldm_eval: it bounds the term
+of a class."""
 
 
 def kl_divergence(
     reference_NK: ArrayLike, generated_NK: ArrayLike, convention: Convention = "softmax"
 ) -> NDArray[np.float64]:
-    """``sum_k p log(p / q)`` of each pair of clips [N], in nats, from logits.
+    """Return ``sum_k p log(p / q)`` of each pair of clips, float64 [N], in nats.
 
-    p is the reference's posterior, q the generated clip's. About 0 where they agree, 13.8 at most (softmax).
-    One pair is enough for its own figure.
+    p is the posterior of the reference clip, q that of the generated clip. About 0 if they are equal, at most
+    13.8 (softmax). Raises ValueError if the shapes differ.
     """
     reference, generated = (np.asarray(logits, dtype=np.float64) for logits in (reference_NK, generated_NK))
     if reference.shape != generated.shape:
@@ -38,14 +38,16 @@ def kl_divergence(
 
 
 def inception_score(logits_NK: ArrayLike, *, splits: int = 1, seed: int = 2020) -> float:
-    """``exp(mean KL(instance ‖ marginal))`` (arXiv 1606.03498) of softmax posteriors: from 1 (every clip
-    alike, or no clip clear) to K (each clip clear, all classes alike often). Needs no reference.
+    """Return ``exp(mean KL(instance ‖ marginal))`` (arXiv 1606.03498) of softmax posteriors.
+
+    It is between 1 (all posteriors equal) and K (every posterior one-hot, all classes equally frequent), and
+    needs no references. Raises ValueError if there are fewer clips than splits.
 
     Args:
-        logits_NK: of a tagger.
-        splits: parts, whose scores are averaged; papers take 10, each of which should have many more clips
-            than classes: a marginal of few clips makes the score small.
-        seed: of the shuffling into parts (torch-fidelity's default).
+        logits_NK: logits of a tagger.
+        splits: number of parts whose scores are averaged. Papers use 10; each part should have many more
+            clips than classes, since a marginal of few clips makes the score too small.
+        seed: seed of the shuffling into parts (torch-fidelity's default).
     """
     logits = np.asarray(logits_NK, dtype=np.float64)
     count = len(logits)
@@ -58,6 +60,6 @@ def inception_score(logits_NK: ArrayLike, *, splits: int = 1, seed: int = 2020) 
         own = log_softmax(logits[part * count // splits : (part + 1) * count // splits], axis=1)
         p = np.exp(own)
         marginal = p.mean(axis=0)
-        # Where a posterior is zero in floating point its own logarithm is not: the product is zero.
+        # A posterior may underflow to zero while its logarithm is finite; their product is zero.
         scores.append(np.exp((p * own).sum(axis=1).mean() - xlogy(marginal, marginal).sum()))
     return float(np.mean(scores))

@@ -1,4 +1,4 @@
-"""The spaces that sets of clips are compared in: ``tagger:URI``, ``clap:URI``, ``panns:PATH``.
+"""Embedding models of clips: ``tagger:URI``, ``clap:URI``, ``panns:PATH``.
 
 Shape legend: B clips, N samples, S segments, H hidden width, D embedding width, K classes.
 """
@@ -30,7 +30,7 @@ from training.evaluation.panns import Cnn14, load_panns
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sound:
-    """A mono clip."""
+    """A mono waveform and its sampling rate."""
 
     waveform_N: Waveform
     """Samples in [-1, 1]."""
@@ -40,27 +40,27 @@ class Sound:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Embeddings:
-    """What an embedder makes of clips."""
+    """Embeddings of clips and, if the model has classes, their logits."""
 
     embeddings_BD: NDArray[np.float32]
     logits_BK: NDArray[np.float32] | None
-    """Of its classes, before softmax or sigmoid; None where it has no classes."""
+    """Logits before softmax or sigmoid; None if the model has no classes."""
 
 
 class Embedder(Protocol):
-    """Clips to points of a space."""
+    """An embedding model."""
 
     @property
     def digest(self) -> str:
-        """Of the weights."""
+        """Digest of the weights."""
 
     def embed(self, clips: Sequence[Sound]) -> Embeddings:
-        """Embed clips, one at least, of any lengths and sampling rates."""
+        """Return the embeddings of one or more clips, of any lengths and sampling rates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PannsEmbedder:
-    """CNN14: what FD, KL and IS of text-to-audio papers are taken from."""
+    """CNN14, the model behind FD, KL and IS in papers on text-to-audio."""
 
     model: Cnn14
     digest: str
@@ -70,9 +70,9 @@ class PannsEmbedder:
         """See `Embedder`."""
         device = self.model.fc1.weight.device
         rows: list[tuple[Tensor, Tensor]] = []
-        for batch_BN in same_lengths(clips, self.model.variant.sampling_rate):
-            heard = self.model(batch_BN.to(device))
-            rows += zip(heard.embeddings_BD.cpu(), heard.logits_BK.cpu(), strict=True)
+        for batch_BN in batch_by_length(clips, self.model.variant.sampling_rate):
+            output = self.model(batch_BN.to(device))
+            rows += zip(output.embeddings_BD.cpu(), output.logits_BK.cpu(), strict=True)
         embeddings, logits = zip(*rows, strict=True)
         return Embeddings(
             embeddings_BD=torch.stack(embeddings).numpy(), logits_BK=torch.stack(logits).numpy()
@@ -81,7 +81,7 @@ class PannsEmbedder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClapEmbedder:
-    """A CLAP model's audio side. It has no classes."""
+    """The audio encoder of a CLAP model. It has no classes."""
 
     model: EmbeddingModel
     digest: str
@@ -94,7 +94,7 @@ class ClapEmbedder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaggerEmbedder:
-    """The mini tagger: its recurrent state averaged over time, and each class's logit where it is highest."""
+    """The mini tagger: its hidden state averaged over time, and the maximum of each logit over time."""
 
     model: EventTagger
     digest: str
@@ -110,35 +110,35 @@ class TaggerEmbedder:
 
         hook = self.model.head.register_forward_pre_hook(keep)
         try:
-            batches = same_lengths(clips, self.model.config.sampling_rate)
+            batches = batch_by_length(clips, self.model.config.sampling_rate)
             logits = [self.model(batch_BN.to(device)).amax(dim=1).cpu() for batch_BN in batches]
         finally:
             hook.remove()
         return Embeddings(embeddings_BD=torch.cat(hidden).numpy(), logits_BK=torch.cat(logits).numpy())
 
     def detect(self, clips: Sequence[Sound]) -> list[dict[str, Detection]]:
-        """The events of each clip."""
+        """Return the detected events of each clip, by class."""
         device = self.model.head.weight.device
         found: list[dict[str, Detection]] = []
-        for batch_BN in same_lengths(clips, self.model.config.sampling_rate):
+        for batch_BN in batch_by_length(clips, self.model.config.sampling_rate):
             found += self.model.detect(batch_BN.to(device))
         return found
 
 
-def same_lengths(clips: Sequence[Sound], target_rate: int) -> list[Tensor]:
-    """Clips at `target_rate` in batches [B, N], in order: neighbours of one length go together."""
+def batch_by_length(clips: Sequence[Sound], target_rate: int) -> list[Tensor]:
+    """Return clips, resampled to `target_rate`, in batches [B, N] of consecutive clips of one length."""
     batches: list[list[Waveform]] = []
     for clip in clips:
-        heard = resample(clip.waveform_N, clip.sampling_rate, target_rate)
-        if batches and len(batches[-1][0]) == len(heard):
-            batches[-1].append(heard)
+        waveform = resample(clip.waveform_N, clip.sampling_rate, target_rate)
+        if batches and len(batches[-1][0]) == len(waveform):
+            batches[-1].append(waveform)
         else:
-            batches.append([heard])
+            batches.append([waveform])
     return [torch.from_numpy(np.stack(batch)).float() for batch in batches]
 
 
 def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
-    """The mini tagger of a URI. Raises `ModelError` where it was refused."""
+    """Load a mini tagger from a URI. Raises `ModelError`."""
     target = pick_device(device)
     resolved = resolve(uri)
     config = read_json(resolved.folder / "config.json")
@@ -151,7 +151,7 @@ def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
 
 
 class Loader:
-    """Loads each model once."""
+    """Loads models, each once."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -159,7 +159,7 @@ class Loader:
         self.tagger = functools.cache(self._tagger)
 
     def embedder(self, text: str) -> Embedder:
-        """Load the embedder of ``KIND:LOCATION``. Raises `ModelError` where its weights were refused."""
+        """Load the embedder ``KIND:LOCATION``. Raises `ModelError`."""
         kind, _, location = text.partition(":")
         match kind:
             case "tagger":
@@ -172,10 +172,10 @@ class Loader:
                 return PannsEmbedder(load_panns(path, self.device), f"sha256:{file_digest(path)}")
 
     def reward(self, uri: str, clap: str) -> Loaded[RewardModel]:
-        """Load a reward model, and the CLAP model that it was trained on unless it is loaded already."""
+        """Load a reward model and the CLAP model that it was trained on. Raises `ModelError`."""
         tokens = self.clap(clap)
         if not isinstance(tokens.model, ClapModel):
-            raise invalid("clap", f"is {clap}, which gives embeddings and no tokens; give laion:PATH")
+            raise invalid("clap", f"is {clap}, which returns embeddings but no tokens; give laion:PATH")
         model = resolve(uri)
         reward = load_reward(model.folder, tokens.model, tokens.version.digest)
         return Loaded(model=reward, version=model.identity)

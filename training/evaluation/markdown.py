@@ -1,94 +1,97 @@
-"""An evaluation's report as tables: for a terminal, and as Markdown."""
+"""Tables of an evaluation's report, and the report as Markdown."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from training.evaluation.report import is_better
 
-MEANINGS: Mapping[str, str] = {
-    "clap.": "CLAP score: cosine of text and clip, -1 to 1",
+DESCRIPTIONS: Mapping[str, str] = {
+    "clap.": "CLAP score: cosine similarity of prompt and clip, -1 to 1",
     "reward": "reward: logit of the reward model",
-    "fad.": "Fréchet distance to the references in that space, 0 or more",
-    "fd.": "Fréchet distance to the references by PANNs, 0 or more",
-    "kad.": "kernel audio distance to the references, ×100, about 0 where nothing differs",
+    "fad.": "Fréchet distance to the references in this embedding space, 0 or more",
+    "fd.": "Fréchet distance to the references in PANNs' embedding space, 0 or more",
+    "kad.": "kernel audio distance to the references, ×100, about 0 for equal distributions",
     "kl.": "KL divergence of the tagger's posterior from the reference's, nats",
     "inception.": "inception score, 1 to the number of classes",
     "silent": "share of clips whose peak is below -40 dB of full scale",
     "clipped": "share of clips at full scale",
     "loudness_db": "root mean square, dB of full scale",
-    "presence": "share of clips in which all events of the prompt are heard",
-    "order_given_presence": "of the clips of sequences with all events: share in the prompt's order",
-    "reversed_given_presence": "of the same: share in the reverse order",
-    "present_and_in_order": "share with all events, and in order where the prompt has one",
-    "sequences_present_and_in_order": "the same, of the prompts that have an order",
-    "nothing_else_heard": "share without any event that the prompt does not name",
+    "presence": "share of clips with all events of the prompt",
+    "order_given_presence": "share in the prompt's order, of clips of sequences with all events",
+    "reversed_given_presence": "share in the reverse order, of the same clips",
+    "present_and_in_order": "share with all events, and in order if the prompt has one",
+    "sequences_present_and_in_order": "the same, of prompts that have an order",
+    "nothing_else_heard": "share without events that are not in the prompt",
 }
-"""What figures mean, by what their names begin with."""
+"""Descriptions of metrics, by prefixes of their names."""
 
 Row = list[str]
 
 
-def figure_rows(report: Mapping[str, Any], split: str) -> tuple[Row, list[Row]]:
-    """Header and rows of the figures of a split, a column a model."""
+def metric_rows(report: Mapping[str, Any], split: str) -> tuple[Row, list[Row]]:
+    """Return header and rows of the metrics of a split, a column per model."""
     models = [model for model in report["models"] if split in model["figures"]]
     names = list(dict.fromkeys(name for model in models for name in model["figures"][split]))
     header = ["figure", *(model["name"] for model in models)]
     return header, [
-        [name, *(written(model["figures"][split].get(name)) for model in models)] for name in names
+        [name, *(format_interval(model["figures"][split].get(name)) for model in models)] for name in names
     ]
 
 
 def difference_rows(report: Mapping[str, Any], split: str) -> tuple[Row, list[Row]]:
-    """Header and rows of the differences of a split; better or worse where the interval excludes 0."""
-    found = [one for one in report["comparisons"] if split in one["differences"]]
-    names = list(dict.fromkeys(name for one in found for name in one["differences"][split]))
-    header = ["figure", *(f"{one['name']} - {one['against']}" for one in found)]
+    """Return header and rows of the differences of a split, better or worse if the interval excludes 0."""
+    compared = [pair for pair in report["comparisons"] if split in pair["differences"]]
+    names = list(dict.fromkeys(name for pair in compared for name in pair["differences"][split]))
+    header = ["figure", *(f"{pair['name']} - {pair['against']}" for pair in compared)]
     rows = []
     for name in names:
-        intervals = [one["differences"][split].get(name) for one in found]
-        rows.append([name, *(f"{written(part)}{_verdict(name, part)}" for part in intervals)])
+        intervals = [pair["differences"][split].get(name) for pair in compared]
+        rows.append([name, *(f"{format_interval(i)}{_better_or_worse(name, i)}" for i in intervals)])
     return header, rows
 
 
-def written_report(report: Mapping[str, Any]) -> str:
-    """The whole report as Markdown."""
+def markdown_report(report: Mapping[str, Any]) -> str:
+    """Return the whole report as Markdown."""
     prompts = report["prompts"]
     lines = [
         "# Evaluation",
         "",
-        f"{prompts['count']} prompts, {prompts['clips']} clips of each model, {prompts['references']} "
-        "references. Mean [95 % interval]; intervals by a bootstrap over prompts, differences paired on the "
-        "same prompts and seeds.",
+        f"{prompts['count']} prompts, {prompts['clips']} clips per model, {prompts['references']} "
+        "references. Mean [95 % interval] by a bootstrap over prompts; differences are paired by prompt and "
+        "seed.",
         "",
         *(f"* {_model_line(model)}" for model in report["models"]),
     ]
-    lines += ["", *(f"* Careful: {warning}." for warning in report["warnings"])] if report["warnings"] else []
+    lines += ["", *(f"* Warning: {warning}." for warning in report["warnings"])] if report["warnings"] else []
     for split, clips in prompts["splits"].items():
         lines += [
             "",
             f"## {split[0].upper()}{split[1:]} ({clips} clips)",
             "",
-            *table(*figure_rows(report, split)),
+            *table(*metric_rows(report, split)),
         ]
         if report["comparisons"]:
             lines += ["", *table(*difference_rows(report, split))]
     present = {name for model in report["models"] for part in model["figures"].values() for name in part}
-    return "\n".join([*lines, "", "## Figures", "", *meanings(present), ""])
+    return "\n".join([*lines, "", "## Figures", "", *describe_metrics(present), ""])
 
 
-def meanings(names: Collection[str]) -> list[str]:
-    """A line for each kind of figure among `names`."""
-    used = {k: m for k, m in MEANINGS.items() if any(name.startswith(k) for name in names)}
-    return [f"* `{key}` {meaning}" for key, meaning in used.items()]
+def describe_metrics(names: Collection[str]) -> list[str]:
+    """Return a line for each kind of metric among `names`."""
+    return [
+        f"* `{prefix}` {description}"
+        for prefix, description in DESCRIPTIONS.items()
+        if any(name.startswith(prefix) for name in names)
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def written(interval: Mapping[str, float | None] | None) -> str:
-    """A figure as ``value [low, high]``, without the interval where it has none; a dash for no figure."""
+def format_interval(interval: Mapping[str, float | None] | None) -> str:
+    """Return ``value [low, high]``, or ``value`` without an interval, or a dash without a value."""
     if interval is None or interval["value"] is None:
         return "–"
     if interval["low"] is None or interval["high"] is None:
@@ -99,15 +102,15 @@ def written(interval: Mapping[str, float | None] | None) -> str:
 
 def _model_line(model: Mapping[str, Any]) -> str:
     identity = model["model"]
-    known = (
+    version = (
         f", {identity['name']} {identity['version']}, `{identity['digest']}`" if "digest" in identity else ""
     )
     unreadable = f"; {len(model['unreadable'])} clips can't be read" if model["unreadable"] else ""
-    return f"{model['name']}: `{model['source']}`{known}{unreadable}"
+    return f"{model['name']}: `{model['source']}`{version}{unreadable}"
 
 
-def _verdict(name: str, interval: Mapping[str, float | None] | None) -> str:
-    """Nothing, where the interval holds 0."""
+def _better_or_worse(name: str, interval: Mapping[str, float | None] | None) -> str:
+    """Return " better", " worse", or "" if the interval contains 0."""
     if interval is None or None in (interval["value"], interval["low"], interval["high"]):
         return ""
     low, high, value = interval["low"], interval["high"], interval["value"]

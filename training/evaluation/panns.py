@@ -3,12 +3,12 @@
 ::
 
     model = load_panns(Path("Cnn14_16k_mAP=0.438.pth"))
-    model(waveform_BN)                                  # Heard(embeddings_BD, logits_BK)
+    model(waveform_BN)                                  # PannsOutput(embeddings_BD, logits_BK)
 
-Written anew after ``audioset_tagging_cnn/pytorch/models.py`` (MIT), with its names of weights. The Fourier
-bases and mel filters lie in the checkpoints, and are used as they are (torchlibrosa's form). Checked against
-panns_inference with random weights in the released files' form, see benchmarks/metrics.md; the released
-weights themselves could not be had.
+Reimplements ``audioset_tagging_cnn/pytorch/models.py`` (MIT) with the same weight names. Fourier bases and
+mel filters are read from the checkpoint (torchlibrosa's format). Verified against panns_inference with random
+weights in the format of the released files, see benchmarks/metrics.md; the released weights were not
+available.
 
 Shape legend: B clips, N samples, T frames, F frequency bins, M mel bins, C channels, D embedding, K classes.
 """
@@ -36,12 +36,12 @@ MEL_FLOOR: Final = 1e-10
 """Mel powers are clamped to this before the logarithm."""
 CHANNELS: Final = (64, 128, 256, 512, 1_024, 2_048)
 MINIMUM_FRAMES: Final = 2 ** (len(CHANNELS) - 1)
-"""Frames that the poolings leave one of; shorter clips are followed by silence."""
+"""Frames that pooling reduces to one; shorter clips are padded with silence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """Settings of the spectrogram, one of PANNs' three sampling rates."""
+    """Settings of the spectrogram for one of PANNs' three sampling rates."""
 
     sampling_rate: int
     n_fft: int
@@ -55,22 +55,22 @@ VARIANTS: Final = {
     513: Variant(sampling_rate=32_000, n_fft=1_024, hop_length=320, maximum_hertz=14_000.0),
     129: Variant(sampling_rate=8_000, n_fft=256, hop_length=80, maximum_hertz=4_000.0),
 }
-"""By the number of frequency bins, which a checkpoint's mel filters show: ``Cnn14_16k_mAP=0.438.pth`` (that
-of audioldm_eval), ``Cnn14_mAP=0.431.pth`` and ``Cnn14_8k_mAP=0.416.pth``."""
+"""Variants by the number of frequency bins of the checkpoint's mel filters: ``Cnn14_16k_mAP=0.438.pth`` (used
+by audioldm_eval), ``Cnn14_mAP=0.431.pth`` and ``Cnn14_8k_mAP=0.416.pth``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
-    """What the network makes of clips."""
+class PannsOutput:
+    """Embeddings and logits of clips."""
 
     embeddings_BD: Tensor
-    """After the last hidden layer, 0 or more."""
+    """Activations of the last hidden layer, 0 or more."""
     logits_BK: Tensor
-    """Their sigmoid is PANNs' clip-wise output."""
+    """Logits whose sigmoid is PANNs' clip-wise output."""
 
 
 class _Stft(nn.Module):
-    """A Fourier transform as two convolutions."""
+    """A short-time Fourier transform as two convolutions."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Spectrogram(nn.Module):
         self.padding = variant.n_fft // 2
 
     def forward(self, waveform_BN: Tensor) -> Tensor:
-        """Power [B, F, T]."""
+        """Return the power spectrogram [B, F, T]."""
         padded = functional.pad(waveform_BN[:, None], (self.padding, self.padding), mode="reflect")
         power: Tensor = self.stft.conv_real(padded).square() + self.stft.conv_imag(padded).square()
         return power
@@ -98,7 +98,7 @@ class _LogMel(nn.Module):
         self.melW = nn.Parameter(torch.empty(variant.n_fft // 2 + 1, MEL_BINS))  # the checkpoints' name
 
     def forward(self, power_BFT: Tensor) -> Tensor:
-        """Decibels [B, 1, T, M]."""
+        """Return the mel spectrogram in dB, [B, 1, T, M]."""
         mel_BTM = power_BFT.transpose(1, 2) @ self.melW
         return 10.0 * mel_BTM.clamp(min=MEL_FLOOR).log10()[:, None]
 
@@ -117,7 +117,7 @@ class _ConvBlock(nn.Module):
 
 
 class Cnn14(nn.Module):
-    """Clips [B, N] in [-1, 1] at the variant's sampling rate to embeddings and logits. For inference only."""
+    """CNN14, from waveforms to embeddings and logits. For inference only."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ class Cnn14(nn.Module):
         self.fc1 = nn.Linear(CHANNELS[-1], DIMENSION)
         self.fc_audioset = nn.Linear(DIMENSION, CLASSES)
 
-    def forward(self, waveform_BN: Tensor) -> Heard:
-        """Hear clips of one length."""
+    def forward(self, waveform_BN: Tensor) -> PannsOutput:
+        """Return the output for clips [B, N] in [-1, 1], at the variant's sampling rate."""
         shortest = MINIMUM_FRAMES * self.variant.hop_length
         waveform_BN = functional.pad(waveform_BN, (0, max(0, shortest - waveform_BN.shape[1])))
         mel_B1TM = self.logmel_extractor(self.spectrogram_extractor(waveform_BN))
@@ -143,14 +143,14 @@ class Cnn14(nn.Module):
         hidden_BCT = hidden.mean(dim=3)
         pooled_BC = hidden_BCT.amax(dim=2) + hidden_BCT.mean(dim=2)
         embeddings_BD = self.fc1(pooled_BC).relu()
-        return Heard(embeddings_BD=embeddings_BD, logits_BK=self.fc_audioset(embeddings_BD))
+        return PannsOutput(embeddings_BD=embeddings_BD, logits_BK=self.fc_audioset(embeddings_BD))
 
 
 def load_panns(path: Path, device: str = "cpu") -> Cnn14:
-    """The network of a released checkpoint, in float32 on `device`, ready for inference.
+    """Load CNN14 from a released checkpoint, in float32 on `device`, for inference.
 
-    Nothing in the file is executed. Raises `ModelNotFoundError` where there is none, `ModelFormatError` for
-    one that is not CNN14's: other keys, other shapes, or mel filters of another spectrogram.
+    No code in the file is executed. Raises `ModelNotFoundError` if there is no file, `ModelFormatError` if it
+    has other keys, other shapes, or mel filters of another spectrogram.
     """
     target = pick_device(device)
     if not path.is_file():
@@ -176,7 +176,7 @@ def load_panns(path: Path, device: str = "cpu") -> Cnn14:
 
 
 def mel_filters(variant: Variant) -> Tensor:
-    """The mel filters [F, M] that a checkpoint of this variant holds: librosa's."""
+    """Return the mel filters [F, M] of a checkpoint of this variant, which are librosa's."""
     filters = mel_filter_bank(
         num_frequency_bins=variant.n_fft // 2 + 1,
         num_mel_filters=MEL_BINS,
@@ -190,7 +190,7 @@ def mel_filters(variant: Variant) -> Tensor:
 
 
 def fourier_bases(variant: Variant) -> tuple[Tensor, Tensor]:
-    """The real and imaginary bases [F, 1, n_fft] that a checkpoint holds: torchlibrosa's, Hann window."""
+    """Return the real and imaginary bases [F, 1, n_fft] of a checkpoint: torchlibrosa's, Hann window."""
     samples = np.arange(variant.n_fft)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * samples / variant.n_fft)
     angles = 2 * np.pi * np.outer(np.arange(variant.n_fft // 2 + 1), samples) / variant.n_fft
@@ -202,5 +202,5 @@ def _check_filters(path: Path, variant: Variant, filters: Tensor) -> None:
     if not torch.allclose(filters.float(), mel_filters(variant), atol=1e-5):
         raise ModelFormatError(
             f"{path}: its mel filters are not those of {variant.sampling_rate} Hz, {variant.minimum_hertz:g} "
-            f"to {variant.maximum_hertz:g} Hz, so its settings are not known"
+            f"to {variant.maximum_hertz:g} Hz, so its spectrogram settings are unknown"
         )

@@ -1,6 +1,6 @@
-"""Plots as PNG bytes: distributions of scores, calibration, spectrograms side by side.
+"""Plots as PNG: distributions of metrics, and spectrograms side by side.
 
-Drawn without pyplot, so that nothing global changes and no display is needed.
+They don't use pyplot, which has global state and may need a display.
 """
 
 import io
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from services.audio.resampling import resample
 from services.audio.spectrogram import SpectrogramConfig, spectrogram_sheet_png
 from training.data.examples import Clip
-from training.evaluation.calibration import ReliabilityBin
 
 DPI = 120
 COLUMNS = 3
 BINS = 30
-"""At most."""
+"""Maximum number of bins of a histogram."""
 SHEET_RATE = 16_000
-"""Hertz of the clips of a sheet."""
+"""Sampling rate of spectrograms, in hertz."""
 
 
 def distribution_plot(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> bytes | None:
-    """A histogram of each figure, one line a model, its mean dashed. `values` are figures of single clips by
-    name and model. Figures of two values (shares) are left to the table; None where nothing is left."""
+    """Return histograms of `values`, metrics of single clips by name and model; dashed lines are means.
+
+    Metrics with at most two different values are left out; None if all are.
+    """
     names = [name for name, models in values.items() if _is_continuous(list(models.values()))]
     if not names:
         return None
@@ -37,7 +38,7 @@ def distribution_plot(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -
     for axis, name in zip(axes, names, strict=False):
         models = {model: column[np.isfinite(column)] for model, column in values[name].items()}
         together = np.concatenate(list(models.values()))
-        # Few clips in many bins would be a row of spikes.
+        # Fewer bins for fewer clips.
         bins = min(BINS, max(5, round(2 * math.sqrt(len(together) / len(models)))))
         edges = np.linspace(together.min(), together.max(), bins + 1)
         for number, column in enumerate(models.values()):
@@ -57,26 +58,10 @@ def distribution_plot(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -
     return _png(figure)
 
 
-def reliability_plot(curves: Mapping[str, Sequence[ReliabilityBin]], title: str) -> bytes:
-    """Predicted probability against the share of positives, a line for each of `curves`; counts below."""
-    figure = Figure(figsize=(5, 6))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    figure.subplots_adjust(left=0.14, right=0.96, top=0.94, bottom=0.09, hspace=0.08)
-    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    for name, bins in curves.items():
-        said = [part.probability for part in bins]
-        upper.plot(said, [part.share for part in bins], marker="o", markersize=4, label=name)
-        lower.plot(said, [part.count for part in bins], marker="o", markersize=3)
-    upper.set(title=title, ylabel="share of positive examples", xlim=(0, 1), ylim=(0, 1))
-    upper.legend(loc="upper left")
-    lower.set(xlabel="probability", ylabel="examples", yscale="log")
-    return _png(figure)
-
-
 def spectrogram_sheet(prompts: Sequence[str], models: Mapping[str, Sequence[Clip | None]]) -> bytes | None:
-    """Spectrograms of the clips of each prompt, a column a model (or the references), a row a prompt.
+    """Return spectrograms, a row per prompt, a column per model (or for the references).
 
-    Prompts of which a clip is missing or can't be read are left out; None where all are.
+    Prompts with a missing or unreadable clip are left out; None if all are.
     """
     cells: list[tuple[str, NDArray[np.float32]]] = []
     for row, prompt in enumerate(prompts):
@@ -91,7 +76,7 @@ def spectrogram_sheet(prompts: Sequence[str], models: Mapping[str, Sequence[Clip
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # No version and no date in the file: the same figures give the same bytes.
+    # No version and no date: the same plot gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 

@@ -1,4 +1,4 @@
-"""What clips are asked to sound like: prompts of a file, or of the sound world, and the splits of figures."""
+"""Prompts of an evaluation, from a file or of the sound world, and their splits."""
 
 import csv
 import json
@@ -19,37 +19,37 @@ from training.soundworld.scenes import SceneConfig, Split, draw_caption
 PROMPT_SEED = 606
 PROMPTS = SceneConfig(single=0.2, sequence=0.5, split="validation")
 LONG_PROMPTS = replace(PROMPTS, duration=5.12, three=0.5)
-"""For clips of twice the length: half of the sequences have three events."""
+"""Prompts for clips of 5.12 s: half of the sequences have three events."""
 
 REFERENCE_NAMES = ("reference", *AUDIO_NAMES)
-"""Columns of reference clips; the first that is there counts."""
+"""Columns of reference clips; the first that is present is used."""
 
 TEMPORAL = re.compile(r"\b(while|as|before|after|then|followed)\b", re.IGNORECASE)
-"""The words of temporal prompts (Tango 2, arXiv 2404.09956, section 5)."""
+"""Words that make a prompt temporal (Tango 2, arXiv 2404.09956, section 5)."""
 _JOINING = re.compile(r"\b(and|with)\b|[,;]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A sentence, and what is known about it."""
+    """A prompt with its events and a reference clip, if known."""
 
     text: str
     truth: CaptionTruth | None = None
-    """What it says, where it is the sound world's."""
+    """Its events; None unless it is of the sound world."""
     reference: Clip | None = None
-    """A real clip of it."""
+    """A real clip that matches it."""
 
 
 def is_temporal(prompt: Prompt) -> bool:
-    """Whether it has one of the words of `TEMPORAL`."""
+    """Return whether the prompt contains a word of `TEMPORAL`."""
     return TEMPORAL.search(prompt.text) is not None
 
 
 def is_multiple(prompt: Prompt) -> bool:
-    """Whether it speaks of several sounds.
+    """Return whether the prompt has several events.
 
-    By its truth where that is known. Otherwise by a rule of ours: a temporal word, *and*, *with*, a comma or
-    a semicolon. The paper does not say how it told them apart, so these two splits are not exactly its own.
+    If its events are unknown, a rule decides: a temporal word, *and*, *with*, a comma or a semicolon. The
+    Tango 2 paper does not state its rule, so its splits may differ.
     """
     if prompt.truth is not None:
         return len(prompt.truth.classes) > 1
@@ -63,25 +63,25 @@ SPLITS: Mapping[str, Callable[[Prompt], bool]] = {
     "multiple concepts": is_multiple,
     "single concept": lambda prompt: not is_multiple(prompt),
 }
-"""Which prompts the figures are given for."""
+"""Splits of the prompts by name; metrics are reported for each."""
 
 
 def held_out_prompts(count: int, config: SceneConfig = PROMPTS) -> list[tuple[str, CaptionTruth]]:
-    """The first `count` prompts of `config`'s split, always the same."""
+    """Return the first `count` prompts of `config`'s split, always the same ones."""
     return [draw_caption(np.random.default_rng([PROMPT_SEED, i]), config) for i in range(count)]
 
 
 def world_prompts(count: int, split: Split, duration: float | None = None) -> tuple[Prompt, ...]:
-    """The sound world's held-out prompts, each once, with scenes of `duration` seconds as references."""
+    """Return distinct prompts of the sound world, with scenes of `duration` seconds as references."""
     scenes = replace(PROMPTS if duration in (None, PROMPTS.duration) else LONG_PROMPTS, split=split)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     index = 0
-    while len(found) < count:
+    while len(prompts) < count:
         text, truth = draw_caption(np.random.default_rng([PROMPT_SEED, index]), scenes)
         reference = SceneClip(truth=truth, seed=(PROMPT_SEED, index), duration=scenes.duration, gain=0.0)
-        found.setdefault(text, Prompt(text=text, truth=truth, reference=reference))
+        prompts.setdefault(text, Prompt(text=text, truth=truth, reference=reference))
         index += 1
-    return tuple(found.values())
+    return tuple(prompts.values())
 
 
 def read_prompts(
@@ -91,9 +91,9 @@ def read_prompts(
     reference_column: str | None = None,
     audio_root: Path | None = None,
 ) -> tuple[Prompt, ...]:
-    """The prompts of a CSV file with a header, or of JSON Lines; one that comes again is one prompt.
+    """Read the prompts of a CSV file with a header, or of JSON Lines; repeated prompts are dropped.
 
-    Raises `InvalidInputError` where the file can't be read, lacks the column, or has a row without a caption.
+    Raises `InvalidInputError` if the file can't be read, lacks the column, or has a row without a caption.
     """
     rows = _read_rows(path)
     if not rows:
@@ -103,7 +103,7 @@ def read_prompts(
     if caption is None:
         raise _invalid(
             f"{path} has no column {' or '.join(PROMPT_NAMES)}; it has {', '.join(columns)}: "
-            "name the one of the captions with caption_column"
+            "name the column of captions by caption_column"
         )
     references = _column(path, columns, reference_column, REFERENCE_NAMES)
     found: dict[str, Prompt] = {}
@@ -118,7 +118,7 @@ def read_prompts(
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Rows with the numbers of their lines."""
+    """Return the rows with their line numbers."""
     try:
         if path.suffix.lower() == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -134,12 +134,12 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _column(path: Path, columns: list[str], asked: str | None, known: tuple[str, ...]) -> str | None:
-    if asked is None:
-        return next((name for name in known if name in columns), None)
-    if asked not in columns:
-        raise _invalid(f"{path} has no column {asked}; it has {', '.join(columns)}")
-    return asked
+def _column(path: Path, columns: list[str], name: str | None, known: tuple[str, ...]) -> str | None:
+    if name is None:
+        return next((column for column in known if column in columns), None)
+    if name not in columns:
+        raise _invalid(f"{path} has no column {name}; it has {', '.join(columns)}")
+    return name
 
 
 def _invalid(description: str) -> InvalidInputError:

@@ -1,6 +1,9 @@
-"""From what was heard to figures with intervals: of one model, and of two models paired.
+"""Metrics with confidence intervals: of one model, and paired differences of two models.
 
-Shape legend: N clips, P prompts, R bootstrap draws, D embedding width, K classes.
+Metrics of single clips are averaged; set metrics (Fréchet distance, KAD, inception score) are computed on all
+clips of a split.
+
+Shape legend: N clips, P prompts, R bootstrap resamples, B reference clips, D embedding width, K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,203 +12,216 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.bootstrap import draws, mean_interval, paired_difference, set_interval
+from training.evaluation.bootstrap import mean_interval, normal_interval, paired_difference, prompt_resamples
 from training.evaluation.clip_scores import ClipScores, References
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.distances import (
     CLIPS_PER_DIMENSION,
-    SCALE,
+    KAD_SCALE,
     Gaussian,
-    bandwidth_of,
     frechet_distance,
     gaussian_kernel,
-    squared_discrepancy,
+    median_bandwidth,
+    squared_mmd,
 )
 from training.evaluation.divergence import inception_score
 from training.evaluation.prompts import SPLITS
-from training.evaluation.sources import Asked
-from training.evaluation.statistics import Interval
+from training.evaluation.sources import PlannedClip
+from training.objectives.statistics import Interval
 
-Figures = dict[str, Interval]
-"""By name."""
+Metrics = dict[str, Interval]
+"""Metrics with their intervals, by name."""
 
 LOWER_IS_BETTER = ("fad.", "fd.", "kad.", "kl.", "silent", "clipped", "reversed_given_presence")
-"""What the names begin with of figures that should be small."""
-NEITHER = ("loudness_db",)
-"""Figures that should be neither."""
+"""Prefixes of metrics of which lower is better."""
+UNDIRECTED = ("loudness_db",)
+"""Metrics of which neither lower nor higher is better."""
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Drawn:
-    """A figure of a whole set of clips, and of each bootstrap draw of it."""
+class SetMetric:
+    """A metric of a set of clips, with its values on bootstrap resamples of the prompts."""
 
     value: float
-    draws_R: NDArray[np.float64]
+    resampled_R: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Measured:
-    """The figures of one model on some clips, with what intervals are made from."""
+class SplitMetrics:
+    """The metrics of a model on a split, before the computation of intervals."""
 
     prompts: Sequence[str]
-    """Of each clip."""
+    """The prompt of each clip."""
     values: Mapping[str, NDArray[np.float64]]
-    """Figures of single clips [N]; NaN where one does not count."""
-    sets: Mapping[str, Drawn]
-    """Figures of the set."""
+    """Metrics of single clips [N] by name; NaN if undefined."""
+    sets: Mapping[str, SetMetric]
+    """Set metrics by name."""
 
 
-def split_units(plan: Sequence[Asked], readable_N: NDArray[np.bool_]) -> dict[str, Indices]:
-    """The readable clips of each split that has any."""
-    found = {
+def split_indices(plan: Sequence[PlannedClip], readable_N: NDArray[np.bool_]) -> dict[str, Indices]:
+    """Return the indices of the readable clips of each split; empty splits are left out."""
+    splits = {
         name: np.array(
-            [n for n, asked in enumerate(plan) if readable_N[n] and belongs(asked.prompt)], dtype=int
+            [n for n, planned in enumerate(plan) if readable_N[n] and belongs(planned.prompt)], dtype=int
         )
         for name, belongs in SPLITS.items()
     }
-    return {name: units for name, units in found.items() if len(units)}
+    return {name: indices for name, indices in splits.items() if len(indices)}
 
 
-def measure(
-    heard: ClipScores, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
-) -> Measured:
-    """The figures of the clips `units`, none of which is unreadable."""
-    return Measured(
-        prompts=[plan[unit].prompt.text for unit in units],
-        values={name: values[units] for name, values in heard.values.items()},
-        sets=_set_figures(heard, references, plan, units, config),
+def compute_metrics(
+    scores: ClipScores,
+    references: References,
+    plan: Sequence[PlannedClip],
+    indices: Indices,
+    config: EvaluationConfig,
+) -> SplitMetrics:
+    """Return the metrics on the clips at `indices`, all of them readable."""
+    return SplitMetrics(
+        prompts=[plan[index].prompt.text for index in indices],
+        values={name: values[indices] for name, values in scores.values.items()},
+        sets=_set_metrics(scores, references, plan, indices, config),
     )
 
 
-def figures_of(measured: Measured) -> Figures:
-    """The figures of one model, each with its interval; those that no clip counts for are left out."""
-    found = {name: mean_interval(values, measured.prompts) for name, values in measured.values.items()}
-    for name, drawn in measured.sets.items():
-        found[name] = set_interval(drawn.value, drawn.draws_R, len(measured.prompts))
-    return {name: interval for name, interval in found.items() if interval.count}
+def metric_intervals(metrics: SplitMetrics) -> Metrics:
+    """Return each metric with its interval; those that are undefined for all clips are left out."""
+    intervals = {name: mean_interval(values, metrics.prompts) for name, values in metrics.values.items()}
+    for name, metric in metrics.sets.items():
+        intervals[name] = normal_interval(metric.value, metric.resampled_R, len(metrics.prompts))
+    return {name: interval for name, interval in intervals.items() if interval.count}
 
 
-def differences_of(first: Measured, second: Measured) -> Figures:
-    """Each figure of `second` less that of `first`: on the same clips, and the same draws of prompts.
+def metric_differences(first: SplitMetrics, second: SplitMetrics) -> Metrics:
+    """Return each metric of `second` minus that of `first`, paired by clip and by resample.
 
     `count` is the number of prompts.
     """
-    found = {
+    intervals = {
         name: paired_difference(values, second.values[name], first.prompts)
         for name, values in first.values.items()
     }
-    for name, drawn in first.sets.items():
+    for name, metric in first.sets.items():
         other = second.sets[name]
-        difference, prompts = other.value - drawn.value, len(set(first.prompts))
-        found[name] = set_interval(difference, other.draws_R - drawn.draws_R, prompts)
-    return {name: interval for name, interval in found.items() if interval.count}
+        difference, prompts = other.value - metric.value, len(set(first.prompts))
+        intervals[name] = normal_interval(difference, other.resampled_R - metric.resampled_R, prompts)
+    return {name: interval for name, interval in intervals.items() if interval.count}
 
 
-def too_few(references: References, splits: Mapping[str, Indices]) -> list[str]:
-    """A warning for each space that has not twice as many clips, or references, as dimensions."""
+def sample_size_warnings(references: References, splits: Mapping[str, Indices]) -> list[str]:
+    """Return a warning for each embedder that needs more clips or references for the Fréchet distance."""
     warnings = []
-    for label, space in references.spaces.items():
-        wanted = CLIPS_PER_DIMENSION * space.embeddings_ND.shape[1]
-        rows = {name: references.row_N[units] for name, units in splits.items()}
+    for label, embeddings in references.embeddings.items():
+        minimum = CLIPS_PER_DIMENSION * embeddings.embeddings_BD.shape[1]
+        rows = {name: references.row_N[indices] for name, indices in splits.items()}
         counts = {name: min(len(row), len(np.unique(row[row >= 0]))) for name, row in rows.items()}
-        if few := [f"{name} {count}" for name, count in counts.items() if count < wanted]:
+        if few := [f"{name} {count}" for name, count in counts.items() if count < minimum]:
             warnings.append(
-                f"{frechet_name(label)} wants {wanted} clips and as many references, and is too large with "
-                f"fewer; here are: {', '.join(few)}. Read kad.{label} instead"
+                f"{frechet_name(label)} needs {minimum} clips and as many references, and is biased upwards "
+                f"with fewer ({', '.join(few)}); use kad.{label} instead"
             )
     return warnings
 
 
 def frechet_name(label: str) -> str:
-    """What papers call the Fréchet distance in the space `label`: FD by PANNs, FAD by others."""
+    """Return the metric name of the Fréchet distance: fd.panns as in papers, else fad.LABEL."""
     return f"fd.{label}" if label == "panns" else f"fad.{label}"
 
 
 def is_better(name: str, difference: float) -> bool | None:
-    """Whether a figure that changed by `difference` became better; None where neither way is better."""
-    if name in NEITHER or not difference:
+    """Return whether `difference` is an improvement of a metric; None if neither."""
+    if name in UNDIRECTED or not difference:
         return None
     return (difference < 0) == name.startswith(LOWER_IS_BETTER)
 
 
-def _set_figures(
-    heard: ClipScores, references: References, plan: Sequence[Asked], units: Indices, config: EvaluationConfig
-) -> dict[str, Drawn]:
-    """Fréchet distance, KAD and inception score in every space that can tell them."""
-    prompts = list(dict.fromkeys(plan[unit].prompt.text for unit in units))
+def _set_metrics(
+    scores: ClipScores,
+    references: References,
+    plan: Sequence[PlannedClip],
+    indices: Indices,
+    config: EvaluationConfig,
+) -> dict[str, SetMetric]:
+    """Return Fréchet distance, KAD and inception score for every embedder that provides them."""
+    prompts = list(dict.fromkeys(plan[index].prompt.text for index in indices))
     number = {text: position for position, text in enumerate(prompts)}
-    clips_of: list[list[int]] = [[] for _ in prompts]
-    for position, unit in enumerate(units):
-        clips_of[number[plan[unit].prompt.text]].append(position)
-    reference_P = np.array([references.row_N[units[clips[0]]] for clips in clips_of], dtype=int)
-    picks = [np.arange(len(prompts)), *draws(len(prompts), config.set_resamples)]
-    drawn_clips = [np.concatenate([clips_of[pick] for pick in picked]).astype(int) for picked in picks]
-    drawn_references = [reference_P[picked][reference_P[picked] >= 0] for picked in picks]
-    drawn_references[0] = np.unique(drawn_references[0])
+    clips_by_prompt: list[list[int]] = [[] for _ in prompts]
+    for position, index in enumerate(indices):
+        clips_by_prompt[number[plan[index].prompt.text]].append(position)
+    reference_P = np.array([references.row_N[indices[clips[0]]] for clips in clips_by_prompt], dtype=int)
+    # The first sample is the set itself, the others are its resamples.
+    samples = [np.arange(len(prompts)), *prompt_resamples(len(prompts), config.set_resamples)]
+    sampled_clips = [np.concatenate([clips_by_prompt[p] for p in sample]).astype(int) for sample in samples]
+    sampled_references = [reference_P[sample][reference_P[sample] >= 0] for sample in samples]
+    sampled_references[0] = np.unique(sampled_references[0])
 
-    found: dict[str, Drawn] = {}
-    for label, space in heard.spaces.items():
+    metrics: dict[str, SetMetric] = {}
+    for label, embeddings in scores.embeddings.items():
         values: dict[str, list[float]] = {}
-        embeddings_ND = space.embeddings_ND[units].astype(np.float64)
-        if len(drawn_references[0]) >= 2 and len(units) >= 2:
-            reference_RD = references.spaces[label].embeddings_ND.astype(np.float64)
-            values[frechet_name(label)] = _frechet(embeddings_ND, reference_RD, drawn_clips, drawn_references)
-            row_N = references.row_N[units]
-            # A clip's group is its reference: captions that share one are no independent witnesses either.
+        embeddings_ND = embeddings.embeddings_BD[indices].astype(np.float64)
+        if len(sampled_references[0]) >= 2 and len(indices) >= 2:
+            reference_BD = references.embeddings[label].embeddings_BD.astype(np.float64)
+            values[frechet_name(label)] = _frechet(
+                embeddings_ND, reference_BD, sampled_clips, sampled_references
+            )
+            row_N = references.row_N[indices]
+            # A clip's group is its reference: clips of prompts that share one are dependent too.
             groups_N = np.where(
-                row_N >= 0, row_N, -1 - np.array([number[plan[u].prompt.text] for u in units])
+                row_N >= 0, row_N, -1 - np.array([number[plan[i].prompt.text] for i in indices])
             )
-            values[f"kad.{label}"] = _kernel(
-                embeddings_ND, reference_RD, groups_N, drawn_clips, drawn_references
+            values[f"kad.{label}"] = _kad(
+                embeddings_ND, reference_BD, groups_N, sampled_clips, sampled_references
             )
-        if space.logits_NK is not None and len(units) >= config.inception_splits:
-            logits_NK = space.logits_NK[units]
+        if embeddings.logits_BK is not None and len(indices) >= config.inception_splits:
+            logits_NK = embeddings.logits_BK[indices]
             values[f"inception.{label}"] = [
-                inception_score(logits_NK[clips], splits=config.inception_splits) for clips in drawn_clips
+                inception_score(logits_NK[clips], splits=config.inception_splits) for clips in sampled_clips
             ]
-        for name, (value, *drawn) in values.items():
-            found[name] = Drawn(value=value, draws_R=np.array(drawn))
-    return found
+        for name, (value, *resampled) in values.items():
+            metrics[name] = SetMetric(value=value, resampled_R=np.array(resampled))
+    return metrics
 
 
 def _frechet(
     embeddings_ND: NDArray[np.float64],
-    reference_RD: NDArray[np.float64],
+    reference_BD: NDArray[np.float64],
     clips: Sequence[Indices],
     references: Sequence[Indices],
 ) -> list[float]:
+    """Return the Fréchet distance of each sample; NaN with fewer than two clips or references."""
     return [
-        frechet_distance(Gaussian.fit(embeddings_ND[own]), Gaussian.fit(reference_RD[real]))
+        frechet_distance(Gaussian.fit(embeddings_ND[own]), Gaussian.fit(reference_BD[real]))
         if len(own) > 1 and len(real) > 1
         else float("nan")
         for own, real in zip(clips, references, strict=True)
     ]
 
 
-def _kernel(
+def _kad(
     embeddings_ND: NDArray[np.float64],
-    reference_RD: NDArray[np.float64],
+    reference_BD: NDArray[np.float64],
     groups_N: Indices,
     clips: Sequence[Indices],
     references: Sequence[Indices],
 ) -> list[float]:
-    # Of all references, whatever the split: one ruler for all figures.
-    bandwidth = bandwidth_of(reference_RD)
+    """Return the KAD of each sample."""
+    # From all references, so that all splits have the same bandwidth.
+    bandwidth = median_bandwidth(reference_BD)
     within_NN = gaussian_kernel(embeddings_ND, embeddings_ND, bandwidth)
-    within_RR = gaussian_kernel(reference_RD, reference_RD, bandwidth)
-    between_NR = gaussian_kernel(embeddings_ND, reference_RD, bandwidth)
+    within_BB = gaussian_kernel(reference_BD, reference_BD, bandwidth)
+    between_NB = gaussian_kernel(embeddings_ND, reference_BD, bandwidth)
     return [
-        SCALE
-        * squared_discrepancy(
+        KAD_SCALE
+        * squared_mmd(
             within_NN,
-            within_RR,
-            between_NR,
+            within_BB,
+            between_NB,
             groups_N=groups_N,
-            groups_M=np.arange(len(reference_RD)),
+            groups_M=np.arange(len(reference_BD)),
             counts_N=np.bincount(own, minlength=len(embeddings_ND)),
-            counts_M=np.bincount(real, minlength=len(reference_RD)),
+            counts_M=np.bincount(real, minlength=len(reference_BD)),
         )
         for own, real in zip(clips, references, strict=True)
     ]

@@ -1,7 +1,7 @@
-"""Where the clips of an evaluation come from: a model that generates them, or a folder that holds them.
+"""Sources of the clips of an evaluation: a model that generates them, or a folder that contains them.
 
-What a model generates is kept under the digest of its weights and the settings, a file a prompt and seed; so
-an evaluation that was stopped goes on, and another one of the same model generates nothing anew.
+Generated clips are cached under the digest of the weights and the settings, one file per prompt and seed. So
+an interrupted evaluation is resumed, and another one of the same model reuses them.
 """
 
 import gc
@@ -30,23 +30,23 @@ from training.evaluation.prompts import Prompt, read_prompts, world_prompts
 from training.loop.progress import progress
 
 INDEX = "index.jsonl"
-"""The list of clips in a folder that `milonga generate --prompts` wrote."""
-_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<place>.+)")
+"""List of clips in a folder written by `milonga generate --prompts`."""
+_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<location>.+)")
 _LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A clip that every source must have: what the figures of two models are paired by."""
+class PlannedClip:
+    """A prompt and seed, of which every source provides a clip. Metrics of two models are paired by it."""
 
     prompt: Prompt
     seed: int | None
-    """None: a clip from elsewhere, whose seed is not known."""
+    """None: unknown, for a clip from a folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model that generates the clips."""
+    """A model that generates clips."""
 
     name: str
     model: ResolvedModel
@@ -54,49 +54,48 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSource:
-    """Clips that are there already."""
+    """A folder of existing clips."""
 
     name: str
     clips: Mapping[str, Sequence[tuple[int | None, Path]]]
-    """Seeds, as far as known, and files of each prompt's clips, in the order of its index."""
+    """Seed (None: unknown) and file of the clips by prompt, in the order of the index."""
     identity: Mapping[str, Any]
-    """The model that made them, as far as it is known."""
+    """The model that generated them, as far as it is known."""
 
 
 Source = ModelSource | FolderSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clips:
-    """The clips of one source, in the order of the plan."""
+class SourceClips:
+    """The clips of a source, in the order of the plan."""
 
     name: str
     files: tuple[Path, ...]
     identity: Mapping[str, Any]
-    """The model's name, version, digest and licence, as far as they are known."""
+    """Name, version, digest and license of the model, as far as they are known."""
 
 
 def open_source(text: str) -> Source:
-    """The source that ``[NAME=]PLACE`` names: a model URI, or the path of a folder of clips.
+    """Open the source ``[NAME=]LOCATION``: a model URI, or the path of a folder of clips.
 
-    Raises `InvalidInputError` where it is neither, `ModelError` where the model was refused.
+    Raises `InvalidInputError` if it is neither, `ModelError` if the model can't be loaded.
     """
     named = _NAMED.fullmatch(text)
-    place = named["place"] if named else text
-    path = Path(place).expanduser()
-    if place.partition("#")[0] not in EMBEDDED and path.is_dir():
+    location = named["location"] if named else text
+    path = Path(location).expanduser()
+    if location.partition("#")[0] not in EMBEDDED and path.is_dir():
         return _open_folder(named["name"] if named else path.resolve().name, path)
-    uri = ModelURI.parse(place)
+    uri = ModelURI.parse(location)
     return ModelSource(name=named["name"] if named else Path(uri.path).name, model=resolve(uri))
 
 
-def make_plan(config: EvaluationConfig, sources: Sequence[Source]) -> tuple[Asked, ...]:
-    """The prompts and seeds that are evaluated.
+def make_plan(config: EvaluationConfig, sources: Sequence[Source]) -> tuple[PlannedClip, ...]:
+    """Return the prompts and seeds to evaluate.
 
-    Prompts: the config's file, else those of the first folder among `sources`, else the sound world's. Seeds:
-    the first folder's, else the config's.
-
-    Raises `InvalidInputError` where a folder has other prompts, or not as many clips of each.
+    Prompts are those of the config's file, else of the first folder among `sources`, else of the sound world;
+    seeds are those of the first folder, else of the config. Raises `InvalidInputError` if the folders differ
+    in their prompts, or in the number of clips of a prompt.
     """
     folders = [source for source in sources if isinstance(source, FolderSource)]
     world = world_prompts(config.world.count, config.world.split, config.sampling.duration)
@@ -111,51 +110,55 @@ def make_plan(config: EvaluationConfig, sources: Sequence[Source]) -> tuple[Aske
         prompts = tuple(Prompt(text=text) for text in folders[0].clips)
     else:
         prompts = world
-    # The judge needs to know what a prompt says, and of the sound world's it is known.
+    # The judge needs the events of a prompt, which are known for the sound world's.
     known = {prompt.text: prompt for prompt in world}
-    prompts = tuple(_informed(prompt, known.get(prompt.text)) for prompt in prompts)
+    prompts = tuple(_with_truth(prompt, known.get(prompt.text)) for prompt in prompts)
     if not folders:
         numbers = range(config.first_seed, config.first_seed + config.seeds)
-        return tuple(Asked(prompt=p, seed=clip_seed(p.text, number)) for p in prompts for number in numbers)
+        return tuple(PlannedClip(prompt=p, seed=clip_seed(p.text, n)) for p in prompts for n in numbers)
     for folder in folders:
         _check_prompts(folder, folders[0], [p.text for p in prompts], whole=config.prompts is None)
-    return tuple(Asked(prompt=p, seed=seed) for p in prompts for seed, _ in folders[0].clips[p.text])
+    return tuple(PlannedClip(prompt=p, seed=seed) for p in prompts for seed, _ in folders[0].clips[p.text])
 
 
 def clip_seed(text: str, number: int) -> int:
-    """The seed of a prompt's clip `number`: other prompts get other noise, whatever stands beside them."""
+    """Return the seed of clip `number` of a prompt, which depends on these two alone."""
     return int.from_bytes(hashlib.blake2b(f"{number}\n{text}".encode(), digest_size=4).digest())
 
 
-def clips_of(source: Source, plan: Sequence[Asked], config: EvaluationConfig, cache: Path) -> Clips:
-    """The files of `source`, generated into `cache` as far as they are not there yet.
+def prepare_clips(
+    source: Source, plan: Sequence[PlannedClip], config: EvaluationConfig, cache: Path
+) -> SourceClips:
+    """Return the clips of `source`; those of a model that are missing in `cache` are generated.
 
-    Raises `InvalidInputError` where the model refuses a prompt or a setting, `OutputError` where `cache`
-    can't be written.
+    Raises `InvalidInputError` if the model refuses a prompt or a setting, `OutputError` if `cache` can't be
+    written.
     """
     if isinstance(source, FolderSource):
-        return _held(source, plan)
-    if any(asked.seed is None for asked in plan):
-        raise _invalid(f"have no seeds, so that {source.name} can't generate their like; compare two folders")
+        return _folder_clips(source, plan)
+    if any(planned.seed is None for planned in plan):
+        raise _invalid(f"have no seeds, so {source.name} can't generate matching clips; compare two folders")
     settings = {"model": source.model.digest, "dtype": config.dtype, **asdict(config.sampling)}
-    folder: ClipFolder[Asked] = ClipFolder(cache / digest_of(settings)[:16], lambda asked: [file_name(asked)])
+    folder: ClipFolder[PlannedClip] = ClipFolder(
+        cache / digest_of(settings)[:16], lambda planned: [file_name(planned)]
+    )
     missing = folder.missing(plan)
     if missing:
         write_atomically(
             folder.folder / "settings.json", json.dumps({"name": source.name, **settings}, indent=1) + "\n"
         )
         _generate(source, missing, folder, config)
-        gc.collect()  # the model goes before the next one comes
+        gc.collect()  # free the model before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    files = tuple(folder.paths(asked)[0] for asked in plan)
-    return Clips(name=source.name, files=files, identity=asdict(source.model.identity))
+    files = tuple(folder.paths(planned)[0] for planned in plan)
+    return SourceClips(name=source.name, files=files, identity=asdict(source.model.identity))
 
 
-def options_of(asked: Asked, sampling: Sampling) -> GenerationOptions:
-    """Return how a clip of the plan is generated: one WAV file of the model's rate."""
+def generation_options(planned: PlannedClip, sampling: Sampling) -> GenerationOptions:
+    """Return the options to generate a clip of the plan as one WAV file at the model's sampling rate."""
     return {
-        "seed": asked.seed,
+        "seed": planned.seed,
         "clip_count": 1,
         "duration": sampling.duration,
         "num_inference_steps": sampling.num_inference_steps,
@@ -166,39 +169,42 @@ def options_of(asked: Asked, sampling: Sampling) -> GenerationOptions:
 
 
 def _generate(
-    source: ModelSource, missing: Sequence[Asked], folder: ClipFolder[Asked], config: EvaluationConfig
+    source: ModelSource,
+    missing: Sequence[PlannedClip],
+    folder: ClipFolder[PlannedClip],
+    config: EvaluationConfig,
 ) -> None:
-    """Make the missing clips, `config.batch` of them denoised together."""
+    """Generate the missing clips in batches of `config.batch`."""
     in_flight = 2 * config.batch
-    # One shape of batch: a clip is the same whichever others are missing.
+    # One batch shape, so that a clip does not depend on which others are missing.
     engine = EngineConfig(batch_shapes=(config.batch,), exact=True, max_queue=max(64, in_flight))
     maker = open_clip_maker(source.model, device=config.device, dtype=config.dtype, config=engine)
 
-    def make(asked: Asked) -> Generation:
-        return maker.generate(asked.prompt.text, **options_of(asked, config.sampling))
+    def make(planned: PlannedClip) -> Generation:
+        return maker.generate(planned.prompt.text, **generation_options(planned, config.sampling))
 
     with closing(maker), progress(total=len(missing), desc=source.name, unit="clip") as bar:
         for _ in folder.make(missing, make, in_flight, stop=maker.close):
             bar.update()
 
 
-def same_seeds(source: Source, plan: Sequence[Asked]) -> bool:
-    """Whether the clips of `source` were made from the plan's seeds, as far as that is known."""
+def same_seeds(source: Source, plan: Sequence[PlannedClip]) -> bool:
+    """Return whether the clips of `source` have the seeds of the plan."""
     if isinstance(source, ModelSource):
         return True
-    held = {(text, seed) for text, clips in source.clips.items() for seed, _ in clips}
-    return all((asked.prompt.text, asked.seed) in held for asked in plan)
+    known = {(text, seed) for text, clips in source.clips.items() for seed, _ in clips}
+    return all((planned.prompt.text, planned.seed) in known for planned in plan)
 
 
-def _held(source: FolderSource, plan: Sequence[Asked]) -> Clips:
-    """A folder's files by prompt and seed; where the seeds are others, a prompt's clips in their order."""
+def _folder_clips(source: FolderSource, plan: Sequence[PlannedClip]) -> SourceClips:
+    """Return the files of a folder by prompt and seed; if the seeds of a prompt differ, in their order."""
     files: list[Path] = []
-    for text, group in itertools.groupby(plan, lambda asked: asked.prompt.text):
-        seeds = [asked.seed for asked in group]
+    for text, group in itertools.groupby(plan, lambda planned: planned.prompt.text):
+        seeds = [planned.seed for planned in group]
         by_seed = dict(source.clips[text])
         paired = len(by_seed) == len(seeds) and set(by_seed) == set(seeds)
         files += [by_seed[seed] for seed in seeds] if paired else [path for _, path in source.clips[text]]
-    return Clips(name=source.name, files=tuple(files), identity=source.identity)
+    return SourceClips(name=source.name, files=tuple(files), identity=source.identity)
 
 
 def _open_folder(name: str, folder: Path) -> FolderSource:
@@ -224,20 +230,20 @@ def _open_folder(name: str, folder: Path) -> FolderSource:
     return FolderSource(name=name, clips=clips, identity=model if isinstance(model, dict) else {})
 
 
-def _informed(prompt: Prompt, known: Prompt | None) -> Prompt:
+def _with_truth(prompt: Prompt, known: Prompt | None) -> Prompt:
     if known is None:
         return prompt
     return Prompt(text=prompt.text, truth=known.truth, reference=prompt.reference or known.reference)
 
 
 def _check_prompts(folder: FolderSource, first: FolderSource, texts: Sequence[str], *, whole: bool) -> None:
-    """Refuse a folder that has not the plan's prompts, or not as many clips of each as the first folder."""
-    wanted = set(texts)
+    """Raise `InvalidInputError` unless `folder` has the prompts, each with as many clips as `first`."""
+    planned = set(texts)
     missing = [text for text in texts if text not in folder.clips]
-    foreign = [text for text in folder.clips if text not in wanted] if whole else []
+    extra = [text for text in folder.clips if text not in planned] if whole else []
     faults = [
         f"{folder.name} {what} {len(found)} of {len(texts)} prompts ({_listed(found)})"
-        for what, found in (("lacks", missing), ("has besides", foreign))
+        for what, found in (("lacks", missing), ("also has", extra))
         if found
     ]
     if faults:
@@ -247,7 +253,7 @@ def _check_prompts(folder: FolderSource, first: FolderSource, texts: Sequence[st
         if counts[0] != counts[1]:
             raise _invalid(
                 f"differ: {text!r} has {counts[0]} clips in {first.name}, {counts[1]} in {folder.name}; "
-                "give as many of each"
+                "give as many in each folder"
             )
 
 
@@ -255,9 +261,9 @@ def _listed(texts: Sequence[str]) -> str:
     return ", ".join(repr(text[:60]) for text in texts[:_LISTED]) + (", …" if len(texts) > _LISTED else "")
 
 
-def file_name(asked: Asked) -> str:
-    """Return the name of the file of a clip of the plan."""
-    return f"{digest_of([asked.prompt.text, asked.seed])[:24]}.wav"
+def file_name(planned: PlannedClip) -> str:
+    """Return the file name of a clip of the plan."""
+    return f"{digest_of([planned.prompt.text, planned.seed])[:24]}.wav"
 
 
 def _invalid(description: str) -> InvalidInputError:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from services.models.reward.model import load_reward
 from services.weights.loading import load_clap_model
 from services.weights.uri import resolve
-from training.data.examples import Examples, Labelled, read_labelled, read_pairs
-from training.data.scenes import SceneClip, wording
-from training.evaluation.calibration import sigmoid
+from training.data.examples import Examples, LabelledClip, read_labelled, read_pairs
+from training.data.scenes import SceneClip, paraphrase
 from training.finetuning.session import (
     FineTuning,
     Session,
@@ -38,10 +37,11 @@ from training.finetuning.session import (
     readable,
 )
 from training.loop.fit import Positions, adamw, examples_at, fit
+from training.objectives.calibration import sigmoid
 from training.objectives.diffusion import reward_weighted
 from training.objectives.noising import Noising
 from training.reward.data import ClapTokens
-from training.reward.report import hear
+from training.reward.report import evaluate_head
 from training.soundworld.captions import WEB_CAPTIONS, corrupt
 from training.soundworld.scenes import SHORT, draw_truth
 
@@ -151,14 +151,14 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
     return finish_session(session, policy, "baton", fitted.steps, data)
 
 
-def read_rewarded(data: BatonData) -> tuple[list[Labelled], list[Labelled]]:
+def read_rewarded(data: BatonData) -> tuple[list[LabelledClip], list[LabelledClip]]:
     """Return the clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
 
     Raises `InvalidInputError` where there is none.
     """
     labelled = [example for path in data.labelled for example in read_labelled(path, data.audio_root)]
     paired = [
-        Labelled(prompt=pair.prompt, clip=clip, label=label)
+        LabelledClip(prompt=pair.prompt, clip=clip, label=label)
         for path in parquet_files(data.pairs)
         for pair in read_pairs(path, data.audio_root)
         for clip, label in ((pair.chosen, 1.0), (pair.rejected, 0.0))
@@ -168,7 +168,7 @@ def read_rewarded(data: BatonData) -> tuple[list[Labelled], list[Labelled]]:
     return labelled, paired
 
 
-def read_pretraining(data: BatonData) -> list[Labelled]:
+def read_pretraining(data: BatonData) -> list[LabelledClip]:
     """Return pretraining data: those of the files, then scenes with a caption of the training split."""
     found = [
         example for path in data.pretraining for example in read_labelled(path, data.audio_root, label=1.0)
@@ -178,13 +178,13 @@ def read_pretraining(data: BatonData) -> list[Labelled]:
         truth = draw_truth(rng, SHORT)
         prompt = None
         while prompt is None:
-            prompt = wording(corrupt(truth, WEB_CAPTIONS, rng), rng, "train")
+            prompt = paraphrase(corrupt(truth, WEB_CAPTIONS, rng), rng, "train")
         clip = SceneClip(truth=truth, seed=(SCENES_SEED, index), duration=SHORT.duration, gain=0.0)
-        found.append(Labelled(prompt=prompt, clip=clip, label=1.0))
+        found.append(LabelledClip(prompt=prompt, clip=clip, label=1.0))
     return found
 
 
-def judged(examples: Sequence[Labelled], config: BatonTraining, session: Session) -> list[Labelled]:
+def judged(examples: Sequence[LabelledClip], config: BatonTraining, session: Session) -> list[LabelledClip]:
     """Return the examples with the reward model's probabilities as labels."""
     assert config.reward is not None
     found = resolve(config.clap)
@@ -194,7 +194,7 @@ def judged(examples: Sequence[Labelled], config: BatonTraining, session: Session
     # All of them can be read: the same reader has decoded them for the autoencoder.
     tokens.add(example.clip for example in examples)
     tokens.add_prompts(example.prompt for example in examples)
-    logits_B = hear(model.head, Examples(labelled=tuple(examples)), tokens).logits_B
+    logits_B = evaluate_head(model.head, Examples(labelled=tuple(examples)), tokens).logits_B
     rewards_B = sigmoid(logits_B / model.config.temperature)
     return [replace(example, label=float(r)) for example, r in zip(examples, rewards_B, strict=True)]
 
@@ -205,8 +205,8 @@ def loss_of(
     *,
     config: BatonTraining,
     batch: int,
-    rewarded: Sequence[Labelled],
-    pretraining: Sequence[Labelled],
+    rewarded: Sequence[LabelledClip],
+    pretraining: Sequence[LabelledClip],
     session: Session,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return BATON's loss of the rewarded examples at `positions`, and of as many of pretraining."""

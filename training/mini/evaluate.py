@@ -22,7 +22,14 @@ from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
-from training.evaluation.events import EVENT_FIGURES, Verdict, event_values, is_clipped, is_silent, judge
+from training.evaluation.events import (
+    EVENT_METRICS,
+    EventComparison,
+    compare_events,
+    event_metrics,
+    is_clipped,
+    is_silent,
+)
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
 from training.soundworld.scenes import DURATIONS, make_scene
@@ -43,19 +50,19 @@ def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, 
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def summarise(verdicts: list[list[Verdict]]) -> dict[str, object]:
+def summarise(verdicts: list[list[EventComparison]]) -> dict[str, object]:
     """Figures over prompts (outer list) and their clips (inner list), in all and by class."""
 
-    def figures(prompts: list[list[Verdict]]) -> dict[str, tuple[float, float, float]]:
-        rows = [[event_values(verdict) for verdict in prompt] for prompt in prompts]
+    def figures(prompts: list[list[EventComparison]]) -> dict[str, tuple[float, float, float]]:
+        rows = [[event_metrics(verdict) for verdict in prompt] for prompt in prompts]
         return {
             name: interval([[row[name] for row in prompt if not math.isnan(row[name])] for prompt in rows])
-            for name in EVENT_FIGURES
+            for name in EVENT_METRICS
         }
 
     def by_class(name: str) -> dict[str, float]:
         naming = [p for p in verdicts if name in p[0].truth.classes]
-        detected = interval([[float(name in v.heard) for v in p] for p in naming])[0]
+        detected = interval([[float(name in v.detected) for v in p] for p in naming])[0]
         return {"heard": detected} | {key: value[0] for key, value in figures(naming).items()}
 
     named = {name for prompt in verdicts for name in prompt[0].truth.classes}
@@ -80,13 +87,13 @@ class Sampling:
 def evaluate_generation(
     pipeline: TangoPipeline, tagger: EventTagger, *, prompts: int, seeds: int, sampling: Sampling
 ) -> dict[str, object]:
-    """Generate `seeds` clips of each held-out prompt and judge them."""
+    """Generate `seeds` clips of each held-out prompt and compare_events them."""
     drawn = held_out_prompts(prompts, PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS)
-    verdicts: list[list[Verdict]] = []
+    verdicts: list[list[EventComparison]] = []
     silent = clipped = 0
     for start in tqdm(range(0, prompts, BATCH), desc="clips", unit="batch", mininterval=5.0):
         part = drawn[start : start + BATCH]
-        rows: list[list[Verdict]] = [[] for _ in part]
+        rows: list[list[EventComparison]] = [[] for _ in part]
         for seed in range(seeds):
             generators = [clip_generator(seed, start + i) for i in range(len(part))]
             output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
@@ -94,7 +101,7 @@ def evaluate_generation(
             clipped += sum(map(is_clipped, output.waveforms_BN))
             detected = tagger.detect(torch.from_numpy(output.waveforms_BN))
             for row, (_, truth), found in zip(rows, part, detected, strict=True):
-                row.append(judge(truth, found))
+                row.append(compare_events(truth, found))
         verdicts += rows
     return summarise(verdicts) | {"silent": silent, "clipped": clipped}
 
@@ -109,8 +116,8 @@ def evaluate_reconstruction(pipeline: TangoPipeline, tagger: EventTagger, *, cli
         mel = mel_frames(waveform, log_mel)
         latents = pipeline.encode_audio(waveform)
         errors.append(float((pipeline.decode_mel(latents) - mel[:, 0]).abs().mean()))
-        real.append([judge(scene.truth, tagger.detect(waveform)[0])])
-        rebuilt.append([judge(scene.truth, tagger.detect(pipeline.decode(latents))[0])])
+        real.append([compare_events(scene.truth, tagger.detect(waveform)[0])])
+        rebuilt.append([compare_events(scene.truth, tagger.detect(pipeline.decode(latents))[0])])
     return {"log_mel_l1": float(np.mean(errors)), "real": summarise(real), "rebuilt": summarise(rebuilt)}
 
 

@@ -28,7 +28,7 @@ from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.reward.model import RewardModel, load_reward
 from services.models.tango.loading import load_tango
-from training.evaluation.events import Verdict, judge
+from training.evaluation.events import EventComparison, compare_events
 from training.evaluation.prompts import PROMPTS, held_out_prompts
 from training.mini.evaluate import interval
 from training.mini.evaluate_clap import NEGATIVES
@@ -98,12 +98,12 @@ def real_pairs(kind: str, count: int) -> list[tuple[str, Waveform, Waveform]]:
     return pairs
 
 
-def generated_clips(count: int, seeds: int) -> list[list[tuple[Verdict, Waveform]]]:
+def generated_clips(count: int, seeds: int) -> list[list[tuple[EventComparison, Waveform]]]:
     """Return clips of `mini-base` with the tagger's verdicts: a list for each held-out sequence."""
     pipeline = load_tango(mini_folder("mini-base"))
     tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
     drawn = held_out_prompts(count, SEQUENCES)
-    rows: list[list[tuple[Verdict, Waveform]]] = [[] for _ in drawn]
+    rows: list[list[tuple[EventComparison, Waveform]]] = [[] for _ in drawn]
     for start in tqdm(range(0, count, 8), desc="clips", unit="batch"):
         part = drawn[start : start + 8]
         for seed in range(seeds):
@@ -111,15 +111,15 @@ def generated_clips(count: int, seeds: int) -> list[list[tuple[Verdict, Waveform
             clips = pipeline([caption for caption, _ in part], generator=generators).waveforms_BN
             detected = tagger.detect(torch.from_numpy(clips))
             for i, (_, truth) in enumerate(part):
-                rows[start + i].append((judge(truth, detected[i]), clips[i]))
+                rows[start + i].append((compare_events(truth, detected[i]), clips[i]))
     return rows
 
 
 def generated_pairs(
-    rows: list[list[tuple[Verdict, Waveform]]],
+    rows: list[list[tuple[EventComparison, Waveform]]],
     prompts: list[str],
-    better: Callable[[Verdict], bool],
-    worse: Callable[[Verdict], bool],
+    better: Callable[[EventComparison], bool],
+    worse: Callable[[EventComparison], bool],
 ) -> list[tuple[str, Waveform, Waveform]]:
     """Every pair of clips of one prompt of which one is `better` and the other `worse`."""
     return [

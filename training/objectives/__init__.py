@@ -1,1 +1,1 @@
-"""Losses as pure functions of tensors, and the noising of training examples."""
+"""Losses, calibration and statistics as pure functions, and the noising of training examples."""

@@ -1,7 +1,7 @@
-"""The losses of fine-tuning a generator: pure functions of tensors.
+"""Losses for fine-tuning a generator: denoising loss, Diffusion-DPO, BATON. Pure functions of tensors.
 
-All are built on one number a clip: the mean squared error of the denoiser's prediction of the clip, noised
-to one timestep. An `Objective` computes it: `training.objectives.velocity`, `training.objectives.flow`.
+Their inputs are errors: one number per clip, the mean squared error of the denoiser's prediction for the clip
+noised to one timestep. They are computed by an `Objective`, see `training.objectives.objective`.
 
 Shape legend: B batch.
 """
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 
 def denoising_loss(errors_B: Tensor, weights_B: Tensor | None = None) -> Tensor:
-    """Return the mean of the errors, each times its weight.
+    """Return the mean of the errors times their weights.
 
-    The sum is divided by B, not by the sum of weights, so that it does not depend on how a batch is split.
+    It is divided by B, not by the sum of weights, so that it does not depend on how a batch is split.
     """
     return (errors_B if weights_B is None else weights_B * errors_B).mean()
 
 
 class Preference(NamedTuple):
-    """Diffusion-DPO on a batch of pairs."""
+    """Loss and statistics of Diffusion-DPO on a batch of pairs."""
 
     loss: Tensor
     margins_B: Tensor
-    """Implicit reward of the chosen clip minus that of the rejected one. Above 0: ranked right."""
+    """Implicit reward of the chosen clip minus that of the rejected one; positive if ranked correctly."""
     chosen_drifts_B: Tensor
-    """Denoising error of the chosen clip minus the reference's. Both drifts rise when a model collapses."""
+    """Error on the chosen clip minus the reference model's. Both drifts rise when a model collapses."""
     rejected_drifts_B: Tensor
     """The same for the rejected clip."""
 
     @property
     def accuracy(self) -> Tensor:
-        """Return the share of pairs that are ranked right; ties, as at the start, count one half."""
+        """Return the share of positive margins; ties, as at the start, count one half."""
         return (self.margins_B.sign() + 1).mean() / 2
 
 
@@ -52,17 +52,17 @@ def diffusion_dpo(
     latents, the weighting is constant and part of beta. log 2 where policy and reference are equal. With a
     flow's errors and a `chosen_weight` of 1 it is CRPO's loss (arXiv 2412.21037; TangoFlux's `forward`).
 
-    The convention: ``beta/2`` stands in front, so a clip's implicit reward is
-    ``-beta/2 (error - reference's error)``. The example in diffusers multiplies by its `beta_dpo` without the
-    half: its 1000 is 2000 here.
+    Convention: the factor is ``beta/2``, so the implicit reward of a clip is
+    ``-beta/2 (error - reference error)``. The example in diffusers multiplies by `beta_dpo` without the 1/2:
+    its 1000 is 2000 here.
 
     Args:
-        chosen_B: errors of the policy on the chosen clips.
-        rejected_B: on the rejected ones, noised with the same noise to the same timestep.
-        reference_chosen_B: the reference's on the chosen.
-        reference_rejected_B: the reference's on the rejected.
-        beta: strength of the penalty for moving away from the reference; both papers take 2000.
-        chosen_weight: of the chosen clips' denoising loss beside DPO's, which keeps their errors down.
+        chosen_B: the policy's errors on the chosen clips.
+        rejected_B: the policy's errors on the rejected clips, with the same noise and timesteps.
+        reference_chosen_B: the reference model's errors on the chosen clips.
+        reference_rejected_B: the reference model's errors on the rejected clips.
+        beta: strength of the penalty for moving away from the reference model; both papers use 2000.
+        chosen_weight: weight of the denoising loss of the chosen clips, added to keep their errors low.
     """
     chosen_drifts_B = chosen_B - reference_chosen_B
     rejected_drifts_B = rejected_B - reference_rejected_B
@@ -83,15 +83,15 @@ def reward_weighted(
     *,
     pretraining_weight: float = 1.0,
 ) -> Tensor:
-    """Return BATON's loss (arXiv 2402.00744): the denoising loss of labelled clips, each times its reward.
+    """Return BATON's loss (arXiv 2402.00744): the denoising loss of labelled clips, weighted by reward.
 
-    To it comes the plain denoising loss of pretraining data as a regulariser.
+    The denoising loss of pretraining data is added as a regulariser.
 
     Args:
-        errors_B: of clips labelled by people (HD) or by the reward model (RD).
-        rewards_B: their rewards in [0, 1]. A clip of reward 0 counts for nothing.
-        pretraining_errors_B: of pretraining data (PD).
-        pretraining_weight: of the second part.
+        errors_B: errors on clips labelled by people (HD) or by the reward model (RD).
+        rewards_B: their rewards in [0, 1]. A clip with reward 0 does not contribute.
+        pretraining_errors_B: errors on pretraining data (PD).
+        pretraining_weight: weight of the regulariser.
     """
     loss = denoising_loss(errors_B, rewards_B)
     if pretraining_errors_B is None:

@@ -1,4 +1,4 @@
-"""Rectified flow (arXiv 2209.03003), as TangoFlux is trained (arXiv 2412.21037).
+"""The objective of rectified flows (arXiv 2209.03003), as TangoFlux is trained (arXiv 2412.21037).
 
 The convention is that of diffusers' `FlowMatchEulerDiscreteScheduler`: time s runs from the clip, 0, to
 noise, 1. So ``x_s = (1 - s) clean + s noise`` at the timestep ``1000 s``, and the velocity is ``x_1 - x_0``,
@@ -20,7 +20,7 @@ class FlowObjective:
     continuous = True
 
     def __init__(self, folder: Path) -> None:
-        """The schedule is the same for every model."""
+        """Ignore `folder`: the schedule is the same for every model."""
 
     def noised(self, clean_BX: Tensor, noising: Noising) -> Tensor:
         """See `Objective`."""
@@ -49,7 +49,7 @@ def flow_errors(predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor) -> Ten
     Args:
         predicted_BX: the denoiser's output, of any float type.
         clean_BX: the clips' latents.
-        noise_BX: the noise they were mixed with.
+        noise_BX: the noise that was added.
     """
     return mean_squares(predicted_BX, noise_BX - clean_BX)
 
@@ -57,8 +57,8 @@ def flow_errors(predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor) -> Ten
 def flow_min_snr_weights(timesteps_B: Tensor, gamma: float) -> Tensor:
     """Return min-SNR weights (arXiv 2303.09556) of a flow's velocity: ``min((1 - s)^2, gamma s^2)``.
 
-    An error of the velocity is one of ``s`` times its size in the clip, whose weight is ``min(snr, gamma)``
-    with ``snr = ((1 - s) / s)^2``.
+    An error of the velocity is ``s`` times as large in the predicted clip, which has the weight
+    ``min(snr, gamma)`` with ``snr = ((1 - s) / s)^2``.
     """
     share_B = timesteps_B / TIMESTEPS
     return ((1 - share_B) ** 2).minimum(gamma * share_B**2)

@@ -1,4 +1,4 @@
-"""Which timestep and which noise each training example gets: a function of the seed and its position.
+"""Timestep and noise of each training example, as a function of the seed and its position.
 
 Shape legend: B batch, X a family's own shape of latents.
 """
@@ -16,30 +16,30 @@ from torch import Tensor
 from training.loop.fit import Positions
 
 TIMESTEPS: Final = 1000
-"""Timesteps of every family's noise schedule: from 0, a clip, up to this, noise."""
+"""Timesteps of the noise schedule of every family, from 0 (the clip) to this (noise)."""
 
 _STREAM = 0x6E6F6973
-"""Keeps these random numbers apart from others of the same seed and position."""
+"""Separates these random numbers from others with the same seed and position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoisingConfig:
-    """How timesteps are distributed."""
+    """Distribution of timesteps."""
 
     density: Literal["uniform", "logit_normal"] = "uniform"
-    """uniform, as Tango is trained; logit_normal: the sigmoid of a standard normal (arXiv 2403.03206, section
-    3.1), as TangoFlux is trained: most in the middle."""
+    """uniform, as Tango is trained; logit_normal, the sigmoid of a standard normal (arXiv 2403.03206, section
+    3.1), as TangoFlux is trained."""
 
     blank: float = 0.0
-    """Share of a batch that is noise alone, as at the start of inference. Stable Diffusion's schedule ends
-    with 0.5 % of the signal's power left, enough to read a clip's whole layout from; the order of events is
-    decided where there is less (compare arXiv 2305.08891)."""
+    """Share of a batch that is pure noise, as at the start of inference. Stable Diffusion's schedule ends
+    with 0.5 % of the signal's power left, enough to reveal the layout of a clip; the order of events is
+    decided below that (compare arXiv 2305.08891)."""
     blank_from: int = 900
-    """First timestep that is given for latents that are noise alone."""
+    """Lowest timestep of pure noise."""
     late: float = 0.0
-    """Share of a batch at late timesteps, uniformly distributed."""
+    """Share of a batch at late timesteps, drawn uniformly."""
     late_from: int = 800
-    """First of the late timesteps."""
+    """Lowest of the late timesteps."""
     condition_dropout: float = 0.0
     """Share of the prompts replaced by the empty one, for classifier-free guidance."""
 
@@ -48,7 +48,7 @@ class NoisingConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1]")
         if self.blank + self.late > 1:
-            raise ValueError(f"blank ({self.blank}) and late ({self.late}) are more than all")
+            raise ValueError(f"blank ({self.blank}) and late ({self.late}) must not exceed 1 together")
         for name in ("blank_from", "late_from"):
             if not 0 <= getattr(self, name) < TIMESTEPS:
                 raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, {TIMESTEPS})")
@@ -56,28 +56,28 @@ class NoisingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noising:
-    """How the clips of a batch are noised."""
+    """Timesteps and noise of a batch of clips."""
 
     timesteps_B: Tensor
-    """int64, or float32 where the objective's time is continuous."""
+    """int64, or float32 if the objective's time is continuous."""
     noise_BX: Tensor
-    """Unit noise, float32."""
+    """Standard normal noise, float32."""
     blank_B: Tensor
-    """Bool: the noised clip is noise alone."""
+    """Bool: the noised clip is pure noise."""
     unconditional_B: Tensor
-    """Bool: the prompt is dropped."""
+    """Bool: the prompt is replaced by the empty one."""
 
     def to(self, device: torch.device) -> "Noising":
-        """Return the same on another device."""
+        """Return a copy on `device`."""
         return Noising(**{name: getattr(self, name).to(device) for name in self.__slots__})
 
     @classmethod
     def joined(cls, parts: "Sequence[Noising]") -> "Noising":
-        """Return batches one after another. The same one twice: two clips an example, which share it all."""
+        """Concatenate batches. The same one twice gives both clips of a pair the same noise and timestep."""
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
 
     def blanked(self, noisy_BX: Tensor) -> Tensor:
-        """Return `noisy_BX` with noise alone in the rows of `blank_B`."""
+        """Return `noisy_BX` with pure noise in the rows of `blank_B`."""
         return torch.where(by_row(self.blank_B, noisy_BX), self.noise_BX, noisy_BX)
 
 
@@ -103,18 +103,18 @@ def draw_noising(
 ) -> Noising:
     """Draw the noising of the examples at `positions`.
 
-    Each stratum (blank, late, the others) is cut into equal parts, one for each of its places in the batch,
-    and a timestep is drawn from within the part: as uniform as independent draws, with less variance. The
-    first places of a batch are the blank ones, then come the late ones.
+    Timesteps are drawn by stratified sampling: each stratum (blank, late, the others) is divided into equal
+    parts, one per row of the batch that belongs to it, and a timestep is drawn from each part. This has less
+    variance than independent draws. The first rows of a batch are the blank ones, followed by the late ones.
 
     Args:
-        positions: step × batch + place in the batch.
-        shape_X: of a clip's latents.
-        config: how timesteps are distributed.
-        batch: examples a step, of all processes and parts.
-        seed: of everything.
-        continuous: draw timesteps in [0, 1000), not whole ones from 0 to 999.
-        stream: another one for other examples at the same positions.
+        positions: step × batch + row in the batch.
+        shape_X: shape of a clip's latents.
+        config: the distribution of timesteps.
+        batch: examples per step, over all processes and accumulated parts.
+        seed: seed of all random numbers.
+        continuous: draw timesteps in [0, 1000) instead of integers from 0 to 999.
+        stream: distinguishes several examples at the same position.
     """
     place_of = _logit_normal if config.density == "logit_normal" else float
     blank, late = round(config.blank * batch), round(config.late * batch)

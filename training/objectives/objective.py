@@ -1,4 +1,4 @@
-"""The registry of objectives: how a family's clips are noised, and how its denoiser's error is measured.
+"""The registry of objectives: how clips are noised, and what error of the denoiser is minimised.
 
 Shape legend: B batch, X a family's own shape of latents.
 """
@@ -15,23 +15,23 @@ from training.objectives.velocity import VelocityObjective
 
 
 class Objective(Protocol):
-    """What a denoiser learns to predict."""
+    """A training objective of denoisers."""
 
     continuous: bool
-    """Whether timesteps are any numbers in [0, 1000), not whole ones."""
+    """Whether timesteps are real numbers in [0, 1000); otherwise integers."""
 
     def noised(self, clean_BX: Tensor, noising: Noising) -> Tensor:
-        """Return clips mixed with noise, [B, X]: the denoiser's input."""
+        """Return clips with noise added, [B, X]: the denoiser's input."""
 
     def errors(self, predicted_BX: Tensor, clean_BX: Tensor, noising: Noising) -> Tensor:
-        """Return the mean squared error of each clip's prediction, float32 [B]."""
+        """Return the mean squared error of the prediction for each clip, float32 [B]."""
 
     def min_snr_weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Return min-SNR weights [B] for `errors`."""
+        """Return the min-SNR weights [B] of `errors`."""
 
 
 OBJECTIVES: Final[Mapping[str, Callable[[Path], Objective]]] = {
     "v_prediction": VelocityObjective,
     "flow": FlowObjective,
 }
-"""Each makes the objective of the model in a folder, or raises `ModelFormatError`."""
+"""Constructors by name. Each takes a model folder and raises `ModelFormatError` if it does not fit."""

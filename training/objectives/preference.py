@@ -1,4 +1,4 @@
-"""The losses of the training programs: pure functions of tensors.
+"""Losses of reward models: binary cross-entropy and Bradley-Terry. Pure functions of tensors.
 
 Shape legend: B batch.
 """
@@ -13,17 +13,17 @@ def binary_cross_entropy(
     label_smoothing: float = 0.0,
     class_weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Mean cross-entropy of absolute labels, the objective of BATON's reward model (arXiv 2402.00744).
+    """Return the mean cross-entropy of labels, the objective of BATON's reward model (arXiv 2402.00744).
 
-    ``-w(y) [y log s(z) + (1 - y) log s(-z)]`` with s the sigmoid. With equal weights its minimum for a share
-    p of positive labels lies at ``z = log(p / (1 - p))``.
+    It is ``-w(y) [y log s(z) + (1 - y) log s(-z)]`` with s the sigmoid. With equal weights, its minimum for a
+    share p of positive labels is at ``z = log(p / (1 - p))``.
 
     Args:
         logits_B: rewards z.
-        labels_B: 1 where people liked the clip for the prompt, 0 where not; shares of annotators in between.
-        label_smoothing: labels are drawn towards 1/2: ``y (1 - e) + e / 2``.
-        class_weights: w of labels 0 and 1 (in between: interpolated). The sum is divided by B and not by the
-            sum of weights, so that a batch and its parts have one mean, however it is split up.
+        labels_B: 1 if the clip was liked for the prompt, 0 if not; in between, the share of annotators.
+        label_smoothing: e in the smoothed labels ``y (1 - e) + e / 2``.
+        class_weights: w of labels 0 and 1 (in between: interpolated). The sum is divided by B, not by the sum
+            of weights, so that the loss does not depend on how a batch is split.
     """
     negative, positive = class_weights
     weights_B = negative + (positive - negative) * labels_B
@@ -33,19 +33,17 @@ def binary_cross_entropy(
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean negative log-likelihood of preferences: ``-log s(r_chosen - r_rejected)``.
+    """Return the mean negative log-likelihood of preferences: ``-log s(r_chosen - r_rejected)``.
 
-    Equation 12 of the Tango 2 paper (arXiv 2404.09956), the loss of the Bradley-Terry model. log 2 where both
-    rewards are equal. Only the difference counts, so rewards trained by this alone have no absolute zero.
+    The loss of the Bradley-Terry model, equation 12 of the Tango 2 paper (arXiv 2404.09956); log 2 if both
+    rewards are equal. It depends on the difference alone, so the zero of the rewards is arbitrary.
 
     Args:
-        chosen_B: rewards of the clips that were preferred.
-        rejected_B: rewards of the others.
-        label_smoothing: probability e that an annotator took the wrong one (conservative form: the loss is
-            (1 - e) times that of the pair and e times that of the pair exchanged); the margin it strives for
-            is then ``log((1 - e) / e)`` instead of infinity.
+        chosen_B: rewards of the chosen clips.
+        rejected_B: rewards of the rejected clips.
+        label_smoothing: probability e that the annotator erred: the loss is (1 - e) times that of the pair
+            plus e times that of the swapped pair; the optimal margin is ``log((1 - e) / e)``, not infinite.
     """
     margins_B = chosen_B - rejected_B
-    right_B = nn.functional.logsigmoid(margins_B)
-    wrong_B = nn.functional.logsigmoid(-margins_B)
-    return -((1 - label_smoothing) * right_B + label_smoothing * wrong_B).mean()
+    correct_B, swapped_B = nn.functional.logsigmoid(margins_B), nn.functional.logsigmoid(-margins_B)
+    return -((1 - label_smoothing) * correct_B + label_smoothing * swapped_B).mean()

@@ -1,4 +1,4 @@
-"""v-prediction on Stable Diffusion's noise schedule, as Tango is trained.
+"""The objective of v-prediction on Stable Diffusion's noise schedule, as Tango is trained.
 
 Shape legend: B batch, X a family's own shape of latents.
 """
@@ -20,7 +20,7 @@ class VelocityObjective:
     continuous = False
 
     def __init__(self, folder: Path) -> None:
-        """Take the noise schedule of the model in `folder`. Raises `ModelFormatError` if it predicts no v."""
+        """Read the noise schedule of a model. Raises `ModelFormatError` unless the model predicts v."""
         schedule = read_json(folder / "scheduler" / "scheduler_config.json")
         if schedule.get("prediction_type") != "v_prediction":
             raise ModelFormatError(
@@ -45,17 +45,17 @@ class VelocityObjective:
 def velocity_errors(
     predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor, timesteps_B: Tensor, scheduler: Any
 ) -> Tensor:
-    """Return the mean squared error of v-prediction of each clip: float32 [B].
+    """Return the mean squared error of the predicted v of each clip: float32 [B].
 
-    The target is ``v = sqrt(a) noise - sqrt(1 - a) clean`` (arXiv 2202.00512), a the share of the signal's
-    power that is left at the timestep.
+    The target is ``v = sqrt(a) noise - sqrt(1 - a) clean`` (arXiv 2202.00512), a the remaining share of the
+    signal's power at the timestep.
 
     Args:
         predicted_BX: the denoiser's output, of any float type.
         clean_BX: the clips' latents.
-        noise_BX: the noise they were mixed with.
+        noise_BX: the noise that was added.
         timesteps_B: int64.
-        scheduler: one of diffusers', for its noise schedule.
+        scheduler: a diffusers scheduler, for its noise schedule.
     """
     target_BX = scheduler.get_velocity(clean_BX, noise_BX, timesteps_B)
     return mean_squares(predicted_BX, target_BX)
@@ -64,10 +64,10 @@ def velocity_errors(
 def min_snr_weights(timesteps_B: Tensor, scheduler: Any, gamma: float) -> Tensor:
     """Return min-SNR weights of v-prediction, ``min(snr, gamma) / (snr + 1)`` (arXiv 2303.09556, 3.4).
 
-    They go to zero with the signal. Upstream's `compute_snr` divides by snr instead, the form for
-    noise prediction, although Tango predicts velocities.
+    They go to zero with the signal. Upstream Tango divides by snr instead, the form for noise prediction,
+    although it predicts v.
     """
-    left_B = scheduler.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
-    snr_B = left_B / (1 - left_B)
+    signal_B = scheduler.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
+    snr_B = signal_B / (1 - signal_B)
     weights_B: Tensor = snr_B.clamp(max=gamma) / (snr_B + 1)
     return weights_B

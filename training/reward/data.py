@@ -1,10 +1,11 @@
-"""The data of a reward model's training: examples by split, and CLAP's tokens of their clips.
+"""Training data of reward models: examples by split, and a cache of the frozen CLAP model's tokens.
 
-Examples come from BATON's JSON, from preference Parquet and from the sound world, and add up. They are
-divided by their prompt, so that a held-out prompt was never in training with any clip. CLAP is frozen: its
-tokens of each clip are made once, kept in the run's folder and then in memory.
+Examples from BATON's JSON files, Parquet files of preference pairs and the sound world are combined. They are
+split by prompt, so that no clip of a held-out prompt is in the training split. The tokens of each clip are
+computed once, and cached in the run's folder and in memory.
 
-Shape legend: B batch, A audio tokens of a clip, C width of a token, D width of an embedding.
+Shape legend: B batch, A audio tokens of a clip, L text tokens of a prompt, C width of a token, D width of an
+embedding.
 """
 
 import hashlib
@@ -29,29 +30,29 @@ from training.loop.progress import progress
 from training.soundworld.scenes import Split, split_of
 
 BATCH = 8
-"""Clips of one pass through CLAP."""
+"""Clips per forward pass of CLAP."""
 SHARD = 512
-"""Clips of one file of tokens: what a kill may cost."""
+"""Clips per cache file: at most so many are computed again after a kill."""
 TEXTS = 64
-"""Prompts of one pass through CLAP."""
+"""Prompts per forward pass of CLAP."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where the examples come from."""
+    """Sources of the examples."""
 
     labelled: tuple[Path, ...] = ()
     """JSON files in BATON's format (`training.data.examples.read_labelled`)."""
     pairs: tuple[Path, ...] = ()
     """Parquet files of preference pairs (`training.data.examples.read_pairs`)."""
     audio_root: Path | None = None
-    """Folder of the audio that they name by relative paths; none: each file's own folder."""
+    """Folder that relative audio paths in these files start from; None: each file's own folder."""
     soundworld: SoundworldData = field(default_factory=lambda: SoundworldData(contrasts=0))
-    """Examples from the sound world."""
+    """Examples of the sound world."""
     max_unreadable: float = 0.05
-    """Share of clips that may be unreadable before the training is refused."""
+    """Maximum share of unreadable clips; above it, training is refused."""
     workers: int = 0
-    """Processes that read clips (or make them) while this one runs CLAP; 0: it does both in turn."""
+    """Worker processes that read or render clips while this one runs CLAP; 0: no workers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_unreadable <= 1:
@@ -59,35 +60,36 @@ class DataConfig:
 
 
 def load_examples(config: DataConfig) -> dict[Split, Examples]:
-    """The examples of each split (by the prompt's text: 90, 5 and 5 %), from all sources.
+    """Return the examples of all sources by split (90, 5 and 5 %, by the prompt's text).
 
-    Raises `InvalidInputError` for a file that is missing or not in its format.
+    Raises `InvalidInputError` if a file is missing or has another format.
     """
     labelled = [example for path in config.labelled for example in read_labelled(path, config.audio_root)]
     pairs = [pair for path in config.pairs for pair in read_pairs(path, config.audio_root)]
-    found = {}
+    splits = {}
     for split in SPLITS:
         world = soundworld_examples(config.soundworld, split)
-        found[split] = Examples(
+        splits[split] = Examples(
             labelled=(*(e for e in labelled if split_of(e.prompt) == split), *world.labelled),
             pairs=(*(p for p in pairs if split_of(p.prompt) == split), *world.pairs),
         )
-    return found
+    return splits
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """What is kept of a clip."""
+class _ClipTokens:
+    """The cached outputs of CLAP for a clip."""
 
     hidden_AC: Tensor
     """float16."""
     seconds_A: Tensor
+    """Centre of each token, in seconds from the clip's start."""
     embedding_D: Tensor
-    """The pooled embedding; of width 0 where no score was wanted."""
+    """The pooled embedding; of width 0 if it was not computed."""
 
 
-class _Reading(Dataset[tuple[Waveform, int] | str]):
-    """Clips, read when asked for; the reason where one can't be."""
+class _ClipDataset(Dataset[tuple[Waveform, int] | str]):
+    """Reads clips by index: a waveform and its sampling rate, or the reason why it can't be read."""
 
     def __init__(self, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -103,11 +105,11 @@ class _Reading(Dataset[tuple[Waveform, int] | str]):
 
 
 class ClapTokens:
-    """CLAP's tokens of clips, on disk by content and in memory; and its tokens of prompts.
+    """CLAP's tokens of clips and prompts, computed once.
 
-    Files hold up to `SHARD` clips as float16 under the digests of their content; the folder's name holds
-    CLAP's. A file is written whole or not at all, so whatever was finished when a run was killed is not done
-    again.
+    Tokens of clips are cached on disk by the digest of the clip's content, in files of up to `SHARD` clips
+    (float16), in a folder by CLAP's digest. Files are written atomically, so a resumed run computes only what
+    is missing. Tokens of prompts are cached in memory.
     """
 
     def __init__(
@@ -116,65 +118,66 @@ class ClapTokens:
         self.folder = folder / f"tokens-{clap_digest.removeprefix('sha256:')[:16]}"
         self.clap, self.accelerator, self.workers = clap, accelerator, workers
         self._files: set[Path] = set()
-        self._known: dict[str, _Entry] = {}
-        self._entries: dict[Clip, _Entry] = {}
+        self._known: dict[str, _ClipTokens] = {}
+        self._entries: dict[Clip, _ClipTokens] = {}
         self._texts: dict[str, Tensor] = {}
 
     def add(self, clips: Iterable[Clip], *, scored: bool = False) -> dict[Clip, str]:
-        """Make ready the tokens of `clips`, those that are missing being shared out among the processes.
+        """Compute the missing tokens of `clips`, divided among the processes.
 
-        With `scored` also what `scores` needs. Returns the clips that can't be read, and why.
+        `scored` also computes the embeddings that `scores` needs. Returns the unreadable clips with reasons.
+        Raises `OutputError` if the cache can't be written.
         """
         self._load()
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        wanted = list(dict.fromkeys(clips))
+        unique = list(dict.fromkeys(clips))
         digests: dict[Clip, str] = {}
         unreadable: dict[int, str] = {}
-        own = range(rank, len(wanted), processes)
+        own = range(rank, len(unique), processes)
         missing = []
         for number in own:
             try:
-                digests[wanted[number]] = digest = wanted[number].digest
+                digests[unique[number]] = digest = unique[number].digest
             except (OSError, ValueError) as error:
                 unreadable[number] = _reason(error)
                 continue
             known = self._known.get(digest)
             if known is None or (scored and not known.embedding_D.numel()):
                 missing.append(number)
-        reading = DataLoader(
-            _Reading([wanted[number] for number in missing]),
+        loader = DataLoader(
+            _ClipDataset([unique[number] for number in missing]),
             batch_size=BATCH,
             num_workers=self.workers if len(missing) > BATCH else 0,
             collate_fn=list,
         )
         bar = progress(total=len(missing), desc="CLAP tokens", unit="clip", disable=rank > 0)
-        made: dict[str, _Entry] = {}
+        made: dict[str, _ClipTokens] = {}
         with bar:
-            for place, batch in enumerate(reading):
-                numbers = missing[place * BATCH :][: len(batch)]
-                heard = {}
+            for index, batch in enumerate(loader):
+                numbers = missing[index * BATCH :][: len(batch)]
+                waveforms = {}
                 for number, found in zip(numbers, batch, strict=True):
                     if isinstance(found, str):
                         unreadable[number] = found
                     else:
-                        heard[digests[wanted[number]]] = found
-                made |= self._embed(heard, scored)
+                        waveforms[digests[unique[number]]] = found
+                made |= self._compute(waveforms, scored)
                 bar.update(len(batch))
-                if (place + 1) % (SHARD // BATCH) == 0:
+                if (index + 1) % (SHARD // BATCH) == 0:
                     self._save(made)
                     made = {}
             self._save(made)
         self.accelerator.wait_for_everyone()
         if processes > 1:
-            everywhere = gather_object([(dict(unreadable), {n: digests.get(wanted[n]) for n in own})])
+            everywhere = gather_object([(dict(unreadable), {n: digests.get(unique[n]) for n in own})])
             unreadable = {n: reason for there, _ in everywhere for n, reason in there.items()}
-            digests = {wanted[n]: digest for _, there in everywhere for n, digest in there.items() if digest}
+            digests = {unique[n]: digest for _, there in everywhere for n, digest in there.items() if digest}
         self._load()
         self._entries |= {clip: self._known[d] for clip, d in digests.items() if d in self._known}
-        return {wanted[number]: reason for number, reason in sorted(unreadable.items())}
+        return {unique[number]: reason for number, reason in sorted(unreadable.items())}
 
     def add_prompts(self, prompts: Iterable[str]) -> None:
-        """Make ready the tokens of prompts that come again and again."""
+        """Compute the tokens of prompts that are used repeatedly."""
         missing = sorted(set(prompts) - self._texts.keys())
         for start in range(0, len(missing), TEXTS):
             part = missing[start : start + TEXTS]
@@ -183,7 +186,7 @@ class ClapTokens:
                 self._texts[prompt] = hidden_LC[mask_L].half().cpu()
 
     def audio(self, clips: Sequence[Clip]) -> AudioTokens:
-        """Tokens of clips that were added, on CLAP's device."""
+        """Return the tokens of clips that were added, padded, float32 on CLAP's device."""
         entries = [self._entries[clip] for clip in clips]
         lengths = torch.tensor([len(entry.seconds_A) for entry in entries])
         pad = nn.utils.rnn.pad_sequence
@@ -198,10 +201,10 @@ class ClapTokens:
         )
 
     def text(self, prompts: Sequence[str]) -> TextTokens:
-        """Tokens of prompts, on CLAP's device: from memory if all of them were added, else made now."""
+        """Return the tokens of prompts on CLAP's device, computed now unless all of them were added."""
         if any(prompt not in self._texts for prompt in prompts):
             made = self.clap.text_tokens(prompts)
-            # Out of inference mode: autograd refuses what was made in it.
+            # Clones, because autograd refuses tensors of inference mode.
             return TextTokens(hidden_BLC=made.hidden_BLC.clone(), mask_BL=made.mask_BL.clone())
         rows = [self._texts[prompt] for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
@@ -212,28 +215,30 @@ class ClapTokens:
         )
 
     def scores(self, prompts: Sequence[str], clips: Sequence[Clip]) -> Tensor:
-        """CLAP scores [B], from pooled embeddings: what the reward is compared with."""
+        """Return CLAP scores [B], the cosine of pooled embeddings, of clips that were added with `scored`."""
         audio_BD = torch.stack([self._entries[clip].embedding_D for clip in clips]).float()
         return (self.clap.embed_text(prompts) * nn.functional.normalize(audio_BD, dim=-1)).sum(-1)
 
-    def _embed(self, heard: Mapping[str, tuple[Waveform, int]], scored: bool) -> dict[str, _Entry]:
-        """Tokens of a few clips, by digest."""
-        if not heard:
+    def _compute(self, waveforms: Mapping[str, tuple[Waveform, int]], scored: bool) -> dict[str, _ClipTokens]:
+        """Return the tokens of a few clips, by digest."""
+        if not waveforms:
             return {}
-        # Silence after short clips, as the reward model hears them; for the scores CLAP's own way.
-        windows = [self.clap.prepare(waveform, rate, padding="pad") for waveform, rate in heard.values()]
-        tokens = self.clap.audio_tokens(windows, [wave.shape[-1] / rate for wave, rate in heard.values()])
-        embeddings_BD = torch.empty(len(heard), 0)
+        # The reward model pads short clips with silence; CLAP scores keep the model's own padding.
+        windows = [self.clap.prepare(wave, rate, padding="pad") for wave, rate in waveforms.values()]
+        tokens = self.clap.audio_tokens(windows, [wave.shape[-1] / rate for wave, rate in waveforms.values()])
+        embeddings_BD = torch.empty(len(waveforms), 0)
         if scored:
-            embeddings_BD = self.clap.embed_windows([self.clap.prepare(*pair) for pair in heard.values()])
+            embeddings_BD = self.clap.embed_windows([self.clap.prepare(*clip) for clip in waveforms.values()])
         return {
-            digest: _Entry(hidden_AC[mask_A].half().cpu(), seconds_A[mask_A].float().cpu(), embedding_D.cpu())
+            digest: _ClipTokens(
+                hidden_AC[mask_A].half().cpu(), seconds_A[mask_A].float().cpu(), embedding_D.cpu()
+            )
             for digest, hidden_AC, seconds_A, mask_A, embedding_D in zip(
-                heard, tokens.hidden_BAC, tokens.seconds_BA, tokens.mask_BA, embeddings_BD, strict=True
+                waveforms, tokens.hidden_BAC, tokens.seconds_BA, tokens.mask_BA, embeddings_BD, strict=True
             )
         }
 
-    def _save(self, made: Mapping[str, _Entry]) -> None:
+    def _save(self, made: Mapping[str, _ClipTokens]) -> None:
         if not made:
             return
         entries = list(made.values())
@@ -255,7 +260,7 @@ class ClapTokens:
             raise OutputError(f"{path} can't be written: {error}") from error
 
     def _load(self) -> None:
-        """Read what lies on disk and is not in memory. A damaged file is as good as none."""
+        """Load the files that are not in memory yet. Damaged files are deleted."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._files):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -263,7 +268,7 @@ class ClapTokens:
                     lengths = file.get_tensor("lengths").tolist()
                     hidden = torch.split(file.get_tensor("hidden"), lengths)
                     seconds = torch.split(file.get_tensor("seconds"), lengths)
-                    entries = map(_Entry, hidden, seconds, file.get_tensor("embeddings"))
+                    entries = map(_ClipTokens, hidden, seconds, file.get_tensor("embeddings"))
                     for digest, entry in zip(digests, entries, strict=True):
                         if entry.embedding_D.numel() or digest not in self._known:
                             self._known[digest] = entry

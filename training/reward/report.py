@@ -1,8 +1,9 @@
-"""What a reward model is worth on held-out examples, and the folder that it leaves.
+"""Metrics of a reward model on held-out examples, and the model folder that training writes.
 
 Shape legend: B examples.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,73 +12,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from services.errors import MilongaError, OutputError
 from services.models.manifest import Manifest, write_manifest
 from services.models.reward.model import RewardModel, read_reward_config
-from training.data.examples import Clip, Examples, Labelled, Pair
-from training.evaluation.calibration import (
+from training.data.examples import Clip, Examples, LabelledClip, Pair
+from training.objectives.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
     reliability,
     sigmoid,
 )
-from training.evaluation.plots import reliability_plot
-from training.evaluation.statistics import area_under_curve, bootstrap_mean
+from training.objectives.statistics import area_under_curve, bootstrap_mean
 from training.reward.data import ClapTokens
 
 EVALUATION = "evaluation.json"
 RELIABILITY = "reliability.png"
 BATCH = 64
+DPI = 120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
-    """Raw logits of a split."""
+class HeadOutputs:
+    """Uncalibrated logits of a split."""
 
-    labelled: tuple[Labelled, ...]
+    labelled: tuple[LabelledClip, ...]
     logits_B: Tensor
-    """Of the labelled examples."""
+    """Logits of `labelled`."""
     pairs: tuple[Pair, ...]
-    """The split's, or where it has none those that its labels make."""
+    """The pairs of the split, or if it has none, those derived from its labels."""
     margins_B: Tensor
-    """Of the pairs: logit of the chosen less that of the rejected clip."""
+    """For each of `pairs`, the logit of the chosen clip minus that of the rejected one."""
 
-    def calibration(self) -> tuple[Tensor, Tensor]:
-        """Logits and labels that the probability is fitted to: of labels if there are any, else the margins
-        of the pairs, each in both orders."""
+    def calibration_data(self) -> tuple[Tensor, Tensor]:
+        """Return the logits and labels to calibrate on.
+
+        They are those of the labelled clips; if there are none, the margins of the pairs in both orders.
+        """
         if self.labelled:
             return self.logits_B, torch.tensor([example.label for example in self.labelled])
         ones_B = torch.ones_like(self.margins_B)
         return torch.cat([self.margins_B, -self.margins_B]), torch.cat([ones_B, 1 - ones_B])
 
-    def progress(self) -> dict[str, float]:
-        """The figures that are looked at while training: pair accuracy, area under the curve, likelihood."""
-        logits_B, labels_B = self.calibration()
-        figures = {"nll": negative_log_likelihood(logits_B, labels_B)}
+    def validation_metrics(self) -> dict[str, float]:
+        """Return the metrics logged during training: nll, and if defined, pair_accuracy and auc."""
+        logits_B, labels_B = self.calibration_data()
+        metrics = {"nll": negative_log_likelihood(logits_B, labels_B)}
         if self.pairs:
-            figures["pair_accuracy"] = _won(self.margins_B).mean().item()
+            metrics["pair_accuracy"] = _correct(self.margins_B).mean().item()
         if len({example.label > 0.5 for example in self.labelled}) == 2:
-            figures["auc"] = area_under_curve(logits_B, labels_B)
-        return figures
+            metrics["auc"] = area_under_curve(logits_B, labels_B)
+        return metrics
 
 
 @torch.no_grad()
-def hear(head: nn.Module, examples: Examples, tokens: ClapTokens) -> Heard:
-    """Raw logits of examples, float32 on the CPU."""
+def evaluate_head(head: nn.Module, examples: Examples, tokens: ClapTokens) -> HeadOutputs:
+    """Return the head's logits of `examples`, float32 on the CPU."""
 
-    def logits(asked: Sequence[tuple[str, Clip]]) -> Tensor:
-        parts = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
-        heard = [
+    def logits(inputs: Sequence[tuple[str, Clip]]) -> Tensor:
+        parts = [inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH)]
+        outputs = [
             head(tokens.text([p for p, _ in part]), tokens.audio([c for _, c in part])) for part in parts
         ]
-        return torch.cat(heard).float().cpu() if heard else torch.empty(0)
+        return torch.cat(outputs).float().cpu() if outputs else torch.empty(0)
 
-    pairs = examples.comparable()
+    pairs = examples.preference_pairs()
     chosen_B = logits([(pair.prompt, pair.chosen) for pair in pairs])
     rejected_B = logits([(pair.prompt, pair.rejected) for pair in pairs])
-    return Heard(
+    return HeadOutputs(
         labelled=examples.labelled,
         logits_B=logits([(example.prompt, example.clip) for example in examples.labelled]),
         pairs=pairs,
@@ -85,19 +89,22 @@ def hear(head: nn.Module, examples: Examples, tokens: ClapTokens) -> Heard:
     )
 
 
-def evaluate(heard: Heard, tokens: ClapTokens, temperature: float) -> dict[str, Any]:
-    """The figures of evaluation.json: pair accuracy by the kind of mistake and the kind of recording, beside
-    CLAP's own, with bootstrap intervals over prompts; and whether probabilities mean what they say."""
+def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: float) -> dict[str, Any]:
+    """Return the metrics for evaluation.json, those that are means with 95 % intervals over prompts.
+
+    These are pair accuracy by mistake and domain, beside that of the CLAP score; calibration before and after
+    the division by `temperature`; and, for labels, accuracy and area under the ROC curve.
+    """
     report: dict[str, Any] = {}
-    if heard.pairs:
-        prompts = [pair.prompt for pair in heard.pairs]
-        margins_B = tokens.scores(prompts, [pair.chosen for pair in heard.pairs])
-        margins_B -= tokens.scores(prompts, [pair.rejected for pair in heard.pairs])
-        report["pair_accuracy"] = _accuracy(heard.pairs, _won(heard.margins_B))
-        report["clap_pair_accuracy"] = _accuracy(heard.pairs, _won(margins_B))
-    logits_B, labels_B = heard.calibration()
+    if outputs.pairs:
+        prompts = [pair.prompt for pair in outputs.pairs]
+        margins_B = tokens.scores(prompts, [pair.chosen for pair in outputs.pairs])
+        margins_B -= tokens.scores(prompts, [pair.rejected for pair in outputs.pairs])
+        report["pair_accuracy"] = _pair_accuracy(outputs.pairs, _correct(outputs.margins_B))
+        report["clap_pair_accuracy"] = _pair_accuracy(outputs.pairs, _correct(margins_B))
+    logits_B, labels_B = outputs.calibration_data()
     report["calibration"] = {
-        "of": "labels" if heard.labelled else "pairs",
+        "of": "labels" if outputs.labelled else "pairs",
         "expected_calibration_error": {
             name: expected_calibration_error(sigmoid(logits_B / divisor), labels_B)
             for name, divisor in (("before", 1.0), ("after", temperature))
@@ -107,35 +114,48 @@ def evaluate(heard: Heard, tokens: ClapTokens, temperature: float) -> dict[str, 
             for name, divisor in (("before", 1.0), ("after", temperature))
         },
     }
-    if heard.labelled:
-        right_B = ((logits_B > 0) == (labels_B > 0.5)).double()
+    if outputs.labelled:
+        correct_B = ((logits_B > 0) == (labels_B > 0.5)).double()
         report["labelled"] = {
-            "auc": heard.progress().get("auc"),
-            "accuracy": asdict(bootstrap_mean(right_B, [example.prompt for example in heard.labelled])),
+            "auc": outputs.validation_metrics().get("auc"),
+            "accuracy": asdict(bootstrap_mean(correct_B, [example.prompt for example in outputs.labelled])),
         }
     return report
 
 
-def plot(heard: Heard, temperature: float) -> bytes:
-    """The reliability plot (PNG), before and after calibration."""
-    logits_B, labels_B = heard.calibration()
-    curves = {
-        "before": reliability(sigmoid(logits_B), labels_B),
-        f"temperature {temperature:.2f}": reliability(sigmoid(logits_B / temperature), labels_B),
-    }
-    return reliability_plot(curves, "held-out prompts")
+def reliability_plot(outputs: HeadOutputs, temperature: float) -> bytes:
+    """Return a PNG: predicted probability against the share of positives, before and after calibration.
+
+    Below it are the numbers of examples. The same outputs give the same bytes.
+    """
+    logits_B, labels_B = outputs.calibration_data()
+    figure = Figure(figsize=(5, 6))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure.subplots_adjust(left=0.14, right=0.96, top=0.94, bottom=0.09, hspace=0.08)
+    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+    for name, divisor in (("before", 1.0), (f"temperature {temperature:.2f}", temperature)):
+        bins = reliability(sigmoid(logits_B / divisor), labels_B)
+        probabilities = [part.probability for part in bins]
+        upper.plot(probabilities, [part.share for part in bins], marker="o", markersize=4, label=name)
+        lower.plot(probabilities, [part.count for part in bins], marker="o", markersize=3)
+    upper.set(title="held-out prompts", ylabel="share of positive examples", xlim=(0, 1), ylim=(0, 1))
+    upper.legend(loc="upper left")
+    lower.set(xlabel="probability", ylabel="examples", yscale="log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines for people."""
+    """Return the report as lines of text."""
     lines = []
     for name, own in report.get("pair_accuracy", {}).items():
         clap = report["clap_pair_accuracy"][name]
-        lines.append(f"{name:24} {_written(own)} of {own['count']:<5} CLAP itself {_written(clap)}")
+        lines.append(f"{name:24} {_format(own)} of {own['count']:<5} CLAP itself {_format(clap)}")
     if "labelled" in report:
         accuracy, auc = report["labelled"]["accuracy"], report["labelled"]["auc"]
         area = "of one class only" if auc is None else f"area under the curve {auc:.3f}"
-        lines.append(f"labels: {area}, accuracy {_written(accuracy)} of {accuracy['count']}")
+        lines.append(f"labels: {area}, accuracy {_format(accuracy)} of {accuracy['count']}")
     error = report["calibration"]["expected_calibration_error"]
     lines.append(
         f"temperature {report['temperature']:.2f}: expected calibration error {error['before']:.3f} before, "
@@ -146,7 +166,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """Raise `OutputError` where `output` can't become the model's folder, or holds something else."""
+    """Raise `OutputError` if `output` can't be created, or contains anything but a reward model."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         try:
             read_reward_config(output)
@@ -170,9 +190,9 @@ def write_model(
     version: str,
     license: str,
 ) -> Manifest:
-    """Write the folder under a temporary name, then put it in the place of an older one.
+    """Write the model folder `output` and return its manifest; an older folder is replaced as a whole.
 
-    Raises `OutputError`; what was there before is then still there.
+    Raises `OutputError`; the older folder is then unchanged.
     """
     temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
     try:
@@ -186,7 +206,7 @@ def write_model(
         manifest = write_manifest(temporary, name=name, version=version, license=license)
         (temporary / "README.md").write_text(_card(manifest, model, report), encoding="utf-8")
         for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes what only its owner may read
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
         if output.exists():
             output.rename(old)
         temporary.rename(output)
@@ -199,9 +219,9 @@ def write_model(
     return manifest
 
 
-def _accuracy(pairs: Sequence[Pair], won_B: Tensor) -> dict[str, dict[str, float]]:
-    """Pair accuracy of all, of each kind, and of each kind in each domain."""
-    prompts, found = [pair.prompt for pair in pairs], {}
+def _pair_accuracy(pairs: Sequence[Pair], correct_B: Tensor) -> dict[str, dict[str, float]]:
+    """Return the pair accuracy of all pairs, of each kind, and of each kind and domain."""
+    prompts, accuracy = [pair.prompt for pair in pairs], {}
     groupings: tuple[Callable[[Pair], str], ...] = (
         lambda pair: "all",
         lambda pair: pair.kind,
@@ -210,22 +230,22 @@ def _accuracy(pairs: Sequence[Pair], won_B: Tensor) -> dict[str, dict[str, float
     for grouping in groupings:
         names = [grouping(pair) for pair in pairs]
         for name in sorted(set(names)):
-            here = [index for index, other in enumerate(names) if other == name]
-            found[name] = asdict(bootstrap_mean(won_B[here], [prompts[index] for index in here]))
-    return found
+            rows = [row for row, other in enumerate(names) if other == name]
+            accuracy[name] = asdict(bootstrap_mean(correct_B[rows], [prompts[row] for row in rows]))
+    return accuracy
 
 
-def _won(margins_B: Tensor) -> Tensor:
-    """1 where the chosen clip is above the rejected one, 1/2 where they are level."""
+def _correct(margins_B: Tensor) -> Tensor:
+    """Return 1 for a positive margin, 1/2 for a tie, else 0: float64 [B]."""
     return (margins_B.double().sign() + 1) / 2
 
 
-def _written(interval: Mapping[str, float]) -> str:
+def _format(interval: Mapping[str, float]) -> str:
     return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def _card(manifest: Manifest, model: RewardModel, report: Mapping[str, Any]) -> str:
-    """The model card."""
+    """Return the model card, README.md."""
     lines = "\n".join(f"    {line}" for line in summary(report))
     return f"""---
 license: {manifest.license.lower()}
@@ -234,18 +254,18 @@ tags: [reward-model, text-to-audio, preference]
 
 # {manifest.name}
 
-A reward model: how much listeners would like a clip for a prompt. A head on the tokens of the frozen CLAP
-model `{model.config.clap_name}` (`{model.config.clap_digest}`), without which it
-can't be used. Its output is a logit, divided by the temperature; the sigmoid is a probability at the share of
-liked clips in its held-out data.
+A reward model: how much listeners would like a clip for a prompt. It is a head on the tokens of the frozen
+CLAP model `{model.config.clap_name}` (`{model.config.clap_digest}`), which it needs.
+Its output is a logit, divided by the temperature; its sigmoid is the probability that the clip is liked, at
+the share of liked clips in the held-out data.
 
     milonga serve reward --model file:THIS-FOLDER --clap {report["clap"]["uri"]}
 
 Version {manifest.version}, `{manifest.digest}`.
-Held-out prompts of the test split, 95 % bootstrap intervals over prompts; pair accuracy by what is wrong with
-the rejected clip, and by the kind of recording:
+Results on the held-out prompts of the test split, with 95 % bootstrap intervals over prompts; pair accuracy
+by the mistake in the rejected clip, and by the kind of recording:
 
 {lines}
 
-All figures and settings: `{EVALUATION}`; reliability of the probabilities: `{RELIABILITY}`.
+All metrics and settings: `{EVALUATION}`; reliability of the probabilities: `{RELIABILITY}`.
 """

@@ -4,8 +4,8 @@
     milonga train reward --recipe baton --set data.labelled=HD.json --set data.audio_root=data/Audio
     accelerate launch -m services.cli train reward --recipe baton …
 
-Held-out prompts of the validation split decide when to stop, which weights to keep, and the temperature;
-those of the test split give the figures. What it writes, `milonga serve reward --model file:…` takes.
+The validation split of the prompts decides when to stop, which weights to keep, and the temperature; metrics
+are computed on the test split. Serve the resulting folder by `milonga serve reward --model file:…`.
 
 Shape legend: B batch.
 """
@@ -24,9 +24,8 @@ from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
-from training.data.examples import Clip, Examples, Labelled, Pair, check_readable, counts
-from training.data.scenes import SPLITS, wording
-from training.evaluation.calibration import fit_temperature
+from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
+from training.data.scenes import SPLITS, paraphrase
 from training.loop.config import flatten
 from training.loop.fit import (
     Evaluation,
@@ -38,56 +37,64 @@ from training.loop.fit import (
     make_accelerator,
 )
 from training.loop.run_folder import claim_folder, finished_report
+from training.objectives.calibration import fit_temperature
 from training.objectives.preference import binary_cross_entropy, bradley_terry
 from training.reward.data import ClapTokens, DataConfig, load_examples
-from training.reward.report import EVALUATION, check_output, evaluate, hear, plot, write_model
+from training.reward.report import (
+    EVALUATION,
+    check_output,
+    evaluate_head,
+    evaluation_report,
+    reliability_plot,
+    write_model,
+)
 from training.soundworld.scenes import Split
 
 FREE = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
-"""Settings that may be others when a run is resumed."""
+"""Settings that may change when a run is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadConfig:
-    """Sizes of the head: those of `services.models.reward.model.RewardConfig`."""
+    """Sizes of the head, as in `services.models.reward.model.RewardConfig`."""
 
     width: int = 96
-    """Width of its tokens."""
+    """Width of the head's tokens."""
     heads: int = 4
     """Attention heads."""
     layers: int = 2
-    """Layers in which the words attend to each other and to the clip."""
+    """Layers of self-attention among the text tokens and cross-attention to the clip."""
     feedforward: int = 192
-    """Width of the layers' inner part."""
+    """Hidden width of the layers' feed-forward part."""
     dropout: float = 0.1
-    """In training."""
+    """Dropout probability during training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardTraining:
-    """One training of a reward model."""
+    """Configuration of the training of a reward model."""
 
     name: str
-    """Of the model, in its manifest and as its folder."""
+    """Name of the model, in its manifest and as its folder."""
     clap: str
-    """URI of the CLAP model that it stands on."""
+    """URI of the CLAP model that the head is built on."""
     objective: Literal["bce", "bradley_terry", "both"]
-    """Binary cross-entropy of labels (BATON), likelihood of pairs (Bradley-Terry), or their sum."""
+    """Loss: binary cross-entropy on labels (BATON), Bradley-Terry likelihood on pairs, or their sum."""
     data: DataConfig
     loop: LoopConfig
     head: HeadConfig = field(default_factory=HeadConfig)
     label_smoothing: float = 0.0
-    """Of either objective: how often annotators are taken to err."""
+    """Assumed error rate of the annotators, for either objective."""
     class_weights: tuple[float, float] = (1.0, 1.0)
-    """Of labels 0 and 1."""
+    """Weights of the labels 0 and 1 in the cross-entropy."""
     evaluate_every: int = 100
-    """Steps between two looks at the validation split."""
+    """Steps between two evaluations on the validation split."""
     patience: int = 5
-    """Looks without a better pair accuracy after which the training ends; 0: it never does so early."""
+    """Evaluations without an improvement after which training stops early; 0: never."""
     version: str = "1"
-    """Of the weights, in the manifest."""
+    """Version of the weights, in the manifest."""
     license: str = "Apache-2.0"
-    """Of the weights, in the manifest."""
+    """License of the weights, in the manifest."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
@@ -97,16 +104,16 @@ class RewardTraining:
 
 
 def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Run the whole program; `output` is then the model's folder. Returns what stands in its evaluation.json
-    (nothing in processes other than the main one).
+    """Train a reward model, write its folder `output`, and return the content of its evaluation.json.
 
-    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and CLAP's tokens. After whatever
-    stopped it, the same call goes on from there; with `fresh` it begins anew.
+    Processes other than the main one return {}. The folder ``NAME.run`` beside `output` contains the journal,
+    the checkpoints and CLAP's tokens. An interrupted training is resumed by the same call; with `fresh` it
+    starts over.
 
     Raises:
-        InvalidInputError: settings or data are wrong, or the run that is there has other settings.
-        ModelError: the CLAP model was refused.
-        OutputError: `output` can't be written, or holds something else.
+        InvalidInputError: settings or data are invalid, or an existing run has other settings.
+        ModelError: the CLAP model can't be loaded.
+        OutputError: `output` can't be written, or contains anything but a reward model.
     """
     check_output(output)
     accelerator = make_accelerator(config.loop)
@@ -121,10 +128,10 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
 
     clap = load_clap_model(resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
-    examples, unreadable = ready_examples(config, tokens)
+    examples, unreadable = prepare_examples(config, tokens)
     torch.manual_seed(config.loop.seed)
     model = build_model(config, clap, resolved)
-    validated = examples["validation"]
+    validation = examples["validation"]
     fitted = fit(
         model.head,
         adamw(model.head, config.loop),
@@ -134,19 +141,19 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
         accelerator=accelerator,
         title=f"reward {config.name}",
         evaluation=Evaluation(
-            run=lambda head: hear(head, validated, tokens).progress(),
+            run=lambda head: evaluate_head(head, validation, tokens).validation_metrics(),
             every=config.evaluate_every,
-            watched="pair_accuracy" if validated.comparable() else "auc",
+            watched="pair_accuracy" if validation.preference_pairs() else "auc",
             patience=config.patience,
         ),
     )
     report: dict[str, Any] = {}
     if main:
         model.eval()
-        temperature = fit_temperature(*hear(model.head, validated, tokens).calibration())
-        heard = hear(model.head, examples["test"], tokens)
+        temperature = fit_temperature(*evaluate_head(model.head, validation, tokens).calibration_data())
+        outputs = evaluate_head(model.head, examples["test"], tokens)
         report = {
-            **evaluate(heard, tokens, temperature),
+            **evaluation_report(outputs, tokens, temperature),
             "temperature": temperature,
             "best_step": fitted.best_step,
             "steps": fitted.steps,
@@ -155,19 +162,19 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
             "clap": {"uri": config.clap, "name": resolved.identity.name, "digest": resolved.digest},
             "settings": flatten(config),
         }
-        calibrated, png = model.calibrated(temperature), plot(heard, temperature)
+        calibrated, png = model.calibrated(temperature), reliability_plot(outputs, temperature)
         identity = {"name": config.name, "version": config.version, "license": config.license}
         write_model(calibrated, output, report, png, **identity)
     accelerator.wait_for_everyone()
     return report
 
 
-def ready_examples(
+def prepare_examples(
     config: RewardTraining, tokens: ClapTokens
 ) -> tuple[dict[Split, Examples], dict[Clip, str]]:
-    """The examples of each split, their tokens made; and the clips that had to be left out.
+    """Compute the tokens of all examples; return the examples of each split, and why clips were left out.
 
-    Raises `InvalidInputError` where the objective has nothing to learn from, or nothing to be judged by.
+    Raises `InvalidInputError` if too many clips can't be read, or a split lacks what the objective needs.
     """
     examples = load_examples(config.data)
     check_enough(examples, config)
@@ -185,7 +192,7 @@ def ready_examples(
 
 
 def check_enough(examples: dict[Split, Examples], config: RewardTraining) -> None:
-    """Raise `InvalidInputError` where a split lacks what the objective needs."""
+    """Raise `InvalidInputError` if a split lacks what the objective needs."""
     needs = {"labelled": config.objective != "bradley_terry", "pairs": config.objective != "bce"}
     for name, needed in needs.items():
         if needed and not getattr(examples["train"], name):
@@ -198,18 +205,18 @@ def check_enough(examples: dict[Split, Examples], config: RewardTraining) -> Non
             )
     for split in SPLITS[1:]:
         labels = {example.label > 0.5 for example in examples[split].labelled}
-        if not examples[split].comparable() and len(labels) < 2:
+        if not examples[split].preference_pairs() and len(labels) < 2:
             raise InvalidInputError(
                 FieldViolation(
                     "data",
-                    f"holds neither pairs nor both labels among the prompts of the {split} split (5 % by the "
-                    "prompt's text); give more prompts",
+                    f"has neither pairs nor both labels among the prompts of the {split} split (5 % of the "
+                    "prompts); give more prompts",
                 )
             )
 
 
 def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel) -> RewardModel:
-    """A model with a random head."""
+    """Return a reward model on `clap` with a randomly initialised head."""
     sizes = RewardConfig(
         text_width=clap.text_width,
         audio_width=clap.audio_width,
@@ -223,15 +230,15 @@ def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel
 def loss_of(
     head: nn.Module, positions: Positions, *, config: RewardTraining, examples: Examples, tokens: ClapTokens
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective on the labelled examples and on the pairs at `positions`, prompts worded afresh."""
-    losses, figures = [], {}
+    """Return the loss of the examples at `positions`, with paraphrased prompts, and its metrics."""
+    losses, metrics = [], {}
     seed = config.loop.seed
     if config.objective != "bradley_terry":
         labelled = [examples.labelled[i] for i in examples_at(positions, len(examples.labelled), seed)]
-        prompts = [worded(e, seed, int(p)) for e, p in zip(labelled, positions, strict=True)]
+        prompts = [paraphrased(e, seed, int(p)) for e, p in zip(labelled, positions, strict=True)]
         logits_B = head(tokens.text(prompts), tokens.audio([example.clip for example in labelled]))
         labels_B = torch.tensor([example.label for example in labelled], device=logits_B.device)
-        figures["accuracy"] = ((logits_B > 0) == (labels_B > 0.5)).float().mean()
+        metrics["accuracy"] = ((logits_B > 0) == (labels_B > 0.5)).float().mean()
         losses.append(
             binary_cross_entropy(
                 logits_B,
@@ -242,16 +249,16 @@ def loss_of(
         )
     if config.objective != "bce":
         pairs = [examples.pairs[i] for i in examples_at(positions, len(examples.pairs), seed)]
-        prompts = [worded(e, seed, int(p)) for e, p in zip(pairs, positions, strict=True)]
+        prompts = [paraphrased(e, seed, int(p)) for e, p in zip(pairs, positions, strict=True)]
         clips = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         chosen_B, rejected_B = head(tokens.text(prompts * 2), tokens.audio(clips)).chunk(2)
-        figures["pair_accuracy"] = (chosen_B > rejected_B).float().mean()
+        metrics["pair_accuracy"] = (chosen_B > rejected_B).float().mean()
         losses.append(bradley_terry(chosen_B, rejected_B, label_smoothing=config.label_smoothing))
-    return torch.stack(losses).sum(), figures
+    return torch.stack(losses).sum(), metrics
 
 
-def worded(example: Labelled | Pair, seed: int, position: int) -> str:
-    """The example's prompt; where it is known what it says, in other words of the training split."""
+def paraphrased(example: LabelledClip | Pair, seed: int, position: int) -> str:
+    """Return the prompt, or if its truth is known, a paraphrase that belongs to the training split."""
     if example.truth is None:
         return example.prompt
-    return wording(example.truth, np.random.default_rng([seed, position]), "train") or example.prompt
+    return paraphrase(example.truth, np.random.default_rng([seed, position]), "train") or example.prompt

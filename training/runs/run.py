@@ -16,7 +16,7 @@ from services.files import write_atomically
 from services.local import open_clip_maker
 from services.weights.registry import RegisteredVersion
 from services.weights.uri import ModelURI, resolve
-from training.evaluation.evaluate import compared_names
+from training.evaluation.evaluate import comparison_pairs
 from training.finetuning.session import PairData
 from training.loop.config import flatten
 from training.loop.run_folder import claim_folder
@@ -57,7 +57,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     """
     output = output.resolve()
     claim_folder(output, flatten(config), free=FREE)
-    compared_names(
+    comparison_pairs(
         ("base", "aligned"), config.evaluation.comparisons
     )  # wrong ones are told now, not at the end
     params = flatten(config)

@@ -13,7 +13,7 @@ from services.errors import InvalidInputError
 from training.data.examples import (
     Examples,
     FileClip,
-    Labelled,
+    LabelledClip,
     Pair,
     counts,
     decode,
@@ -45,14 +45,14 @@ def test_decoding_gives_channels_by_samples() -> None:
         (wav(level=float("nan")), "not finite"),
     ],
 )
-def test_what_is_no_clip_is_refused(content: bytes, message: str) -> None:
+def test_invalid_clips_are_refused(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(content)
 
 
 @pytest.mark.parametrize("as_lines", [False, True])
 @pytest.mark.parametrize("names", [("captions", "location", "label"), ("prompt", "audio", "score")])
-def test_batons_json_is_read_in_its_forms(tmp_path: Path, as_lines: bool, names: tuple[str, ...]) -> None:
+def test_batons_json_is_read_in_all_its_forms(tmp_path: Path, as_lines: bool, names: tuple[str, ...]) -> None:
     (tmp_path / "a.wav").write_bytes(wav())
     rows = [dict(zip(names, ("A dog barks", "a.wav", label), strict=True)) for label in (1, 0, "1", 0.75)]
     text = "\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows)
@@ -88,14 +88,14 @@ def test_paths_of_another_machine_are_found_under_the_root(tmp_path: Path) -> No
         ('[{"captions": "x", "location": "y", "label": "good"}]', "has the label 'good', must be 0 to 1"),
     ],
 )
-def test_json_in_another_format_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+def test_json_in_another_format_gives_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InvalidInputError, match=r"data\.labelled: .*x\.json") as caught:
         read_labelled(tmp_path / "x.json")
     assert message in str(caught.value)
 
 
-def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="can't be read"):
         read_labelled(tmp_path / "x.json")
     with pytest.raises(InvalidInputError, match="can't be read"):
@@ -141,7 +141,7 @@ def test_clips_of_a_pair_may_be_paths_and_the_strategy_may_be_missing(tmp_path: 
         second.rejected.read()
 
 
-def test_parquet_without_the_columns_is_one_clear_line(tmp_path: Path) -> None:
+def test_parquet_without_the_columns_gives_a_one_line_error(tmp_path: Path) -> None:
     _write(tmp_path / "x.parquet", {"prompt": ["a"], "clip": ["b"]})
     with pytest.raises(InvalidInputError, match=r"has no column chosen, rejected; it has prompt, clip"):
         read_pairs(tmp_path / "x.parquet")
@@ -154,16 +154,16 @@ def _clip(name: str) -> FileClip:
     return FileClip(path=Path(name))
 
 
-def test_labels_of_one_prompt_make_pairs_where_there_are_none() -> None:
+def test_without_pairs_the_labels_of_a_prompt_give_pairs() -> None:
     labelled = tuple(
-        Labelled(prompt=prompt, clip=_clip(name), label=label)
+        LabelledClip(prompt=prompt, clip=_clip(name), label=label)
         for prompt, name, label in (("a", "1", 1), ("a", "2", 0), ("a", "3", 0), ("b", "4", 1), ("c", "5", 0))
     )
-    pairs = Examples(labelled=labelled).comparable()
+    pairs = Examples(labelled=labelled).preference_pairs()
     assert [(p.prompt, p.chosen.name, p.rejected.name) for p in pairs] == [("a", "1", "2"), ("a", "1", "3")]
     own = (Pair(prompt="x", chosen=_clip("6"), rejected=_clip("7"), kind="swapped"),)
     both = Examples(labelled=labelled, pairs=own)
-    assert both.comparable() == own
+    assert both.preference_pairs() == own
     assert counts(both) == {"liked": 2, "not liked": 3, "swapped": 1}
     left = both.without({_clip("1"), _clip("7")})
     assert len(left.labelled) == 4 and not left.pairs

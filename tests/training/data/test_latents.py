@@ -54,7 +54,7 @@ def test_latents_are_the_mean_of_the_autoencoder_times_its_scale(
     torch.testing.assert_close(latents, 0.9 * mean.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_short_clips_get_silence_and_long_ones_are_cut(tmp_path: Path, folder: Path) -> None:
+def test_short_clips_are_padded_and_long_ones_cut(tmp_path: Path, folder: Path) -> None:
     half, whole, long = _clips(tmp_path, clip(0, 0.32), clip(0, 0.64), clip(0, 1.0))
     padded = tmp_path / "padded.wav"
     soundfile.write(padded, np.concatenate([half.read()[0][0], np.zeros(5_120)]), 16_000, subtype="PCM_16")
@@ -63,7 +63,7 @@ def test_short_clips_get_silence_and_long_ones_are_cut(tmp_path: Path, folder: P
     made.add(clips, [])
     a, b, c, d = made.clips(clips)
     torch.testing.assert_close(a, b)
-    torch.testing.assert_close(d, c, rtol=1e-3, atol=2e-2)  # but for the edge that the window sees
+    torch.testing.assert_close(d, c, rtol=1e-3, atol=2e-2)  # except for the window at the edge
     other = _latents(tmp_path, folder, replace(EXACT, duration=1.28))
     other.add(clips, [])
     assert other.clips([whole]).shape[2] == 2 * c.shape[1]
@@ -87,7 +87,7 @@ def test_normalised_clips_are_as_loud_as_upstreams(tmp_path: Path, folder: Path)
     )
 
 
-def test_latents_do_not_depend_on_companions_by_a_bit(tmp_path: Path, folder: Path) -> None:
+def test_latents_do_not_depend_on_the_rest_of_the_batch(tmp_path: Path, folder: Path) -> None:
     clips = _clips(tmp_path, *(clip(seed) for seed in range(20)))
     together, alone = _latents(tmp_path / "a", folder), _latents(tmp_path / "b", folder)
     together.add(clips, PROMPTS)
@@ -98,7 +98,7 @@ def test_latents_do_not_depend_on_companions_by_a_bit(tmp_path: Path, folder: Pa
     assert torch.equal(ours["embeds"][:, :length], theirs["embeds"]) and not ours["mask"][:, length:].any()
 
 
-def test_what_is_there_is_not_made_again_whatever_it_is_called(
+def test_clips_with_cached_content_are_not_encoded_again(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = _clips(tmp_path, clip(0), clip(1))
@@ -118,7 +118,7 @@ def test_what_is_there_is_not_made_again_whatever_it_is_called(
         _latents(tmp_path, folder, LatentConfig(dtype="float16")).add(clips, [])
 
 
-def test_broken_off_it_goes_on_after_the_last_whole_file(
+def test_an_interrupted_encoding_resumes_after_the_last_complete_file(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latents_module, "SHARD", 2)
@@ -150,7 +150,7 @@ def test_broken_off_it_goes_on_after_the_last_whole_file(
     assert torch.equal(again.clips(clips), whole)
 
 
-def test_clips_that_can_not_be_read_are_told_their_copies_too(tmp_path: Path, folder: Path) -> None:
+def test_unreadable_clips_are_returned_with_their_copies(tmp_path: Path, folder: Path) -> None:
     clips = _clips(tmp_path, clip(0), b"no sound", b"no sound")
     clips.append(FileClip(path=tmp_path / "missing.wav"))
     unreadable = _latents(tmp_path, folder).add(clips, [])
@@ -159,7 +159,7 @@ def test_clips_that_can_not_be_read_are_told_their_copies_too(tmp_path: Path, fo
     assert unreadable[clips[1]] == unreadable[clips[2]]
 
 
-def test_text_is_what_the_pipeline_embeds(tmp_path: Path, folder: Path, pipeline: TangoPipeline) -> None:
+def test_conditioning_is_that_of_the_pipeline(tmp_path: Path, folder: Path, pipeline: TangoPipeline) -> None:
     made = _latents(tmp_path, folder)
     made.add([], PROMPTS)
     text = made.text([*PROMPTS, ""])
@@ -167,11 +167,11 @@ def test_text_is_what_the_pipeline_embeds(tmp_path: Path, folder: Path, pipeline
     length = int(expected["mask"].sum(1).max())
     assert text.length == length
     assert torch.equal(text["mask"], expected["mask"][:, :length])
-    wanted = expected["embeds"][:, :length] * text["mask"][..., None]
-    torch.testing.assert_close(text["embeds"], wanted, rtol=1e-5, atol=1e-6)
+    embeds = expected["embeds"][:, :length] * text["mask"][..., None]
+    torch.testing.assert_close(text["embeds"], embeds, rtol=1e-5, atol=1e-6)
 
 
-def test_encoded_at_every_step_it_is_the_same(tmp_path: Path, folder: Path) -> None:
+def test_online_encoding_gives_the_same(tmp_path: Path, folder: Path) -> None:
     clips = _clips(tmp_path, clip(0), clip(1))
     cached = _latents(tmp_path, folder, LatentConfig())
     online = _latents(tmp_path, folder, LatentConfig(encode_online=True))
@@ -182,7 +182,9 @@ def test_encoded_at_every_step_it_is_the_same(tmp_path: Path, folder: Path) -> N
     torch.testing.assert_close(online.text(PROMPTS)["embeds"][:, : text.length], text["embeds"])
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_gives_a_one_line_error_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -11,8 +11,8 @@ from training.data.scenes import (
     SceneClip,
     SoundworldData,
     contrast,
+    paraphrase,
     soundworld_examples,
-    wording,
 )
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import Split, split_of
@@ -42,7 +42,7 @@ def test_two_prompts_by_two_clips(split: Split) -> None:
         shared = set(pair.chosen.truth.classes) & set(pair.rejected.truth.classes)
         assert not shared if pair.kind == "other" else pair.kind == "replaced" or shared
     assert {pair.kind for pair in found.pairs} == {"swapped", "missing", "added", "replaced", "other"}
-    # Each clip is right once and wrong once, so that neither clips nor prompts alone tell.
+    # Each clip is chosen once and rejected once.
     assert sorted(p.chosen.name for p in found.pairs) == sorted(p.rejected.name for p in found.pairs)
 
 
@@ -54,7 +54,7 @@ def test_contrasts_depend_on_seed_split_and_index_alone() -> None:
     assert len(digests) == 2 * (CONFIG.contrasts + 2 * CONFIG.held_out)
 
 
-def test_kinds_and_domains_come_in_the_shares_that_are_asked_for() -> None:
+def test_shares_of_kinds_and_domains_are_those_of_the_config() -> None:
     pairs = soundworld_examples(replace(CONFIG, contrasts=400), "train").pairs
     assert np.mean([p.chosen.domain == "rebuilt" for p in pairs]) == pytest.approx(0.25, abs=0.06)
     durations = [p.chosen.duration for p in pairs if isinstance(p.chosen, SceneClip)]
@@ -62,7 +62,7 @@ def test_kinds_and_domains_come_in_the_shares_that_are_asked_for() -> None:
     assert np.mean([p.kind == "swapped" for p in pairs]) > 0.3
 
 
-def test_annotators_err_in_training_and_the_majority_less_often() -> None:
+def test_annotators_err_in_the_training_split_and_a_majority_less_often() -> None:
     def errors(examples: Examples, truth: Examples) -> float:
         wrong = [a.label != b.label for a, b in zip(examples.labelled, truth.labelled, strict=True)]
         wrong += [a.chosen != b.chosen for a, b in zip(examples.pairs, truth.pairs, strict=True)]
@@ -79,7 +79,7 @@ def test_annotators_err_in_training_and_the_majority_less_often() -> None:
     assert held_out == soundworld_examples(CONFIG, "test")
 
 
-def test_a_scene_is_rendered_at_its_level_and_always_the_same() -> None:
+def test_a_scene_is_rendered_with_its_gain_and_always_the_same() -> None:
     clips = list(soundworld_examples(CONFIG, "train").clips())
     clip = next(c for c in clips if isinstance(c, SceneClip) and c.model is None)
     waveform, rate = clip.read()
@@ -91,7 +91,7 @@ def test_a_scene_is_rendered_at_its_level_and_always_the_same() -> None:
     np.testing.assert_allclose(louder, waveform * 10 ** (6 / 20), rtol=1e-4)
 
 
-def test_a_rebuilt_scene_is_another_recording_of_the_same() -> None:
+def test_a_rebuilt_scene_differs_but_has_the_same_envelope() -> None:
     clips = soundworld_examples(CONFIG, "train").clips()
     clip = next(c for c in clips if isinstance(c, SceneClip) and c.model and c.duration < 3)
     waveform, rate = clip.read()
@@ -103,7 +103,7 @@ def test_a_rebuilt_scene_is_another_recording_of_the_same() -> None:
     assert np.corrcoef(*envelopes)[0, 1] > 0.8
 
 
-def test_generated_clips_come_on_top_of_the_test_split() -> None:
+def test_generated_clips_are_added_to_the_test_split() -> None:
     config = replace(CONFIG, generated=2)
     assert soundworld_examples(config, "validation") == soundworld_examples(CONFIG, "validation")
     pairs = soundworld_examples(config, "test").pairs[2 * CONFIG.held_out :]
@@ -114,20 +114,20 @@ def test_generated_clips_come_on_top_of_the_test_split() -> None:
         assert pair.chosen.domain == "generated"
 
 
-def test_without_contrasts_there_is_nothing() -> None:
+def test_without_contrasts_there_are_no_examples() -> None:
     assert soundworld_examples(SoundworldData(contrasts=0), "test") == Examples()
 
 
-def test_a_wording_belongs_to_its_split() -> None:
+def test_a_paraphrase_belongs_to_its_split() -> None:
     truth = CaptionTruth(classes=("dog", "siren"), relation="then")
     rng = np.random.default_rng(0)
     for split in SPLITS:
-        found = [wording(truth, rng, split) for _ in range(5)]
+        found = [paraphrase(truth, rng, split) for _ in range(5)]
         assert all(caption is None or split_of(caption) == split for caption in found)
         assert any(found)
 
 
 @pytest.mark.parametrize("wrong", [{"noise": 0.5}, {"annotators": 2}, {"rebuilt": 1.5}])
-def test_settings_that_can_not_be(wrong: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         replace(CONFIG, **wrong)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from services.files import side_by_side, write_atomically
 from training.data.store import RowLog, claim, digest_of, finish, read_rows
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": ')
     with RowLog(path) as log:
@@ -18,7 +18,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_files_are_written_atomically(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="can't be written"):
         write_atomically(tmp_path / "file" / "below", "content")
@@ -26,7 +26,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
 
 
-def test_a_folder_belongs_to_its_settings(tmp_path: Path) -> None:
+def test_a_folder_refuses_other_settings(tmp_path: Path) -> None:
     assert claim(tmp_path, {"steps": 1, "device": "cpu"}) is None
     finish(tmp_path, {"made": 3})
     assert claim(tmp_path, {"steps": 1, "device": "gpu"}, free=("device",)) == {"made": 3}
@@ -39,7 +39,7 @@ def test_digests_do_not_depend_on_the_order_of_keys() -> None:
     assert digest_of([1]) != digest_of(["1"])
 
 
-def test_no_more_than_asked_for_are_under_way_and_a_failure_ends_all() -> None:
+def test_work_in_flight_is_limited_and_a_failure_ends_all() -> None:
     running: list[int] = []
     most, stopped = 0, Event()
 

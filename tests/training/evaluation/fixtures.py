@@ -1,4 +1,4 @@
-"""Embeddings and logits that our metrics and other people's are compared on. RandomState never changes."""
+"""Embeddings and logits for comparing our metrics with other implementations. RandomState is stable."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,14 +7,14 @@ Array = NDArray[np.float64]
 
 
 def embeddings(count: int, width: int, seed: int, *, shift: float = 0.0) -> Array:
-    """Correlated, of unequal spread; of a rank below `width` where `count` is at most that."""
+    """Correlated, of unequal variances; of a rank below `width` if `count` is at most that."""
     random = np.random.RandomState(seed)
     mixing = np.random.RandomState(width).randn(width, width) / np.sqrt(width)
     return np.asarray(random.randn(count, width) @ (mixing * np.linspace(0.2, 2.0, width)) + shift)
 
 
 def logits(count: int, classes: int, seed: int) -> Array:
-    """Some classes sure, as a tagger's are."""
+    """With some confident classes, like a tagger's."""
     random = np.random.RandomState(seed)
     return np.asarray(
         3.0 * random.randn(count, classes) + 6.0 * np.eye(classes)[random.randint(classes, size=count)]

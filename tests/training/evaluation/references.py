@@ -1,7 +1,7 @@
-"""What other people's implementations make of `fixtures`: writes ``references.json``, for the tests.
+"""Compute the metrics of `fixtures` by other implementations, and write ``references.json`` for the tests.
 
-The packages want torchvision and torchaudio, which may not be beside this project's torch, and are installed
-without what they say they need, into an environment of their own that sees ``make parity``'s libraries::
+The packages depend on torchvision and torchaudio, which conflict with this project's torch. So they are
+installed without dependencies into a separate environment that also sees ``make parity``'s libraries::
 
     python3 -m venv /tmp/metrics
     ls -d $PWD/.venv-parity/lib/*/site-packages > $(echo /tmp/metrics/lib/*/site-packages)/parity.pth
@@ -9,8 +9,8 @@ without what they say they need, into an environment of their own that sees ``ma
         panns-inference==0.1.1
     PYTHONPATH=.:protos /tmp/metrics/bin/python -m tests.training.evaluation.references
 
-Only the functions that compute are called; what their modules import besides (models, plots, hubs) is
-replaced by empty stand-ins.
+Only functions that compute metrics are called; other imports of their modules (models, plots, hubs) are
+replaced by mocks.
 """
 
 import importlib.util
@@ -36,11 +36,11 @@ STANDINS = (
     *("kadtk.emb_loader", "kadtk.model_loader", "panns_inference.config"),
 )
 SAMPLES = 40_000
-"""Of CNN14's test sounds."""
+"""Samples of each test waveform of CNN14."""
 
 
 def module(package: str, name: str) -> Any:
-    """One file of a package, its `__init__` left alone."""
+    """Import one file of a package without its `__init__`."""
     root = Path(str(distribution(package).locate_file(package.replace("-", "_"))))
     if root.name not in sys.modules:
         parent = types.ModuleType(root.name)
@@ -57,7 +57,7 @@ def module(package: str, name: str) -> Any:
 
 
 def distances() -> dict[str, dict[str, float]]:
-    """Of `fixtures.SETS`."""
+    """Return the distances of `fixtures.SETS`, by case and implementation."""
     fid, kid = module("torch-fidelity", "metric_fid"), module("torch-fidelity", "metric_kid")
     kad = module("kadtk", "kad")
     found = {}
@@ -81,7 +81,7 @@ def distances() -> dict[str, dict[str, float]]:
 
 
 def posteriors() -> dict[str, float]:
-    """Of `fixtures.PAIRED` and `fixtures.SCORED`."""
+    """Return KL divergences of `fixtures.PAIRED` and inception scores of `fixtures.SCORED`."""
     generated, reference = (
         {"logits": torch.from_numpy(x), "file_path_": [f"{i}.wav" for i in range(len(x))]}
         for x in fixtures.PAIRED
@@ -98,7 +98,7 @@ def posteriors() -> dict[str, float]:
 
 
 def cnn14() -> dict[str, float]:
-    """Largest difference of our CNN14 and panns_inference's, with the same random weights and sounds."""
+    """Return the largest differences of our CNN14 and panns_inference's, with the same random weights."""
     upstream = module("panns-inference", "models")
     found = {}
     for variant in VARIANTS.values():
@@ -106,7 +106,7 @@ def cnn14() -> dict[str, float]:
         theirs = upstream.Cnn14(
             variant.sampling_rate, variant.n_fft, variant.hop_length, 64, 50, variant.maximum_hertz, 527
         ).eval()
-        for name, buffer in theirs.named_buffers():  # as trained ones are: not zero, not one
+        for name, buffer in theirs.named_buffers():  # as in trained models: neither 0 nor 1
             if name.endswith("running_mean"):
                 buffer.copy_(torch.randn_like(buffer) * 0.1 - (20.0 if name.startswith("bn0") else 0.0))
             if name.endswith("running_var"):
@@ -133,13 +133,13 @@ def cnn14() -> dict[str, float]:
 
 
 def keys() -> dict[str, str]:
-    """Names and shapes of the weights of panns_inference's CNN14 at 16 kHz."""
+    """Return names and shapes of the weights of panns_inference's CNN14 at 16 kHz."""
     theirs = module("panns-inference", "models").Cnn14(16_000, 512, 160, 64, 50, 8_000, 527)
     return {key: "x".join(map(str, tensor.shape)) for key, tensor in theirs.state_dict().items()}
 
 
 def main() -> None:
-    """Write the file."""
+    """Write ``references.json``."""
     written = {
         "versions": {name: version(name) for name in PACKAGES},
         "distances": distances(),

@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from training.evaluation.bootstrap import draws, mean_interval, paired_difference, set_interval
+from training.evaluation.bootstrap import mean_interval, normal_interval, paired_difference, prompt_resamples
 
 
-def test_a_paired_difference_is_surer_than_two_means() -> None:
-    """Prompts differ a lot, models a little: pairing must see it."""
+def test_a_paired_difference_has_a_smaller_interval_than_two_means() -> None:
+    """Prompts differ much, models a little."""
     random = np.random.RandomState(0)
     hardness = random.randn(200).repeat(2)
     prompts = [str(number) for number in range(200) for _ in range(2)]
@@ -18,11 +18,11 @@ def test_a_paired_difference_is_surer_than_two_means() -> None:
     assert found.value == pytest.approx(second.mean() - first.mean())
     assert found.count == 200
     alone = [mean_interval(values, prompts) for values in (first, second)]
-    assert alone[0].high > alone[1].low  # unpaired, nothing could be said
+    assert alone[0].high > alone[1].low  # unpaired intervals overlap
     assert paired_difference(first, first, prompts).high == 0.0
 
 
-def test_clips_of_a_prompt_are_no_independent_witnesses() -> None:
+def test_clips_of_a_prompt_are_dependent() -> None:
     random = np.random.RandomState(1)
     values = random.randn(50).repeat(8)
     prompts = [str(number) for number in range(50) for _ in range(8)]
@@ -31,7 +31,7 @@ def test_clips_of_a_prompt_are_no_independent_witnesses() -> None:
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_coverage_of_the_interval() -> None:
     random = np.random.RandomState(2)
     hits = 0
     for _ in range(200):
@@ -42,7 +42,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.89 <= hits / 200 <= 0.99
 
 
-def test_what_does_not_count_is_left_out_on_its_own_side() -> None:
+def test_nan_is_ignored_for_each_model_separately() -> None:
     nan = math.nan
     found = paired_difference([1.0, nan, 0.0, nan], [1.0, 1.0, nan, nan], ["a", "a", "b", "c"])
     assert found.value == pytest.approx(1.0 - 0.5)
@@ -52,14 +52,14 @@ def test_what_does_not_count_is_left_out_on_its_own_side() -> None:
     assert math.isnan(nothing.value)
 
 
-def test_draws_are_the_same_for_every_model() -> None:
-    first, second = list(draws(5, 3)), list(draws(5, 3))
+def test_resamples_are_always_the_same() -> None:
+    first, second = list(prompt_resamples(5, 3)), list(prompt_resamples(5, 3))
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert {len(draw) for draw in first} == {5}
 
 
-def test_a_figure_of_a_set_stands_in_the_middle_of_its_interval() -> None:
-    found = set_interval(1.0, [3.0, 5.0, math.nan], 7)
+def test_a_set_metric_is_in_the_middle_of_its_interval() -> None:
+    found = normal_interval(1.0, [3.0, 5.0, math.nan], 7)
     assert (found.low + found.high) / 2 == pytest.approx(1.0)
     assert found.high - found.low == pytest.approx(2 * 1.959964 * np.std([3, 5], ddof=1))
-    assert math.isnan(set_interval(1.0, [], 7).low)
+    assert math.isnan(normal_interval(1.0, [], 7).low)

@@ -1,4 +1,4 @@
-"""FAD, KAD, KL and the inception score: by hand, by closed form, and against other people's programs."""
+"""FAD, KAD, KL and the inception score: by hand, in closed form, and against other implementations."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from scipy.linalg import sqrtm
 from tests.training.evaluation import fixtures
 from training.evaluation.distances import (
     Gaussian,
-    bandwidth_of,
     frechet_distance,
     gaussian_kernel,
     kernel_audio_distance,
-    squared_discrepancy,
+    median_bandwidth,
+    squared_mmd,
 )
 from training.evaluation.divergence import inception_score, kl_divergence
 
@@ -82,10 +82,10 @@ def test_kad_is_kadtks(case: str) -> None:
     )
 
 
-def test_pairs_that_belong_together_are_left_out_as_torch_fidelity_does() -> None:
+def test_pairs_of_one_group_are_left_out_as_in_torch_fidelity() -> None:
     generated, reference = fixtures.SETS["equal counts"]
     groups = np.arange(len(generated))
-    found = squared_discrepancy(
+    found = squared_mmd(
         gaussian_kernel(generated, generated, 3.0),
         gaussian_kernel(reference, reference, 3.0),
         gaussian_kernel(generated, reference, 3.0),
@@ -96,18 +96,18 @@ def test_pairs_that_belong_together_are_left_out_as_torch_fidelity_does() -> Non
     assert found == pytest.approx(expected, rel=1e-7)
 
 
-def test_clips_of_the_same_captions_would_pull_kad_below_zero() -> None:
-    """Generated clips near their own references, both from one distribution: only groups give 0."""
+def test_clips_of_the_same_captions_bias_kad_downwards_without_groups() -> None:
+    """Generated clips near their references, both from one distribution: only with groups is KAD 0."""
     random = np.random.RandomState(11)
     plain, grouped = [], []
     for _ in range(40):
         captions = random.randn(20, 4)
         sets = [captions + 0.1 * random.randn(20, 4) for _ in range(2)]
-        width = bandwidth_of(sets[1])
+        width = median_bandwidth(sets[1])
         kernels = [gaussian_kernel(x, y, width) for x, y in ((sets[0],) * 2, (sets[1],) * 2, sets)]
-        plain.append(squared_discrepancy(*kernels))
+        plain.append(squared_mmd(*kernels))
         numbers = np.arange(20)
-        grouped.append(squared_discrepancy(*kernels, groups_N=numbers, groups_M=numbers))
+        grouped.append(squared_mmd(*kernels, groups_N=numbers, groups_M=numbers))
     assert np.mean(plain) < -0.03
     assert np.mean(grouped) == pytest.approx(0.0, abs=0.003)
 
@@ -118,18 +118,18 @@ def test_a_clip_that_counts_twice_is_two_clips() -> None:
     twice = np.vstack([generated, generated[:1]])
     groups = np.array([0, 1, 2, 3, 4, 5, 0])
     kernels = [gaussian_kernel(x, y, 2.0) for x, y in ((twice, twice), (reference,) * 2, (twice, reference))]
-    expected = squared_discrepancy(*kernels, groups_N=groups, groups_M=np.arange(10, 17))
+    expected = squared_mmd(*kernels, groups_N=groups, groups_M=np.arange(10, 17))
     kernels = [
         gaussian_kernel(x, y, 2.0) for x, y in ((generated,) * 2, (reference,) * 2, (generated, reference))
     ]
-    found = squared_discrepancy(*kernels, counts_N=[2, 1, 1, 1, 1, 1])
+    found = squared_mmd(*kernels, counts_N=[2, 1, 1, 1, 1, 1])
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_bandwidth_is_the_median_distance() -> None:
-    assert bandwidth_of([[0.0], [1.0], [3.0]]) == 2.0  # of 1, 2 and 3
+    assert median_bandwidth([[0.0], [1.0], [3.0]]) == 2.0  # of 1, 2 and 3
     with pytest.raises(ValueError, match="two clips"):
-        bandwidth_of([[0.0]])
+        median_bandwidth([[0.0]])
 
 
 def test_kl_is_audioldm_evals() -> None:

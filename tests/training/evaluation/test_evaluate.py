@@ -1,4 +1,4 @@
-"""`milonga train evaluate`, with tiny models: what it writes, what it does twice, what it refuses."""
+"""`milonga train evaluate` with tiny models: files, cache, warnings and errors."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 from training.commands.evaluate import evaluate as command
 from training.data.examples import FileClip
 from training.evaluation.config import EvaluationConfig, Sampling, WorldPrompts
-from training.evaluation.evaluate import compared_names, evaluate, finished_evaluation
-from training.evaluation.events import EVENT_FIGURES
+from training.evaluation.evaluate import comparison_pairs, evaluate, finished_evaluation
+from training.evaluation.events import EVENT_METRICS
 from training.evaluation.plots import distribution_plot, spectrogram_sheet
 from training.soundworld.synthesis import CLASSES
 
@@ -83,7 +83,7 @@ def evaluated(
 
 
 def clip_folder(folder: Path, *, prompts: tuple[str, ...] = PROMPTS, seed: int = 0, clips: int = 1) -> Path:
-    """As `milonga generate --prompts` leaves it."""
+    """Write a folder as `milonga generate --prompts` does."""
     folder.mkdir()
     random = np.random.RandomState(seed)
     rows = []
@@ -96,13 +96,13 @@ def clip_folder(folder: Path, *, prompts: tuple[str, ...] = PROMPTS, seed: int =
     return folder
 
 
-def test_the_report_has_every_figure_with_its_interval(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_the_report_has_all_metrics_with_intervals(evaluated: tuple[Path, dict[str, Any]]) -> None:
     output, report = evaluated
     assert json.loads((output / "report.json").read_text()) == report
     assert [model["name"] for model in report["models"]] == ["first", "other"]
     assert report["prompts"]["clips"] == 12
     figures = report["models"][0]["figures"]["all"]
-    expected = {"clap.tiny", "reward", "silent", "clipped", "loudness_db", "kl.tagger", *EVENT_FIGURES}
+    expected = {"clap.tiny", "reward", "silent", "clipped", "loudness_db", "kl.tagger", *EVENT_METRICS}
     expected |= {"fad.tagger", "kad.tagger", "inception.tagger", "fad.clap", "kad.clap"}
     assert expected - figures.keys() <= {"order_given_presence", "reversed_given_presence"}  # none present
     assert figures.keys() <= expected
@@ -114,7 +114,7 @@ def test_the_report_has_every_figure_with_its_interval(evaluated: tuple[Path, di
     assert report["settings"]["sampling.num_inference_steps"] == 2
 
 
-def test_differences_are_those_of_the_figures(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_differences_are_those_of_the_metrics(evaluated: tuple[Path, dict[str, Any]]) -> None:
     _, report = evaluated
     (comparison,) = report["comparisons"]
     assert (comparison["name"], comparison["against"]) == ("other", "first")
@@ -127,7 +127,7 @@ def test_differences_are_those_of_the_figures(evaluated: tuple[Path, dict[str, A
     assert any(difference["value"] for difference in comparison["differences"]["all"].values())
 
 
-def test_further_comparisons_stand_beside_those_with_the_first(
+def test_further_comparisons_are_added_to_those_with_the_first(
     config: EvaluationConfig, models: dict[str, str], tmp_path: Path
 ) -> None:
     light = replace(config, embedders=(), reward=None, judge=None, sheet=0, comparisons=("third:second",))
@@ -148,10 +148,10 @@ def test_further_comparisons_stand_beside_those_with_the_first(
     assert finished_evaluation(light, sources, tmp_path / "elsewhere") is None
 
 
-def test_comparisons_that_can_not_be_are_refused_before_any_clip_is_made(
+def test_invalid_comparisons_are_refused_before_any_clip_is_generated(
     config: EvaluationConfig, models: dict[str, str], tmp_path: Path
 ) -> None:
-    assert compared_names(["a", "b", "c"], ["c:b", "b:a", "a:b"]) == [
+    assert comparison_pairs(["a", "b", "c"], ["c:b", "b:a", "a:b"]) == [
         ("b", "a"),
         ("c", "a"),
         ("c", "b"),
@@ -166,17 +166,17 @@ def test_comparisons_that_can_not_be_are_refused_before_any_clip_is_made(
             replace(config, comparisons=(text,))
 
 
-def test_few_clips_are_warned_of(
+def test_too_few_clips_give_a_warning(
     evaluated: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, report = evaluated
-    assert any("fad.clap wants 32 clips" in warning for warning in report["warnings"])
+    assert any("fad.clap needs 32 clips" in warning for warning in report["warnings"])
     assert any(
-        "fad.tagger wants 16 clips" in warning and "all 6" in warning for warning in report["warnings"]
+        "fad.tagger needs 16 clips" in warning and "all 6" in warning for warning in report["warnings"]
     )
 
 
-def test_tables_and_pictures_can_be_looked_at(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_tables_and_plots(evaluated: tuple[Path, dict[str, Any]]) -> None:
     output, report = evaluated
     text = (output / "report.md").read_text()
     assert "| figure | first | other |" in text
@@ -196,7 +196,7 @@ def test_tables_and_pictures_can_be_looked_at(evaluated: tuple[Path, dict[str, A
     assert mean == pytest.approx(report["models"][0]["figures"]["all"]["clap.tiny"]["value"], abs=1e-5)
 
 
-def test_what_was_made_is_not_made_again_and_what_is_missing_is_the_same(
+def test_cached_clips_are_reused_and_missing_ones_generated_identically(
     evaluated: tuple[Path, dict[str, Any]],
     config: EvaluationConfig,
     models: dict[str, str],
@@ -232,7 +232,7 @@ def test_what_was_made_is_not_made_again_and_what_is_missing_is_the_same(
     assert {path: path.read_bytes() for path in clips} == contents
     assert again["models"] == report["models"]
     assert again["comparisons"] == report["comparisons"]
-    # Other seeds are other clips; the old ones stay.
+    # Other seeds are other clips; the old ones are kept.
     few = replace(config, first_seed=1, seeds=1, embedders=(), reward=None, judge=None, sheet=0)
     evaluate(few, sources[:1], tmp_path / "out", cache=cache)
     assert len(made) == 2
@@ -262,9 +262,9 @@ def test_folders_of_clips_are_compared(config: EvaluationConfig, tmp_path: Path)
     }
     lines = (tmp_path / "out" / "clips.jsonl").read_text().splitlines()
     kl = [row["figures"]["kl.tagger"] for row in map(json.loads, lines)]
-    assert kl[0] == pytest.approx(0.0, abs=1e-4)  # the reference is the very clip
-    assert "presence" not in report["models"][0]["figures"]["all"]  # nobody knows what is in them
-    # Without references there is nothing to compare sets with.
+    assert kl[0] == pytest.approx(0.0, abs=1e-4)  # the reference is the clip itself
+    assert "presence" not in report["models"][0]["figures"]["all"]  # their events are unknown
+    # No set metrics without references.
     alone = evaluate(config, [str(old)], tmp_path / "out")
     assert not [
         name for name in alone["models"][0]["figures"]["all"] if name.startswith(("fad", "kad", "kl"))
@@ -273,7 +273,7 @@ def test_folders_of_clips_are_compared(config: EvaluationConfig, tmp_path: Path)
     assert alone["prompts"]["references"] == 0
 
 
-def test_other_prompts_or_other_counts_are_refused_in_one_line(
+def test_folders_with_other_prompts_or_counts_are_refused_in_one_line(
     config: EvaluationConfig, tmp_path: Path
 ) -> None:
     whole = clip_folder(tmp_path / "whole")
@@ -281,7 +281,7 @@ def test_other_prompts_or_other_counts_are_refused_in_one_line(
     twice = clip_folder(tmp_path / "twice", clips=2)
     for pair, message in (
         ((whole, fewer), "fewer lacks 2 of 4 prompts .'a bell rings"),
-        ((fewer, whole), "whole has besides 2 of 2 prompts"),
+        ((fewer, whole), "whole also has 2 of 2 prompts"),
         ((whole, twice), "has 1 clips in whole, 2 in twice"),
     ):
         with pytest.raises(InvalidInputError, match=message) as caught:
@@ -292,7 +292,7 @@ def test_other_prompts_or_other_counts_are_refused_in_one_line(
         evaluate(config, [str(whole)], tmp_path / "out")
 
 
-def test_other_seeds_are_told(config: EvaluationConfig, models: dict[str, str], tmp_path: Path) -> None:
+def test_other_seeds_give_a_warning(config: EvaluationConfig, models: dict[str, str], tmp_path: Path) -> None:
     first = clip_folder(tmp_path / "first", prompts=PROMPTS[:3])
     other = clip_folder(tmp_path / "other", prompts=PROMPTS[:3])
     lines = (other / "index.jsonl").read_text().splitlines()
@@ -306,7 +306,7 @@ def test_other_seeds_are_told(config: EvaluationConfig, models: dict[str, str], 
     for row in rows:
         row.pop("seed")
     (other / "index.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InvalidInputError, match="have no seeds, so that model can't generate"):
+    with pytest.raises(InvalidInputError, match="have no seeds, so model can't generate"):
         evaluate(light, [str(other), f"model={models['first']}"], tmp_path / "out")
 
 
@@ -322,19 +322,19 @@ def test_unreadable_clips_are_left_out_of_both_counted_and_listed(
     assert [model["figures"]["all"]["silent"]["count"] for model in report["models"]] == [23, 23]
     differences = report["comparisons"][0]["differences"]["all"].values()
     assert all(abs(difference["value"]) < 1e-6 for difference in differences)
-    told = capsys.readouterr().err
-    assert "can't be read and are left out: 1" in told
-    assert "3-0.wav" in told
+    printed = capsys.readouterr().err
+    assert "can't be read and are left out: 1" in printed
+    assert "3-0.wav" in printed
     (second / "4-0.wav").unlink()
     with pytest.raises(InvalidInputError, match=r"second: 2 of 24 clips can't be read, at most 5%") as caught:
         evaluate(light, [str(first), str(second)], tmp_path / "out")
     assert "No such file" in str(caught.value)
 
 
-def test_sources_that_are_none_are_refused(
+def test_invalid_sources_are_refused(
     config: EvaluationConfig, models: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InvalidInputError, match=r"two have one name \(first, first\)"):
+    with pytest.raises(InvalidInputError, match=r"two have the same name \(first, first\)"):
         evaluate(config, [models["first"], models["first"]], tmp_path)
     with pytest.raises(InvalidInputError, match="is missing"):
         evaluate(config, [], tmp_path)
@@ -344,7 +344,7 @@ def test_sources_that_are_none_are_refused(
         evaluate(config, [f"file:{tmp_path / 'none'}"], tmp_path)
 
 
-def test_pictures_of_little(tmp_path: Path) -> None:
+def test_plots_of_little_data(tmp_path: Path) -> None:
     nan = np.full(3, np.nan)
     assert distribution_plot({"silent": {"a": np.array([0.0, 1.0, 1.0])}, "kl": {"a": nan}}) is None
     values = {"reward": {"a": np.array([1.0, 2.0, 3.0, np.nan]), "b": np.array([1.0, 1.0, 1.0, 1.0])}}

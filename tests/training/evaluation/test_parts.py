@@ -1,4 +1,4 @@
-"""Prompts, levels, embedders and CNN14."""
+"""Prompts, loudness, embedders and CNN14."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_file_without_its_column_is_refused_in_one_line(tmp_path: Path) -> Non
         ("b.jsonl", None, "can't be read: No such file"),
     ],
 )
-def test_what_is_no_file_of_prompts_is_refused(
+def test_invalid_files_of_prompts_are_refused(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -86,13 +86,13 @@ def test_what_is_no_file_of_prompts_is_refused(
         ("Rain, distant thunder", False, True),
     ],
 )
-def test_prompts_are_told_apart_by_their_words(text: str, temporal: bool, multiple: bool) -> None:
+def test_splits_of_prompts_by_their_words(text: str, temporal: bool, multiple: bool) -> None:
     prompt = Prompt(text=text)
     assert SPLITS["temporal"](prompt) is not SPLITS["non-temporal"](prompt)
     assert (SPLITS["temporal"](prompt), SPLITS["multiple concepts"](prompt)) == (temporal, multiple)
 
 
-def test_the_worlds_prompts_are_held_out_known_and_each_there_once() -> None:
+def test_the_worlds_prompts_are_held_out_distinct_and_have_a_truth() -> None:
     prompts = world_prompts(30, "test")
     assert len({prompt.text for prompt in prompts}) == 30
     assert {split_of(prompt.text) for prompt in prompts} == {"test"}
@@ -118,7 +118,7 @@ def test_silence_and_clipping() -> None:
     assert loudness_db(np.zeros(10, dtype=np.float32)) == -100.0
 
 
-def test_settings_that_cannot_be_meant_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for wrong in (
         {"embedders": ("vggish:here",)},
         {"embedders": ("tagger:mini:tagger", "tagger:file:other/tagger")},
@@ -138,7 +138,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
     ]
 
 
-def test_embedders_hear_clips_of_many_lengths_and_rates_in_order() -> None:
+def test_embedders_take_clips_of_different_lengths_and_rates_in_order() -> None:
     torch.manual_seed(0)
     tagger = EventTagger(classes=["dog", "bell", "rain"], width=8, hidden=8).eval().requires_grad_(False)
     clips = [noise(0.5), noise(1.0, seed=1), noise(0.5, 8_000, seed=2), noise(0.5, seed=3)]
@@ -149,11 +149,11 @@ def test_embedders_hear_clips_of_many_lengths_and_rates_in_order() -> None:
         np.testing.assert_allclose(
             together.embeddings_BD, np.concatenate([one.embeddings_BD for one in alone]), atol=1e-5
         )
-    heard = TaggerEmbedder(tagger, "d").embed(clips)
-    assert heard.logits_BK is not None
-    assert heard.logits_BK.shape == (4, 3)
+    output = TaggerEmbedder(tagger, "d").embed(clips)
+    assert output.logits_BK is not None
+    assert output.logits_BK.shape == (4, 3)
     expected = tagger(torch.from_numpy(clips[0].waveform_N)[None]).amax(1)
-    np.testing.assert_allclose(heard.logits_BK[:1], expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(output.logits_BK[:1], expected.numpy(), atol=1e-5)
     assert len(TaggerEmbedder(tagger, "d").detect(clips)) == 4
 
 
@@ -163,8 +163,8 @@ def test_cnn14_has_the_names_and_shapes_of_panns_inferences() -> None:
     assert own == LISTED["cnn14 keys at 16 kHz"]
 
 
-def test_cnn14_gave_the_same_as_panns_inference() -> None:
-    """As recorded, with random weights at full size: bit for bit."""
+def test_cnn14_gave_the_same_output_as_panns_inference() -> None:
+    """Recorded with random weights at full size: equal bit for bit."""
     differences = {name: value for name, value in LISTED["cnn14"].items() if "apart" not in name}
     assert len(differences) == 6
     assert max(differences.values()) == 0.0
@@ -173,7 +173,7 @@ def test_cnn14_gave_the_same_as_panns_inference() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the released files' form, a hundredth as wide."""
+    """A checkpoint in the format of the released files, a hundredth as wide."""
     monkeypatch.setattr(panns, "CHANNELS", (4, 4, 4, 4, 4, 8))
     monkeypatch.setattr(panns, "DIMENSION", 12)
     torch.manual_seed(0)
@@ -207,15 +207,15 @@ def test_cnn14s_spectrogram_is_that_of_a_fourier_transform(checkpoint: Path) -> 
 
 def test_a_panns_checkpoint_embeds_and_tags(checkpoint: Path) -> None:
     embedder = PannsEmbedder(panns.load_panns(checkpoint), "d")
-    clips = [noise(0.1), noise(1.0, 32_000, seed=1)]  # the first is shorter than the poolings want
-    heard = embedder.embed(clips)
-    assert heard.embeddings_BD.shape == (2, 12)
-    assert heard.logits_BK is not None
-    assert heard.logits_BK.shape == (2, 527)
-    assert np.isfinite(heard.embeddings_BD).all()
+    clips = [noise(0.1), noise(1.0, 32_000, seed=1)]  # the first is shorter than the pooling needs
+    output = embedder.embed(clips)
+    assert output.embeddings_BD.shape == (2, 12)
+    assert output.logits_BK is not None
+    assert output.logits_BK.shape == (2, 527)
+    assert np.isfinite(output.embeddings_BD).all()
 
 
-def test_what_is_no_panns_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_invalid_panns_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     whole = torch.load(checkpoint, weights_only=True)
 
     def refused(content: object, message: str) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from services.models.mini.tagger import Detection, EventTagger, detections
-from training.evaluation.events import judge
+from training.evaluation.events import compare_events
 from training.evaluation.prompts import held_out_prompts
 from training.mini.evaluate import interval, summarise
 from training.soundworld.captions import CaptionTruth
@@ -31,18 +31,21 @@ def heard(**centres: float) -> dict[str, Detection]:
 def test_a_sequence_is_judged_by_presence_and_order(
     found: dict[str, Detection], present: bool, in_order: bool | None, reversed_: bool | None
 ) -> None:
-    verdict = judge(THEN, found)
+    verdict = compare_events(THEN, found)
     assert (verdict.present, verdict.in_order, verdict.reversed) == (present, in_order, reversed_)
 
 
 def test_events_at_the_same_time_have_no_order() -> None:
     together = CaptionTruth(classes=("dog", "siren"), relation="while")
-    assert judge(together, heard(dog=1.5, siren=0.5)).in_order is None
+    assert compare_events(together, heard(dog=1.5, siren=0.5)).in_order is None
 
 
 def test_figures_by_hand() -> None:
-    right, wrong = judge(THEN, heard(dog=0.5, siren=1.5)), judge(THEN, heard(dog=1.5, siren=0.5))
-    absent = judge(THEN, heard(siren=1.5))
+    right, wrong = (
+        compare_events(THEN, heard(dog=0.5, siren=1.5)),
+        compare_events(THEN, heard(dog=1.5, siren=0.5)),
+    )
+    absent = compare_events(THEN, heard(siren=1.5))
     figures = summarise([[right, right], [right, wrong], [absent, right], [absent, absent]])
     assert figures["presence"][0] == 5 / 8  # type: ignore[index]
     assert figures["order_given_presence"][0] == 4 / 5  # type: ignore[index]

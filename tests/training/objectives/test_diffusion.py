@@ -23,7 +23,7 @@ def _log_sigmoid(x: float) -> float:
     return -math.log(1 + math.exp(-x))
 
 
-def test_the_velocity_error_is_what_one_works_out_by_hand() -> None:
+def test_the_velocity_error_by_hand() -> None:
     # v = 0.8 · 2 - 0.6 · 1 = 1.0 at timestep 0; 0.6 · 2 - 0.8 · 1 = 0.4 at timestep 1.
     clean, noise = _filled(1.0).repeat(2, 1, 1, 1), _filled(2.0).repeat(2, 1, 1, 1)
     predicted = torch.cat([_filled(1.5), _filled(1.0)])
@@ -42,13 +42,13 @@ def test_the_true_velocity_gives_back_the_clip() -> None:
     torch.testing.assert_close(left.sqrt() * noisy - (1 - left).sqrt() * velocity, clean)
 
 
-def test_errors_are_taken_in_float32_whatever_was_predicted() -> None:
+def test_errors_are_computed_in_float32() -> None:
     predicted = torch.randn(2, 2, 3, 2, dtype=torch.bfloat16)
     errors = velocity_errors(predicted, _filled(0.1), _filled(0.2), torch.tensor([0, 0]), SCHEDULE)
     assert errors.dtype is torch.float32
 
 
-def test_min_snr_weights_are_what_one_works_out_by_hand() -> None:
+def test_min_snr_weights_by_hand() -> None:
     # snr is 0.64 / 0.36 = 16 / 9 and 0.36 / 0.64 = 9 / 16; over snr + 1.
     timesteps = torch.tensor([0, 1])
     assert min_snr_weights(timesteps, SCHEDULE, 5.0).tolist() == pytest.approx([0.64, 0.36])
@@ -63,7 +63,7 @@ def test_the_denoising_loss_of_parts_is_that_of_the_whole() -> None:
     assert torch.stack(halves).mean().item() == pytest.approx(denoising_loss(errors, weights).item())
 
 
-def test_dpo_is_what_one_works_out_by_hand() -> None:
+def test_dpo_by_hand() -> None:
     # Drifts of the chosen: -0.25 and 0.5; of the rejected: 0 and 0.25. Times -4 / 2: margins 0.5 and -0.5.
     preference = diffusion_dpo(
         torch.tensor([0.5, 1.0]),
@@ -80,7 +80,7 @@ def test_dpo_is_what_one_works_out_by_hand() -> None:
     assert preference.rejected_drifts_B.tolist() == pytest.approx([0.0, 0.25])
 
 
-def test_where_policy_and_reference_are_equal_dpo_is_log_2_and_pushes_both_clips_apart() -> None:
+def test_dpo_of_equal_policy_and_reference_is_log_2_and_has_opposite_gradients() -> None:
     errors = torch.tensor([0.3, 0.7, 0.1])
     chosen, rejected = errors.clone().requires_grad_(), errors.flip(0).clone().requires_grad_()
     preference = diffusion_dpo(chosen, rejected, errors, errors.flip(0), beta=600.0)
@@ -148,13 +148,13 @@ def test_crpo_is_dpo_plus_the_chosen_clips_error() -> None:
     assert chosen.grad.tolist() == pytest.approx([2 * (1 - s) / 2 + 1 / 2 for s in sigmoids])
 
 
-def test_dpo_is_finite_far_out() -> None:
+def test_dpo_is_finite_for_large_margins() -> None:
     far, zero = torch.tensor([10.0]), torch.zeros(1)
     assert diffusion_dpo(far, zero, zero, zero, beta=2000.0).loss.item() == pytest.approx(1e4)
     assert diffusion_dpo(zero, far, zero, zero, beta=2000.0).loss.item() == 0
 
 
-def test_batons_loss_is_what_one_works_out_by_hand() -> None:
+def test_batons_loss_by_hand() -> None:
     errors, rewards = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.5, 0.0])
     assert reward_weighted(errors, rewards).item() == pytest.approx((1 + 1 + 0) / 3)
     pretraining = torch.tensor([3.0, 5.0])
@@ -162,7 +162,7 @@ def test_batons_loss_is_what_one_works_out_by_hand() -> None:
     assert loss.item() == pytest.approx(2 / 3 + 0.5 * 4)
 
 
-def test_a_clip_without_reward_moves_nothing() -> None:
+def test_a_clip_without_reward_has_no_gradient() -> None:
     errors = torch.tensor([1.0, 2.0], requires_grad=True)
     reward_weighted(errors, torch.tensor([0.8, 0.0])).backward()
     assert errors.grad is not None

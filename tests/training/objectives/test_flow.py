@@ -11,7 +11,7 @@ def _filled(value: float) -> Tensor:
     return torch.full((1, 3, 2), value)
 
 
-def test_position_and_error_are_what_one_works_out_by_hand() -> None:
+def test_position_and_error_by_hand() -> None:
     # A clip of ones and noise of threes: a quarter of the way it is at 0.75 · 1 + 0.25 · 3 = 1.5.
     clean, noise = _filled(1.0).repeat(2, 1, 1), _filled(3.0).repeat(2, 1, 1)
     position = flow_position(clean, noise, torch.tensor([250.0, 1000.0]))
@@ -44,7 +44,7 @@ def test_the_convention_is_that_of_diffusers_scheduler() -> None:
     torch.testing.assert_close(latents, clean, rtol=1e-4, atol=1e-4)
 
 
-def test_blank_rows_are_noise_alone(tmp_path: object) -> None:
+def test_blank_rows_are_pure_noise(tmp_path: object) -> None:
     noising = Noising(
         timesteps_B=torch.tensor([900.0, 900.0]),
         noise_BX=torch.randn(2, 5, 2),
@@ -60,12 +60,12 @@ def test_blank_rows_are_noise_alone(tmp_path: object) -> None:
     torch.testing.assert_close(errors, (noising.noise_BX - clean).square().mean((1, 2)))
 
 
-def test_errors_are_taken_in_float32_whatever_was_predicted() -> None:
+def test_errors_are_computed_in_float32() -> None:
     predicted = torch.randn(2, 3, 2, dtype=torch.bfloat16)
     assert flow_errors(predicted, _filled(0.1), _filled(0.2)).dtype is torch.float32
 
 
-def test_min_snr_weights_are_what_one_works_out_by_hand() -> None:
+def test_min_snr_weights_by_hand() -> None:
     # snr is (0.8 / 0.2)^2 = 16 and (0.4 / 0.6)^2 = 4 / 9; times s^2 = 0.04 and 0.36.
     timesteps = torch.tensor([200.0, 600.0])
     assert flow_min_snr_weights(timesteps, 5.0).tolist() == pytest.approx([0.04 * 5, 0.36 * 4 / 9])

@@ -10,7 +10,7 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_cross_entropy_is_what_one_works_out_by_hand() -> None:
+def test_cross_entropy_by_hand() -> None:
     loss = binary_cross_entropy(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
     expected = -(math.log(_sigmoid(2)) + math.log(1 - _sigmoid(-1))) / 2
     assert loss.item() == pytest.approx(expected)
@@ -23,7 +23,7 @@ def test_cross_entropy_of_an_undecided_model_is_log_2_whatever_the_label() -> No
         assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_smoothing_draws_labels_towards_one_half() -> None:
+def test_label_smoothing_moves_labels_towards_one_half() -> None:
     # y = 1 becomes 0.9 at 0.2; the minimum then lies at log(0.9 / 0.1), where the gradient is zero.
     best = torch.tensor([math.log(9.0)], requires_grad=True)
     binary_cross_entropy(best, torch.ones(1), label_smoothing=0.2).backward()
@@ -47,7 +47,7 @@ def test_gradients_pull_liked_clips_up_and_others_down() -> None:
     assert logits.grad.tolist() == pytest.approx([-0.25, 0.25])
 
 
-def test_bradley_terry_is_what_one_works_out_by_hand() -> None:
+def test_bradley_terry_by_hand() -> None:
     loss = bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]))
     assert loss.item() == pytest.approx((-math.log(_sigmoid(1)) - math.log(_sigmoid(-3))) / 2)
     assert loss.item() == pytest.approx(1.6809245)  # (0.3132617 + 3.0485874) / 2
@@ -60,7 +60,7 @@ def test_bradley_terry_of_equal_rewards_is_log_2_and_only_the_difference_counts(
     assert shifted.item() == pytest.approx(bradley_terry(rewards, rewards.flip(0)).item())
 
 
-def test_bradley_terry_is_finite_far_out() -> None:
+def test_bradley_terry_is_finite_for_large_margins() -> None:
     assert bradley_terry(torch.tensor([1e4]), torch.tensor([-1e4])).item() == 0
     assert bradley_terry(torch.tensor([-1e4]), torch.tensor([1e4])).item() == pytest.approx(2e4)
 
@@ -72,7 +72,7 @@ def test_bradley_terry_pushes_the_chosen_up_and_the_rejected_down() -> None:
     assert (chosen.grad.item(), rejected.grad.item()) == pytest.approx((-0.5, 0.5))
 
 
-def test_annotators_who_err_bound_the_margin() -> None:
+def test_label_smoothing_bounds_the_margin() -> None:
     margin = torch.tensor([math.log(9.0)], requires_grad=True)
     bradley_terry(margin, torch.zeros(1), label_smoothing=0.1).backward()
     assert margin.grad is not None

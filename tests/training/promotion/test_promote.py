@@ -19,7 +19,7 @@ from services.weights.registry import DIGEST_TAG, RegisteredVersion
 from services.weights.uri import ResolvedModel, resolve
 from tests.training.promotion.fixtures import UNET, MemoryTarget, make_promoter, make_version
 from training.evaluation.config import evaluation_smoke
-from training.evaluation.statistics import Interval
+from training.objectives.statistics import Interval
 from training.promotion import promote as promotion
 from training.promotion.errors import (
     BusyError,

@@ -19,7 +19,7 @@ DIGEST = "sha256:" + "0" * 64
 
 @dataclass(frozen=True)
 class Noise:
-    """A clip of the tests."""
+    """A clip of noise."""
 
     seconds: float
     domain: str = "noise"
@@ -54,19 +54,19 @@ def accelerator() -> Accelerator:
     return make_accelerator(LoopConfig(steps=1, batch=1, device="cpu"))
 
 
-def test_tokens_are_those_that_the_reward_model_hears(
+def test_tokens_are_those_of_the_reward_model(
     tmp_path: Path, clap: ClapModel, accelerator: Accelerator
 ) -> None:
     tokens = ClapTokens(tmp_path, clap, DIGEST, accelerator)
     assert tokens.add(CLIPS) == {}
     kept = tokens.audio(CLIPS)
     model = tiny_reward(clap)
-    heard = model.audio_tokens([model.prepare(*clip.read()) for clip in CLIPS])
-    assert kept.mask_BA.sum(1).tolist() == heard.mask_BA.sum(1).tolist()
+    expected = model.audio_tokens([model.prepare(*clip.read()) for clip in CLIPS])
+    assert kept.mask_BA.sum(1).tolist() == expected.mask_BA.sum(1).tolist()
     torch.testing.assert_close(
-        kept.hidden_BAC[kept.mask_BA], heard.hidden_BAC[heard.mask_BA], rtol=2e-3, atol=2e-3
+        kept.hidden_BAC[kept.mask_BA], expected.hidden_BAC[expected.mask_BA], rtol=2e-3, atol=2e-3
     )
-    torch.testing.assert_close(kept.seconds_BA[kept.mask_BA], heard.seconds_BA[heard.mask_BA])
+    torch.testing.assert_close(kept.seconds_BA[kept.mask_BA], expected.seconds_BA[expected.mask_BA])
     prompts = ["a dog barks", "a cat", "the siren wails then a bell rings", "rain falls"]
     with torch.no_grad():
         ours = model.head(tokens.text(prompts), kept)
@@ -75,7 +75,7 @@ def test_tokens_are_those_that_the_reward_model_hears(
     )
 
 
-def test_prompts_from_memory_are_as_those_made_now(
+def test_cached_tokens_of_prompts_equal_computed_ones(
     tmp_path: Path, clap: ClapModel, accelerator: Accelerator
 ) -> None:
     tokens = ClapTokens(tmp_path, clap, DIGEST, accelerator)
@@ -90,7 +90,7 @@ def test_prompts_from_memory_are_as_those_made_now(
     assert not fresh.hidden_BLC.is_inference()
 
 
-def test_what_is_on_disk_is_not_made_again(
+def test_cached_tokens_are_not_computed_again(
     tmp_path: Path, clap: ClapModel, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ClapTokens(tmp_path, clap, DIGEST, accelerator)
@@ -102,39 +102,39 @@ def test_what_is_on_disk_is_not_made_again(
     assert torch.equal(again.audio(CLIPS).hidden_BAC, expected.hidden_BAC)
     assert not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
-    # Another CLAP has files of its own, and a damaged file is as good as none.
+    # Another CLAP model has its own files, and damaged files are computed again.
     other = ClapTokens(tmp_path, clap, "sha256:" + "1" * 64, accelerator)
     other.add(CLIPS)
     assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
-    mended = ClapTokens(tmp_path, clap, DIGEST, accelerator)
-    assert mended.add(CLIPS) == {}
-    assert torch.equal(mended.audio(CLIPS).hidden_BAC, expected.hidden_BAC)
+    restored = ClapTokens(tmp_path, clap, DIGEST, accelerator)
+    assert restored.add(CLIPS) == {}
+    assert torch.equal(restored.audio(CLIPS).hidden_BAC, expected.hidden_BAC)
 
 
-def test_other_processes_may_read(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
+def test_worker_processes_read_clips(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
     clips: list[Clip] = [Noise(0.3 + n / 100) for n in range(20)]
     clips.insert(5, Noise(51.0))
     alone = ClapTokens(tmp_path / "a", clap, DIGEST, accelerator)
-    helped = ClapTokens(tmp_path / "b", clap, DIGEST, accelerator, workers=2)
-    assert alone.add(clips) == helped.add(clips) == {clips[5]: "is too long"}
+    parallel = ClapTokens(tmp_path / "b", clap, DIGEST, accelerator, workers=2)
+    assert alone.add(clips) == parallel.add(clips) == {clips[5]: "is too long"}
     del clips[5]
-    assert torch.equal(alone.audio(clips).hidden_BAC, helped.audio(clips).hidden_BAC)
+    assert torch.equal(alone.audio(clips).hidden_BAC, parallel.audio(clips).hidden_BAC)
 
 
-def test_scores_are_claps_own(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
+def test_scores_are_those_of_clap(tmp_path: Path, clap: ClapModel, accelerator: Accelerator) -> None:
     ClapTokens(tmp_path, clap, DIGEST, accelerator).add(CLIPS[:2])
     tokens = ClapTokens(tmp_path, clap, DIGEST, accelerator)
     tokens.add(CLIPS, scored=True)
     prompts = ["a dog barks"] * len(CLIPS)
     expected = clap.score(prompts, [clip.read()[0] for clip in CLIPS], 16_000)
     torch.testing.assert_close(tokens.scores(prompts, CLIPS), expected)
-    tokens.add(CLIPS)  # not wanting scores does not lose them
+    tokens.add(CLIPS)  # without `scored`, existing embeddings are kept
     assert torch.equal(tokens.scores(prompts, CLIPS), tokens.scores(prompts, CLIPS))
 
 
-def test_clips_that_can_not_be_read_are_left_out_counted_and_listed(
+def test_unreadable_clips_are_left_out_counted_and_listed(
     tmp_path: Path, clap: ClapModel, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken: list[Clip] = [Noise(51.0), FileClip(path=tmp_path / "none.wav")]
@@ -143,9 +143,9 @@ def test_clips_that_can_not_be_read_are_left_out_counted_and_listed(
     assert unreadable == {broken[0]: "is too long", broken[1]: "No such file or directory"}
     assert len(tokens.audio(CLIPS).mask_BA) == len(CLIPS)
     check_readable(unreadable, 100, 0.05)
-    told = capsys.readouterr().err
-    assert "2 of 100 clips can't be read and are left out:" in told
-    assert "none.wav: No such file or directory" in told
+    printed = capsys.readouterr().err
+    assert "2 of 100 clips can't be read and are left out:" in printed
+    assert "none.wav: No such file or directory" in printed
     with pytest.raises(
         InvalidInputError, match=r"data: 2 of 30 clips can't be read, at most 5% may be: noise 51"
     ):

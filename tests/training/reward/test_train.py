@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
 from typer.testing import CliRunner
 
 from services.errors import DigestMismatchError, InvalidInputError, ModelNotFoundError, OutputError
@@ -21,6 +21,7 @@ from training.loop.fit import Positions
 from training.loop.run_folder import JOURNAL, read_journal
 from training.reward import train as train_reward_module
 from training.reward.data import DataConfig
+from training.reward.report import HeadOutputs, reliability_plot
 from training.reward.train import RewardTraining, train_reward
 from training.runs.recipes import reward_smoke
 from training.soundworld.scenes import split_of
@@ -55,7 +56,7 @@ def _clap(folder: Path) -> tuple[ClapModel, str]:
     return load_clap(folder), verify_manifest(folder).digest
 
 
-def test_what_it_writes_is_a_model_that_can_be_loaded(trained: Path, clap_folder: Path) -> None:
+def test_the_output_is_a_model_that_can_be_loaded(trained: Path, clap_folder: Path) -> None:
     clap, digest = _clap(clap_folder)
     model = load_reward(trained, clap, digest)
     manifest = verify_manifest(trained)
@@ -70,12 +71,12 @@ def test_what_it_writes_is_a_model_that_can_be_loaded(trained: Path, clap_folder
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in trained.iterdir())
 
 
-def test_the_report_says_what_was_measured(trained: Path) -> None:
+def test_the_report_has_all_metrics(trained: Path) -> None:
     report = json.loads((trained / "evaluation.json").read_text())
-    for figures in (report["pair_accuracy"], report["clap_pair_accuracy"]):
-        assert {"all", "swapped", "swapped, real"} <= figures.keys()
-        assert figures["all"]["count"] == 12
-        assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 for f in figures.values())
+    for metrics in (report["pair_accuracy"], report["clap_pair_accuracy"]):
+        assert {"all", "swapped", "swapped, real"} <= metrics.keys()
+        assert metrics["all"]["count"] == 12
+        assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 for f in metrics.values())
     assert set(report["calibration"]["expected_calibration_error"]) == {"before", "after"}
     assert 0 <= report["labelled"]["auc"] <= 1
     assert report["examples"]["train"]["liked"] == 24
@@ -85,10 +86,17 @@ def test_the_report_says_what_was_measured(trained: Path) -> None:
     assert "swapped, real" in card and "tiny-clap" in card
 
 
-def test_broken_off_in_the_middle_it_goes_on_bit_for_bit(
+def test_the_reliability_plot_is_a_png_and_always_the_same() -> None:
+    outputs = HeadOutputs(labelled=(), logits_B=tensor([]), pairs=(), margins_B=tensor([-2.0, 0.5, 3.0]))
+    image = reliability_plot(outputs, 2.0)
+    assert image.startswith(b"\x89PNG")
+    assert image == reliability_plot(outputs, 2.0)
+
+
+def test_an_interrupted_training_is_resumed_bit_for_bit(
     config: RewardTraining, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if killed: nothing gets a chance to save. `test_loop` does it by SIGKILL."""
+    """The exception prevents any saving, like a kill. `test_loop` sends SIGKILL."""
     output, inner = tmp_path / "smoke", train_reward_module.loss_of
 
     def loss_of(head: nn.Module, positions: Positions, **rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -109,7 +117,7 @@ def test_broken_off_in_the_middle_it_goes_on_bit_for_bit(
     assert ours == theirs
 
 
-def test_run_again_it_does_nothing_anew_and_refuses_other_settings(
+def test_a_finished_training_is_not_repeated_and_refuses_other_settings(
     config: RewardTraining, trained: Path
 ) -> None:
     before = verify_manifest(trained).digest
@@ -134,7 +142,7 @@ def _prompts(split: str, count: int) -> list[str]:
     return [prompt for prompt in prompts if split_of(prompt) == split][:count]
 
 
-def test_batons_files_are_enough(config: RewardTraining, tmp_path: Path) -> None:
+def test_training_on_batons_json_alone(config: RewardTraining, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for split in ("train", "validation", "test"):
@@ -148,7 +156,7 @@ def test_batons_files_are_enough(config: RewardTraining, tmp_path: Path) -> None
     changed = replace(config, data=data, objective="bce")
     report = train_reward(changed, tmp_path / "model")
     assert report["examples"]["train"] == {"liked": 4, "not liked": 4}
-    # Held-out pairs come from the labels of one prompt.
+    # Held-out pairs are derived from the labels of a prompt.
     assert report["pair_accuracy"]["labelled"]["count"] == 4
     (tmp_path / "train-0-0.wav").write_bytes(b"")
     report = train_reward(changed, tmp_path / "other")
@@ -169,7 +177,7 @@ def test_batons_files_are_enough(config: RewardTraining, tmp_path: Path) -> None
         (["loop.batch=3", "loop.accumulation=2"], "batch: is 3, must be a multiple"),
     ],
 )
-def test_what_can_not_be_trained_is_one_clear_line(
+def test_invalid_settings_give_a_one_line_error(
     config: RewardTraining, tmp_path: Path, settings: list[str], message: str
 ) -> None:
     with pytest.raises(InvalidInputError) as caught:
@@ -177,19 +185,19 @@ def test_what_can_not_be_trained_is_one_clear_line(
     assert message in str(caught.value)
 
 
-def test_a_folder_with_something_else_is_left_alone(config: RewardTraining, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
+def test_a_folder_with_other_content_is_not_overwritten(config: RewardTraining, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Hello")
     with pytest.raises(OutputError, match="holds no reward model; give another --output"):
         train_reward(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_clap_that_is_not_there(config: RewardTraining, tmp_path: Path) -> None:
+def test_a_missing_clap_model(config: RewardTraining, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         train_reward(override(config, [f"clap=file:{tmp_path}/none"]), tmp_path / "x")
 
 
-def test_the_command_prints_settings_and_figures(config: RewardTraining, tmp_path: Path) -> None:
+def test_the_command_prints_settings_and_metrics(config: RewardTraining, tmp_path: Path) -> None:
     runner = CliRunner()
     command = ["reward", "--recipe", "smoke", "--set", f"clap={config.clap}", "--set", "loop.steps=2"]
     shown = runner.invoke(train_app, [*command, "--show"])

@@ -20,7 +20,7 @@ from services.errors import InvalidInputError, MilongaError
 from services.files import write_atomically
 from services.weights.registry import cache_folder
 from training.data.store import RowLog, digest_of
-from training.evaluation.sources import Asked, file_name, options_of
+from training.evaluation.sources import PlannedClip, file_name, generation_options
 from training.loop.progress import progress
 from training.promotion.errors import RolloutError
 from training.promotion.gates.gates import GatesConfig
@@ -57,7 +57,7 @@ def clips_folder(digest: str, serving: str, config: GatesConfig) -> Path:
 def served_clips(
     name: str,
     digest: str,
-    plan: Sequence[Asked],
+    plan: Sequence[PlannedClip],
     folder: Path,
     config: GatesConfig,
     open_client: Callable[[], ClipMaker],
@@ -77,32 +77,32 @@ def served_clips(
         RolloutError: the challenger fails, or other weights answer.
         OutputError: `folder` can't be written.
     """
-    clips: ClipFolder[Asked] = ClipFolder(folder, lambda asked: [file_name(asked)])
+    clips: ClipFolder[PlannedClip] = ClipFolder(folder, lambda planned: [file_name(planned)])
     with RowLog(folder / TIMES) as log:
         seconds = {str(row["file"]): float(row["seconds"]) for row in log.rows}
         torn = set(clips.missing(plan))
-        missing = [asked for asked in plan if asked in torn or file_name(asked) not in seconds]
+        missing = [planned for planned in plan if planned in torn or file_name(planned) not in seconds]
         if missing:
             with closing(open_client()) as client:
                 make = partial(_generate, client, config=config, digest=digest)
                 make(missing[0])  # warm-up: the first call is slower
                 made = clips.make(missing, make, config.in_flight, stop=client.close)
-                for asked, generation in progress(made, desc=name, total=len(missing), unit="clip"):
-                    seconds[file_name(asked)] = generation.timings.total
-                    log.append({"file": file_name(asked), "seconds": generation.timings.total})
-    files = tuple(clips.paths(asked)[0] for asked in plan)
+                for planned, generation in progress(made, desc=name, total=len(missing), unit="clip"):
+                    seconds[file_name(planned)] = generation.timings.total
+                    log.append({"file": file_name(planned), "seconds": generation.timings.total})
+    files = tuple(clips.paths(planned)[0] for planned in plan)
     times = [max(seconds[path.name], 1e-9) for path in files]
     return ServedClips(files=files, seconds_N=np.array(times), made=len(missing))
 
 
-def _generate(client: ClipMaker, asked: Asked, *, config: GatesConfig, digest: str) -> Generation:
-    options = options_of(asked, config.evaluation.sampling)
+def _generate(client: ClipMaker, planned: PlannedClip, *, config: GatesConfig, digest: str) -> Generation:
+    options = generation_options(planned, config.evaluation.sampling)
     try:
-        made = client.generate(asked.prompt.text, **options)
+        made = client.generate(planned.prompt.text, **options)
     except InvalidInputError:
         raise
     except MilongaError as error:
-        raise RolloutError(f"the challenger failed on {asked.prompt.text!r}: {error}") from error
+        raise RolloutError(f"the challenger failed on {planned.prompt.text!r}: {error}") from error
     if made.model.digest != digest:
         raise RolloutError(
             f"the challenger serves {made.model.digest}, expected {digest}: somebody else changed it"

@@ -27,8 +27,8 @@ from training.evaluation.clip_scores import (
     open_evaluators,
     score_clips,
 )
-from training.evaluation.report import differences_of, figures_of, measure, split_units
-from training.evaluation.sources import Asked, make_plan
+from training.evaluation.report import compute_metrics, metric_differences, metric_intervals, split_indices
+from training.evaluation.sources import PlannedClip, make_plan
 from training.promotion.gates.clips import clips_folder, served_clips
 from training.promotion.gates.gates import LATENCY, GatesConfig, Verdict, decide
 from training.promotion.target import Report, Target
@@ -52,7 +52,7 @@ class Examination:
     def __init__(self, config: GatesConfig, services: ScorerServices | None = None) -> None:
         """Load scorers, reward model and judge. Raises `ModelError`, and what the services raise."""
         self.config, self._services = config, services or ScorerServices()
-        self.plan: Sequence[Asked] = make_plan(config.evaluation, [])
+        self.plan: Sequence[PlannedClip] = make_plan(config.evaluation, [])
         self._evaluators = self._open_evaluators()
         self._references: References | None = None
 
@@ -115,7 +115,7 @@ class Examination:
             **facts,
             "prompts": {
                 "clips": len(self.plan),
-                "digest": digest_of([[asked.prompt.text, asked.seed] for asked in self.plan]),
+                "digest": digest_of([[planned.prompt.text, planned.seed] for planned in self.plan]),
             },
             "heard_by": self._evaluators.digests(),
             "independent": list(self.config.independent),
@@ -132,21 +132,22 @@ class Examination:
     def _decide(self, scores: Mapping[str, ClipScores]) -> tuple[list[Verdict], dict[str, Any]]:
         config, references = self.config.evaluation, self._references
         assert references is not None
-        splits = split_units(self.plan, np.logical_and.reduce([one.readable_N for one in scores.values()]))
+        readable_N = np.logical_and.reduce([found.readable_N for found in scores.values()])
+        splits = split_indices(self.plan, readable_N)
         gated = {gate.split for gate in self.config.gates}
-        measured = {
+        metrics = {
             role: {
-                split: measure(one, references, self.plan, units, config)
-                for split, units in splits.items()
+                split: compute_metrics(found, references, self.plan, indices, config)
+                for split, indices in splits.items()
                 if split in gated
             }
-            for role, one in scores.items()
+            for role, found in scores.items()
         }
-        champion = {split: figures_of(one) for split, one in measured["champion"].items()}
-        challenger = {split: figures_of(one) for split, one in measured["challenger"].items()}
+        champion = {split: metric_intervals(part) for split, part in metrics["champion"].items()}
+        challenger = {split: metric_intervals(part) for split, part in metrics["challenger"].items()}
         differences = {
-            split: differences_of(one, measured["challenger"][split])
-            for split, one in measured["champion"].items()
+            split: metric_differences(part, metrics["challenger"][split])
+            for split, part in metrics["champion"].items()
         }
         figures = {
             split: {

@@ -26,12 +26,12 @@ from pydantic.json_schema import SkipJsonSchema
 
 from services.errors import FieldViolation, InvalidInputError
 from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
-from training.evaluation.events import EVENT_FIGURES
+from training.evaluation.events import EVENT_METRICS
 from training.evaluation.prompts import SPLITS
-from training.evaluation.report import Figures
-from training.evaluation.sources import Asked, make_plan
-from training.evaluation.statistics import Interval
+from training.evaluation.report import Metrics
+from training.evaluation.sources import PlannedClip, make_plan
 from training.loop.config import validated
+from training.objectives.statistics import Interval
 
 DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
 """Gates of the mini family, on the sound world."""
@@ -177,14 +177,14 @@ def read_gates(path: Path) -> GatesConfig:
     return config
 
 
-def known_figures(config: EvaluationConfig, plan: Sequence[Asked]) -> tuple[str, ...]:
+def known_figures(config: EvaluationConfig, plan: Sequence[PlannedClip]) -> tuple[str, ...]:
     """Return the names of the figures that an evaluation of `plan` computes."""
     found = [f"clap.{scorer.partition('=')[0]}" for scorer in config.scorers]
     found += ["reward"] if config.reward else []
     found += ["silent", "clipped", "loudness_db", LATENCY]
-    if config.judge is not None and any(asked.prompt.truth for asked in plan):
-        found += EVENT_FIGURES
-    has_references = any(asked.prompt.reference for asked in plan)
+    if config.judge is not None and any(planned.prompt.truth for planned in plan):
+        found += EVENT_METRICS
+    has_references = any(planned.prompt.reference for planned in plan)
     for embedder in config.embedders:
         kind, label = embedder.partition(":")[0], label_of(embedder)
         if has_references:
@@ -196,9 +196,9 @@ def known_figures(config: EvaluationConfig, plan: Sequence[Asked]) -> tuple[str,
 
 def decide(
     gates: Sequence[Gate],
-    champion: Mapping[str, Figures],
-    challenger: Mapping[str, Figures],
-    differences: Mapping[str, Figures],
+    champion: Mapping[str, Metrics],
+    challenger: Mapping[str, Metrics],
+    differences: Mapping[str, Metrics],
 ) -> list[Verdict]:
     """Return the verdict of each gate on figures by split and name. A missing figure does not pass."""
     verdicts = []
@@ -234,7 +234,7 @@ def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
                     f"has the metric {gate.figure!r}, which this evaluation lacks; known: {', '.join(known)}",
                 )
             )
-        if not any(SPLITS[gate.split](asked.prompt) for asked in plan):
+        if not any(SPLITS[gate.split](planned.prompt) for planned in plan):
             found.append(
                 FieldViolation(f"{path.name}: gate {number}", f"no prompt is in the split {gate.split!r}")
             )
@@ -247,7 +247,7 @@ def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
                 f"has {', '.join(foreign)}, must be of {', '.join([*scorers, JUDGE])}",
             )
         )
-    used = {gate.scorer or (JUDGE if gate.figure in EVENT_FIGURES else "") for gate in config.gates}
+    used = {gate.scorer or (JUDGE if gate.figure in EVENT_METRICS else "") for gate in config.gates}
     if not used & set(config.independent):
         found.append(
             FieldViolation(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.errors import InvalidInputError
-from training.evaluation.statistics import Interval
+from training.objectives.statistics import Interval
 from training.promotion.gates.gates import DEFAULT_GATES, Gate, decide, read_gates
 
 

@@ -31,7 +31,7 @@ from tests.training.promotion.targets.test_kubernetes import self_signed
 from tests.training.promotion.targets.triton_server import FakeTriton, serving
 from training.evaluation.config import Sampling
 from training.evaluation.prompts import Prompt
-from training.evaluation.sources import Asked, options_of
+from training.evaluation.sources import PlannedClip, generation_options
 from training.promotion.errors import RolloutError, exit_code
 from training.promotion.registry import Registry
 from training.promotion.targets.probing import CALLS
@@ -172,7 +172,7 @@ def test_the_challenger_is_a_model_beside_it(world: World) -> None:
 
     clips = target.clip_client(address, 5.0)
     sampling = Sampling(duration=2.5, num_inference_steps=3, guidance_scale=3.1, scheduler="ddim")
-    options = options_of(Asked(prompt=Prompt(text="a dog barks"), seed=7), sampling)
+    options = generation_options(PlannedClip(prompt=Prompt(text="a dog barks"), seed=7), sampling)
     made = clips.generate("a dog barks", **options)
     request = world.triton.requests[-1]
     assert (request.model_name, request.model_version) == (CHALLENGER, "")

@@ -1,4 +1,7 @@
-"""Figures with what they are uncertain by. Shapes: N examples."""
+"""Means with bootstrap confidence intervals, and the area under the ROC curve.
+
+Shape legend: N values.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,13 @@ from scipy.stats import rankdata
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval."""
+    """A value with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
     count: int
-    """Values that the mean is of."""
+    """Number of values, or of groups, that it is computed from."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.count}"
@@ -25,16 +28,17 @@ class Interval:
 def bootstrap_mean(
     values_N: ArrayLike, groups: Sequence[object] | None = None, *, resamples: int = 2_000
 ) -> Interval:
-    """The mean of `values_N`; whole groups (say, prompts) are drawn again, as their values go together.
+    """Return the mean of `values_N` with its percentile bootstrap interval; all NaN if N is 0.
 
-    The same values give the same interval. All are NaN where there are no values.
+    Whole groups are resampled (say, all clips of a prompt), since their values depend on each other. The
+    random numbers are fixed: the same values give the same interval.
     """
     values = np.asarray(values_N, dtype=float)
     if not values.size:
         return Interval(value=float("nan"), low=float("nan"), high=float("nan"), count=0)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or range(values.size)))}
-    member = np.array([numbers[group] for group in groups or range(values.size)])
-    sums, counts = np.bincount(member, weights=values), np.bincount(member)
+    group_N = np.array([numbers[group] for group in groups or range(values.size)])
+    sums, counts = np.bincount(group_N, weights=values), np.bincount(group_N)
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(numbers), (resamples, len(numbers)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
@@ -43,13 +47,14 @@ def bootstrap_mean(
 
 
 def area_under_curve(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """Probability that a positive (label above 1/2) scores higher than a negative; ties count half.
+    """Return the area under the ROC curve; NaN if one of the classes is missing.
 
-    The area under the receiver operating characteristic, by ranks. NaN where one of the classes is missing.
+    It is the probability that a positive (label above 1/2) scores higher than a negative; ties count half.
     """
     positive = np.asarray(labels_N) > 0.5
-    wins, losses = int(positive.sum()), int((~positive).sum())
-    if not wins or not losses:
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
         return float("nan")
     ranks = rankdata(np.asarray(scores_N))
-    return float((ranks[positive].sum() - wins * (wins + 1) / 2) / (wins * losses))
+    rank_sum = ranks[positive].sum() - positives * (positives + 1) / 2
+    return float(rank_sum / (positives * negatives))
