@@ -7,12 +7,20 @@ Imports no torch. Shapes: n prompts, N samples.
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.api.generation import Clip, Finished, GenerationRequest, Progress, Queued, violations
+from services.api.generation import (
+    Clip,
+    Finished,
+    GenerationOptions,
+    GenerationRequest,
+    Progress,
+    Queued,
+    violations,
+)
 from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
 from services.generation.operator import TokenCheck, read_uri
@@ -26,40 +34,25 @@ if TYPE_CHECKING:
 
 
 PROMPT: Final = TensorSpec(name="PROMPT", field="prompt", datatype="BYTES", dims=("n",))
-NEGATIVE_PROMPT: Final = TensorSpec(
-    name="NEGATIVE_PROMPT",
-    field="negative_prompt",
-    datatype="BYTES",
-    dims=("n",),
-    optional=True,
-    one_for_all=True,
+
+
+def _option(field: str, datatype: str) -> TensorSpec:
+    return TensorSpec(
+        name=field.upper(), field=field, datatype=datatype, dims=("n",), optional=True, one_for_all=True
+    )
+
+
+DURATION: Final = _option("duration", "FP32")
+OPTIONS: Final = (
+    _option("negative_prompt", "BYTES"),
+    _option("seed", "INT64"),
+    _option("num_inference_steps", "INT32"),
+    _option("guidance_scale", "FP32"),
+    DURATION,
+    _option("scheduler", "BYTES"),
 )
-SEED: Final = TensorSpec(
-    name="SEED", field="seed", datatype="INT64", dims=("n",), optional=True, one_for_all=True
-)
-NUM_INFERENCE_STEPS: Final = TensorSpec(
-    name="NUM_INFERENCE_STEPS",
-    field="num_inference_steps",
-    datatype="INT32",
-    dims=("n",),
-    optional=True,
-    one_for_all=True,
-)
-GUIDANCE_SCALE: Final = TensorSpec(
-    name="GUIDANCE_SCALE",
-    field="guidance_scale",
-    datatype="FP32",
-    dims=("n",),
-    optional=True,
-    one_for_all=True,
-)
-DURATION: Final = TensorSpec(
-    name="DURATION", field="duration", datatype="FP32", dims=("n",), optional=True, one_for_all=True
-)
-SCHEDULER: Final = TensorSpec(
-    name="SCHEDULER", field="scheduler", datatype="BYTES", dims=("n",), optional=True, one_for_all=True
-)
-INPUTS: Final = (PROMPT, NEGATIVE_PROMPT, SEED, NUM_INFERENCE_STEPS, GUIDANCE_SCALE, DURATION, SCHEDULER)
+"""Keyword arguments of a generation, each a value a row, or one for all."""
+INPUTS: Final = (PROMPT, *OPTIONS)
 
 OUTPUTS: Final = (
     TensorSpec(name="AUDIO", field="audio", datatype="FP32", dims=("n", "samples")),
@@ -129,39 +122,31 @@ class LeasedTango:
 
     def read(self, tensors: Tensors) -> list[GenerationRequest]:
         """Return a request for each prompt."""
-        engine = self._served.engine
-        prompts, prompt_faults = texts(tensors, PROMPT)
-        negative_prompts, negative_faults = texts(tensors, NEGATIVE_PROMPT)
-        schedulers, scheduler_faults = texts(tensors, SCHEDULER)
+        prompts, faults = texts(tensors, PROMPT)
         assert prompts is not None
         n = len(prompts)
-        requests = [
-            engine.request(
-                prompt,
-                negative_prompt=negative_prompt,
-                duration=duration,
-                seed=seed,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                scheduler=scheduler or None,
-            )
-            for prompt, negative_prompt, duration, seed, steps, scale, scheduler in zip(
-                prompts,
-                spread(negative_prompts, n),
-                spread(decimals(tensors.get(DURATION.name)), n),
-                spread(tensors.get(SEED.name), n),
-                spread(tensors.get(NUM_INFERENCE_STEPS.name), n),
-                spread(decimals(tensors.get(GUIDANCE_SCALE.name)), n),
-                spread(schedulers, n),
-                strict=True,
-            )
+        columns: dict[str, list[Any]] = {}
+        for spec in OPTIONS:
+            values: Any = tensors.get(spec.name)
+            if spec.datatype == "BYTES":
+                values, wrong = texts(tensors, spec)
+                faults += wrong
+            elif spec.datatype == "FP32":
+                values = decimals(values)
+            columns[spec.field] = spread(values, n)
+        # An empty text is an option that is left out.
+        rows = [
+            {name: column[row] for name, column in columns.items() if column[row] != ""} for row in range(n)
         ]
-        found = (*prompt_faults, *negative_faults, *scheduler_faults)
-        # What is not text is said once, as such.
-        told = {fault.field for fault in found}
-        faults = [fault for fault in self._violations(requests) if fault.field not in told]
-        if found or faults:
-            raise InvalidInputError(*found, *faults)
+        requests = [
+            self._served.engine.request(prompt, **cast(GenerationOptions, {**row, "encoding": "float32"}))
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        # What is not text is reported once, as such.
+        reported = {fault.field for fault in faults}
+        found = [fault for fault in self._violations(requests) if fault.field not in reported]
+        if faults or found:
+            raise InvalidInputError(*faults, *found)
         return requests
 
     def _violations(self, requests: Sequence[GenerationRequest]) -> Iterator[FieldViolation]:
@@ -191,7 +176,7 @@ class LeasedTango:
                     case Queued() | Progress() if stream:
                         yield _progress(index, event)
                     case Clip():
-                        clips[index] = event
+                        clips[index] = event.as_requested(job[index])
                     case Finished():
                         clip = clips[index]
                         rows[index] = Row(waveform_N=clip.waveform(), seed=clip.seed, finished=event)
