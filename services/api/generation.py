@@ -35,6 +35,9 @@ DRAWN_SEED_BITS: Final = 32
 MEL_FLOOR, MEL_CEILING = math.log(1e-5), math.log(10.0)
 """Range of a preview: the log-mel spectrogram's floor, and ten times full scale."""
 
+LOUDNESS_RANGE: Final = (-60.0, -6.0)
+"""Root mean squares that a clip can be brought to, in dB relative to full scale."""
+
 # Headers of a sound file, and the fields around the sound.
 _CLIP_OVERHEAD_BYTES = 4096
 
@@ -63,6 +66,8 @@ class GenerationOptions(TypedDict, total=False):
     """One of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int | None
     """Hertz of the clips."""
+    loudness: float | None
+    """Root mean square that each clip is brought to, in dB relative to full scale; None: as it is made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +109,8 @@ class GenerationRequest:
     """Of the clips' bytes: one of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int
     """Hertz of the clips."""
+    loudness: float | None = None
+    """Root mean square that each clip is brought to, in dB relative to full scale; None: as it is made."""
     preview_interval_steps: int = 0
     """Send a `Preview` of the first clip every so many steps; 0 sends none. Changes no bit of the clips."""
 
@@ -170,6 +177,10 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
         (
             "sample_rate_hertz",
             _number_fault(request.sampling_rate, MIN_SAMPLING_RATE, MAX_SAMPLING_RATE, " hertz"),
+        ),
+        (
+            "loudness",
+            None if request.loudness is None else _number_fault(request.loudness, *LOUDNESS_RANGE, " dB"),
         ),
         ("preview_interval_steps", _number_fault(request.preview_interval_steps, 0, limits.max_steps)),
     )
@@ -276,7 +287,11 @@ class Clip:
 
     def as_requested(self, request: GenerationRequest) -> "Clip":
         """Return the engine's clip as `request` wants it. Takes milliseconds."""
-        return self.encoded(request.encoding, request.sampling_rate)
+        clip = self
+        if request.loudness is not None:
+            waveform_N = at_loudness(self.waveform(), request.loudness)
+            clip = Clip.of_samples(waveform_N, self.sampling_rate, index=self.index, seed=self.seed)
+        return clip.encoded(request.encoding, request.sampling_rate)
 
     def encoded(self, encoding: str, sampling_rate: int) -> "Clip":
         """Return the clip in another encoding, resampled to `sampling_rate` hertz. Takes milliseconds."""
@@ -326,6 +341,20 @@ Update = Queued | Progress | Preview | Clip | Finished
 
 Event = Update | Failed
 """What the engine reports of a request."""
+
+
+def at_loudness(waveform_N: NDArray[np.float32], loudness: float) -> NDArray[np.float32]:
+    """Return the clip with a root mean square of `loudness` dB relative to full scale.
+
+    Less where its peak would exceed full scale. Silence stays silence.
+    """
+    peak = float(np.abs(waveform_N).max(initial=0.0))
+    if not peak:
+        return waveform_N
+    rms = float(np.sqrt(np.mean(np.square(waveform_N, dtype=np.float64))))
+    gain = min(10 ** (loudness / 20) / rms, 1 / peak)
+    scaled_N: NDArray[np.float32] = (waveform_N * np.float32(gain)).clip(-1.0, 1.0)
+    return scaled_N
 
 
 def quantise_mel(mel_TM: NDArray[np.float32]) -> NDArray[np.uint8]:

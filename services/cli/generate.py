@@ -52,6 +52,13 @@ class ClipOptions:
     sample_rate: Annotated[
         int | None, typer.Option(help="Hertz of the file. Default: the model's.", show_default=False)
     ] = None
+    loudness: Annotated[
+        float | None,
+        typer.Option(
+            help="Bring each clip to this root mean square, in dB relative to full scale (-60 to -6).",
+            show_default=False,
+        ),
+    ] = None
 
     def generation(self) -> client.GenerationOptions:
         """Return them by the client's names."""
@@ -64,6 +71,7 @@ class ClipOptions:
             "guidance_scale": self.guidance,
             "scheduler": self.scheduler,
             "sampling_rate": self.sample_rate,
+            "loudness": self.loudness,
         }
 
 

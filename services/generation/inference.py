@@ -50,6 +50,7 @@ OPTIONS: Final = (
     _option("guidance_scale", "FP32"),
     DURATION,
     _option("scheduler", "BYTES"),
+    _option("loudness", "FP32"),
 )
 """Keyword arguments of a generation, each a value a row, or one for all."""
 INPUTS: Final = (PROMPT, *OPTIONS)

@@ -1,9 +1,10 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from services.api.generation import GenerationRequest, Limits, validate, violations
+from services.api.generation import GenerationRequest, Limits, at_loudness, validate, violations
 from services.errors import InvalidInputError
 
 LIMITS = Limits(min_duration=0.04, max_duration=10.24, schedulers=("ddpm", "ddim"))
@@ -37,6 +38,8 @@ def test_a_good_request_passes() -> None:
         {"guidance_scale": 0},
         {"guidance_scale": 20},
         {"negative_prompt": "rain"},
+        {"loudness": -60.0},
+        {"loudness": -6.0},
     ],
 )
 def test_the_bounds_are_inclusive(change: dict[str, object]) -> None:
@@ -72,6 +75,8 @@ def test_the_bounds_are_inclusive(change: dict[str, object]) -> None:
         ("scheduler", "euler", "must be one of ddpm, ddim"),
         ("scheduler", "x" * 10_000, "must be one of"),
         ("preview_interval_steps", -1, "is -1"),
+        ("loudness", -5.9, "between -60 and -6 dB"),
+        ("loudness", math.nan, "is nan dB"),
         ("encoding", "mp3", "must be one of wav, flac, ogg, linear16, float32"),
     ],
 )
@@ -87,6 +92,16 @@ def test_a_sampling_rate_is_named_as_on_the_wire(rate: int) -> None:
     (violation,) = violations(replace(GOOD, sampling_rate=rate), LIMITS)
     assert violation.field == "sample_rate_hertz"
     assert "between 8000 and 48000 hertz" in violation.description
+
+
+def test_a_clip_is_brought_to_a_loudness_and_never_clipped() -> None:
+    tone_N = (0.01 * np.sin(np.arange(16_000))).astype(np.float32)
+    level = 20 * np.log10(np.sqrt(np.mean(at_loudness(tone_N, -20.0) ** 2)))
+    assert level == pytest.approx(-20.0, abs=1e-3)
+    impulse_N = np.zeros(16_000, dtype=np.float32)
+    impulse_N[100] = 0.5
+    assert np.abs(at_loudness(impulse_N, -6.0)).max() == 1.0
+    assert not at_loudness(np.zeros(10, dtype=np.float32), -6.0).any()
 
 
 def test_all_violations_come_at_once() -> None:

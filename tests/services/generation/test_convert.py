@@ -66,6 +66,7 @@ def test_what_is_given_arrives_exactly() -> None:
         scheduler="unipc",
         encoding=audio_pb2.AUDIO_ENCODING_FLAC,
         sample_rate_hertz=44_100,
+        loudness=-20.5,
     )
     request = read_stream_request(
         pb.StreamGenerateAudioRequest(request=message, preview_interval_steps=2), MODEL
@@ -81,6 +82,7 @@ def test_what_is_given_arrives_exactly() -> None:
         scheduler="unipc",
         encoding="flac",
         sampling_rate=44_100,
+        loudness=-20.5,
         preview_interval_steps=2,
     )
 

@@ -172,6 +172,7 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             ("GUIDANCE_SCALE", "FP32", [-1]),
             ("DURATION", "FP32", [-1]),
             ("SCHEDULER", "BYTES", [-1]),
+            ("LOUDNESS", "FP32", [-1]),
         ],
         [
             ("AUDIO", "FP32", [-1, -1]),
@@ -181,7 +182,15 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             ("ROW", "INT32", [1]),
             ("PROGRESS", "FP32", [1]),
         ],
-        ["NEGATIVE_PROMPT", "SEED", "NUM_INFERENCE_STEPS", "GUIDANCE_SCALE", "DURATION", "SCHEDULER"],
+        [
+            "NEGATIVE_PROMPT",
+            "SEED",
+            "NUM_INFERENCE_STEPS",
+            "GUIDANCE_SCALE",
+            "DURATION",
+            "SCHEDULER",
+            "LOUDNESS",
+        ],
         *(0, True),
     )
 
