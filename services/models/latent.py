@@ -85,7 +85,7 @@ class Solver(ABC):
             # Otherwise the first step looks its timestep up, and finds the second where two are equal.
             scheduler.set_begin_index(0)
         self._scheduler = scheduler
-        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        self._takes_generator = takes_generator(scheduler)
         # As numbers, on the host: reading one from the device would wait for it at every step.
         self.timesteps: list[float] = scheduler.timesteps.tolist()
         """Of each step, as the denoiser takes them."""
@@ -155,6 +155,11 @@ class LatentPipeline(Protocol):
 
     def encode_audio(self, waveform_BN: Tensor) -> Tensor:
         """Return the latents [B, X] of waveforms at the model's rate, `latent_samples` long."""
+
+
+def takes_generator(scheduler: Any) -> bool:
+    """Return whether a step of one of diffusers' schedulers can draw noise from a generator."""
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def clip_generator(seed: int, clip_index: int = 0) -> Generator:

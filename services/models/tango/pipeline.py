@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from services.api.generation import Defaults, GenerationModel, Limits, ModelGeom
 from services.api.model import UNVERSIONED
 from services.audio.resampling import resample
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
-from services.models.latent import Conditioning, Solver, guide, within_full_scale
+from services.models.latent import Conditioning, Solver, guide, takes_generator, within_full_scale
 from services.models.mel import LogMel, mel_frames
 from services.models.prompts import T5Prompts
 from services.models.tango.geometry import Geometry
@@ -416,8 +416,8 @@ def _compute_dtype(module: torch.nn.Module) -> torch.dtype:
 
 
 def _step_arguments(scheduler: SchedulerMixin, generator: Generators) -> dict[str, Any]:
-    """Return the `generator` argument for schedulers that draw noise; deterministic ones get none."""
-    if generator is None or not isinstance(scheduler, DDPMScheduler):
+    """Return the `generator` argument for schedulers that take one."""
+    if generator is None or not takes_generator(scheduler):
         return {}
     return {"generator": generator if isinstance(generator, Generator) else list(generator)}
 
