@@ -358,8 +358,18 @@ def _invalid(field: str, description: str) -> InvalidInputError:
     return InvalidInputError(FieldViolation(field, description))
 
 
-def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float, *, quiet: bool = False) -> None:
-    """Print the unreadable clips on stderr. Raises `InvalidInputError` if they exceed the share `limit`."""
+def short_message(error: Exception) -> str:
+    """Return the message of an `OSError` without its path, or the first line of another error's."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+
+
+def check_readable(
+    unreadable: Mapping[Clip, str], total: int, limit: float, *, field: str = "data", quiet: bool = False
+) -> None:
+    """Print the unreadable clips on stderr, unless `quiet`.
+
+    Raises `InvalidInputError`, which names `field`, if their share of `total` exceeds `limit`.
+    """
     if not unreadable:
         return
     listed = [f"{clip.name}: {reason}" for clip, reason in unreadable.items()]
@@ -367,9 +377,7 @@ def check_readable(unreadable: Mapping[Clip, str], total: int, limit: float, *, 
     if len(listed) > limit * total:
         more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         raise InvalidInputError(
-            FieldViolation(
-                "data", f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}"
-            )
+            FieldViolation(field, f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}")
         )
     if not quiet:
         print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)

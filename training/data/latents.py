@@ -30,7 +30,7 @@ from services.models.clap.model import Waveform
 from services.models.folders import DTYPES
 from services.models.latent import Conditioning
 from services.models.manifest import read_manifest
-from training.data.examples import Clip
+from training.data.examples import Clip, short_message
 from training.loop.progress import progress
 
 CLIPS = 16
@@ -95,16 +95,16 @@ class TensorCache:
             except (OSError, SafetensorError):
                 path.unlink(missing_ok=True)
 
-    def save(self, made: Mapping[str, Tensor]) -> None:
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a new file. Raises `OutputError`; no partial file is left."""
-        if not made:
+        if not tensors:
             return
-        name = hashlib.sha256(" ".join(sorted(made)).encode()).hexdigest()[:16]
+        name = hashlib.sha256(" ".join(sorted(tensors)).encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_suffix(f".{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in made.items()}, temporary)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ class Latents:
             try:
                 self._digests[clip] = digest = clip.digest
             except (OSError, ValueError) as error:
-                unreadable[number] = _reason(error)
+                unreadable[number] = short_message(error)
                 continue
             if digest not in self._clips:
                 missing.setdefault(digest, number)
@@ -265,8 +265,8 @@ class Latents:
 
     def _encode_prompts(self, prompts: Sequence[str]) -> None:
         for part in _parts(prompts, SHARD):
-            made = zip(part, self.encoder.conditioning(part), strict=True)
-            self._prompts.save({f"{_text_key(text)}.{k}": v for text, row in made for k, v in row.items()})
+            encoded = zip(part, self.encoder.conditioning(part), strict=True)
+            self._prompts.save({f"{_text_key(text)}.{k}": v for text, row in encoded for k, v in row.items()})
 
     def _encode_clips(
         self, missing: Mapping[str, int], unique: Sequence[Clip], unreadable: dict[int, str]
@@ -279,19 +279,19 @@ class Latents:
         )
         with bar:
             for shard in _parts(todo, SHARD):
-                made: dict[str, Tensor] = {}
+                latents: dict[str, Tensor] = {}
                 for part in _parts(shard, CLIPS):
                     read: dict[str, tuple[Waveform, int]] = {}
                     for digest, number in part:
                         try:
                             read[digest] = unique[number].read()
                         except (OSError, ValueError) as error:
-                            unreadable[number] = _reason(error)
+                            unreadable[number] = short_message(error)
                     if read:
                         latents_BX = self.encoder.latents(list(read.values()))
-                        made |= {digest: row.clone() for digest, row in zip(read, latents_BX, strict=True)}
+                        latents |= {digest: row.clone() for digest, row in zip(read, latents_BX, strict=True)}
                     bar.update(len(part))
-                self._clips.save(made)
+                self._clips.save(latents)
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
@@ -307,9 +307,3 @@ def _cache_name(files: Mapping[str, str], parts: tuple[str, ...], *settings: obj
     prefixes = (*(f"{part}/" for part in parts), "model_index.json")
     relevant = {path: sha for path, sha in files.items() if path.startswith(prefixes)}
     return hashlib.sha256(json.dumps([sorted(relevant.items()), settings]).encode()).hexdigest()[:16]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0]

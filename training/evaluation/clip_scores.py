@@ -14,7 +14,7 @@ from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.errors import FieldViolation, InvalidInputError
 from services.local import LocalScorers
-from training.data.examples import Clip, FileClip
+from training.data.examples import Clip, FileClip, check_readable, short_message
 from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
@@ -30,8 +30,6 @@ from training.evaluation.events import (
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
-
-_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,7 +125,7 @@ def embed_references(
     )
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     rows: dict[Clip, int] = {}
-    unreadable: dict[str, str] = {}
+    unreadable: dict[Clip, str] = {}
     bar = progress(total=len(clips), desc="references", unit="clip")
     with bar:
         for batch in batches(clips, config.batch):
@@ -136,10 +134,12 @@ def embed_references(
                 rows[batch[position]] = len(rows)
             _embed([clip for _, clip in read], evaluators, parts)
             bar.update(len(batch))
-    check_readable("references", unreadable, len(clips), config.max_unreadable)
+    check_readable(unreadable, len(clips), config.max_unreadable, field="references", quiet=True)
     row_N = [rows.get(planned.prompt.reference, -1) if planned.prompt.reference else -1 for planned in plan]
     embeddings = {label: _concatenate(found) for label, found in parts.items() if found}
-    return References(embeddings=embeddings, row_N=np.array(row_N, dtype=np.int64), unreadable=unreadable)
+    return References(
+        embeddings=embeddings, row_N=np.array(row_N, dtype=np.int64), unreadable=_by_name(unreadable)
+    )
 
 
 def score_clips(
@@ -159,7 +159,7 @@ def score_clips(
     values = {metric: np.full(len(plan), np.nan) for metric in metrics}
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
-    unreadable: dict[str, str] = {}
+    unreadable: dict[Clip, str] = {}
     bar = progress(total=len(plan), desc=f"scoring {name}", unit="clip")
     with bar:
         for numbers in batches(range(len(plan)), config.batch):
@@ -170,29 +170,34 @@ def score_clips(
                 values[metric][rows] = column
             _embed(clips, evaluators, parts)
             bar.update(len(numbers))
-    check_readable(name, unreadable, len(plan), config.max_unreadable)
+    check_readable(unreadable, len(plan), config.max_unreadable, field=name, quiet=True)
     embeddings = {label: _concatenate(found, readable, len(plan)) for label, found in parts.items() if found}
     for label, space in embeddings.items():
         if space.logits_BK is not None and (references.row_N >= 0).any():
             values[f"kl.{label}"] = _kl(space.logits_BK, references, label, config)
     is_readable = np.zeros(len(plan), dtype=bool)
     is_readable[readable] = True
-    return ClipScores(values=values, embeddings=embeddings, readable_N=is_readable, unreadable=unreadable)
+    return ClipScores(
+        values=values, embeddings=embeddings, readable_N=is_readable, unreadable=_by_name(unreadable)
+    )
 
 
-def _read(clips: Sequence[Clip], unreadable: dict[str, str]) -> list[tuple[int, Sound]]:
+def _read(clips: Sequence[Clip], unreadable: dict[Clip, str]) -> list[tuple[int, Sound]]:
     """Return the position and waveform of each readable clip; add the others to `unreadable`."""
     found = []
     for position, clip in enumerate(clips):
         try:
             waveform, rate = clip.read()
         except (OSError, ValueError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
-            unreadable[clip.name] = reason
+            unreadable[clip] = short_message(error)
             continue
         mono = waveform if waveform.ndim == 1 else waveform.mean(axis=0)
         found.append((position, Sound(mono.astype(np.float32), rate)))
     return found
+
+
+def _by_name(unreadable: Mapping[Clip, str]) -> dict[str, str]:
+    return {clip.name: reason for clip, reason in unreadable.items()}
 
 
 def _score(
@@ -261,18 +266,3 @@ def _kl(
     assert reference_BK is not None
     divergence_N[rows] = kl_divergence(reference_BK[references.row_N[rows]], logits_NK[rows], config.kl)
     return divergence_N
-
-
-def check_readable(name: str, unreadable: Mapping[str, str], total: int, limit: float) -> None:
-    """Raise `InvalidInputError` if the share of unreadable clips exceeds `limit`."""
-    if len(unreadable) <= limit * total:
-        return
-    listed = [f"{clip}: {reason}" for clip, reason in unreadable.items()]
-    more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    raise InvalidInputError(
-        FieldViolation(
-            name,
-            f"{len(listed)} of {total} clips can't be read, at most {limit:.0%} may be: "
-            f"{'; '.join(listed[:_LISTED])}{more}",
-        )
-    )

@@ -112,8 +112,8 @@ class _ConvBlock(nn.Module):
 
     def forward(self, features_BCTM: Tensor) -> Tensor:
         hidden = self.bn1(self.conv1(features_BCTM)).relu()
-        made: Tensor = self.bn2(self.conv2(hidden)).relu()
-        return made
+        output: Tensor = self.bn2(self.conv2(hidden)).relu()
+        return output
 
 
 class Cnn14(nn.Module):

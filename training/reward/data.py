@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from services.errors import OutputError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
-from training.data.examples import Clip, Examples, read_labelled, read_pairs
+from training.data.examples import Clip, Examples, read_labelled, read_pairs, short_message
 from training.data.scenes import SPLITS, SoundworldData, soundworld_examples
 from training.loop.progress import progress
 from training.soundworld.scenes import Split, split_of
@@ -101,7 +101,7 @@ class _ClipDataset(Dataset[tuple[Waveform, int] | str]):
         try:
             return self.clips[index].read()
         except (OSError, ValueError) as error:
-            return _reason(error)
+            return short_message(error)
 
 
 class ClapTokens:
@@ -139,7 +139,7 @@ class ClapTokens:
             try:
                 digests[unique[number]] = digest = unique[number].digest
             except (OSError, ValueError) as error:
-                unreadable[number] = _reason(error)
+                unreadable[number] = short_message(error)
                 continue
             known = self._known.get(digest)
             if known is None or (scored and not known.embedding_D.numel()):
@@ -151,22 +151,22 @@ class ClapTokens:
             collate_fn=list,
         )
         bar = progress(total=len(missing), desc="CLAP tokens", unit="clip", disable=rank > 0)
-        made: dict[str, _ClipTokens] = {}
+        pending: dict[str, _ClipTokens] = {}
         with bar:
             for index, batch in enumerate(loader):
                 numbers = missing[index * BATCH :][: len(batch)]
                 waveforms = {}
-                for number, found in zip(numbers, batch, strict=True):
-                    if isinstance(found, str):
-                        unreadable[number] = found
+                for number, clip in zip(numbers, batch, strict=True):
+                    if isinstance(clip, str):
+                        unreadable[number] = clip
                     else:
-                        waveforms[digests[unique[number]]] = found
-                made |= self._compute(waveforms, scored)
+                        waveforms[digests[unique[number]]] = clip
+                pending |= self._compute(waveforms, scored)
                 bar.update(len(batch))
                 if (index + 1) % (SHARD // BATCH) == 0:
-                    self._save(made)
-                    made = {}
-            self._save(made)
+                    self._save(pending)
+                    pending = {}
+            self._save(pending)
         self.accelerator.wait_for_everyone()
         if processes > 1:
             everywhere = gather_object([(dict(unreadable), {n: digests.get(unique[n]) for n in own})])
@@ -203,9 +203,9 @@ class ClapTokens:
     def text(self, prompts: Sequence[str]) -> TextTokens:
         """Return the tokens of prompts on CLAP's device, computed now unless all of them were added."""
         if any(prompt not in self._texts for prompt in prompts):
-            made = self.clap.text_tokens(prompts)
+            tokens = self.clap.text_tokens(prompts)
             # Clones, because autograd refuses tensors of inference mode.
-            return TextTokens(hidden_BLC=made.hidden_BLC.clone(), mask_BL=made.mask_BL.clone())
+            return TextTokens(hidden_BLC=tokens.hidden_BLC.clone(), mask_BL=tokens.mask_BL.clone())
         rows = [self._texts[prompt] for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
         hidden_BLC = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -238,11 +238,11 @@ class ClapTokens:
             )
         }
 
-    def _save(self, made: Mapping[str, _ClipTokens]) -> None:
-        if not made:
+    def _save(self, tokens: Mapping[str, _ClipTokens]) -> None:
+        if not tokens:
             return
-        entries = list(made.values())
-        name = hashlib.sha256(" ".join([*made, str(entries[0].embedding_D.shape)]).encode()).hexdigest()
+        entries = list(tokens.values())
+        name = hashlib.sha256(" ".join([*tokens, str(entries[0].embedding_D.shape)]).encode()).hexdigest()
         path = self.folder / f"{name[:16]}.safetensors"
         temporary = path.with_suffix(f".{self.accelerator.process_index}.part")
         tensors = {
@@ -253,7 +253,7 @@ class ClapTokens:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"digests": json.dumps(list(made))})
+            save_file(tensors, temporary, metadata={"digests": json.dumps(list(tokens))})
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -275,9 +275,3 @@ class ClapTokens:
                 self._files.add(path)
             except (OSError, ValueError, KeyError, SafetensorError):
                 path.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0]

@@ -171,13 +171,11 @@ def check_output(output: Path) -> None:
         try:
             read_reward_config(output)
         except MilongaError as error:
-            raise OutputError(
-                f"{output} is there and holds no reward model; give another --output"
-            ) from error
+            raise OutputError(f"{output} exists and is not a reward model; give another --output") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{output.parent} can't be made: {error.strerror}; write elsewhere") from error
+        raise OutputError(f"{output.parent} can't be created: {error.strerror}; write elsewhere") from error
 
 
 def write_model(

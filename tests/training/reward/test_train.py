@@ -187,7 +187,7 @@ def test_invalid_settings_give_a_one_line_error(
 
 def test_a_folder_with_other_content_is_not_overwritten(config: RewardTraining, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Hello")
-    with pytest.raises(OutputError, match="holds no reward model; give another --output"):
+    with pytest.raises(OutputError, match="is not a reward model; give another --output"):
         train_reward(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
