@@ -20,7 +20,7 @@ Output = Annotated[
     typer.Option("--output", "-o", help="Folder of the model.", show_default="build/COMMAND/NAME"),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume/--fresh", help="Go on with the run that is there, or begin anew.")
+    bool, typer.Option("--resume/--fresh", help="Continue the run that exists, or start over.")
 ]
 Show = Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")]
 

@@ -83,7 +83,7 @@ def reward(
         typer.Option("--output", "-o", help="Folder of the model.", show_default="build/reward/NAME"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on with the run that is there, or begin anew.")
+        bool, typer.Option("--resume/--fresh", help="Continue the run that exists, or start over.")
     ] = True,
     show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
 ) -> None:

@@ -46,7 +46,7 @@ def preferences(
     if show:
         return
 
-    def tell(stage: Stage, folder: Path, report: Row) -> None:
+    def print_report(stage: Stage, folder: Path, report: Row) -> None:
         figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
         typer.echo(f"{stage}: {', '.join(f'{name} {value}' for name, value in figures.items())}  {folder}")
         for one in report.get("removed", ()):
@@ -60,7 +60,7 @@ def preferences(
         output or Path("build/preferences") / config.name,
         shard=share,
         until=until,
-        on_stage=tell,
+        on_stage=print_report,
     )
 
 

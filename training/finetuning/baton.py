@@ -122,7 +122,7 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         [example for example in part if example.clip not in unreadable]
         for part in (labelled, paired, pretraining)
     )
-    rewarded = labelled + (judged(paired, config, session) if config.reward and paired else paired)
+    rewarded = labelled + (rewards_as_labels(paired, config, session) if config.reward and paired else paired)
     if not any(example.label > 0 for example in rewarded):
         raise invalid("data", f"none of {len(rewarded)} clips has a reward above 0: nothing to learn from")
     loop = loop_of(config, len(rewarded))
@@ -184,7 +184,9 @@ def read_pretraining(data: BatonData) -> list[LabelledClip]:
     return found
 
 
-def judged(examples: Sequence[LabelledClip], config: BatonTraining, session: Session) -> list[LabelledClip]:
+def rewards_as_labels(
+    examples: Sequence[LabelledClip], config: BatonTraining, session: Session
+) -> list[LabelledClip]:
     """Return the examples with the reward model's probabilities as labels."""
     assert config.reward is not None
     found = resolve(config.clap)

@@ -108,7 +108,7 @@ def evaluate_generation(
 
 @torch.no_grad()
 def evaluate_reconstruction(pipeline: TangoPipeline, tagger: EventTagger, *, clips: int) -> dict[str, object]:
-    """Judge real scenes as they are, and after autoencoder and vocoder; and the log-mel error."""
+    """Tag real scenes as they are, and after autoencoder and vocoder; and the log-mel error."""
     log_mel, real, rebuilt, errors = LogMel(), [], [], []
     for index in range(clips):
         scene = make_scene(PROMPT_SEED, index, PROMPTS)

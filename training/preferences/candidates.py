@@ -240,15 +240,15 @@ def _make(
         output, lambda candidate: [_file(_identity(candidate, model), source.encoding)]
     )
     with RowLog(manifest) as log, contextlib.ExitStack() as stack:
-        wanted = {_identity(candidate, model): candidate for candidate in candidates}
-        rows = {row["id"]: row for row in log.rows if row["id"] in wanted}
+        by_identity = {_identity(candidate, model): candidate for candidate in candidates}
+        rows = {row["id"]: row for row in log.rows if row["id"] in by_identity}
 
         def add(candidate: Candidate) -> None:
             row = _row(candidate, _identity(candidate, model), model, folder.paths(candidate)[0], output)
             log.append(row)
             rows[row["id"]] = row
 
-        unrecorded = [candidate for identity, candidate in wanted.items() if identity not in rows]
+        unrecorded = [candidate for identity, candidate in by_identity.items() if identity not in rows]
         missing = folder.missing(unrecorded)
         left = set(missing)
         for candidate in unrecorded:

@@ -100,7 +100,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
     if report := claim(output, dataset_identity(config, candidates, pairs)):
         return report
     clips = {row["id"]: row for row in read_candidates(candidates)}
-    judges: dict[str, str] = read_json(scores / REPORT)["judges"]
+    digests: dict[str, str] = read_json(scores / REPORT)["judges"]
     rows = read_pairs(pairs)
     names = list(rows[0]["chosen_scores"]) if rows else []
     unreadable: dict[FileClip, str] = {}
@@ -109,7 +109,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
         name for name in used if not _is_readable(FileClip(path=candidates / clips[name]["file"]), unreadable)
     }
     refuse_unreadable(unreadable, len(used), config.max_unreadable)
-    schema = _schema(names, list(judges))
+    schema = _schema(names, list(digests))
     whole: list[Row] = []
     # Divided before the unreadable are left out, so that an existing file has the content it would have now.
     parts = list(batches(rows, config.rows_per_file))
@@ -118,7 +118,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
             path = output / DATA / f"train-{number:05d}-of-{len(parts):05d}.parquet"
             kept = [row for row in part if not lost & {row[side] for side in SIDES}]
             if not path.exists():
-                columns = [_columns(row, clips, candidates, judges) for row in kept]
+                columns = [_columns(row, clips, candidates, digests) for row in kept]
                 write_atomically(path, _parquet(columns, schema))
             whole += kept
             bar.update(len(part))
@@ -128,7 +128,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
             "pairs": len(whole),
             "digest": dataset_digest(read_preferences(output)),
             "scorers": names,
-            "judges": judges,
+            "judges": digests,
             "models": sorted({clips[row["chosen"]]["model"]["digest"] for row in whole}),
             "table": table_2(whole, names),
             "left_out": len(rows) - len(whole),
@@ -229,7 +229,7 @@ def _content_digest(clip: Clip) -> str:
         return ""
 
 
-def _columns(row: Row, clips: Mapping[str, Row], folder: Path, judges: Mapping[str, str]) -> Row:
+def _columns(row: Row, clips: Mapping[str, Row], folder: Path, digests: Mapping[str, str]) -> Row:
     chosen, rejected = clips[row["chosen"]], clips[row["rejected"]]
     return {
         "prompt": row["prompt"],
@@ -249,7 +249,7 @@ def _columns(row: Row, clips: Mapping[str, Row], folder: Path, judges: Mapping[s
         "model": chosen["model"]["name"],
         "model_version": chosen["model"]["version"],
         "model_digest": chosen["model"]["digest"],
-        "judge_digests": dict(judges),
+        "judge_digests": dict(digests),
     }
 
 
@@ -263,7 +263,7 @@ def _audio(path: Path) -> Row:
     return {"bytes": content, "path": path.name}
 
 
-def _schema(scorers: Sequence[str], judges: Sequence[str]) -> "pyarrow.Schema":
+def _schema(scorers: Sequence[str], digests: Sequence[str]) -> "pyarrow.Schema":
     """Return Arrow's schema, with Hugging Face's features, by which `datasets` decodes the clips."""
     from datasets import Audio, Features, Value  # type: ignore[import-untyped]
 
@@ -275,7 +275,7 @@ def _schema(scorers: Sequence[str], judges: Sequence[str]) -> "pyarrow.Schema":
     columns |= {f"{side}_reward": real for side in SIDES}
     columns |= {f"{side}_{name}": whole for name in ("seed", "steps") for side in SIDES}
     columns |= {"model": text, "model_version": text, "model_digest": text}
-    columns |= {"judge_digests": dict.fromkeys(judges, text)}
+    columns |= {"judge_digests": dict.fromkeys(digests, text)}
     # Parquet has no struct without fields.
     return Features({name: kind for name, kind in columns.items() if kind != {}}).arrow_schema
 

@@ -141,8 +141,8 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
     if report := claim(output, pairs_identity(config, candidates, scores)):
         return report
     names = [scorer["name"] for scorer in read_json(scores / REPORT)["scorers"]]
-    judged = valued(read_candidates(candidates), read_scores(scores), names, config.rank_by)
-    pool = _pool(ranked(judged) if config.mode == "ranked" else by_strategy(judged), names)
+    scored = valued(read_candidates(candidates), read_scores(scores), names, config.rank_by)
+    pool = _pool(ranked(scored) if config.mode == "ranked" else by_strategy(scored), names)
     if not pool.rows:
         raise invalid("pairs", "no caption has two clips to choose between; make more clips a caption")
     thresholds: Thresholds | None = None
@@ -187,14 +187,14 @@ def valued(
 
     Raises `InvalidInputError` if no value is called `rank_by`.
     """
-    judged = [{**row, **scores[row["id"]]} for row in candidates if row["id"] in scores]
+    scored = [{**row, **scores[row["id"]]} for row in candidates if row["id"] in scores]
     known = ("first", "mean", *names) if names else ()
     if rank_by == "reward":
-        if any(row["reward"] is None for row in judged):
+        if any(row["reward"] is None for row in scored):
             raise invalid("rank_by", "is reward, and the clips have none; score them with a reward model")
     elif rank_by not in known:
         raise invalid("rank_by", f"is {rank_by!r}, must be one of {', '.join((*known, 'reward'))}")
-    for row in judged:
+    for row in scored:
         values = [row["scores"][name] for name in names]
         match rank_by:
             case "reward":
@@ -205,14 +205,14 @@ def valued(
                 row["value"] = float(np.mean(values))
             case _:
                 row["value"] = row["scores"][rank_by]
-    return judged
+    return scored
 
 
-def by_strategy(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
+def by_strategy(scored: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Return (chosen, rejected) of section 4.1.2: in strategies 1.1 and 1.2 the best clip against each of the
     others, in 2 and 3 the caption's clip against each perturbed caption's that is worse."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in judged:
+    for row in scored:
         groups[row["strategy"], row["caption"]].append(row)
     found = []
     for (strategy, _), rows in groups.items():
@@ -226,10 +226,10 @@ def by_strategy(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
     return found
 
 
-def ranked(judged: Iterable[Row]) -> list[tuple[Row, Row]]:
+def ranked(scored: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Return (chosen, rejected): the best and the worst of all clips of each unperturbed caption."""
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row in judged:
+    for row in scored:
         if row["kind"] is None:
             groups[row["caption"]].append(row)
     found = []

@@ -66,7 +66,7 @@ def perturb_captions(
     """Run the stage in `output`; return its report: how many of which kind, and how many were skipped.
 
     `captions` is the folder of the stage before. `perturber` replaces the one that the config names.
-    What an LLM has answered is on disk at once, so a stage that was stopped asks for nothing twice.
+    What an LLM has answered is on disk at once, so a stage that was stopped requests nothing twice.
 
     Raises:
         InvalidInputError: a wrong setting of the LLM.
@@ -76,7 +76,7 @@ def perturb_captions(
         return report
     texts: dict[Strategy, list[str]] = {"2": selected(captions), "3": temporal(captions)}
     counts: dict[Strategy, int] = {"2": config.concept, "3": config.temporal}
-    asked = [(strategy, caption) for strategy in counts if counts[strategy] for caption in texts[strategy]]
+    requests = [(strategy, caption) for strategy in counts if counts[strategy] for caption in texts[strategy]]
     perturber = perturber or _perturber(config, (*texts["2"], *texts["3"]), output)
     made: dict[tuple[Strategy, str], list[Perturbation]] = {}
     bad: dict[tuple[Strategy, str], str] = {}
@@ -89,8 +89,8 @@ def perturb_captions(
             return error
 
     count = config.llm.in_flight if config.perturber == "llm" else 1
-    with progress(total=len(asked), desc="perturbed captions", unit="caption") as bar:
-        for item, answer in side_by_side(work, asked, count):
+    with progress(total=len(requests), desc="perturbed captions", unit="caption") as bar:
+        for item, answer in side_by_side(work, requests, count):
             if isinstance(answer, BadAnswerError):
                 bad[item] = str(answer)
             else:
@@ -99,7 +99,7 @@ def perturb_captions(
     # In the order of the captions, not of the answers.
     rows: list[Row] = [
         {"caption": caption, "strategy": strategy, "perturbed": found.text, "kind": found.kind}
-        for strategy, caption in asked
+        for strategy, caption in requests
         for found in made.get((strategy, caption), [])
     ]
     write_rows(output / PERTURBED, rows)
@@ -107,7 +107,7 @@ def perturb_captions(
     return finish(
         output,
         {
-            "asked": len(asked),
+            "asked": len(requests),
             "made": len(rows),
             "by_strategy": dict(sorted(Counter(row["strategy"] for row in rows).items())),
             "by_kind": dict(sorted(Counter(row["kind"] for row in rows).items())),

@@ -74,7 +74,7 @@ class ScoresConfig:
 def scores_identity(
     config: ScoresConfig, candidates: Path, digests: Mapping[str, str] | None = None
 ) -> dict[str, Plain]:
-    """What the outcome depends on: settings, clips, and the weights of every judge (`digests`, if known)."""
+    """What the outcome depends on: settings, clips, and the weights of every scorer (`digests`, if known)."""
     digests = digests or _digests(config, _resolve(config))
     weights = {f"digest.{name}": digest for name, digest in digests.items()}
     return flatten(config) | {"input.candidates": candidates_digest(candidates)} | weights

@@ -59,14 +59,14 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     claim_folder(output, flatten(config), free=FREE)
     comparison_pairs(
         ("base", "aligned"), config.evaluation.comparisons
-    )  # wrong ones are told now, not at the end
+    )  # wrong ones are reported now, not at the end
     params = flatten(config)
     config = replace(config, start=settled_start(config.start, output))
     with Tracker(config.name, output / "tracking", params=params) as tracker:
-        judge = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
+        scores = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
         policy, data = config.start, dict[str, str]()
         for number in range(config.rounds):
-            policy, digest = align(config, policy, judge, output / f"round-{number + 1}", number, tracker)
+            policy, digest = align(config, policy, scores, output / f"round-{number + 1}", number, tracker)
             data[f"round-{number + 1}"] = digest
         models = {"base": config.start, "aligned": policy}
         report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
@@ -101,7 +101,7 @@ def settled_start(uri: str, output: Path) -> str:
 
 
 def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfig:
-    """Train and register the reward model; the scores' config that asks it."""
+    """Train and register the reward model; the scores' config that uses it."""
     folder = output / "reward"
     with tracker.stage("reward") as stage:
         report = train("reward", config.reward, folder, config.processes, stage)
@@ -115,13 +115,13 @@ def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfi
 
 
 def align(
-    config: LoopRun, policy: str, judge: ScoresConfig, folder: Path, number: int, tracker: Tracker
+    config: LoopRun, policy: str, scores: ScoresConfig, folder: Path, number: int, tracker: Tracker
 ) -> tuple[str, str]:
     """One round: sample from `policy`, rank, train. Returns the new policy's URI and the data's digest."""
     candidates = config.preferences.candidates
     preferences = replace(
         config.preferences,
-        scores=judge,
+        scores=scores,
         candidates=replace(
             candidates, source=replace(candidates.source, model=policy), seed=candidates.seed + number
         ),

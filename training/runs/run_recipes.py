@@ -50,7 +50,7 @@ class LoopRun:
     start: str = "mini-base"
     """URI of the model that is aligned. An alias counts as it stands when the run begins."""
     with_reward: bool = True
-    """Train the reward model; otherwise `preferences.scores` says who judges."""
+    """Train the reward model; otherwise `preferences.scores` says what scores."""
     with_sft: bool = False
     """Fine-tune on the chosen clips before DPO, with the model from before it as the reference (Tango 2)."""
     rounds: int = 1
@@ -72,7 +72,7 @@ class LoopRun:
 def ranked_mini(per_cluster: int) -> PreferencesConfig:
     """Pairs of `mini-base`'s own clips, mostly of sequences, with `per_cluster` captions of each of 40 kinds.
 
-    The best and the worst of four clips by the embedded reward model: CLAP does not hear order.
+    The best and the worst of four clips by the embedded reward model: CLAP does not represent order.
     """
     mini = preferences_mini()
     return replace(

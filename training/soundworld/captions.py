@@ -118,11 +118,11 @@ class CaptionNoise:
     """How often a caption is wrong on purpose. At most one mistake a caption."""
 
     swapped: float = 0.0
-    """Probability that two neighbours in a sequence are told in the wrong order."""
+    """Probability that two neighbours in a sequence are named in the wrong order."""
     missing: float = 0.0
-    """Probability that one of several events is not told."""
+    """Probability that one of several events is not named."""
     replaced: float = 0.0
-    """Probability that one event is told as another class."""
+    """Probability that one event is named as another class."""
 
     def __post_init__(self) -> None:
         total = self.swapped + self.missing + self.replaced

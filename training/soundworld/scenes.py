@@ -122,7 +122,7 @@ def _layout(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> l
     start = rng.uniform(0.05, duration - first - 0.05)
     spans = [(start, start + first)]
     for _ in truth.classes[1:]:
-        # Together: begins within 0.15 s of the first, so that no order can be heard.
+        # Together: begins within 0.15 s of the first, so that neither precedes the other.
         length = rng.uniform(*length_range) * stretch
         onset = min(max(0.05, start + rng.uniform(-0.15, 0.15)), duration - 0.6)
         spans.append((onset, min(onset + length, duration - 0.05)))

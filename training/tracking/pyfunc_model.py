@@ -72,7 +72,7 @@ class MilongaModel(PythonModel):
         """Return a clip or a reward for each row. Raises `InvalidInputError` if a row is invalid."""
         rows = [{str(k): v for k, v in row.items()} for row in model_input.to_dict("records")]
         return [
-            judged(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
+            rewarded(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
             for row in rows
         ]
 
@@ -96,7 +96,7 @@ def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"audio": clip.waveform(), "sampling_rate": clip.sampling_rate, "seed": seed}
 
 
-def judged(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
+def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the reward of one row."""
     prompt, rate = sentence(row), whole(row, "sampling_rate")
     waveform_N = np.asarray(row["audio"], dtype=np.float32)
