@@ -351,7 +351,7 @@ def test_every_pod_is_restricted() -> None:
     for place, one in running():
         assert faults(pod(one)) == [], f"{one['metadata']['name']} in {place}"
         seen += 1
-    assert seen == 2 * 5 + 2 + 3 * len(JOBS)
+    assert seen == 2 * (len(SERVICES) + 1) + 2 + 3 * len(JOBS)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -14,8 +14,8 @@ from tests.k8s.test_manifests import Object, labels_of, matches, of_kind, pod
 
 MODEL: Final = "scoring"
 """The service that the new one is a copy of."""
-NEW: Final = "echo"
-PORTS: Final = {MODEL: "50052", NEW: "50054"}
+NEW: Final = "imaginary"
+PORTS: Final = {MODEL: "50052", NEW: "50099"}
 
 Render = Callable[..., list[Object]]
 

@@ -45,10 +45,11 @@ def test_it_loads_the_models_that_export_writes_and_their_pins_alone() -> None:
     export, server = containers(deployment())
     flags = arguments(server)
     assert server["command"] == ["tritonserver"]
-    assert flags["--load-model"] == list(MODELS)
+    models = flags["--load-model"]
+    assert {"tango", "clap", "reward"} <= {*models} <= {*MODELS}
     assert flags["--model-control-mode"] == ["explicit"]
     (script,) = export["args"]
-    assert f"for model in {' '.join(MODELS)};" in script
+    assert f"for model in {' '.join(models)};" in script
     repository = flags["--model-repository"][0]
     mounts = [{one["mountPath"]: one for one in each["volumeMounts"]} for each in (export, server)]
     assert mounts[0][repository]["name"] == mounts[1][repository]["name"] == "repository"

@@ -12,7 +12,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.catalogue import SCORING
 from services.cli import run
-from services.cli.triton import export_model
+from services.cli.triton import MODELS, export_model
 from services.errors import DigestMismatchError, InvalidInputError, ModelFormatError
 from services.generation.settings import GenerationSettings
 from services.inference.triton.repository import ModelRepository, open_storage
@@ -32,7 +32,7 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
     repository = tmp_path / "models"
     assert run(["triton", "export", "--model", "mini", "--set", "tango.exact=true", str(repository)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["tango/1", "clap/1", "reward/1", "tritonserver"]
+    assert [line.split()[0] for line in lines] == [*(f"{name}/1" for name in MODELS), "tritonserver"]
     tango, clap, reward = (_config(repository, name) for name in ("tango", "clap", "reward"))
     assert {tango.backend, clap.backend, reward.backend} == {"python"}
     assert (tango.model_transaction_policy.decoupled, tango.max_batch_size) == (True, 0)
@@ -49,7 +49,7 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
     }
     # Again: nothing new, and it says so.
     assert run(["triton", "export", "--model", "mini", "--set", "tango.exact=true", str(repository)]) == 0
-    assert capsys.readouterr().out.count("(there already)") == 3
+    assert capsys.readouterr().out.count("(there already)") == len(MODELS)
 
 
 def test_a_later_version_lies_beside_the_pinned_one(
@@ -72,7 +72,7 @@ def test_a_later_version_lies_beside_the_pinned_one(
         (["--model", "mini:clap-a"], "makes no sound"),
         (["--scorer", "a=laion-clap:/tmp/x.pt"], "--scorer a: is laion-clap:/tmp/x.pt"),
         (["--reward", "file:/nowhere"], "is no folder"),
-        (["--only", "bark"], "--only: is 'bark', must be one of tango, clap, reward"),
+        (["--only", "bark"], f"--only: is 'bark', must be one of {', '.join(MODELS)}"),
         (["--version", "3"], "--version: is for one model; name it by --only"),
         (["--set", "exact=true"], "--set: is 'exact=true', must be MODEL.NAME=VALUE"),
         (
