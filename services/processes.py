@@ -1,4 +1,4 @@
-"""Services in processes of their own: started, watched and stopped by whoever needs several.
+"""Services in processes of their own: started, watched and stopped together.
 
     address = f"127.0.0.1:{free_port()}"
     plan = ServicePlan(name="generation", arguments=("--model", "mini"), address=address)

@@ -116,9 +116,9 @@ def _package_check(requirement: Requirement, extra: str | None) -> Check:
 
 def package_checks() -> Iterator[Check]:
     """Installed against wanted versions: the base install, and each extra that is in use."""
-    told: set[str] = set()
+    reported: set[str] = set()
     for requirement in _wanted(None):
-        told.add(requirement.name)
+        reported.add(requirement.name)
         yield _package_check(requirement, None)
     for extra, marker in _MARKERS.items():
         if _installed(marker) is None:
@@ -131,8 +131,8 @@ def package_checks() -> Iterator[Check]:
             )
             continue
         # Extras hold each other, and packages their metadata flattened.
-        for requirement in (one for one in _wanted(extra) if one.name not in told):
-            told.add(requirement.name)
+        for requirement in (one for one in _wanted(extra) if one.name not in reported):
+            reported.add(requirement.name)
             yield _package_check(requirement, extra)
     yield from _conflict_checks()
     for name in ("torchvision", "torchaudio"):

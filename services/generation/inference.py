@@ -78,7 +78,7 @@ class Row:
     """What else the engine said."""
 
 
-class TangoModel:
+class TangoInference:
     """What the slot of a generation service serves."""
 
     name, inputs, outputs, decoupled = GENERATION.model, INPUTS, OUTPUTS, True
@@ -212,7 +212,7 @@ class LeasedTango:
 
 
 class SlotOperator:
-    """Lets whoever knows the token change what a slot serves."""
+    """Lets a caller who has the token change what a slot serves."""
 
     def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot

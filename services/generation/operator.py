@@ -20,7 +20,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class OperatorServicer(rpc.OperatorServiceServicer):
-    """Lets whoever knows the token change what a slot serves. Exceptions are mapped by the interceptor."""
+    """Lets a caller who has the token change what a slot serves. Exceptions are mapped by the interceptor."""
 
     def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot
@@ -38,7 +38,7 @@ class OperatorServicer(rpc.OperatorServiceServicer):
 
 
 class TokenCheck:
-    """Tells whether a caller is the operator."""
+    """Checks whether a caller is the operator."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -46,7 +46,7 @@ class TokenCheck:
     def __call__(self, context: Context) -> None:
         """Raise `UnauthenticatedError` where the call's metadata do not carry the token."""
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        # In a time that tells nothing of how much of it is right.
+        # In constant time: its duration shows nothing of the token.
         if not hmac.compare_digest(given if isinstance(given, bytes) else given.encode(), self._expected):
             raise UnauthenticatedError(
                 "the operator's token is missing or wrong; send the service's as authorization: Bearer TOKEN"

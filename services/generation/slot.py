@@ -92,7 +92,7 @@ class EngineSlot:
     async def switch(self, uri: ModelURI) -> ModelSwitch:
         """Load what `uri` names beside the served model, and give it to new calls.
 
-        Once begun it goes on to its end, even if whoever waits here is cancelled.
+        Once begun, a switch is completed, even if its caller is cancelled.
 
         Raises:
             AlreadyUnderWayError: another switch is under way.
@@ -135,7 +135,7 @@ class EngineSlot:
         self._switching = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            # The caller, who may be gone, is told too; a fault of ours with its traceback by the interceptor.
+            # The caller gets the error, too, if it is still there; the interceptor logs tracebacks.
             log.warning("switch refused", reason=str(error)[:1000])
         elif not task.cancelled():
             switch = task.result()

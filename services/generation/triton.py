@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
-from services.generation.inference import INPUTS, OUTPUTS, TangoModel
+from services.generation.inference import INPUTS, OUTPUTS, TangoInference
 from services.generation.settings import GenerationSettings, model_uris
 from services.inference.describing import write_config
 from services.inference.triton.backend import Opened
@@ -32,7 +32,7 @@ async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel])
 
     model = found[GENERATION.model]
     slot = EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
-    return Opened(model=TangoModel(slot), close=slot.close)
+    return Opened(model=TangoInference(slot), close=slot.close)
 
 
 SERVABLE: Final = Servable(

@@ -1,4 +1,4 @@
-"""What the protocol tells of a model without running it: metadata, configuration, repository index."""
+"""A model's metadata, configuration and repository index, in the protocol's messages."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""Prompts with clips as tensors: what the services that listen take.
+"""Prompts with clips as tensors: the inputs of scoring and reward.
 
 Shapes: n pairs.
 """

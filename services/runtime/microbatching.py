@@ -39,7 +39,7 @@ class BatchStats:
     seconds: float = 0.0
     """Time in calls."""
     waited: float = 0.0
-    """Time that items stood in the queue, summed over items."""
+    """Time that items spent in the queue, summed over items."""
     queue_cost: float = 0.0
     """What waits now."""
     refused: int = 0
@@ -205,7 +205,7 @@ class MicroBatcher(Generic[Item, Result]):
             self._calls.popleft()
             if call.waiting:
                 self._calls.append(call)
-        # Summed anew: a running difference would gather rounding.
+        # Summed again: a running difference would accumulate rounding errors.
         self._queue_cost = sum(call.cost for call in self._calls)
         return taken
 

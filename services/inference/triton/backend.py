@@ -177,9 +177,9 @@ class PythonModel:
         ]
         if not self._has_parameters:
             return self._pb_utils.InferenceResponse(tensors)
-        told = {**leased.parameters, **made.parameters}
+        values = {**leased.parameters, **made.parameters}
         # Which knows no numbers with a fraction.
-        parameters = {name: str(one) if isinstance(one, float) else one for name, one in told.items()}
+        parameters = {name: str(one) if isinstance(one, float) else one for name, one in values.items()}
         return self._pb_utils.InferenceResponse(tensors, parameters=parameters)
 
     def _failure(self, request: Any, error: Exception) -> Any:

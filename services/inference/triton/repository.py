@@ -33,7 +33,7 @@ SERVED: Final = LAST
 WEIGHTS: Final = "weights"
 NO_BYTECODE: Final = "__pycache__"
 """Name of a file: where it is, Python can make no folder of that name, so it leaves no bytecode. Triton would
-find the version changed by that, and at the next load of the model load it anew, beside itself."""
+find that version changed, and at the next load of the model load it again, beside itself."""
 FORMAT: Final = 1
 """Version of the format of `SERVED`."""
 
@@ -138,7 +138,7 @@ class ModelRepository:
         return tuple(sorted(config.version_policy.specific.versions)) if config else ()
 
     def pin(self, model: str, *versions: int) -> None:
-        """Have Triton load exactly `versions`, when it is next told to load `model`.
+        """Have Triton load exactly `versions`, the next time that it loads `model`.
 
         Raises `InvalidInputError` where the model, or one of them, is not there.
         """
@@ -252,9 +252,9 @@ class ModelRepository:
 
 def parse_served(data: bytes) -> dict[str, Weights]:
     """What `SERVED` says. Raises ValueError, KeyError, TypeError or AttributeError where it is not ours."""
-    told = json.loads(data)
-    if told["format"] != FORMAT:
-        raise ValueError(f"format {told['format']}, this release reads {FORMAT}")
+    content = json.loads(data)
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, this release reads {FORMAT}")
     return {
         name: Weights(
             name=str(one["name"]),
@@ -262,7 +262,7 @@ def parse_served(data: bytes) -> dict[str, Weights]:
             digest=str(one["digest"]),
             checkpoint=str(one.get("checkpoint", "")),
         )
-        for name, one in told["weights"].items()
+        for name, one in content["weights"].items()
     }
 
 

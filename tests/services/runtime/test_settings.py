@@ -16,6 +16,17 @@ def test_a_flag_wins_over_the_environment_and_none_is_no_flag(monkeypatch: pytes
     assert (settings.listen, settings.metrics_port, settings.health_port) == ("127.0.0.1:1", 7001, None)
 
 
+def test_texts_win_over_the_environment_and_are_parsed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILONGA_EXACT", "false")
+    monkeypatch.setenv("MILONGA_DEVICE", "cpu")
+    texts = {"exact": "true", "batch_shapes": "[2, 4]", "dtype": "float16"}
+    settings = load_settings(GenerationSettings, texts, dtype="bfloat16", threads=None)
+    assert (settings.exact, settings.batch_shapes, settings.dtype) == (True, (2, 4), "bfloat16")
+    assert (settings.device, settings.threads) == ("cpu", None)
+    with pytest.raises(InvalidInputError, match=r"batch_shapes: is no JSON"):
+        load_settings(GenerationSettings, {"batch_shapes": "1,2"})
+
+
 def test_every_wrong_setting_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILONGA_METRICS_PORT", "http")
     with pytest.raises(InvalidInputError) as caught:
