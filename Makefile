@@ -51,7 +51,7 @@ protos: $(READY) ## Generate the gRPC stubs under protos/milonga (nothing to do 
 	@$(BIN)/python protos/generate.py
 
 .PHONY: check
-check: lint-python lint-types lint-imports lint-protos lint-manifests docs ## Everything CI checks: format, lint, types, import rules, protos, manifests, dead links
+check: lint-python lint-types lint-imports lint-house lint-protos lint-manifests docs ## Everything CI checks: format, lint, types, import rules, sizes, protos, manifests, dead links
 
 .PHONY: lint-python
 lint-python: $(READY)

@@ -171,7 +171,7 @@ class LeasedTango:
         rate = self._served.engine.description.geometry.sampling_rate
         clips: dict[int, Clip] = {}
         rows: dict[int, Row] = {}
-        async with aclosing(run(self._served.engine, job, caller)) as events:
+        async with aclosing(run(self._served.engine, job, caller.time_remaining())) as events:
             async for index, event in events:
                 match event:
                     case Queued() | Progress() if stream:

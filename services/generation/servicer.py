@@ -13,7 +13,6 @@ from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
 from services.api.generation import Clip, Event, Failed, Finished, GenerationRequest, Update
 from services.generation import convert
-from services.inference.model import Caller
 from services.wire import write_version
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         with self._slot.lease() as served:
             request = convert.read_request(message, served.engine.description)
             response = pb.GenerateAudioResponse()
-            async with aclosing(run(served.engine, [request], context)) as events:
+            async with aclosing(run(served.engine, [request], context.time_remaining())) as events:
                 async for _, event in events:
                     if isinstance(event, Clip):
                         clips.append(await asyncio.to_thread(convert.write_clip, event, request))
@@ -59,7 +58,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         start = time.monotonic()
         with self._slot.lease() as served:
             request = convert.read_stream_request(message, served.engine.description)
-            async with aclosing(run(served.engine, [request], context)) as events:
+            async with aclosing(run(served.engine, [request], context.time_remaining())) as events:
                 async for _, event in events:
                     write = partial(convert.write_event, event, request, time.monotonic() - start)
                     # Encoding ten seconds of sound takes tens of milliseconds: off the event loop.
@@ -71,15 +70,16 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
 
 async def run(
-    engine: "Engine", requests: Sequence[GenerationRequest], caller: Caller
+    engine: "Engine", requests: Sequence[GenerationRequest], seconds_left: float | None
 ) -> AsyncGenerator[tuple[int, Update], None]:
     """Yield the index of a request and its next event, until each of `requests` is `Finished`.
 
+    `seconds_left` is the time to the caller's deadline, None where there is none.
     Raises what one failed with, or what refused it. Then, and when left early, all are cancelled.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    deadline = _deadline(caller)
+    deadline = None if seconds_left is None else time.monotonic() + seconds_left
     handles: list[Handle] = []
 
     def submit(index: int, request: GenerationRequest) -> "Handle":
@@ -103,9 +103,3 @@ async def run(
     finally:
         for handle in handles:
             handle.cancel()
-
-
-def _deadline(caller: Caller) -> float | None:
-    """Return the caller's deadline on `time.monotonic`'s clock."""
-    left: float | None = caller.time_remaining()  # of which grpc's stubs forget that it may be None
-    return None if left is None else time.monotonic() + left
