@@ -37,7 +37,7 @@ CLIPS = 16
 """Batch size of the autoencoder. Batches are padded to it, so that the latents of a clip are the same bit for
 bit whichever other clips are encoded."""
 PROMPTS = 32
-"""Batch size of the text encoder, also padded to."""
+"""Batch size of the text encoder; its batches are padded too."""
 SHARD = 512
 """Tensors per cache file: at most so many are encoded again after a kill."""
 

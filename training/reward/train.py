@@ -122,9 +122,9 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     with accelerator.main_process_first():
         settings = flatten(config) | {"clap_digest": resolved.digest}
         claim_folder(run, settings, fresh=fresh and main, free=FREE)
-    done = None if fresh else finished_report(output / EVALUATION, flatten(config))
-    if done is not None and done["clap"]["digest"] == resolved.digest:
-        return done if main else {}
+    finished = None if fresh else finished_report(output / EVALUATION, flatten(config))
+    if finished is not None and finished["clap"]["digest"] == resolved.digest:
+        return finished if main else {}
 
     clap = load_clap_model(resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
