@@ -37,7 +37,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class ServiceEntry:
     """A service."""
 
     name: str
@@ -65,7 +65,7 @@ class Entry:
         return self.model if weights.setting == "model" else weights.setting
 
 
-GENERATION: Final = Entry(
+GENERATION: Final = ServiceEntry(
     name="generation",
     summary="Serve one model: prompts in, clips out (milonga.v1.GenerationService).",
     port=50051,
@@ -83,7 +83,7 @@ GENERATION: Final = Entry(
     example="milonga generate 'A dog barks' --server {}",
 )
 
-SCORING: Final = Entry(
+SCORING: Final = ServiceEntry(
     name="scoring",
     summary="Serve CLAP scores: clips and prompts in, how well they match out (milonga.v1.ScoringService).",
     port=50052,
@@ -100,7 +100,7 @@ SCORING: Final = Entry(
     example="milonga score 'A dog barks' clip.wav --scoring {}",
 )
 
-REWARD: Final = Entry(
+REWARD: Final = ServiceEntry(
     name="reward",
     summary="Serve a reward model: clips and prompts in, preferences out (milonga.v1.RewardService).",
     port=50053,
@@ -118,7 +118,7 @@ REWARD: Final = Entry(
     example="milonga score 'A dog barks' clip.wav --reward-server {}",
 )
 
-CATALOGUE: Final[Mapping[str, Entry]] = MappingProxyType(
+CATALOGUE: Final[Mapping[str, ServiceEntry]] = MappingProxyType(
     {entry.name: entry for entry in (GENERATION, SCORING, REWARD)}
 )
 """Every service by its name, in the order of their ports."""

@@ -2,7 +2,7 @@
 
 ::
 
-    folder = ClipFolder(output, lambda prompt: [f"{digest_of(prompt)}.wav"])
+    folder = ClipFolder(output, lambda prompt: [f"{name_of(prompt)}.wav"])
     for prompt, generation in folder.make(folder.missing(prompts), maker.generate, 16):
         ...                    # its files are written; after a kill the same call makes the rest
 """

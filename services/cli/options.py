@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_
 import typer
 from rich.markup import escape
 
-from services.catalogue import CATALOGUE, Entry, Weights
+from services.catalogue import CATALOGUE, ServiceEntry, Weights
 from services.errors import FieldViolation, InvalidInputError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def setting_words(name: str, value: str | Mapping[str, str]) -> tuple[str, ...]:
     return tuple(word for key, uri in value.items() for word in (_singular(name), f"{key}={uri}"))
 
 
-def embedded_words(entry: Entry) -> tuple[str, ...]:
+def embedded_words(entry: ServiceEntry) -> tuple[str, ...]:
     """Return the words of a command line that have a service serve its embedded weights."""
     return tuple(word for one in entry.weights for word in setting_words(one.setting, one.embedded))
 

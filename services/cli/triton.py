@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from services.catalogue import CATALOGUE, Entry
+from services.catalogue import CATALOGUE, ServiceEntry
 from services.cli.options import option_of, read_weights, weights_options, with_options
 from services.errors import FieldViolation, InvalidInputError
 
@@ -110,7 +110,7 @@ app.command("export", help=HELP)(with_options(_export, weights_options(export=Tr
 
 
 def export_model(
-    entry: Entry, values: Mapping[str, Any], settings: Mapping[str, str] | None = None
+    entry: ServiceEntry, values: Mapping[str, Any], settings: Mapping[str, str] | None = None
 ) -> tuple["Exported", int]:
     """Return the model of a service, and its version number: that of its first weights.
 
@@ -144,14 +144,14 @@ def export_model(
     return exported, _number(next(iter(found.values())))
 
 
-def _chosen(only: Sequence[str] | None) -> list[Entry]:
+def _chosen(only: Sequence[str] | None) -> list[ServiceEntry]:
     for name in only or ():
         if name not in MODELS:
             raise InvalidInputError(FieldViolation("--only", f"is {name!r}, must be one of {NAMES}"))
     return [entry for name, entry in MODELS.items() if not only or name in only]
 
 
-def _settings(given: Sequence[str] | None, chosen: Sequence[Entry]) -> Mapping[str, dict[str, str]]:
+def _settings(given: Sequence[str] | None, chosen: Sequence[ServiceEntry]) -> Mapping[str, dict[str, str]]:
     """What --set says, by model."""
     settings: dict[str, dict[str, str]] = {entry.model: {} for entry in chosen}
     for text in given or ():
@@ -167,7 +167,7 @@ def _settings(given: Sequence[str] | None, chosen: Sequence[Entry]) -> Mapping[s
     return settings
 
 
-def _as_option(violation: FieldViolation, entry: Entry) -> FieldViolation:
+def _as_option(violation: FieldViolation, entry: ServiceEntry) -> FieldViolation:
     """Name the option in the place of a setting: ``--scorer a`` of ``scorers.a``."""
     setting, _, name = violation.field.partition(".")
     for weights in entry.weights:

@@ -2,7 +2,7 @@
 
 from services.api.engine import EngineConfig
 from services.engine.engine import Engine
-from services.engine.jobs import Handle
+from services.engine.states import Handle
 from services.engine.stats import EngineStats
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Handle"]

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from services.engine.batching import queue_tag
-from services.engine.jobs import Job
+from services.engine.states import RequestState
 from services.errors import QueueFullError, ServiceUnavailableError
 
 
 class Ticket(NamedTuple):
-    """One clip's place in the queue. Tickets sort by tag, then by arrival; they never compare jobs."""
+    """One clip's place in the queue. Tickets sort by tag, then by arrival; they never compare requests."""
 
     tag: float
     number: int
     clip_index: int
-    job: Job
+    state: RequestState
 
 
 class Admission:
-    """Clips that wait for a place, and the jobs that are alive."""
+    """Clips that wait for a place, and the requests that are alive."""
 
     def __init__(self, max_clips: int) -> None:
         self._max_clips = max_clips
@@ -30,7 +30,7 @@ class Admission:
         self._reserved = 0
         self._now = 0.0
         self._numbers = itertools.count()
-        self._jobs: dict[int, Job] = {}
+        self._states: dict[int, RequestState] = {}
         self._closing = False
         self._aborting = False
 
@@ -46,7 +46,7 @@ class Admission:
         return self._aborting
 
     def reserve(self, clip_count: int, retry_after: Callable[[int], float]) -> tuple[int, int]:
-        """Claim room for `clip_count` clips; return the job's number and its position in the queue.
+        """Claim room for `clip_count` clips; return the request's number and its position in the queue.
 
         `enter` must follow. If there is no room, `retry_after` turns the clips that wait into seconds.
         """
@@ -64,14 +64,14 @@ class Admission:
             position = sum(ticket.tag <= self._now for ticket in self._tickets)
             return number, position
 
-    def enter(self, job: Job) -> None:
-        """Queue the clips of a job that has room reserved."""
+    def enter(self, state: RequestState) -> None:
+        """Queue the clips of a request that has room reserved."""
         with self._changed:
-            self._reserved -= job.request.clip_count
+            self._reserved -= state.request.clip_count
             self._refuse_if_closing()
-            self._jobs[job.number] = job
-            for index in range(job.request.clip_count):
-                bisect.insort(self._tickets, Ticket(queue_tag(self._now, index), job.number, index, job))
+            self._states[state.number] = state
+            for index in range(state.request.clip_count):
+                bisect.insort(self._tickets, Ticket(queue_tag(self._now, index), state.number, index, state))
             self._changed.notify_all()
 
     def tickets(self) -> list[Ticket]:
@@ -85,35 +85,35 @@ class Admission:
             self._tickets.remove(ticket)
             self._now = max(self._now, ticket.tag)
 
-    def jobs(self) -> list[Job]:
-        """Return the jobs that have not ended, in order of arrival."""
+    def states(self) -> list[RequestState]:
+        """Return the requests that have not ended, in order of arrival."""
         with self._changed:
-            return list(self._jobs.values())
+            return list(self._states.values())
 
-    def remove(self, job: Job) -> None:
-        """Forget a job that has ended, with the clips of it that still wait."""
+    def remove(self, state: RequestState) -> None:
+        """Forget a request that has ended, with the clips of it that still wait."""
         with self._changed:
-            del self._jobs[job.number]
-            self._tickets = [ticket for ticket in self._tickets if ticket.job is not job]
+            del self._states[state.number]
+            self._tickets = [ticket for ticket in self._tickets if ticket.state is not state]
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Make the worker look at its jobs."""
+        """Make the worker look at its requests."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_for_work(self) -> bool:
-        """Block until a job is alive; return False when there is none and there will be none."""
+        """Block until a request is alive; return False when there is none and there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closing)
-            return bool(self._jobs)
+            self._changed.wait_for(lambda: self._states or self._closing)
+            return bool(self._states)
 
     def close(self, drain_seconds: float) -> None:
         """Refuse what comes, give what is here `drain_seconds` to end, then have the worker fail the rest."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._jobs, drain_seconds)
+            self._changed.wait_for(lambda: not self._states, drain_seconds)
             self._aborting = True
 
     def _refuse_if_closing(self) -> None:

@@ -1,4 +1,4 @@
-"""One denoiser call over the slots of a group, in buffers of fixed shape.
+"""One denoiser call over the clips of a group, in buffers of fixed shape.
 
 Shapes: R rows of the call (see `batching`), L text tokens, X the model's own shape of latents.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batching import GUIDED_ROWS, choose_rows
-from services.engine.jobs import GroupKey, Slot
+from services.engine.states import ClipState, GroupKey
 from services.models.latent import Conditioning, LatentPipeline, guide
 
 # Buffers are small (a few MB each at released size), but callers choose the durations: keep the recent ones.
@@ -20,11 +20,11 @@ _MAX_BUFFERS = 16
 class _Buffers:
     """The inputs of calls of one shape, filled in place: the device sees the same addresses each time."""
 
-    def __init__(self, slot: Slot, length: int, rows: int) -> None:
-        prompt = slot.job.prompt
+    def __init__(self, clip: ClipState, length: int, rows: int) -> None:
+        prompt = clip.state.prompt
         assert prompt is not None
-        device = slot.latents_1X.device
-        self.latents_RX = torch.zeros((rows, *slot.latents_1X.shape[1:]), device=device)
+        device = clip.latents_1X.device
+        self.latents_RX = torch.zeros((rows, *clip.latents_1X.shape[1:]), device=device)
         # Exact for whole timesteps too: float32 holds them up to 2^24.
         self.timesteps_R = torch.zeros(rows, device=device)
         self.seconds_R = torch.zeros(rows, device=device)
@@ -35,38 +35,38 @@ class _Buffers:
                 for name, tensor in prompt.conditioning.tensors.items()
             }
         )
-        self._occupants: list[Slot] = []
+        self._occupants: list[ClipState] = []
         self._views: list[Tensor] = []
 
-    def fill(self, slots: Sequence[Slot]) -> None:
-        """Lay out `slots` one after another. The content of the rows after them does not matter."""
-        if slots != self._occupants:
-            self._seat(slots)
+    def fill(self, clips: Sequence[ClipState]) -> None:
+        """Lay out `clips` one after another. The content of the rows after them does not matter."""
+        if clips != self._occupants:
+            self._lay_out(clips)
         timesteps: list[float] = []
-        for slot, view in zip(slots, self._views, strict=True):
-            view.copy_(slot.latents_1X)
-            timesteps += [slot.timestep] * slot.rows
+        for clip, view in zip(clips, self._views, strict=True):
+            view.copy_(clip.latents_1X)
+            timesteps += [clip.timestep] * clip.rows
         self._copy(timesteps, self.timesteps_R)
 
     def forget(self) -> None:
-        """Drop the slots of the last call."""
+        """Drop the clips of the last call."""
         self._occupants, self._views = [], []
 
-    def _seat(self, slots: Sequence[Slot]) -> None:
+    def _lay_out(self, clips: Sequence[ClipState]) -> None:
         self._views = []
         seconds: list[float] = []
         row = 0
-        for slot in slots:
-            self._views.append(self.latents_RX[row : row + slot.rows])
-            seconds += [slot.job.request.duration] * slot.rows
-            prompt, negative_prompt = slot.job.prompt, slot.job.negative_prompt
-            prompts = (negative_prompt, prompt) if slot.rows == GUIDED_ROWS else (prompt,)
+        for clip in clips:
+            self._views.append(self.latents_RX[row : row + clip.rows])
+            seconds += [clip.state.request.duration] * clip.rows
+            prompt, negative_prompt = clip.state.prompt, clip.state.negative_prompt
+            prompts = (negative_prompt, prompt) if clip.rows == GUIDED_ROWS else (prompt,)
             for offset, encoded in enumerate(prompts):
                 assert encoded is not None
                 self._write_text(row + offset, encoded.conditioning)
-            row += slot.rows
+            row += clip.rows
         self._copy(seconds, self.seconds_R)
-        self._occupants = list(slots)
+        self._occupants = list(clips)
 
     def _write_text(self, row: int, text: Conditioning) -> None:
         # The other of prompt and negative prompt may be longer: the rest is masked.
@@ -92,26 +92,26 @@ class Denoiser:
         self._buffers: OrderedDict[tuple[GroupKey, int], _Buffers] = OrderedDict()
         self._pending: torch.cuda.Event | None = None
 
-    def __call__(self, key: GroupKey, slots: Sequence[Slot]) -> tuple[list[Tensor], int]:
-        """Return each slot's guided output, [1, X] in float32, and the rows of the call."""
-        rows = choose_rows(sum(slot.rows for slot in slots), self._shapes, exact=self._exact)
-        buffers = self._buffers_for(key, slots[0], rows)
-        buffers.fill(slots)
+    def __call__(self, key: GroupKey, clips: Sequence[ClipState]) -> tuple[list[Tensor], int]:
+        """Return each clip's guided output, [1, X] in float32, and the rows of the call."""
+        rows = choose_rows(sum(clip.rows for clip in clips), self._shapes, exact=self._exact)
+        buffers = self._buffers_for(key, clips[0], rows)
+        buffers.fill(clips)
         output_RX = self._pipeline.predict(
             buffers.latents_RX, buffers.timesteps_R, buffers.conditioning, buffers.seconds_R
         )
         self._pace()
-        return _guided(output_RX, slots), rows
+        return _guided(output_RX, clips), rows
 
     def forget(self) -> None:
-        """Drop the last calls' slots, so that an idle engine holds no caller's prompt or latents."""
+        """Drop the last calls' clips, so that an idle engine holds no caller's prompt or latents."""
         for buffers in self._buffers.values():
             buffers.forget()
 
-    def _buffers_for(self, key: GroupKey, slot: Slot, rows: int) -> _Buffers:
+    def _buffers_for(self, key: GroupKey, clip: ClipState, rows: int) -> _Buffers:
         buffers = self._buffers.get((key, rows))
         if buffers is None:
-            buffers = _Buffers(slot, key.text_length, rows)
+            buffers = _Buffers(clip, key.text_length, rows)
             self._buffers[key, rows] = buffers
             if len(self._buffers) > _MAX_BUFFERS:
                 self._buffers.popitem(last=False)
@@ -128,15 +128,15 @@ class Denoiser:
             previous.synchronize()
 
 
-def _guided(output_RX: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
-    """Return each guided slot's two rows as one, and the single row of others as it is."""
+def _guided(output_RX: Tensor, clips: Sequence[ClipState]) -> list[Tensor]:
+    """Return each guided clip's two rows as one, and the single row of others as it is."""
     guided: list[Tensor] = []
     row = 0
-    for slot in slots:
+    for clip in clips:
         output_1X = output_RX[row : row + 1]
-        if slot.rows == GUIDED_ROWS:
+        if clip.rows == GUIDED_ROWS:
             conditional_1X = output_RX[row + 1 : row + 2]
-            output_1X = guide(output_1X, conditional_1X, slot.job.request.guidance_scale)
+            output_1X = guide(output_1X, conditional_1X, clip.state.request.guidance_scale)
         guided.append(output_1X)
-        row += slot.rows
+        row += clip.rows
     return guided

@@ -23,7 +23,7 @@ from services.api.generation import (
 )
 from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
-from services.engine.jobs import Handle, Job
+from services.engine.states import Handle, RequestState
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
 from services.models.latent import LatentPipeline
@@ -82,7 +82,7 @@ class Engine:
         """
         validate(request, self.limits)
         number, position = self._admission.reserve(request.clip_count, self._retry_after)
-        job = Job(
+        state = RequestState(
             number=number,
             request=request,
             frames=self.pipeline.latent_frames(request.duration),
@@ -94,11 +94,11 @@ class Engine:
         try:
             on_event(Queued(position=position))
         except BaseException:
-            job.cancelled = True
+            state.cancelled = True
             raise
         finally:
-            self._admission.enter(job)
-        return Handle(job)
+            self._admission.enter(state)
+        return Handle(state)
 
     def stream(self, request: GenerationRequest, *, deadline: float | None = None) -> Iterator[Event]:
         """Queue `request` at once and return its events as they come; the last is `Finished` or `Failed`.
@@ -141,13 +141,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
         return replace(
-            self._meter.totals, queue_depth=self._admission.depth, running=len(self._admission.jobs())
+            self._meter.totals, queue_depth=self._admission.depth, running=len(self._admission.states())
         )
 
     def _retry_after(self, waiting: int) -> float:
         """Estimate when there is room again: once the next clip of the queue has got a place."""
-        jobs = self._admission.jobs()
-        steps = sum(job.steps_total - job.steps_done for job in jobs)
+        states = self._admission.states()
+        steps = sum(state.steps_total - state.steps_done for state in states)
         seconds = steps * (self._meter.step_seconds or 0.0) / max(waiting, 1)
         return min(max(seconds, _RETRY_SOONEST), _RETRY_LATEST)
 

@@ -19,8 +19,8 @@ from services.api.model import ModelVersion
 from services.engine.admission import Admission, Ticket
 from services.engine.batching import decodes_this_turn, entry_work, next_turn, row_shapes
 from services.engine.denoiser import Denoiser
-from services.engine.jobs import GroupKey, Job, Slot
 from services.engine.prompts import PromptCache
+from services.engine.states import ClipState, GroupKey, RequestState
 from services.engine.stats import Meter
 from services.errors import DeadlineExceededError, RequestCancelledError, ServiceUnavailableError
 from services.models.latent import LatentPipeline
@@ -34,7 +34,7 @@ class _Group:
 
     work: float
     """Latent frames that each clip was given, see `batching.next_turn`."""
-    slots: list[Slot] = field(default_factory=list)
+    clips: list[ClipState] = field(default_factory=list)
 
 
 class Worker:
@@ -57,10 +57,10 @@ class Worker:
         self._prompts = PromptCache(pipeline, config.prompt_cache_size)
         self._denoiser = Denoiser(pipeline, row_shapes(config.batch_shapes), exact=config.exact)
         self._groups: dict[GroupKey, _Group] = {}
-        self._decoding: deque[Slot] = deque()
+        self._decoding: deque[ClipState] = deque()
 
     def run(self) -> None:
-        """Work until the admission is closed and all jobs have ended. Survives whatever a job does."""
+        """Work until the admission is closed and all requests have ended. No request can end it early."""
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         with torch.inference_mode():
@@ -69,8 +69,8 @@ class Worker:
                     self._turn()
                 except Exception as error:
                     _log.exception("a turn of the engine failed; all its requests are failed with it")
-                    for job in self._admission.jobs():
-                        self._end(job, Failed(error=error))
+                    for state in self._admission.states():
+                        self._end(state, Failed(error=error))
 
     def _turn(self) -> None:
         self._reap()
@@ -78,7 +78,7 @@ class Worker:
         if self._groups:
             self._step()
         for _ in range(decodes_this_turn(len(self._decoding), stepping=bool(self._groups))):
-            # A job that ends takes its slots with it, so there may be fewer than counted.
+            # A request that ends takes its clips with it, so there may be fewer than counted.
             if self._decoding:
                 self._finish_clip(self._decoding.popleft())
         if not self._groups:
@@ -87,18 +87,18 @@ class Worker:
     # --------------------------------------------------------------------------------------------- who leaves
 
     def _reap(self) -> None:
-        """End jobs that are cancelled or expired, or all of them if the engine is aborting."""
-        for job in self._admission.jobs():
-            error = self._verdict(job)
+        """End requests that are cancelled or expired, or all of them if the engine is aborting."""
+        for state in self._admission.states():
+            error = self._verdict(state)
             if error is not None:
-                self._end(job, Failed(error=error))
+                self._end(state, Failed(error=error))
 
-    def _verdict(self, job: Job) -> Exception | None:
-        """Return why `job` must not go on, if so."""
-        if job.cancelled:
+    def _verdict(self, state: RequestState) -> Exception | None:
+        """Return why `request` must not go on, if so."""
+        if state.cancelled:
             return RequestCancelledError("the request was cancelled")
-        if job.expired:
-            done = f"{job.steps_done} of {job.steps_total} steps"
+        if state.expired:
+            done = f"{state.steps_done} of {state.steps_total} steps"
             return DeadlineExceededError(
                 f"the deadline passed after {done}; allow more time or take fewer steps"
             )
@@ -108,38 +108,38 @@ class Worker:
             )
         return None
 
-    def _end(self, job: Job, event: Finished | Failed) -> None:
-        """Send `job` its last event and forget it."""
-        if job.ended:
+    def _end(self, state: RequestState, event: Finished | Failed) -> None:
+        """Send `request` its last event and forget it."""
+        if state.ended:
             return
-        job.ended = True
-        self._decoding = deque(slot for slot in self._decoding if slot.job is not job)
+        state.ended = True
+        self._decoding = deque(clip for clip in self._decoding if clip.state is not state)
         for key, group in list(self._groups.items()):
-            self._keep(key, [slot for slot in group.slots if slot.job is not job])
+            self._keep(key, [clip for clip in group.clips if clip.state is not state])
         # Before the event: who has it may look at the queue at once, or send the next request.
         self._meter.count_end(event)
-        self._admission.remove(job)
-        self._send(job, event)
-        job.done.set()
+        self._admission.remove(state)
+        self._send(state, event)
+        state.done.set()
 
-    def _keep(self, key: GroupKey, slots: list[Slot]) -> None:
-        """Leave only `slots` in a group, and drop the group if there is none."""
-        if slots:
-            self._groups[key].slots = slots
+    def _keep(self, key: GroupKey, clips: list[ClipState]) -> None:
+        """Leave only `clips` in a group, and drop the group if there is none."""
+        if clips:
+            self._groups[key].clips = clips
         else:
             del self._groups[key]
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        _log.error("request %d failed", job.number, exc_info=error)
-        self._end(job, Failed(error=error))
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        _log.error("request %d failed", state.number, exc_info=error)
+        self._end(state, Failed(error=error))
 
-    def _send(self, job: Job, event: Event) -> None:
+    def _send(self, state: RequestState, event: Event) -> None:
         """Send an event. A callback that raises loses its request, and nothing else."""
         try:
-            job.on_event(event)
+            state.on_event(event)
         except Exception:
-            _log.exception("the callback of request %d failed; the request is cancelled", job.number)
-            job.cancelled = True
+            _log.exception("the callback of request %d failed; the request is cancelled", state.number)
+            state.cancelled = True
 
     # ---------------------------------------------------------------------------------------------- who joins
 
@@ -148,12 +148,12 @@ class Worker:
         tickets = self._admission.tickets()
         seated = False
         for ticket in tickets:
-            if ticket.job.ended:
+            if ticket.state.ended:
                 continue
-            if not self._length_may_run(ticket.job.frames):
+            if not self._length_may_run(ticket.state.frames):
                 # Those behind must wait too: if they went ahead, this length might never get its turn.
                 break
-            if self._taken(ticket.job.frames) < self._config.batch_shapes[-1]:
+            if self._taken(ticket.state.frames) < self._config.batch_shapes[-1]:
                 self._start(ticket)
                 seated = True
         if seated:
@@ -164,41 +164,41 @@ class Worker:
         return frames in lengths or len(lengths) < self._config.max_lengths
 
     def _taken(self, frames: int) -> int:
-        return sum(len(group.slots) for key, group in self._groups.items() if key.frames == frames)
+        return sum(len(group.clips) for key, group in self._groups.items() if key.frames == frames)
 
     def _start(self, ticket: Ticket) -> None:
-        """Turn a waiting clip into a slot of its group."""
-        job = ticket.job
+        """Turn a waiting clip into a clip of its group."""
+        state = ticket.state
         self._admission.take(ticket)
         try:
-            if job.started_at is None:
-                self._encode(job)
-            slot = Slot(self._pipeline, job, ticket.clip_index)
+            if state.started_at is None:
+                self._encode(state)
+            clip = ClipState(self._pipeline, state, ticket.clip_index)
         except Exception as error:
-            self._fail(job, error)
+            self._fail(state, error)
             return
-        key = GroupKey(job.frames, job.text_length)
+        key = GroupKey(state.frames, state.text_length)
         if key not in self._groups:
             self._groups[key] = _Group(work=entry_work(group.work for group in self._groups.values()))
-        self._groups[key].slots.append(slot)
+        self._groups[key].clips.append(clip)
 
-    def _encode(self, job: Job) -> None:
-        job.started_at = time.monotonic()
-        job.prompt = self._prompts.encode(job.request.prompt)
-        job.negative_prompt = self._prompts.encode(job.request.negative_prompt)
-        job.encode_seconds = time.monotonic() - job.started_at
+    def _encode(self, state: RequestState) -> None:
+        state.started_at = time.monotonic()
+        state.prompt = self._prompts.encode(state.request.prompt)
+        state.negative_prompt = self._prompts.encode(state.request.negative_prompt)
+        state.encode_seconds = time.monotonic() - state.started_at
 
     def _report_positions(self) -> None:
-        """Report to jobs without a started clip their position in the queue, if it changed."""
+        """Report to requests without a started clip their position in the queue, if it changed."""
         seen: set[int] = set()
         for position, ticket in enumerate(self._admission.tickets()):
-            job = ticket.job
-            if job.number in seen:
+            state = ticket.state
+            if state.number in seen:
                 continue
-            seen.add(job.number)
-            if job.started_at is None and job.position != position:
-                job.position = position
-                self._send(job, Queued(position=position))
+            seen.add(state.number)
+            if state.started_at is None and state.position != position:
+                state.position = position
+                self._send(state, Queued(position=position))
 
     # ----------------------------------------------------------------------------------------------- who runs
 
@@ -206,94 +206,96 @@ class Worker:
         """Take one denoising step with the clips of one group."""
         key = next_turn({key: group.work for key, group in self._groups.items()})
         group = self._groups[key]
-        slots = group.slots
+        clips = group.clips
         group.work += key.frames
         started = time.monotonic()
-        first_slots = _first_slots(slots)
-        for slot in first_slots:
-            slot.job.first_step_at = slot.job.first_step_at or started
+        first_clips = _first_clips(clips)
+        for clip in first_clips:
+            clip.state.first_step_at = clip.state.first_step_at or started
         try:
-            outputs, rows = self._denoiser(key, slots)
+            outputs, rows = self._denoiser(key, clips)
         except Exception as error:
-            for slot in first_slots:
-                self._fail(slot.job, error)
+            for clip in first_clips:
+                self._fail(clip.state, error)
             return
-        for slot, output_1X in zip(slots, outputs, strict=True):
+        for clip, output_1X in zip(clips, outputs, strict=True):
             try:
-                slot.advance(output_1X)
+                clip.advance(output_1X)
             except Exception as error:
-                self._fail(slot.job, error)
+                self._fail(clip.state, error)
         now = time.monotonic()
         self._meter.count_step(
-            clips=len(slots), used=sum(s.rows for s in slots), rows=rows, seconds=now - started
+            clips=len(clips), used=sum(s.rows for s in clips), rows=rows, seconds=now - started
         )
-        finished = [slot for slot in slots if slot.finished and not slot.job.ended]
+        finished = [clip for clip in clips if clip.finished and not clip.state.ended]
         self._decoding.extend(finished)
         if key in self._groups:
-            self._keep(key, [slot for slot in self._groups[key].slots if not slot.finished])
-        self._report_progress(slots, first_slots, now)
+            self._keep(key, [clip for clip in self._groups[key].clips if not clip.finished])
+        self._report_progress(clips, first_clips, now)
 
-    def _report_progress(self, slots: Sequence[Slot], first_slots: Sequence[Slot], now: float) -> None:
-        for slot in slots:
-            slot.job.steps_done += 1
-            slot.job.last_step_at = now
-        for slot in first_slots:
-            if not slot.job.ended:
-                self._send(slot.job, slot.job.progress(slot.index, slot.step, self._meter.decode_seconds))
-                self._preview(slot)
+    def _report_progress(
+        self, clips: Sequence[ClipState], first_clips: Sequence[ClipState], now: float
+    ) -> None:
+        for clip in clips:
+            clip.state.steps_done += 1
+            clip.state.last_step_at = now
+        for clip in first_clips:
+            if not clip.state.ended:
+                self._send(clip.state, clip.state.progress(clip.index, clip.step, self._meter.decode_seconds))
+                self._preview(clip)
 
-    def _preview(self, slot: Slot) -> None:
-        estimate_1X, slot.estimate_1X = slot.estimate_1X, None
+    def _preview(self, clip: ClipState) -> None:
+        estimate_1X, clip.estimate_1X = clip.estimate_1X, None
         if estimate_1X is None:
             return
         try:
-            mel_TM = self._pipeline.preview(estimate_1X, self._samples(slot))[0].cpu().numpy()
+            mel_TM = self._pipeline.preview(estimate_1X, self._samples(clip))[0].cpu().numpy()
         except Exception as error:
-            self._fail(slot.job, error)
+            self._fail(clip.state, error)
             return
-        self._send(slot.job, Preview(clip_index=slot.index, step=slot.step, mel_TM=quantise_mel(mel_TM)))
+        self._send(clip.state, Preview(clip_index=clip.index, step=clip.step, mel_TM=quantise_mel(mel_TM)))
 
     # -------------------------------------------------------------------------------------------- who is done
 
-    def _finish_clip(self, slot: Slot) -> None:
-        """Decode one clip and send it; with the last one, end the job."""
-        job = slot.job
-        error = self._verdict(job)
+    def _finish_clip(self, clip: ClipState) -> None:
+        """Decode one clip and send it; with the last one, end the request."""
+        state = clip.state
+        error = self._verdict(state)
         if error is not None:
-            self._end(job, Failed(error=error))
+            self._end(state, Failed(error=error))
             return
         started = time.monotonic()
         try:
-            waveform_N = self._decode(slot)
+            waveform_N = self._decode(clip)
         except Exception as fault:
-            self._fail(job, fault)
+            self._fail(state, fault)
             return
         seconds = time.monotonic() - started
-        job.decode_seconds += seconds
-        job.clips_done += 1
+        state.decode_seconds += seconds
+        state.clips_done += 1
         rate = self._sampling_rate
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)
-        self._send(job, Clip.of_samples(waveform_N, rate, index=slot.index, seed=job.request.seed))
-        if job.clips_done == job.request.clip_count:
-            self._end(job, Finished(model=self._model, warnings=job.warnings(), timings=job.timings()))
+        self._send(state, Clip.of_samples(waveform_N, rate, index=clip.index, seed=state.request.seed))
+        if state.clips_done == state.request.clip_count:
+            self._end(state, Finished(model=self._model, warnings=state.warnings(), timings=state.timings()))
 
-    def _decode(self, slot: Slot) -> NDArray[np.float32]:
-        """Return the slot's waveform, [N]. One clip at a time, so that its bits depend on no other."""
-        waveform_BN = self._pipeline.decode(slot.latents_1X, self._samples(slot))
+    def _decode(self, clip: ClipState) -> NDArray[np.float32]:
+        """Return the clip's waveform, [N]. One clip at a time, so that its bits depend on no other."""
+        waveform_BN = self._pipeline.decode(clip.latents_1X, self._samples(clip))
         waveform_N: NDArray[np.float32] = waveform_BN[0].cpu().numpy()
         if not np.isfinite(waveform_N).all():
             raise FloatingPointError("the model made a waveform with infinite or undefined samples")
         return waveform_N
 
-    def _samples(self, slot: Slot) -> int:
-        return round(slot.job.request.duration * self._sampling_rate)
+    def _samples(self, clip: ClipState) -> int:
+        return round(clip.state.request.duration * self._sampling_rate)
 
 
-def _first_slots(slots: Sequence[Slot]) -> list[Slot]:
-    """Return each job's slot of lowest clip index."""
-    first: dict[int, Slot] = {}
-    for slot in slots:
-        known = first.get(slot.job.number)
-        if known is None or slot.index < known.index:
-            first[slot.job.number] = slot
+def _first_clips(clips: Sequence[ClipState]) -> list[ClipState]:
+    """Return each request's clip of lowest clip index."""
+    first: dict[int, ClipState] = {}
+    for clip in clips:
+        known = first.get(clip.state.number)
+        if known is None or clip.index < known.index:
+            first[clip.state.number] = clip
     return list(first.values())

@@ -78,19 +78,19 @@ def read_manifest(folder: Path) -> Manifest:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFormatError(
-            f"{path} is not a manifest ({error}); write it anew or fetch the model again"
+            f"{path} is not a manifest ({error}); write it again or fetch the model again"
         ) from error
 
 
 def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifest:
-    """The manifest of `folder`, after hashing every file anew.
+    """Return the manifest of `folder` after comparing the hash of every file.
 
-    `expected_digest` (``sha256:HEX`` or plain hex) is the pin of whoever asks.
+    `expected_digest` (``sha256:HEX`` or plain hex) is the pin to compare with.
     Raises `DigestMismatchError` where a file or the pin differs, else as `read_manifest`.
     """
     manifest = read_manifest(folder)
     found = hash_files(folder)
-    if found != manifest.files or digest_of(found) != manifest.digest:
+    if found != manifest.files or digest_of_files(found) != manifest.digest:
         differing = sorted(path for path, _ in found.items() ^ manifest.files.items())
         paths = list(dict.fromkeys(differing)) or [MANIFEST_NAME]
         more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
@@ -141,7 +141,7 @@ def _counts(relative: Path) -> bool:
     return not hidden and relative.as_posix() != MANIFEST_NAME and relative.suffix != ".md"
 
 
-def digest_of(files: dict[str, str]) -> str:
+def digest_of_files(files: dict[str, str]) -> str:
     """``sha256:HEX`` over the sorted lines ``path sha256`` of `files`."""
     lines = "".join(f"{path} {sha}\n" for path, sha in sorted(files.items()))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
@@ -150,7 +150,7 @@ def digest_of(files: dict[str, str]) -> str:
 def _manifest_of(folder: Path, *, name: str, version: str, license: str) -> Manifest:
     _require_folder(folder)
     files = hash_files(folder)
-    return Manifest(name=name, version=version, license=license, files=files, digest=digest_of(files))
+    return Manifest(name=name, version=version, license=license, files=files, digest=digest_of_files(files))
 
 
 def _parse(data: dict[str, Any]) -> Manifest:

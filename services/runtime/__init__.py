@@ -1,4 +1,4 @@
-"""What every service shares: server, settings, statuses, interceptors, metrics, logs, audio, model URIs.
+"""A server process: settings, life cycle, statuses, interceptors, metrics, logs, microbatching.
 
-`status` and `audio` are also the client's, so they import neither torch nor the serving extra.
+`status` and `tls` are also the client's, so they import neither torch nor the serving extra.
 """

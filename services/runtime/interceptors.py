@@ -134,7 +134,7 @@ async def _abort(
 
 
 def _cancellation_code(context: Context) -> grpc.StatusCode:
-    """Why gRPC cancelled the handler: its deadline passed, or the caller went away."""
+    """Return why gRPC cancelled the handler: deadline, caller gone, or the end of the server's grace."""
     left = cast("float | None", context.time_remaining())  # the stubs forget None
     expired = left is not None and left <= 0
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED

@@ -46,7 +46,7 @@ class ServerSettings(BaseSettings):
     """Largest message that is accepted, in bytes."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
     """Age at which a connection is closed gracefully, its calls finished, so that clients spread over
-    replicas, and leave a draining one before it refuses calls. Must be less than `drain_delay_seconds`.
+    replicas, and leave a draining one before it refuses calls. Should be less than `drain_delay_seconds`.
     Default: connections stay."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
     """On SIGTERM: seconds to go on serving after readiness is off, until routers know (15 on Kubernetes)."""

@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from k8s import lint
-from services.catalogue import CATALOGUE, GENERATION, Entry
+from services.catalogue import CATALOGUE, GENERATION, ServiceEntry
 from services.cli.serve import service_of
 from services.runtime.settings import ENV_PREFIX, load_settings
 from services.weights.uri import served_uri
@@ -28,7 +28,7 @@ OVERLAYS: Final = ("local", "production")
 OTHER_OVERLAYS: Final = ("production-jobs", "production-triton", "production-triton-jobs")
 """Of Jobs; and of a Triton, see test_triton.py."""
 JOBS: Final = ("align", "candidates", "multi-gpu", "multi-node", "promote")
-SERVICES: Final[dict[str, Entry]] = {**CATALOGUE, "challenger": GENERATION}
+SERVICES: Final[dict[str, ServiceEntry]] = {**CATALOGUE, "challenger": GENERATION}
 """What serves, by its Deployment."""
 OTHERS: Final = {"MILONGA_CACHE", "MILONGA_RUN"}
 """Variables that are no setting of a service."""

@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.catalogue import CATALOGUE, Entry
+from services.catalogue import CATALOGUE, ServiceEntry
 from services.cli.serve import service_of
 from services.inference import SERVICE_NAME
 from tests.programs import environment
@@ -38,7 +38,7 @@ def test_nothing_is_given_twice() -> None:
 
 
 @each
-def test_the_folder_has_what_its_row_says(entry: Entry) -> None:
+def test_the_folder_has_what_its_row_says(entry: ServiceEntry) -> None:
     servicer, triton = (
         importlib.import_module(f"services.{entry.name}.{module}") for module in ("servicer", "triton")
     )
@@ -64,7 +64,7 @@ def test_the_folder_has_what_its_row_says(entry: Entry) -> None:
 
 
 @contextmanager
-def program(entry: Entry, **settings: str) -> Iterator["subprocess.Popen[str]"]:
+def program(entry: ServiceEntry, **settings: str) -> Iterator["subprocess.Popen[str]"]:
     """Run `python -m services.NAME`; nothing of it is left after the test."""
     command = [sys.executable, "-m", f"services.{entry.name}"]
     with subprocess.Popen(
@@ -77,7 +77,7 @@ def program(entry: Entry, **settings: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 @each
-def test_the_program_serves_its_embedded_weights_until_sigterm(entry: Entry) -> None:
+def test_the_program_serves_its_embedded_weights_until_sigterm(entry: ServiceEntry) -> None:
     settings = {
         f"MILONGA_{one.setting.upper()}": one.embedded
         if isinstance(one.embedded, str)
@@ -109,7 +109,7 @@ def listed(channel: grpc.Channel) -> list[str]:
 
 
 @each
-def test_without_weights_the_program_does_not_start(entry: Entry) -> None:
+def test_without_weights_the_program_does_not_start(entry: ServiceEntry) -> None:
     with program(entry) as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 2

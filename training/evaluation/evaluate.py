@@ -25,7 +25,7 @@ import numpy as np
 from services.errors import FieldViolation, InvalidInputError
 from services.files import write_atomically
 from training.data.examples import Clip, FileClip
-from training.data.store import digest_of, write_rows
+from training.data.store import digest_of_value, write_rows
 from training.evaluation.clip_scores import ClipScores, embed_references, open_evaluators, score_clips
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.markdown import markdown_report
@@ -161,7 +161,7 @@ def finished_evaluation(
 
 def plan_digest(plan: Sequence[PlannedClip]) -> str:
     """Return the digest of the prompts and seeds."""
-    return digest_of([[planned.prompt.text, planned.seed] for planned in plan])
+    return digest_of_value([[planned.prompt.text, planned.seed] for planned in plan])
 
 
 def comparison_pairs(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:

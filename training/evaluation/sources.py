@@ -24,7 +24,7 @@ from services.errors import FieldViolation, InvalidInputError
 from services.files import write_atomically
 from services.local import open_clip_maker
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
-from training.data.store import digest_of
+from training.data.store import digest_of_value
 from training.evaluation.config import EvaluationConfig, Sampling
 from training.evaluation.prompts import Prompt, read_prompts, world_prompts
 from training.loop.progress import progress
@@ -140,7 +140,7 @@ def prepare_clips(
         raise _invalid(f"have no seeds, so {source.name} can't generate matching clips; compare two folders")
     settings = {"model": source.model.digest, "dtype": config.dtype, **asdict(config.sampling)}
     folder: ClipFolder[PlannedClip] = ClipFolder(
-        cache / digest_of(settings)[:16], lambda planned: [file_name(planned)]
+        cache / digest_of_value(settings)[:16], lambda planned: [file_name(planned)]
     )
     missing = folder.missing(plan)
     if missing:
@@ -263,7 +263,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 def file_name(planned: PlannedClip) -> str:
     """Return the file name of a clip of the plan."""
-    return f"{digest_of([planned.prompt.text, planned.seed])[:24]}.wav"
+    return f"{digest_of_value([planned.prompt.text, planned.seed])[:24]}.wav"
 
 
 def _invalid(description: str) -> InvalidInputError:

@@ -1,8 +1,8 @@
 """The folder of a training run: its config, its journal, its checkpoints.
 
 ``run.json`` holds the settings of the run, ``journal.jsonl`` a line for each step and evaluation,
-``checkpoints/step-…/`` the last two states. Files are written under another name and renamed, so none is
-half written.
+``checkpoints/step-…/`` the last two states. Settings and checkpoints are written under another name and
+renamed; the journal is appended to, and a line that was cut off is dropped.
 """
 
 import json

@@ -25,7 +25,7 @@ from training.data.store import (
     Row,
     RowLog,
     claim,
-    digest_of,
+    digest_of_value,
     file_digest,
     finish,
     invalid,
@@ -108,7 +108,7 @@ def plan(
             "scheduler": config.scheduler,
             "duration": config.duration,
         }
-        seed = int(digest_of([config.seed, what])[:8], 16)
+        seed = int(digest_of_value([config.seed, what])[:8], 16)
         candidates.append(Candidate(number=len(candidates), kind=kind, seed=seed, **what))
 
     wrong: dict[tuple[str, str], list[Row]] = {}
@@ -223,7 +223,7 @@ def read_candidates(folder: Path, *, partly: bool = False) -> list[Row]:
 
 def candidates_digest(folder: Path) -> str:
     """Return the SHA-256 in hex over the rows."""
-    return digest_of(read_candidates(folder))
+    return digest_of_value(read_candidates(folder))
 
 
 def _make(
@@ -273,7 +273,7 @@ def _make(
 
 
 def _identity(candidate: Candidate, model: ModelVersion) -> str:
-    return digest_of([candidate.settings(), model.digest])[:32]
+    return digest_of_value([candidate.settings(), model.digest])[:32]
 
 
 def _file(identity: str, encoding: str) -> str:

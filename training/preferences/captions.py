@@ -22,7 +22,7 @@ from training.data.store import (
     Row,
     batches,
     claim,
-    digest_of,
+    digest_of_value,
     file_digest,
     finish,
     invalid,
@@ -244,7 +244,7 @@ def _embed(
     parts = []
     with progress(total=len(captions), desc="embeddings", unit="caption") as bar:
         for part in batches(captions, _SHARD):
-            path = folder / f"{digest_of(part)[:24]}.npy"
+            path = folder / f"{digest_of_value(part)[:24]}.npy"
             vectors_BD = _load(path, len(part))
             if vectors_BD is None:
                 embedder = embedder or load_embedder(config.embedder, config.device)

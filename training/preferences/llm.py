@@ -20,7 +20,7 @@ import openai
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError
-from training.data.store import Row, digest_of, invalid, write_json
+from training.data.store import Row, digest_of_value, invalid, write_json
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
 
 URL_VARIABLE: Final = "MILONGA_LLM_URL"
@@ -138,7 +138,7 @@ class LLMPerturber:
             MilongaError: the endpoint refuses the request itself.
         """
         body = self._body(caption, strategy, count)
-        path = self._cache / f"{digest_of(body)}.json"
+        path = self._cache / f"{digest_of_value(body)}.json"
         if (kept := _kept(path)) is not None:
             return kept
         fault = ""

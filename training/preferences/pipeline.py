@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from training.data.store import REPORT, Row, digest_of
+from training.data.store import REPORT, Row, digest_of_value
 from training.loop.config import Plain
 from training.preferences.candidates import (
     FREE as CANDIDATES_FREE,
@@ -146,7 +146,7 @@ class _Run:
     ) -> Path:
         """Run one stage; return its folder."""
         content = {name: value for name, value in identity.items() if name not in free}
-        folder = self.folders[stage] = self._output / f"{stage}-{digest_of(content)[:12]}"
+        folder = self.folders[stage] = self._output / f"{stage}-{digest_of_value(content)[:12]}"
         report = work(folder)
         if self._on_stage is not None:
             self._on_stage(stage, folder, report)

@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from training.data.store import digest_of
+from training.data.store import digest_of_value
 from training.preferences.perturbation import Kind, Perturbation, Strategy
 from training.soundworld.captions import VOCABULARY
 
@@ -191,7 +191,7 @@ class RulePerturber:
         They are fewer if the rules find no more.
         """
         parsed = parse(caption)
-        rng = np.random.default_rng(int(digest_of([self._seed, caption, strategy])[:15], 16))
+        rng = np.random.default_rng(int(digest_of_value([self._seed, caption, strategy])[:15], 16))
         makers: dict[Kind, Callable[[], Iterator[str]]] = {
             "swap": lambda: _swaps(parsed),
             "remove": lambda: _shuffled(_removals(parsed), rng),

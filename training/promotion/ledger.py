@@ -47,7 +47,7 @@ _TEXT_CHARACTERS: Final = 4_000
 
 
 @dataclass(kw_only=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One promotion in the ledger."""
 
     ledger: "Ledger" = field(repr=False)
@@ -107,7 +107,7 @@ class Ledger:
         alias_before: str | None,
         from_pin: Pin | None,
         to_pin: Pin,
-    ) -> Entry:
+    ) -> LedgerEntry:
         """Create the entry of a promotion that starts."""
         name = f"{kind}: {shown_pin(from_pin)} ▸ {shown_pin(to_pin)}"
         who = whoami()
@@ -134,7 +134,7 @@ class Ledger:
         assert entry is not None
         return entry
 
-    def entries(self, place: str | None = None) -> list[Entry]:
+    def entries(self, place: str | None = None) -> list[LedgerEntry]:
         """Return the entries of one target, or of all, newest first."""
         with mlflow_errors(self._uri):
             found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -148,7 +148,7 @@ class Ledger:
             )
         return [entry for run in runs if (entry := self._read(run)) is not None]
 
-    def unfinished(self, place: str) -> Entry | None:
+    def unfinished(self, place: str) -> LedgerEntry | None:
         """Return the newest entry without an outcome; None where there is none."""
         return next((entry for entry in self.entries(place) if entry.outcome is None), None)
 
@@ -196,7 +196,7 @@ class Ledger:
         with mlflow_errors(self._uri):
             self._client.set_terminated(run_id, "FINISHED" if success else "FAILED")
 
-    def _read(self, run: "Run") -> Entry | None:
+    def _read(self, run: "Run") -> LedgerEntry | None:
         tags = {
             key.removeprefix(_PREFIX): value
             for key, value in run.data.tags.items()
@@ -207,7 +207,7 @@ class Ledger:
             return None  # a run of another program
         phase: Any = tags.get("phase", "begun")
         outcome: Any = tags.get("outcome") or None
-        return Entry(
+        return LedgerEntry(
             ledger=self,
             run_id=run.info.run_id,
             kind=kind,
@@ -226,7 +226,7 @@ class Ledger:
         )
 
 
-def history_lines(entries: Sequence[Entry]) -> list[str]:
+def history_lines(entries: Sequence[LedgerEntry]) -> list[str]:
     """Return the history as text: a table row per entry, and a second line with the reason of a failure."""
     rows = [["began (UTC)", "kind", "from", "to", "outcome", "seconds", "who"]]
     for entry in entries:
@@ -251,7 +251,7 @@ def history_lines(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def history_json(entries: Sequence[Entry]) -> str:
+def history_json(entries: Sequence[LedgerEntry]) -> str:
     """Return the history as JSON."""
     return json.dumps(
         [

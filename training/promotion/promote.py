@@ -29,9 +29,9 @@ from training.promotion.errors import (
 )
 from training.promotion.gates.examination import Examination, ScorerServices
 from training.promotion.gates.gates import GatesConfig
-from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Entry, Kind, Ledger, Outcome
+from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Kind, Ledger, LedgerEntry, Outcome
 from training.promotion.registry import Registry
-from training.promotion.target import Lock, Pin, Report, Target, digest_of, shown_pin, version_of
+from training.promotion.target import Lock, Pin, Report, Target, pinned_digest, shown_pin, version_of
 from training.tracking.register import register
 
 RESTORE_SECONDS = 600.0
@@ -74,7 +74,8 @@ def promote(
 
     Raises:
         InvalidInputError, ModelError: the version can't be promoted; nothing was changed.
-        BusyError: another promotion runs, or was left unfinished; nothing was changed.
+        BusyError: another promotion runs, or was left unfinished: nothing was changed. Or the lock was
+            lost midway: then nothing is undone, since another promoter may hold it.
         GatesRefusedError: the version is not good enough; the service is as before.
         RolloutError: challenger or rollout failed; all is rolled back.
         ServiceUnavailableError: target or registry can't be reached; all is rolled back.
@@ -226,7 +227,7 @@ def resume(promoter: Promoter) -> str:
     return f"{title} is undone: {shown_pin(entry.from_pin)} is served"
 
 
-def roll_out(entry: Entry, version: RegisteredVersion, promoter: Promoter, lock: Lock) -> None:
+def roll_out(entry: LedgerEntry, version: RegisteredVersion, promoter: Promoter, lock: Lock) -> None:
     """Set the pin of `version`, wait, verify, move the alias, and close the entry. Idempotent."""
     target, registry = promoter.target, promoter.registry
     entry.enter("rollout")
@@ -259,7 +260,7 @@ def roll_out(entry: Entry, version: RegisteredVersion, promoter: Promoter, lock:
 
 
 @contextlib.contextmanager
-def rollback_on_failure(entry: Entry, promoter: Promoter, lock: Lock) -> Iterator[None]:
+def rollback_on_failure(entry: LedgerEntry, promoter: Promoter, lock: Lock) -> Iterator[None]:
     """Undo the promotion if an error is raised inside, record the reason, and raise the error again."""
     try:
         yield
@@ -277,7 +278,7 @@ def rollback_on_failure(entry: Entry, promoter: Promoter, lock: Lock) -> Iterato
         raise
 
 
-def undo(entry: Entry, promoter: Promoter, lock: Lock, outcome: Outcome, reason: str) -> None:
+def undo(entry: LedgerEntry, promoter: Promoter, lock: Lock, outcome: Outcome, reason: str) -> None:
     """Restore the state before `entry`, and close the entry.
 
     Raises `RollbackError` where that fails, `BusyError` where the lock was lost meanwhile.
@@ -300,7 +301,7 @@ def undo(entry: Entry, promoter: Promoter, lock: Lock, outcome: Outcome, reason:
         _tag(entry, promoter)
 
 
-def restore(entry: Entry, promoter: Promoter, lock: Lock, reason: str = "") -> None:
+def restore(entry: LedgerEntry, promoter: Promoter, lock: Lock, reason: str = "") -> None:
     """Restore pin, challenger and alias as before `entry`. Raises where that fails.
 
     Quick steps come first: pods take their time to become ready, and may need the challenger's device.
@@ -330,7 +331,7 @@ def restore(entry: Entry, promoter: Promoter, lock: Lock, reason: str = "") -> N
         registry.set_alias(entry.model, entry.alias, entry.alias_before)
     if pinned and entry.from_pin is not None and not target.idle:
         target.wait(entry.from_pin, seconds)
-        target.verify(digest_of(entry.from_pin))
+        target.verify(pinned_digest(entry.from_pin))
         promoter.report(
             f"{shown_pin(entry.from_pin)} is served again, after {time.monotonic() - start:.1f} s"
         )
@@ -372,7 +373,7 @@ def candidate_version(registry: Registry, model: str, version: str | None, alias
 
 def begin(
     kind: Kind, from_pin: Pin | None, version: RegisteredVersion, promoter: Promoter, place: str
-) -> Entry:
+) -> LedgerEntry:
     """Create the ledger's entry of a promotion."""
     return promoter.ledger.begin(
         kind,
@@ -421,11 +422,11 @@ def _shown(source: RegisteredVersion | ResolvedModel) -> str:
     return str(source if isinstance(source, RegisteredVersion) else source.folder)
 
 
-def _title(entry: Entry) -> str:
+def _title(entry: LedgerEntry) -> str:
     return f"the {entry.kind} {shown_pin(entry.from_pin)} ▸ {shown_pin(entry.to_pin)}"
 
 
-def _foreign(entry: Entry, pin: Pin | None) -> ForeignPinError:
+def _foreign(entry: LedgerEntry, pin: Pin | None) -> ForeignPinError:
     return ForeignPinError(
         f"{_title(entry)} is not completed, since somebody else pinned {shown_pin(pin)}: it stays, and the "
         f"entry is closed; check that the alias {entry.alias} is what you want"
@@ -438,7 +439,7 @@ def _outcome(error: BaseException) -> Outcome:
     return "interrupted" if exit_code(error) == 130 else "failed"
 
 
-def _tag(entry: Entry, promoter: Promoter) -> None:
+def _tag(entry: LedgerEntry, promoter: Promoter) -> None:
     """Tag the version with the outcome. A failure is only a warning."""
     with _warning_on_failure(promoter):
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

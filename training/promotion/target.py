@@ -83,7 +83,7 @@ class Target(Protocol):
         """Query everything that serves. Raises `RolloutError` where an answer has another digest."""
 
 
-def digest_of(pin: Pin) -> str:
+def pinned_digest(pin: Pin) -> str:
     """Return the digest of a pin."""
     digest = ModelURI.parse(pin).digest
     assert digest is not None

@@ -46,7 +46,7 @@ from services.errors import (
     ServiceUnavailableError,
 )
 from services.files import write_atomically
-from services.models.manifest import digest_of, hash_files
+from services.models.manifest import digest_of_files, hash_files
 from services.weights.registry import connect, database_path, tracking_uri
 from training.loop.progress import say
 from training.loop.run_folder import Journal
@@ -300,7 +300,7 @@ def data_digest(path: Path) -> str:
     """`sha256:` and the digest of a file, or over all files of a folder. Raises `OutputError`."""
     try:
         if path.is_dir():
-            return digest_of(hash_files(path))
+            return digest_of_files(hash_files(path))
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:

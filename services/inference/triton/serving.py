@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from services.catalogue import Entry
+from services.catalogue import ServiceEntry
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
 from services.inference.triton.backend import Opened
 from services.inference.triton.repository import SERVED, WEIGHTS, parse_served
@@ -21,7 +21,7 @@ Settings = TypeVar("Settings", bound=ServerSettings)
 class Servable(Generic[Settings]):
     """What is particular to a service's model under Triton."""
 
-    entry: Entry
+    entry: ServiceEntry
     """The service."""
     settings: type[Settings]
     """Its settings."""

@@ -15,7 +15,7 @@ import pytest
 
 from milonga.v1 import reward_pb2, reward_pb2_grpc
 from services import cli
-from services.catalogue import CATALOGUE, Entry
+from services.catalogue import CATALOGUE, ServiceEntry
 from services.cli import up
 from services.cli.options import flag_of, read_options, read_pairs
 from services.cli.serve import service_of
@@ -74,7 +74,7 @@ SHARED_OPTIONS = (
 
 @pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE)
 def test_every_setting_is_an_option_with_its_docstring(
-    entry: Entry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    entry: ServiceEntry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     assert cli.run(["serve", entry.name, "--help"]) == 0

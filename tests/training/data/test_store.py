@@ -6,7 +6,7 @@ import pytest
 
 from services.errors import InvalidInputError, OutputError
 from services.files import side_by_side, write_atomically
-from training.data.store import RowLog, claim, digest_of, finish, read_rows
+from training.data.store import RowLog, claim, digest_of_value, finish, read_rows
 
 
 def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_a_folder_refuses_other_settings(tmp_path: Path) -> None:
 
 
 def test_digests_do_not_depend_on_the_order_of_keys() -> None:
-    assert digest_of({"a": 1, "b": "é"}) == digest_of({"b": "é", "a": 1})
-    assert digest_of([1]) != digest_of(["1"])
+    assert digest_of_value({"a": 1, "b": "é"}) == digest_of_value({"b": "é", "a": 1})
+    assert digest_of_value([1]) != digest_of_value(["1"])
 
 
 def test_work_in_flight_is_limited_and_a_failure_ends_all() -> None:

@@ -14,7 +14,7 @@ from training.promotion.errors import BusyError, RolloutError
 from training.promotion.ledger import Ledger
 from training.promotion.promote import Promoter
 from training.promotion.registry import Registry
-from training.promotion.target import Pin, digest_of
+from training.promotion.target import Pin, pinned_digest
 from training.tracking.register import Provenance, tags_of
 
 UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16], "_name_or_path": "build/a"}
@@ -83,7 +83,7 @@ class MemoryTarget:
 
     def verify(self, digest: str) -> None:
         self._step("verify")
-        if self.served is None or digest_of(self.served) != digest:
+        if self.served is None or pinned_digest(self.served) != digest:
             raise RolloutError(f"a pod serves {self.served}, expected {digest}")
 
     def _check(self, name: str) -> None:

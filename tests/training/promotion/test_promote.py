@@ -30,7 +30,7 @@ from training.promotion.errors import (
     exit_code,
 )
 from training.promotion.gates.gates import Gate, GatesConfig, Verdict
-from training.promotion.ledger import EVIDENCE, GATES, Entry, history_lines
+from training.promotion.ledger import EVIDENCE, GATES, LedgerEntry, history_lines
 from training.promotion.promote import Promoter, bootstrap, promote, resume, roll_back
 from training.promotion.registry import PROMOTION_TAG, Registry
 
@@ -94,7 +94,7 @@ class World:
         return self.registry.alias("milonga-tango", "champion")
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> LedgerEntry:
         return self.promoter.ledger.entries()[0]
 
     def assert_untouched(self) -> None:

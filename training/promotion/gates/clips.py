@@ -19,7 +19,7 @@ from services.clip_folder import ClipFolder
 from services.errors import InvalidInputError, MilongaError
 from services.files import write_atomically
 from services.weights.registry import cache_folder
-from training.data.store import RowLog, digest_of
+from training.data.store import RowLog, digest_of_value
 from training.evaluation.sources import PlannedClip, file_name, generation_options
 from training.loop.progress import progress
 from training.promotion.errors import RolloutError
@@ -48,7 +48,7 @@ def clips_folder(digest: str, serving: str, config: GatesConfig) -> Path:
         "in_flight": config.in_flight,
         **asdict(config.evaluation.sampling),
     }
-    folder = cache_folder() / "promotion" / "clips" / digest_of(settings)[:16]
+    folder = cache_folder() / "promotion" / "clips" / digest_of_value(settings)[:16]
     if not (folder / "settings.json").exists():
         write_atomically(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
     return folder

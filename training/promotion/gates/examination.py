@@ -18,7 +18,7 @@ import numpy as np
 from services.api.generation import ClipMaker
 from services.client import TLS, AudioClient
 from services.weights.registry import RegisteredVersion
-from training.data.store import digest_of
+from training.data.store import digest_of_value
 from training.evaluation.clip_scores import (
     ClipScores,
     Evaluators,
@@ -115,7 +115,7 @@ class Examination:
             **facts,
             "prompts": {
                 "clips": len(self.plan),
-                "digest": digest_of([[planned.prompt.text, planned.seed] for planned in self.plan]),
+                "digest": digest_of_value([[planned.prompt.text, planned.seed] for planned in self.plan]),
             },
             "heard_by": self._evaluators.digests(),
             "independent": list(self.config.independent),

@@ -11,7 +11,7 @@ from services.client import TLS, AudioClient, ModelVersion
 from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
 from training.cluster.namespace import Json
 from training.promotion.errors import RolloutError
-from training.promotion.target import Pin, Report, digest_of
+from training.promotion.target import Pin, Report, pinned_digest
 from training.promotion.targets.cluster import Cluster
 from training.promotion.targets.forwarding import Forwarding
 from training.promotion.targets.locks import LEASE_SECONDS, LeaseLock, lease_lock
@@ -152,7 +152,7 @@ class KubernetesTarget:
         self._cluster.scale(CHALLENGER, 1)
         self._watch(CHALLENGER, pin, end, seconds)
         address = self._challenger_address or self._reach(ready_pods(self._cluster.pods(CHALLENGER)))
-        query, digest = (lambda: self._query(address, self._forwarding)), digest_of(pin)
+        query, digest = (lambda: self._query(address, self._forwarding)), pinned_digest(pin)
         poll_until(lambda: probe(query, digest, "the challenger"), seconds=self._verify)
         return address
 

@@ -19,7 +19,7 @@ from services.weights.registry import cache_folder
 from training.promotion.errors import RolloutError
 from training.promotion.ledger import whoami
 from training.promotion.registry import Registry
-from training.promotion.target import Pin, digest_of, shown_pin
+from training.promotion.target import Pin, pinned_digest, shown_pin
 from training.promotion.targets.locks import FileLock, file_lock
 from training.promotion.targets.probing import (
     CALL_SECONDS,
@@ -110,7 +110,9 @@ class LocalTarget:
                 service.wait_until_serving(seconds)
             except ServiceUnavailableError as error:
                 raise RolloutError(f"the challenger failed: {error}") from error
-            poll_until(lambda: probe(lambda: served_model(service.target), digest_of(pin), "the challenger"))
+            poll_until(
+                lambda: probe(lambda: served_model(service.target), pinned_digest(pin), "the challenger")
+            )
             self._challenger = (pin, service.target, stack.pop_all())
         return service.target
 

@@ -27,7 +27,7 @@ from services.inference.triton.repository import Exported, ModelRepository, Weig
 from services.weights.uri import ResolvedModel, resolve
 from training.promotion.errors import RolloutError
 from training.promotion.registry import Registry
-from training.promotion.target import Pin, digest_of, shown_pin, version_of
+from training.promotion.target import Pin, pinned_digest, shown_pin, version_of
 from training.promotion.targets.locks import FileLock, file_lock
 from training.promotion.targets.probing import CALLS, VERIFY_SECONDS, check_tls, place_of, poll_until, probe
 from training.promotion.targets.triton_client import State, TritonClient, TritonClips
@@ -154,7 +154,7 @@ class TritonTarget:
                 client.load(CHALLENGER, seconds)
             except MilongaError as error:
                 raise _refused("the challenger failed", error) from error
-        poll_until(partial(self._fault, digest_of(pin), "", CHALLENGER), seconds=self._verify)
+        poll_until(partial(self._fault, pinned_digest(pin), "", CHALLENGER), seconds=self._verify)
         self._challenger = pin
         return self._address
 
@@ -195,7 +195,7 @@ class TritonTarget:
         self._first = self._first or before
         try:
             self._serve_beside(before, number, end)
-            poll_until(partial(self._fault, digest_of(pin), str(number)), seconds=self._verify)
+            poll_until(partial(self._fault, pinned_digest(pin), str(number)), seconds=self._verify)
             self._serve((number,), end)
         except BaseException:
             # The first error matters; the caller restores the pin as well.
@@ -311,7 +311,7 @@ class TritonTarget:
             for number in self._repository.versions(MODEL)
             for weights in self._repository.weights(MODEL, number).values()
         }
-        digest = digest_of(pin)
+        digest = pinned_digest(pin)
         if not pin.startswith("models:"):
             return next((number for number, one in digests.items() if one == digest), 1)
         number = int(version_of(pin))
@@ -359,7 +359,7 @@ class TritonTarget:
 def _weights_of(pin: Pin) -> Weights:
     """The entry of `ModelRepository.weights` for a registered version."""
     name = pin.removeprefix("models:/").rpartition("/")[0]
-    return Weights(name=name, version=version_of(pin), digest=digest_of(pin))
+    return Weights(name=name, version=version_of(pin), digest=pinned_digest(pin))
 
 
 def _refused(what: str, error: MilongaError) -> MilongaError:

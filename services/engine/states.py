@@ -1,7 +1,7 @@
-"""The engine's mutable state: a job is one request, a slot one of its clips.
+"""The engine's mutable state: a request is one request, a clip one of its clips.
 
 Shapes: X the model's own shape of latents. All of it belongs to the engine's worker thread, except
-`Job.cancelled` and `Job.done`, which any thread may set or read.
+`RequestState.cancelled` and `RequestState.done`, which any thread may set or read.
 """
 
 import threading
@@ -28,7 +28,7 @@ class GroupKey(NamedTuple):
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Job:
+class RequestState:
     """One request in progress."""
 
     number: int
@@ -44,7 +44,7 @@ class Job:
     deadline: float | None
     """When to give up, on the clock of `time.monotonic`."""
     wake: Callable[[], None]
-    """Makes the worker look at the job."""
+    """Makes the worker look at the request."""
     submitted_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     ended: bool = False
@@ -96,7 +96,7 @@ class Job:
         )
 
     def timings(self) -> Timings:
-        """Return where the finished job's time went."""
+        """Return where the finished request's time went."""
         assert self.started_at is not None
         assert self.first_step_at is not None
         return Timings(
@@ -113,15 +113,15 @@ class Job:
         return tuple(dict.fromkeys(warning for prompt in encoded for warning in prompt.warnings))
 
 
-class Slot:
+class ClipState:
     """One clip being denoised: latents, noise and solver of its own, so that no other clip can change it."""
 
-    __slots__ = ("_generator", "_solver", "estimate_1X", "index", "job", "latents_1X", "rows", "step")
+    __slots__ = ("_generator", "_solver", "estimate_1X", "index", "latents_1X", "rows", "state", "step")
 
-    def __init__(self, pipeline: LatentPipeline, job: Job, index: int) -> None:
+    def __init__(self, pipeline: LatentPipeline, state: RequestState, index: int) -> None:
         """Draw the clip's noise on the CPU, so that it is the same on every device."""
-        request = job.request
-        self.job = job
+        request = state.request
+        self.state = state
         self.index = index
         self.rows = rows_of(request.guidance_scale)
         self.step = 0
@@ -148,21 +148,21 @@ class Slot:
         self.step += 1
 
     def _wants_preview(self) -> bool:
-        every = self.job.request.preview_interval_steps
+        every = self.state.request.preview_interval_steps
         return every > 0 and self.index == 0 and (self.step + 1) % every == 0
 
 
 class Handle:
     """The caller's handle of a submitted request."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, state: RequestState) -> None:
+        self._state = state
 
     def cancel(self) -> None:
         """Give the request up: its places are free at the next step. Without effect once it has ended."""
-        self._job.cancelled = True
-        self._job.wake()
+        self._state.cancelled = True
+        self._state.wake()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most `timeout` seconds for the request's last event; return whether it was sent."""
-        return self._job.done.wait(timeout)
+        return self._state.done.wait(timeout)
