@@ -61,7 +61,7 @@ def diffusion_dpo(
         rejected_B: the policy's errors on the rejected clips, with the same noise and timesteps.
         reference_chosen_B: the reference model's errors on the chosen clips.
         reference_rejected_B: the reference model's errors on the rejected clips.
-        beta: strength of the penalty for moving away from the reference model; Tango 2 and TangoFlux use 2000.
+        beta: strength of the penalty for moving away from the reference model; 2000 in Tango 2 and TangoFlux.
         chosen_weight: weight of the denoising loss of the chosen clips, added to keep their errors low.
     """
     chosen_drifts_B = chosen_B - reference_chosen_B
