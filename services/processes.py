@@ -1,4 +1,4 @@
-"""Services in processes of their own: started, watched and stopped together.
+"""Run services as child processes: start them, wait until they serve, stop them.
 
     address = f"127.0.0.1:{free_port()}"
     plan = ServicePlan(name="generation", arguments=("--model", "mini"), address=address)
@@ -6,7 +6,7 @@
         generation.wait_until_serving()
         …                                         # AudioClient(generation.target)
 
-A process stops when the context ends, and also when the process that started it ends in any other way.
+A service stops when the context ends, and also when the parent process ends in any way.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.errors import OutputError, ServiceUnavailableError
 
 START_SECONDS: Final = 180.0
-"""How long a service may take to load its model."""
+"""Time that a service may take to load its model."""
 
 STOP_SECONDS: Final = 60.0
-"""How long one may take to stop, before it is stopped by force: twice the grace it gives calls by default."""
+"""Time from SIGTERM to SIGKILL: twice the default of `grace_seconds`."""
 
 _TAIL_LINES: Final = 20
 _POLL_SECONDS: Final = 0.1
 _PORTS: Final = range(15_000, 30_000)
-"""Below what Linux, macOS and Windows give to outgoing connections, and below Kubernetes' node ports."""
+"""Ports below the ephemeral ranges of Linux, macOS and Windows, and below Kubernetes' node ports."""
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 _CHANNEL_OPTIONS: Final = (
-    # A service that has just bound its port should be noticed at once, and never by way of a proxy.
+    # Notice a service as soon as it has bound its port, and don't use a proxy.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 200),
@@ -51,38 +51,38 @@ _CHANNEL_OPTIONS: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServicePlan:
-    """A service that is to run."""
+    """Which service to run, and how."""
 
     name: str
     """The sub-command of `milonga serve`: ``generation``."""
     arguments: tuple[str, ...]
-    """Its flags, but ``--listen``."""
+    """Its options, without ``--listen``."""
     address: str
     """host:port to listen on."""
 
 
 class ServiceProcess:
-    """A service in a process and a session of its own: Ctrl-C at the terminal reaches its parent alone."""
+    """A service in a child process with its own session, so that Ctrl-C reaches only the parent."""
 
     def __init__(
         self, plan: ServicePlan, log: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            plan: which service.
-            log: file that its log goes to; None: standard error, each line after the service's name.
-            environment: of the process; None: this one's.
+            plan: which service to run.
+            log: file for its log; None: standard error, each line prefixed with the service's name.
+            environment: environment of the process; None: that of this process.
 
         Raises:
-            OutputError: the log can't be written.
+            OutputError: the log file can't be written.
         """
         self.plan = plan
         self.ready_seconds: float | None = None
-        """How long it took until it was SERVING; None before."""
+        """Seconds from the start until `is_serving` was first true; None before."""
         host, _, port = plan.address.rpartition(":")
         self.target = f"{_WILDCARDS.get(host, host)}:{port}"
-        """Where this machine reaches it."""
+        """Address at which this machine reaches the service."""
         self._log = log
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._channel: grpc.Channel | None = None
@@ -91,7 +91,7 @@ class ServiceProcess:
             sink = sys.stderr if log is None else closing.enter_context(_open_log(log))
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "services.cli.leashed", "serve", plan.name, *plan.arguments),
+                    *(sys.executable, "-m", "services.cli.child", "serve", plan.name, *plan.arguments),
                     *("--listen", plan.address),
                 ],
                 stdin=subprocess.PIPE,
@@ -114,63 +114,64 @@ class ServiceProcess:
         with closing:
             for line in self.process.stdout:
                 self._tail.append(line.rstrip())
-                # Who reads our standard error may be gone; a pipe left unread would stop the service.
+                # Our standard error may be closed; go on reading, since a full pipe would block the service.
                 with contextlib.suppress(OSError, ValueError):
                     sink.write(prefix + line)
                     sink.flush()
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process has not ended."""
         return self.process.poll() is None
 
     def is_serving(self, timeout: float = 0.2) -> bool:
-        """Whether its health service says SERVING, within `timeout` seconds."""
+        """Return whether its health service responds SERVING within `timeout` seconds."""
         if self._channel is None:
             self._channel = grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
-        stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its stubs know no rpc
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its type stubs declare no rpcs
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError:
             return False
-        serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
+        serving: bool = response.status == health_pb2.HealthCheckResponse.SERVING
         if serving and self.ready_seconds is None:
             self.ready_seconds = time.monotonic() - self._start
         return serving
 
     def wait_until_serving(self, seconds: float = START_SECONDS) -> None:
-        """Return when its health service says SERVING.
+        """Block until its health service responds SERVING.
 
         Raises:
-            ServiceUnavailableError: it ended, or is not ready in time; with the end of its log.
+            ServiceUnavailableError: the process ended, or was not ready within `seconds`; the message has the
+                end of its log.
         """
         while self.running and time.monotonic() - self._start < seconds:
             if self.is_serving():
                 return
             time.sleep(_POLL_SECONDS)
-        raise ServiceUnavailableError(self.obituary())
+        raise ServiceUnavailableError(self.exit_summary())
 
-    def obituary(self) -> str:
-        """One line that says how it ended, and the end of its log."""
+    def exit_summary(self) -> str:
+        """Return one line: how the process ended (or that it was not ready in time), and its log's end."""
         code = self.process.poll()
         if code is None:
-            story = "did not come up in time"
+            outcome = "was not ready in time"
         else:
             self._reader.join(_POLL_SECONDS * 10)
-            story = (
+            outcome = (
                 f"was killed by {signal.Signals(-code).name}"
                 if code < 0
                 else f"ended by itself with exit code {code}"
             )
         lines = [line for line in self._tail if line]
-        # A refusal is one clear line of its own; of anything else the end must do.
-        refusals = [line for line in lines if line.startswith("error: ")]
-        tail = refusals[-1].removeprefix("error: ") if refusals else " | ".join(lines[-3:])
-        place = "" if self._log is None else f" (log: {self._log})"
-        return f"the {self.plan.name} service {story}{place}: {tail or 'it wrote no log'}"
+        # The command's own error line, if there is one; otherwise the last lines.
+        errors = [line for line in lines if line.startswith("error: ")]
+        tail = errors[-1].removeprefix("error: ") if errors else " | ".join(lines[-3:])
+        log = "" if self._log is None else f" (log: {self._log})"
+        return f"the {self.plan.name} service {outcome}{log}: {tail or 'it wrote no log'}"
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal, if it is there; SIGKILL takes its whole session."""
+        """Send a signal, unless the process has ended. SIGKILL goes to its whole process group."""
         if not self.running:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -180,7 +181,7 @@ class ServiceProcess:
                 self.process.send_signal(number)
 
     def close(self) -> None:
-        """Free what stands around the process, which has ended."""
+        """Wait for the process to end, then close its pipes, its log and the health channel."""
         self.process.wait()
         self._reader.join()
         if self._channel is not None:
@@ -198,9 +199,13 @@ def running(
     environment: Mapping[str, str] | None = None,
     hurry: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[ServiceProcess]]:
-    """Run services for the time of the context, started side by side and stopped as by `stop`.
+    """Run services concurrently within the context; at its end `stop` them.
 
-    `logs` is an existing folder for ``NAME.log`` of each; the rest is as for `ServiceProcess` and `stop`.
+    Args:
+        plans: the services.
+        logs: existing folder for a ``NAME.log`` per service; None: standard error.
+        environment: see `ServiceProcess`.
+        hurry: see `stop`.
     """
     services: list[ServiceProcess] = []
     try:
@@ -218,9 +223,9 @@ def stop(
     seconds: float = STOP_SECONDS,
     hurry: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Stop services as Kubernetes would: SIGTERM, time to drain, and by force only after `seconds`.
+    """Stop services as Kubernetes does: SIGTERM, up to `seconds` to drain, then SIGKILL.
 
-    As soon as `hurry` is true they are stopped by force at once. None is left, whatever is raised meanwhile.
+    SIGKILL is sent early once `hurry` returns true, and whatever is raised meanwhile.
     """
     try:
         for service in services:
@@ -236,10 +241,10 @@ def stop(
 
 
 def free_port(consecutive: int = 1) -> int:
-    """A port of the loopback that nobody listens on, the first of `consecutive` such ports.
+    """Return a free port of the loopback interface, the first of `consecutive` free ports.
 
-    Not one that the system gives to outgoing connections: one of those, ours that asks for the service's
-    health above all, could take it before the service listens.
+    Not an ephemeral port: an outgoing connection, such as our own health check, could take it before the
+    service binds it.
     """
     while True:
         first = secrets.choice(_PORTS)

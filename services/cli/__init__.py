@@ -9,8 +9,8 @@
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
     milonga doctor
 
-Starts without torch: each command imports what it needs when it runs. Training adds commands through the
-entry-point group `milonga.commands`; where its libraries are not installed, the command works without them.
+Importing this module does not import torch: each command imports what it needs when it runs. Training adds
+commands through the entry-point group `milonga.commands`; without training's libraries they are left out.
 """
 
 import errno
@@ -52,29 +52,29 @@ EXIT_CODES: dict[type[BaseException], int] = {
     RequestCancelledError: 130,
     KeyboardInterrupt: 130,
 }
-"""Exit code by error, the nearest class first. Whatever is not here is our fault, or the service's: 1."""
+"""Exit code of an exception: that of its nearest class. Any other exception is an internal error: 1."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of a file system that takes no more."""
+"""Errors of a full or read-only file system."""
 
 _EPILOG = (
-    "Exit codes: 0 done · 1 a fault of milonga or of the service, or something is not installed · "
+    "Exit codes: 0 success · 1 internal error of milonga or of the service, or something is not installed · "
     "2 wrong input, or the model was refused · 3 service unreachable, queue full or deadline passed · "
     "4 output not writable · 130 interrupted. MILONGA_DEBUG=1 shows tracebacks."
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(flag: bool) -> None:
+    if flag:
         typer.echo(importlib.metadata.version("milonga"))
         raise typer.Exit
 
 
 def build_app() -> typer.Typer:
-    """Return the command with its own commands and those of the entry-point group."""
+    """Return the `milonga` app: its own commands and those of the entry-point group."""
     app = typer.Typer(
         name="milonga",
-        help="Text to sound: generate and score clips, serve models, convert released weights.",
+        help="Text to audio: generate and score clips, serve models, convert released weights.",
         epilog=_EPILOG,
         no_args_is_help=True,
         rich_markup_mode="rich",
@@ -84,7 +84,7 @@ def build_app() -> typer.Typer:
     @app.callback()
     def _root(
         version: bool = typer.Option(
-            False, "--version", callback=_version, is_eager=True, help="Print the version."
+            False, "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ) -> None:
         pass
@@ -101,27 +101,27 @@ def build_app() -> typer.Typer:
         try:
             app.add_typer(entry.load(), name=entry.name)
         except ImportError:
-            # An image that only serves holds no training libraries; `milonga doctor` tells.
+            # A serving image holds no training libraries; `milonga doctor` reports which are missing.
             continue
     return app
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that `error` ends the command with."""
+    """Return the exit code for `error`, by `EXIT_CODES`."""
     return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), 1)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with `arguments` (None: those of the process). Returns the exit code."""
+    """Run the command with `arguments` (None: `sys.argv`); return the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    quiet_libraries(online=_wants_hub(words))
+    quiet_libraries(online=_needs_hub(words))
     command = typer.main.get_command(build_app())
     try:
         code = command.main(args=words, prog_name="milonga", standalone_mode=False)
     except typer.Exit as error:
         return error.exit_code
     except typer.TyperException as error:
-        # A wrong flag or argument: typer words it, with the usage.
+        # A wrong option or argument: typer's own message, with the usage.
         show = getattr(error, "show", None)
         if show is not None:
             show()
@@ -130,14 +130,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         typer.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough (`| head`); don't let the interpreter say so at exit.
+        # The reader of our output has closed it (`| head`). Keep the interpreter from reporting that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if os.environ.get("MILONGA_DEBUG"):
             raise
         if isinstance(error, OSError) and error.errno in _FULL:
-            # Of standard output, or of a folder for temporary files: ours are OutputErrors already.
+            # From standard output or a temporary folder; our own writers raise OutputError.
             error = OutputError(f"the output can't be written: {error.strerror}")
         code = exit_code(error)
         typer.echo(f"error: {_one_line(error, code)}", err=True)
@@ -145,10 +145,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _wants_hub(words: Sequence[str]) -> bool:
-    """Whether a model or a text encoder is named by its place on the Hugging Face hub."""
+def _needs_hub(words: Sequence[str]) -> bool:
+    """Return whether an argument or a ``MILONGA_*`` variable names a model on the Hugging Face hub."""
     variables = [value for name, value in os.environ.items() if name.startswith("MILONGA_")]
-    # Several models are a JSON object.
+    # MILONGA_SCORERS is a JSON object.
     return any(one.rpartition("=")[2].startswith("hf:") or '"hf:' in one for one in (*words, *variables))
 
 
@@ -161,7 +161,7 @@ def _one_line(error: Exception, code: int) -> str:
         )
     if code != 1 or isinstance(error, MilongaError):
         return text
-    return f"{type(error).__name__}: {text} (a fault of ours; MILONGA_DEBUG=1 shows where)"
+    return f"{type(error).__name__}: {text} (internal error; MILONGA_DEBUG=1 shows the traceback)"
 
 
 def main() -> None:

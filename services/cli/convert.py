@@ -1,4 +1,4 @@
-"""`milonga convert`: a released Tango or Tango 2 checkpoint becomes a model folder."""
+"""`milonga convert`: convert a released Tango or Tango 2 checkpoint to a model folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,21 +19,21 @@ def convert(
     text_encoder: Annotated[
         str,
         typer.Option(
-            help="Where FLAN-T5's tokenizer and config come from, which the checkpoint does not hold: "
-            "a folder, or hf:google/flan-t5-large.",
+            help="FLAN-T5's tokenizer and config, which the checkpoint lacks: a folder, or "
+            "hf:google/flan-t5-large.",
             show_default=False,
         ),
     ],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on the way.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
     """Convert a released Tango or Tango 2 checkpoint to a model folder of safetensors.
 
-    Serve it with: milonga serve generation --model file:TARGET. The checkpoint's own licence travels with it.
+    Serve it with: milonga serve generation --model file:TARGET. The checkpoint's own licence still applies.
     """
     from services.models.tango.checkpoint import convert_checkpoint
 
-    def tell(message: str) -> None:
+    def report(message: str) -> None:
         if not quiet:
             typer.echo(message, err=True)
 
-    typer.echo(convert_checkpoint(source, target, text_encoder=text_encoder, progress=tell))
+    typer.echo(convert_checkpoint(source, target, text_encoder=text_encoder, progress=report))

@@ -1,4 +1,4 @@
-"""`milonga doctor`: what is installed, devices, embedded models, what is missing and how to get it."""
+"""`milonga doctor`: report installed packages, devices and models, what is missing and how to install it."""
 
 import dataclasses
 import importlib
@@ -33,17 +33,17 @@ _MARKERS = {
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
-"""Distribution by which an extra counts as wanted: once it is there, the rest of the extra is needed too."""
+"""The distribution that marks an extra as in use: if it is installed, the rest of the extra is required."""
 _PURPOSES = {
     "serving": "to generate in this process, to serve and to convert",
     "training": "to train",
     "triton": "to serve from Triton",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
-    "laion:PATH needs neither",
+    "laion:PATH does not need it",
     "dev": "to work on milonga",
 }
 _ALONE = {"laion-clap": "numpy"}
-"""Extras that want an older release of a distribution than the others do: for environments of their own."""
+"""Extras that need a separate environment, because they need an older release of this distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,18 +51,18 @@ class Check:
     """One line of the report."""
 
     group: str
-    """What it belongs to: python, packages, devices, models."""
+    """Section of the report: python, packages, devices or models."""
     name: str
     status: Status
-    """ok; note: worth knowing, and nothing fails; missing: needed, and not there."""
+    """ok; note: optional, nothing fails; missing: required, and not installed or not valid."""
     found: str
-    """What is there."""
+    """What was found."""
     remedy: str = ""
-    """What to do about it."""
+    """Command that fixes it."""
 
 
 def requirements() -> tuple[Requirement, ...]:
-    """What this version of milonga wants, with its extras as markers."""
+    """Return the requirements of the installed milonga; those of extras have markers."""
     try:
         lines = importlib.metadata.requires("milonga") or []
     except importlib.metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def requirements() -> tuple[Requirement, ...]:
 
 
 def _source_requirements() -> Iterator[str]:
-    """The same, from the sources beside us: for a checkout that was never installed."""
+    """Yield the requirements from pyproject.toml, for a checkout that is not installed."""
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if not path.is_file():
         return
@@ -81,16 +81,16 @@ def _source_requirements() -> Iterator[str]:
         yield from (f"{line} ; extra == '{extra}'" for line in lines)
 
 
-def _wanted(extra: str | None) -> list[Requirement]:
-    """Requirements of the base install (None) or of one extra alone."""
-    wanted: dict[str, Requirement] = {}
+def _requirements_of(extra: str | None) -> list[Requirement]:
+    """Return the requirements of the base install (None), or those that one extra adds."""
+    found: dict[str, Requirement] = {}
     for requirement in requirements():
         marker = requirement.marker
         in_base = marker is None or marker.evaluate({"extra": ""})
         belongs = in_base if extra is None else not in_base and marker.evaluate({"extra": extra})  # type: ignore[union-attr]
         if belongs and canonicalize_name(requirement.name) != "milonga":
-            wanted[canonicalize_name(requirement.name)] = requirement
-    return sorted(wanted.values(), key=lambda requirement: canonicalize_name(requirement.name))
+            found[canonicalize_name(requirement.name)] = requirement
+    return sorted(found.values(), key=lambda requirement: canonicalize_name(requirement.name))
 
 
 def _installed(name: str) -> str | None:
@@ -102,37 +102,37 @@ def _installed(name: str) -> str | None:
 
 def _package_check(requirement: Requirement, extra: str | None) -> Check:
     version = _installed(requirement.name)
-    # A build of torch carries its device in its version (2.13.0+cpu); the range speaks of the release.
+    # prereleases: torch's version has a local part (2.13.0+cpu), and the range is one of releases.
     fits = version is not None and requirement.specifier.contains(version, prereleases=True)
     target = "milonga" if extra is None else f"'milonga[{extra}]'"
     return Check(
         group="packages",
         name=requirement.name,
         status="ok" if fits else "missing",
-        found=f"{version or 'not installed'} (wants {requirement.specifier or 'any'})",
+        found=f"{version or 'not installed'} (requires {requirement.specifier or 'any'})",
         remedy="" if fits else f"pip install {target}",
     )
 
 
 def package_checks() -> Iterator[Check]:
-    """Installed against wanted versions: the base install, and each extra that is in use."""
-    reported: set[str] = set()
-    for requirement in _wanted(None):
-        reported.add(requirement.name)
+    """Compare installed with required versions, for the base install and each extra in use."""
+    checked: set[str] = set()
+    for requirement in _requirements_of(None):
+        checked.add(requirement.name)
         yield _package_check(requirement, None)
     for extra, marker in _MARKERS.items():
         if _installed(marker) is None:
             target = f"'milonga[{extra}]'"
             if extra in _ALONE:
-                target = f"'milonga[serving,{extra}]' in an environment of its own ({_ALONE[extra]} < 2)"
+                target = f"'milonga[serving,{extra}]' in a separate environment ({_ALONE[extra]} < 2)"
             remedy = f"pip install {target}, {_PURPOSES[extra]}"
             yield Check(
                 group="packages", name=f"[{extra}]", status="note", found="not installed", remedy=remedy
             )
             continue
-        # Extras hold each other, and packages their metadata flattened.
-        for requirement in (one for one in _wanted(extra) if one.name not in reported):
-            reported.add(requirement.name)
+        # Extras include each other, and installed metadata list each with all its requirements.
+        for requirement in (one for one in _requirements_of(extra) if one.name not in checked):
+            checked.add(requirement.name)
             yield _package_check(requirement, extra)
     yield from _conflict_checks()
     for name in ("torchvision", "torchaudio"):
@@ -147,20 +147,20 @@ def package_checks() -> Iterator[Check]:
 
 
 def _conflict_checks() -> Iterator[Check]:
-    """What can't work beside what else is installed, whatever the ranges above say."""
+    """Report installed packages that conflict, although each is within its range."""
     numpy = _installed("numpy") or ""
     if _installed(_MARKERS["laion-clap"]) is not None and not numpy.startswith("1."):
         yield Check(
             group="packages",
             name="laion-clap",
             status="missing",
-            found=f"installed beside numpy {numpy}, and it needs numpy < 2",
-            remedy="pip uninstall laion-clap; laion:PATH does without, laion-clap:PATH wants its own place",
+            found=f"installed with numpy {numpy}, but requires numpy < 2",
+            remedy="pip uninstall laion-clap; use laion:PATH, or laion-clap:PATH in a separate environment",
         )
 
 
 def python_checks() -> Iterator[Check]:
-    """The interpreter, milonga itself and its generated stubs."""
+    """Check the interpreter, milonga's installation and the generated gRPC stubs."""
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Check(
         group="python",
@@ -187,7 +187,7 @@ def python_checks() -> Iterator[Check]:
 
 
 def _driver_gpus() -> list[str]:
-    """GPUs that the NVIDIA driver names; none without a driver."""
+    """Return the GPUs that nvidia-smi lists; none without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     try:
@@ -198,7 +198,7 @@ def _driver_gpus() -> list[str]:
 
 
 def device_checks() -> Iterator[Check]:
-    """Where a model can run."""
+    """Report the devices that can run a model."""
     gpus = _driver_gpus()
     if _installed("torch") is None:
         found = "; ".join(gpus) or f"{os.cpu_count()} CPU cores"
@@ -231,7 +231,7 @@ def device_checks() -> Iterator[Check]:
 
 
 def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
-    """Each model with its digest, every file, key and shape checked: what `serve` would refuse."""
+    """Check each model as `milonga serve` would: digest, files, keys and shapes."""
     if _installed("torch") is None:
         yield Check(
             group="models",
@@ -256,9 +256,10 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
 
 
 def check_model(path: Path) -> None:
-    """Raise `ModelError` unless `path` holds a whole model: text to audio, CLAP or reward. Needs torch.
+    """Raise `ModelError` unless `path` holds a complete model: a generator, CLAP or reward model.
 
-    Of a folder, keys and shapes are compared and nothing is loaded; a LAION checkpoint has to be.
+    Imports torch. Compares keys and shapes without loading tensors; a LAION checkpoint, a single file, is
+    loaded.
     """
     from services.models.architectures import check_generator
     from services.models.clap.laion import load_laion
@@ -292,8 +293,8 @@ def _check_reward(folder: Path) -> None:
         clap = read_manifest(mini_folder("clap-a"))
         if clap.digest != config.clap_digest:
             raise DigestMismatchError(
-                f"{folder} was trained on {config.clap_name} ({config.clap_digest}), and beside it lies "
-                f"{clap.digest}; install milonga again"
+                f"{folder} was trained on {config.clap_name} ({config.clap_digest}), but the embedded CLAP "
+                f"model is {clap.digest}; install milonga again"
             )
 
 
@@ -301,12 +302,12 @@ def embedded_models() -> tuple[str, ...]:
     """Return the model URIs of the embedded models that commands use by default."""
     values = [weights.embedded for entry in CATALOGUE.values() for weights in entry.weights]
     uris = [uri for one in values for uri in ([one] if isinstance(one, str) else one.values())]
-    # Training starts from mini-base.
+    # Training starts from mini-base, which no service serves by default.
     return tuple(dict.fromkeys((uris[0], "mini-base", *uris)))
 
 
 def examine(models: tuple[str, ...]) -> tuple[Check, ...]:
-    """Return every check of the report, the embedded models and `models` included."""
+    """Return every check of the report. Models are the embedded ones, MILONGA_MODEL and `models`."""
     named = os.environ.get("MILONGA_MODEL")
     uris = dict.fromkeys((*embedded_models(), *([named] if named else []), *models))
     return (*python_checks(), *package_checks(), *device_checks(), *model_checks(tuple(uris)))
@@ -330,13 +331,13 @@ def _show(checks: tuple[Check, ...]) -> None:
 
 def doctor(
     model: Annotated[
-        list[str] | None, typer.Option(help="Check this model URI too; can be given again.")
+        list[str] | None, typer.Option(help="Check this model URI too; can be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report versions, devices and model folders, what is missing and how to get it.
+    """Report versions, devices and models, what is missing and how to install it.
 
-    Ends with 1 where something needed is missing, otherwise with 0.
+    Exit code: 1 if something required is missing, otherwise 0.
     """
     checks = examine(tuple(model or ()))
     healthy = all(check.status != "missing" for check in checks)
@@ -345,6 +346,6 @@ def doctor(
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         _show(checks)
-        typer.echo("healthy" if healthy else "something needed is missing: see the lines marked missing")
+        typer.echo("healthy" if healthy else "something required is missing: see the lines marked missing")
     if not healthy:
         raise typer.Exit(1)

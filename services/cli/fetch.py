@@ -1,4 +1,4 @@
-"""`milonga fetch`: a model URI's weights on this machine, verified, before anything is started with them."""
+"""`milonga fetch`: download and verify a model's weights before a service needs them."""
 
 import json
 from dataclasses import asdict
@@ -23,16 +23,16 @@ def fetch(
     unpinned_model: Annotated[
         str | None,
         typer.Option(
-            help="What to fetch where there is no URI, as milonga serve generation.",
+            help="Model to fetch if no URI is given, as in `milonga serve generation`.",
             envvar="MILONGA_UNPINNED_MODEL",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Fetch a model into the cache, verify every file, and print what it is and where it lies.
+    """Fetch a model into the cache, verify every file, and print its identity and folder.
 
-    What is in the cache and whole is not fetched again; with a version and a pin
+    A complete model in the cache is not fetched again; with a version and a digest
     (models:/NAME/VERSION#sha256:HEX) that needs no registry. The cache is MILONGA_CACHE, or ~/.cache/milonga.
     """
     from services.weights.uri import resolve, served_uri

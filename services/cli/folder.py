@@ -1,4 +1,4 @@
-"""A folder of clips, made from a file of prompts: `milonga generate --prompts`."""
+"""`milonga generate --prompts`: a folder of clips from a prompt file."""
 
 import contextlib
 import threading
@@ -19,23 +19,28 @@ from services.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
-    """A folder of clips being made from a file of prompts."""
+    """A resumable run over the prompts of a file."""
 
     folder: Path
-    """Where the clips go."""
+    """Output folder."""
     jobs: tuple[prompts.Job, ...]
     """The prompts."""
     place: Place
-    """Where they are made."""
+    """Where clips are generated and scored."""
     as_json: bool
-    """Print the record of each prompt."""
+    """Print the record of each prompt as JSON."""
 
     def generate(self, *, parallel: int, overwrite: bool, quiet: bool) -> None:
-        """Make what is missing. A prompt that the model refuses is told at the end; the others go on.
+        """Generate the missing clips. Refused prompts are reported at the end; the others go on.
+
+        Args:
+            parallel: prompts at a time.
+            overwrite: regenerate finished prompts too.
+            quiet: show no progress bar.
 
         Raises:
-            InvalidInputError: prompts were refused; all others are made.
-            MilongaError: the service went away, or the folder is full: what was made stays.
+            InvalidInputError: prompts were refused; all others are done.
+            MilongaError: the service became unavailable, or the folder is full; finished prompts stay.
         """
         self._check_counts()
         make_folder(self.folder)
@@ -56,7 +61,7 @@ class Folder:
             raise InvalidInputError(*prompts.shortened(refused))
 
     def _check_counts(self) -> None:
-        """Refuse prompts of which more clips are wanted than candidates are made."""
+        """Raise `InvalidInputError` if a prompt's clip_count exceeds the number of candidates."""
         best_of = self.place.best_of
         faults = [
             FieldViolation(
@@ -71,7 +76,7 @@ class Folder:
             raise InvalidInputError(*prompts.shortened(faults))
 
     def _make_all(self, todo: list[prompts.Job], parallel: int, quiet: bool) -> list[FieldViolation]:
-        """Make `todo`, several at a time. Returns what was refused."""
+        """Generate the clips of `todo`, `parallel` prompts at a time; return the refusals."""
         refused: list[FieldViolation] = []
         stop = threading.Event()
         folder: ClipFolder[prompts.Job] = ClipFolder(self.folder, lambda job: job.files)
@@ -89,7 +94,7 @@ class Folder:
                 view.done(job.name)
 
             def give_up() -> None:
-                # Requests may wait for a service that says nothing: closing the maker ends them at once.
+                # Requests may be waiting for a service that does not respond: closing the maker ends them.
                 stop.set()
                 maker.close()
 
@@ -101,7 +106,7 @@ class Folder:
         return refused
 
     def _record(self, job: prompts.Job, made: GeneratedClips) -> None:
-        """Write the record, which makes the clips beside it count."""
+        """Write the record, which marks the prompt as done."""
         record = {
             "request": prompts.request_record(job, self.place.name),
             **record_of(made, job.files),

@@ -1,4 +1,4 @@
-"""Making the clips of a prompt: where they come from, the best of several candidates, what is recorded."""
+"""Make the clips of a prompt, keep the best of several candidates, and record how they were made."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from services.errors import FieldViolation, InvalidInputError, QueueFullError, R
 T = TypeVar("T")
 
 _MAX_TRIES = 100
-"""How often a full queue is come back to."""
+"""Attempts to submit a request to a full queue."""
 
 _FLAGS = {
     "prompt": "PROMPT",
@@ -39,69 +39,70 @@ _FLAGS = {
     "clip_count": "--clips",
     "sample_rate_hertz": "--sample-rate",
 }
-"""How the command spells a field of the wire, where it is not just ``--field-name``."""
+"""Options of wire fields, where the option is not ``--field-name``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOf:
-    """Make more clips than are wanted, and keep those with the highest scores."""
+    """Best-of-n: generate candidates, and keep those with the highest scores."""
 
     candidates: int
-    """Clips to make of a prompt."""
+    """Clips to generate per prompt."""
     rank_by: RankBy
-    """The reward, or the mean of the scorers' CLAP scores."""
+    """Rank by the reward, or by the mean of the scorers' CLAP scores."""
     scorers: ScorerSources
-    """What scores them; no others than `rank_by` needs."""
+    """The scorers, or the reward model, that `rank_by` needs."""
 
     def settings(self) -> dict[str, Any]:
-        """Return what a record keeps of it: other candidates are other clips."""
+        """Return the settings for a clip's record: they determine which clips are kept."""
         return {"candidates": self.candidates, "rank_by": self.rank_by, "judge": self.scorers.source}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where clips are made and scored: in this process, or by services."""
+    """Where clips are generated and scored: in this process, or by services."""
 
     model: str | None
-    """Model URI of the engine."""
+    """Model URI of the engine in this process; None: the embedded model."""
     device: str | None
     dtype: str | None
     server: str | None
-    """Address of the generation service that makes them instead."""
+    """Address of a generation service; None: generate in this process."""
     connection: Connection
-    """How to reach services."""
+    """TLS and timeout for services."""
     best_of: BestOf | None = None
-    """None: every clip that is made is kept."""
+    """None: keep every clip."""
 
     def __post_init__(self) -> None:
         if self.server == "":
             refuse("--server", "is empty; give HOST:PORT")
         if self.server is not None and (self.model or self.device or self.dtype):
-            refuse("--model, --device, --dtype", "are the service's to choose; leave them out with --server")
+            refuse("--model, --device, --dtype", "are set by the service; leave them out with --server")
 
     @property
     def name(self) -> str:
-        """The service's address, or the model URI."""
+        """Return the service's address, or the model URI."""
         return self.server or self.model or "mini"
 
     @property
     def first_stage(self) -> str:
-        """What takes time before the first clip is under way."""
+        """Return the progress bar's text until the first clip is being generated."""
         scorers_here = self.best_of is not None and self.best_of.scorers.are_here
         return "loading the models" if self.server is None or scorers_here else "connecting"
 
     def open(self, *, batch: int | None = None) -> "Maker":
         """Connect to the services, or load the models.
 
-        With `batch`, the engine's denoiser calls have that one shape: no clip depends on its companions.
+        With `batch`, every denoiser call of the engine has exactly that batch size, so that no clip depends
+        on the other clips of its batch.
 
         Raises:
-            InvalidInputError: no model URI, no such device; in the words of the flag.
+            InvalidInputError: a model URI or a device is invalid; names the option.
             ModelError: a model was refused.
         """
         with contextlib.ExitStack() as stack:
             try:
-                # The scorers first: they may be refused too, and are loaded sooner.
+                # Scorers first: they load faster, so a refusal is reported sooner.
                 scorers = None if self.best_of is None else self.best_of.scorers.open()
                 if scorers is not None:
                     stack.callback(scorers.close)
@@ -114,7 +115,7 @@ class Place:
     def _open_clip_maker(self, batch: int | None) -> StreamingClipMaker:
         if self.server is not None:
             return client.AudioClient(self.server, tls=self.connection.files, timeout=self.connection.seconds)
-        # Torch is seconds of import: only where the engine is wanted.
+        # Imported here: importing torch takes seconds, and only the engine needs it.
         from services.engine import EngineConfig
         from services.local import open_clip_maker
         from services.weights.uri import resolve
@@ -131,20 +132,20 @@ class GeneratedClips:
     """The clips of one prompt."""
 
     clips: tuple[Clip, ...]
-    """Those to keep: in the order of their indices, or best first."""
+    """The clips to keep: by index, or best first with `best`."""
     generation: Generation
-    """How all were made."""
+    """The generation of all clips, those that are not kept included."""
     best: Best | None = None
-    """All candidates, best first, where the best of them were to be kept."""
+    """All candidates, best first; None without best-of-n."""
 
 
 class Maker:
-    """Makes the clips of prompts, and keeps the best where that is wanted. Thread-safe."""
+    """Makes the clips of prompts, with best-of-n if `best_of` is given. Thread-safe."""
 
     def __init__(
         self, clips: StreamingClipMaker, best_of: BestOf | None = None, scorers: Scorers | None = None
     ) -> None:
-        """Take over `clips` and `scorers`: closing the maker closes them."""
+        """Own `clips` and `scorers`: `close` closes them."""
         self._clips, self._best_of, self._scorers = clips, best_of, scorers
 
     def make(
@@ -157,22 +158,34 @@ class Maker:
         on_stage: Callable[[str], None] = lambda _: None,
         stop: threading.Event | None = None,
     ) -> GeneratedClips:
-        """Make the clips of one prompt; of candidates keep the best `count`.
+        """Make the clips of one prompt; with best-of-n, keep the best `count` candidates.
 
-        Candidates are those of `AudioClient.generate_best`: the same seed gives the same. With `stop`, a full
-        queue is waited for, and setting `stop` cancels between two steps.
+        Candidates equal those of `AudioClient.generate_best` with the same seed.
+
+        Args:
+            prompt: the text.
+            options: options of the request.
+            count: clips to keep with best-of-n.
+            on_update: called with every update of the generation.
+            on_stage: called with the name of a new stage.
+            stop: retry while a queue is full, and cancel between two steps once it is set. None: no retries.
+
+        Raises:
+            QueueFullError: a queue is full, without `stop` or after the last attempt.
+            RequestCancelledError: `stop` was set.
+            MilongaError: any other error of the generation or of the scorers.
         """
         if self._best_of is None or self._scorers is None:
-            generation = _patiently(lambda: self._stream(prompt, options, on_update, stop), stop)
+            generation = _retry_while_full(lambda: self._stream(prompt, options, on_update, stop), stop)
             return GeneratedClips(clips=generation.clips, generation=generation)
-        wanted, rank_by = self._best_of.candidates, self._best_of.rank_by
+        candidates, rank_by = self._best_of.candidates, self._best_of.rank_by
         done = 0
 
         async def generate(part: GenerationOptions) -> Generation:
             nonlocal done
             size = part["clip_count"] or 1
-            update = _share(on_update, done, size, wanted)
-            generation = _patiently(lambda: self._stream(prompt, part, update, stop), stop)
+            update = _scale_progress(on_update, done, size, candidates)
+            generation = _retry_while_full(lambda: self._stream(prompt, part, update, stop), stop)
             done += size
             return generation
 
@@ -180,10 +193,10 @@ class Maker:
 
         async def score(clips: Sequence[Clip]) -> ScoredClips:
             names = [f"candidate {number}" for number, _ in zip(numbers, clips, strict=False)]
-            return _patiently(lambda: self._score(prompt, clips, names), stop)
+            return _retry_while_full(lambda: self._score(prompt, clips, names), stop)
 
         most = self._clips.get_model().limits.max_clip_count
-        generation = run(generate_candidates(wanted, most, options, generate))
+        generation = run(generate_candidates(candidates, most, options, generate))
         on_stage("scoring")
         best = run(rank(generation, rank_by, MAX_BATCH, score))
         return GeneratedClips(clips=best.clips[:count], generation=generation, best=best)
@@ -217,14 +230,16 @@ class Maker:
             raise name_clips(error, names) from None
 
     def close(self) -> None:
-        """Close the clip maker and the scorers; what is under way is cancelled."""
+        """Close the clip maker and the scorers; running requests are cancelled."""
         self._clips.close()
         if self._scorers is not None:
             self._scorers.close()
 
 
-def _share(on_update: Callable[[Update], None], done: int, size: int, count: int) -> Callable[[Update], None]:
-    """Return `on_update` with progress over all of `count` candidates, of which `done` are made."""
+def _scale_progress(
+    on_update: Callable[[Update], None], done: int, size: int, count: int
+) -> Callable[[Update], None]:
+    """Return `on_update` with progress over all `count` candidates, for `size` of them after `done`."""
 
     def update_of_all(update: Update) -> None:
         if isinstance(update, Progress):
@@ -236,8 +251,8 @@ def _share(on_update: Callable[[Update], None], done: int, size: int, count: int
     return update_of_all
 
 
-def _patiently(call: Callable[[], T], stop: threading.Event | None) -> T:
-    """Return what `call` returns; with `stop`, try again as often as a full queue asks for it."""
+def _retry_while_full(call: Callable[[], T], stop: threading.Event | None) -> T:
+    """Return the result of `call`; with `stop`, retry after `QueueFullError.retry_after` seconds."""
     if stop is None:
         return call()
     for left in reversed(range(_MAX_TRIES)):
@@ -253,7 +268,7 @@ def _patiently(call: Callable[[], T], stop: threading.Event | None) -> T:
 
 
 def in_flags(error: InvalidInputError, best_of: BestOf | None) -> InvalidInputError:
-    """Spell the fields as the command line does."""
+    """Return `error` with the command's options in place of wire fields."""
     flags = _FLAGS if best_of is None else {**_FLAGS, "clip_count": "--candidates"}
     return InvalidInputError(
         *(
@@ -266,13 +281,13 @@ def in_flags(error: InvalidInputError, best_of: BestOf | None) -> InvalidInputEr
 
 
 def warn(warnings: Sequence[str], name: str = "") -> None:
-    """Print warnings on stderr; `name` says whose."""
+    """Print warnings on stderr, each with the prefix `name`."""
     for warning in warnings:
         typer.echo(f"warning: {name}{warning}", err=True)
 
 
 def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what was made, for machines and for the record beside the clips."""
+    """Return the record of a prompt's clips as JSON: for ``--json``, and for the file beside the clips."""
     record: dict[str, Any] = {
         "clips": [
             {
@@ -308,5 +323,5 @@ def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON."""
+    """Return `value` as one line of JSON."""
     return json.dumps(value, ensure_ascii=False)

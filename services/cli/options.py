@@ -1,4 +1,4 @@
-"""Options that are derived: of settings from their fields and docstrings, of weights from the catalogue."""
+"""Derive command-line options: from the fields and docstrings of settings, and from the service catalogue."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ _SERVER_PANEL: Final = "Watching, TLS and stopping"
 
 
 def with_options(function: Callable[..., Any], options: Iterable[inspect.Parameter]) -> Callable[..., Any]:
-    """Return `function` for typer, with `options` in the place of its ``**`` parameter, before its own."""
+    """Return `function` as a typer command: `options` replace its ``**`` parameter and come first."""
 
     @functools.wraps(function)
     def command(**values: Any) -> Any:
@@ -43,9 +43,9 @@ def with_options(function: Callable[..., Any], options: Iterable[inspect.Paramet
 
 
 def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` for typer, with an option for each field of its parameters that are dataclasses.
+    """Return `function` as a typer command: dataclass parameters become one option per field.
 
-    The fields are annotated as parameters of a command are: ``Annotated[TYPE, typer.Option(...)]``.
+    The fields are annotated like parameters of a command: ``Annotated[TYPE, typer.Option(...)]``.
     """
     hints = get_type_hints(function, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
@@ -83,7 +83,7 @@ def _field_options(kind: type[Any]) -> list[inspect.Parameter]:
 
 
 def setting_options(kind: "type[ServerSettings]") -> list[inspect.Parameter]:
-    """Return an option for each setting but secrets: first the service's own, last those of every server."""
+    """Return an option for each setting except secrets; those that every server has come last."""
     from pydantic import SecretStr
 
     from services.runtime.settings import ServerSettings
@@ -102,7 +102,7 @@ def setting_options(kind: "type[ServerSettings]") -> list[inspect.Parameter]:
 
 
 def read_options(kind: "type[ServerSettings]", values: Mapping[str, Any]) -> "ServerSettings":
-    """Return the settings that the values of `setting_options` say. Raises `InvalidInputError`."""
+    """Return the settings for the values of `setting_options`. Raises `InvalidInputError`."""
     from services.runtime.settings import load_settings
 
     texts: dict[str, str] = {}
@@ -118,19 +118,19 @@ def read_options(kind: "type[ServerSettings]", values: Mapping[str, Any]) -> "Se
 
 
 def setting_words(name: str, value: str | Mapping[str, str]) -> tuple[str, ...]:
-    """Return the words of a command line that give a setting which names weights."""
+    """Return the command-line arguments for a setting that names weights."""
     if isinstance(value, str):
         return (f"--{name}", value)
     return tuple(word for key, uri in value.items() for word in (_singular(name), f"{key}={uri}"))
 
 
 def embedded_words(entry: ServiceEntry) -> tuple[str, ...]:
-    """Return the words of a command line that have a service serve its embedded weights."""
+    """Return the command-line arguments that make a service serve its embedded weights."""
     return tuple(word for one in entry.weights for word in setting_words(one.setting, one.embedded))
 
 
 def environment_note(kind: "type[ServerSettings]") -> str:
-    """Return how settings are read from the environment, for the end of a command's help."""
+    """Return the note on environment variables at the end of a command's help."""
     from pydantic import SecretStr
 
     note = (
@@ -141,12 +141,15 @@ def environment_note(kind: "type[ServerSettings]") -> str:
     tables = [name for name in kind.model_fields if get_origin(_type_of(kind, name)) is dict]
     secrets = [name for name in kind.model_fields if _type_of(kind, name) is SecretStr]
     note += "".join(f", {flag_of(kind, name)} is MILONGA_{name.upper()}, a JSON object" for name in tables)
-    note += "".join(f"; MILONGA_{name.upper()} has no option: others can list those" for name in secrets)
+    note += "".join(
+        f"; MILONGA_{name.upper()} has no option: other users can list a process's options"
+        for name in secrets
+    )
     return f"{note}."
 
 
 def flag_of(kind: "type[ServerSettings]", name: str) -> str:
-    """Return the option of a setting."""
+    """Return the option of a setting, with dashes."""
     if get_origin(_type_of(kind, name)) is dict:
         return _singular(name)
     return f"--{name.replace('_', '-')}"
@@ -157,23 +160,23 @@ def _singular(name: str) -> str:
 
 
 def _type_of(kind: "type[ServerSettings]", name: str) -> Any:
-    """The type of a setting, where it has a value."""
+    """Return the type of a setting, without None."""
     annotation = kind.model_fields[name].annotation
     members = get_args(annotation)
     return next(one for one in members if one is not NoneType) if NoneType in members else annotation
 
 
 def _setting_option(kind: "type[ServerSettings]", name: str, panel: str | None) -> inspect.Parameter:
-    field, wanted = kind.model_fields[name], _type_of(kind, name)
-    flag, option_type, metavar, completion, note = flag_of(kind, name), wanted, None, None, ""
-    if get_origin(wanted) is dict:
-        option_type, metavar, note = list[str], NAME_URI, " May be given several times."
-    elif get_origin(wanted) is Literal:
-        choices = list(get_args(wanted))
+    field, setting_type = kind.model_fields[name], _type_of(kind, name)
+    flag, option_type, metavar, completion, note = flag_of(kind, name), setting_type, None, None, ""
+    if get_origin(setting_type) is dict:
+        option_type, metavar, note = list[str], NAME_URI, " Can be repeated."
+    elif get_origin(setting_type) is Literal:
+        choices = list(get_args(setting_type))
         option_type, completion, note = str, lambda: choices, f" One of {', '.join(choices)}."
-    elif wanted is bool:
+    elif setting_type is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
-    elif wanted not in (int, float, str, Path):
+    elif setting_type not in (int, float, str, Path):
         option_type, metavar = str, "JSON"
     elif "URI" in field.metadata:
         metavar = "URI"
@@ -189,7 +192,7 @@ def _setting_option(kind: "type[ServerSettings]", name: str, panel: str | None) 
 
 
 def _help_of(kind: "type[ServerSettings]", name: str) -> str:
-    """The docstring of a setting, with options in the place of other settings' names."""
+    """Return the docstring of a setting as help, with options in place of other settings' names."""
     fields = [getattr(one, "model_fields", {}).get(name) for one in kind.__mro__]
     docstring = next(field.description for field in fields if field is not None and field.description)
 
@@ -200,7 +203,7 @@ def _help_of(kind: "type[ServerSettings]", name: str) -> str:
 
 
 def _default_of(default: Any, name: str) -> str | Literal[False]:
-    """A default for the help; False where there is none, or the docstring says it."""
+    """Return a default for the help; False if there is none or the docstring states it."""
     match default:
         case bool():
             return name if default else f"no-{name}"
@@ -224,17 +227,17 @@ def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspec
 
 
 def weights_options(*, export: bool = False) -> list[inspect.Parameter]:
-    """Return an option for what each service serves, of `milonga triton export` or of `milonga up`."""
+    """Return the options for every service's weights: of `milonga triton export`, or of `milonga up`."""
     return [_weights_option(weights, export) for entry in CATALOGUE.values() for weights in entry.weights]
 
 
 def read_weights(
     values: Mapping[str, Any], *, export: bool = False
 ) -> dict[str, dict[str, str | Mapping[str, str]]]:
-    """Return the settings that the values of `weights_options` say, by service.
+    """Return the settings for the values of `weights_options`, by service.
 
     Raises:
-        InvalidInputError: a value is not of the form that its option has.
+        InvalidInputError: a value has the wrong form.
     """
     return {
         entry.name: {
@@ -245,15 +248,15 @@ def read_weights(
 
 
 def option_of(weights: Weights, export: bool = False) -> str:
-    """Return the option of weights, without dashes."""
+    """Return the option for `weights`, without dashes."""
     return (weights.export_option if export else "") or weights.option
 
 
 def read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
-    """Return the model URI of each name, of `pairs` that are each ``NAME=URI``.
+    """Parse `pairs`, each ``NAME=URI``; return the model URIs by name.
 
     Raises:
-        InvalidInputError: one is no such pair, or a name comes twice.
+        InvalidInputError: a pair has another form, or two pairs have the same name.
     """
     found: dict[str, str] = {}
     faults = []
@@ -264,7 +267,7 @@ def read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
                 FieldViolation(flag, f"is {pair[:80]!r}, must be {NAME_URI}, for example a=mini:clap-a")
             )
         elif name in found:
-            faults.append(FieldViolation(flag, f"names {name!r} twice; names must differ"))
+            faults.append(FieldViolation(flag, f"has the name {name!r} twice; give different names"))
         else:
             found[name] = uri
     if faults:

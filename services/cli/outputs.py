@@ -1,6 +1,6 @@
-"""What a command writes.
+"""Output of commands: checks of output paths, and tables.
 
-Files are written whole or not at all. Tables are aligned for people and tab-separated for programs.
+Tables are aligned on a terminal and tab-separated elsewhere.
 """
 
 import re
@@ -16,11 +16,11 @@ from services.errors import FieldViolation, InvalidInputError, OutputError
 from services.files import temporary_name
 
 ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg"}
-"""Encoding by the output's ending."""
+"""Encoding by file extension."""
 
 
 def encoding_of(path: Path) -> str:
-    """Return the encoding that the ending of `path` asks for."""
+    """Return the encoding for the extension of `path`. Raises `InvalidInputError` for an unknown one."""
     try:
         return ENCODINGS[path.suffix.lower()]
     except KeyError:
@@ -30,7 +30,7 @@ def encoding_of(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `OutputError` where `path` can't be written, before the work of making it is spent."""
+    """Raise `OutputError` if `path` can't be written. Call it before making the content."""
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file in it")
@@ -38,7 +38,7 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{folder} does not exist; make it first, or write elsewhere")
     temporary = temporary_name(path)
     try:
-        # Tried, not asked: to root, a read-only file system looks writable.
+        # os.access is not enough: for root, it calls a read-only file system writable.
         temporary.open("xb").close()
         temporary.unlink()
     except OSError as error:
@@ -46,7 +46,7 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents, or raise `OutputError`."""
+    """Make `folder` and its parents. Raises `OutputError` if that fails or it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,38 +55,38 @@ def make_folder(folder: Path) -> None:
 
 
 def numbered(path: Path, index: int, count: int) -> Path:
-    """Return `path` for the only clip, ``clip-1.wav``, ``clip-2.wav``, … for several."""
+    """Return `path` if `count` is 1, otherwise ``clip-1.wav``, ``clip-2.wav``, … for index 0, 1, …"""
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
 
 
 Cell = str | float
-"""Text, or a number that is rounded for the eye."""
+"""Text, or a number, which `print_table` rounds to three decimals."""
 
 
 def print_lines(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print a line of tab-separated cells for the `header`, if there is one, and for each row."""
+    """Print tab-separated lines: the `header`, unless empty, and each row."""
     for row in ([header] if header else []) + list(rows):
         print("\t".join(_exact(cell) for cell in row))
     sys.stdout.flush()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, stderr: bool = False) -> None:
-    """Print an aligned table; numbers stand under each other."""
+    """Print an aligned table; columns of numbers are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(header):
         numeric = all(not isinstance(row[index], str) for row in rows)
         table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
-        # As Text: file names and prompts hold brackets that are no markup.
+        # As Text, not str: brackets in file names and prompts are no markup.
         table.add_row(*(Text(cell if isinstance(cell, str) else f"{cell:.3f}") for cell in row))
     Console(stderr=stderr, highlight=False, soft_wrap=False).print(table)
 
 
 def is_terminal() -> bool:
-    """Whether a person reads stdout."""
+    """Return whether stdout is a terminal."""
     return sys.stdout.isatty()
 
 
 def _exact(cell: Cell) -> str:
-    # A tab or line feed in a file's name would make another cell or row of it.
+    # A tab or line feed within a cell would start another cell or row.
     return re.sub(r"\s", " ", cell) if isinstance(cell, str) else f"{cell:.6f}"

@@ -1,4 +1,4 @@
-"""What a person sees on stderr while clips are made. Nothing where stderr is no terminal."""
+"""The progress bar on stderr while clips are generated; not shown unless stderr is a terminal."""
 
 import threading
 from types import TracebackType
@@ -11,7 +11,7 @@ from services import client
 
 
 def stage_of(update: client.Update) -> str | None:
-    """Name what `update` tells; None where it changes nothing to see."""
+    """Return the stage to show for `update`; None if the shown stage stays."""
     match update:
         case client.Queued(position=0):
             return "next in the queue"
@@ -26,10 +26,10 @@ def stage_of(update: client.Update) -> str | None:
 
 
 class ProgressView:
-    """A progress bar with stage and time left, over one prompt or many. Thread-safe."""
+    """One progress bar with stage and time left, for one or more prompts. Thread-safe."""
 
     def __init__(self, *, jobs: int, quiet: bool) -> None:
-        """Show `jobs` prompts as one bar; nothing at all if `quiet` or stderr is no terminal."""
+        """Show a bar for `jobs` prompts; nothing if `quiet` or stderr is no terminal."""
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
@@ -58,11 +58,11 @@ class ProgressView:
         self._progress.stop()
 
     def stage(self, name: str) -> None:
-        """Say what is going on."""
+        """Show the name of the current stage."""
         self._progress.update(self._task, description=name)
 
     def update(self, job: str, update: client.Update) -> None:
-        """Show what happened to one prompt."""
+        """Show an update of one prompt."""
         with self._lock:
             if isinstance(update, client.Progress):
                 self._fractions[job] = update.fraction
@@ -73,7 +73,7 @@ class ProgressView:
             self._show(stage, left)
 
     def done(self, job: str) -> None:
-        """One prompt is done."""
+        """Count one prompt as done."""
         with self._lock:
             self._finished += 1
             self._fractions.pop(job, None)

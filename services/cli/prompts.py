@@ -1,9 +1,9 @@
-"""Files of prompts (JSON Lines), and folders of clips that can be taken up again.
+"""Prompt files (JSON Lines), and resumable folders of clips.
 
-One line is one object: ``{"prompt": "A dog barks", "id": "dog", "seed": 7, "num_inference_steps": 50}``.
-Only `prompt` is required. A prompt's clips and its record lie side by side, `dog.wav` and `dog.json`; the
-record is written last, so a prompt without one is made (again). `index.jsonl` names every clip, in the order
-of the prompts, in the usual AudioCaps-like format (`location`, `captions`): the folder is a data set.
+Each line is an object: ``{"prompt": "A dog barks", "id": "dog", "seed": 7, "num_inference_steps": 50}``.
+Only `prompt` is required. A prompt has its clips and a record in the folder: `dog.wav` and `dog.json`. The
+record is written last, so a prompt without a record is not done. `index.jsonl` lists every clip in the order
+of the prompts, in AudioCaps' format (`location`, `captions`), so that the folder is a data set.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
         if name != "encoding"
     },
 }
-"""What a line may hold. The encoding follows from the files' ending."""
+"""Fields of a line and their types. There is no `encoding`: it follows from the file extension."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SHOWN = 5
 _MAX_NAMED_CLIPS = 1000
@@ -38,21 +38,21 @@ _MAX_NAMED_CLIPS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One prompt of the file, and where its clips go."""
+    """One prompt of the file."""
 
     name: str
-    """Stem of the clips' and the record's names: the line's `id`, or its number and first words."""
+    """Stem of the file names: the line's `id`, or the line's number and first words."""
     prompt: str
-    """What to hear."""
+    """The prompt."""
     options: GenerationOptions
-    """The line's own settings over those of the command; always with a seed."""
+    """The command's options, overridden by the line's; always with a seed."""
     ranking: Mapping[str, Any] = field(default_factory=dict)
-    """How the best of several candidates are chosen, as the record keeps it; empty where all are kept."""
+    """Settings of best-of-n (`BestOf.settings`) for the record; empty if all clips are kept."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Names of the clips' files."""
-        # More than the bound are refused where they are made, and need no names.
+        """Return the file names of the clips."""
+        # The service refuses a larger count; this only bounds the number of names.
         count = min(self.options.get("clip_count") or 1, _MAX_NAMED_CLIPS)
         return tuple(numbered(Path(f"{self.name}.wav"), index, count) for index in range(count))
 
@@ -60,14 +60,13 @@ class Job:
 def read_jobs(
     path: Path, defaults: GenerationOptions, ranking: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Job, ...]:
-    """Return the jobs of a file of prompts.
+    """Return the prompts of a file.
 
-    A line without a seed, where `defaults` has none either, takes one from its name and prompt: what is
-    made later is what would have been made at once.
+    If neither a line nor `defaults` has a seed, the seed is a hash of the line's name and prompt, so that a
+    resumed run makes the same clips.
 
     Raises:
-        InvalidInputError: the file can't be read, or lines are wrong: the first few are named, the rest
-            counted.
+        InvalidInputError: the file can't be read, or lines are invalid; names the first few, counts the rest.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -82,10 +81,10 @@ def read_jobs(
             continue
         fields, fault = _parse(line)
         job = None if fault else _job(number, fields, defaults, ranking)
-        # Compared without case, since some file systems are.
+        # Compared in lower case, since some file systems ignore case.
         names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
         if job is not None and names & taken:
-            fault = f"id {job.name!r} names files that an earlier line names too; ids must differ"
+            fault = f"id {job.name!r} has the same file names as an earlier line; give it another id"
         if fault:
             faults.append(FieldViolation(f"{path.name}:{number}", fault))
         elif job is not None:
@@ -93,7 +92,7 @@ def read_jobs(
             jobs.append(job)
     if not jobs and not faults:
         faults.append(
-            FieldViolation("--prompts", f'{path} holds no prompt; write one a line: {{"prompt": "…"}}')
+            FieldViolation("--prompts", f'{path} holds no prompt; write one per line: {{"prompt": "…"}}')
         )
     if faults:
         raise InvalidInputError(*shortened(faults))
@@ -101,7 +100,7 @@ def read_jobs(
 
 
 def shortened(faults: Sequence[FieldViolation]) -> list[FieldViolation]:
-    """The first few of `faults`, and how many more there are: an error is one line."""
+    """Return the first few of `faults` and the number of the others: an error message is one line."""
     shown = list(faults[:_MAX_SHOWN])
     if len(faults) > _MAX_SHOWN:
         shown.append(FieldViolation("…", f"and {len(faults) - _MAX_SHOWN} more"))
@@ -117,7 +116,7 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
         return {}, f'must be an object with a prompt: {{"prompt": "…"}}, found {line.strip()[:40]!r}'
     unknown = sorted(set(fields) - set(_TYPES))
     if unknown:
-        return {}, f"unknown field {', '.join(unknown)}; known are {', '.join(_TYPES)}"
+        return {}, f"unknown field {', '.join(unknown)}; known fields: {', '.join(_TYPES)}"
     if "prompt" not in fields:
         return {}, "has no prompt"
     for name, value in fields.items():
@@ -127,7 +126,7 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
             return {}, f"{name} is {value!r}, must be {kinds}"
     name = str(fields.get("id", "x"))
     if not _NAME.fullmatch(name):
-        return {}, f"id {name[:40]!r} must name a file: letters, digits, '.', '_' and '-', at most 100"
+        return {}, f"id {name[:40]!r} must be a file name: at most 100 letters, digits, '.', '_' and '-'"
     return fields, None
 
 
@@ -149,7 +148,7 @@ def _slug(prompt: str) -> str:
 
 
 def request_record(job: Job, source: str) -> dict[str, Any]:
-    """What was asked for, as the record keeps it: compared before a finished prompt is passed over.
+    """Return the request as the record holds it; `is_done` compares it before it skips a prompt.
 
     `source` is the model URI, or the service's address.
     """
@@ -160,29 +159,29 @@ def request_record(job: Job, source: str) -> dict[str, Any]:
 
 
 def is_done(folder: Path, job: Job, source: str) -> bool:
-    """Whether the record of `job` is in `folder` with every clip it names.
+    """Return whether `folder` has the record of `job` and every clip that the record names.
 
     Raises:
-        InvalidInputError: it is, but for another prompt or other settings.
+        InvalidInputError: it has, but they were made from another prompt or with other settings.
     """
     record = read_record(folder, job)
     if record is None or not all((folder / clip["location"]).is_file() for clip in record["clips"]):
         return False
-    asked = request_record(job, source)
-    if record["request"] == asked:
+    request = request_record(job, source)
+    if record["request"] == request:
         return True
-    changed = _differences(record["request"], asked)
+    changed = _differences(record["request"], request)
     raise InvalidInputError(
         FieldViolation(
             "--output",
             f"{folder / job.name}.json was made with other settings ({changed}); "
-            "choose another folder, or make all anew with --overwrite",
+            "choose another folder, or regenerate all clips with --overwrite",
         )
     )
 
 
 def read_record(folder: Path, job: Job) -> dict[str, Any] | None:
-    """Return the record of `job`, or None where there is none that can be read."""
+    """Return the record of `job`; None if it is missing or can't be read."""
     try:
         record = json.loads((folder / f"{job.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -200,7 +199,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def write_index(folder: Path, jobs: Sequence[Job]) -> None:
-    """Write `index.jsonl`: one line a clip of every finished job, in the order of the prompts."""
+    """Write `index.jsonl`: one line per clip of every finished prompt, in the order of the prompts."""
     rows = [
         {"location": clip["location"], "captions": job.prompt, "seed": clip["seed"], "model": record["model"]}
         for job in jobs

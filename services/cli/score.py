@@ -1,4 +1,4 @@
-"""`milonga score`: what CLAP scorers and a reward model say of clips, in this process or through services."""
+"""`milonga score`: score clips by CLAP models and a reward model, in this process or through services."""
 
 import contextlib
 import dataclasses
@@ -31,39 +31,39 @@ from services.cli.scorers import (
 from services.errors import FieldViolation, InvalidInputError
 
 _MAX_BATCH_BYTES = 128 * 2**20
-"""Bytes of the clips that a call of a judge takes, as files or decoded, unless a single one is larger."""
+"""Maximum bytes of the clips in one call, as files or decoded; a single larger clip is a call of its own."""
 _MAX_FILE_BYTES = 192 * 2**20
-"""Largest file that is read: a minute of the widest that is taken. A service's message fits it too."""
+"""Largest file that is read: a minute in the widest format. It also fits into a message to a service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A sentence, and the file that should sound like it."""
+    """A prompt, and the audio file to score for it."""
 
     prompt: str
-    """The sentence."""
+    """The prompt."""
     path: Path
-    """Where the file is."""
+    """Path of the file."""
     location: str
-    """What it was called, and is called in the results."""
+    """The file as the user named it; the results use this name."""
     place: str
-    """What an error calls it: the file, or the line that named it."""
+    """The field in errors: the file, or the line of the pair file."""
 
     def read(self) -> bytes:
-        """The file's content.
+        """Return the file's content.
 
         Raises:
-            InvalidInputError: it can't be read, or is no file, or too large for any clip.
+            InvalidInputError: the path can't be read, is no file, or the file is too large.
         """
         try:
             if self.path.exists() and not self.path.is_file():
-                refuse(self.place, self._about("is no file; give a file of sound"))
+                refuse(self.place, self._about("is no file; give an audio file"))
             size = self.path.stat().st_size
             if size > _MAX_FILE_BYTES:
                 refuse(
                     self.place,
                     self._about(
-                        f"has {size / 2**20:.0f} MiB, the limit is {_MAX_FILE_BYTES / 2**20:.0f}; cut it"
+                        f"has {size / 2**20:.0f} MiB, the limit is {_MAX_FILE_BYTES / 2**20:.0f}; shorten it"
                     ),
                 )
             return self.path.read_bytes()
@@ -81,22 +81,22 @@ class Pair:
 def score(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What the clips should sound like.", show_default=False, metavar="PROMPT"),
+        typer.Argument(help="Prompt of the clips.", show_default=False, metavar="PROMPT"),
     ] = None,
     clips: Annotated[
         list[str] | None,
-        typer.Argument(help="Files of sound (WAV, FLAC, OGG).", show_default=False, metavar="CLIP"),
+        typer.Argument(help="Audio files (WAV, FLAC, OGG).", show_default=False, metavar="CLIP"),
     ] = None,
     pair_file: Annotated[
         Path | None,
         typer.Option(
             "--prompts",
-            help="File of clips with their prompts, instead of PROMPT and CLIP; one JSON object a line: "
+            help="File of clips and their prompts, instead of PROMPT and CLIP; one JSON object per line: "
             '{"prompt": …, "location": …}, as in the index.jsonl of `milonga generate --prompts`.',
         ),
     ] = None,
     no_reward: Annotated[
-        bool, typer.Option("--no-reward", help="Use scorers only.", rich_help_panel=PANEL)
+        bool, typer.Option("--no-reward", help="Use CLAP scorers only.", rich_help_panel=PANEL)
     ] = False,
     device: Annotated[
         str | None,
@@ -106,7 +106,7 @@ def score(
             rich_help_panel=PANEL,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a clip on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per clip on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     *,
     connection: Connection,
@@ -114,10 +114,10 @@ def score(
 ) -> None:
     """Score how well clips match their prompts.
 
-    One row a clip: its CLAP score by each scorer (a cosine), its reward (a logit), and the probability that a
-    listener calls it right.
+    Prints one row per clip: its CLAP score by each scorer (a cosine similarity), its reward (a logit), and
+    the probability that a listener calls it right.
 
-    Aligned on a terminal, otherwise separated by tabs. Nothing is scored unless every clip can be.
+    Columns are aligned on a terminal, otherwise separated by tabs. If any clip is invalid, nothing is scored.
     """
     if pair_file is None:
         if prompt is None or not clips:
@@ -132,9 +132,9 @@ def score(
         pairs = read_pair_file(pair_file)
     sources = scorer_options.choose(connection, device=device, no_reward=no_reward)
     if not connection.is_default and not scorer_options.given("scoring", "reward_server"):
-        refuse("--tls, --timeout", "are for a connection; give --scoring or --reward-server as well")
+        refuse("--tls, --timeout", "are for services; give --scoring or --reward-server as well")
     if device is not None and not sources.are_here:
-        refuse("--device", "is the services' to choose; leave it out where no model runs in this process")
+        refuse("--device", "is set by the services; leave it out if no model runs in this process")
     report = _Report(as_json=as_json, with_prompts=pair_file is not None)
     try:
         with ProgressView(jobs=len(pairs), quiet=quiet) as view:
@@ -148,23 +148,22 @@ def score(
                     for pair in batch:
                         view.done(pair.location)
     finally:
-        # Below where the bar was. Scores are shown even if a later batch failed.
+        # After the progress bar has gone. Scores are printed even if a later batch failed.
         report.close()
 
 
 def _printable(name: str) -> str:
-    """A file's name where it is not UTF-8, which a file's name need not be."""
+    """Return a file name with bytes that are not UTF-8 replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def read_pair_file(path: Path) -> tuple[Pair, ...]:
-    """Return the pairs of a file: each line's `prompt` (or `captions`) and `location`.
+    """Return the pairs of a JSON Lines file: each line's `prompt` (or `captions`) and `location`.
 
-    Locations start from the file's folder. Other fields are passed over: the line may be one of a data set.
+    Locations are relative to the file's folder. Other fields are ignored, so a data set's index will do.
 
     Raises:
-        InvalidInputError: the file can't be read, or lines are wrong: the first few are named, the rest
-            counted.
+        InvalidInputError: the file can't be read, or lines are invalid; names the first few, counts the rest.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -186,7 +185,7 @@ def read_pair_file(path: Path) -> tuple[Pair, ...]:
     if not pairs and not faults:
         faults.append(
             FieldViolation(
-                "--prompts", f'{path} names no clip; write one a line: {{"prompt": "…", "location": "…"}}'
+                "--prompts", f'{path} names no clip; write one per line: {{"prompt": "…", "location": "…"}}'
             )
         )
     if faults:
@@ -195,7 +194,7 @@ def read_pair_file(path: Path) -> tuple[Pair, ...]:
 
 
 def _parse(line: str) -> tuple[str, str] | str:
-    """The prompt and the location of a line, or what is wrong with it."""
+    """Return the prompt and the location of a line, or the description of its error."""
     try:
         fields = json.loads(line)
     except ValueError as error:
@@ -212,11 +211,11 @@ def _parse(line: str) -> tuple[str, str] | str:
 
 
 def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
-    """Read every file and prompt as a service would; return the bytes of each, as a file or decoded.
+    """Check every file and prompt as a service would; return each clip's bytes, as a file or decoded.
 
     Raises:
-        InvalidInputError: with every prompt and clip that no judge takes. Where each pair has a prompt of its
-            own, the first few are named and the rest counted.
+        InvalidInputError: prompts or clips are invalid. With a single prompt, lists all of them; otherwise
+            names the first few and counts the rest.
     """
     bounds = AudioBounds()
     faults: list[FieldViolation] = []
@@ -229,7 +228,7 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
             faults.extend(FieldViolation(pair.place, f"prompt {fault.description}") for fault in found)
         try:
             content = pair.read()
-            # Decoded again when its turn comes: all of them together may be more than the memory.
+            # Decoded again when it is scored: all decoded clips together may not fit into memory.
             clip = read_clip(audio_pb2.Clip(audio=content), "pairs[0].clip", bounds)
             sizes.append(max(len(content), clip.waveform.nbytes))
         except InvalidInputError as error:
@@ -240,7 +239,7 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
 
 
 def batches(pairs: Sequence[Pair], sizes: Sequence[int]) -> Iterator[Sequence[Pair]]:
-    """Cut `pairs` into calls of `MAX_BATCH` clips and `_MAX_BATCH_BYTES` at most."""
+    """Yield `pairs` in batches of at most `MAX_BATCH` clips and `_MAX_BATCH_BYTES`."""
     start, total = 0, 0
     for index, size in enumerate(sizes):
         if index > start and (index - start == MAX_BATCH or total + size > _MAX_BATCH_BYTES):
@@ -251,20 +250,20 @@ def batches(pairs: Sequence[Pair], sizes: Sequence[int]) -> Iterator[Sequence[Pa
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What the judges say of one pair."""
+class PairScores:
+    """The scores of one pair."""
 
     pair: Pair
     scores: dict[str, float]
     """CLAP score by scorer."""
     scorers: dict[str, client.ModelVersion]
-    """Which weights each scorer is."""
+    """Weights of each scorer."""
     reward: client.Reward | None
-    """None where no reward model was asked."""
+    """None without a reward model."""
     reward_model: client.ModelVersion | None
 
     def record(self) -> dict[str, Any]:
-        """The verdict for machines."""
+        """Return the scores as a JSON object."""
         scores = {
             name: {"score": value, "model": dataclasses.asdict(self.scorers[name])}
             for name, value in self.scores.items()
@@ -281,21 +280,21 @@ class Verdict:
         return record
 
 
-def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers) -> list[Verdict]:
-    """Score a batch by every scorer and the reward model.
+def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers) -> list[PairScores]:
+    """Score a batch by every CLAP scorer and the reward model.
 
     Raises:
-        InvalidInputError: a file changed since it was checked, or a service takes less than others.
+        InvalidInputError: a file changed since `check_pairs`, or a service has narrower limits.
     """
-    sounds = [(pair.prompt, pair.read()) for pair in batch]
+    clips = [(pair.prompt, pair.read()) for pair in batch]
     try:
-        scores = scorers.score_audio(sounds, scorers=sources.names or None) if sources.by_clap else None
-        rewards = scorers.compute_rewards(sounds) if sources.by_reward else None
+        scores = scorers.score_audio(clips, scorers=sources.names or None) if sources.by_clap else None
+        rewards = scorers.compute_rewards(clips) if sources.by_reward else None
     except InvalidInputError as error:
         raise name_clips(error, [pair.place for pair in batch]) from None
     columns = () if scores is None else scores.scorers
     return [
-        Verdict(
+        PairScores(
             pair=pair,
             scores={}
             if scores is None
@@ -309,7 +308,7 @@ def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers)
 
 
 class _Report:
-    """Prints verdicts: at once where a program reads them, as one table where a person does."""
+    """Prints scores: as one table at the end on a terminal, otherwise batch by batch."""
 
     def __init__(self, *, as_json: bool, with_prompts: bool) -> None:
         self._as_json, self._with_prompts = as_json, with_prompts
@@ -317,30 +316,30 @@ class _Report:
         self._header: list[str] = []
         self._rows: list[list[Cell]] = []
 
-    def add(self, verdicts: Sequence[Verdict]) -> None:
+    def add(self, batch: Sequence[PairScores]) -> None:
         if self._as_json:
-            for verdict in verdicts:
-                typer.echo(json.dumps(verdict.record(), ensure_ascii=False))
+            for scored in batch:
+                typer.echo(json.dumps(scored.record(), ensure_ascii=False))
             return
         is_first = not self._header
         if is_first:
-            self._header = self._columns(verdicts[0])
-        rows = [self._row(verdict) for verdict in verdicts]
+            self._header = self._columns(batch[0])
+        rows = [self._row(scored) for scored in batch]
         if self._aligned:
             self._rows.extend(rows)
         else:
             print_lines(self._header if is_first else (), rows)
 
     def close(self) -> None:
-        """Print the table, where it was not printed row by row."""
+        """Print the table on a terminal."""
         if self._rows:
             print_table(self._header, self._rows)
 
-    def _columns(self, verdict: Verdict) -> list[str]:
-        reward = [] if verdict.reward is None else ["reward", "probability"]
-        return ["clip", *verdict.scores, *reward, *(["prompt"] if self._with_prompts else [])]
+    def _columns(self, scored: PairScores) -> list[str]:
+        reward = [] if scored.reward is None else ["reward", "probability"]
+        return ["clip", *scored.scores, *reward, *(["prompt"] if self._with_prompts else [])]
 
-    def _row(self, verdict: Verdict) -> list[Cell]:
-        reward = [] if verdict.reward is None else [verdict.reward.logit, verdict.reward.probability]
-        prompt = [verdict.pair.prompt] if self._with_prompts else []
-        return [verdict.pair.location, *verdict.scores.values(), *reward, *prompt]
+    def _row(self, scored: PairScores) -> list[Cell]:
+        reward = [] if scored.reward is None else [scored.reward.logit, scored.reward.probability]
+        prompt = [scored.pair.prompt] if self._with_prompts else []
+        return [scored.pair.location, *scored.scores.values(), *reward, *prompt]

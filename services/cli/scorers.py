@@ -1,7 +1,6 @@
-"""The scorers and the reward model of a command, in this process or through their services.
+"""Options and sources of CLAP scorers and reward models, in this process or through services.
 
-`milonga score` prints their scores; `milonga generate --candidates` keeps the clips with the highest. Starts
-without torch, which only models in this process need.
+Used by `milonga score` and `milonga generate --candidates`. Imports torch only to run models in this process.
 """
 
 import contextlib
@@ -24,67 +23,67 @@ if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
 
 MAX_BATCH = 16
-"""Clips that are scored in one call."""
+"""Maximum number of clips in one scoring call."""
 
 PANEL = "Scorers"
-"""Panel of the help."""
+"""Panel of these options in the help."""
 _PATH = re.compile(r"pairs\[(\d+)\](?:\.clip)?\.(\w+)")
 
 
 def refuse(field: str, description: str) -> NoReturn:
-    """Raise the error of one wrong flag."""
+    """Raise `InvalidInputError` for one option."""
     raise InvalidInputError(FieldViolation(field, description))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """The options that say how services are reached."""
+    """Options for reaching services: TLS and timeout."""
 
     tls: Annotated[bool, typer.Option("--tls", help="Use TLS to reach the services.")] = False
     tls_ca: Annotated[
-        Path | None, typer.Option(help="Authorities (PEM) that the servers' certificates must come from.")
+        Path | None, typer.Option(help="CA certificates (PEM) to verify the servers' certificates.")
     ] = None
     tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="With a service: seconds that a call may take, waiting included.",
+            help="With a service: seconds that a call may take, queueing included.",
             show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
         ),
     ] = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 < self.timeout < math.inf:
-            refuse("--timeout", f"is {self.timeout:g}, must be seconds above 0")
+            refuse("--timeout", f"is {self.timeout:g}, must be a number of seconds above 0")
 
     @property
     def is_default(self) -> bool:
-        """Return whether none of the options was given."""
+        """Whether no option was given."""
         return self == Connection()
 
     @property
     def files(self) -> client.TLS | None:
-        """Return how TLS is used; None for plaintext."""
+        """The TLS files; None for plaintext."""
         if self == Connection(timeout=self.timeout):
             return None
         return client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
 
     @property
     def seconds(self) -> float:
-        """Return the seconds that a call may take."""
+        """Timeout of a call in seconds."""
         return client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerOptions:
-    """The options that name scorers and a reward model."""
+    """Options that choose CLAP scorers and a reward model."""
 
     scorer: Annotated[
         list[str] | None,
         typer.Option(
             help="CLAP scorer in this process: its name and model URI (mini:NAME, file:PATH, hf:OWNER/NAME, "
-            "laion:PATH). Can be given again. With --scoring: the name of one of the service's.",
+            "laion:PATH). Can be repeated. With --scoring: the name of one of the service's scorers.",
             metavar="NAME=URI",
             show_default="clap-a=mini:clap-a and clap-b=mini:clap-b",
             rich_help_panel=PANEL,
@@ -102,7 +101,7 @@ class ScorerOptions:
     clap: Annotated[
         str | None,
         typer.Option(
-            help="CLAP model that --reward was trained on; it refuses another.",
+            help="CLAP model that --reward was trained on; any other is refused.",
             metavar="URI",
             show_default=EMBEDDED_CLAP,
             rich_help_panel=PANEL,
@@ -126,38 +125,38 @@ class ScorerOptions:
     ] = None
 
     def given(self, *names: str) -> str:
-        """Return the first of the named options that was given; empty if none was."""
+        """Return the first of the options `names` that was given, as typed; an empty string if none was."""
         options = (f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None)
         return next(options, "")
 
     def choose(
         self, connection: Connection, *, device: str | None = None, no_reward: bool = False
     ) -> "ScorerSources":
-        """Return which scorers are used.
+        """Return the scorers and the reward model to use.
 
-        Without an address, what is not given is the default, in this process. With one, a scorer that is not
-        named is not used: a user of services need not have torch.
+        Without the address of a service, options that are not given have their defaults, in this process.
+        With an address they have none, so that a user of services need not have torch.
 
         Raises:
-            InvalidInputError: options that contradict each other.
+            InvalidInputError: options contradict each other.
         """
         reward, is_local = self.reward, self.scoring is None and self.reward_server is None
         for flag, address in (("--scoring", self.scoring), ("--reward-server", self.reward_server)):
             if address == "":
                 refuse(flag, "is empty; give HOST:PORT")
         if self.reward_server is not None and (reward is not None or no_reward):
-            refuse("--reward-server", "gives rewards; leave out --reward and --no-reward with it")
+            refuse("--reward-server", "can't be combined with --reward or --no-reward; leave them out")
         if no_reward and reward is not None:
-            refuse("--no-reward", "leaves the reward model out; leave out --reward with it")
+            refuse("--no-reward", "can't be combined with --reward; leave one of the two out")
         if self.scoring is not None and any("=" in one for one in self.scorer or ()):
-            refuse("--scorer", "is NAME=URI, and the service has its own; with --scoring give names alone")
+            refuse("--scorer", "is NAME=URI, but with --scoring the service has the models; give names only")
         if reward is None and is_local and not no_reward:
             reward = EMBEDDED_REWARD
         elif reward is not None and reward.partition("#")[0] == "mini":
-            # Where no sound is generated, the family's name means this member, as in `milonga serve reward`.
+            # Here `mini` means the family's reward model, as in `milonga serve reward`.
             reward = reward.replace("mini", EMBEDDED_REWARD, 1)
         if self.clap is not None and reward is None:
-            refuse("--clap", "goes with --reward; leave it out where no reward model runs in this process")
+            refuse("--clap", "needs --reward; leave it out if no reward model runs in this process")
         scorers = dict(EMBEDDED_SCORERS) if is_local else {}
         if self.scorer and self.scoring is None:
             scorers = read_pairs("--scorer", self.scorer)
@@ -175,10 +174,10 @@ class ScorerOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerSources:
-    """Which scorers and reward model are used, and where they run; of a kind that has no place, none."""
+    """The CLAP scorers and the reward model to use: in this process, through a service, or none."""
 
     scorers: Mapping[str, str]
-    """Scorers in this process: model URI by name."""
+    """Scorers in this process: model URIs by name."""
     scoring: str | None = None
     """Address of the scoring service."""
     names: tuple[str, ...] = ()
@@ -192,26 +191,26 @@ class ScorerSources:
     device: str = "auto"
     """Device of the models in this process."""
     connection: Connection = Connection()
-    """How to reach the services."""
+    """TLS and timeout for the services."""
 
     @property
     def are_here(self) -> bool:
-        """Return whether any model runs in this process."""
+        """Whether any model runs in this process."""
         return bool(self.scorers) or self.reward is not None
 
     @property
     def by_clap(self) -> bool:
-        """Return whether there are scorers."""
+        """Whether there are CLAP scorers."""
         return bool(self.scorers) or self.scoring is not None
 
     @property
     def by_reward(self) -> bool:
-        """Return whether there is a reward model."""
+        """Whether there is a reward model."""
         return self.reward is not None or self.reward_server is not None
 
     @property
     def source(self) -> str:
-        """Return where scores come from, as a record keeps it."""
+        """The models' URIs and the services' addresses, for a clip's record."""
         scorers = [f"{name}={uri}" for name, uri in self.scorers.items()]
         rewards = [] if self.reward is None else [f"{self.reward} on {self.clap}"]
         served = [f"{self.scoring} {' '.join(self.names)}".strip()] if self.scoring is not None else []
@@ -221,25 +220,25 @@ class ScorerSources:
         """Load the models and connect to the services.
 
         Raises:
-            InvalidInputError: a URI is none, in the words of the flag.
+            InvalidInputError: a model URI is invalid; names the option.
             ModelError: a model was refused.
         """
-        here = self._open_local() if self.are_here else None
-        there = None
+        local = self._open_local() if self.are_here else None
+        remote = None
         if self.scoring is not None or self.reward_server is not None:
-            there = client.AudioClient(
+            remote = client.AudioClient(
                 scoring=self.scoring,
                 reward=self.reward_server,
                 tls=self.connection.files,
                 timeout=self.connection.seconds,
             )
         return CombinedScorers(
-            clap=there if self.scoring is not None else here if self.by_clap else None,
-            reward=there if self.reward_server is not None else here if self.by_reward else None,
+            clap=remote if self.scoring is not None else local if self.by_clap else None,
+            reward=remote if self.reward_server is not None else local if self.by_reward else None,
         )
 
     def _open_local(self) -> Scorers:
-        # Torch is seconds of import: only where models run in this process.
+        # Imported here: importing torch takes seconds, and only models in this process need it.
         from services.local import open_scorers
         from services.weights.uri import ModelURI, resolve
 
@@ -257,7 +256,9 @@ class ScorerSources:
         if faults:
             raise InvalidInputError(*faults)
         if "--clap" in uris and uris["--clap"].scheme == "laion-clap":
-            refuse("--clap", f"is {self.clap[:80]!r}, which gives embeddings and no tokens; give laion:PATH")
+            refuse(
+                "--clap", f"is {self.clap[:80]!r}, which returns no tokens, only embeddings; give laion:PATH"
+            )
         models: dict[str, ResolvedModel] = {}
         for flag, uri in uris.items():
             with _naming(flag):
@@ -273,7 +274,7 @@ class ScorerSources:
 
 @contextlib.contextmanager
 def _naming(flag: str) -> Iterator[None]:
-    """Name the flag in errors of the model that it names."""
+    """Put `flag` into errors about its model: as the field, or in front of the message."""
     try:
         yield
     except InvalidInputError as error:
@@ -288,7 +289,7 @@ def _naming(flag: str) -> Iterator[None]:
 
 
 def name_clips(error: InvalidInputError, names: Sequence[str]) -> InvalidInputError:
-    """Spell ``pairs[2].clip.audio`` as the third of `names`, and ``scorers[0]`` as the flag."""
+    """Return `error` with ``names[2]`` for the field ``pairs[2].clip.audio``, --scorer for ``scorers[0]``."""
     return InvalidInputError(*(_named(violation, names) for violation in error.violations))
 
 

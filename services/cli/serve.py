@@ -16,16 +16,16 @@ app = typer.Typer(help="Run a service until SIGTERM or Ctrl-C.", no_args_is_help
 
 
 def service_of(name: str) -> "Service[Any, Any]":
-    """Import a service of the catalogue."""
+    """Import and return the `SERVICE` of ``services/NAME/serve.py``."""
     service: Service[Any, Any] = importlib.import_module(f"services.{name}.serve").SERVICE
     return service
 
 
 class ServeCommand(TyperCommand):
-    """`milonga serve NAME`: its options are those of the service's settings, imported when needed."""
+    """`milonga serve NAME`. Its options come from the service's settings, which are imported on first use."""
 
     def get_params(self, ctx: Any) -> Any:
-        """Return the options."""
+        """Return the options, and set the epilog."""
         assert self.name is not None
         if not self.params:
             kind = service_of(self.name).settings
@@ -36,7 +36,7 @@ class ServeCommand(TyperCommand):
         return super().get_params(ctx)
 
     def invoke(self, ctx: Any) -> None:
-        """Serve until a signal."""
+        """Serve until SIGTERM or SIGINT."""
         from services.runtime.serving import run
 
         assert self.name is not None
@@ -45,7 +45,7 @@ class ServeCommand(TyperCommand):
 
 
 def _nothing() -> None:
-    """Stands for the callback that typer wants of a command; `ServeCommand.invoke` runs instead."""
+    """Do nothing. typer requires a callback; `ServeCommand.invoke` runs instead of it."""
 
 
 for entry in CATALOGUE.values():

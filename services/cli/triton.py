@@ -1,4 +1,4 @@
-"""`milonga triton`: our models for a Triton server."""
+"""`milonga triton`: export the services' models into a Triton model repository."""
 
 import importlib
 import re
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from services.inference.triton.serving import Servable
     from services.weights.uri import ModelURI, ResolvedModel
 
-app = typer.Typer(help="Our models in NVIDIA's Triton Inference Server.", no_args_is_help=True)
+app = typer.Typer(help="Serve models with NVIDIA's Triton Inference Server.", no_args_is_help=True)
 
 MODELS: Final = {entry.model: entry for entry in CATALOGUE.values()}
-"""Services by their model's name."""
+"""Services by the name of their model."""
 NAMES: Final = ", ".join(MODELS)
 TOKENIZER: Final = "roberta-base"
-"""Folder beside a LAION checkpoint in which its tokenizer is looked for."""
-WAITING: Final = 256
-"""Requests to a model with batches that may wait in Triton; beyond that it answers UNAVAILABLE."""
+"""Folder next to a LAION checkpoint that holds its tokenizer."""
+MAX_QUEUE_SIZE: Final = 256
+"""Requests that may wait in Triton for a batched model; beyond that Triton responds UNAVAILABLE."""
 WAIT_MICROSECONDS: Final = 5_000
-"""How long one waits for others to share its batch: as long as in our services."""
+"""Time that a request waits for others to share its batch: as in the services (`max_wait_seconds`)."""
 
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CODE: Final = '''\
@@ -48,12 +48,12 @@ def _triton() -> None:
 
 def _export(
     repository: Annotated[
-        str, typer.Argument(help="Folder of the repository, made if it is not there; or s3://….")
+        str, typer.Argument(help="Folder of the repository, created if missing; or s3://….")
     ],
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Export this model alone. May be given several times.",
+            help="Export only this model. Can be repeated.",
             metavar="|".join(MODELS),
             show_default="all",
         ),
@@ -63,7 +63,7 @@ def _export(
         typer.Option(
             min=1,
             max=2**63 - 1,
-            help="Number of the version folder, of what --only names.",
+            help="Number of the version folder, for the model of --only.",
             show_default="the registered version, else the manifest's, else 1",
         ),
     ] = None,
@@ -71,8 +71,8 @@ def _export(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A setting of the service, for config.pbtxt: tango.exact=true, clap.device=cuda:1. May be "
-            "given several times.",
+            help="A setting of the service, for config.pbtxt: tango.exact=true, clap.device=cuda:1. Can be "
+            "repeated.",
             metavar="MODEL.NAME=VALUE",
             show_default=False,
         ),
@@ -81,12 +81,12 @@ def _export(
 ) -> None:
     chosen = _chosen(only)
     if version is not None and len(chosen) != 1:
-        raise InvalidInputError(FieldViolation("--version", "is for one model; name it by --only"))
+        raise InvalidInputError(FieldViolation("--version", "is for a single model; name it with --only"))
     settings, values = _settings(setting, chosen), read_weights(weights, export=True)
     from services.inference.triton.repository import ModelRepository, open_storage
 
     storage = open_storage(repository)
-    # All are found before the first is written.
+    # Every model is resolved before the first is written.
     found = [export_model(entry, values[entry.name], settings[entry.model]) for entry in chosen]
     models = ModelRepository(storage)
     for exported, number in found:
@@ -94,8 +94,8 @@ def _export(
         added = models.add(exported, number)
         digests = ", ".join(f"{one.name} {one.digest[:19]}…" for one in exported.weights.values())
         pinned = ", ".join(map(str, models.pinned(name)))
-        beside = "" if str(number) == pinned else f"; pinned is {pinned}"
-        typer.echo(f"{name}/{number}  {digests}{'' if added else ' (there already)'}{beside}")
+        other_pin = "" if str(number) == pinned else f"; pinned is {pinned}"
+        typer.echo(f"{name}/{number}  {digests}{'' if added else ' (there already)'}{other_pin}")
     if Path(repository).is_dir():
         flags = "--model-control-mode=explicit --load-model='*' --strict-readiness=false"
         typer.echo(f"tritonserver --model-repository={repository} {flags}")
@@ -103,8 +103,8 @@ def _export(
 
 HELP: Final = (
     f"Write a Triton model repository: {NAMES}, each with its weights.\n\n"
-    "A version that is there already is left as it is. A model's first version is pinned (version_policy); a "
-    "later one lies beside it until `milonga promote run --target triton://HOST:8001` takes it there."
+    "An existing version is left as it is. A model's first version is pinned (version_policy); a later one "
+    "is not served until `milonga promote run --target triton://HOST:8001` pins it."
 )
 app.command("export", help=HELP)(with_options(_export, weights_options(export=True)))
 
@@ -112,7 +112,7 @@ app.command("export", help=HELP)(with_options(_export, weights_options(export=Tr
 def export_model(
     entry: ServiceEntry, values: Mapping[str, Any], settings: Mapping[str, str] | None = None
 ) -> tuple["Exported", int]:
-    """Return the model of a service, and its version number: that of its first weights.
+    """Return the export of a service's model, and its version number: that of its first weights.
 
     Args:
         entry: the service.
@@ -121,7 +121,7 @@ def export_model(
 
     Raises:
         ModelError: weights were not found, or refused.
-        InvalidInputError: they are of another kind, or a setting is wrong.
+        InvalidInputError: the weights are of the wrong kind, or a setting is invalid.
     """
     from services.inference.triton.repository import Exported
     from services.inference.triton.serving import read_settings
@@ -152,7 +152,7 @@ def _chosen(only: Sequence[str] | None) -> list[ServiceEntry]:
 
 
 def _settings(given: Sequence[str] | None, chosen: Sequence[ServiceEntry]) -> Mapping[str, dict[str, str]]:
-    """What --set says, by model."""
+    """Return the settings of --set, by model."""
     settings: dict[str, dict[str, str]] = {entry.model: {} for entry in chosen}
     for text in given or ():
         name, equals, value = text.partition("=")
@@ -160,7 +160,7 @@ def _settings(given: Sequence[str] | None, chosen: Sequence[ServiceEntry]) -> Ma
         if not (equals and dot and key) or model not in settings:
             raise InvalidInputError(
                 FieldViolation(
-                    "--set", f"is {text!r}, must be MODEL.NAME=VALUE, MODEL of {', '.join(settings)}"
+                    "--set", f"is {text!r}, must be MODEL.NAME=VALUE; MODEL is one of {', '.join(settings)}"
                 )
             )
         settings[model][key] = value
@@ -168,7 +168,7 @@ def _settings(given: Sequence[str] | None, chosen: Sequence[ServiceEntry]) -> Ma
 
 
 def _as_option(violation: FieldViolation, entry: ServiceEntry) -> FieldViolation:
-    """Name the option in the place of a setting: ``--scorer a`` of ``scorers.a``."""
+    """Return `violation` with the option in place of the setting: ``--scorer a`` for ``scorers.a``."""
     setting, _, name = violation.field.partition(".")
     for weights in entry.weights:
         if weights.setting == setting:
@@ -177,7 +177,7 @@ def _as_option(violation: FieldViolation, entry: ServiceEntry) -> FieldViolation
 
 
 def _check_parts(values: Mapping[str, Any]) -> None:
-    """Refuse names of weights that can't be names of folders."""
+    """Raise `InvalidInputError` for names of weights that can't name a folder."""
     for setting, value in values.items():
         for part in () if isinstance(value, str) else value:
             if not _PART.fullmatch(part):
@@ -191,7 +191,7 @@ def _check_parts(values: Mapping[str, Any]) -> None:
 
 
 def _refuse_package(uris: "Mapping[str, ModelURI]", values: Mapping[str, Any]) -> None:
-    """Refuse weights that need the package laion_clap, which Triton's process can't import."""
+    """Raise `InvalidInputError` for weights that need the package laion_clap, which Triton can't import."""
     for part, uri in uris.items():
         if uri.scheme == "laion-clap":
             field = part if part in values else next(f"{name}.{part}" for name in values)
@@ -204,27 +204,27 @@ def _refuse_package(uris: "Mapping[str, ModelURI]", values: Mapping[str, Any]) -
 
 
 def _number(found: "ResolvedModel") -> int:
-    """The version as Triton's folders have it: a registered model's own; others are 1 unless they say."""
+    """Return the version number for Triton: the model's version if it is a positive number, otherwise 1."""
     version = found.identity.version
     return int(version) if version.isdecimal() and int(version) else 1
 
 
 def _configure(config: Any, settings: Mapping[str, str]) -> None:
-    """Fill in how Triton runs a model, and the service's settings as parameters."""
+    """Set Triton's backend, instances and batching in `config`, and the service's settings as parameters."""
     from tritonclient.grpc import model_config_pb2
 
     config.backend = "python"
-    # The setting `device` says where it runs. One instance: requests share its batches.
+    # The setting `device` chooses the device. One instance, so that all requests share its batches.
     config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_MODEL, count=1)
     if not config.model_transaction_policy.decoupled:
         config.dynamic_batching.max_queue_delay_microseconds = WAIT_MICROSECONDS
-        config.dynamic_batching.default_queue_policy.max_queue_size = WAITING
+        config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
     for name, value in settings.items():
         config.parameters[name].string_value = value
 
 
 def _weights(model: "ResolvedModel") -> "Weights":
-    """What is copied of weights: a folder, or a LAION checkpoint with the tokenizer that it lacks."""
+    """Return the files to copy: a model folder, or a LAION checkpoint and its tokenizer."""
     from services.inference.triton.repository import Weights
 
     found = model.identity

@@ -1,4 +1,4 @@
-"""`milonga up`: every service on this machine, one process each, one command, one Ctrl-C."""
+"""`milonga up`: run every service on this machine, each in its own process, until Ctrl-C."""
 
 import os
 import signal
@@ -25,19 +25,20 @@ _PER_SERVICE: Final = frozenset(
     {"listen", "health_port", "metrics_port"}
     | {weights.setting for entry in CATALOGUE.values() for weights in entry.weights}
 )
-"""Settings that services on one machine can't share: `up` gives them itself, or leaves them out."""
+"""Settings that services on one machine can't share: `up` sets them per service, or leaves them unset."""
 EPILOG: Final = (
-    "Prints a line for each service when it is ready; their logs go to stderr, each line after the "
-    "service's name. Other settings come from the environment, as for milonga serve: MILONGA_DEVICE, "
-    "MILONGA_THREADS, … Exit codes: 0 stopped by a signal, calls under way finished · 130 by a second "
-    "signal, which ends them at once · otherwise a service ended by itself: the others were stopped, and its "
-    "exit code is this one's."
+    "Prints a line for each service when it is ready; the services' logs go to stderr, each line prefixed "
+    "with the service's name. Other settings come from the environment, as for milonga serve: "
+    "MILONGA_DEVICE, MILONGA_THREADS, … "
+    "Exit codes: 0 stopped by a signal, running calls finished · 130 stopped by a second "
+    "signal, which cancels running calls · otherwise a service ended by itself: the others were stopped, and "
+    "its exit code is returned."
 )
 
 
 def _up(
     host: Annotated[
-        str, typer.Option(help="Interface to listen on; 0.0.0.0 for every one. Without TLS.")
+        str, typer.Option(help="Interface to listen on; 0.0.0.0 for all interfaces. Without TLS.")
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -47,7 +48,9 @@ def _up(
     ] = FIRST_PORT,
     log_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the logs, one file a service, instead of stderr.", show_default=False),
+        typer.Option(
+            help="Folder for the logs, one file per service, instead of stderr.", show_default=False
+        ),
     ] = None,
     **weights: Any,
 ) -> None:
@@ -65,9 +68,9 @@ def _up(
     _check_ports(plans)
     if log_dir is not None:
         make_folder(log_dir)
-    code, last_words = _run(plans, log_dir)
-    if last_words:
-        typer.echo(f"error: {last_words}", err=True)
+    code, failure = _run(plans, log_dir)
+    if failure:
+        typer.echo(f"error: {failure}", err=True)
     raise typer.Exit(code)
 
 
@@ -76,29 +79,29 @@ up.__doc__ = f"Run every service on this machine until Ctrl-C: {NAMES}."
 
 
 def _run(plans: Sequence[ServicePlan], log_dir: Path | None) -> tuple[int, str | None]:
-    """Run services until a signal or until one ends by itself.
+    """Run services until a signal, or until one ends by itself; then stop all.
 
-    Returns the exit code, and how that one ended. None of them is left.
+    Returns the exit code, and the exit summary of the service that ended by itself.
     """
-    with _Signals() as signals:
+    with _SignalCounter() as signals:
         environment = _environment(log_dir)
         with running(
             plans, logs=log_dir, environment=environment, hurry=lambda: signals.count > 1
         ) as services:
             ended = _watch(services, signals)
-            last_words = None if ended is None else ended.obituary()
+            failure = None if ended is None else ended.exit_summary()
             if ended is None:
-                typer.echo("stopping; a second Ctrl-C ends calls under way", err=True)
+                typer.echo("stopping; a second Ctrl-C cancels running calls", err=True)
             else:
                 typer.echo(f"{ended.plan.name} ended; stopping the others", err=True)
         if ended is None:
             return (130 if signals.count > 1 else 0), None
         code = ended.process.returncode
-        return (code if code > 0 else 1), last_words
+        return (code if code > 0 else 1), failure
 
 
-def _watch(services: Sequence[ServiceProcess], signals: "_Signals") -> ServiceProcess | None:
-    """Print what becomes ready. Returns at the first signal, or with the service that ended by itself."""
+def _watch(services: Sequence[ServiceProcess], signals: "_SignalCounter") -> ServiceProcess | None:
+    """Print services as they become ready; return the one that ended by itself, or None at a signal."""
     waiting = list(services)
     while not signals.count:
         for service in services:
@@ -126,7 +129,7 @@ def _print_examples(services: Sequence[ServiceProcess]) -> None:
 
 
 def _check_models(settings: Mapping[str, Mapping[str, str | Mapping[str, str]]]) -> None:
-    """Refuse what is no model URI before anything is started."""
+    """Raise `InvalidInputError` for invalid model URIs, before any service is started."""
     from services.weights.uri import parse_uris
 
     faults: list[FieldViolation] = []
@@ -142,7 +145,7 @@ def _check_models(settings: Mapping[str, Mapping[str, str | Mapping[str, str]]])
 
 
 def _check_ports(plans: Sequence[ServicePlan]) -> None:
-    """Refuse ports that are taken before anything is started."""
+    """Raise `InvalidInputError` for ports in use, before any service is started."""
     from services.runtime.server import check_free
 
     faults: list[FieldViolation] = []
@@ -156,7 +159,7 @@ def _check_ports(plans: Sequence[ServicePlan]) -> None:
 
 
 def _environment(log_dir: Path | None) -> dict[str, str]:
-    """This process's environment for each service, without what they can't share."""
+    """Return this process's environment without the settings that services can't share."""
     dropped = {f"MILONGA_{name.upper()}" for name in _PER_SERVICE}
     kept = {
         name: value
@@ -164,13 +167,13 @@ def _environment(log_dir: Path | None) -> dict[str, str]:
         if name not in dropped and not name.startswith("MILONGA_TLS_")
     }
     if log_dir is None and sys.stderr.isatty():
-        # To a service its log looks like a pipe; somebody reads it.
+        # A service's log goes to a pipe, but ends up on this terminal.
         kept.setdefault("MILONGA_LOG_FORMAT", "console")
     return kept
 
 
-class _Signals:
-    """Counts the signals that ask to stop, instead of being ended by them."""
+class _SignalCounter:
+    """Counts SIGINT, SIGTERM and SIGHUP instead of letting them end the process."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -179,7 +182,7 @@ class _Signals:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # run by nohup
+                continue  # ignored by nohup
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 

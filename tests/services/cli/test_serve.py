@@ -186,7 +186,7 @@ def children_of(pid: int) -> dict[str, int]:
     found = {}
     for line in listing.splitlines():
         child, parent, *words = line.split()
-        if parent == str(pid) and "services.cli.leashed" in words:
+        if parent == str(pid) and "services.cli.child" in words:
             found[words[words.index("serve") + 1]] = int(child)
     return found
 

@@ -73,7 +73,7 @@ def test_a_later_version_lies_beside_the_pinned_one(
         (["--scorer", "a=laion-clap:/tmp/x.pt"], "--scorer a: is laion-clap:/tmp/x.pt"),
         (["--reward", "file:/nowhere"], "is no folder"),
         (["--only", "bark"], f"--only: is 'bark', must be one of {', '.join(MODELS)}"),
-        (["--version", "3"], "--version: is for one model; name it by --only"),
+        (["--version", "3"], "--version: is for a single model; name it with --only"),
         (["--set", "exact=true"], "--set: is 'exact=true', must be MODEL.NAME=VALUE"),
         (
             ["--set", "tango.colour=red"],
