@@ -342,7 +342,7 @@ def test_a_refused_prompt_does_not_stop_the_others(
         ('{"prompt": 3}', "prompt is 3, must be str"),
         ('{"prompt": "x", "sead": 1}', "unknown field sead"),
         ('{"prompt": "x", "seed": true}', "seed is True, must be int"),
-        ('{"prompt": "x", "id": "../x"}', "must name a file"),
+        ('{"prompt": "x", "id": "../x"}', "must be a file name"),
         ('{"prompt": "x", "id": "OK"}', "earlier line"),
     ],
 )
