@@ -501,7 +501,7 @@ def test_doctor_says_where_laion_clap_belongs(
     monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, installed(name)))
     (note,) = [check for check in doctor.package_checks() if check.name == "[laion-clap]"]
     assert note.status == "note"
-    assert "environment of its own" in note.remedy
+    assert "separate environment" in note.remedy
     versions["laion-clap"] = "1.1.7"
     found = [check for check in doctor.package_checks() if check.name == "laion-clap"]
     assert [check.status for check in found] == ["ok", "missing"]
