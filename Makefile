@@ -19,7 +19,7 @@ UV_VERSION := 0.13.8
 BUF_VERSION := 1.75.0
 TORCH := torch==2.13.0
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
-# Half a gigabyte instead of three where no NVIDIA driver answers. `make setup TORCH_INDEX=` takes PyPI's build.
+# Half a gigabyte instead of three where no NVIDIA driver is found. `make setup TORCH_INDEX=` uses PyPI's build.
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo $(CPU_TORCH_INDEX))
 EXPORT := $(BIN)/uv export --quiet --frozen --extra dev --no-hashes --no-emit-project
 PYTEST_ARGS ?=
@@ -31,8 +31,8 @@ help: ## List the targets
 .PHONY: setup
 setup: $(READY) ## Make .venv with everything, at the locked versions (CPU build of torch without an NVIDIA driver)
 
-# torch comes first and by itself, since one lock can't hold both of its builds. The rest is the lock's: what is
-# needed without torch, and under the lock's constraints what the chosen build of torch needs.
+# torch is installed first and separately, since one lock can't hold both of its builds. The rest has the lock's
+# versions: what is needed without torch, and, under the lock's constraints, what the chosen build of torch needs.
 $(READY): pyproject.toml uv.lock hatch_build.py
 	@test -n "$(PYTHON)" || { echo "milonga needs Python 3.11, 3.12 or 3.13 on the PATH (or: make PYTHON=/path/to/python)"; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON), $(TORCH) from $(or $(TORCH_INDEX),PyPI) — a few minutes the first time"
@@ -81,7 +81,7 @@ lint-protos:
 	fi
 
 .PHONY: format
-format: $(READY) ## Format the Python files and mend what can be mended
+format: $(READY) ## Format the Python files, and fix lint errors that ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -92,7 +92,7 @@ test: protos $(KUBE)/.milonga-ready ## Run the tests (PYTEST_ARGS="-k engine" fo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: demo
-demo: protos ## Start the service, send it three prompts over gRPC, write clips and a page to listen to
+demo: protos ## Start the services, send three prompts over gRPC, write clips and a page to listen to
 	@$(BIN)/python examples/demo.py
 
 .PHONY: bench
@@ -100,14 +100,14 @@ bench: protos ## Measure the engine and the service on this machine (ratios in o
 	for program in $(filter-out benchmarks/triton_overhead.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$program; done
 
 .PHONY: bench-triton
-bench-triton: protos $(TRITON)/.milonga-ready ## Measure the native API, the Open Inference Protocol and Triton beside each other
+bench-triton: protos $(TRITON)/.milonga-ready ## Compare the native API, the Open Inference Protocol and Triton on this machine
 	$(BIN)/python benchmarks/triton_overhead.py
 
 .PHONY: parity
 parity: $(PARITY)/.milonga-ready ## Compare our CLAP with laion_clap, which needs numpy < 2 and so .venv-parity
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PARITY)/bin/python -m pytest tests/parity -q -W ignore $(PYTEST_ARGS)
 
-# The lock's versions: of the extra laion-clap, and where that says nothing (torch's own needs, pytest) of dev.
+# The lock's versions for the extra laion-clap, and for packages outside it (torch's dependencies, pytest) for dev.
 $(PARITY)/.milonga-ready: $(READY)
 	@echo "setting up $(PARITY) with $(PYTHON), $(TORCH) for CPUs — a minute or two the first time"
 	@$(PYTHON) -m venv $(PARITY)
@@ -145,13 +145,13 @@ $(KUBE)/.milonga-ready: $(READY) k8s/tools.txt
 	@$(BIN)/uv pip install --quiet --python $(KUBE)/bin/python -r k8s/tools.txt
 	@touch $@
 
-# Images and a kind cluster (docs/images.md). Docker where its daemon answers, else podman.
+# Images and a kind cluster (docs/images.md). Docker if its daemon answers, else podman.
 CONTAINER ?= $(shell for c in docker podman; do $$c info >/dev/null 2>&1 && echo $$c && break; done)
 IMAGE_TAG ?= dev
 BASE_IMAGE ?= python:3.11-slim-bookworm
 # cpu, or cuda: the lock's own torch, with NVIDIA's libraries.
 IMAGE_TORCH ?= cpu
-# Whatever else the build is to be told, e.g. secrets: --secret id=pipconf,src=/etc/pip.conf
+# Further flags of the build, e.g. secrets: --secret id=pipconf,src=/etc/pip.conf
 BUILD_FLAGS ?=
 SOURCE ?= unknown
 IMAGES := services training
@@ -171,15 +171,15 @@ $(IMAGES:%=image-%): image-%:
 	  --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)" \
 	  $(BUILD_FLAGS) .
 
-# NVIDIA's Triton with Milonga in it. Not among IMAGES: it needs NVIDIA's registry, and services built for its Python.
+# NVIDIA's Triton with Milonga. Not in IMAGES: it needs NVIDIA's registry, and services built for its Python.
 .PHONY: image-triton
-image-triton: ## Build the image of Triton (docs/triton.md says on which image of the services)
+image-triton: ## Build the image of Triton (docs/triton.md names the image of the services that it needs)
 	@test -n "$(CONTAINER)" || { echo "make image-triton needs docker, with its daemon running, or podman"; exit 1; }
 	DOCKER_BUILDKIT=1 $(CONTAINER) build --file services/inference/triton/Dockerfile --tag $(call IMAGE,triton) \
 	  --build-arg SERVICES_IMAGE=$(call IMAGE,services) $(BUILD_FLAGS) .
 
 .PHONY: kind
-kind: load-kind ## A kind cluster with the stack: create it unless there, load the images, apply k8s/milonga.yaml, wait
+kind: load-kind ## Create a kind cluster if there is none, load the images, apply k8s/milonga.yaml, wait
 	@command -v kubectl >/dev/null || { echo "make kind needs kubectl: https://kubernetes.io/docs/tasks/tools"; exit 1; }
 	kubectl --context kind-$(KIND_CLUSTER) apply -f k8s/milonga.yaml
 	kubectl --context kind-$(KIND_CLUSTER) --namespace milonga wait deployment --all --for=condition=Available --timeout=10m
@@ -188,7 +188,7 @@ kind: load-kind ## A kind cluster with the stack: create it unless there, load t
 	@echo "  $(BIN)/milonga generate \"A dog barks then a siren wails\" -o clip.wav --server localhost:50051"
 	@echo "To be rid of it: kind delete cluster --name $(KIND_CLUSTER)"
 
-# By way of a file: `kind load docker-image` does not find podman's images.
+# From a file: `kind load docker-image` does not find podman's images.
 .PHONY: load-kind
 load-kind:
 	@command -v kind >/dev/null || { echo "make kind needs kind: https://kind.sigs.k8s.io/docs/user/quick-start/#installation"; exit 1; }
@@ -200,8 +200,8 @@ load-kind:
 	  $(KIND) load image-archive "$$archive" --name $(KIND_CLUSTER); \
 	done
 
-# The whole loop on the cluster of KUBECONFIG, whose namespace milonga it takes and deletes (docs/kubernetes.md).
-# LOAD_IMAGES puts images into it: its arguments are their names.
+# The whole loop on the cluster of KUBECONFIG, whose namespace milonga it deletes and uses (docs/kubernetes.md).
+# LOAD_IMAGES loads images into the cluster: its arguments are their names.
 LOAD_IMAGES ?= kind load docker-image --name $(KIND_CLUSTER)
 
 .PHONY: test-cluster
@@ -210,8 +210,8 @@ test-cluster: protos $(KUBE)/.milonga-ready images ## Test the whole loop on a c
 	$(LOAD_IMAGES) $(foreach image,$(IMAGES) stores,$(call IMAGE,$(image)))
 	$(BIN)/python -m pytest tests/cluster -x -v $(PYTEST_ARGS)
 
-# A real Triton on CPUs. Its programs come from the wheel of PyTriton, of which nothing else is used. Its Python backend
-# returns empty tensors, and no error, with numpy 2: so the models' libraries are there a second time, with numpy 1.
+# A real Triton on CPUs. Its programs come from the wheel of PyTriton, of which nothing else is used. With numpy 2 its
+# Python backend returns empty tensors without an error: so the models' libraries are installed again, with numpy 1.
 PYTRITON := nvidia-pytriton==0.7.0
 
 .PHONY: test-triton
@@ -234,7 +234,7 @@ mini: protos ## Train the embedded model family from scratch (hours; resumable)
 	$(BIN)/python -m training.mini
 
 .PHONY: clean
-clean: ## Remove what was made, except .venv and training runs under build/mini
+clean: ## Remove generated files, except .venv and training runs under build/mini
 	rm -rf dist build/demo build/bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f protos/.generated protos/milonga/v1/*_pb2*.py protos/milonga/v1/*_pb2*.pyi
 	find services training tests protos examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

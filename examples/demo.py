@@ -1,10 +1,9 @@
-"""From three prompts to a page you can listen to and a table of what the judges say. Run by `make demo`.
+"""Generate and score clips of three prompts; write a page with players and print a table. Run by `make demo`.
 
     python examples/demo.py [--out build/demo] [--model mini] [--steps 25] [--seed 7]
 
-Starts the generation, scoring and reward services as processes of their own, waits until each is SERVING,
-streams the progress of each prompt, has every clip judged for every prompt, writes WAV files and one
-self-contained HTML page, and stops the services.
+Starts the services as child processes, waits until each is SERVING, streams the progress of each prompt,
+scores every clip for every prompt, writes WAV files and one self-contained HTML page, and stops the services.
 """
 
 import argparse
@@ -44,12 +43,12 @@ class Sound:
     clip: client.Clip
     finished: client.Finished
     seconds: float
-    """Wall clock from asking to having it."""
+    """Wall-clock time of the request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judgement:
-    """What the judges say of one clip for one prompt."""
+class PairScores:
+    """The scores of one clip for one prompt."""
 
     scores: tuple[float, ...]
     """CLAP score by each scorer."""
@@ -66,24 +65,24 @@ def plans(model: str) -> list[ServicePlan]:
     ]
 
 
-def judge(
+def score_clips(
     audio: client.AudioClient, prompts: Sequence[str], clips: Sequence[client.Clip]
-) -> tuple[list[str], list[list[Judgement]]]:
-    """Have every clip judged for every prompt. Returns the scorers' names, and a row of judgements a clip."""
+) -> tuple[list[str], list[list[PairScores]]]:
+    """Score every clip for every prompt. Return the scorers' names, and a row of scores per clip."""
     pairs = [(prompt, clip) for clip in clips for prompt in prompts]
     scores, rewards = audio.score_audio(pairs), audio.compute_rewards(pairs)
-    judgements = [
-        Judgement(scores=tuple(row), reward=reward)
+    scored = [
+        PairScores(scores=tuple(row), reward=reward)
         for row, reward in zip(scores.values.tolist(), rewards.rewards, strict=True)
     ]
-    rows = [judgements[i : i + len(prompts)] for i in range(0, len(judgements), len(prompts))]
+    rows = [scored[i : i + len(prompts)] for i in range(0, len(scored), len(prompts))]
     return [scorer.name for scorer in scores.scorers], rows
 
 
-def table_rows(prompts: Sequence[str], judgements: Sequence[Sequence[Judgement]]) -> list[list[Cell]]:
-    """Return what the table shows: each clip for its own prompt, and the best that it got for another's."""
+def table_rows(prompts: Sequence[str], scored: Sequence[Sequence[PairScores]]) -> list[list[Cell]]:
+    """Return a row per clip: its scores for its own prompt, and its best probability for another prompt."""
     rows: list[list[Cell]] = []
-    for number, (prompt, row) in enumerate(zip(prompts, judgements, strict=True)):
+    for number, (prompt, row) in enumerate(zip(prompts, scored, strict=True)):
         own, others = row[number], [one for index, one in enumerate(row) if index != number]
         best = max(others, key=lambda one: one.reward.logit)
         rows.append([prompt, *own.scores, own.reward.logit, own.reward.probability, best.reward.probability])
@@ -93,8 +92,8 @@ def table_rows(prompts: Sequence[str], judgements: Sequence[Sequence[Judgement]]
 def make_sound(
     audio: client.AudioClient, prompt: str, options: client.GenerationOptions, bar: Progress
 ) -> Sound:
-    """Stream one prompt, showing each step."""
-    task, start = bar.add_task(prompt, total=1.0, stage="asking"), time.monotonic()
+    """Stream one prompt, and show the progress of each step."""
+    task, start = bar.add_task(prompt, total=1.0, stage="waiting"), time.monotonic()
     clip: client.Clip | None = None
     for update in audio.stream(prompt, **options):
         bar.update(task, stage=stage_of(update) or "done")
@@ -121,7 +120,7 @@ CARD = """
   <audio controls preload="metadata" src="{sound}"></audio>
   <p>seed {seed} · {duration:.2f} s of sound in {seconds:.2f} s · denoising {denoise:.2f} s,
      decoding {decode:.2f} s · <a download="{file}" href="{sound}">{file}</a>{warnings}</p>
-  <p>{judged}</p>
+  <p>{scores_text}</p>
 </article>"""
 
 PAGE = """<!doctype html>
@@ -148,11 +147,9 @@ PAGE = """<!doctype html>
 """
 
 
-def card(sound: Sound, file: str, scorers: Sequence[str], judgement: Judgement) -> str:
+def card(sound: Sound, file: str, scorers: Sequence[str], scored: PairScores) -> str:
     """Return the part of the page that shows one clip."""
-    scores = (
-        f"{html.escape(name)} {score:.3f}" for name, score in zip(scorers, judgement.scores, strict=True)
-    )
+    scores = (f"{html.escape(name)} {score:.3f}" for name, score in zip(scorers, scored.scores, strict=True))
     warnings = "".join(
         f'<br><span class="warning">{html.escape(warning)}</span>' for warning in sound.finished.warnings
     )
@@ -168,13 +165,13 @@ def card(sound: Sound, file: str, scorers: Sequence[str], judgement: Judgement) 
         decode=sound.finished.timings.decode,
         file=file,
         warnings=warnings,
-        judged=f"CLAP score {' · '.join(scores)} · reward {judgement.reward.logit:.2f}, "
-        f"probability {judgement.reward.probability:.3f}",
+        scores_text=f"CLAP score {' · '.join(scores)} · reward {scored.reward.logit:.2f}, "
+        f"probability {scored.reward.probability:.3f}",
     )
 
 
 def page(sounds: Sequence[Sound], cards: Sequence[str]) -> str:
-    """Return the whole page: players and spectrograms, nothing outside it."""
+    """Return the whole page, self-contained: players and spectrograms."""
     model = sounds[0].finished.model
     return PAGE.format(
         name=html.escape(model.name),
@@ -185,7 +182,7 @@ def page(sounds: Sequence[Sound], cards: Sequence[str]) -> str:
 
 
 def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
-    """Run the whole demo. Returns the page's path."""
+    """Run the whole demo. Return the path of the page."""
     console = Console(stderr=True)
     make_folder(out)
     console.print(f"starting generation ({model}), scoring and reward (logs: {out}/*.log)", highlight=False)
@@ -204,26 +201,26 @@ def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
         with client.AudioClient(generation, scoring=scoring, reward=reward) as audio:
             with Progress(*columns, console=console) as bar:
                 sounds = [make_sound(audio, prompt, options, bar) for prompt in PROMPTS]
-            scorers, judgements = judge(audio, PROMPTS, [sound.clip for sound in sounds])
+            scorers, scored = score_clips(audio, PROMPTS, [sound.clip for sound in sounds])
     cards = []
     for number, sound in enumerate(sounds):
         file = f"clip-{number + 1}.wav"
         write_atomically(out / file, sound.clip.audio)
         console.print(f"{out / file}  {sound.prompt}", highlight=False)
-        cards.append(card(sound, file, scorers, judgements[number][number]))
+        cards.append(card(sound, file, scorers, scored[number][number]))
     header = ["prompt", *scorers, "reward", "probability", "for another prompt"]
-    print_table(header, table_rows(PROMPTS, judgements))
+    print_table(header, table_rows(PROMPTS, scored))
     write_atomically(out / "index.html", page(sounds, cards).encode())
     return out / "index.html"
 
 
 def main() -> int:
-    """Parse the command line and run. Returns the exit code."""
+    """Parse the command line and run. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder of clips and page")
     parser.add_argument("--model", default="mini", help="model URI")
     parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=7, help="where the noise starts")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the noise")
     arguments = parser.parse_args()
     options: client.GenerationOptions = {"seed": arguments.seed, "num_inference_steps": arguments.steps}
     try:

@@ -1,10 +1,10 @@
-"""A prompt in, a WAV file out, progress on the way: by NVIDIA's tritonclient, and nothing of ours.
+"""Generate a WAV file of a prompt, with progress, by NVIDIA's tritonclient only.
 
     pip install 'tritonclient[grpc]'
-    milonga serve generation --model mini                   # elsewhere
+    milonga serve generation --model mini                   # in another terminal
     python examples/tritonclient_generate.py "A dog barks then a siren wails" [--out clip.wav] [--seed 7]
 
-Speaks the Open Inference Protocol (docs/inference-protocol.md), to our services as to Triton's port 8001.
+Uses the Open Inference Protocol (docs/inference-protocol.md), with our services or with Triton's port 8001.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def tensor(name: str, datatype: str, values: Any) -> triton.InferInput:
 
 
 def ask(client: triton.InferenceServerClient, prompt: str, seed: int, steps: int) -> Any:
-    """Return the answer that holds the clip; show the progress until then."""
+    """Return the answer with the clip, and print the progress until then."""
     inputs = [
         tensor("PROMPT", "BYTES", np.array([prompt.encode()], dtype=np.object_)),
         tensor("SEED", "INT64", np.array([seed], dtype=np.int64)),
@@ -49,12 +49,14 @@ def ask(client: triton.InferenceServerClient, prompt: str, seed: int, steps: int
             print(f"\r{result.as_numpy('PROGRESS')[0]:4.0%}", end="", file=sys.stderr, flush=True)
     finally:
         print(file=sys.stderr)
-        client.stop_stream(cancel_requests=under_way)  # Ctrl-C: nobody makes what nobody waits for
+        client.stop_stream(cancel_requests=under_way)  # Ctrl-C: cancels the request
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Ask a generation service for a clip, with tritonclient.")
+    parser = argparse.ArgumentParser(
+        description="Generate a clip by a generation service, with tritonclient."
+    )
     parser.add_argument("prompt", nargs="?", default="A dog barks then a siren wails")
     parser.add_argument("--url", default="localhost:50051", help="address of the service (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("clip.wav"), help="file to write (%(default)s)")
