@@ -33,7 +33,7 @@ from rich.table import Column, Table
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("services", "training")
 
-CONTRACT = "the core imports no ring"
+CONTRACT = "the core imports nothing that is built around it"
 """Name of the import rule in pyproject.toml whose sources are the core's roots."""
 
 MAX_CORE = 9_000
