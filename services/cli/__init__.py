@@ -14,6 +14,7 @@ commands through the entry-point group `milonga.commands`; without training's li
 """
 
 import errno
+import gc
 import importlib.metadata
 import os
 import sys
@@ -166,4 +167,7 @@ def _one_line(error: Exception, code: int) -> str:
 
 def main() -> None:
     """Console script."""
-    sys.exit(run())
+    code = run()
+    # At exit Python would look for cycles among what torch and the others imported, which takes a second.
+    gc.freeze()
+    sys.exit(code)

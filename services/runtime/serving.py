@@ -4,6 +4,7 @@ What differs is the `SERVICE` in ``services/NAME/serve.py``; ``python -m service
 """
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -57,6 +58,9 @@ def main(service: Service[Any, Any]) -> int:
     except MilongaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidInputError | ModelError) else 1
+    finally:
+        # At exit Python would look for cycles among what torch and the others imported, which takes a second.
+        gc.freeze()
     return 0
 
 
