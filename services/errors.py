@@ -1,47 +1,45 @@
-"""Every exception the product raises on purpose, and nothing else.
+"""The exceptions that the product raises on purpose.
 
 ::
 
     MilongaError
-    ├── InvalidInputError       the caller's fields are wrong; carries every violation at once
+    ├── InvalidInputError       fields of the request are invalid; has every violation
     ├── ModelError              weights or a model folder were refused
-    │   ├── ModelNotFoundError  nothing is where the model URI points
-    │   ├── ModelFormatError    what is there is not the model (keys, shapes, architecture, pickle)
-    │   └── DigestMismatchError what is there is not the version that was asked for
-    ├── QueueFullError          the engine's bounded queue is full; says when to come back
-    ├── RequestCancelledError   the caller went away
-    ├── DeadlineExceededError   the caller's deadline passed before the clip was done
+    │   ├── ModelNotFoundError  there is no model at the model URI
+    │   ├── ModelFormatError    the files are not the expected model (keys, shapes, architecture, pickle)
+    │   └── DigestMismatchError the files don't have the expected digest
+    ├── QueueFullError          a bounded queue is full; has the time to wait before a retry
+    ├── RequestCancelledError   the caller cancelled the request
+    ├── DeadlineExceededError   the caller's deadline passed before the request was done
     ├── ServiceUnavailableError the service can't be reached, or is stopping
-    ├── UnauthenticatedError    the caller did not prove that it may do this
-    ├── AlreadyUnderWayError    what was asked for is being done for somebody else, and only once at a time
-    ├── UnsupportedError        what was asked for is not offered here
-    └── OutputError             a result could not be written
+    ├── UnauthenticatedError    the caller's token is missing or wrong
+    ├── AlreadyUnderWayError    an operation that must not run twice at a time is already running
+    ├── UnsupportedError        this service does not offer the operation or option
+    └── OutputError             a result can't be written
 
-`services.runtime.status` maps this tree to gRPC statuses, `services.cli` maps it to exit codes.
-Whatever is not in the tree is our fault (INTERNAL) and is never blamed on the caller.
+`services.runtime.status` maps the tree to gRPC statuses, `services.cli` to exit codes. Any other exception is
+an internal error (INTERNAL, exit code 1), and is never reported as the caller's fault.
 """
 
 from dataclasses import dataclass
 
 
 class MilongaError(Exception):
-    """Root of the tree. The message is one line that names the field, the value and the remedy."""
+    """Root of the tree. The message is one line with the field, its value and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One wrong field.
-
-    `field` is its path as the wire spells it (``num_inference_steps``, ``clips[2].audio``);
-    `description` states the value found, the limit and the remedy.
-    """
+    """One invalid field."""
 
     field: str
+    """Path of the field in the wire's spelling: ``num_inference_steps``, ``clips[2].audio``."""
     description: str
+    """Its value, the limit and the remedy."""
 
 
 class InvalidInputError(MilongaError):
-    """The caller's fields are wrong. Carries every violation, not only the first."""
+    """Fields of the request are invalid. `violations` has all of them, not only the first."""
 
     def __init__(self, *violations: FieldViolation) -> None:
         if not violations:
@@ -55,19 +53,19 @@ class ModelError(MilongaError):
 
 
 class ModelNotFoundError(ModelError):
-    """Nothing is where the model URI points."""
+    """There is no model at the model URI."""
 
 
 class ModelFormatError(ModelError):
-    """What is there is not the expected model: wrong keys, shapes, architecture, or a pickle payload."""
+    """The files are not the expected model: wrong keys, shapes or architecture, or a pickle payload."""
 
 
 class DigestMismatchError(ModelError):
-    """What is there is not the version that was asked for."""
+    """The files don't have the digest of the manifest or of the model URI's pin."""
 
 
 class QueueFullError(MilongaError):
-    """The engine's queue is full. `retry_after` is an estimate in seconds."""
+    """A bounded queue is full. `retry_after` estimates the seconds until it has room."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
@@ -75,11 +73,11 @@ class QueueFullError(MilongaError):
 
 
 class RequestCancelledError(MilongaError):
-    """The caller went away before the clip was done."""
+    """The caller cancelled the request, or disconnected."""
 
 
 class DeadlineExceededError(MilongaError):
-    """The caller's deadline passed before the clip was done."""
+    """The caller's deadline passed before the request was done."""
 
 
 class ServiceUnavailableError(MilongaError):
@@ -87,16 +85,16 @@ class ServiceUnavailableError(MilongaError):
 
 
 class UnauthenticatedError(MilongaError):
-    """The caller gave no token, or a wrong one."""
+    """The caller's token is missing or wrong."""
 
 
 class AlreadyUnderWayError(MilongaError):
-    """Something that only one can do at a time is being done; nothing was begun."""
+    """An operation that must not run twice at a time is already running; this call did nothing."""
 
 
 class UnsupportedError(MilongaError):
-    """What was asked for exists, and is not offered here."""
+    """This service does not offer the operation or option."""
 
 
 class OutputError(MilongaError):
-    """A result could not be written."""
+    """A result can't be written."""

@@ -14,7 +14,7 @@ from services.cli.options import option_of, read_weights, weights_options, with_
 from services.errors import FieldViolation, InvalidInputError
 
 if TYPE_CHECKING:
-    from services.inference.triton.repository import Exported, Weights
+    from services.inference.triton.repository import ModelExport, Weights
     from services.inference.triton.serving import Servable
     from services.weights.uri import ModelURI, ResolvedModel
 
@@ -111,7 +111,7 @@ app.command("export", help=HELP)(with_options(_export, weights_options(export=Tr
 
 def export_model(
     entry: ServiceEntry, values: Mapping[str, Any], settings: Mapping[str, str] | None = None
-) -> tuple["Exported", int]:
+) -> tuple["ModelExport", int]:
     """Return the export of a service's model, and its version number: that of its first weights.
 
     Args:
@@ -123,7 +123,7 @@ def export_model(
         ModelError: weights were not found, or refused.
         InvalidInputError: the weights are of the wrong kind, or a setting is invalid.
     """
-    from services.inference.triton.repository import Exported
+    from services.inference.triton.repository import ModelExport
     from services.inference.triton.serving import read_settings
     from services.weights.uri import resolve
 
@@ -140,7 +140,7 @@ def export_model(
         raise InvalidInputError(*(_as_option(one, entry) for one in error.violations)) from error
     _configure(config, given)
     weights = {part: _weights(model) for part, model in found.items()}
-    exported = Exported(config=config, code=_CODE.format(service=entry.name), weights=weights)
+    exported = ModelExport(config=config, code=_CODE.format(service=entry.name), weights=weights)
     return exported, _number(next(iter(found.values())))
 
 
@@ -238,5 +238,5 @@ def _weights(model: "ResolvedModel") -> "Weights":
     return replace(
         weights,
         checkpoint=model.folder.name,
-        beside={f"{TOKENIZER}/{name}": tokenizer / name for name in files},
+        extra_files={f"{TOKENIZER}/{name}": tokenizer / name for name in files},
     )

@@ -11,8 +11,8 @@ from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
 from services.generation.inference import INPUTS, OUTPUTS, TangoInference
 from services.generation.settings import GenerationSettings, model_uris
-from services.inference.describing import write_config
-from services.inference.triton.backend import Opened
+from services.inference.metadata import write_config
+from services.inference.triton.backend import LoadedModel
 from services.inference.triton.serving import Servable
 from services.weights.uri import ResolvedModel
 
@@ -26,13 +26,13 @@ def configure(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) 
     return write_config(GENERATION.model, INPUTS, OUTPUTS, 0, decoupled=True)
 
 
-async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) -> LoadedModel:
     """See `Servable.load`."""
     from services.generation.slot import EngineSlot, Served, load_engine
 
     model = found[GENERATION.model]
     slot = EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
-    return Opened(model=TangoInference(slot), close=slot.close)
+    return LoadedModel(model=TangoInference(slot), close=slot.close)
 
 
 SERVABLE: Final = Servable(

@@ -1,22 +1,22 @@
-"""The Open Inference Protocol (KServe v2, as Triton speaks it over gRPC), for any service.
+"""The Open Inference Protocol (KServe v2, with Triton's gRPC definition), for any service.
 
-Knows no service: each describes its model (`Model`) and turns tensors into requests of its own.
+A service implements `Model`: it describes its tensors, and converts them to its own requests.
 
 ::
 
     add_inference(server, model)
-    add_inference(server, model, operator)      # which may load another model
+    add_inference(server, model, operator)      # the operator may load other weights
 """
 
-from services.inference.model import Leased, Model, Operator, Response, Stages
+from services.inference.model import Model, ModelLease, Operator, Response, Stages
 from services.inference.servicer import SERVICE_NAME, InferenceServicer, add_inference
 from services.inference.tensors import Tensors, TensorSpec, spread, texts
 
 __all__ = [
     "SERVICE_NAME",
     "InferenceServicer",
-    "Leased",
     "Model",
+    "ModelLease",
     "Operator",
     "Response",
     "Stages",

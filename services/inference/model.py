@@ -1,4 +1,4 @@
-"""What a service says of its model to the protocol. Shapes: n rows, one a prompt."""
+"""The protocols that a service implements for the Open Inference Protocol. Shapes: n rows, one per prompt."""
 
 from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,106 +16,111 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stages:
-    """Where a request's time went, in seconds: Triton's names."""
+    """Time of a request by stage, in seconds, with Triton's names."""
 
     queue: float = 0.0
-    """Waiting."""
+    """Waiting in the queue."""
     compute_input: float = 0.0
-    """Making ready what the model takes."""
+    """Preparing the model's inputs."""
     compute_infer: float = 0.0
-    """The model."""
+    """Running the model."""
     compute_output: float = 0.0
-    """Making what is sent of what it gave."""
+    """Encoding the model's outputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """One answer to a request."""
+    """One response to a request."""
 
     outputs: Tensors
     """Tensors by name, of the spec's datatype."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    """What else there is to say; the identity of the weights is added to it."""
+    """Further parameters; the identity of the weights is added to them."""
     rows: int = 0
-    """Rows that are done with this answer; 0 on the way."""
+    """Rows that this response completes; 0 for a progress response."""
     stages: Stages | None = None
-    """With the last answer: where the time went."""
+    """Time by stage; only in the final response."""
     final: bool = False
-    """Whether this is the last answer."""
+    """Whether this is the request's last response."""
 
-    def is_sent(self, wanted: Collection[str]) -> bool:
-        """Whether it goes to a caller who wants the outputs `wanted`: on the way, if they want its first."""
-        return self.final or any(name in wanted for name in list(self.outputs)[: None if self.rows else 1])
+    def is_sent(self, requested: Collection[str]) -> bool:
+        """Return whether to send it to a caller of the outputs `requested`.
+
+        The final response is sent always, one that completes rows if any of its outputs is requested, and a
+        progress response if its first output is requested.
+        """
+        outputs = list(self.outputs)[: None if self.rows else 1]
+        return self.final or any(name in requested for name in outputs)
 
 
 class Caller(Protocol):
-    """Whoever waits for the answer; a gRPC context is one."""
+    """The caller of a request; a gRPC context is one."""
 
     def time_remaining(self) -> Any:
-        """Seconds until the deadline, None: there is none."""
+        """Return the seconds until the deadline; None without a deadline."""
 
 
-class Leased(Protocol[Job]):
-    """The weights that one call is answered with."""
+class ModelLease(Protocol[Job]):
+    """The weights that serve one call; they stay loaded until the call ends."""
 
     @property
     def version(self) -> str:
-        """Their version."""
+        """Version of the weights."""
 
     @property
     def parameters(self) -> Mapping[str, str]:
-        """Their identity, for every answer: at least `version` and `digest`."""
+        """Identity of the weights, for every response: at least `version` and `digest`."""
 
     def read(self, tensors: Tensors) -> Job:
-        """Return what tensors ask for, checked as the native API checks it. Runs off the event loop.
+        """Return the service's own request for `tensors`. Runs off the event loop.
 
         Raises:
-            InvalidInputError: with the native API's field names.
+            InvalidInputError: the request is invalid; with the native API's field names.
         """
 
     def run(self, job: Job, caller: "Caller", *, stream: bool) -> AsyncGenerator[Response, None]:
-        """Yield the answers; without `stream` there is one. Left early, the work is given up."""
+        """Yield the responses; exactly one without `stream`. Closing the generator cancels the work."""
 
 
 class Model(Protocol):
-    """One model that a service serves."""
+    """A model that a service serves."""
 
     @property
     def name(self) -> str:
-        """As callers name it; not the name of the weights, which may change."""
+        """Name in the protocol. It stays when other weights, with other names, are loaded."""
 
     @property
     def inputs(self) -> Sequence[TensorSpec]:
-        """What it takes. The first says how many rows there are."""
+        """Input tensors. The first determines the number of rows."""
 
     @property
     def outputs(self) -> Sequence[TensorSpec]:
-        """What it makes."""
+        """Output tensors."""
 
     @property
     def max_rows(self) -> int:
-        """How many rows a request may have."""
+        """Maximum number of rows in a request."""
 
     @property
     def decoupled(self) -> bool:
-        """Whether a request of a stream has several answers.
+        """Whether a streaming request has several responses.
 
-        If not, Triton may put several requests into one batch: every tensor has its rows first.
+        If not, Triton may batch several requests: the first dimension of every tensor is the rows.
         """
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What a request may ask for, for the model's configuration."""
+        """Limits of a request, for the model's configuration."""
 
-    def lease(self) -> AbstractContextManager[Leased[Any]]:
-        """Hold the weights that are served now, for the time of one call."""
+    def lease(self) -> AbstractContextManager[ModelLease[Any]]:
+        """Return a context that holds the currently served weights for one call."""
 
 
 class Operator(Protocol):
-    """Who may change what is served, and does."""
+    """Loads other weights on behalf of an authorised caller."""
 
     def authorise(self, context: Context) -> None:
-        """Raise `UnauthenticatedError` where the caller may not."""
+        """Raise `UnauthenticatedError` unless the caller has the operator's token."""
 
     def load(self, uri: str) -> Awaitable[object]:
-        """Serve what a model URI names."""
+        """Load and serve the model at a model URI."""

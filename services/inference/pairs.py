@@ -1,6 +1,6 @@
-"""Prompts with clips as tensors: the inputs of scoring and reward.
+"""Input tensors of scoring and reward: prompts and clips.
 
-Shapes: n pairs.
+Shapes: n pairs of a prompt and a clip.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,15 @@ ENCODED_AUDIO: Final = TensorSpec(
     name="ENCODED_AUDIO", field="audio", datatype="BYTES", dims=("n", 1), optional=True
 )
 INPUTS: Final = (PROMPT, AUDIO, SAMPLE_RATE, ENCODED_AUDIO)
-"""Either samples with their rate, or whole files, which carry their own."""
+"""Either AUDIO with SAMPLE_RATE, or ENCODED_AUDIO: files, which state their rate."""
 
 
 def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
-    """Return the pairs as the native API takes them: it decodes them, and checks the rest.
+    """Return the pairs as messages of the native API, which decodes and checks them.
 
     Raises:
-        InvalidInputError: a prompt that is not UTF-8, no sound or two, or samples without a rate.
+        InvalidInputError: a prompt is not UTF-8, there are no or two tensors of audio, or AUDIO is without
+            SAMPLE_RATE.
     """
     prompts, faults = texts(tensors, PROMPT)
     assert prompts is not None
@@ -37,29 +38,27 @@ def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
         raise InvalidInputError(*faults)
     if samples is not None:
         encoding = audio_pb2.AUDIO_ENCODING_FLOAT32
-        sounds = [waveform.astype("<f4", copy=False).tobytes() for waveform in samples]
+        audio = [waveform.astype("<f4", copy=False).tobytes() for waveform in samples]
     else:
         assert files is not None
-        encoding, sounds = audio_pb2.AUDIO_ENCODING_UNSPECIFIED, files.flatten().tolist()
+        encoding, audio = audio_pb2.AUDIO_ENCODING_UNSPECIFIED, files.flatten().tolist()
     return [
         audio_pb2.PromptedClip(
             prompt=prompt,
-            clip=audio_pb2.Clip(audio=sound, encoding=encoding, sample_rate_hertz=rate or 0),
+            clip=audio_pb2.Clip(audio=content, encoding=encoding, sample_rate_hertz=rate or 0),
         )
-        for prompt, sound, rate in zip(prompts, sounds, spread(rates, len(prompts)), strict=True)
+        for prompt, content, rate in zip(prompts, audio, spread(rates, len(prompts)), strict=True)
     ]
 
 
 def _faults(samples: bool, rates: bool, files: bool) -> Iterator[FieldViolation]:
-    """What does not go together."""
+    """Yield the violations of a combination of tensors."""
     if samples and files:
-        yield FieldViolation(
-            AUDIO.field, "has both tensors AUDIO and ENCODED_AUDIO; give the one or the other"
-        )
+        yield FieldViolation(AUDIO.field, "has both tensors AUDIO and ENCODED_AUDIO; give only one of them")
     elif samples and not rates:
         yield FieldViolation(
             SAMPLE_RATE.field,
-            f"tensor SAMPLE_RATE is missing, expected {SAMPLE_RATE.expected}: samples carry none",
+            f"tensor SAMPLE_RATE is missing, expected {SAMPLE_RATE.expected}: AUDIO does not state its rate",
         )
     elif not samples and not files:
         yield FieldViolation(
@@ -69,7 +68,7 @@ def _faults(samples: bool, rates: bool, files: bool) -> Iterator[FieldViolation]
 
 
 def limits_of(bounds: AudioBounds) -> Mapping[str, str]:
-    """What a clip may be, for the model's configuration; durations are in seconds, rates in hertz."""
+    """Return the limits of a clip, for the model's configuration; durations in seconds, rates in hertz."""
     return {
         "min_duration": f"{bounds.min_seconds:g}",
         "max_duration": f"{bounds.max_seconds:g}",

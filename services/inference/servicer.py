@@ -1,6 +1,6 @@
-"""The rpcs of GRPCInferenceService: read tensors, let the service do it, write tensors.
+"""The rpcs of GRPCInferenceService: read tensors, run the model, write tensors.
 
-Its base and its messages are those that tritonclient brings, so that no proto is copied.
+The base class and the messages are tritonclient's, so that no proto file is copied.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -12,11 +12,11 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as rpc
 
 from services.errors import MilongaError, ModelNotFoundError, UnsupportedError
-from services.inference import describing
-from services.inference.model import Context, Leased, Model, Operator, Response
+from services.inference import metadata
+from services.inference.model import Context, Model, ModelLease, Operator, Response
 from services.inference.statistics import Statistics
 from services.inference.streams import interleave
-from services.inference.tensors import Tensors, read_inputs, read_wanted, write_outputs
+from services.inference.tensors import Tensors, read_inputs, read_requested_outputs, write_outputs
 from services.runtime import status
 from services.runtime.offloading import OffLoop
 from services.runtime.server import Server
@@ -26,23 +26,23 @@ log = structlog.get_logger()
 SERVICE_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 MAX_STREAM_REQUESTS: Final = 64
-"""Requests of one stream that are under way at once; the others wait to be read."""
+"""Maximum number of requests of one stream that run at a time; further ones are not read yet."""
 
 FINAL: Final = "triton_final_response"
-"""Parameter of each answer of a stream: whether it is its request's last."""
+"""Parameter of each response of a stream: whether it is its request's last."""
 
 STATUS_HEADER: Final = "triton_grpc_error"
-"""Metadata of a stream, `true`: an error ends it with its status. Otherwise errors are answers."""
+"""Metadata of a stream. If `true`, an error ends the stream with its status; otherwise it is a response."""
 
 
 def add_inference(server: Server, model: Model, operator: Operator | None = None) -> None:
-    """Let `server` answer the protocol for `model`; `operator` may load another, None: nobody may."""
+    """Add the protocol for `model` to a server. Without an `operator`, no other weights can be loaded."""
     servicer = InferenceServicer(model, operator, ready=lambda: server.ready)
     server.add(SERVICE_NAME, lambda to: rpc.add_GRPCInferenceServiceServicer_to_server(servicer, to))
 
 
 class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # a library without types
-    """Serves one model. Exceptions are mapped by the interceptor, to Triton's statuses."""
+    """Serves one model. `CallInterceptor` maps exceptions to Triton's statuses."""
 
     def __init__(self, model: Model, operator: Operator | None, *, ready: Callable[[], bool]) -> None:
         self._model, self._operator, self._ready = model, operator, ready
@@ -50,70 +50,70 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self._statistics = Statistics()
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
-        """Whether the process answers."""
+        """Return that the process is live."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
-        """Whether it takes requests: not any more while it drains."""
+        """Return whether the server takes requests: not while it drains."""
         return pb.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
-        """Whether a model of this name and version takes requests; of one that is not served: no."""
-        with self._model.lease() as leased:
-            served = request.name == self._model.name and request.version in ("", leased.version)
+        """Return whether the model with this name and version takes requests; false for an unknown one."""
+        with self._model.lease() as lease:
+            served = request.name == self._model.name and request.version in ("", lease.version)
         return pb.ModelReadyResponse(ready=served and self._ready())
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
-        """Which server this is."""
-        return describing.server_metadata()
+        """Return the server's name, version and extensions."""
+        return metadata.server_metadata()
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        """The tensors of a model."""
-        with self._model.lease() as leased:
-            self._check(request.name, request.version, leased)
-            return describing.model_metadata(self._model, leased)
+        """Return the tensors of the model."""
+        with self._model.lease() as lease:
+            self._check(request.name, request.version, lease)
+            return metadata.model_metadata(self._model, lease)
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
-        """The configuration of a model, in Triton's form."""
-        with self._model.lease() as leased:
-            self._check(request.name, request.version, leased)
-            return describing.model_config(self._model, leased)
+        """Return the configuration of the model, as Triton's ModelConfig."""
+        with self._model.lease() as lease:
+            self._check(request.name, request.version, lease)
+            return metadata.model_config(self._model, lease)
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        """What requests of this protocol there were; no name: of every model, of which there is one."""
-        with self._model.lease() as leased:
+        """Return the statistics of this protocol's requests; without a name, of the only model."""
+        with self._model.lease() as lease:
             if request.name not in ("", self._model.name):
                 raise self._not_found(request.name)
-            told = list(self._statistics.messages(self._model.name, leased.version))
+            statistics = list(self._statistics.messages(self._model.name, lease.version))
         if request.version:
-            told = [one for one in told if one.version == request.version]
-            if not told:
+            statistics = [one for one in statistics if one.version == request.version]
+            if not statistics:
                 raise self._not_found(request.name, request.version)
-        return pb.ModelStatisticsResponse(model_stats=told)
+        return pb.ModelStatisticsResponse(model_stats=statistics)
 
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        """Which models there are."""
+        """Return the only model, with its version."""
         _check_repository(request.repository_name)
-        with self._model.lease() as leased:
-            return describing.repository_index(self._model, leased)
+        with self._model.lease() as lease:
+            return metadata.repository_index(self._model, lease)
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        """Serve other weights, as OperatorService.SwitchModel does. Without a model URI: nothing to do."""
-        operator = self._authorised(context)
+        """Load other weights, as OperatorService.SwitchModel does. Does nothing without a model URI."""
+        operator = self._authorised_operator(context)
         _check_repository(request.repository_name)
         if request.model_name != self._model.name:
             raise self._not_found(request.model_name)
-        uri = describing.read_load(request)
+        uri = metadata.read_load(request)
         if uri is not None:
             await operator.load(uri)
         return pb.RepositoryModelLoadResponse()
@@ -121,17 +121,17 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        """Refused: a service without a model would be none."""
-        self._authorised(context)
+        """Raise `UnsupportedError`: a service always serves a model."""
+        self._authorised_operator(context)
         if request.model_name != self._model.name:
             raise self._not_found(request.model_name)
         raise UnsupportedError(
-            f"model {self._model.name!r} is what this service serves, and is never without; load another "
-            "version in its place, which unloads this one after its last call, or stop the service"
+            f"model {self._model.name!r} can't be unloaded, since the service always serves a model; load "
+            "another version, which unloads this one after its last call, or stop the service"
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        """One request, one answer."""
+        """Run one request; return its response."""
         async with aclosing(self._infer(request, context, stream=False)) as responses:
             (response,) = [response async for _, response in responses]
         return response
@@ -139,53 +139,55 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-        """Requests side by side, and for each its answers in order."""
+        """Run requests concurrently; yield the responses to each request in order."""
         metadata = dict(context.invocation_metadata() or ())
         strict = str(metadata.get(STATUS_HEADER, "")).lower() == "true"
 
-        def answer(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-            return self._answer(request, context, strict=strict)
+        def respond(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
+            return self._respond(request, context, strict=strict)
 
-        async with aclosing(interleave(request_iterator, answer, MAX_STREAM_REQUESTS)) as responses:
+        async with aclosing(interleave(request_iterator, respond, MAX_STREAM_REQUESTS)) as responses:
             async for response in responses:
                 yield response
 
     async def SystemSharedMemoryStatus(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def SystemSharedMemoryRegister(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def SystemSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryStatus(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryRegister(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def CudaSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
-        """Not offered."""
+        """Raise `UnsupportedError`."""
         raise _no_shared_memory()
 
     async def TraceSetting(self, request: Any, context: Context) -> Any:
-        """Not offered."""
-        raise UnsupportedError("this service has no traces to set; its log has a line for each call")
+        """Raise `UnsupportedError`."""
+        raise UnsupportedError("this service has no traces; its log has a line for each call")
 
     async def LogSettings(self, request: Any, context: Context) -> Any:
-        """Not offered."""
-        raise UnsupportedError("the log is set where the service is started: MILONGA_LOG_LEVEL")
+        """Raise `UnsupportedError`."""
+        raise UnsupportedError(
+            "the log can't be changed at run time; start the service with MILONGA_LOG_LEVEL"
+        )
 
-    async def _answer(
+    async def _respond(
         self, request: pb.ModelInferRequest, context: Context, *, strict: bool
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-        """The answers to one request of a stream, an error among them unless `strict`."""
+        """Yield the responses to one request of a stream. Unless `strict`, an error is a response too."""
         try:
             async with aclosing(self._infer(request, context, stream=True)) as responses:
                 async for final, response in responses:
@@ -199,64 +201,68 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def _infer(
         self, request: pb.ModelInferRequest, context: Context, *, stream: bool
     ) -> AsyncGenerator[tuple[bool, pb.ModelInferResponse], None]:
-        """The answers to one request, and whether each is the last."""
-        with self._model.lease() as leased:
-            self._check(request.model_name, request.model_version, leased)
-            with self._statistics.measure(leased.version) as measured:
-                wanted = read_wanted(request, self._model.outputs)
-                job = await self._off_loop(lambda: leased.read(self._read(request)))
-                async with aclosing(leased.run(job, context, stream=stream)) as responses:
+        """Yield each response to a request that is to be sent, and whether it is the last."""
+        with self._model.lease() as lease:
+            self._check(request.model_name, request.model_version, lease)
+            with self._statistics.measure(lease.version) as record:
+                requested = read_requested_outputs(request, self._model.outputs)
+                job = await self._off_loop(lambda: lease.read(self._read(request)))
+                async with aclosing(lease.run(job, context, stream=stream)) as responses:
                     async for response in responses:
-                        measured.add(response)
-                        if response.is_sent(wanted):
-                            yield response.final, self._write(request, leased, response, wanted)
+                        record.add(response)
+                        if response.is_sent(requested):
+                            yield response.final, self._write(request, lease, response, requested)
 
     def _read(self, request: pb.ModelInferRequest) -> Tensors:
         return read_inputs(request, self._model.inputs, self._model.max_rows)
 
     def _write(
-        self, request: pb.ModelInferRequest, leased: Leased[Any], made: Response, wanted: frozenset[str]
+        self,
+        request: pb.ModelInferRequest,
+        lease: ModelLease[Any],
+        response: Response,
+        requested: frozenset[str],
     ) -> pb.ModelInferResponse:
-        response = pb.ModelInferResponse(
-            model_name=self._model.name, model_version=leased.version, id=request.id
+        message = pb.ModelInferResponse(
+            model_name=self._model.name, model_version=lease.version, id=request.id
         )
-        for name, value in {**leased.parameters, **made.parameters}.items():
+        for name, value in {**lease.parameters, **response.parameters}.items():
             match value:
                 case bool():
-                    response.parameters[name].bool_param = value
+                    message.parameters[name].bool_param = value
                 case int():
-                    response.parameters[name].int64_param = value
+                    message.parameters[name].int64_param = value
                 case float():
-                    response.parameters[name].double_param = value
+                    message.parameters[name].double_param = value
                 case str():
-                    response.parameters[name].string_param = value
-        write_outputs(response, made.outputs, self._model.outputs, wanted)
-        return response
+                    message.parameters[name].string_param = value
+        write_outputs(message, response.outputs, self._model.outputs, requested)
+        return message
 
-    def _authorised(self, context: Context) -> Operator:
+    def _authorised_operator(self, context: Context) -> Operator:
         if self._operator is None:
             raise UnsupportedError(
-                "loading and unloading models is off: this service has no operator's token, or serves what "
-                "is not switched"
+                "loading and unloading models is disabled: only a generation service with an operator's token "
+                "does it"
             )
         self._operator.authorise(context)
         return self._operator
 
-    def _check(self, name: str, version: str, leased: Leased[Any]) -> None:
+    def _check(self, name: str, version: str, lease: ModelLease[Any]) -> None:
         if name != self._model.name:
             raise self._not_found(name)
-        if version not in ("", leased.version):
-            raise self._not_found(name, version, leased.version)
+        if version not in ("", lease.version):
+            raise self._not_found(name, version, lease.version)
 
     def _not_found(self, name: str, version: str = "", served: str = "") -> ModelNotFoundError:
-        # Triton's sentence, and what there is instead.
+        # Triton's message, and the model that is served.
         which = f" version {version[:80]}" if version else ""
-        there = f"{self._model.name!r} is served" + (f", version {served}" if served else "")
-        return ModelNotFoundError(f"Request for unknown model: {name[:80]!r}{which} is not found; {there}")
+        found = f"{self._model.name!r} is served" + (f", version {served}" if served else "")
+        return ModelNotFoundError(f"Request for unknown model: {name[:80]!r}{which} is not found; {found}")
 
 
 def _failed(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """The answer to a request that failed, in a stream that goes on."""
+    """Return the response for an error in a stream that goes on."""
     if not isinstance(error, MilongaError):
         log.error("request of a stream", id=request.id[:80], exc_info=error)
     request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
@@ -271,7 +277,9 @@ def _failed(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamIn
 
 def _check_repository(name: str) -> None:
     if name:
-        raise UnsupportedError(f"'repository_name' is {name[:80]!r}, expected none: there is one repository")
+        raise UnsupportedError(
+            f"'repository_name' is {name[:80]!r}, must be empty: there is only one repository"
+        )
 
 
 def _no_shared_memory() -> UnsupportedError:

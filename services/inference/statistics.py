@@ -1,4 +1,4 @@
-"""What ModelStatistics tells: requests of this protocol, by version of the weights."""
+"""Statistics for ModelStatistics: requests of this protocol, by version of the weights."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _STAGES = tuple(stage.name for stage in fields(Stages))
 
 @dataclass(slots=True)
 class _Counts:
-    """Of one version. Times are in seconds."""
+    """Counts of one version. Times are in seconds."""
 
     rows: int = 0
     succeeded: int = 0
@@ -26,44 +26,44 @@ class _Counts:
 
 
 @dataclass(slots=True)
-class Measured:
-    """One request under way."""
+class RequestRecord:
+    """Rows and stages of one running request."""
 
     rows: int = 0
     stages: Stages | None = None
 
     def add(self, response: Response) -> None:
-        """Take an answer into account."""
+        """Add a response's rows and stages."""
         self.rows += response.rows
         self.stages = response.stages or self.stages
 
 
 class Statistics:
-    """Counts the requests to one model since the start. Belongs to one event loop."""
+    """Counts the requests to one model since the service's start. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._versions: dict[str, _Counts] = {}
 
     @contextmanager
-    def measure(self, version: str) -> Iterator[Measured]:
-        """Count one request: as failed where it raises, a cancelled one included."""
-        start, measured = time.monotonic(), Measured()
+    def measure(self, version: str) -> Iterator[RequestRecord]:
+        """Count one request; if the context raises, or is cancelled, as failed."""
+        start, record = time.monotonic(), RequestRecord()
         counts = self._versions.setdefault(version, _Counts())
         try:
-            yield measured
+            yield record
         except BaseException:
             counts.failed += 1
             counts.fail_seconds += time.monotonic() - start
             raise
         counts.succeeded += 1
         counts.success_seconds += time.monotonic() - start
-        counts.rows += measured.rows
+        counts.rows += record.rows
         counts.last_milliseconds = round(time.time() * 1000)
         for stage in _STAGES:
-            counts.stages[stage] += getattr(measured.stages or Stages(), stage)
+            counts.stages[stage] += getattr(record.stages or Stages(), stage)
 
     def messages(self, name: str, served: str) -> Iterator[pb.ModelStatistics]:
-        """Yield the statistics of the `served` version of the model called `name`, and of earlier ones."""
+        """Yield the statistics of model `name`: of the `served` version, and of earlier ones."""
         for version, counts in ({served: _Counts()} | self._versions).items():
             yield pb.ModelStatistics(
                 name=name,

@@ -1,4 +1,4 @@
-"""Requests of one stream, answered side by side."""
+"""Serve the requests of one stream concurrently."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
@@ -6,46 +6,46 @@ from contextlib import aclosing, suppress
 from typing import TypeVar
 
 Request = TypeVar("Request")
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
 async def interleave(
     requests: AsyncIterable[Request],
-    answer: Callable[[Request], AsyncGenerator[Answer, None]],
-    at_once: int,
-) -> AsyncGenerator[Answer, None]:
-    """Yield the answers of every request as they come, those of one request in order.
+    respond: Callable[[Request], AsyncGenerator[Response, None]],
+    max_concurrent: int,
+) -> AsyncGenerator[Response, None]:
+    """Yield the responses to all requests as they arrive, those to one request in order.
 
-    No more than `at_once` requests are under way; the others are not read from the stream. Left early, all of
-    them end. Raises what an answer raises; then the others end too.
+    At most `max_concurrent` requests run at a time; further ones are not read from the stream. Closing the
+    generator cancels all of them, and so does an exception of one, which is raised.
     """
-    answers: asyncio.Queue[Answer | None] = asyncio.Queue(1)
-    places = asyncio.Semaphore(at_once)
+    responses: asyncio.Queue[Response | None] = asyncio.Queue(1)
+    permits = asyncio.Semaphore(max_concurrent)
 
     async def run(request: Request) -> None:
         try:
-            async with aclosing(answer(request)) as made:
-                async for one in made:
-                    await answers.put(one)
+            async with aclosing(respond(request)) as stream:
+                async for response in stream:
+                    await responses.put(response)
         finally:
-            places.release()
+            permits.release()
 
     async def read() -> Exception | None:
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 async for request in requests:
-                    await places.acquire()
+                    await permits.acquire()
                     tasks.create_task(run(request))
         except ExceptionGroup as group:
             failure = group.exceptions[0]
-        await answers.put(None)
+        await responses.put(None)
         return failure
 
     reading = asyncio.create_task(read())
     try:
-        while (one := await answers.get()) is not None:
-            yield one
+        while (response := await responses.get()) is not None:
+            yield response
         failure = await reading
         if failure is not None:
             raise failure

@@ -1,6 +1,6 @@
-"""Tensors on the wire: described, read from raw or typed contents, written. Pure functions.
+"""Specify tensors, read them from raw or typed contents, and write them. Pure functions.
 
-Shapes: n rows, one a prompt.
+Shapes: n rows, one per prompt.
 """
 
 import math
@@ -16,10 +16,10 @@ from tritonclient.grpc import service_pb2 as pb
 from services.errors import FieldViolation, InvalidInputError, UnsupportedError
 
 Tensors = Mapping[str, NDArray[Any]]
-"""Tensors by name. The elements of BYTES are `bytes`, in an array of objects."""
+"""Tensors by name. A BYTES tensor is an object array of `bytes`."""
 
 Dims = tuple[str | int, ...]
-"""Sizes that are fixed, and names of those that are not: ``("n", "samples")``."""
+"""Fixed sizes as numbers, variable ones as names: ``("n", "samples")``."""
 
 BYTES: Final = "BYTES"
 
@@ -28,7 +28,7 @@ _NUMBERS: Final[Mapping[str, tuple[np.dtype[Any], str]]] = {
     "INT32": (np.dtype("<i4"), "int_contents"),
     "INT64": (np.dtype("<i8"), "int64_contents"),
 }
-"""Datatype to its elements in raw contents, and to the field of its typed ones."""
+"""By datatype: the element type in raw contents, and the field of typed contents."""
 
 _DATATYPES: Final = {kind: datatype for datatype, (kind, _) in _NUMBERS.items()}
 
@@ -38,29 +38,29 @@ _SHARED_MEMORY: Final = "shared_memory_region"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """What a tensor must be, or will be."""
+    """Name, datatype and shape of an input or output tensor."""
 
     name: str
-    """On the wire: ``NUM_INFERENCE_STEPS``."""
+    """Name in the protocol: ``NUM_INFERENCE_STEPS``."""
     field: str
-    """The native API's name of it, which violations carry: ``num_inference_steps``."""
+    """The native API's field, which violations name: ``num_inference_steps``."""
     datatype: str
     """BYTES, FP32, INT32 or INT64."""
     dims: Dims
-    """Its shape."""
+    """Shape, with names for variable sizes."""
     optional: bool = False
-    """Whether a request may leave it out, or an answer of a stream."""
+    """Whether a request, or a response of a stream, may omit it."""
     one_for_all: bool = False
-    """Whether [1] will do for any n."""
+    """Whether a single row [1] is accepted for any n."""
 
     @property
     def shape(self) -> list[int]:
-        """Its shape; -1 is a size that is not fixed."""
+        """Shape; variable sizes are -1."""
         return [size if isinstance(size, int) else -1 for size in self.dims]
 
     @property
     def expected(self) -> str:
-        """What it must be, in words."""
+        """Datatype and shape as text, for error messages."""
         dims = ", ".join(map(str, self.dims))
         return f"{self.datatype} [{dims}]" + (", or [1] for all" if self.one_for_all else "")
 
@@ -68,14 +68,14 @@ class TensorSpec:
 def read_inputs(
     request: pb.ModelInferRequest, specs: Sequence[TensorSpec], max_rows: int
 ) -> dict[str, NDArray[Any]]:
-    """Return the tensors of a request. The first of `specs`, which is never optional, says what n is.
+    """Return the tensors of a request. The first of `specs`, which is required, determines n.
 
-    What has more than `max_rows` is refused before its contents are looked at. Blocks for milliseconds where
-    they are large.
+    A tensor with more than `max_rows` rows is refused before its contents are read. Blocks for milliseconds
+    if contents are large.
 
     Raises:
-        InvalidInputError: with every tensor that is missing, not known, or not as its spec says.
-        UnsupportedError: one lies in shared memory.
+        InvalidInputError: tensors are missing, unknown or not as specified; lists every violation.
+        UnsupportedError: a tensor is in shared memory.
     """
     known = {spec.name: spec for spec in specs}
     faults: list[FieldViolation] = []
@@ -87,7 +87,7 @@ def read_inputs(
         if spec is None:
             faults.append(_unknown("inputs", tensor.name, known))
         elif tensor.name in given:
-            faults.append(FieldViolation(spec.field, f"tensor {spec.name} is there twice; give it once"))
+            faults.append(FieldViolation(spec.field, f"tensor {spec.name} is given twice; give it once"))
         else:
             given.add(spec.name)
             try:
@@ -102,12 +102,9 @@ def read_inputs(
 
 
 def check_inputs(tensors: Tensors, specs: Sequence[TensorSpec], max_rows: int) -> None:
-    """Say of tensors that another server has read what `read_inputs` would say of them.
-
-    Raises `InvalidInputError`.
-    """
+    """Check tensors that Triton has read as `read_inputs` checks them. Raises `InvalidInputError`."""
     faults = []
-    right: dict[str, NDArray[Any]] = {}
+    valid: dict[str, NDArray[Any]] = {}
     for spec in specs:
         if (values := tensors.get(spec.name)) is None:
             continue
@@ -115,19 +112,19 @@ def check_inputs(tensors: Tensors, specs: Sequence[TensorSpec], max_rows: int) -
         if fault := _form_fault(spec, datatype, values.shape, max_rows):
             faults.append(FieldViolation(spec.field, f"tensor {spec.name} {fault}"))
         else:
-            right[spec.name] = values
+            valid[spec.name] = values
     faults += _missing(tensors.keys(), specs)
-    faults += _row_faults(right, specs)
+    faults += _row_faults(valid, specs)
     if faults:
         raise InvalidInputError(*faults)
 
 
-def read_wanted(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> frozenset[str]:
-    """Return the names of the outputs that a request wants; all where it names none.
+def read_requested_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> frozenset[str]:
+    """Return the names of the requested outputs; all outputs if the request names none.
 
     Raises:
-        InvalidInputError: one that the model does not make.
-        UnsupportedError: in shared memory, or as classes.
+        InvalidInputError: the model has no such output.
+        UnsupportedError: an output is requested in shared memory, or as classification.
     """
     known = {spec.name: spec for spec in specs}
     for output in request.outputs:
@@ -135,7 +132,7 @@ def read_wanted(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> f
             raise _no_shared_memory(output.name)
         if "classification" in output.parameters:
             name = output.name[:_MAX_NAME_CHARACTERS]
-            raise UnsupportedError(f"tensor {name!r} holds no classes; leave `class_count` out")
+            raise UnsupportedError(f"tensor {name!r} is no classification; leave `class_count` out")
     faults = [
         _unknown("outputs", output.name, known) for output in request.outputs if output.name not in known
     ]
@@ -145,39 +142,39 @@ def read_wanted(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> f
 
 
 def write_outputs(
-    response: pb.ModelInferResponse, outputs: Tensors, specs: Sequence[TensorSpec], wanted: Collection[str]
+    response: pb.ModelInferResponse, outputs: Tensors, specs: Sequence[TensorSpec], requested: Collection[str]
 ) -> None:
-    """Add the `wanted` ones of `outputs` to `response`, with raw contents, as Triton does."""
+    """Add the `requested` outputs to `response`, with raw contents as Triton does."""
     for spec in specs:
         values = outputs.get(spec.name)
-        if values is not None and spec.name in wanted:
+        if values is not None and spec.name in requested:
             response.outputs.add(name=spec.name, datatype=spec.datatype, shape=values.shape)
             response.raw_output_contents.append(_raw(spec, values))
 
 
 def texts(tensors: Tensors, spec: TensorSpec) -> tuple[list[str] | None, list[FieldViolation]]:
-    """Return a tensor of BYTES as text (None where it was left out), and what of it is not UTF-8."""
+    """Return a BYTES tensor as text (None if it was omitted), and the violations: rows that are not UTF-8."""
     values = tensors.get(spec.name)
     if values is None:
         return None, []
-    made: list[str] = []
+    decoded: list[str] = []
     faults: list[FieldViolation] = []
     for index, value in enumerate(values.flat):
         try:
-            made.append(value.decode())
+            decoded.append(value.decode())
         except UnicodeDecodeError as error:
-            made.append("")
+            decoded.append("")
             field = row_field(spec.field, index, len(values))
             faults.append(
                 FieldViolation(
                     field, f"tensor {spec.name} is not UTF-8 from byte {error.start} on; encode text as UTF-8"
                 )
             )
-    return made, faults
+    return decoded, faults
 
 
 def spread(values: Any, n: int) -> list[Any]:
-    """Return `values` as a list of `n`: of one, that for all; of None, `n` times None."""
+    """Return `values` as a list of length `n`; one value, or None, is repeated."""
     if values is None:
         return [None] * n
     listed = values.flatten().tolist() if isinstance(values, np.ndarray) else list(values)
@@ -185,20 +182,20 @@ def spread(values: Any, n: int) -> list[Any]:
 
 
 def decimals(values: NDArray[np.float32] | None) -> list[float] | None:
-    """Return FP32 elements as the shortest decimals that they are nearest to.
+    """Return FP32 elements as the shortest decimals that round to them.
 
-    So 0.64 means here what it means in the native API, whose numbers are wider, and makes the same clip.
+    So 0.64 equals the native API's double 0.64, and gives the same clip.
     """
     return None if values is None else [float(str(value)) for value in values]
 
 
 def row_field(field: str, index: int, n: int) -> str:
-    """Return the path of a row's field: ``prompt[2]``, and ``prompt`` where there is one row only."""
+    """Return the path of a row's field: ``prompt[2]``, or ``prompt`` if there is only one row."""
     return field if n == 1 else f"{field}[{index}]"
 
 
 def _raw_contents(request: pb.ModelInferRequest) -> Sequence[bytes] | None:
-    """The raw contents, one an input; None where contents are typed."""
+    """Return the raw contents, one per input; None if contents are typed."""
     for tensor in request.inputs:
         if _SHARED_MEMORY in tensor.parameters:
             raise _no_shared_memory(tensor.name)
@@ -208,13 +205,13 @@ def _raw_contents(request: pb.ModelInferRequest) -> Sequence[bytes] | None:
     if len(raw) != len(request.inputs):
         raise _invalid(
             "raw_input_contents",
-            f"has {len(raw)} elements, expected {len(request.inputs)}: one for each tensor, or none at all",
+            f"has {len(raw)} elements, expected {len(request.inputs)}, one per tensor, or none",
         )
     return raw
 
 
 def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None) -> NDArray[Any]:
-    """One tensor; `raw` are its raw contents, None where they are typed."""
+    """Return one tensor from its raw contents `raw`, or from typed contents if they are None."""
 
     def refuse(what: str) -> InvalidInputError:
         return _invalid(spec.field, f"tensor {spec.name} {what}")
@@ -224,7 +221,7 @@ def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None
         raise refuse(fault)
     count = math.prod(shape)
     if raw is not None and tensor.HasField("contents"):
-        raise refuse("has typed contents beside raw_input_contents; give the one or the other")
+        raise refuse("has both typed contents and raw_input_contents; give only one of them")
     if tensor.datatype == BYTES:
         elements = list(tensor.contents.bytes_contents) if raw is None else _split(raw, count, refuse)
         if len(elements) != count:
@@ -247,27 +244,27 @@ def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None
 
 
 def _split(raw: bytes, count: int, refuse: Any) -> list[bytes]:
-    """The elements of raw BYTES: each after its length, in four bytes, little-endian."""
+    """Return the elements of raw BYTES contents: each preceded by its length, 4 bytes, little-endian."""
     elements: list[bytes] = []
     position = 0
     while position < len(raw):
         if len(elements) == count:
-            raise refuse(f"holds more than the {count} elements that its shape says")
+            raise refuse(f"holds more than the {count} elements of its shape")
         start = position + 4
         if start > len(raw):
-            raise refuse(f"holds {len(raw) - position} bytes at its end, expected a length of 4")
+            raise refuse(f"ends with {len(raw) - position} bytes, expected the 4 bytes of a length")
         (length,) = struct.unpack_from("<I", raw, position)
         position = start + length
         if position > len(raw):
             raise refuse(
-                f"says that element {len(elements)} has {length} bytes, and {len(raw) - start} are left"
+                f"has length {length} for element {len(elements)}, but only {len(raw) - start} bytes are left"
             )
         elements.append(raw[start:position])
     return elements
 
 
 def _row_faults(read: Tensors, specs: Sequence[TensorSpec]) -> Iterator[FieldViolation]:
-    """Tensors that have not as many rows as the first."""
+    """Yield the violations of tensors whose number of rows differs from the first tensor's."""
     first = read.get(specs[0].name)
     for spec in specs:
         rows = len(read[spec.name]) if spec.name in read else None
@@ -275,20 +272,20 @@ def _row_faults(read: Tensors, specs: Sequence[TensorSpec]) -> Iterator[FieldVio
             continue
         yield FieldViolation(
             spec.field,
-            f"tensor {spec.name} has {rows} rows, expected {len(first)}, as {specs[0].name} has"
+            f"tensor {spec.name} has {rows} rows, expected {len(first)}, as many as {specs[0].name}"
             + (", or 1" if spec.one_for_all else ""),
         )
 
 
 def _form_fault(spec: TensorSpec, datatype: str, shape: tuple[int, ...], max_rows: int) -> str:
-    """What is wrong with a tensor's datatype or shape; or nothing."""
+    """Return the error of a tensor's datatype or shape; an empty string if both are as specified."""
     if datatype != spec.datatype:
         return f"has datatype {datatype[:_MAX_NAME_CHARACTERS] or '(none)'}, expected {spec.expected}"
     fixed = all(size in (actual, -1) for size, actual in zip(spec.shape, shape, strict=False))
     if len(shape) != len(spec.dims) or min(shape, default=0) < 0 or not fixed:
         return f"has shape {list(shape[:8])}, expected {spec.expected}"
     if not 1 <= shape[0] <= max_rows:
-        return f"has {shape[0]} rows, expected between 1 and {max_rows}; send more in several requests"
+        return f"has {shape[0]} rows, expected between 1 and {max_rows}; split them into several requests"
     return ""
 
 
@@ -306,14 +303,14 @@ def _raw(spec: TensorSpec, values: NDArray[Any]) -> bytes:
 
 def _unknown(field: str, name: str, known: Collection[str]) -> FieldViolation:
     return FieldViolation(
-        field, f"hold a tensor {name[:_MAX_NAME_CHARACTERS]!r}, expected some of {', '.join(known)}"
+        field, f"have an unknown tensor {name[:_MAX_NAME_CHARACTERS]!r}, expected some of {', '.join(known)}"
     )
 
 
 def _no_shared_memory(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"tensor {name[:_MAX_NAME_CHARACTERS]!r} lies in shared memory, which this service does not read or "
-        "write; send contents in the message"
+        f"tensor {name[:_MAX_NAME_CHARACTERS]!r} is in shared memory, which this service does not support; "
+        "send contents in the message"
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from services.catalogue import REWARD
-from services.inference.describing import write_config
+from services.inference.metadata import write_config
 from services.inference.pairs import INPUTS
-from services.inference.triton.backend import Opened
+from services.inference.triton.backend import LoadedModel
 from services.inference.triton.serving import Servable
 from services.reward.inference import OUTPUTS, RewardInference
 from services.reward.settings import RewardSettings, model_uris
@@ -21,13 +21,13 @@ def configure(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> A
     return write_config(REWARD.model, INPUTS, OUTPUTS, settings.max_batch_size, decoupled=False)
 
 
-async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> LoadedModel:
     """See `Servable.load`."""
     from services.reward import model
     from services.reward.servicer import RewardServicer
 
     loaded = model.load(settings, found)
-    return Opened(model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close)
+    return LoadedModel(model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close)
 
 
 SERVABLE: Final = Servable(

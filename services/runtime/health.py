@@ -1,7 +1,7 @@
-"""The health service: which services are SERVING, told to whoever asks and to whoever watches.
+"""The gRPC health service (grpc.health.v1.Health), with a Watch that serves any number of watchers.
 
-gRPC's own for asyncio keeps one condition a service name and drops it when any of its watchers leaves: the
-others would never hear that the server drains. Clients that choose among replicas by health are watchers.
+grpcio's own asyncio servicer keeps one condition variable per service name and drops it when any watcher
+leaves, so that the others are not notified when the server drains. Clients that balance by health use Watch.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """`grpc.health.v1.Health`. Belongs to one event loop; several servers may share it."""
+    """`grpc.health.v1.Health`. Belongs to one event loop; several servers may share one instance."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, Any] = {}
@@ -25,19 +25,19 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._closed = False
 
     def is_serving(self, name: str) -> bool:
-        """Whether `name` is SERVING."""
+        """Return whether the service `name` is SERVING."""
         return bool(self._statuses.get(name) == _Status.SERVING)
 
     def serve(self, names: Iterable[str]) -> None:
-        """Be SERVING under each of `names`."""
+        """Set the status of each service of `names` to SERVING."""
         self._change(dict.fromkeys(names, _Status.SERVING))
 
     def drain(self) -> None:
-        """Be NOT_SERVING from now on."""
+        """Set the status of every service to NOT_SERVING."""
         self._change(dict.fromkeys(self._statuses, _Status.NOT_SERVING))
 
     def close(self) -> None:
-        """End every watch: a server that stops would wait for them as for other calls."""
+        """End every Watch call: a stopping server waits for its calls."""
         self._closed = True
         self._change({})
 
@@ -55,13 +55,13 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """See grpc's health.proto."""
-        told: int | None = None
+        sent: int | None = None
         while True:
             changed = self._changed
             status = self._statuses.get(request.service, _Status.SERVICE_UNKNOWN)
-            if status != told:
+            if status != sent:
                 await context.write(_Status(status=status))
-                told = status
+                sent = status
             if self._closed:
                 return
             await changed.wait()

@@ -1,4 +1,4 @@
-"""The one interceptor of every service: exceptions become statuses, calls are counted and logged."""
+"""The interceptor of every service: map exceptions to statuses, count calls, log them."""
 
 import asyncio
 import re
@@ -24,17 +24,17 @@ CODES: dict[str, Mapping[type[MilongaError], grpc.StatusCode]] = {
     "/milonga.": status.STATUS_CODES,
     "/inference.": status.INFERENCE_STATUS_CODES,
 }
-"""Prefix of our rpcs to their statuses. Health and reflection are left alone: probes would fill the log."""
+"""Status codes by prefix of the method. Health and reflection are not intercepted: probes fill the log."""
 
 PROBES = ("ServerLive", "ServerReady", "ModelReady")
-"""So are these."""
+"""Methods that are not intercepted either, since they are probes."""
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Gives each call a request id, maps its exceptions, counts it, and writes one line about it."""
+    """Assigns a request id to each call, maps its exceptions to statuses, counts it, and logs one line."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
@@ -46,7 +46,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         ],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Called by gRPC for each call."""
+        """Return the wrapped handler of a call. gRPC calls this."""
         # Quoted annotations: RpcMethodHandler takes type parameters in its stubs only.
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
@@ -59,7 +59,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
         if handler.request_streaming:
-            raise NotImplementedError(f"{method}: no service of ours answers a stream of requests once")
+            raise NotImplementedError(f"{method}: client-streaming rpcs are not supported")
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
@@ -72,8 +72,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _stream(self, method: str, behaviour: Any) -> Any:
-        # A coroutine with context.write, not a generator: when the caller goes away, gRPC cancels a coroutine
-        # where it stands, but leaves a generator to the garbage collector.
+        # A coroutine with context.write, not a generator: when the caller disconnects, gRPC cancels a
+        # coroutine at once, but leaves a generator to the garbage collector.
         async def call(request: Any, context: Context) -> None:
             async with self._observed(method, context), aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
@@ -87,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 @asynccontextmanager
 async def _observed(method: str, context: Context, metrics: ServerMetrics) -> AsyncIterator[None]:
-    """Count and log one call, and end it with the status of whatever it raises."""
+    """Count and log one call; abort it with the status of an exception that it raises."""
     rpc = method.rpartition("/")[2]
     codes = next(codes for prefix, codes in CODES.items() if method.startswith(prefix))
     request_id = _request_id(context)
@@ -134,14 +134,14 @@ async def _abort(
 
 
 def _cancellation_code(context: Context) -> grpc.StatusCode:
-    """Return why gRPC cancelled the handler: deadline, caller gone, or the end of the server's grace."""
-    left = cast("float | None", context.time_remaining())  # the stubs forget None
+    """Return DEADLINE_EXCEEDED if the deadline has passed, otherwise CANCELLED: by the caller or a stop."""
+    left = cast("float | None", context.time_remaining())  # the type stubs omit None
     expired = left is not None and left <= 0
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
 def _request_id(context: Context) -> str:
-    """Return the caller's own request id where it gives a harmless one, a new one otherwise."""
+    """Return the request id of the caller's metadata if it is valid, otherwise a new one."""
     given = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY)
     if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
         return given

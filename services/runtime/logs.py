@@ -9,7 +9,7 @@ import structlog
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-# Without the variables of each frame: they may hold prompts and sounds of others.
+# Without local variables: they may hold callers' prompts and audio.
 _TRACEBACKS = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
@@ -19,7 +19,7 @@ def configure_logs(
     log_format: Literal["auto", "json", "console"] = "auto",
     log_level: Literal["debug", "info", "warning", "error"] = "info",
 ) -> None:
-    """Set up structlog, and send the standard library's warnings through it. Call once, at start."""
+    """Configure structlog, and route the standard library's logging through it. Call once, at start."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -41,7 +41,7 @@ def configure_logs(
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_foreign(render))
     )
-    # Libraries' chatter is not the service's log: from them, warnings and worse.
+    # From libraries, only warnings and errors.
     logging.basicConfig(handlers=[handler], level=max(_LEVELS[log_level], logging.WARNING), force=True)
 
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a service, in a registry of its own."""
+"""Prometheus metrics of a service, in a separate registry, and the HTTP server that exposes them."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ LATENCY_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class ServerMetrics:
-    """What every service counts about its calls."""
+    """Metrics of calls, which every service has."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -46,15 +46,15 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.in_flight = Gauge(
-            "milonga_requests_in_flight", "Calls under way.", ["rpc"], registry=self.registry
+            "milonga_requests_in_flight", "Calls in progress.", ["rpc"], registry=self.registry
         )
 
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
-        """Add what `collect` returns at each scrape: a service's own counts."""
-        self.registry.register(_Collected(collect))
+        """Add a service's own metrics: `collect` returns them at each scrape."""
+        self.registry.register(_FunctionCollector(collect))
 
 
-class _Collected(Collector):
+class _FunctionCollector(Collector):
     def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
         self._collect = collect
 
@@ -63,23 +63,23 @@ class _Collected(Collector):
 
 
 def counters(table: Mapping[str, tuple[str, str]], stats: object) -> Iterator[Metric]:
-    """Yield a counter for each row of `table`, an attribute of `stats` with the metric's name and help."""
+    """Yield a counter for each attribute of `stats` in `table`, which has the metrics' names and helps."""
     for attribute, (name, text) in table.items():
         yield CounterMetricFamily(name, text, getattr(stats, attribute))
 
 
 def identity(version: ModelVersion) -> dict[str, str]:
-    """Return the labels that name weights."""
+    """Return the labels that identify weights."""
     return {"name": version.name, "version": version.version, "digest": version.digest}
 
 
 def served_weights(name: str, text: str, version: ModelVersion) -> Metric:
-    """Return the metric that names weights."""
+    """Return the info metric that identifies weights."""
     return InfoMetricFamily(name, text, identity(version))
 
 
 class MetricsServer:
-    """The HTTP server that Prometheus scrapes, in a thread of its own."""
+    """The HTTP server that Prometheus scrapes, on a separate thread."""
 
     def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
         self._server, self._thread = server, thread
@@ -90,7 +90,7 @@ class MetricsServer:
         """Serve `registry` on ``host:port``.
 
         Raises:
-            InvalidInputError: the port is taken, or the host is not this machine's.
+            InvalidInputError: the port is in use, or the host is not an address of this machine.
         """
         try:
             return cls(*start_http_server(port, addr=host.strip("[]"), registry=registry))
@@ -100,7 +100,7 @@ class MetricsServer:
             ) from error
 
     def stop(self) -> None:
-        """Stop serving, and free the port."""
+        """Stop the server and free its port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

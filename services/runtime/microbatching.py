@@ -1,4 +1,4 @@
-"""Calls that come at the same time share a model's batches.
+"""Dynamic batching: items of concurrent calls share calls of a model.
 
 ::
 
@@ -23,31 +23,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _FIRST_GUESS_SECONDS = 1.0
-"""When to come back, while no call has ended yet."""
+"""`QueueFullError.retry_after` until the first call of the model has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchStats:
-    """What a batcher has done so far. Costs are in the unit of its `cost`."""
+    """Totals of a batcher since its start. Costs have the unit of the batcher's `cost`."""
 
     calls: int = 0
-    """Calls of the model, failed ones included."""
+    """Calls of the model, including failed ones."""
     items: int = 0
-    """Items in them."""
+    """Items in these calls."""
     cost: float = 0.0
-    """Cost of those."""
+    """Cost of these items."""
     seconds: float = 0.0
-    """Time in calls."""
+    """Time in calls of the model."""
     waited: float = 0.0
-    """Time that items spent in the queue, summed over items."""
+    """Time that items spent in the queue, in seconds, summed over items."""
     queue_cost: float = 0.0
-    """What waits now."""
+    """Cost of the items that are in the queue now."""
     refused: int = 0
-    """Submissions that found the queue full."""
+    """Submissions refused because the queue was full."""
 
 
 class _Call(Generic[Item, Result]):
-    """One caller's items."""
+    """The items of one `submit`."""
 
     def __init__(self, items: Sequence[Item], cost: Callable[[Item], float]) -> None:
         self.arrived = time.monotonic()
@@ -58,7 +58,7 @@ class _Call(Generic[Item, Result]):
 
     @property
     def cost(self) -> float:
-        """Cost of what waits."""
+        """Cost of the items that are still in the queue."""
         return sum(cost for _, _, cost in self.waiting)
 
     def deliver(self, index: int, result: Result) -> None:
@@ -72,10 +72,10 @@ class _Call(Generic[Item, Result]):
 
 
 class MicroBatcher(Generic[Item, Result]):
-    """Gathers items of concurrent callers into shared calls of a model, on one worker thread of its own.
+    """Collects items of concurrent callers into batches, and runs each on one worker thread.
 
-    While a call runs, arrivals gather. Callers take turns, item by item, so that one clip need not wait for
-    somebody's sixty-four. Belongs to one event loop.
+    While a batch runs, new items collect. Callers take turns item by item, so that a call with one clip does
+    not wait for a call with 64. Belongs to one event loop.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class MicroBatcher(Generic[Item, Result]):
         initialize: Callable[[], None] | None = None,
     ) -> None:
         """Args:
-        run: the model: items to as many results, in order; runs on the worker thread.
-        cost: of an item, in any unit: seconds of sound.
-        max_cost: of a call; an item beyond it runs alone.
-        max_wait: how long, in seconds, the first item waits for companions; not at all where a call is full.
-        max_queue_cost: of everything that waits.
-        initialize: runs on the worker thread before the first call.
+        run: the model; returns one result per item, in order. Runs on the worker thread.
+        cost: returns the cost of an item, in any unit: for example, seconds of audio.
+        max_cost: maximum cost of a batch; a single item above it is a batch of its own.
+        max_wait: seconds that the first item waits for others, unless the batch is full before.
+        max_queue_cost: maximum cost of the items in the queue.
+        initialize: runs on the worker thread before the first batch.
         """
         self._run, self._cost = run, cost
         self._max_cost, self._max_wait, self._max_queue_cost = max_cost, max_wait, max_queue_cost
@@ -110,31 +110,31 @@ class MicroBatcher(Generic[Item, Result]):
 
     @property
     def stats(self) -> BatchStats:
-        """Totals since the start, and what waits now. From any thread."""
+        """Totals since the start, and the queue's cost now. Thread-safe."""
         return BatchStats(queue_cost=self._queue_cost, **self._totals)  # type: ignore[arg-type]
 
     def check(self, cost: float = 0.0) -> None:
-        """Raise what `submit` would raise of items of `cost`: before work is put into them."""
+        """Raise what `submit` would raise for items of `cost` in all. Call it before preparing them."""
         if self._closing:
             raise ServiceUnavailableError("the service is stopping; try another, or later")
         full = self._queue_cost >= self._max_queue_cost or self._queue_cost + cost > self._max_queue_cost
         if self._queue_cost > 0 and full:
             self._totals["refused"] += 1
             raise QueueFullError(
-                f"the queue is full: {self._queue_cost:.1f} of {self._max_queue_cost:g} wait, "
+                f"the queue is full: {self._queue_cost:.1f} of {self._max_queue_cost:g} are queued, "
                 f"no room for {cost:.1f} more; try again later",
                 retry_after=self._seconds_left(),
             )
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Return the model's results of `items`, in order. They may spread over several calls.
+        """Return the model's results for `items`, in order. The items may be split over several batches.
 
-        Cancelled, what has not been run leaves the queue.
+        Cancelling it removes the items that have not run from the queue.
 
         Raises:
-            QueueFullError: at once; but on an empty queue everything is admitted.
+            QueueFullError: the queue has no room; an empty queue accepts items of any cost.
             ServiceUnavailableError: the batcher is closing.
-            Exception: whatever `run` raised in a call that held one of `items`.
+            Exception: the exception of `run` for a batch with one of `items`.
         """
         if not items:
             return []
@@ -150,7 +150,7 @@ class MicroBatcher(Generic[Item, Result]):
             self._leave(call)
 
     async def close(self) -> None:
-        """Refuse what waits, finish the call under way, and end the thread."""
+        """Refuse queued items, finish the running batch, and stop the worker thread."""
         self._closing = True
         for call in tuple(self._calls):
             self._leave(call)
@@ -165,7 +165,7 @@ class MicroBatcher(Generic[Item, Result]):
         if self._worker is not None:
             return
         self._thread = ThreadPoolExecutor(1, "microbatch", self._initialize or _nothing)
-        # A context of its own: its logs are not those of the call that came first.
+        # An empty context: otherwise the worker's logs would have the request id of the first caller.
         self._worker = asyncio.get_running_loop().create_task(
             self._work(self._thread), context=contextvars.Context()
         )
@@ -180,7 +180,7 @@ class MicroBatcher(Generic[Item, Result]):
                 await self._changed.wait()
 
     async def _gather(self) -> None:
-        """Wait for companions of the one that has waited longest."""
+        """Wait until the batch is full, or the oldest item has waited `max_wait`."""
         due = min(call.arrived for call in self._calls) + self._max_wait
         with suppress(TimeoutError):
             async with asyncio.timeout(due - time.monotonic()):
@@ -189,7 +189,7 @@ class MicroBatcher(Generic[Item, Result]):
                     await self._changed.wait()
 
     def _take(self) -> list[tuple[_Call[Item, Result], int, Item]]:
-        """Take the next call's items from the queue, one of each caller in turn."""
+        """Take the next batch from the queue, one item of each caller in turn."""
         taken: list[tuple[_Call[Item, Result], int, Item]] = []
         now = time.monotonic()
         self._running_cost = 0.0
@@ -212,7 +212,7 @@ class MicroBatcher(Generic[Item, Result]):
     async def _call(
         self, thread: ThreadPoolExecutor, taken: Sequence[tuple[_Call[Item, Result], int, Item]]
     ) -> None:
-        if not taken:  # everybody left
+        if not taken:  # every caller was cancelled
             return
         start = time.monotonic()
         try:
@@ -220,7 +220,7 @@ class MicroBatcher(Generic[Item, Result]):
                 thread, self._run, [item for _, _, item in taken]
             )
             if len(results) != len(taken):
-                raise RuntimeError(f"the model gave {len(results)} results of {len(taken)} items")
+                raise RuntimeError(f"the model returned {len(results)} results for {len(taken)} items")
         except Exception as error:
             for call, _, _ in taken:
                 self._leave(call)
@@ -241,7 +241,7 @@ class MicroBatcher(Generic[Item, Result]):
             self._queue_cost = sum(call.cost for call in self._calls)
 
     def _seconds_left(self) -> float:
-        """Until what waits and runs now is done, at the pace so far."""
+        """Estimate the seconds until the queued and running items are done, from the mean time per cost."""
         if not self._totals["cost"]:
             return _FIRST_GUESS_SECONDS
         pace = self._totals["seconds"] / self._totals["cost"]

@@ -1,4 +1,4 @@
-"""Blocking work of a servicer, off the event loop."""
+"""Run a servicer's blocking work on threads, off the event loop."""
 
 import asyncio
 import contextvars
@@ -7,18 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 AT_ONCE: Final = 4
-"""Requests that are decoded at the same time: what decoding takes of memory is that of so many."""
+"""Maximum number of requests that are decoded at a time; bounds the memory for decoding."""
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class OffLoop:
-    """Runs functions on `AT_ONCE` threads of its own. What is cancelled before its turn is not run."""
+    """Runs functions on `AT_ONCE` threads. A function that is cancelled while queued is not run."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(AT_ONCE, "decode")
 
-    async def __call__(self, work: Callable[[], Made]) -> Made:
-        """Return what `work` returns, or raise what it raises."""
+    async def __call__(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on a thread; return its result, or raise its exception."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work)

@@ -1,4 +1,4 @@
-"""Server reflection that also finds methods by their full name."""
+"""Server reflection that also resolves the full names of methods."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,16 +10,16 @@ from grpc_reflection.v1alpha import reflection
 
 
 def add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
-    """List the services called `names`, and reflection itself, to whoever asks."""
+    """Add the reflection service, which lists the services `names` and itself, to a server."""
     pool = cast("descriptor_pool.DescriptorPool", _MethodPool(descriptor_pool.Default()))
     reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server, pool=pool)
 
 
 class _MethodPool:
-    """A descriptor pool in which a method's full name leads to its file.
+    """A descriptor pool that resolves a method's full name to its file.
 
-    protobuf 6's pool finds messages, fields, enums and services, but no method. Clients may ask for
-    one: ghz does, and otherwise refuses to load the service.
+    protobuf 6's pool finds messages, fields, enums and services, but no methods. ghz looks up methods, and
+    does not work without them.
     """
 
     def __init__(self, pool: descriptor_pool.DescriptorPool) -> None:
@@ -29,7 +29,7 @@ class _MethodPool:
         return getattr(self._pool, name)
 
     def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
-        """As the pool's own, for methods too. Raises `KeyError` for what is not there."""
+        """Return the file that defines `symbol`. Raises `KeyError` for an unknown symbol."""
         try:
             return self._pool.FindFileContainingSymbol(symbol)
         except KeyError:

@@ -2,7 +2,7 @@
 
 ::
 
-    server = Server(settings, metrics)        # binds its ports, so that a taken one is known at once
+    server = Server(settings, metrics)        # binds its ports, so that a port in use is reported at once
     …                                         # load the model
     server.add("milonga.v1.GenerationService", lambda grpc_server: add_…_to_server(servicer, grpc_server))
     await server.start()
@@ -34,13 +34,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    """One service on its ports. Not thread-safe: belongs to one event loop."""
+    """The gRPC server of one service. Not thread-safe: belongs to one event loop."""
 
     def __init__(self, settings: ServerSettings, metrics: ServerMetrics) -> None:
-        """Bind every port; nothing is answered before `start`. Call inside the running event loop.
+        """Bind every port; calls are served after `start`. Call it inside the running event loop.
 
         Raises:
-            InvalidInputError: a port that is taken, or TLS files that can't be read or are not PEM.
+            InvalidInputError: a port is in use, or a TLS file can't be read or is not PEM.
         """
         self._settings = settings
         self._metrics = metrics
@@ -62,21 +62,21 @@ class Server:
 
     @property
     def metrics_port(self) -> int | None:
-        """Port of the metrics, None where they are off."""
+        """Port of the metrics; None if they are off."""
         return None if self._metrics_server is None else self._metrics_server.port
 
     @property
     def ready(self) -> bool:
-        """Whether it answers, and does not drain yet."""
+        """Whether the server has started, and is not draining."""
         return self._health.is_serving("")
 
     def add(self, name: str, register: Callable[[grpc.aio.Server], None]) -> None:
-        """Add a service: its full name on the wire, and how it registers."""
+        """Add a service by its full name; `register` adds its servicer to the gRPC server."""
         register(self._server)
         self._names.append(name)
 
     async def start(self) -> None:
-        """Start to answer, and be ready."""
+        """Start serving, and report SERVING."""
         add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
         self._health.serve(("", *self._names))
         await self._server.start()
@@ -84,7 +84,7 @@ class Server:
             await self._health_server.start()
 
     async def serve_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. A second signal ends the drain at once."""
+        """Serve until SIGTERM or SIGINT, then drain. A second signal cancels running calls."""
         loop = asyncio.get_running_loop()
         signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         for number in _SIGNALS:
@@ -105,13 +105,13 @@ class Server:
                 loop.remove_signal_handler(number)
 
     async def drain(self) -> None:
-        """Stop gracefully: not ready, serve on until routers know, refuse new calls, finish the others."""
+        """Stop gracefully: report NOT_SERVING, serve `drain_delay_seconds` more, then `stop` with grace."""
         self._health.drain()
         await asyncio.sleep(self._settings.drain_delay_seconds)
         await self.stop(self._settings.grace_seconds)
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls, give those under way `grace` seconds, then cancel them; free every port."""
+        """Refuse new calls, cancel running ones after `grace` seconds, and free every port."""
         self._health.drain()
         self._health.close()
         await self._server.stop(grace)
@@ -124,19 +124,19 @@ class Server:
 
 def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
-        # Two servers on one port, each answering half of the calls, is what the default would allow.
+        # The default allows two servers on one port, each with half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_request_bytes),
-        # Answers are bounded by the service's own limits.
+        # Responses are bounded by the service's own limits.
         ("grpc.max_send_message_length", -1),
-        # A caller whose machine vanished is noticed, and its place on the device freed, within 40 seconds.
+        # Detect a lost client within 40 seconds, so that its requests don't occupy the device.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
     if settings.max_connection_age_seconds is not None:
-        # gRPC sets no limit on what the calls under way on it may take then, and neither do we.
+        # No max_connection_age_grace_ms: running calls of a connection may finish.
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
     return options
 
@@ -152,13 +152,15 @@ def _bind(
     except RuntimeError as error:
         raise InvalidInputError(
             FieldViolation(
-                field, f"can't listen on {address}: it is taken, not this machine's, or in no folder"
+                field,
+                f"can't listen on {address}: it is in use, not an address of this machine, or in a folder "
+                "that does not exist",
             )
         ) from error
 
 
 def check_free(field: str, address: str) -> None:
-    """Refuse an address that can't be bound, with the system's own reason: gRPC gives none."""
+    """Raise `InvalidInputError` if `address` can't be bound, with the system's reason: gRPC gives none."""
     host, _, port = address.rpartition(":")
     if address.startswith("unix"):
         return
@@ -167,7 +169,7 @@ def check_free(field: str, address: str) -> None:
             host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind) as probe:
-            # As gRPC does, so that connections of a server that has just ended don't count.
+            # As gRPC does, so that connections in TIME_WAIT don't count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(name)
     except (OSError, OverflowError) as error:

@@ -1,6 +1,6 @@
-"""The life of a service's process: bind, load, be ready, drain, close. The same for every service.
+"""The life cycle of every service process: bind ports, load models, serve, drain, close.
 
-What differs is the `SERVICE` in ``services/NAME/serve.py``; ``python -m services.NAME`` runs `main` with it.
+Each service has a `SERVICE` in ``services/NAME/serve.py``; ``python -m services.NAME`` runs `main` with it.
 """
 
 import asyncio
@@ -31,27 +31,27 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service(Generic[Settings, Loaded]):
-    """What is particular to a service. `Loaded` is what it serves: models that are in memory."""
+    """The parts in which services differ. `Loaded` is the type of its models in memory."""
 
     settings: type[Settings]
-    """Its settings."""
+    """Class of its settings."""
     check: Callable[[Settings], bool]
-    """Refuses settings that can't be served, before anything slow is imported; raises `InvalidInputError`.
-    Returns whether a model may have to be fetched from the Hugging Face hub."""
+    """Check the settings before torch is imported; return whether a model may have to be fetched from the
+    Hugging Face hub. Raises `InvalidInputError`."""
     load: Callable[[Settings], Loaded]
-    """Loads what is served. Called on a thread, since it takes seconds; raises `MilongaError`."""
+    """Load the models. Called on a thread, since it takes seconds. Raises `MilongaError`."""
     add: Callable[[Server, ServerMetrics, Loaded, Settings], None]
-    """Adds the gRPC services and the metrics to a server."""
+    """Add the gRPC services and the metrics to a server."""
     describe: Callable[[Loaded], dict[str, Any]]
-    """Returns what the log says of it when it is ready."""
+    """Return the fields of the log event `ready` that describe the models."""
     close: Callable[[Loaded], Awaitable[None]]
-    """Frees it, once every call has ended or had its grace."""
+    """Free the models, after every call has ended or used up its grace."""
 
 
 def main(service: Service[Any, Any]) -> int:
     """Run a service with settings from the environment; return the exit code.
 
-    0: stopped by a signal; 1: a fault of ours; 2: a setting or a model was refused.
+    0: stopped by a signal; 1: internal error; 2: a setting or a model was refused.
     """
     try:
         run(service, load_settings(service.settings))
@@ -68,7 +68,7 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        MilongaError: the service could not start: a setting, the port, a model.
+        MilongaError: a setting, a port or a model was refused.
     """
     quiet_libraries(online=service.check(settings))
     configure_logs(settings.log_format, settings.log_level)
@@ -78,7 +78,7 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
 
 async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None:
     start = time.monotonic()
-    _leave_on_sigterm()
+    _exit_on_sigterm()
     metrics = ServerMetrics()
     server = Server(settings, metrics)
     try:
@@ -105,10 +105,10 @@ async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None
     log.info("stopped")
 
 
-def _leave_on_sigterm() -> None:
-    """Until there is something to drain, SIGTERM ends the process at once.
+def _exit_on_sigterm() -> None:
+    """Exit at once on SIGTERM while models load; `Server.serve_until_signal` replaces this handler.
 
-    Without a handler it would too, but not where it is the first of a container: there it would be ignored.
+    Needed in containers: the kernel ignores SIGTERM for a process with PID 1 and no handler.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

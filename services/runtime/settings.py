@@ -1,7 +1,7 @@
-"""Settings of services: their names, defaults, bounds and help, all in one place.
+"""Settings of services: names, defaults, bounds and help.
 
-A setting is an option of `milonga serve`, else it comes from the environment (``MILONGA_*``), else it has its
-default. Options and their help are derived from the fields and their docstrings (`services.cli.options`).
+A setting is read from an option of `milonga serve`, otherwise from the environment (``MILONGA_*``). Options
+and their help are derived from the fields and their docstrings (`services.cli.options`).
 """
 
 import re
@@ -22,7 +22,7 @@ ModelText = Annotated[str, "URI"]
 
 
 class ServerSettings(BaseSettings):
-    """How a service listens, watches itself and stops."""
+    """Settings that every service has: addresses, TLS, probes, metrics, shutdown and logs."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
@@ -31,31 +31,32 @@ class ServerSettings(BaseSettings):
     listen: str = "127.0.0.1:0"
     """Address of the service: HOST:PORT (port 0: any free one), or unix:/PATH."""
     tls_cert_file: Path | None = None
-    """Certificate chain (PEM). With `tls_key_file` the service speaks TLS, otherwise plaintext. Read at
+    """Certificate chain (PEM). With `tls_key_file`, the service uses TLS, otherwise plaintext. Read at
     start."""
     tls_key_file: Path | None = None
     """Private key (PEM)."""
     tls_client_ca_file: Path | None = None
-    """Authorities (PEM) that clients' certificates must come from: mTLS."""
+    """CA certificates (PEM) to verify clients' certificates: mTLS."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of a second server with the health service only, always in plaintext (kubelet probes speak no
-    TLS), on the host of `listen`; 0: any free one. Default: no such server."""
+    """Port of a second server with only the health service, always in plaintext (the kubelet's probes have
+    no TLS), on the host of `listen`; 0: any free port. Default: no such server."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of Prometheus metrics over HTTP, on the host of `listen`; 0: any free one. Default: no metrics."""
+    """Port of Prometheus metrics (HTTP), on the host of `listen`; 0: any free port. Default: no metrics."""
     max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
-    """Largest message that is accepted, in bytes."""
+    """Maximum size of a request message in bytes."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
-    """Age at which a connection is closed gracefully, its calls finished, so that clients spread over
-    replicas, and leave a draining one before it refuses calls. Should be less than `drain_delay_seconds`.
-    Default: connections stay."""
+    """Age in seconds at which a connection is closed gracefully: its calls finish, and the client reconnects,
+    possibly to another replica. Should be less than `drain_delay_seconds`, so that clients leave a draining
+    replica before it refuses calls. Default: no limit."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
-    """On SIGTERM: seconds to go on serving after readiness is off, until routers know (15 on Kubernetes)."""
+    """On SIGTERM: seconds to serve on after reporting NOT_SERVING, until load balancers have noticed (15 on
+    Kubernetes)."""
     grace_seconds: float = Field(default=30.0, ge=0, le=3600)
-    """After that: seconds that calls under way may take to finish. New ones are refused."""
+    """Seconds that running calls may take to finish after that. New calls are refused."""
     log_format: Literal["auto", "json", "console"] = "auto"
-    """auto: console on a terminal, JSON elsewhere."""
+    """Format of the log. auto: console on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe messages to write."""
+    """Minimum severity of log messages."""
 
     @field_validator("listen")
     @classmethod
@@ -70,14 +71,14 @@ class ServerSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file go together; give both or neither")
+            raise ValueError("tls_cert_file and tls_key_file need each other; give both or neither")
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
         return self
 
     @property
     def host(self) -> str:
-        """Host of `listen`; the loopback for a Unix socket."""
+        """Host of `listen`; the loopback address for a Unix socket."""
         if self.listen.startswith(("unix:", "unix-abstract:")):
             return "127.0.0.1"
         return self.listen.rpartition(":")[0] or "127.0.0.1"
@@ -87,37 +88,38 @@ Settings = TypeVar("Settings", bound=ServerSettings)
 
 
 class BatchedSettings(ServerSettings):
-    """Settings of a service whose models take clips in batches, of several calls together."""
+    """Settings of a service whose models batch the clips of concurrent calls."""
 
     max_request_bytes: int = Field(default=256 * 2**20, gt=0, lt=2**31)
-    """Largest message that is accepted, in bytes: by default eleven minutes of stereo float32 at 48 kHz."""
+    """Maximum size of a request message in bytes. The default holds eleven minutes of stereo float32 at
+    48 kHz."""
     device: str = "auto"
     """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of each model. Default: PyTorch's choice."""
     max_batch_size: int = Field(default=64, gt=0)
-    """Most clips, pairs or prompts in one call."""
+    """Maximum number of clips, pairs or prompts in one call."""
     max_batch_seconds: float = Field(default=80.0, gt=0)
-    """Seconds of sound in one batch of a model, in whole windows. Bounds its memory."""
+    """Maximum seconds of audio in one batch of a model, in whole windows. Bounds its memory."""
     max_wait_seconds: float = Field(default=0.005, ge=0, le=60)
     """Seconds that a clip or a prompt waits for others to share its batch."""
     max_queue_seconds: float = Field(default=3840.0, gt=0)
-    """Seconds of sound that may wait for each model. Beyond that, calls are refused at once
+    """Maximum seconds of audio in the queue of each model. Beyond that, calls are refused at once
     (RESOURCE_EXHAUSTED)."""
 
 
 def load_settings(
     kind: type[Settings], texts: Mapping[str, str] = MappingProxyType({}), /, **values: Any
 ) -> Settings:
-    """Build settings of `kind`: from `values` and `texts`, otherwise from the environment, else the defaults.
+    """Return settings of `kind` from `values` and `texts`, otherwise from the environment or the defaults.
 
     Args:
-        kind: the settings' class.
-        texts: values as the environment would have them, by the setting's name: lists and tables are JSON.
-        values: values by the setting's name; None is as good as not given.
+        kind: class of the settings.
+        texts: values by setting, as text in the environment's format: lists and tables are JSON.
+        values: values by setting; None means not given.
 
     Raises:
-        InvalidInputError: with every wrong setting at once.
+        InvalidInputError: a setting is invalid; lists every violation.
     """
     try:
         source = EnvSettingsSource(kind)
@@ -127,7 +129,7 @@ def load_settings(
         raise InvalidInputError(*(_violation(fault) for fault in error.errors())) from error
     except SettingsError as error:
         name = re.search(r'field "(\w+)"', str(error))
-        description = 'is no JSON; lists and tables are: [1, 2, 4], {"a": "mini:clap-a"}'
+        description = 'is not JSON, but lists and tables must be: [1, 2, 4], {"a": "mini:clap-a"}'
         raise InvalidInputError(FieldViolation(name[1] if name else "settings", description)) from error
 
 

@@ -1,7 +1,7 @@
-"""The one table between `services.errors` and gRPC statuses: the server reads it, the client backwards.
+"""Map `services.errors` to gRPC statuses (in the server) and statuses back to exceptions (in the client).
 
-A status carries google.rpc details: ErrorInfo (which class of the tree), RequestInfo (the id under which the
-server's log has it), BadRequest (every violated field), RetryInfo (when to come back).
+A status carries google.rpc details: ErrorInfo (name of the exception's class), RequestInfo (request id in the
+server's log), BadRequest (every invalid field) and RetryInfo (time to wait before a retry).
 """
 
 import math
@@ -46,7 +46,7 @@ STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     OutputError: grpc.StatusCode.INTERNAL,
 }
-"""Every class of the tree that crosses the wire. What is not here is our fault: INTERNAL."""
+"""Status code of each exception class. Any other exception is an internal error: INTERNAL."""
 
 INFERENCE_STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = STATUS_CODES | {
     ModelError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -55,21 +55,22 @@ INFERENCE_STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = STATUS_CODES
     QueueFullError: grpc.StatusCode.UNAVAILABLE,
     AlreadyUnderWayError: grpc.StatusCode.UNAVAILABLE,
 }
-"""The same for the Open Inference Protocol: what Triton answers in their place."""
+"""The same for the Open Inference Protocol, with the codes that Triton uses."""
 
 ERROR_DOMAIN = "milonga"
-"""`domain` of every ErrorInfo."""
+"""`domain` of every ErrorInfo that a milonga service sends."""
 
 DETAILS_KEY = "grpc-status-details-bin"
-"""Trailing metadata under which gRPC carries a google.rpc.Status."""
+"""Key of the trailing metadata in which gRPC sends a google.rpc.Status."""
 
 MAX_TEXT_CHARACTERS = 1000
-"""Status text travels in HTTP/2 headers, which clients limit to 8 KiB: longer messages are cut."""
+"""Longer messages are cut: a status is sent in HTTP/2 headers, which clients limit to 8 KiB."""
 
 MAX_VIOLATION_BYTES = 2500
-"""So do the violations, a third larger in base64: of very many, the first ones are told."""
+"""Further violations are only counted: they share those headers, a third larger in base64."""
 
 _CLASSES = {error.__name__: error for error in STATUS_CODES}
+"""Exception classes by the `reason` of their ErrorInfo."""
 
 _AMBIGUOUS = (
     grpc.StatusCode.NOT_FOUND,
@@ -77,13 +78,13 @@ _AMBIGUOUS = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.INTERNAL,
 )
-"""Codes that alone, without our ErrorInfo, name no class of the tree."""
+"""Codes that don't identify a class without a milonga ErrorInfo: other servers use them differently."""
 
 
 def status_code(
     error: BaseException, codes: Mapping[type[MilongaError], grpc.StatusCode] = STATUS_CODES
 ) -> grpc.StatusCode:
-    """Code of an exception: that of its nearest class in `codes`, INTERNAL where there is none."""
+    """Return the status code of an exception: that of its nearest class in `codes`, otherwise INTERNAL."""
     known = (codes[kind] for kind in type(error).__mro__ if kind in codes)
     return next(known, grpc.StatusCode.INTERNAL)
 
@@ -93,13 +94,18 @@ def to_status(
     request_id: str,
     codes: Mapping[type[MilongaError], grpc.StatusCode] = STATUS_CODES,
 ) -> status_pb2.Status:
-    """Return the status of an exception, details included.
+    """Return the status of an exception, with its details.
 
-    The text of an exception outside the tree stays on the server: it may hold paths or prompts of others.
+    The message of an exception outside the tree is not sent: it may hold paths, or prompts of other callers.
+
+    Args:
+        error: the exception.
+        request_id: id of the request in the server's log.
+        codes: status code of each exception class.
     """
     code: int = status_code(error, codes).value[0]
     if not isinstance(error, MilongaError):
-        message = f"internal error; the service's log has its cause under request_id {request_id}"
+        message = f"internal error; find its cause in the service's log under request_id {request_id}"
         return status_pb2.Status(
             code=code, message=message, details=[_pack(error_details_pb2.RequestInfo(request_id=request_id))]
         )
@@ -117,30 +123,33 @@ def to_status(
 
 
 def from_status(code: grpc.StatusCode, text: str, details: bytes | None) -> MilongaError:
-    """Return the exception of a status: what `to_status` was given, as far as the wire carries it.
+    """Return the exception of a status: the inverse of `to_status`.
 
-    `details` is the serialized google.rpc.Status of the trailing metadata, None where there is none: statuses
-    that gRPC itself, a proxy or another server made are understood by their code.
+    Args:
+        code: the status code.
+        text: the status message.
+        details: serialized google.rpc.Status of the trailing metadata; None if the status came from gRPC
+            itself, a proxy or another server. The exception's class then follows from `code`.
     """
-    rich = _parse(details)
+    status = _parse(details)
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
         error_details_pb2.RetryInfo(),
     )
-    for detail in rich.details:
-        for kind in (info, bad_request, retry):
-            if detail.Is(kind.DESCRIPTOR):
-                detail.Unpack(kind)
-    message = " ".join((rich.message or text).split()) or code.name
-    kind_of_error = _CLASSES.get(info.reason) if info.domain == ERROR_DOMAIN else None
-    return _rebuild(kind_of_error or _class_of_code(code, retry), code, message, bad_request, retry)
+    for detail in status.details:
+        for message_type in (info, bad_request, retry):
+            if detail.Is(message_type.DESCRIPTOR):
+                detail.Unpack(message_type)
+    message = " ".join((status.message or text).split()) or code.name
+    error_class = _CLASSES.get(info.reason) if info.domain == ERROR_DOMAIN else None
+    return _rebuild(error_class or _class_of_code(code, retry), code, message, bad_request, retry)
 
 
 def retry_delay(details: bytes | None) -> float | None:
-    """Return the seconds that a status asks its caller to stay away; None where it does not say.
+    """Return the seconds to wait before a retry, from the RetryInfo in `details`; None without one.
 
-    `details` as for `from_status`. Any code may carry it: proxies say so of UNAVAILABLE too.
+    `details` as for `from_status`. Any code may have a RetryInfo: proxies send one with UNAVAILABLE.
     """
     retry = error_details_pb2.RetryInfo()
     for detail in _parse(details).details:
@@ -162,13 +171,13 @@ def _rebuild(
     if kind is QueueFullError:
         return QueueFullError(message, retry_after=retry.retry_delay.ToNanoseconds() / 1e9)
     if kind is MilongaError:
-        return MilongaError(f"the service answered {code.name}: {message}")
+        return MilongaError(f"the service responded {code.name}: {message}")
     return kind(message)
 
 
 def _class_of_code(code: grpc.StatusCode, retry: error_details_pb2.RetryInfo) -> type[MilongaError]:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # gRPC itself gives this code to messages over the size limit, where coming back would not help.
+        # Without a delay the code is gRPC's own, for a message over the size limit: a retry would not help.
         return QueueFullError if retry.HasField("retry_delay") else MilongaError
     if code in _AMBIGUOUS:
         return MilongaError
@@ -176,23 +185,23 @@ def _class_of_code(code: grpc.StatusCode, retry: error_details_pb2.RetryInfo) ->
 
 
 def _bad_request(violations: Sequence[FieldViolation]) -> error_details_pb2.BadRequest:
-    """The violations; of more than the trailers hold, the first ones and how many there are besides."""
-    told = error_details_pb2.BadRequest()
+    """Return the violations' message. Beyond `MAX_VIOLATION_BYTES`, the last one counts the others."""
+    request = error_details_pb2.BadRequest()
     for number, violation in enumerate(violations):
-        told.field_violations.add(field=violation.field, description=violation.description)
-        if number and told.ByteSize() > MAX_VIOLATION_BYTES:
-            del told.field_violations[-1]
-            left = len(violations) - number
-            told.field_violations.add(
+        request.field_violations.add(field=violation.field, description=violation.description)
+        if number and request.ByteSize() > MAX_VIOLATION_BYTES:
+            del request.field_violations[-1]
+            others = len(violations) - number - 1
+            request.field_violations.add(
                 field=violation.field,
-                description=f"is wrong as well, and so are {left - 1} more; mend the others first",
+                description=f"is also invalid, as are {others} more fields; fix the ones above first",
             )
             break
-    return told
+    return request
 
 
 def _duration(seconds: float) -> Duration:
-    # At least a millisecond: a delay of 0 would mean to hammer a service that is full.
+    # At least a millisecond: with a delay of 0, clients would retry a full service in a tight loop.
     duration = Duration()
     duration.FromMilliseconds(max(1, math.ceil(seconds * 1000)))
     return duration

@@ -1,7 +1,7 @@
-"""The files of a TLS connection, read and checked.
+"""Read and check TLS files, with errors that name the file.
 
-By Python first: gRPC says of a bad file only that a port can't be bound, or a service can't be reached. The
-client's too, so it imports nothing of the serving extra.
+gRPC would only report that a port can't be bound or a service can't be reached. The client uses this module
+too, so it imports nothing of the serving extra.
 """
 
 import ssl
@@ -11,24 +11,25 @@ from services.errors import FieldViolation, InvalidInputError
 
 
 def read_authorities(field: str, path: Path) -> bytes:
-    """Return the certificates in `path`.
+    """Return the content of the CA certificate file `path`.
 
     Raises:
-        InvalidInputError: it can't be read, or holds none in PEM.
+        InvalidInputError: the file can't be read, or holds no certificate in PEM; names `field`.
     """
     content = _read(field, path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError as error:
-        raise _refusal(field, path, "holds no certificate in PEM") from error
+        raise _refusal(field, path, "has no certificate in PEM") from error
     return content
 
 
 def read_identity(cert_field: str, cert_path: Path, key_field: str, key_path: Path) -> tuple[bytes, bytes]:
-    """Return the certificate chain in `cert_path` and its private key in `key_path`.
+    """Return the contents of the certificate chain `cert_path` and its private key `key_path`.
 
     Raises:
-        InvalidInputError: one can't be read, or they are no pair in PEM, the key without a password.
+        InvalidInputError: a file can't be read, or they are not a certificate chain and its unencrypted
+            private key in PEM; names the field.
     """
     chain, key = _read(cert_field, cert_path), _read(key_field, key_path)
     try:

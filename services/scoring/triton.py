@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Final
 
 from services.catalogue import SCORING
-from services.inference.describing import write_config
+from services.inference.metadata import write_config
 from services.inference.pairs import INPUTS
-from services.inference.triton.backend import Opened
+from services.inference.triton.backend import LoadedModel
 from services.inference.triton.serving import Servable
 from services.scoring.inference import ScoringInference, outputs_of
 from services.scoring.serve import close
@@ -24,13 +24,15 @@ def configure(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> 
     return write_config(SCORING.model, INPUTS, outputs, settings.max_batch_size, decoupled=False)
 
 
-async def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> Opened:
+async def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) -> LoadedModel:
     """See `Servable.load`."""
     from services.scoring import scorers
     from services.scoring.servicer import ScoringServicer
 
     loaded = scorers.load(settings, found)
-    return Opened(model=ScoringInference(ScoringServicer(loaded, settings)), close=partial(close, loaded))
+    return LoadedModel(
+        model=ScoringInference(ScoringServicer(loaded, settings)), close=partial(close, loaded)
+    )
 
 
 SERVABLE: Final = Servable(

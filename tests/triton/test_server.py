@@ -188,4 +188,4 @@ def test_a_parameter_that_is_no_setting_is_refused(tmp_path: Path) -> None:
     ):
         state, reason = index(client)["reward", "1"]
     assert state == "UNAVAILABLE"
-    assert "parameters.colour: is no setting of this model; known: device" in reason
+    assert "parameters.colour: is no setting of this model; use one of device" in reason

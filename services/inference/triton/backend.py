@@ -1,11 +1,11 @@
-"""A model of the Open Inference Protocol under the Python backend of a Triton server.
+"""Run a model of the Open Inference Protocol in the Python backend of a Triton server.
 
-What `model.py` of a version folder makes its `TritonPythonModel` of::
+`model.py` of a version folder defines::
 
     TritonPythonModel = python_model(open_model)
 
-Requests are answered on an event loop of the model's own, side by side, by the same `Model` that our services
-answer the protocol with. Imported within Triton's process for Python models only, which brings `pb_utils`.
+Requests run concurrently on the model's own event loop, with the same `Model` as in the service. Imported
+only in Triton's processes for Python models, which provide `pb_utils`.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ import structlog
 
 from services.environment import quiet_libraries
 from services.errors import MilongaError
-from services.inference import Leased, Model, Response, Tensors
+from services.inference import Model, ModelLease, Response, Tensors
 from services.inference.tensors import check_inputs
 from services.runtime import status
 from services.runtime.logs import configure_logs
@@ -31,76 +31,77 @@ from services.runtime.logs import configure_logs
 log = structlog.get_logger()
 
 CANCEL_SECONDS: Final = 0.01
-"""Between two looks at whether a caller has gone: less than a step of any model takes."""
+"""Interval of checks for cancelled requests: shorter than a denoising step of any model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
-    """A model that is loaded."""
+class LoadedModel:
+    """A model in memory, and the function that frees it."""
 
     model: Model
     close: Callable[[], Awaitable[None]]
-    """Ends what runs, and frees what it holds."""
+    """Cancel running requests, and free the weights."""
 
 
-Open = Callable[[Path, Mapping[str, str]], Awaitable[Opened]]
-"""Loads the weights of a version folder, with the parameters of config.pbtxt.
+OpenModel = Callable[[Path, Mapping[str, str]], Awaitable[LoadedModel]]
+"""Load the weights of a version folder, with the parameters of config.pbtxt.
 
-Raises `MilongaError`, of which Triton makes the reason why the version is not ready.
+Raises `MilongaError`, whose message Triton reports as the reason why the version is not ready.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Caller:
-    """Whoever sent a request to Triton."""
+    """The caller of a request to Triton."""
 
     microseconds: int
+    """Timeout of the request; 0: none."""
 
     def time_remaining(self) -> float | None:
-        """Triton's own request timeout; a deadline of gRPC shows as a cancellation."""
+        """Return Triton's request timeout in seconds. Triton turns a gRPC deadline into a cancellation."""
         return self.microseconds / 1e6 if self.microseconds else None
 
 
 class PythonModel:
-    """One version of a model, in a process of its own that Triton starts."""
+    """One version of a model, in a separate process that Triton starts."""
 
-    def __init__(self, open_model: Open) -> None:
+    def __init__(self, open_model: OpenModel) -> None:
         self._open = open_model
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="model", daemon=True)
-        self._live: dict[Any, asyncio.Task[None]] = {}
+        self._running: dict[Any, asyncio.Task[None]] = {}
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the weights. What this raises refuses the version."""
+        """Load the weights. An exception makes Triton refuse the version."""
         import triton_python_backend_utils as pb_utils
 
         quiet_libraries(online=False)
         configure_logs("json", "info")
         self._pb_utils = pb_utils
-        # Newer backends take them; the one of 2.51 does not.
+        # Triton 2.51's backend has no response parameters; newer ones have.
         self._has_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
         config = json.loads(args["model_config"])
         parameters = {name: one["string_value"] for name, one in config.get("parameters", {}).items()}
         folder = Path(args["model_repository"]) / args["model_version"]
         self._thread.start()
-        self._opened: Opened = self._run(self._open(folder, parameters))
+        self._loaded: LoadedModel = self._run(self._open(folder, parameters))
         self._watch = self._run(self._start_watching())
-        self._decoupled = self._opened.model.decoupled
+        self._decoupled = self._loaded.model.decoupled
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer requests: all of them now, or, if the model is decoupled, each by its sender as it comes."""
+        """Run requests: return their responses, or, if the model is decoupled, send them as they arrive."""
         if self._decoupled:
             for request in requests:
                 sender = request.get_response_sender()
                 self._loop.call_soon_threadsafe(self._begin, request, sender)
             return None
-        answers: list[Any] = self._run(self._together(requests))
-        return answers
+        responses: list[Any] = self._run(self._respond_all(requests))
+        return responses
 
     def finalize(self) -> None:
-        """Let go of the weights. Triton waits before this until every request is answered."""
+        """Free the weights. Triton calls this after every request has its responses."""
         self._loop.call_soon_threadsafe(self._watch.cancel)
-        self._run(self._opened.close())
+        self._run(self._loaded.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -110,76 +111,80 @@ class PythonModel:
 
         return asyncio.run_coroutine_threadsafe(awaited(), self._loop).result()
 
-    async def _together(self, requests: Sequence[Any]) -> list[Any]:
-        """One answer each; what they ask for meets in the model's own batches."""
-        return list(await asyncio.gather(*(self._answer_once(request) for request in requests)))
+    async def _respond_all(self, requests: Sequence[Any]) -> list[Any]:
+        """Return one response per request. Concurrent requests share the model's own batches."""
+        return list(await asyncio.gather(*(self._respond(request) for request in requests)))
 
-    async def _answer_once(self, request: Any) -> Any:
+    async def _respond(self, request: Any) -> Any:
         try:
-            with self._opened.model.lease() as leased:
-                (made,) = [made async for made in self._responses(request, leased, stream=False)]
-                return self._response(request, leased, made)
+            with self._loaded.model.lease() as lease:
+                (response,) = [one async for one in self._responses(request, lease, stream=False)]
+                return self._encode(request, lease, response)
         except Exception as error:
             return self._failure(request, error)
 
     def _begin(self, request: Any, sender: Any) -> None:
         task = asyncio.create_task(self._stream(request, sender))
-        self._live[sender] = task
+        self._running[sender] = task
         task.add_done_callback(lambda ended: self._ended(ended, sender))
 
     def _ended(self, task: "asyncio.Task[None]", sender: Any) -> None:
-        del self._live[sender]
-        if task.cancelled():  # before it had begun
-            self._end(sender, self._gone())
+        del self._running[sender]
+        if task.cancelled():  # before it started
+            self._end(sender, self._cancellation())
 
     async def _stream(self, request: Any, sender: Any) -> None:
         final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
-            with self._opened.model.lease() as leased:
-                wanted = frozenset(request.requested_output_names())
-                async with aclosing(self._responses(request, leased, stream=True)) as responses:
-                    async for made in responses:
-                        if made.is_sent(wanted):
-                            sender.send(self._response(request, leased, made), final if made.final else 0)
+            with self._loaded.model.lease() as lease:
+                requested = frozenset(request.requested_output_names())
+                async with aclosing(self._responses(request, lease, stream=True)) as responses:
+                    async for response in responses:
+                        if response.is_sent(requested):
+                            encoded = self._encode(request, lease, response)
+                            sender.send(encoded, final if response.final else 0)
         except asyncio.CancelledError:
-            self._end(sender, self._gone())
+            self._end(sender, self._cancellation())
         except Exception as error:
             self._end(sender, self._failure(request, error))
 
-    def _gone(self) -> Any:
-        error = self._pb_utils.TritonError("the caller has gone", self._pb_utils.TritonError.CANCELLED)
+    def _cancellation(self) -> Any:
+        error = self._pb_utils.TritonError("the caller cancelled", self._pb_utils.TritonError.CANCELLED)
         return self._pb_utils.InferenceResponse(error=error)
 
     def _end(self, sender: Any, response: Any) -> None:
-        """Send the last answer; it may be that none can be sent any more."""
+        """Send the last response; log an error if Triton does not accept it any more."""
         try:
             sender.send(response, self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:
             log.error("answer", exc_info=error)
 
-    async def _responses(self, request: Any, leased: Leased[Any], *, stream: bool) -> Any:
-        model = self._opened.model
+    async def _responses(self, request: Any, lease: ModelLease[Any], *, stream: bool) -> Any:
+        model = self._loaded.model
         tensors = await asyncio.to_thread(self._read, request)
         check_inputs(tensors, model.inputs, model.max_rows)
-        job = await asyncio.to_thread(leased.read, tensors)
-        async with aclosing(leased.run(job, _Caller(microseconds=request.timeout()), stream=stream)) as made:
-            async for response in made:
+        job = await asyncio.to_thread(lease.read, tensors)
+        caller = _Caller(microseconds=request.timeout())
+        async with aclosing(lease.run(job, caller, stream=stream)) as responses:
+            async for response in responses:
                 yield response
 
     def _read(self, request: Any) -> Tensors:
-        # Copied: the memory is Triton's, and its own again once the request is answered.
+        # Copied: Triton reuses the memory after the last response.
         return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
 
-    def _response(self, request: Any, leased: Leased[Any], made: Response) -> Any:
-        wanted = request.requested_output_names()
+    def _encode(self, request: Any, lease: ModelLease[Any], response: Response) -> Any:
+        requested = request.requested_output_names()
         tensors = [
-            self._pb_utils.Tensor(name, values) for name, values in made.outputs.items() if name in wanted
+            self._pb_utils.Tensor(name, values)
+            for name, values in response.outputs.items()
+            if name in requested
         ]
         if not self._has_parameters:
             return self._pb_utils.InferenceResponse(tensors)
-        values = {**leased.parameters, **made.parameters}
-        # Which knows no numbers with a fraction.
-        parameters = {name: str(one) if isinstance(one, float) else one for name, one in values.items()}
+        merged = {**lease.parameters, **response.parameters}
+        # Triton has no float parameters.
+        parameters = {name: str(one) if isinstance(one, float) else one for name, one in merged.items()}
         return self._pb_utils.InferenceResponse(tensors, parameters=parameters)
 
     def _failure(self, request: Any, error: Exception) -> Any:
@@ -205,19 +210,19 @@ class PythonModel:
         return asyncio.create_task(self._watch_callers())
 
     async def _watch_callers(self) -> None:
-        """Cancel what nobody waits for any more."""
+        """Cancel requests whose caller has cancelled."""
         while True:
             await asyncio.sleep(CANCEL_SECONDS)
-            for sender, task in tuple(self._live.items()):
+            for sender, task in tuple(self._running.items()):
                 try:
                     if not task.done() and not task.cancelling() and sender.is_cancelled():
                         task.cancel()
-                except Exception as error:  # Triton's; the others are watched on
+                except Exception as error:  # from Triton; go on with the other requests
                     log.error("cancellation", exc_info=error)
 
 
-def python_model(open_model: Open) -> type:
-    """Return the class that Triton looks for in `model.py`."""
+def python_model(open_model: OpenModel) -> type:
+    """Return the class `TritonPythonModel` for `model.py`."""
 
     class TritonPythonModel(PythonModel):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A service's model under Triton: what exports it, and what loads an export. The same for every service."""
+"""Export a service's model to a Triton repository, and load an exported version: for every service."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.catalogue import ServiceEntry
 from services.errors import FieldViolation, InvalidInputError, ModelFormatError
-from services.inference.triton.backend import Opened
+from services.inference.triton.backend import LoadedModel
 from services.inference.triton.repository import SERVED, WEIGHTS, parse_served
 from services.runtime.settings import ServerSettings, load_settings
 from services.weights.uri import ModelURI, ResolvedModel, resolve
@@ -19,21 +19,21 @@ Settings = TypeVar("Settings", bound=ServerSettings)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Servable(Generic[Settings]):
-    """What is particular to a service's model under Triton."""
+    """The parts in which services differ under Triton."""
 
     entry: ServiceEntry
-    """The service."""
+    """The service's row in the catalogue."""
     settings: type[Settings]
-    """Its settings."""
+    """Class of its settings."""
     uris: Callable[[Settings], Mapping[str, ModelURI]]
-    """Returns the model URIs that settings name, by part."""
+    """Return the model URIs of the settings, by part."""
     configure: Callable[[Settings, Mapping[str, ResolvedModel]], ModelConfig]
-    """Returns the tensors of its model, by `write_config`, from settings and their weights by part. Raises
-    `InvalidInputError` where the weights are of another kind."""
-    load: Callable[[Settings, Mapping[str, ResolvedModel]], Awaitable[Opened]]
-    """Loads weights, by part. Raises `MilongaError`."""
+    """Return the model's configuration, by `write_config`, from the settings and the weights by part. Raises
+    `InvalidInputError` for weights of the wrong kind."""
+    load: Callable[[Settings, Mapping[str, ResolvedModel]], Awaitable[LoadedModel]]
+    """Load the weights, by part. Raises `MilongaError`."""
 
-    async def open(self, folder: Path, parameters: Mapping[str, str]) -> Opened:
+    async def open(self, folder: Path, parameters: Mapping[str, str]) -> LoadedModel:
         """Load a version folder, with the parameters of config.pbtxt. Raises `MilongaError`."""
         found = served_models(folder)
         files = {part: file_uri(model) for part, model in found.items()}
@@ -45,19 +45,19 @@ class Servable(Generic[Settings]):
 
 
 def served_models(folder: Path) -> dict[str, ResolvedModel]:
-    """Find and verify the weights of a version folder, by part.
+    """Find and verify the weights of a version folder; return them by part.
 
-    Their names and versions are the registry's, not those in their manifests.
+    Names and versions are those of the export (the registry's), not those of the manifests.
 
     Raises:
-        ModelFormatError: no version folder of this format.
-        ModelError: weights that are missing, or are not those that were exported.
+        ModelFormatError: the folder is not a version folder of this format.
+        ModelError: weights are missing, or differ from those that were exported.
     """
     try:
         served = parse_served((folder / SERVED).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFormatError(
-            f"{folder / SERVED} can't be read: {error}; write it with milonga triton export"
+            f"{folder / SERVED} can't be read: {error}; export the model with `milonga triton export`"
         ) from error
     found: dict[str, ResolvedModel] = {}
     for part, weights in served.items():
@@ -70,20 +70,20 @@ def served_models(folder: Path) -> dict[str, ResolvedModel]:
 
 
 def file_uri(model: ResolvedModel) -> str:
-    """Return the model URI of weights that were found; a single file is a LAION checkpoint."""
+    """Return the model URI of resolved weights, pinned; a single file is a LAION checkpoint."""
     return f"{'laion' if model.folder.is_file() else 'file'}:{model.folder}#{model.digest}"
 
 
 def read_settings(
     kind: type[Settings], parameters: Mapping[str, str], field: str = "parameters.{}", **given: Any
 ) -> Settings:
-    """Build a service's settings from parameters with their names, and from values that are `given`.
+    """Return a service's settings from config.pbtxt's `parameters` and from values that are `given`.
 
-    What neither has is from the environment, else the default. Names in capitals are Triton's own parameters.
+    Other settings come from the environment, or have their defaults. Parameters in capitals are Triton's own,
+    and are ignored. `field` is the format of a parameter's name in errors.
 
     Raises:
-        InvalidInputError: a parameter that is no setting, or a wrong one; `field` says how a parameter is
-            called in the error.
+        InvalidInputError: a parameter is not a setting of this model, or is invalid.
     """
     known = kind.model_fields.keys() - ServerSettings.model_fields.keys() - given.keys()
     texts = {name: text for name, text in parameters.items() if not name.isupper()}
@@ -91,7 +91,8 @@ def read_settings(
     if unknown:
         raise InvalidInputError(
             FieldViolation(
-                field.format(unknown[0]), f"is no setting of this model; known: {', '.join(sorted(known))}"
+                field.format(unknown[0]),
+                f"is no setting of this model; use one of {', '.join(sorted(known))}",
             )
         )
     try:

@@ -1,4 +1,4 @@
-"""Where a Triton model repository lies: a folder, or S3, both named as Triton names them."""
+"""Storage of a Triton model repository: a folder or S3, with the locations that Triton accepts."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ from services.errors import (
 )
 
 LAST: Final = "served.json"
-"""What is put last where a folder can't be put there whole, and removed first."""
+"""The file that is written last and removed first: without it, a folder on S3 is incomplete."""
 
 _PART: Final = ".part-"
 _STALE_SECONDS: Final = 86_400.0
@@ -29,7 +29,7 @@ _S3: Final = re.compile(
     r"s3://(?:(?P<scheme>https?)://)?(?:(?P<host>[0-9A-Za-z.-]+:[0-9]+)/)?"
     r"(?P<bucket>[0-9a-z.-]+)(?P<prefix>(?:/[0-9A-Za-z._-]+)*)/?"
 )
-"""Triton's own pattern; it takes no other characters."""
+"""Triton's own pattern for S3 locations."""
 _S3_LIBRARIES: Final = ("boto3", "botocore", "s3transfer")
 _S3_REFUSALS: Final = (
     "NoCredentialsError",
@@ -37,49 +37,49 @@ _S3_REFUSALS: Final = (
     "PartialCredentialsError",
     "S3UploadFailedError",
 )
-"""Errors that are no matter of reaching S3, beside those that carry its answer."""
+"""Errors without a response of S3 that don't mean that S3 is unreachable."""
 _FORMS: Final = (
     "a folder, s3://BUCKET/PREFIX, s3://HOST:PORT/BUCKET/PREFIX or s3://https://HOST:PORT/BUCKET/PREFIX"
 )
 
 
 class Storage(Protocol):
-    """Files under a place. Paths are relative to it and "/"-separated.
+    """Files of a repository. Paths are relative to its location and separated by "/".
 
-    Raises `OutputError` where a file can't be read or written, `ServiceUnavailableError` where S3 does not
-    answer.
+    Methods raise `OutputError` if a file can't be read or written, and `ServiceUnavailableError` if S3 does
+    not respond.
     """
 
     place: str
-    """As it was given."""
+    """Location, as the user gave it."""
 
     def read(self, path: str) -> bytes | None:
-        """The file at `path`; None where there is none."""
+        """Return the content of the file at `path`; None if there is no such file."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Write the file at `path`, so that whoever reads it finds the old or the new one."""
+        """Write the file at `path` atomically: readers see the old or the new content."""
 
     def names(self, path: str) -> list[str]:
-        """The children of the folder at `path`, in order; none where there is no folder."""
+        """Return the sorted names of the children of the folder `path`; none if there is no such folder."""
 
     def put_folder(self, path: str, files: Mapping[str, bytes | Path]) -> None:
-        """Make the folder `path` of `files` (contents, or what to copy): whole or not at all.
+        """Create the folder `path` with `files` (contents, or files to copy) atomically.
 
-        On S3 `LAST` comes last: without it the folder is not whole.
+        On S3 the file `LAST` is written last: without it, the folder is incomplete.
         """
 
     def remove(self, path: str) -> None:
-        """Remove a folder and all in it, if it is there."""
+        """Remove the folder `path`, if it exists."""
 
 
 def open_storage(place: str) -> Storage:
-    """The storage at a folder's path, or at S3 in a form that Triton takes. Nothing is read yet.
+    """Return the storage at a folder's path, or at an S3 location in one of Triton's forms. Reads nothing.
 
-    Credentials are what boto3 finds. Triton reads AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and
+    boto3 finds the credentials. Triton itself reads AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and
     AWS_DEFAULT_REGION.
 
     Raises:
-        InvalidInputError: neither of the two.
+        InvalidInputError: `place` is neither a folder nor an S3 location.
         ModelError: boto3 is not installed.
     """
     if place.startswith("s3://"):
@@ -90,10 +90,10 @@ def open_storage(place: str) -> Storage:
 
 
 class FolderStorage:
-    """A folder of this machine. See `Storage`. It comes to be with the first file."""
+    """A folder of this machine, created with the first file. See `Storage`."""
 
     def __init__(self, place: str) -> None:
-        """Nothing is read yet."""
+        """Does not access the folder."""
         self.place = place
         self._root = Path(place).expanduser()
 
@@ -135,16 +135,16 @@ class FolderStorage:
             part.rename(target)
 
     def remove(self, path: str) -> None:
-        """See `Storage`. It goes at once, its files after it."""
+        """See `Storage`. Renames the folder first, so that it disappears at once."""
         target = self._root / path
         with self._writing(target) as part, contextlib.suppress(FileNotFoundError):
             target.rename(part)
 
     @contextlib.contextmanager
     def _writing(self, target: Path) -> Iterator[Path]:
-        """A path beside `target` for what is to be there, or was; gone at the end, whatever comes.
+        """Yield a temporary path next to `target`; remove it at the end.
 
-        Hidden, and within the model's folder: Triton takes it for no model and no version.
+        It is hidden, and within the model's folder, so that Triton does not take it for a model or a version.
         """
         part = target.parent / f"{_PART}{target.name}-{uuid.uuid4().hex[:8]}"
         try:
@@ -155,7 +155,7 @@ class FolderStorage:
             yield part
         except OSError as error:
             raise OutputError(
-                f"{target} can't be written: {error.strerror or error}; correct that, or give another folder"
+                f"{target} can't be written: {error.strerror or error}; fix that, or give another folder"
             ) from error
         finally:
             _drop(part)
@@ -163,17 +163,18 @@ class FolderStorage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class S3Place:
-    """A place on S3, taken apart."""
+    """A parsed S3 location."""
 
     endpoint: str | None
     """URL of the server; None: Amazon's."""
     bucket: str
+    """Name of the bucket."""
     prefix: str
-    """Without slashes at its ends; may be empty."""
+    """Prefix of keys, without leading and trailing slashes; may be empty."""
 
     @classmethod
     def parse(cls, place: str) -> "S3Place":
-        """Take `place` apart as Triton does. Raises `InvalidInputError`."""
+        """Parse an S3 location as Triton does. Raises `InvalidInputError`."""
         found = _S3.fullmatch(place)
         if found is None or (found["scheme"] and not found["host"]):
             raise _not_a_place(place)
@@ -188,12 +189,12 @@ class S3Storage:
     """A prefix of a bucket. See `Storage`."""
 
     def __init__(self, place: str, client: Any) -> None:
-        """`client` is boto3's, for the server that `place` names. Nothing is called yet."""
+        """Use boto3's `client` for the server of `place`. Does not call it."""
         self.place, self._client, self._at = place, client, S3Place.parse(place)
 
     def read(self, path: str) -> bytes | None:
         """See `Storage`."""
-        with self._asking(path):
+        with self._s3_errors(path):
             try:
                 found = self._client.get_object(Bucket=self._at.bucket, Key=self._key(path))
             except self._client.exceptions.NoSuchKey:
@@ -203,7 +204,7 @@ class S3Storage:
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage`."""
-        with self._asking(path):
+        with self._s3_errors(path):
             self._client.put_object(Bucket=self._at.bucket, Key=self._key(path), Body=data)
 
     def names(self, path: str) -> list[str]:
@@ -211,18 +212,18 @@ class S3Storage:
         prefix = self._key(path).rstrip("/")
         prefix = f"{prefix}/" if prefix else ""
         names: set[str] = set()
-        with self._asking(path):
+        with self._s3_errors(path):
             for page in self._pages(prefix, Delimiter="/"):
                 names |= {entry["Key"] for entry in page.get("Contents", ())}
                 names |= {entry["Prefix"] for entry in page.get("CommonPrefixes", ())}
         return sorted(name for key in names if (name := key.removeprefix(prefix).strip("/")))
 
     def put_folder(self, path: str, files: Mapping[str, bytes | Path]) -> None:
-        """See `Storage`. What a folder that is not whole holds goes first."""
+        """See `Storage`. Removes the files of an incomplete folder first."""
         if LAST in self.names(path):
-            raise OutputError(f"{self._shown(path)} is there already; remove it")
+            raise OutputError(f"{self._shown(path)} exists already; remove it")
         self.remove(path)
-        with self._asking(path):
+        with self._s3_errors(path):
             for name in sorted(files, key=lambda name: name == LAST):
                 content, key = files[name], self._key(f"{path}/{name}")
                 if isinstance(content, Path):
@@ -232,7 +233,7 @@ class S3Storage:
 
     def remove(self, path: str) -> None:
         """See `Storage`."""
-        with self._asking(path):
+        with self._s3_errors(path):
             pages = self._pages(f"{self._key(path)}/")
             keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
             for key in sorted(keys, key=lambda key: not key.endswith(f"/{LAST}")):
@@ -249,19 +250,20 @@ class S3Storage:
         return f"{self.place.rstrip('/')}/{path}"
 
     @contextlib.contextmanager
-    def _asking(self, path: str) -> Iterator[None]:
+    def _s3_errors(self, path: str) -> Iterator[None]:
+        """Convert boto3's errors about `path` to `OutputError` or `ServiceUnavailableError`."""
         try:
             yield
-        except Exception as error:  # boto3 is imported only where it is used
+        except Exception as error:  # boto3's classes can't be named here: it is imported on demand
             shown, reason = self._shown(path), " ".join(str(error).split())
             if type(error).__module__.partition(".")[0] not in _S3_LIBRARIES:
-                if isinstance(error, OSError):  # of a file here, which is to be put there
+                if isinstance(error, OSError):  # a local file to upload can't be read
                     raise OutputError(f"{shown}: {reason}") from error
                 raise
             if not hasattr(error, "response") and type(error).__name__ not in _S3_REFUSALS:
-                raise ServiceUnavailableError(f"{shown}: S3 does not answer: {reason}") from error
+                raise ServiceUnavailableError(f"{shown}: S3 does not respond: {reason}") from error
             raise OutputError(
-                f"{shown}: {reason}; correct the place, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+                f"{shown}: {reason}; correct the location, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
                 "AWS_DEFAULT_REGION"
             ) from error
 
@@ -273,7 +275,7 @@ def _s3_client(place: S3Place) -> Any:
         raise ModelError(
             "a repository on S3 needs boto3, which is not installed; pip install 'milonga[store]'"
         ) from error
-    # With a server of one's own the bucket is in the path, as Triton has it there.
+    # With an endpoint, Triton puts the bucket into the path of the URL, so do the same.
     style = {"addressing_style": "path"} if place.endpoint else {}
     config = botocore.Config(s3=style, retries={"mode": "standard", "max_attempts": 3}, connect_timeout=10)
     return boto3.client("s3", endpoint_url=place.endpoint, config=config)

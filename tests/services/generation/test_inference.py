@@ -358,7 +358,7 @@ def test_a_full_queue_is_unavailable_and_nothing_of_it_stays() -> None:
             "duration: tensor DURATION has the values 0.5, 1.0, expected one",
         ),
         (_inputs(PROMPTS[:1], SCHEDULER=("BYTES", ["euler"])), "scheduler: is 'euler', must be one of"),
-        (_inputs(AUDIO=("FP32", [[0.0]])), "inputs: hold a tensor 'AUDIO', expected some of PROMPT"),
+        (_inputs(AUDIO=("FP32", [[0.0]])), "inputs: have an unknown tensor 'AUDIO', expected some of PROMPT"),
     ],
 )
 def test_bad_input(client: triton.InferenceServerClient, inputs: list[Any], says: str) -> None:

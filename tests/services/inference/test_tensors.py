@@ -14,7 +14,7 @@ from services.inference.tensors import (
     check_inputs,
     decimals,
     read_inputs,
-    read_wanted,
+    read_requested_outputs,
     texts,
     write_outputs,
 )
@@ -84,7 +84,7 @@ def test_any_raw_bytes_are_read_or_refused(raw: bytes) -> None:
     ("inputs", "field", "says"),
     [
         ([], "prompt", "tensor PROMPT is missing, expected BYTES [n]"),
-        ([ONE, ONE], "prompt", "tensor PROMPT is there twice"),
+        ([ONE, ONE], "prompt", "tensor PROMPT is given twice"),
         ([ONE, _input("FOO", "FP32", [1])], "inputs", "'FOO', expected some of PROMPT, AUDIO, SEED, STEPS"),
         ([_input("PROMPT", "FP32", [1], fp32_contents=[1])], "prompt", "datatype FP32, expected BYTES [n]"),
         ([_input("PROMPT", "", [1])], "prompt", "datatype (none)"),
@@ -96,7 +96,7 @@ def test_any_raw_bytes_are_read_or_refused(raw: bytes) -> None:
         ([_input("PROMPT", "BYTES", [], bytes_contents=[b"a"])], "prompt", "shape []"),
         ([_input("PROMPT", "BYTES", [-1], bytes_contents=[b"a"])], "prompt", "shape [-1]"),
         ([_input("PROMPT", "BYTES", [2], bytes_contents=[b"a"])], "prompt", "1 elements, expected 2"),
-        ([_input("PROMPT", "BYTES", [2**62])], "prompt", "rows, expected between 1 and 8; send more"),
+        ([_input("PROMPT", "BYTES", [2**62])], "prompt", "rows, expected between 1 and 8; split them"),
         ([_input("PROMPT", "BYTES", [0])], "prompt", "has 0 rows, expected between 1 and 8"),
         ([ONE, _input("SEED", "INT64", [1], int_contents=[1])], "seed", "0 elements in int64_contents"),
         ([ONE, _input("SEED", "INT32", [1])], "seed", "expected INT64 [n], or [1] for all"),
@@ -108,7 +108,7 @@ def test_any_raw_bytes_are_read_or_refused(raw: bytes) -> None:
         (
             [ONE, _input("STEPS", "INT32", [2], int_contents=[1, 2])],
             "num_inference_steps",
-            "tensor STEPS has 2 rows, expected 1, as PROMPT has",
+            "tensor STEPS has 2 rows, expected 1, as many as PROMPT",
         ),
     ],
 )
@@ -130,9 +130,9 @@ def test_every_fault_is_told_at_once() -> None:
     ("raw", "field", "says"),
     [
         ([b"\x01\x00\x00\x00a", b""], "raw_input_contents", "2 elements, expected 1"),
-        ([b"\x05\x00\x00\x00a"], "prompt", "element 0 has 5 bytes, and 1 are left"),
-        ([b"\x01\x00\x00"], "prompt", "3 bytes at its end, expected a length of 4"),
-        ([b"\xff\xff\xff\xff"], "prompt", "4294967295 bytes"),
+        ([b"\x05\x00\x00\x00a"], "prompt", "has length 5 for element 0, but only 1 bytes are left"),
+        ([b"\x01\x00\x00"], "prompt", "ends with 3 bytes, expected the 4 bytes of a length"),
+        ([b"\xff\xff\xff\xff"], "prompt", "has length 4294967295"),
         ([bytes(4_000_000)], "prompt", "holds more than the 1 elements"),
     ],
 )
@@ -147,18 +147,18 @@ def test_raw_numbers_that_do_not_fit() -> None:
 
 
 def test_raw_and_typed_at_once() -> None:
-    assert "give the one or the other" in _faults(_request(ONE, raw=[b"\x01\x00\x00\x00a"]))["prompt"]
+    assert "give only one of them" in _faults(_request(ONE, raw=[b"\x01\x00\x00\x00a"]))["prompt"]
 
 
 def test_shared_memory_is_not_offered() -> None:
     tensor = _input("PROMPT", "BYTES", [1])
     tensor.parameters["shared_memory_region"].string_param = "region"
-    with pytest.raises(UnsupportedError, match="'PROMPT' lies in shared memory"):
+    with pytest.raises(UnsupportedError, match="'PROMPT' is in shared memory"):
         read_inputs(_request(tensor), SPECS, MAX_ROWS)
     output = pb.ModelInferRequest.InferRequestedOutputTensor(name="AUDIO")
     output.parameters["shared_memory_region"].string_param = "region"
-    with pytest.raises(UnsupportedError, match="'AUDIO' lies in shared memory"):
-        read_wanted(pb.ModelInferRequest(outputs=[output]), SPECS)
+    with pytest.raises(UnsupportedError, match="'AUDIO' is in shared memory"):
+        read_requested_outputs(pb.ModelInferRequest(outputs=[output]), SPECS)
 
 
 def test_text_is_utf_8() -> None:
@@ -190,7 +190,7 @@ def test_tensors_that_another_server_has_read_are_checked_the_same() -> None:
         "audio": "tensor AUDIO has shape [2], expected FP32 [n, samples]",
         "seed": "tensor SEED has datatype float64, expected INT64 [n], or [1] for all",
         "num_inference_steps": (
-            "tensor STEPS has 9 rows, expected between 1 and 8; send more in several requests"
+            "tensor STEPS has 9 rows, expected between 1 and 8; split them into several requests"
         ),
     }
 

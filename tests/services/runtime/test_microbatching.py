@@ -198,7 +198,7 @@ async def test_a_fault_reaches_exactly_those_whose_items_were_in_the_call() -> N
 
 async def test_a_model_that_forgets_a_result_is_a_fault() -> None:
     batcher = _batcher(lambda items: [1.0])
-    with pytest.raises(RuntimeError, match="1 results of 2 items"):
+    with pytest.raises(RuntimeError, match="1 results for 2 items"):
         await batcher.submit([1.0, 2.0])
     await batcher.close()
 

@@ -23,7 +23,7 @@ def test_texts_win_over_the_environment_and_are_parsed_as_it_is(monkeypatch: pyt
     settings = load_settings(GenerationSettings, texts, dtype="bfloat16", threads=None)
     assert (settings.exact, settings.batch_shapes, settings.dtype) == (True, (2, 4), "bfloat16")
     assert (settings.device, settings.threads) == ("cpu", None)
-    with pytest.raises(InvalidInputError, match=r"batch_shapes: is no JSON"):
+    with pytest.raises(InvalidInputError, match=r"batch_shapes: is not JSON"):
         load_settings(GenerationSettings, {"batch_shapes": "1,2"})
 
 

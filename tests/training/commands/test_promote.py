@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.cli import run
-from services.inference.triton.repository import Exported, ModelRepository, Weights, open_storage
+from services.inference.triton.repository import ModelExport, ModelRepository, Weights, open_storage
 from tests.training.promotion.fixtures import MemoryTarget, make_promoter, make_version
 from training.commands.promote import _termination_interrupts
 from training.promotion.promote import bootstrap
@@ -132,7 +132,7 @@ def test_a_triton_that_is_not_there(nowhere: str, tmp_path: Path, capsys: pytest
     registry = Registry()
     version = make_version(registry, tmp_path)
     weights = Weights(name=version.name, version="1", digest=version.digest, folder=tmp_path / "run-0")
-    model = Exported(config=ModelConfig(name="tango"), code="# none\n", weights={"tango": weights})
+    model = ModelExport(config=ModelConfig(name="tango"), code="# none\n", weights={"tango": weights})
     ModelRepository(open_storage(str(tmp_path / "repository"))).add(model, 1)
     words = [*TRITON, "--repository", str(tmp_path / "repository")]
     assert run(["promote", "bootstrap", f"models:/{version.name}/1", *words]) == 6

@@ -23,7 +23,7 @@ from services.errors import (
     MilongaError,
     ServiceUnavailableError,
 )
-from services.inference.triton.repository import Exported, ModelRepository, Weights
+from services.inference.triton.repository import ModelExport, ModelRepository, Weights
 from services.weights.uri import ResolvedModel, resolve
 from training.promotion.errors import RolloutError
 from training.promotion.registry import Registry
@@ -288,7 +288,7 @@ class TritonTarget:
                 return
         self._repository.add(self._exported(pin, MODEL), number)
 
-    def _exported(self, pin: Pin, model: str) -> Exported:
+    def _exported(self, pin: Pin, model: str) -> ModelExport:
         """The weights of `pin` with the served configuration and code."""
         if pin not in self._models:
             self._models[pin] = resolve(pin, tracking_uri=self._registry.uri)
@@ -302,7 +302,7 @@ class TritonTarget:
             folder=found.folder,
         )
         code = self._repository.code(MODEL, highest)
-        return Exported(config=self._config(model), code=code, weights={part: weights})
+        return ModelExport(config=self._config(model), code=code, weights={part: weights})
 
     def _number(self, pin: Pin) -> int:
         """Number of the version folder of `pin`. Raises `InvalidInputError` where other weights have it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.inference.triton.alive import dead
+from services.inference.triton.alive import find_fault
 
 
 class _Live(BaseHTTPRequestHandler):
@@ -37,12 +37,12 @@ def test_every_model_needs_a_process(address: str, tmp_path: Path) -> None:
     _process(tmp_path, 1, "tritonserver", "--model-repository=/triton_python_backend_stub")
     stub = "/opt/tritonserver/backends/python/triton_python_backend_stub"
     _process(tmp_path, 20, stub, "/repository/tango/1/model.py")
-    assert dead(2, address, tmp_path) == "1 processes of models run, expected at least 2"
+    assert find_fault(2, address, tmp_path) == "1 model processes are running, expected at least 2"
     _process(tmp_path, 21, stub, "/repository/clap/1/model.py")
-    assert dead(2, address, tmp_path) == ""
+    assert find_fault(2, address, tmp_path) == ""
 
 
 def test_a_server_that_does_not_answer_is_dead(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = "{}:{}".format(*taken.getsockname())
-    assert f"Triton does not answer at {address}" in dead(0, address, tmp_path)
+    assert f"Triton does not answer at {address}" in find_fault(0, address, tmp_path)

@@ -77,7 +77,7 @@ def test_a_later_version_lies_beside_the_pinned_one(
         (["--set", "exact=true"], "--set: is 'exact=true', must be MODEL.NAME=VALUE"),
         (
             ["--set", "tango.colour=red"],
-            "--set tango.colour: is no setting of this model; known: batch_shapes",
+            "--set tango.colour: is no setting of this model; use one of batch_shapes",
         ),
         (["--set", "clap.max_batch_size=many"], "--set clap.max_batch_size: is 'many': Input should be"),
         (["--set", "tango.exact=maybe"], "--set tango.exact: is 'maybe': Input should be a valid boolean"),

@@ -24,7 +24,7 @@ from services.errors import (
     OutputError,
     ServiceUnavailableError,
 )
-from services.inference.triton.repository import Exported, ModelRepository, Weights, open_storage
+from services.inference.triton.repository import ModelExport, ModelRepository, Weights, open_storage
 from services.inference.triton.storage import S3Place, S3Storage, Storage
 from services.models.manifest import verify_manifest, write_manifest
 
@@ -33,7 +33,7 @@ CODE = "from services.inference.triton.backend import TritonPythonModel\n"
 
 def exported(
     folder: Path, text: str = "a", *, code: str = CODE, name: str = "tango", rows: int = 8
-) -> Exported:
+) -> ModelExport:
     """A model of one small file that says `text`."""
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "unet" / "config.json").write_text(json.dumps(text))
@@ -43,7 +43,7 @@ def exported(
     config = ModelConfig(name=name, backend="python")
     config.parameters["max_rows"].string_value = str(rows)
     weights = Weights(name="milonga-tango", version="7", digest=manifest.digest, folder=folder)
-    return Exported(config=config, code=code, weights={"tango": weights})
+    return ModelExport(config=config, code=code, weights={"tango": weights})
 
 
 class Bucket:
@@ -177,7 +177,7 @@ def test_the_same_version_again(place: Storage, tmp_path: Path) -> None:
     named = {"tango": replace(one.weights["tango"], name="elsewhere", version="1")}
     assert repository.add(replace(one, weights=named, code="# newer\n"), 7)
     assert repository.weights("tango", 7)["tango"].name == "elsewhere"
-    with pytest.raises(InvalidInputError, match=r"--version: is 7, and .* other weights \(sha256:.*another"):
+    with pytest.raises(InvalidInputError, match=r"--version: is 7, but .* other weights \(sha256:.*another"):
         repository.add(exported(tmp_path / "b", "b"), 7)
     with pytest.raises(InvalidInputError, match="--version: is 0, must be at least 1"):
         repository.add(one, 0)
@@ -186,7 +186,7 @@ def test_the_same_version_again(place: Storage, tmp_path: Path) -> None:
 
 def test_what_is_not_there(place: Storage, tmp_path: Path) -> None:
     repository = ModelRepository(place)
-    with pytest.raises(InvalidInputError, match="has no model tango; `milonga triton export` writes one"):
+    with pytest.raises(InvalidInputError, match="has no model tango; export it with `milonga triton export`"):
         repository.pin("tango", 1)
     for read in (repository.weights, repository.code):
         with pytest.raises(InvalidInputError, match="tango: has no version 1; export it"):
@@ -304,8 +304,8 @@ Refused.__module__ = Unreachable.__module__ = "botocore.exceptions"
 @pytest.mark.parametrize(
     ("error", "expected", "words"),
     [
-        (Refused("Access Denied"), OutputError, "Access Denied; correct the place, or AWS_ACCESS_KEY_ID"),
-        (Unreachable("Could not connect"), ServiceUnavailableError, "S3 does not answer: Could not connect"),
+        (Refused("Access Denied"), OutputError, "Access Denied; correct the location, or AWS_ACCESS_KEY_ID"),
+        (Unreachable("Could not connect"), ServiceUnavailableError, "S3 does not respond: Could not connect"),
         (PermissionError(13, "Permission denied"), OutputError, "Permission denied"),
         (KeyError("ours"), KeyError, "ours"),
     ],

@@ -22,7 +22,7 @@ from services.errors import (
     ServiceUnavailableError,
     UnauthenticatedError,
 )
-from services.inference.triton.repository import Exported, ModelRepository, Weights, open_storage
+from services.inference.triton.repository import ModelExport, ModelRepository, Weights, open_storage
 from services.models.mini import mini_folder
 from services.weights.registry import RegisteredVersion
 from services.weights.uri import resolve
@@ -53,14 +53,14 @@ class World:
         self.triton = FakeTriton(self.repository)
         self.address = ""
 
-    def exported(self, version: RegisteredVersion, code: str = CODE) -> Exported:
+    def exported(self, version: RegisteredVersion, code: str = CODE) -> ModelExport:
         found = resolve(version.uri)
         config = ModelConfig(name="tango", backend="python")
         config.parameters["device"].string_value = "cuda:1"
         weights = Weights(
             name=version.name, version=version.version, digest=version.digest, folder=found.folder
         )
-        return Exported(config=config, code=code, weights={"tango": weights})
+        return ModelExport(config=config, code=code, weights={"tango": weights})
 
     def target(self, **options: Any) -> TritonTarget:
         given = {"verify_seconds": 0.2, **options}
@@ -242,7 +242,7 @@ def test_weights_of_no_registry(world: World) -> None:
     embedded = resolve("mini")
     config = world.exported(world.first).config
     weights = Weights(name="mini", version="4", digest=embedded.digest, folder=folder)
-    world.repository.add(Exported(config=config, code=CODE, weights={"tango": weights}), 4)
+    world.repository.add(ModelExport(config=config, code=CODE, weights={"tango": weights}), 4)
     world.triton.ready["tango"] = {4: embedded.digest}
     target = world.target()
     assert target.current_pin() == f"mini#{embedded.digest}"
@@ -251,7 +251,7 @@ def test_weights_of_no_registry(world: World) -> None:
     assert world.served == {4: embedded.digest}
 
     other = replace(weights, name="elsewhere", digest="sha256:" + "5" * 64)
-    world.repository.add(Exported(config=config, code=CODE, weights={"tango": other}), 5)
+    world.repository.add(ModelExport(config=config, code=CODE, weights={"tango": other}), 5)
     world.repository.pin("tango", 5)
     world.triton.ready["tango"] = {5: other.digest}
     target = world.target()

@@ -9,27 +9,27 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
 from services.errors import FieldViolation, InvalidInputError, UnsupportedError
-from services.inference.model import Leased, Model
+from services.inference.model import Model, ModelLease
 from services.inference.tensors import TensorSpec
 
 PLATFORM: Final = "milonga"
-"""Of the models, where Triton names a backend."""
+"""`platform` of the models; Triton's own models name their backend there."""
 
 EXTENSIONS: Final = ("model_configuration", "model_repository", "parameters", "statistics")
-"""Of the protocol, by Triton's names."""
+"""Supported protocol extensions, by Triton's names."""
 
 _CONFIG_TYPES: Final = {"BYTES": "TYPE_STRING"}
 
 
 def server_metadata() -> pb.ServerMetadataResponse:
-    """The answer of ServerMetadata."""
+    """Return the response of ServerMetadata."""
     return pb.ServerMetadataResponse(
         name="milonga", version=importlib.metadata.version("milonga"), extensions=EXTENSIONS
     )
 
 
-def model_metadata(model: Model, leased: Leased[Any]) -> pb.ModelMetadataResponse:
-    """The answer of ModelMetadata."""
+def model_metadata(model: Model, lease: ModelLease[Any]) -> pb.ModelMetadataResponse:
+    """Return the response of ModelMetadata."""
 
     def tensors(specs: Sequence[TensorSpec]) -> list[Any]:
         kind = pb.ModelMetadataResponse.TensorMetadata
@@ -37,19 +37,19 @@ def model_metadata(model: Model, leased: Leased[Any]) -> pb.ModelMetadataRespons
 
     return pb.ModelMetadataResponse(
         name=model.name,
-        versions=[leased.version],
+        versions=[lease.version],
         platform=PLATFORM,
         inputs=tensors(model.inputs),
         outputs=tensors(model.outputs),
     )
 
 
-def model_config(model: Model, leased: Leased[Any]) -> pb.ModelConfigResponse:
-    """The answer of ModelConfig: also what a request may ask for, and which weights are served."""
+def model_config(model: Model, lease: ModelLease[Any]) -> pb.ModelConfigResponse:
+    """Return the response of ModelConfig; its parameters are the request limits and the weights' identity."""
     config = write_config(model.name, model.inputs, model.outputs, model.max_rows, decoupled=model.decoupled)
     config.platform = PLATFORM
     limits = {"max_rows": str(model.max_rows), **model.limits}
-    for name, value in {**limits, **leased.parameters}.items():
+    for name, value in {**limits, **lease.parameters}.items():
         config.parameters[name].string_value = value
     return pb.ModelConfigResponse(config=config)
 
@@ -57,10 +57,10 @@ def model_config(model: Model, leased: Leased[Any]) -> pb.ModelConfigResponse:
 def write_config(
     name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], max_rows: int, *, decoupled: bool
 ) -> Any:
-    """Return a ModelConfig, for this protocol and for Triton.
+    """Return a ModelConfig, for this protocol and for Triton's config.pbtxt.
 
-    Where Triton may make batches of several requests, `max_batch_size` is `max_rows` and the shapes leave the
-    rows out; a decoupled model has none, and its shapes name them.
+    If Triton may batch requests, `max_batch_size` is `max_rows`, and shapes leave the rows out. For a
+    decoupled model `max_batch_size` is 0, and shapes include the rows.
     """
     first = 0 if decoupled else 1
     return model_config_pb2.ModelConfig(
@@ -72,7 +72,7 @@ def write_config(
                 data_type=_config_type(spec),
                 dims=spec.shape[first:],
                 optional=spec.optional,
-                # Clips of several lengths may be one batch: each request keeps its own tensor.
+                # A batch may have clips of different lengths: each request keeps its own tensor.
                 allow_ragged_batch=not decoupled and -1 in spec.shape[first:],
             )
             for spec in inputs
@@ -87,26 +87,26 @@ def write_config(
     )
 
 
-def repository_index(model: Model, leased: Leased[Any]) -> pb.RepositoryIndexResponse:
-    """The answer of RepositoryIndex: the one model, which is ready as long as anything answers."""
-    entry = pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=leased.version, state="READY")
+def repository_index(model: Model, lease: ModelLease[Any]) -> pb.RepositoryIndexResponse:
+    """Return the response of RepositoryIndex: the single model, which is always ready."""
+    entry = pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=lease.version, state="READY")
     return pb.RepositoryIndexResponse(models=[entry])
 
 
 def read_load(request: pb.RepositoryModelLoadRequest) -> str | None:
-    """Return the model URI that RepositoryModelLoad asks for; None where it names none.
+    """Return the model URI of a RepositoryModelLoad request; None if it has no `config`.
 
-    It stands where a model configuration has its parameters, so that any client can send it:
+    The URI is a parameter of the model configuration, so that any client can send it:
     ``{"parameters": {"model_uri": {"string_value": "mini"}}}``.
 
     Raises:
-        InvalidInputError: a configuration that is not of this form.
-        UnsupportedError: parameters that this service does not read: files.
+        InvalidInputError: `config` has another form.
+        UnsupportedError: the request has other parameters, such as files.
     """
     others = [name for name in request.parameters if name != "config"]
     if others:
         raise UnsupportedError(
-            f"parameter {others[0][:80]!r} is not read: models are loaded by their URI, not sent; "
+            f"parameter {others[0][:80]!r} is not supported: models are loaded by URI, not uploaded; "
             "give `config` with the parameter model_uri"
         )
     if "config" not in request.parameters:
@@ -117,7 +117,7 @@ def read_load(request: pb.RepositoryModelLoadRequest) -> str | None:
         uri = None
     if not isinstance(uri, str):
         form = '{"parameters": {"model_uri": {"string_value": "MODEL_URI"}}}'
-        raise InvalidInputError(FieldViolation("model_uri", f"is not in `config`, expected {form}"))
+        raise InvalidInputError(FieldViolation("model_uri", f"is missing in `config`, expected {form}"))
     return uri
 
 
