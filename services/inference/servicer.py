@@ -242,8 +242,8 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def _authorised_operator(self, context: Context) -> Operator:
         if self._operator is None:
             raise UnsupportedError(
-                "loading and unloading models is disabled: only a generation service with an operator's token "
-                "does it"
+                "loading and unloading models is disabled: it needs a generation service with an operator's "
+                "token"
             )
         self._operator.authorise(context)
         return self._operator

@@ -200,7 +200,7 @@ def test_what_is_not_there(place: Storage, tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="format 2, this release reads 1"):
         repository.weights("tango", 7)
     place.write("tango/config.pbtxt", b'name: "tango"\nnonsense: 1\n')
-    with pytest.raises(ModelFormatError, match=r"config.pbtxt is no model configuration \(2:1.*nonsense"):
+    with pytest.raises(ModelFormatError, match=r"config.pbtxt is not a model configuration \(2:1.*nonsense"):
         repository.pinned("tango")
 
 
