@@ -348,7 +348,7 @@ def test_a_full_queue_is_unavailable_and_nothing_of_it_stays() -> None:
         (_inputs([b"\xff"]), "prompt: tensor PROMPT is not UTF-8 from byte 0 on"),
         (_inputs(["a dog", "\x07"]), "prompt[1]: "),
         (_inputs(SEED=("INT32", [1])), "seed: tensor SEED has datatype INT32, expected INT64 [n]"),
-        (_inputs(SEED=("INT64", [1, 2, 3])), "seed: tensor SEED has 3 rows, expected 2, as PROMPT has, or 1"),
+        (_inputs(SEED=("INT64", [1, 2, 3])), "seed: tensor SEED has 3 rows, expected 2, as many as PROMPT, or 1"),
         (_inputs(PROMPTS[:1], SEED=("INT64", [-1])), "seed: is -1, must be between 0 and"),
         (_inputs(PROMPTS[:1], NUM_INFERENCE_STEPS=("INT32", [0])), "num_inference_steps: is 0, must be"),
         (_inputs(PROMPTS[:1], GUIDANCE_SCALE=("FP32", [float("nan")])), "guidance_scale: is nan, must be"),
