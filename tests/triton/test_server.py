@@ -24,6 +24,7 @@ from tests.services.inference.suite import (
     stream,
 )
 from tests.triton.server import Server, index, running
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,7 @@ def test_requests_of_several_callers_share_a_batch(server: Server, model: str) -
         for thread in threads:
             thread.join()
         # Triton counts a request after it has answered it.
-        end = time.monotonic() + 5
-        while counted()[0] - before[0] < 40 and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: counted()[0] - before[0] >= 40)
         rows, executions = (after - earlier for after, earlier in zip(counted(), before, strict=True))
     assert rows == 40
     assert executions < 30

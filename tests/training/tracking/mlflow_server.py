@@ -4,14 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from services.processes import free_port
-
-START_SECONDS = 60.0
+from tests.waiting import until
 
 
 class MLflowServer:
@@ -42,17 +40,17 @@ class MLflowServer:
             )
 
     def wait(self) -> None:
-        """Until it answers."""
-        end = time.monotonic() + START_SECONDS
-        while True:
-            assert self._process is not None
-            assert self._process.poll() is None, self._log.read_text()
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < end, self._log.read_text()
-                time.sleep(0.1)
+        """Wait until it answers."""
+        until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
 
     def kill(self) -> None:
         """SIGKILL it and its workers."""
