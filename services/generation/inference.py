@@ -78,8 +78,8 @@ class Row:
     """What else the engine said."""
 
 
-class TangoInference:
-    """What the slot of a generation service serves."""
+class GenerationInference:
+    """The models of a slot as a model of the Open Inference Protocol."""
 
     name, inputs, outputs, decoupled = GENERATION.model, INPUTS, OUTPUTS, True
 
@@ -103,14 +103,14 @@ class TangoInference:
         }
 
     @contextmanager
-    def lease(self) -> Iterator["LeasedTango"]:
+    def lease(self) -> Iterator["GenerationLease"]:
         """Hold the served weights for the time of one call."""
         with self._slot.lease() as served:
-            yield LeasedTango(served)
+            yield GenerationLease(served)
 
 
-class LeasedTango:
-    """The weights of one call."""
+class GenerationLease:
+    """The weights that one call uses."""
 
     def __init__(self, served: "Served") -> None:
         self._served = served

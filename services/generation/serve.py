@@ -54,7 +54,7 @@ def add_generation(
 ) -> None:
     """Add the services of a slot, and its metrics, to a server; the operator's where there is a token."""
     from services.generation import operator, servicer
-    from services.generation.inference import SlotOperator, TangoInference
+    from services.generation.inference import SlotOperator, GenerationInference
     from services.inference import add_inference
 
     metrics.add(partial(collect, slot))
@@ -70,7 +70,7 @@ def add_generation(
             operator.SERVICE_NAME,
             lambda to: operator_pb2_grpc.add_OperatorServiceServicer_to_server(switching, to),
         )
-    add_inference(server, TangoInference(slot), None if token is None else SlotOperator(slot, token))
+    add_inference(server, GenerationInference(slot), None if token is None else SlotOperator(slot, token))
 
 
 def describe(slot: "EngineSlot") -> dict[str, Any]:

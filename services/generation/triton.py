@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
-from services.generation.inference import INPUTS, OUTPUTS, TangoInference
+from services.generation.inference import INPUTS, OUTPUTS, GenerationInference
 from services.generation.settings import GenerationSettings, model_uris
 from services.inference.metadata import write_config
 from services.inference.triton.backend import LoadedModel
@@ -32,7 +32,7 @@ async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel])
 
     model = found[GENERATION.model]
     slot = EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
-    return LoadedModel(model=TangoInference(slot), close=slot.close)
+    return LoadedModel(model=GenerationInference(slot), close=slot.close)
 
 
 SERVABLE: Final = Servable(
