@@ -54,7 +54,7 @@ def add_generation(
 ) -> None:
     """Add the services of a slot, and its metrics, to a server; the operator's where there is a token."""
     from services.generation import operator, servicer
-    from services.generation.inference import SlotOperator, GenerationInference
+    from services.generation.inference import GenerationInference, SlotOperator
     from services.inference import add_inference
 
     metrics.add(partial(collect, slot))
