@@ -1,1 +1,1 @@
-"""Every model class that is both served and trained. PyTorch only: no protocol, no server."""
+"""The model classes that are both served and trained. PyTorch only: no protocol, no server."""

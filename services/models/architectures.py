@@ -1,4 +1,4 @@
-"""The registry of generator families, and the functions that load any of them."""
+"""The registry of generator families, and functions to check and load a generator of any family."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "TangoPipeline": TANGO,
     "TangoFluxPipeline": TANGOFLUX,
 }
-"""By the `_class_name` of a folder's `model_index.json`."""
+"""Families by `_class_name` in a folder's `model_index.json`."""
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -28,7 +28,7 @@ def architecture_of(folder: Path) -> Architecture:
 
 
 def check_generator(folder: Path) -> None:
-    """Raise `ModelNotFoundError` or `ModelFormatError` unless `folder` holds a generator, unloaded."""
+    """Raise `ModelNotFoundError` or `ModelFormatError` unless `folder` is a generator's. Loads no weights."""
     architecture_of(folder).check(folder)
 
 
@@ -38,14 +38,14 @@ def load_generator(
     """Load the generator in `folder` for inference.
 
     Args:
-        folder: of one of the `ARCHITECTURES`, as `milonga convert` or `save_pretrained` wrote it.
-        device: torch's name of one, or ``auto``: cuda where there is one, otherwise cpu.
-        dtype: number format of text encoder and denoiser, whatever was stored.
-        decoder_dtype: of the parts that make sound: half precision saves little there and is audible sooner.
+        folder: model folder of one of the `ARCHITECTURES`, written by `milonga convert` or `save_pretrained`.
+        device: torch's name of a device, or ``auto``: cuda if available, otherwise cpu.
+        dtype: float type of text encoder and denoiser, whatever the files have.
+        decoder_dtype: float type of the decoders: half precision saves little there, and is more audible.
 
     Raises:
         ModelNotFoundError: there is no such folder.
-        ModelFormatError: it holds something else (another architecture, missing or damaged weights, pickles).
-        InvalidInputError: the device or number format does not exist.
+        ModelFormatError: the folder has another architecture, missing or damaged weights, or pickles.
+        InvalidInputError: the device or float type does not exist.
     """
     return architecture_of(folder).load(folder, device=device, dtype=dtype, decoder_dtype=decoder_dtype)

@@ -1,6 +1,6 @@
-"""A model folder's files, and the device and number format of what is loaded from them.
+"""Read the files of a model folder; choose devices and dtypes.
 
-A folder comes from outside: nothing in it is executed, and every error names the file.
+Folders are untrusted: nothing in them is executed, and every error names the file.
 """
 
 import json
@@ -18,16 +18,16 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-"""Float types by the names that flags and settings use."""
+"""Float types by the names that options and settings use."""
 
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Files that can run code when they are read."""
+"""Extensions of files that can run code when they are loaded."""
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the safetensors files of `folder`.
 
-    Raises `ModelFormatError` where there are none.
+    Raises `ModelFormatError` if there are none.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -52,7 +52,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises `ModelFormatError` where there is none."""
+    """Return the JSON object in `path`. Raises `ModelFormatError` if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelFormatError(f"{path} can't be read: {one_line(error)}") from error
     if not isinstance(data, dict):
-        raise ModelFormatError(f"{path} holds no JSON object")
+        raise ModelFormatError(f"{path} is not a JSON object")
     return data
 
 
@@ -74,9 +74,9 @@ def pick_dtype(field: str, name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name` (``auto``: cuda where there is one), after a small allocation on it.
+    """Return the device `name` (``auto``: cuda if available, otherwise cpu), after a test allocation.
 
-    Raises `InvalidInputError` where it can't be used.
+    Raises `InvalidInputError` if it can't be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,6 @@
-"""What the engine and the training need of a text-to-audio model that denoises latents.
+"""The interface of a latent text-to-audio model that the engine and the training use.
 
-Shapes: B rows (prompts or clips), L text tokens, X a family's own shape of latents, N samples, T mel frames,
+Shapes: B rows (prompts or clips), L text tokens, X shape of the family's latents, N samples, T mel frames,
 M mel bins.
 """
 
@@ -19,10 +19,10 @@ from services.api.generation import GenerationModel
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Conditioning:
-    """Prompts as a denoiser reads them: named tensors [B, L, ...], a row a prompt, then its tokens."""
+    """Encoded prompts, the denoiser's text input: named tensors [B, L, ...], one row per prompt."""
 
     tensors: Mapping[str, Tensor]
-    """One of them is ``mask``, bool [B, L]: true where there is a token, false where there is padding."""
+    """Tensors by name, among them ``mask``, bool [B, L]: true for tokens, false for padding."""
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the tensor `name`."""
@@ -30,11 +30,11 @@ class Conditioning:
 
     @property
     def length(self) -> int:
-        """Tokens of a row, padding included."""
+        """Number of tokens of a row, L, padding included."""
         return self["mask"].shape[1]
 
     def repeat_interleave(self, count: int) -> "Conditioning":
-        """Return every row `count` times, the copies of a row side by side."""
+        """Return every row `count` times, copies of a row adjacent."""
         return Conditioning(tensors={k: v.repeat_interleave(count, 0) for k, v in self.tensors.items()})
 
     def rows(self) -> list[dict[str, Tensor]]:
@@ -60,11 +60,11 @@ class Conditioning:
 
     @classmethod
     def cat(cls, parts: "Sequence[Conditioning]") -> "Conditioning":
-        """Return the rows of `parts`, which must have one length, one after another."""
+        """Concatenate the rows of `parts`, which must have the same length."""
         return cls(tensors={k: torch.cat([part[k] for part in parts]) for k in parts[0].tensors})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
-        """Return the same on `device`, floats as `dtype`."""
+        """Return the tensors on `device`, floating-point ones as `dtype`."""
         return Conditioning(
             tensors={
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -74,24 +74,24 @@ class Conditioning:
 
 
 class Solver(ABC):
-    """Takes one clip from noise to clean latents, by one of diffusers' schedulers.
+    """Denoises one clip with one of diffusers' schedulers.
 
-    A scheduler keeps a history of its steps, so each clip needs a solver of its own.
+    A scheduler keeps a history of its steps, so each clip needs its own solver.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        """Take over `scheduler`, whose timesteps are set."""
+        """Own `scheduler`, whose timesteps must be set."""
         if hasattr(scheduler, "set_begin_index"):
-            # Otherwise the first step looks its timestep up, and finds the second where two are equal.
+            # Otherwise the first step searches for its timestep, and finds the second of two equal ones.
             scheduler.set_begin_index(0)
         self._scheduler = scheduler
         self._takes_generator = takes_generator(scheduler)
-        # As numbers, on the host: reading one from the device would wait for it at every step.
+        # Numbers on the host: reading one from the device would synchronise at every step.
         self.timesteps: list[float] = scheduler.timesteps.tolist()
-        """Of each step, as the denoiser takes them."""
+        """Timestep of each step, for the denoiser."""
 
     def step(self, output: Tensor, index: int, latents: Tensor, generator: Generator) -> Tensor:
-        """Return the latents after step `index`, the next one, for the denoiser's (guided) `output`.
+        """Return the latents after step `index`, which must be the next, from the denoiser's guided `output`.
 
         `generator` is for schedulers that draw noise.
         """
@@ -101,60 +101,60 @@ class Solver(ABC):
 
     @abstractmethod
     def clean_estimate(self, output: Tensor, index: int, latents: Tensor) -> Tensor:
-        """Return the denoiser's estimate of the clean latents, before step `index` is taken."""
+        """Return the estimate of the clean latents from the denoiser's `output` at step `index`."""
 
 
 class LatentPipeline(Protocol):
-    """A family of generators, as the engine and the training use it. All latents have rows first: [B, X].
+    """A generator, as the engine and the training use it. All latents have rows first: [B, X].
 
     `services.models.architectures` lists the families.
     """
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
 
     @property
     def description(self) -> GenerationModel:
-        """Sizes, limits and defaults. The model's version is the caller's to fill in."""
+        """Sizes, limits and defaults. The caller fills in the model's version."""
 
     def latent_frames(self, duration: float) -> int:
         """Return the length of the latents of a clip of `duration` seconds. Equal lengths share a batch."""
 
     def latent_samples(self, duration: float) -> int:
-        """Return the samples of a waveform that `encode_audio` takes for a clip of `duration` seconds."""
+        """Return the number of samples that `encode_audio` needs for a clip of `duration` seconds."""
 
     def text_length(self, prompt: str) -> int:
-        """Return the tokens that `prompt` is padded to: one of few numbers, so that batches match."""
+        """Return the number of tokens to pad `prompt` to: one of few, so that prompts share batches."""
 
     def encode(self, prompts: Sequence[str], *, length: int) -> Conditioning:
-        """Return what the denoiser reads of `prompts`, cut or padded to `length` tokens."""
+        """Encode `prompts`, truncated or padded to `length` tokens."""
 
     def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
-        """Return what the model does not read of `prompt`, one sentence each."""
+        """Return warnings on parts of `prompt` that the model ignores, one sentence each."""
 
     def noise(self, duration: float, generator: Generator) -> Tensor:
-        """Draw the unit noise [1, X] that a clip of `duration` seconds begins with, float32, on `device`."""
+        """Draw the initial unit noise [1, X] of a clip of `duration` seconds, float32, on `device`."""
 
     def solver(self, name: str, steps: int) -> Solver:
-        """Return a new solver by the name of a scheduler. Raises `InvalidInputError` for an unknown one."""
+        """Return a new solver for the scheduler `name`. Raises `InvalidInputError` for an unknown name."""
 
     def predict(
         self, latents_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
     ) -> Tensor:
-        """Call the denoiser once, without gradients; [B, X] in float32.
+        """Call the denoiser once, without gradients; return [B, X] in float32.
 
-        Rows are independent. `timesteps_B` are those of solvers, `seconds_B` the durations of the clips.
+        Rows are independent. `timesteps_B` come from solvers; `seconds_B` are the clips' durations.
         """
 
     def decode(self, latents_BX: Tensor, samples: int) -> Tensor:
-        """Return waveforms [B, N] in [-1, 1], float32, of clean latents, cut to `samples`."""
+        """Decode clean latents to waveforms [B, N] in [-1, 1], float32, cut to `samples`."""
 
     def preview(self, latents_BX: Tensor, samples: int) -> Tensor:
-        """Return log-mel spectrograms [B, T, M] in natural logarithms of clean latents, cut to `samples`."""
+        """Decode clean latents to natural-log mel spectrograms [B, T, M], cut to `samples`."""
 
     def encode_audio(self, waveform_BN: Tensor) -> Tensor:
-        """Return the latents [B, X] of waveforms at the model's rate, `latent_samples` long."""
+        """Encode waveforms at the model's rate, `latent_samples` long, to latents [B, X]."""
 
 
 def takes_generator(scheduler: Any) -> bool:
@@ -163,10 +163,10 @@ def takes_generator(scheduler: Any) -> bool:
 
 
 def clip_generator(seed: int, clip_index: int = 0) -> Generator:
-    """Return the CPU generator of all of a clip's noise, whatever the batch, the process or the device.
+    """Return the CPU generator of a clip's noise, independent of batch, process and device.
 
-    Seed (0 or more, any size) and index are hashed together by numpy's SeedSequence, so that neighbouring
-    seeds and indices share no noise.
+    numpy's SeedSequence hashes the seed (0 or more, any size) and the index, so that neighbouring seeds and
+    indices share no noise.
     """
     state = np.random.SeedSequence([seed, clip_index]).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
@@ -178,5 +178,5 @@ def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> 
 
 
 def within_full_scale(waveform_BN: Tensor) -> Tensor:
-    """Divide each row of [B, N] by its peak where that is above 1; the others keep every bit."""
+    """Divide each row of [B, N] by its peak if that is above 1; other rows are bitwise unchanged."""
     return waveform_BN / waveform_BN.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)

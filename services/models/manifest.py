@@ -1,11 +1,11 @@
-"""What a model folder is: its name, version and licence, and a digest over every file.
+"""The manifest of a model folder: name, version, licence, and a digest over every file.
 
-The manifest lies in the folder as ``milonga.json``::
+It is the file ``milonga.json`` in the folder::
 
     {"format": 1, "name": "mini", "version": "1", "license": "Apache-2.0",
      "files": {"unet/config.json": "<sha256>", …}, "digest": "sha256:<sha256>"}
 
-The digest is taken over the sorted lines ``<path> <sha256>``, each with a line feed at its end.
+The digest is the SHA-256 of the sorted lines ``<path> <sha256>``, each ended by a line feed.
 """
 
 import functools
@@ -27,23 +27,23 @@ FORMAT = 1
 """Version of the manifest's own format."""
 
 _LISTED = 5
-"""Files that an error message names before it counts the rest."""
+"""Number of files that an error message names; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The identity of one model folder."""
+    """The identity of a model folder."""
 
     name: str
-    """Name of the model, as responses and registries show it."""
+    """Name of the model."""
     version: str
-    """Version of the weights; ``unversioned`` where the folder carries no manifest."""
+    """Version of the weights; ``unversioned`` for a folder without a manifest."""
     license: str
-    """Licence of the weights (an SPDX identifier where there is one), or ``unknown``."""
+    """Licence of the weights: an SPDX identifier if there is one, or ``unknown``."""
     files: dict[str, str]
     """SHA-256 in hex of every file, by its path in the folder with forward slashes."""
     digest: str
-    """``sha256:`` and the hex SHA-256 over `files`: what pins a version."""
+    """``sha256:`` and the hex SHA-256 over `files`; model URIs pin it."""
     format: int = FORMAT
     """Version of this format."""
 
@@ -65,10 +65,14 @@ def write_manifest(folder: Path, name: str, version: str, license: str) -> Manif
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder` as written there, its files not verified.
+    """Return the manifest of `folder`, without verifying files.
 
-    Where there is none it is made from the folder: named after it, ``unversioned``, licence ``unknown``.
-    Raises `ModelNotFoundError` if there is no such folder, `ModelFormatError` if the manifest is malformed.
+    For a folder without a manifest, return one with the folder's name, ``unversioned`` and licence
+    ``unknown``.
+
+    Raises:
+        ModelNotFoundError: there is no such folder.
+        ModelFormatError: the manifest is malformed.
     """
     _require_folder(folder)
     path = folder / MANIFEST_NAME
@@ -78,15 +82,18 @@ def read_manifest(folder: Path) -> Manifest:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFormatError(
-            f"{path} is not a manifest ({error}); write it again or fetch the model again"
+            f"{path} is not a manifest ({error}); rewrite it, or fetch the model again"
         ) from error
 
 
 def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifest:
-    """Return the manifest of `folder` after comparing the hash of every file.
+    """Return the manifest of `folder` after verifying every file.
 
-    `expected_digest` (``sha256:HEX`` or plain hex) is the pin to compare with.
-    Raises `DigestMismatchError` where a file or the pin differs, else as `read_manifest`.
+    `expected_digest` (``sha256:HEX`` or plain hex) is the pin of a model URI.
+
+    Raises:
+        DigestMismatchError: a file differs from the manifest, or the digest from the pin.
+        ModelNotFoundError, ModelFormatError: as `read_manifest`.
     """
     manifest = read_manifest(folder)
     found = hash_files(folder)
@@ -95,7 +102,7 @@ def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifes
         paths = list(dict.fromkeys(differing)) or [MANIFEST_NAME]
         more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
         raise DigestMismatchError(
-            f"{folder}: not what its manifest says: {', '.join(paths[:_LISTED])}{more}; fetch the model again"
+            f"{folder} differs from its manifest: {', '.join(paths[:_LISTED])}{more}; fetch the model again"
         )
     if expected_digest is not None and manifest.digest != _normal(expected_digest):
         raise DigestMismatchError(
@@ -108,9 +115,9 @@ def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifes
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 in hex of every file under `folder`, by relative path.
 
-    The manifest itself, hidden files and model cards (``*.md``, which may quote the digest) do not count.
-    Links are followed: the hub's cache is made of them. A process hashes a folder once, and again where the
-    name, size or time of modification of a file differs.
+    Skips the manifest, hidden files and model cards (``*.md``, which may quote the digest). Follows links, of
+    which the hub's cache consists. A process hashes a folder once, and again if a file's name, size or
+    modification time differs.
     """
     folder = folder.resolve()
     files = tuple(
@@ -129,7 +136,7 @@ def _hashes(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> tuple[tup
 
 
 def hash_each(folder: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Yield the path of each file relative to `folder`, and its SHA-256 in hex: this reads every byte."""
+    """Yield the path of each file relative to `folder`, and its SHA-256 in hex. Reads every byte."""
     for path in files:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -142,7 +149,7 @@ def _counts(relative: Path) -> bool:
 
 
 def digest_of_files(files: dict[str, str]) -> str:
-    """``sha256:HEX`` over the sorted lines ``path sha256`` of `files`."""
+    """Return ``sha256:HEX`` over the sorted lines ``path sha256`` of `files`."""
     lines = "".join(f"{path} {sha}\n" for path, sha in sorted(files.items()))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
@@ -164,7 +171,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
 
 
 def _normal(digest: str) -> str:
-    """`digest` in the form that manifests write."""
+    """Return `digest` in the form of manifests: ``sha256:`` and lowercase hex."""
     return "sha256:" + digest.strip().lower().removeprefix("sha256:")
 
 

@@ -1,6 +1,6 @@
-"""Log-mel spectrograms as Tango's autoencoder and vocoder know them.
+"""Log-mel spectrograms of Tango's autoencoder and vocoder.
 
-Shape legend: B batch, N samples, T mel frames, M mel bins.
+Shapes: B batch, N samples, T mel frames, M mel bins.
 """
 
 import torch
@@ -19,7 +19,7 @@ def mel_filterbank(
     minimum_hertz: float = 0.0,
     maximum_hertz: float = 8_000.0,
 ) -> Tensor:
-    """Slaney-scaled, area-normalised triangular filters: float32 [n_fft // 2 + 1, mel_bins]."""
+    """Return Slaney-scaled, area-normalised triangular filters: float32 [n_fft // 2 + 1, mel_bins]."""
     filters = mel_filter_bank(
         num_frequency_bins=n_fft // 2 + 1,
         num_mel_filters=mel_bins,
@@ -35,8 +35,8 @@ def mel_filterbank(
 class LogMel(nn.Module):
     """Waveform [B, N] in [-1, 1] to natural-log mel magnitudes [B, T, M], T = N // hop_length + 1.
 
-    Hann window, reflected edges, magnitude (not power), no mean or deviation taken away: the STFT of
-    AudioLDM's autoencoder, which Tango uses (upstream `audioldm/audio/stft.py`).
+    Hann window, reflected edges, magnitude (not power), no normalisation: the STFT of AudioLDM's autoencoder,
+    which Tango uses (upstream `audioldm/audio/stft.py`).
     """
 
     window: Tensor
@@ -57,7 +57,7 @@ class LogMel(nn.Module):
         )
 
     def forward(self, waveform_BN: Tensor) -> Tensor:
-        """Log-mel spectrogram [B, T, M] of `waveform_BN` (needs N > n_fft // 2, for the reflection)."""
+        """Return the log-mel spectrogram [B, T, M]; N must exceed n_fft // 2, for the reflection."""
         spectrum = torch.stft(
             waveform_BN,
             self.n_fft,
@@ -72,6 +72,6 @@ class LogMel(nn.Module):
 
 
 def mel_frames(waveform_BN: Tensor, log_mel: LogMel) -> Tensor:
-    """Log-mel [B, 1, T, M], the last frame cut off so that T is samples / hop (upstream cuts alike)."""
+    """Return log-mel [B, 1, T, M] without the last frame, so that T = N // hop_length, as upstream does."""
     mel_BTM: Tensor = log_mel(waveform_BN)
     return mel_BTM[:, None, : waveform_BN.shape[1] // log_mel.hop_length]

@@ -1,7 +1,7 @@
-"""From a folder to a generator: what a family's folder must hold, how it is checked, how it is loaded.
+"""Check and load the model folders of generators.
 
-A folder comes from outside. Nothing in it is executed: classes are taken from a fixed table, weights from
-safetensors alone, and every key and shape is compared with the module before anything is loaded.
+Folders are untrusted. Nothing in them is executed: classes come from a fixed table, weights only from
+safetensors, and every key and shape is compared with the module before anything is loaded.
 """
 
 import inspect
@@ -20,14 +20,14 @@ from services.models.latent import Conditioning, LatentPipeline
 from services.models.state_dicts import check_weights, on_meta, quiet_loading
 
 UPSTREAM_WEIGHTS: Final = "pytorch_model_main.bin"
-"""Only a released Tango checkpoint has this file; `convert_checkpoint` converts it."""
+"""File that only released Tango checkpoints have; `convert_checkpoint` converts those."""
 
 Builder = Callable[[dict[str, Any]], nn.Module]
-"""Makes a module of its `config.json`."""
+"""Builds a module from the content of its `config.json`."""
 
 
 class Denoise(Protocol):
-    """A family's call of its denoiser."""
+    """Signature of a family's denoiser call."""
 
     def __call__(
         self,
@@ -38,7 +38,7 @@ class Denoise(Protocol):
         seconds_B: Tensor,
         /,
     ) -> Tensor:
-        """Return [B, X] in the denoiser's own float type, with gradients if they are on."""
+        """Return the denoiser's output [B, X] in its own float type, with gradients if they are enabled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +46,11 @@ class Architecture:
     """A family of generators: diffusers pipelines that are `LatentPipeline`s, one class each."""
 
     pipeline: type[Any]
-    """Class of the pipeline, by whose name `model_index.json` refers to the family."""
+    """Class of the pipeline; its name is `_class_name` in `model_index.json`."""
     parts: Mapping[str, Mapping[str, Builder]]
-    """Each part with weights, and the classes that it may have, as ``library.Class``."""
+    """Builders of each part with weights, by its permitted classes: ``library.Class``."""
     schedulers: tuple[str, ...]
-    """Classes in diffusers that the scheduler may have."""
+    """Permitted scheduler classes of diffusers."""
     denoiser: str
     """Name of the part that fine-tuning trains."""
     denoiser_class: type[Any]
@@ -58,16 +58,16 @@ class Architecture:
     objective: Literal["v_prediction", "flow"]
     """What the denoiser predicts: a name in `training.objectives.objective`."""
     encoders: tuple[str, ...]
-    """Parts that turn sound into latents."""
+    """Parts that encode audio to latents."""
     decoders: tuple[str, ...]
-    """Parts that turn latents into sound, and have a number format of their own."""
+    """Parts that decode latents to audio; their dtype is `decoder_dtype`."""
     readers: tuple[str, ...] = ("text_encoder", "tokenizer")
-    """Parts that read prompts."""
+    """Parts that encode prompts."""
     tags: tuple[str, ...]
-    """Of model cards on the Hugging Face hub."""
+    """Tags of model cards on the Hugging Face hub."""
 
     def check(self, folder: Path) -> None:
-        """Raise `ModelFormatError` unless `folder` holds a whole model of this family. Loads no weights."""
+        """Raise `ModelFormatError` unless `folder` has a complete model of this family. Loads no weights."""
         index, own = read_index(folder), self.pipeline.__name__
         if index.get("_class_name") != own:
             raise ModelFormatError(f"{folder} holds a {index.get('_class_name')}, not a {own}")
@@ -82,14 +82,14 @@ class Architecture:
         library, tokenizer = _class_of(index, "tokenizer")
         if library != "transformers" or not ("Tokenizer" in tokenizer and tokenizer.isidentifier()):
             raise ModelFormatError(f"{folder}: tokenizer is a {library}.{tokenizer}, which is not supported")
-        # Without these files the libraries ask the hub, and report that instead of what is missing.
+        # Without these files the libraries query the hub, and report that instead of the missing file.
         read_json(folder / "scheduler" / "scheduler_config.json")
         read_json(folder / "tokenizer" / "tokenizer_config.json")
 
     def load(
         self, folder: Path, *, device: str = "cpu", dtype: str = "float32", decoder_dtype: str = "float32"
     ) -> LatentPipeline:
-        """Load a checked model of this family for inference; see `architectures.load_generator`."""
+        """Check and load a model of this family for inference; see `architectures.load_generator`."""
         target = pick_device(device)
         types = {"default": pick_dtype("dtype", dtype)} | dict.fromkeys(
             self.decoders, pick_dtype("decoder_dtype", decoder_dtype)
@@ -106,14 +106,14 @@ class Architecture:
                 )
         except MilongaError:
             raise
-        except Exception as error:  # whatever the libraries raise here, the folder is to blame
+        except Exception as error:  # any exception of the libraries means that the folder is invalid
             raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(target)
         return cast(LatentPipeline, pipeline)
 
     def load_encoders(self, folder: Path, device: torch.device) -> LatentPipeline:
-        """Load what encodes sound and prompts, in float32, and not the denoiser."""
+        """Load a model without its denoiser, in float32, to encode audio and prompts."""
         pipeline: Any = self.load(folder)
         pipeline.register_modules(**{self.denoiser: None})
         pipeline.to(device)
@@ -129,7 +129,7 @@ class Architecture:
                     use_safetensors=True,
                     local_files_only=True,
                 )
-        except Exception as error:  # whatever the library raises here, the folder is to blame
+        except Exception as error:  # any exception of the library means that the folder is invalid
             raise ModelFormatError(f"{folder}/{self.denoiser} can't be loaded: {one_line(error)}") from error
         return cast(nn.Module, denoiser)
 
@@ -155,7 +155,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> tuple[str, str]:
-    """Return library and class of `part`."""
+    """Return the library and the class of `part`. Raises `ModelFormatError`."""
     match index.get(part):
         case [str(library), str(name)]:
             return library, name
@@ -164,7 +164,7 @@ def _class_of(index: Mapping[str, Any], part: str) -> tuple[str, str]:
 
 
 def _check_part(folder: Path, build: Builder) -> None:
-    """Compare the weights in `folder` with the module that its `config.json` describes."""
+    """Raise `ModelFormatError` unless the weights in `folder` fit the module of its `config.json`."""
     config = read_json(folder / "config.json")
     try:
         with quiet_loading():

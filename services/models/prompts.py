@@ -1,4 +1,4 @@
-"""The part of a generator that reads prompts: a T5 encoder and its tokenizer.
+"""Encode prompts with a T5 encoder and its tokenizer, for generators.
 
 Shapes: B prompts, L text tokens, D text width.
 """
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from services.models.latent import Conditioning
 
 LONGEST_TEXT: Final = 512
-"""Tokens that FLAN-T5 was trained on: the limit where the tokenizer states none."""
+"""FLAN-T5's context length in tokens: the limit if the tokenizer states none."""
 
 TEXT_LENGTHS: Final = (64, 128, 256, LONGEST_TEXT)
-"""Tokens that prompts are padded to where the model fixes no length. AudioCaps' captions fit the first."""
+"""Lengths in tokens to pad prompts to, if the model has no fixed length. AudioCaps' captions fit 64."""
 
 
 class T5Prompts:
-    """The methods of a `LatentPipeline` that read prompts. Its config has `text_length`, or None."""
+    """Implements a `LatentPipeline`'s methods for prompts. `text_length` of its config is fixed, or None."""
 
     tokenizer: PreTrainedTokenizerBase
     text_encoder: T5EncoderModel
@@ -28,16 +28,16 @@ class T5Prompts:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of a prompt that the text encoder reads; the rest is cut off."""
+        """Maximum number of tokens of a prompt; the rest is truncated."""
         return int(self.config.text_length or min(self.tokenizer.model_max_length, LONGEST_TEXT))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, length: int | None = None) -> Conditioning:
-        """Embed `prompts`, padded to `length` tokens, else to the model's `text_length`, else to the longest.
+        """Encode `prompts`; return ``embeds`` [B, L, D] and ``mask`` [B, L].
 
-        Returns ``embeds`` [B, L, D] and ``mask`` [B, L]. A prompt with more tokens is cut. The unconditional
-        text of guidance is ``""`` at the same length: one end-of-sequence token, the rest masked. Masked
-        positions do not change the clip.
+        Prompts are truncated or padded to `length` tokens; if None, to the model's `text_length`; if None
+        too, to the longest. The unconditional text of guidance is ``""`` at the same length: one
+        end-of-sequence token, the rest masked. Masked positions don't change the clip.
         """
         length = length or self.config.text_length
         tokens = self.tokenizer(
@@ -53,25 +53,25 @@ class T5Prompts:
         return Conditioning(tensors={"embeds": embeds_BLD, "mask": mask_BL == 1})
 
     def text_length(self, prompt: str) -> int:
-        """Return the tokens that `prompt` is padded to, independent of the prompts beside it."""
+        """Return the number of tokens to pad `prompt` to; it does not depend on other prompts."""
         if self.config.text_length:
             return int(self.config.text_length)
         tokens = self.token_count(prompt)
         return min(next((n for n in TEXT_LENGTHS if n >= tokens), tokens), self.max_prompt_tokens)
 
     def token_count(self, prompt: str) -> int:
-        """Return the tokens of `prompt`, end of sequence included, before any cut at `max_prompt_tokens`."""
+        """Return the number of tokens of `prompt`, end of sequence included, before truncation."""
         return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
     def unknown_words(self, prompt: str) -> tuple[str, ...]:
-        """Return the words of `prompt` that the tokenizer has no token for, in order, each once."""
+        """Return the distinct words of `prompt` that the tokenizer has no token for, in order."""
         unknown = self.tokenizer.unk_token_id
         words = dict.fromkeys(re.findall(r"\w[\w'’-]*", prompt))
         encoded = ((word, self.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
         return tuple(word for word, ids in encoded if unknown in ids)
 
     def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
-        """Return what the model does not read of `prompt`, one sentence each."""
+        """Return warnings on parts of `prompt` that the model ignores, one sentence each."""
         unknown, tokens, limit = self.unknown_words(prompt), self.token_count(prompt), self.max_prompt_tokens
         found: list[str] = []
         if unknown:

@@ -1,4 +1,4 @@
-"""Weights against the module they belong to: every key and every shape accounted for, before any is used."""
+"""Compare weights with the module that loads them: every key and every shape must match."""
 
 import logging
 import warnings
@@ -16,50 +16,53 @@ from services.errors import ModelFormatError
 Module = TypeVar("Module", bound=nn.Module)
 
 TIED: Mapping[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}
-"""T5's token embedding stands under two names; a file may hold either or both."""
+"""T5's token embedding has two names; a file may have either or both."""
 
 _LISTED = 20
-"""Keys that an error message names before it counts the rest."""
+"""Number of keys that an error message names; the others are counted."""
 
 
 def on_meta(build: Callable[[], Module]) -> Module:
-    """The module that `build` makes, with shapes and no memory."""
+    """Return the module of `build` on the meta device: shapes without memory."""
     with torch.device("meta"):
         return build()
 
 
 def check_weights(part: str, module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of `module`'s weights.
+    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of the weights.
 
-    `part` names them in the message; `shapes` is what the file holds. `module` may be on the meta device.
+    Args:
+        part: name of the weights in the message.
+        module: module that will load them; may be on the meta device.
+        shapes: shapes of the tensors in the file, by key.
     """
-    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    held = {key: tuple(shape) for key, shape in shapes.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = {key: tuple(shape) for key, shape in shapes.items()}
     for alias, original in TIED.items():
-        if alias in wanted and original in wanted and (alias in held) != (original in held):
-            held[alias] = held[original] = held.get(alias, held.get(original, ()))
+        if alias in expected and original in expected and (alias in found) != (original in found):
+            found[alias] = found[original] = found.get(alias, found.get(original, ()))
     misshapen = [
-        f"{key} is {list(held[key])}, not {list(shape)}"
-        for key, shape in wanted.items()
-        if key in held and held[key] != shape
+        f"{key} is {list(found[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
     ]
     faults = (
-        ("missing keys", [key for key in wanted if key not in held]),
-        ("unknown keys", [key for key in held if key not in wanted]),
+        ("missing keys", [key for key in expected if key not in found]),
+        ("unknown keys", [key for key in found if key not in expected]),
         ("wrong shapes", misshapen),
     )
     report_faults(part, faults)
 
 
 def report_faults(part: str, faults: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ModelFormatError` with all `faults` (title, entries) that have entries, in one line."""
+    """Raise `ModelFormatError`, one line, for the `faults` (title, entries) that have entries."""
     found = [f"{len(entries)} {title}: {_listed(entries)}" for title, entries in faults if entries]
     if found:
         raise ModelFormatError(f"{part}: these weights are not this model's: {'; '.join(found)}")
 
 
 def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> Module:
-    """Put `weights` in place of the tensors of `module` (on the meta device), after `check_weights`."""
+    """Assign `weights` to `module`, which is on the meta device, after `check_weights`; return it."""
     check_weights(part, module, {key: tensor.shape for key, tensor in weights.items()})
     full = dict(weights)
     own = module.state_dict()
@@ -67,7 +70,7 @@ def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> 
     for alias, original in tied.items():
         given = [full[key] for key in (alias, original) if key in full]
         if len(given) == 2 and not given[0].is_meta and not torch.equal(*given):
-            raise ModelFormatError(f"{part}: {alias} and {original} differ, and are one tensor in this model")
+            raise ModelFormatError(f"{part}: {alias} and {original} differ, but are one tensor in this model")
         full[alias] = full[original] = given[0]
     module.load_state_dict(full, strict=True, assign=True)
     for alias, original in tied.items():
@@ -78,7 +81,7 @@ def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence progress bars, log messages and deprecation warnings of the model libraries inside."""
+    """Silence progress bars, logs and deprecation warnings of diffusers and transformers in the context."""
     bars = [
         library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
     ]
@@ -91,7 +94,7 @@ def quiet_loading() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Of one library about another: the autoencoder of waveforms uses torch's older weight_norm.
+            # diffusers' autoencoder of waveforms uses torch's deprecated weight_norm.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:

@@ -1,6 +1,6 @@
-"""Griffin-Lim as a vocoder module, for models too small to have learnt a neural one.
+"""Griffin-Lim as a vocoder module, for models without a neural vocoder.
 
-Shape legend: B batch, T mel frames, M mel bins, K spectrum bins (n_fft // 2 + 1), N samples.
+Shapes: B batch, T mel frames, M mel bins, K spectrum bins (n_fft // 2 + 1), N samples.
 """
 
 from os import PathLike
@@ -15,7 +15,7 @@ from services.models.mel import mel_filterbank
 
 _TINY = 1e-8
 _PHASE_SEED = 20_240_415
-"""Fixed, so that one spectrogram always gives one waveform."""
+"""Seed of the initial phases: fixed, so that a spectrogram always gives the same waveform."""
 
 
 class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Mel magnitudes are first inverted to a non-negative spectrum (least squares, multiplicative updates:
     Lee and Seung 2001), then phases are found by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013) from
-    fixed starting phases: nothing is drawn, and a clip does not depend on its companions in the batch.
+    fixed initial phases. No randomness; a clip does not depend on the others of its batch.
     """
 
     config_name = "config.json"
@@ -47,7 +47,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             mel_bins=model_in_dim,
             maximum_hertz=sampling_rate / 2,
         )
-        # Both follow from the config: not stored, and always float32 at the start.
+        # Both follow from the config: not saved, and float32 whatever the dtype of loading.
         self.register_buffer("filters_KM", filters_KM, persistent=False)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
@@ -56,24 +56,24 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **options: Any) -> Self:
-        """The vocoder whose `config.json` lies in `folder`: there are no weights to load or to cast."""
+        """Return the vocoder for the `config.json` in `folder`. There are no weights to load or to cast."""
         where = {key: options[key] for key in ("subfolder", "local_files_only") if key in options}
         return cast(Self, cls.from_config(cls.load_config(folder, **where)))
 
     @torch.no_grad()
     def forward(self, spectrogram: Tensor) -> Tensor:
-        """Waveform [B, T * hop_length], float32 (not clipped), of natural-log mel magnitudes [B, T, M]."""
+        """Return waveforms [B, T * hop_length], float32, not clipped, from log-mel magnitudes [B, T, M]."""
         mel_BTM = spectrogram.float().exp()
-        # N samples have N // hop + 1 centred frames: repeat the last one, so that the edge is determined.
+        # N samples have N // hop + 1 centred frames: repeat the last one, so that the end is determined.
         mel_BTM = torch.cat([mel_BTM, mel_BTM[:, -1:]], dim=1)
         magnitude_BTK = self._invert_mel(mel_BTM)
         return self._griffin_lim(magnitude_BTK.transpose(1, 2))
 
     def _invert_mel(self, mel_BTM: Tensor) -> Tensor:
-        """Non-negative spectrum [B, T, K] whose mel magnitudes are `mel_BTM`."""
+        """Return the non-negative spectrum [B, T, K] whose mel magnitudes are `mel_BTM`."""
         filters_KM = self.filters_KM.float()
         target_BTK = mel_BTM @ filters_KM.T
-        # Spread every band's magnitude evenly over its bins: the flattest spectrum to start from.
+        # Start from the flattest spectrum: every band's magnitude spread evenly over its bins.
         norm_KM = filters_KM / filters_KM.square().sum(0).clamp(min=_TINY)
         magnitude_BTK = (mel_BTM @ norm_KM.T).clamp(min=_TINY)
         for _ in range(self.config.inversion_iterations):
@@ -82,7 +82,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return magnitude_BTK
 
     def _griffin_lim(self, magnitude_BKT: Tensor) -> Tensor:
-        """Waveform [B, (T - 1) * hop_length] whose spectrum has these magnitudes."""
+        """Return waveforms [B, (T - 1) * hop_length] whose spectra have these magnitudes."""
         frames = magnitude_BKT.shape[-1]
         samples = (frames - 1) * self.config.hop_length
         phase_TK = torch.rand(
@@ -106,7 +106,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.config.hop_length,
             window=self.window.float(),
             center=True,
-            # Zeros rather than a reflection: that one refuses clips shorter than half a window.
+            # Zeros, since a reflection would need more than half a window of samples.
             pad_mode="constant",
             return_complex=True,
         )

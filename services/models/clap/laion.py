@@ -1,11 +1,11 @@
-"""`load_laion`: one of LAION's CLAP checkpoints (``630k-best.pt`` and its kin) becomes a `ClapModel`.
+"""`load_laion`: load a `ClapModel` from a LAION CLAP checkpoint, such as ``630k-best.pt``.
 
 A checkpoint is a pickled dictionary whose ``state_dict`` holds RoBERTa under ``text_branch``, HTS-AT under
-``audio_branch`` and two projections, with ``module.`` before each name where it was trained in parallel.
-transformers' class computes the same from other names (`convert_state`); its sizes are read from the weights
-(`laion_config`), its other settings are laion_clap's own, at release 1.1.7. ``make parity`` compares the two.
+``audio_branch`` and two projections; names begin with ``module.`` if it was trained with DataParallel.
+transformers' class computes the same with other names (`convert_state`). Its sizes are read from the weights
+(`laion_config`); its other settings are those of laion_clap 1.1.7. ``make parity`` compares the two.
 
-What is in no checkpoint is RoBERTa's tokenizer: see `find_tokenizer`.
+Checkpoints lack RoBERTa's tokenizer: see `find_tokenizer`.
 """
 
 import math
@@ -29,17 +29,17 @@ Weights = Mapping[str, Tensor]
 """A state dictionary."""
 
 TEXT_BRANCH, AUDIO_BRANCH = "text_branch.", "audio_branch."
-"""What the names of a checkpoint begin with, and no others."""
+"""Prefixes of keys by which a LAION checkpoint is recognised."""
 
 DROPPED: Final = (
-    r"text_branch\.embeddings\.(position_ids|token_type_ids)",  # counters
+    r"text_branch\.embeddings\.(position_ids|token_type_ids)",  # indices
     r"audio_branch\.(spectrogram|logmel)_extractor\..+",  # Fourier bases and mel filters, see `check_filters`
     r"audio_branch\.layers\.\d+\.blocks\.\d+\.attn_mask",  # computed in each pass
-    r"audio_branch\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index",  # counters
-    r"audio_branch\.(tscam_conv|head)\..+",  # classes of AudioSet
-    r"(text|audio)_transform\.sequential\..+",  # a training loss's own layers
+    r"audio_branch\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index",  # indices
+    r"audio_branch\.(tscam_conv|head)\..+",  # the classifier of AudioSet's classes
+    r"(text|audio)_transform\.sequential\..+",  # layers of a training loss
 )
-"""Keys that transformers' class does not have, and that change no embedding."""
+"""Keys that transformers' class lacks, and that don't affect embeddings."""
 
 RULES: Final = (
     (r"^text_branch\.", r"text_model."),
@@ -54,20 +54,20 @@ RULES: Final = (
     (r"\.norm1\.", r".layernorm_before."),
     (r"\.norm2\.", r".layernorm_after."),
 )
-"""Patterns in LAION's names and what stands there in transformers', in order."""
+"""Patterns in LAION's names and their replacements in transformers', applied in order."""
 
 ARCHITECTURES: Final[Mapping[tuple[int, tuple[int, ...]], str]] = {
     (96, (2, 2, 6, 2)): "HTSAT-tiny",
     (128, (2, 2, 12, 2)): "HTSAT-base",
     (256, (2, 2, 12, 2)): "HTSAT-large",
 }
-"""laion_clap's name of an audio encoder by its width and depths."""
+"""laion_clap's names of audio encoders, by width and depths."""
 
 FUSION: Final = "aff_2d"
-"""How the published fused models join the views of a long clip; transformers has no other way."""
+"""Fusion type of the published fused models, the only one that transformers implements."""
 
 SAMPLING_RATE, WINDOW_SECONDS, HOP_LENGTH = 48_000, 10, 480
-"""What the models hear: hertz, seconds, samples."""
+"""Sampling rate in hertz, window in seconds and hop in samples of the models' inputs."""
 
 FREQUENCY_MIN, FREQUENCY_MAX = 50, 14_000
 """Range of the mel filters in hertz."""
@@ -76,10 +76,10 @@ SPEC_SIZE: Final = 256
 """Height and width of the image that HTS-AT folds a spectrogram into."""
 
 TEXT_EPSILON: Final = 1e-5
-"""RoBERTa's; transformers' own default for CLAP is 1e-12."""
+"""RoBERTa's layer_norm_eps; transformers' default for CLAP is 1e-12."""
 
 PADDING_TOKEN: Final = 1
-"""RoBERTa's. Its positions are counted from there, so another text encoder's differ."""
+"""RoBERTa's padding token. Positions are counted from it, so that another value would shift them."""
 
 HEAD_WIDTH: Final = 64
 """Channels of one of RoBERTa's attention heads."""
@@ -91,14 +91,14 @@ TOKENIZER_FILES: Final = (
     *("config.json", "tokenizer.json", "tokenizer_config.json"),
     *("vocab.json", "merges.txt", "special_tokens_map.json"),
 )
-"""Files that a tokenizer's folder may hold."""
+"""Files of a tokenizer's folder; some are optional."""
 
 _FILTER_TOLERANCE: Final = 1e-5
-"""Filters of the right range differ by 1e-9, those from 0 Hz on by 1e-2."""
+"""Filters of the correct range differ by 1e-9, filters that begin at 0 Hz by 1e-2."""
 
 
-class _Unread:
-    """Stands for a numpy number in an optimizer's state, which `weights_only` refuses and nobody reads."""
+class _Ignored:
+    """Replaces numpy objects in an optimizer's state, which `weights_only` would refuse."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -108,26 +108,28 @@ class _Unread:
 
 
 _NUMPY: Final = tuple(
-    (_Unread, name)
+    (_Ignored, name)
     for name in (
         *("numpy.dtype", "numpy.ndarray"),
         *(
-            f"numpy.{core}.multiarray.{made}"
+            f"numpy.{core}.multiarray.{function}"
             for core in ("core", "_core")
-            for made in ("scalar", "_reconstruct")
+            for function in ("scalar", "_reconstruct")
         ),
     )
 )
 
 
 def load_laion(path: Path, *, tokenizer: Path | None = None, device: str = "cpu") -> ClapModel:
-    """The CLAP model in the checkpoint `path`, in float32 on `device` (torch's name, or ``auto``).
+    """Load the CLAP model in the checkpoint `path`, in float32 on `device` (torch's name, or ``auto``).
 
-    `tokenizer` is a folder with RoBERTa's; where None, `find_tokenizer` looks for one.
+    `tokenizer` is the folder of RoBERTa's tokenizer; None: `find_tokenizer` searches for it.
 
-    Raises `ModelNotFoundError` where the checkpoint or the tokenizer is missing, `ModelFormatError` where one
-    is something else (missing or unknown keys, all of them listed; a pickle that runs code; a truncated file;
-    another vocabulary), `InvalidInputError` for a device that does not exist.
+    Raises:
+        ModelNotFoundError: the checkpoint or the tokenizer is missing.
+        ModelFormatError: keys are missing or unknown (lists all), the pickle would run code, the file is
+            truncated, or the tokenizer has another vocabulary.
+        InvalidInputError: the device does not exist.
     """
     target = pick_device(device)
     state = read_state(path)
@@ -141,24 +143,28 @@ def load_laion(path: Path, *, tokenizer: Path | None = None, device: str = "cpu"
     weights = convert_state(state) | _counters(module)
     check_weights(path.name, module, {key: tensor.shape for key, tensor in weights.items()})
     check_filters(path.name, state, extractor)
-    words = load_words(path, tokenizer, config)
-    # Copies: the file may be mapped, and what is in half precision becomes float32.
+    text_tokenizer = load_text_tokenizer(path, tokenizer, config)
+    # Copied: the file may be memory-mapped, and half precision becomes float32.
     copies = {
         key: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for key, tensor in weights.items()
     }
     clap = assign_weights(path.name, module, copies)
-    return ClapModel(clap, words, extractor).to(target).eval().requires_grad_(False)
+    return ClapModel(clap, text_tokenizer, extractor).to(target).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dictionary in the checkpoint `path`, without ``module.``; mapped from the file if it can be.
+    """Return the state dictionary of the checkpoint `path`, without ``module.``; memory-mapped if possible.
 
-    Nothing in it is executed: `weights_only` reads tensors, numbers and containers. An optimizer's numbers,
-    which are numpy's in some checkpoints, are skipped.
+    Nothing in it is executed: `weights_only` loads tensors, numbers and containers. numpy objects in an
+    optimizer's state are ignored.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelFormatError: the file is no LAION checkpoint with an HTSAT audio encoder.
     """
     if not path.is_file():
         raise ModelNotFoundError(f"{path} is not a file; give the path of a LAION checkpoint (.pt)")
@@ -188,27 +194,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def is_laion(state: Weights) -> bool:
-    """Whether the names of a state dictionary (without ``module.``) are of LAION's kind."""
+    """Return whether a state dictionary (without ``module.``) has LAION's keys."""
     return all(any(key.startswith(branch) for key in state) for branch in (TEXT_BRANCH, AUDIO_BRANCH))
 
 
 def find_tokenizer(path: Path, given: Path | None = None) -> Path:
-    """The folder of RoBERTa's tokenizer for the checkpoint `path`.
+    """Return the folder of RoBERTa's tokenizer for the checkpoint `path`.
 
-    `given`, else ``roberta-base`` beside the checkpoint, else the checkpoint's own folder if a tokenizer's
-    files lie there, else the hub's cache, else the hub. Raises `ModelNotFoundError` where there is none.
+    The first of: `given`, ``roberta-base`` next to the checkpoint, the checkpoint's folder if it has a
+    tokenizer's files, the hub's cache, the hub. Raises `ModelNotFoundError` if there is none.
     """
     if given is not None:
         return given
-    beside = path.parent / "roberta-base"
-    if beside.is_dir():
-        return beside
+    adjacent = path.parent / "roberta-base"
+    if adjacent.is_dir():
+        return adjacent
     if (path.parent / "tokenizer.json").is_file() or (path.parent / "vocab.json").is_file():
         return path.parent
-    from huggingface_hub import snapshot_download  # only those without a tokenizer of their own need it
+    from huggingface_hub import snapshot_download  # imported only if there is no local tokenizer
 
     faults = []
-    # The repository was moved: an old cache knows it by its first name, and the hub is asked last.
+    # The repository was renamed: an old cache has its first name. The hub comes last.
     for name, offline in ((TOKENIZER, True), ("roberta-base", True), (TOKENIZER, False)):
         try:
             found = snapshot_download(name, allow_patterns=list(TOKENIZER_FILES), local_files_only=offline)
@@ -218,21 +224,21 @@ def find_tokenizer(path: Path, given: Path | None = None) -> Path:
         return Path(found)
     raise ModelNotFoundError(
         f"{path.name} needs RoBERTa's tokenizer, which is not in the hub's cache and can't be fetched "
-        f"({one_line(faults[-1])}); put the tokenizer's files of {TOKENIZER} into {beside}"
+        f"({one_line(faults[-1])}); put the tokenizer's files of {TOKENIZER} into {adjacent}"
     ) from faults[-1]
 
 
-def load_words(
+def load_text_tokenizer(
     path: Path, folder: Path | None, config: transformers.ClapConfig
 ) -> transformers.PreTrainedTokenizerBase:
-    """RoBERTa's tokenizer for the checkpoint `path`, from `folder` or where `find_tokenizer` finds it.
+    """Load RoBERTa's tokenizer for the checkpoint `path`, from `folder` or by `find_tokenizer`.
 
-    Raises `ModelFormatError` where it is another model's.
+    Raises `ModelFormatError` if it is another model's tokenizer.
     """
     tokenizer = load_tokenizer(find_tokenizer(path, folder), config.text_config.vocab_size)
     if tokenizer.pad_token_id != PADDING_TOKEN:
         raise ModelFormatError(
-            f"{path.name}: the tokenizer's padding is {tokenizer.pad_token_id}, and RoBERTa's is "
+            f"{path.name}: the tokenizer's padding token is {tokenizer.pad_token_id}, but RoBERTa's is "
             f"{PADDING_TOKEN}; give the folder of {TOKENIZER}"
         )
     return tokenizer
@@ -242,10 +248,10 @@ def load_words(
 
 
 def convert_state(state: Weights) -> dict[str, Tensor]:
-    """A checkpoint's weights (without ``module.``) under transformers' names, without those in `DROPPED`.
+    """Rename a checkpoint's weights (without ``module.``) to transformers' names, without those in `DROPPED`.
 
-    Query, key and value of the audio encoder, one tensor upstream, become three. A key that no rule knows
-    comes back as it is, to be reported as unknown.
+    Splits query, key and value of the audio encoder, one tensor upstream. Keys without a rule stay, and are
+    reported as unknown later.
     """
     dropped = re.compile("|".join(DROPPED))
     converted: dict[str, Tensor] = {}
@@ -262,17 +268,17 @@ def convert_state(state: Weights) -> dict[str, Tensor]:
 
 
 def rename(key: str) -> str:
-    """transformers' name for one of LAION's."""
+    """Return transformers' name for one of LAION's."""
     for pattern, replacement in RULES:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def laion_config(part: str, state: Weights) -> transformers.ClapConfig:
-    """transformers' configuration of a checkpoint's weights, its sizes read from their shapes.
+    """Return transformers' configuration for a checkpoint, with sizes from its weights' shapes.
 
-    Where a tensor is missing its size is HTSAT-tiny's or RoBERTa's; the check of all keys then names it.
-    `part` names the checkpoint in messages.
+    The sizes of missing tensors are those of HTSAT-tiny and RoBERTa; the check of keys reports them later.
+    `part` names the checkpoint in messages. Raises `ModelFormatError`.
     """
 
     def size(key: str, axis: int, default: int) -> int:
@@ -289,7 +295,7 @@ def laion_config(part: str, state: Weights) -> transformers.ClapConfig:
     fusion = fusion_type(state)
     if fusion not in (None, FUSION):
         raise ModelFormatError(
-            f"{part}: this fused model is of type {fusion}, and only {FUSION} can be represented"
+            f"{part}: this model's fusion type is {fusion}, but only {FUSION} is supported"
         )
     audio: dict[str, Any] = {
         "window_size": (math.isqrt(size(table.format(0), 0, 225)) + 1) // 2,
@@ -327,7 +333,7 @@ def laion_config(part: str, state: Weights) -> transformers.ClapConfig:
 
 
 def architecture(part: str, config: transformers.ClapConfig) -> str:
-    """laion_clap's name of the audio encoder: ``HTSAT-tiny`` or one of its kin."""
+    """Return laion_clap's name of the audio encoder, such as ``HTSAT-tiny``. Raises `ModelFormatError`."""
     audio = config.audio_config
     sizes = (audio.patch_embeds_hidden_size, tuple(audio.depths))
     if sizes not in ARCHITECTURES:
@@ -340,7 +346,7 @@ def architecture(part: str, config: transformers.ClapConfig) -> str:
 
 
 def fusion_type(state: Weights) -> str | None:
-    """How a fused model joins its views, by laion_clap's names; None for an unfused model."""
+    """Return a fused model's fusion type, by laion_clap's names; None for an unfused model."""
 
     def has(key: str) -> bool:
         return any(name.startswith(AUDIO_BRANCH + key) for name in state)
@@ -358,7 +364,7 @@ def fusion_type(state: Weights) -> str | None:
 
 
 def laion_extractor(config: transformers.ClapConfig, state: Weights) -> transformers.ClapFeatureExtractor:
-    """The settings of the spectrogram that laion_clap computes, 16-bit rounding included."""
+    """Return the settings of laion_clap's spectrogram, 16-bit rounding included."""
     basis = state.get(f"{AUDIO_BRANCH}spectrogram_extractor.stft.conv_real.weight")
     audio = config.audio_config
     return transformers.ClapFeatureExtractor(
@@ -380,12 +386,12 @@ def check_filters(part: str, state: Weights, extractor: transformers.ClapFeature
     key = f"{AUDIO_BRANCH}logmel_extractor.melW"
     if key not in state:
         return
-    wanted_KM = torch.from_numpy(extractor.mel_filters_slaney).float()
-    held_KM = state[key].float()
-    if held_KM.shape != wanted_KM.shape:
-        fault = f"{key} is {list(held_KM.shape)}, not {list(wanted_KM.shape)}"
+    expected_KM = torch.from_numpy(extractor.mel_filters_slaney).float()
+    found_KM = state[key].float()
+    if found_KM.shape != expected_KM.shape:
+        fault = f"{key} is {list(found_KM.shape)}, not {list(expected_KM.shape)}"
         report_faults(part, [("wrong shapes", [fault])])
-    distance = float((held_KM - wanted_KM).abs().max())
+    distance = float((found_KM - expected_KM).abs().max())
     if not distance <= _FILTER_TOLERANCE:
         raise ModelFormatError(
             f"{part}: {key} differs by {distance:.2g} from mel filters of {FREQUENCY_MIN} to {FREQUENCY_MAX} "
@@ -394,20 +400,20 @@ def check_filters(part: str, state: Weights, extractor: transformers.ClapFeature
 
 
 def _counters(module: transformers.ClapModel) -> dict[str, Tensor]:
-    """The buffers of `module` that count, and that no checkpoint need hold."""
-    made = {}
+    """Return the index buffers of `module`, which checkpoints need not have."""
+    buffers = {}
     for key, tensor in module.state_dict().items():
         if key.endswith(".position_ids"):
-            made[key] = torch.arange(tensor.shape[-1]).expand(tensor.shape).contiguous()
+            buffers[key] = torch.arange(tensor.shape[-1]).expand(tensor.shape).contiguous()
         elif key.endswith(".token_type_ids"):
-            made[key] = torch.zeros(tensor.shape, dtype=torch.long)
+            buffers[key] = torch.zeros(tensor.shape, dtype=torch.long)
         elif key.endswith(".relative_position_index"):
-            made[key] = relative_positions(math.isqrt(tensor.shape[-1]))
-    return made
+            buffers[key] = relative_positions(math.isqrt(tensor.shape[-1]))
+    return buffers
 
 
 def relative_positions(size: int) -> Tensor:
-    """Row of the bias table for each two places of a window, [size², size²] (Swin Transformer, eq. 4)."""
+    """Return the bias table's row for each pair of positions, [size², size²] (Swin Transformer, eq. 4)."""
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     rows, columns = row.flatten(), column.flatten()
     down = rows[:, None] - rows + size - 1
@@ -416,7 +422,7 @@ def relative_positions(size: int) -> Tensor:
 
 
 def _depths(state: Weights) -> list[int]:
-    """Blocks of each layer of the audio encoder."""
+    """Return the number of blocks of each layer of the audio encoder."""
     layers = _count(rf"{re.escape(AUDIO_BRANCH)}layers\.(\d+)\.", state)
     if not layers:
         return [2, 2, 6, 2]
@@ -427,5 +433,5 @@ def _depths(state: Weights) -> list[int]:
 
 
 def _count(pattern: str, state: Weights) -> int:
-    """How many numbers the first group of `pattern` has at the start of the keys."""
+    """Return the number of distinct values of the first group of `pattern` at the start of keys."""
     return len({found[1] for key in state if (found := re.match(pattern, key))})

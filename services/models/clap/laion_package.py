@@ -1,18 +1,17 @@
-"""`load_laion_clap`: LAION's checkpoints, run by the laion_clap package (model URI ``laion-clap:PATH``).
+"""`load_laion_clap`: run LAION's checkpoints with the laion_clap package (model URI ``laion-clap:PATH``).
 
-For those who want upstream's own arithmetic; `services.models.clap.laion` gives the same embeddings without
-it. The package pins numpy < 2, so it lives in an environment of its own::
+This is upstream's own arithmetic; `services.models.clap.laion` computes the same embeddings without the
+package. The package pins numpy < 2, so it needs a separate environment::
 
     pip install "milonga[serving,laion-clap]"
 
-What has to be worked around in release 1.1.7, all of it while a model is made and undone afterwards:
+Workarounds for release 1.1.7, in effect only while a model is built:
 
-* importing it loads three tokenizers from the hub, and making a model RoBERTa's weights, which the checkpoint
-  then replaces: here nothing is fetched;
-* it imports torchvision without declaring it, for training alone: where that is missing, an empty module
-  stands in for it;
-* its ``load_ckpt`` runs whatever code a pickle holds, and fails on files without
-  ``text_branch.embeddings.position_ids``: here `read_state` reads, and `check_weights` checks.
+* Importing it downloads three tokenizers, and building a model downloads RoBERTa's weights, which the
+  checkpoint replaces: here nothing is downloaded.
+* It imports torchvision, for training only, without declaring it: if it is missing, empty modules replace it.
+* Its ``load_ckpt`` executes the code of a pickle, and fails on files without
+  ``text_branch.embeddings.position_ids``: here `read_state` loads, and `check_weights` checks.
 """
 
 import logging
@@ -36,7 +35,7 @@ from services.models.clap.laion import (
     architecture,
     laion_config,
     laion_extractor,
-    load_words,
+    load_text_tokenizer,
     read_state,
 )
 from services.models.clap.model import CACHED_TEXTS, ClapModel, TextCache
@@ -44,7 +43,7 @@ from services.models.folders import pick_device
 from services.models.state_dicts import check_weights, quiet_loading
 
 POSITIONS: Final = "text_branch.embeddings.position_ids"
-"""A counter that LAION's files hold and today's RoBERTa doesn't."""
+"""An index buffer that LAION's files have and current versions of RoBERTa lack."""
 
 _TORCHVISION: Final[dict[str, tuple[str, ...]]] = {
     "torchvision": (),
@@ -56,27 +55,27 @@ _TORCHVISION: Final[dict[str, tuple[str, ...]]] = {
         *("RandomResizedCrop", "Resize", "ToTensor"),
     ),
 }
-"""Names that laion_clap imports and doesn't use to embed: training, and clips longer than a window."""
+"""Names that laion_clap imports, but needs only for training and for clips longer than a window."""
 
 _FETCHING: Final = ("BertTokenizer", "RobertaTokenizer", "BartTokenizer", "RobertaModel")
-"""transformers' classes that laion_clap fills from the hub."""
+"""transformers' classes whose `from_pretrained` laion_clap calls."""
 
 
 class LaionClap(ClapModel):
     """laion_clap's model with the members of `ClapModel` that scoring uses: windows, embeddings, cache.
 
-    Its encoders' tokens can't be had, so a reward model can't stand on it.
+    It does not provide the encoders' tokens, so reward models can't use it.
     """
 
     def __init__(self, laion: nn.Module, extractor: transformers.ClapFeatureExtractor) -> None:
         """Args:
         laion: laion_clap's ``CLAP_Module``.
-        extractor: how clips are cut into windows (its spectrogram is not used).
+        extractor: settings of windows and padding (its spectrogram is not used).
         """
-        nn.Module.__init__(self)  # ClapModel's own would want transformers' model
+        nn.Module.__init__(self)  # ClapModel.__init__ needs transformers' model
         self.laion: Any = laion
         self.extractor = extractor
-        self.max_text_tokens = 77  # upstream's, fixed
+        self.max_text_tokens = 77  # fixed upstream
         self.cache = TextCache(CACHED_TEXTS)
 
     @property
@@ -86,14 +85,14 @@ class LaionClap(ClapModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         device: torch.device = self.laion.model.logit_scale_a.device
         return device
 
     def audio_features(self, windows_WS: Tensor) -> Tensor:
-        """Normalised embeddings [W, D] of single windows, with gradients."""
+        """Return normalised embeddings [W, D] of single windows, with gradients."""
         features = import_module("laion_clap.training.data").get_audio_features
-        heard = [
+        inputs = [
             features(
                 {},
                 window_S,
@@ -105,27 +104,26 @@ class LaionClap(ClapModel):
             )
             for window_S in windows_WS
         ]
-        embeddings: Tensor = self.laion.model.get_audio_embedding(heard)
+        embeddings: Tensor = self.laion.model.get_audio_embedding(inputs)
         return embeddings
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised embeddings [B, D], with gradients and uncached."""
+        """Return normalised embeddings [B, D] of prompts, with gradients and uncached."""
         embeddings: Tensor = self.laion.get_text_embedding(list(prompts), use_tensor=True)
         return embeddings
 
 
 def load_laion_clap(path: Path, device: str = "cpu", *, tokenizer: Path | None = None) -> LaionClap:
-    """The checkpoint `path` on `device`, in laion_clap; `tokenizer` as in `clap_laion.load_laion`.
+    """Load the checkpoint `path` with laion_clap on `device`; `tokenizer` as in `load_laion`.
 
-    Raises `ModelError` where the package is not installed, else as `clap_laion.load_laion`.
+    Raises `ModelError` if the package is not installed, and otherwise what `load_laion` raises.
     """
     target = pick_device(device)
     state = read_state(path)
     config = laion_config(path.name, state)
-    words = load_words(path, tokenizer, config)
-    module = make_laion_clap(path.name, config, words)
-    held: Weights = module.model.state_dict()
-    weights = {key: value for key, value in state.items() if key != POSITIONS or key in held}
+    module = make_laion_clap(path.name, config, load_text_tokenizer(path, tokenizer, config))
+    own: Weights = module.model.state_dict()
+    weights = {key: value for key, value in state.items() if key != POSITIONS or key in own}
     check_weights(path.name, module.model, {key: tensor.shape for key, tensor in weights.items()})
     module.model.load_state_dict(weights)
     model = LaionClap(module, laion_extractor(config, state))
@@ -135,9 +133,9 @@ def load_laion_clap(path: Path, device: str = "cpu", *, tokenizer: Path | None =
 def make_laion_clap(
     part: str, config: transformers.ClapConfig, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> Any:
-    """A ``laion_clap.CLAP_Module`` of `config`'s sizes with random weights, on the CPU, nothing fetched.
+    """Build a ``laion_clap.CLAP_Module`` of `config`'s sizes with random weights, on the CPU, offline.
 
-    `part` names the checkpoint in messages.
+    `part` names the checkpoint in messages. Raises `ModelError` or `ModelFormatError`.
     """
     name = architecture(part, config)
     text = config.text_config
@@ -154,23 +152,21 @@ def make_laion_clap(
     fused = bool(config.audio_config.enable_fusion)
     package = import_laion_clap()
     if fused and find_spec("torchaudio") is None:
-        raise ModelError(
-            f"{part} is a fused model, for which laion_clap needs torchaudio; install it as well"
-        )
+        raise ModelError(f"{part} is a fused model, for which laion_clap needs torchaudio; install it too")
     try:
         with quiet_loading(), _quiet_root(), _not_fetching(tokenizer, roberta):
             return package.CLAP_Module(
                 enable_fusion=fused, device="cpu", amodel=name, tmodel="roberta"
             ).eval()
     except (RuntimeError, ValueError) as error:
-        raise ModelFormatError(f"{part}: laion_clap can't make this model: {error}") from error
+        raise ModelFormatError(f"{part}: laion_clap can't build this model: {error}") from error
 
 
 def import_laion_clap() -> Any:
-    """The package, imported without fetching anything; `ModelError` where it can't be used."""
+    """Import the package offline, and return it. Raises `ModelError` if it can't be used."""
     if find_spec("laion_clap") is None:
         raise ModelError(
-            "laion_clap is not installed; it needs numpy < 2, so install it into an environment of its own: "
+            "laion_clap is not installed; it needs numpy < 2, so install it into a separate environment: "
             'pip install "milonga[serving,laion-clap]"'
         )
     try:
@@ -178,7 +174,7 @@ def import_laion_clap() -> Any:
             return import_module("laion_clap")
     except (ImportError, AttributeError) as error:  # numpy 2 lacks names that its dependencies use
         raise ModelError(
-            f"laion_clap can't be imported ({error}); it needs an environment of its own, with numpy < 2"
+            f"laion_clap can't be imported ({error}); it needs a separate environment, with numpy < 2"
         ) from error
 
 
@@ -186,17 +182,17 @@ def import_laion_clap() -> Any:
 def _not_fetching(
     tokenizer: transformers.PreTrainedTokenizerBase | None, roberta: transformers.RobertaConfig | None
 ) -> Iterator[None]:
-    """Inside, what upstream takes from the hub is `tokenizer`, and a random RoBERTa of the given sizes."""
+    """In the context, `from_pretrained` returns `tokenizer`, or a random RoBERTa of the given sizes."""
 
-    def made(name: str, *_: object, **__: object) -> Any:
+    def given_tokenizer(name: str, *_: object, **__: object) -> Any:
         return tokenizer
 
-    def random(name: str, *_: object, **__: object) -> Any:
+    def random_model(name: str, *_: object, **__: object) -> Any:
         return transformers.RobertaModel(roberta)
 
     with ExitStack() as stack:
         for name in _FETCHING:
-            replacement = random if name.endswith("Model") else made
+            replacement = random_model if name.endswith("Model") else given_tokenizer
             stack.enter_context(
                 mock.patch.object(getattr(transformers, name), "from_pretrained", replacement)
             )
@@ -205,11 +201,11 @@ def _not_fetching(
 
 @contextmanager
 def _torchvision() -> Iterator[None]:
-    """Inside, empty classes of torchvision's names can be imported where torchvision is not installed."""
+    """In the context, empty classes replace torchvision's if it is not installed."""
     if find_spec("torchvision") is not None:
         yield
         return
-    # transformers asks whether torchvision is there: its classes must be imported before it seems to be.
+    # transformers checks for torchvision: import its classes before torchvision seems to be installed.
     for name in ("BertModel", "BartModel", *_FETCHING):
         getattr(transformers, name)
     modules = {name: types.ModuleType(name) for name in _TORCHVISION}
@@ -229,7 +225,7 @@ def _torchvision() -> Iterator[None]:
 
 @contextmanager
 def _quiet_root() -> Iterator[None]:
-    """Inside, the root logger says warnings and worse: upstream tells each step there."""
+    """In the context, the root logger logs only warnings and errors: upstream logs every step to it."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.WARNING)

@@ -1,7 +1,8 @@
-"""`load_clap`: a Hugging Face folder becomes a `ClapModel`, or is refused in one line.
+"""`load_clap`: load a `ClapModel` from a Hugging Face folder.
 
-Nothing in a folder is executed: classes are fixed, weights come from safetensors alone, and every key and
-shape is compared with the model before anything is loaded. `services.models.clap.laion` reads LAION's own.
+Folders are untrusted. Nothing in them is executed: classes are fixed, weights come only from safetensors, and
+every key and shape is compared with the model before anything is loaded. `services.models.clap.laion` loads
+LAION's own checkpoints.
 """
 
 from pathlib import Path
@@ -18,19 +19,21 @@ from services.models.state_dicts import check_weights, on_meta, quiet_loading
 ARCHITECTURE: Final = "ClapModel"
 
 BUFFERS: Final = ("text_model.embeddings.position_ids", "text_model.embeddings.token_type_ids")
-"""Counters that old files hold or lack; they carry no weights."""
+"""Index buffers that old files may lack; they hold no weights."""
 
 _SMALLEST_SHARE: Final = 0.9
-"""Share of the text encoder's vocabulary that its tokenizer must know: made without its files, transformers'
-tokenizers come up with a handful of tokens and no error."""
+"""Share of the text encoder's vocabulary that its tokenizer must have: without its files, transformers
+creates a tokenizer with a handful of tokens and no error."""
 
 
 def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
-    """The CLAP model in `folder`, in float32 on `device` (torch's name, or ``auto``), ready for inference.
+    """Load the CLAP model in `folder` for inference, in float32 on `device` (torch's name, or ``auto``).
 
-    Raises `ModelNotFoundError` for a missing folder, `ModelFormatError` for one that is something else
-    (another architecture, truncated or missing weights, a pickle payload, a tokenizer of another vocabulary),
-    `InvalidInputError` for a device that does not exist.
+    Raises:
+        ModelNotFoundError: there is no such folder.
+        ModelFormatError: the folder has another architecture, truncated or missing weights, a pickle payload,
+            or a tokenizer with another vocabulary.
+        InvalidInputError: the device does not exist.
     """
     target = pick_device(device)
     config = clap_config(folder)
@@ -44,7 +47,7 @@ def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
         check_extractor(folder, config.audio_config, extractor)
     except ModelFormatError:
         raise
-    except Exception as error:  # whatever the library raises here, the folder is to blame
+    except Exception as error:  # any exception of the library means that the folder is invalid
         raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder, clap.config.text_config.vocab_size)
     model = ClapModel(clap, tokenizer, extractor)
@@ -52,7 +55,7 @@ def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
 
 
 def clap_config(folder: Path) -> transformers.ClapConfig:
-    """The configuration in `folder`."""
+    """Return the configuration in `folder`. Raises `ModelNotFoundError` or `ModelFormatError`."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder; give the path of a CLAP model folder")
     data = read_json(folder / "config.json")
@@ -65,7 +68,7 @@ def clap_config(folder: Path) -> transformers.ClapConfig:
 
 
 def build_config(data: dict[str, Any], folder: Path) -> transformers.ClapConfig:
-    """transformers' configuration of `data`; `ModelFormatError` where it refuses it."""
+    """Return transformers' configuration for `data`. Raises `ModelFormatError` if it is not valid."""
     try:
         return transformers.ClapConfig(**data)
     except Exception as error:  # validation of strict dataclasses raises several classes
@@ -73,7 +76,7 @@ def build_config(data: dict[str, Any], folder: Path) -> transformers.ClapConfig:
 
 
 def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
-    """Raise `ModelFormatError` unless `folder` holds all of a CLAP model, unloaded."""
+    """Raise `ModelFormatError` unless `folder` holds a complete CLAP model. Loads no weights."""
     read_json(folder / "preprocessor_config.json")
     try:
         with quiet_loading():
@@ -93,17 +96,18 @@ def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
 def check_extractor(
     folder: Path, audio: transformers.ClapAudioConfig, extractor: transformers.ClapFeatureExtractor
 ) -> None:
-    """Raise `ModelFormatError` unless the spectrograms of `extractor` are what the audio encoder takes.
+    """Raise `ModelFormatError` unless the spectrograms of `extractor` fit the audio encoder.
 
-    They can be of its size and yet of the other bank of filters: fused and unfused models have one each.
+    `truncation` must match too, since it selects the filter bank: fused and unfused models have different
+    ones.
     """
-    wanted = "fusion" if audio.enable_fusion else "rand_trunc"
+    truncation = "fusion" if audio.enable_fusion else "rand_trunc"
     faults = [
         f"{name} is {value!r}, not {known}"
         for name, value, known, holds in (
             ("sampling_rate", extractor.sampling_rate, "positive", extractor.sampling_rate > 0),
             ("padding", extractor.padding, f"one of {PADDINGS}", extractor.padding in PADDINGS),
-            ("truncation", extractor.truncation, repr(wanted), extractor.truncation == wanted),
+            ("truncation", extractor.truncation, repr(truncation), extractor.truncation == truncation),
             (
                 "feature_size",
                 extractor.feature_size,
@@ -116,15 +120,17 @@ def check_extractor(
     frames = extractor.nb_max_samples // max(extractor.hop_length, 1) + 1
     most = audio.spec_size * (audio.spec_size // audio.num_mel_bins)
     if not 1 < frames <= most:
-        faults.append(f"a window has {frames} frames, and the model takes 2 to {most}")
+        faults.append(f"a window has {frames} frames, but the model takes 2 to {most}")
     if faults:
         raise ModelFormatError(f"{folder}/preprocessor_config.json is not this model's: {'; '.join(faults)}")
 
 
 def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, which must know `vocabulary` tokens.
+    """Load the tokenizer in `folder`, for a text encoder with `vocabulary` tokens.
 
-    Raises `ModelFormatError` where there is none, or one of another vocabulary.
+    Raises:
+        ModelNotFoundError: there is no such folder.
+        ModelFormatError: the folder has no tokenizer, or one with another vocabulary.
     """
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder; give the folder of the text encoder's tokenizer")
@@ -136,8 +142,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedToke
     known = len(tokenizer)
     if not _SMALLEST_SHARE * vocabulary <= known <= vocabulary:
         raise ModelFormatError(
-            f"{folder}: its tokenizer knows {known} tokens, and the text encoder {vocabulary}; "
-            "its files (tokenizer.json, or vocab.json and merges.txt) are missing or another model's"
+            f"{folder}: its tokenizer has {known} tokens, but the text encoder has {vocabulary}; its files "
+            "(tokenizer.json, or vocab.json and merges.txt) are missing, or from another model"
         )
     if tokenizer.pad_token_id is None:
         raise ModelFormatError(f"{folder}: its tokenizer has no pad_token")

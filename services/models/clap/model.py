@@ -1,14 +1,14 @@
-"""CLAP: sentences and clips as points of one space, where near means alike.
+"""CLAP: embed prompts and clips into one space, where cosine similarity measures how well they match.
 
 ::
 
     model = load_clap(mini_folder("clap-a"))
     model.score(["A dog barks"], [waveform], 16_000)        # tensor([0.61])
 
-`ClapModel` is transformers' `ClapModel` with what stands around it: tokenizer, resampling, windows, log-mel
-spectrogram and a cache of texts. Loading lies in `services.models.clap.loading`.
+`ClapModel` is transformers' `ClapModel` with its preprocessing: tokenizer, resampling, windows, log-mel
+spectrogram and a cache of text embeddings. `services.models.clap.loading` loads it.
 
-Shape legend: B batch, N samples, W windows (of all clips in a row), S samples of a window, T mel frames,
+Shapes: B batch, N samples, W windows (of all clips, concatenated), S samples of a window, T mel frames,
 M mel bins, L text tokens, A audio tokens, D embedding width, C width of an encoder's tokens.
 """
 
@@ -29,17 +29,17 @@ from services.audio.resampling import resample
 from services.models.state_dicts import quiet_loading
 
 Waveform = NDArray[np.float32]
-"""Samples in [-1, 1]: [N], or [channels, N], which are averaged."""
+"""Samples in [-1, 1]: [N], or [channels, N], whose channels are averaged."""
 
 Padding = Literal["repeatpad", "repeat", "pad"]
-"""How a clip shorter than a window is made to fill it: repeated whole times and then silence (LAION's way),
-repeated and cut, or followed by silence."""
+"""How a clip shorter than a window fills it: repeated a whole number of times and then padded with silence
+(as LAION does), repeated and cut, or padded with silence."""
 
 PADDINGS: tuple[str, ...] = get_args(Padding)
-"""All of them."""
+"""All values of `Padding`."""
 
 MIN_SECONDS, MAX_SECONDS = 0.1, 60.0
-"""Shortest and longest clip that is embedded."""
+"""Shortest and longest clip, in seconds."""
 
 MEL_FLOOR = 1e-10
 """Mel powers are clamped to this before the logarithm (torchlibrosa's `amin`)."""
@@ -48,7 +48,7 @@ QUANTISE = "int16_quantisation"
 """Key of preprocessor_config.json: whether samples are rounded to 16 bits first, as laion_clap does."""
 
 CACHED_TEXTS = 4_096
-"""Prompts whose embeddings are kept (8 MB at 512 dimensions)."""
+"""Size of the cache of text embeddings (8 MB at 512 dimensions)."""
 
 
 class PowerMel(nn.Module):
@@ -63,14 +63,14 @@ class PowerMel(nn.Module):
     def __init__(self, extractor: transformers.ClapFeatureExtractor) -> None:
         super().__init__()
         self.n_fft, self.hop_length = extractor.fft_window_size, extractor.hop_length
-        # Fused models were trained on the one bank of filters, unfused ones on the other.
+        # Fused and unfused models were trained with different filter banks.
         fused = extractor.truncation == "fusion"
         filters = extractor.mel_filters if fused else extractor.mel_filters_slaney
         self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
         self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
 
     def forward(self, windows_WS: Tensor) -> Tensor:
-        """Decibels [W, 1, T, M]."""
+        """Return the spectrograms [W, 1, T, M] in dB."""
         spectrum = torch.stft(
             windows_WS,
             self.n_fft,
@@ -95,44 +95,44 @@ class TextTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioTokens:
-    """The audio encoder's last hidden states, one token a step of its coarsest time grid."""
+    """The audio encoder's last hidden states, one token per step of its coarsest time grid."""
 
     hidden_BAC: Tensor
-    """Frequency bins of a time step lie side by side in C."""
+    """The frequency bins of a time step are concatenated in C."""
     seconds_BA: Tensor
     """Centre of each token, in seconds from the clip's start."""
     mask_BA: Tensor
-    """Bool: True where the token lies inside of the clip."""
+    """Bool: True for tokens within the clip."""
 
 
 class EmbeddingModel(Protocol):
-    """A CLAP model's two sides, as every backend has them: `ClapModel`, and LAION's own package."""
+    """The interface of every CLAP backend: `ClapModel`, and LAION's own package."""
 
     cache: "TextCache"
 
     @property
     def sampling_rate(self) -> int:
-        """Hertz."""
+        """Sampling rate of the windows, in hertz."""
 
     @property
     def dimension(self) -> int:
         """Width D of an embedding."""
 
     def prepare(self, waveform: NDArray[np.float32], sampling_rate: int) -> Tensor:
-        """Windows [W, S] of a clip."""
+        """Return the windows [W, S] of a clip."""
 
     def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
-        """Embeddings [B, D] of prepared clips."""
+        """Return the embeddings [B, D] of prepared clips."""
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of sentences."""
+        """Return the embeddings [B, D] of prompts."""
 
 
 class ClapModel(nn.Module):
-    """Embeds sentences and clips, L2-normalised float32 [B, D].
+    """Embeds prompts and clips, L2-normalised float32 [B, D].
 
-    A clip longer than the model's window (10 s for LAION's) is covered by windows at equal distances, and its
-    embedding is the normalised mean of theirs: unlike upstream's random crop, it is the same at each call.
+    A clip longer than the model's window (10 s for LAION's models) is covered by evenly spaced windows, and
+    its embedding is their normalised mean: deterministic, unlike upstream's random crop.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class ClapModel(nn.Module):
         max_text_tokens: int = 77,
     ) -> None:
         """Args:
-        clap: the weights.
-        tokenizer: of the text encoder.
-        extractor: the settings of the spectrogram, and how short clips are padded.
-        max_text_tokens: what lies beyond is cut off (77: what LAION trained with).
+        clap: transformers' model.
+        tokenizer: tokenizer of the text encoder.
+        extractor: settings of the spectrogram and of the padding of short clips.
+        max_text_tokens: maximum number of tokens of a prompt; the rest is truncated (LAION trained with 77).
         """
         super().__init__()
         self.clap = clap
@@ -160,7 +160,7 @@ class ClapModel(nn.Module):
 
     @property
     def sampling_rate(self) -> int:
-        """Samples a second that the model hears."""
+        """Sampling rate of the windows, in hertz."""
         return int(self.extractor.sampling_rate)
 
     @property
@@ -175,7 +175,7 @@ class ClapModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         device: torch.device = self.clap.logit_scale_a.device
         return device
 
@@ -194,16 +194,16 @@ class ClapModel(nn.Module):
         return int(audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1) * bins)
 
     def window_count(self, seconds: float) -> int:
-        """Windows that cover a clip of `seconds`: what it costs."""
+        """Return the number of windows that cover a clip of `seconds`: its cost."""
         return max(1, -(-round(seconds * self.sampling_rate) // self.window_samples))
 
     def prepare(self, waveform: Waveform, sampling_rate: int, *, padding: Padding | None = None) -> Tensor:
-        """Cut a clip into the windows that the model hears: float32 [W, S], on the CPU.
+        """Resample a clip and cut it into windows: float32 [W, S], on the CPU.
 
         Args:
             waveform: [N] or [channels, N], finite, `MIN_SECONDS` to `MAX_SECONDS` long.
-            sampling_rate: of `waveform`, in hertz.
-            padding: of a clip shorter than a window; None: the model's own.
+            sampling_rate: sampling rate of `waveform`, in hertz.
+            padding: padding of a clip shorter than a window; None: the model's own.
         """
         mono_N = waveform if waveform.ndim == 1 else waveform.mean(axis=0)
         samples_N = np.clip(resample(mono_N, sampling_rate, self.sampling_rate), -1.0, 1.0)
@@ -216,71 +216,71 @@ class ClapModel(nn.Module):
         return torch.from_numpy(np.stack([samples_N[start : start + size] for start in starts])).float()
 
     def _starts(self, count: int, windows: int | None = None) -> list[int]:
-        """First sample of each window of a clip of `count` samples; `windows` says how many, where known."""
+        """Return the first sample of each window of a clip of `count` samples; `windows` is their number."""
         windows = windows or max(1, -(-count // self.window_samples))
         return [round(s) for s in np.linspace(0, max(0, count - self.window_samples), windows)]
 
     def audio_features(self, windows_WS: Tensor) -> Tensor:
-        """Normalised embeddings [W, D] of single windows, with gradients."""
-        embeddings: Tensor = self.clap.get_audio_features(**self._heard(windows_WS)).pooler_output
+        """Return normalised embeddings [W, D] of single windows, with gradients."""
+        embeddings: Tensor = self.clap.get_audio_features(**self._audio_inputs(windows_WS)).pooler_output
         return embeddings
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised embeddings [B, D], with gradients and uncached."""
+        """Return normalised embeddings [B, D] of prompts, with gradients and uncached."""
         embeddings: Tensor = self.clap.get_text_features(**self._tokens(prompts)).pooler_output
         return embeddings
 
     @torch.inference_mode()
     def embed_windows(self, clips: Sequence[Tensor]) -> Tensor:
-        """Embeddings [B, D] of clips that `prepare` made."""
+        """Return the embeddings [B, D] of clips prepared by `prepare`."""
         features_WD = self.audio_features(torch.cat(list(clips)).to(self.device))
         means = [part.mean(0) for part in torch.split(features_WD, [len(clip) for clip in clips])]
         return nn.functional.normalize(torch.stack(means).float(), dim=-1).cpu()
 
     def embed_audio(self, waveforms: Sequence[Waveform], sampling_rate: int) -> Tensor:
-        """Embeddings [B, D] of clips of one sampling rate in hertz."""
+        """Return the embeddings [B, D] of clips with the same sampling rate in hertz."""
         return self.embed_windows([self.prepare(waveform, sampling_rate) for waveform in waveforms])
 
     @torch.inference_mode()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of sentences; those met before come from the cache."""
+        """Return the embeddings [B, D] of prompts, from the cache if possible."""
         found = self.cache.get(prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
-            # One at a time would be one pass each; padded together they differ by rounding only.
-            # Copies: as a view, each kept row would keep its whole batch.
+            # In one pass; padding changes the embeddings by rounding only.
+            # Cloned: a view in the cache would keep its whole batch in memory.
             rows = [row.clone() for row in self.text_features(missing).float().cpu()]
-            made = dict(zip(missing, rows, strict=True))
-            self.cache.put(made)
-            found |= made
+            embedded = dict(zip(missing, rows, strict=True))
+            self.cache.put(embedded)
+            found |= embedded
         return torch.stack([found[prompt] for prompt in prompts])
 
     def score(self, prompts: Sequence[str], waveforms: Sequence[Waveform], sampling_rate: int) -> Tensor:
-        """CLAP scores [B]: the cosine of each prompt's and its clip's embedding, in [-1, 1]."""
+        """Return the CLAP scores [B]: cosine similarities of prompts and their clips, in [-1, 1]."""
         return (self.embed_text(prompts) * self.embed_audio(waveforms, sampling_rate)).sum(-1)
 
     @torch.inference_mode()
     def text_tokens(self, prompts: Sequence[str]) -> TextTokens:
-        """The text encoder's tokens, before pooling."""
+        """Return the text encoder's tokens, before pooling."""
         tokens = self._tokens(prompts)
         hidden = self.clap.text_model(**tokens).last_hidden_state
         return TextTokens(hidden_BLC=hidden.float(), mask_BL=tokens["attention_mask"].bool())
 
     @torch.inference_mode()
     def audio_tokens(self, clips: Sequence[Tensor], seconds: Sequence[float]) -> AudioTokens:
-        """The audio encoder's tokens, before pooling, windows one after another.
+        """Return the audio encoder's tokens, before pooling, with a clip's windows concatenated.
 
         Args:
-            clips: windows that `prepare` made with padding ``pad``.
+            clips: windows of `prepare` with padding ``pad``.
             seconds: length of each clip.
         """
         windows_WS = torch.cat(list(clips)).to(self.device)
-        hidden_WCFA = self.clap.audio_model(**self._heard(windows_WS)).last_hidden_state
+        hidden_WCFA = self.clap.audio_model(**self._audio_inputs(windows_WS)).last_hidden_state
         hidden_WAC = hidden_WCFA.permute(0, 3, 2, 1).flatten(2).float()
         steps = hidden_WAC.shape[1]
         centres_A = (torch.arange(steps) + 0.5) * (self.window_samples / self.sampling_rate / steps)
         parts = torch.split(hidden_WAC, [len(clip) for clip in clips])
-        # Seconds may round to one sample more than were cut, and so to one window more.
+        # Seconds may round to one sample, and so to one window, more than the clip has.
         starts = [
             self._starts(round(length * self.sampling_rate), len(clip))
             for clip, length in zip(clips, seconds, strict=True)
@@ -290,16 +290,17 @@ class ClapModel(nn.Module):
         hidden_BAC = pad([part.flatten(0, 1) for part in parts], batch_first=True)
         seconds_BA = pad(times, batch_first=True).to(self.device)
         inside = [time < length for time, length in zip(times, seconds, strict=True)]
-        # A token of the shortest clip may have its centre outside of it, and one there must be.
+        # The first token's centre may lie beyond a very short clip, but there must be at least one token.
         for row in inside:
             row[0] = True
         mask_BA = pad(inside, batch_first=True).to(self.device)
         return AudioTokens(hidden_BAC=hidden_BAC, seconds_BA=seconds_BA, mask_BA=mask_BA)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder (safetensors) that `load_clap` and `transformers.AutoModel` read."""
+        """Write a Hugging Face folder (safetensors) for `load_clap` and `transformers.AutoModel`."""
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            # The last call's would be saved, and transformers' processor would cut audio at that length, too.
+            # Otherwise the last call's padding and truncation are saved; transformers' processor would apply
+            # that truncation to audio too.
             backend.no_padding()
             backend.no_truncation()
         with quiet_loading():
@@ -307,11 +308,11 @@ class ClapModel(nn.Module):
             self.tokenizer.save_pretrained(folder)
             self.extractor.save_pretrained(folder)
 
-    def _heard(self, windows_WS: Tensor) -> dict[str, Tensor]:
+    def _audio_inputs(self, windows_WS: Tensor) -> dict[str, Tensor]:
         mel_W1TM = self.mel(windows_WS)
         if not self.clap.config.audio_config.enable_fusion:
             return {"input_features": mel_W1TM}
-        # A fused model's other three views are of clips longer than a window, and windows never are.
+        # A fused model has three more views, for clips longer than a window; windows never are.
         longer = torch.zeros(len(mel_W1TM), 1, dtype=torch.bool, device=mel_W1TM.device)
         return {"input_features": mel_W1TM.repeat(1, 4, 1, 1), "is_longer": longer}
 
@@ -323,14 +324,14 @@ class ClapModel(nn.Module):
 
 
 class TextCache:
-    """The last embeddings of texts, least recently used out first. Thread-safe."""
+    """An LRU cache of text embeddings. Thread-safe."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.hits = 0
-        """Prompts that were found."""
+        """Prompts that were in the cache."""
         self.misses = 0
-        """Prompts that were not."""
+        """Prompts that were not in the cache."""
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -346,7 +347,7 @@ class TextCache:
         return found
 
     def put(self, embeddings: dict[str, Tensor]) -> None:
-        """Keep embeddings [D] by prompt."""
+        """Add embeddings [D] by prompt."""
         with self._lock:
             self._kept.update(embeddings)
             while len(self._kept) > self.size:
@@ -354,7 +355,7 @@ class TextCache:
 
 
 def _fill(samples_N: NDArray[np.float32], size: int, padding: str) -> NDArray[np.float32]:
-    """Make a clip shorter than a window fill it."""
+    """Pad or repeat a short clip to `size` samples."""
     if padding == "repeat":
         return np.tile(samples_N, size // len(samples_N) + 1)[:size]
     whole = np.tile(samples_N, size // len(samples_N)) if padding == "repeatpad" else samples_N

@@ -1,9 +1,9 @@
-"""The mini event tagger: which events of the sound world a clip holds, and when.
+"""The mini event tagger: detect which events of the sound world are in a clip, and when.
 
-The objective judge of the mini family. Evaluation and promotion gates may import it, training stages may
-not (import-linter holds them to it): what training has seen can't judge it.
+The independent judge of the mini family. Evaluation and promotion gates may import it; training stages may
+not (import-linter enforces it), since training could otherwise optimise against its own judge.
 
-Shape legend: B batch, N samples, T mel frames, S segments (4 mel frames, 40 ms), M mel bins, K classes.
+Shapes: B batch, N samples, T mel frames, S segments (4 mel frames, 40 ms), M mel bins, K classes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from services.models.mel import LogMel
 
 TIME_STRIDE = 4
-"""Mel frames a segment."""
+"""Mel frames per segment."""
 
 
 def _block(inputs: int, outputs: int, pool: tuple[int, int]) -> nn.Sequential:
@@ -30,9 +30,10 @@ def _block(inputs: int, outputs: int, pool: tuple[int, int]) -> nn.Sequential:
 
 
 class EventTagger(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Sound event detection: waveform [B, N] at 16 kHz to logits [B, S, K], a segment each 40 ms.
+    """Sound event detection: waveform [B, N] at 16 kHz to logits [B, S, K], one segment per 40 ms.
 
-    A small convolutional recurrent network, trained with binary cross-entropy on the sound world's truth.
+    A small convolutional recurrent network, trained with binary cross-entropy on the sound world's ground
+    truth.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -62,8 +63,8 @@ class EventTagger(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return float(TIME_STRIDE * self.config.hop_length / self.config.sampling_rate)
 
     def forward(self, waveform_BN: Tensor) -> Tensor:
-        """Logits [B, S, K] of `waveform_BN` (float32 in [-1, 1])."""
-        # Centred on the sound world's mean and deviation of log-mel magnitudes.
+        """Return logits [B, S, K] for `waveform_BN` (float32 in [-1, 1])."""
+        # Normalised by the mean and standard deviation of the sound world's log-mel magnitudes.
         mel_B1TM = (self.log_mel(waveform_BN)[:, None] + 7.0) / 3.0
         features = self.trunk(mel_B1TM)  # [B, C, S, M / 16]
         sequence = features.permute(0, 2, 1, 3).flatten(2)
@@ -72,14 +73,14 @@ class EventTagger(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def detect(self, waveform_BN: Tensor) -> list[dict[str, "Detection"]]:
-        """Per clip: the classes heard, each with onset, offset and centre."""
+        """Return the detected classes of each clip, with onset, offset and centre."""
         probabilities_BSK = self(waveform_BN).sigmoid()
         return [detections(p, self.config.classes, self.segment_seconds) for p in probabilities_BSK]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Detection:
-    """One class heard in a clip; times in seconds from its start."""
+    """One class detected in a clip; times in seconds from its start."""
 
     onset: float
     offset: float
@@ -97,7 +98,7 @@ def detections(
     threshold: float = 0.5,
     minimum_seconds: float = 0.2,
 ) -> dict[str, Detection]:
-    """The classes whose probability exceeds `threshold` for at least `minimum_seconds` in all."""
+    """Return the classes whose probability exceeds `threshold` for at least `minimum_seconds` in all."""
     found = {}
     times = (torch.arange(probabilities_SK.shape[0], dtype=torch.float32) + 0.5) * segment_seconds
     for k, name in enumerate(classes):

@@ -1,14 +1,14 @@
-"""The reward model: how much a listener would like a clip for a sentence.
+"""The reward model: predict how much a listener would like a clip for its prompt.
 
-A small transformer over the tokens of a frozen CLAP model. The words attend to the moments of the clip, so
-that it can be seen what comes first; CLAP's pooled embeddings have lost that.
+A small transformer over the tokens of a frozen CLAP model. Text tokens attend to audio tokens, so that the
+model sees the order of events, which CLAP's pooled embeddings lose.
 
 ::
 
     model = load_reward(mini_folder("reward"), load_clap(mini_folder("clap-a")), clap_digest)
     model.reward(["A dog barks then a siren wails"], [model.prepare(waveform, 16_000)])   # tensor([2.1])
 
-Shape legend: B batch, L text tokens, A audio tokens, C width of CLAP's tokens, D the head's width.
+Shapes: B batch, L text tokens, A audio tokens, C width of CLAP's tokens, D the head's width.
 """
 
 import json
@@ -32,19 +32,19 @@ WEIGHTS_NAME: Final = "model.safetensors"
 MODEL_TYPE: Final = "milonga-reward"
 
 PERIODS: Final = (0.25, 120.0)
-"""Shortest and longest period in seconds of the sines that tell a token's time."""
+"""Shortest and longest period, in seconds, of the sines that encode a token's time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Sizes of the head, and which CLAP model it stands on."""
+    """Sizes of the head, and the identity of the CLAP model that it was trained on."""
 
     text_width: int
     """Width C of CLAP's text tokens."""
     audio_width: int
     """Width C of CLAP's audio tokens."""
     clap_name: str
-    """Name of the CLAP model, for people."""
+    """Name of the CLAP model, for messages."""
     clap_digest: str
     """`sha256:` and the digest over every file of the CLAP model; no other is accepted."""
     width: int = 96
@@ -52,13 +52,13 @@ class RewardConfig:
     heads: int = 4
     """Attention heads."""
     layers: int = 2
-    """Layers in which the words attend to each other and to the clip."""
+    """Layers of self-attention and cross-attention of the text tokens."""
     feedforward: int = 192
-    """Width of the layers' inner part."""
+    """Width of the layers' feed-forward networks."""
     dropout: float = 0.1
-    """In training."""
+    """Dropout in training."""
     temperature: float = 1.0
-    """What raw logits are divided by: above 1 where the head was too sure of itself (arXiv 1706.04599)."""
+    """Divisor of raw logits (temperature scaling, arXiv 1706.04599); above 1 for an overconfident head."""
 
     def __post_init__(self) -> None:
         for name in ("text_width", "audio_width", "width", "heads", "layers", "feedforward"):
@@ -75,7 +75,7 @@ class RewardConfig:
 
 
 class RewardHead(nn.Module):
-    """CLAP's tokens of sentence and clip to a logit."""
+    """Maps CLAP's tokens of a prompt and a clip to a logit."""
 
     def __init__(self, config: RewardConfig) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class RewardHead(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, text: TextTokens, audio: AudioTokens) -> Tensor:
-        """Raw logits [B], not divided by the temperature."""
+        """Return raw logits [B], not divided by the temperature."""
         audio_BAD = self.audio_in(audio.hidden_BAC) + time_features(audio.seconds_BA, self.width)
         silent_BA = ~audio.mask_BA
         audio_BAD = self.audio_layer(audio_BAD, src_key_padding_mask=silent_BA)
@@ -120,64 +120,65 @@ class RewardHead(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardClip:
-    """A clip as the model hears it."""
+    """A clip prepared for the model."""
 
     windows_WS: Tensor
     """CLAP's windows, float32 on the CPU."""
     seconds: float
-    """Length of the clip."""
+    """Length of the clip in seconds."""
 
 
 class RewardModel(nn.Module):
-    """A head on a frozen CLAP model. `reward` gives calibrated logits; their sigmoid is a probability."""
+    """A head on a frozen CLAP model. `reward` returns calibrated logits; their sigmoid is a probability."""
 
     def __init__(self, clap: ClapModel, config: RewardConfig) -> None:
         """Args:
-        clap: the model whose digest `config` names.
-        config: sizes; the widths of the tokens must be `clap`'s.
+        clap: the CLAP model with the digest in `config`.
+        config: sizes; the token widths must be `clap`'s.
         """
         super().__init__()
         for name in ("text_width", "audio_width"):
             if getattr(config, name) != getattr(clap, name):
                 raise ModelFormatError(
                     f"this reward model reads CLAP tokens of {name} {getattr(config, name)}, "
-                    f"and this CLAP model's have {getattr(clap, name)}"
+                    f"but this CLAP model's have {getattr(clap, name)}"
                 )
         self.config = config
         self.head = RewardHead(config)
         self.clap = clap.requires_grad_(False)
 
     def prepare(self, waveform: Waveform, sampling_rate: int) -> RewardClip:
-        """Cut a clip into CLAP's windows. Short ones get silence after them: repeated, they would lose order.
+        """Cut a clip into CLAP's windows. A short clip is padded with silence, since repeating it loses
+        order.
 
-        Args and limits are those of `ClapModel.prepare`.
+        Arguments and limits are those of `ClapModel.prepare`.
         """
         windows = self.clap.prepare(waveform, sampling_rate, padding="pad")
         return RewardClip(windows_WS=windows, seconds=waveform.shape[-1] / sampling_rate)
 
     def window_count(self, seconds: float) -> int:
-        """Windows that cover a clip of `seconds`: what it costs."""
+        """Return the number of windows that cover a clip of `seconds`: its cost."""
         return self.clap.window_count(seconds)
 
     def audio_tokens(self, clips: Sequence[RewardClip]) -> AudioTokens:
-        """CLAP's tokens of the clips, without gradients."""
+        """Return CLAP's tokens of the clips, without gradients."""
         return self.clap.audio_tokens([clip.windows_WS for clip in clips], [clip.seconds for clip in clips])
 
     @torch.inference_mode()
     def reward(self, prompts: Sequence[str], clips: Sequence[RewardClip]) -> Tensor:
-        """Rewards of prompts and their clips: calibrated logits, float32 [B], on the CPU."""
+        """Return the rewards of prompts and their clips: calibrated logits, float32 [B], on the CPU."""
         raw_B = self.head(self.clap.text_tokens(prompts), self.audio_tokens(clips))
         logits_B: Tensor = raw_B.float().cpu() / self.config.temperature
         return logits_B
 
     def calibrated(self, temperature: float) -> "RewardModel":
-        """This model with another temperature; the weights are shared."""
+        """Return this model with another temperature; it shares the weights."""
         model = RewardModel(self.clap, replace(self.config, temperature=temperature))
         model.head = self.head
         return model.train(self.training)
 
     def save(self, folder: Path) -> None:
-        """Write the head (safetensors) and its config into `folder`; CLAP stays where it is."""
+        """Write the head (safetensors) and its config into `folder`; CLAP's weights are not copied."""
         save_head(self.head, self.config, folder)
 
 
@@ -191,7 +192,7 @@ def save_head(head: RewardHead, config: RewardConfig, folder: Path) -> None:
 
 
 def time_features(seconds_BA: Tensor, width: int) -> Tensor:
-    """Sines and cosines of the time [B, A, width], periods spread evenly in logarithm over `PERIODS`."""
+    """Return sines and cosines of the times [B, A, width], with log-spaced periods over `PERIODS`."""
     shortest, longest = (math.log(period) for period in PERIODS)
     periods = torch.linspace(shortest, longest, width // 2, device=seconds_BA.device).exp()
     angles_BAD = 2 * math.pi * seconds_BA[..., None] / periods
@@ -199,10 +200,7 @@ def time_features(seconds_BA: Tensor, width: int) -> Tensor:
 
 
 def read_reward_config(folder: Path) -> RewardConfig:
-    """The config in `folder`.
-
-    Raises `ModelFormatError` where there is none, or one of something else.
-    """
+    """Return the config in `folder`. Raises `ModelFormatError` unless it is that of a reward model."""
     data = read_json(folder / CONFIG_NAME)
     if data.pop("model_type", None) != MODEL_TYPE:
         raise ModelFormatError(
@@ -220,15 +218,16 @@ def read_reward_config(folder: Path) -> RewardConfig:
 
 
 def load_reward(folder: Path, clap: ClapModel, clap_digest: str) -> RewardModel:
-    """The reward model in `folder`, on `clap` and its device, in float32, ready for inference.
+    """Load the reward model in `folder` for inference with `clap`, on its device, in float32.
 
-    Raises `ModelFormatError` for a folder that holds something else, `DigestMismatchError` where
-    `clap_digest` is not the digest of the CLAP model that it was trained on.
+    Raises:
+        ModelFormatError: the folder holds no reward model.
+        DigestMismatchError: it was trained on another CLAP model than that of `clap_digest`.
     """
     config = read_reward_config(folder)
     if config.clap_digest != clap_digest:
         raise DigestMismatchError(
-            f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), and this is "
+            f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), but this is "
             f"{clap_digest}; give the one it was trained on"
         )
     check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_shapes(folder))

@@ -1,12 +1,12 @@
-"""Released checkpoints (Tango, Tango-full-FT, Tango 2, Tango-2-full) become model folders.
+"""Convert released checkpoints (Tango, Tango-full-FT, Tango 2, Tango-2-full) to model folders.
 
 A released folder holds ``{main,vae,stft}_config.json`` and three pickled state dictionaries: the UNet and
 FLAN-T5 in ``pytorch_model_main.bin``, AudioLDM's autoencoder and HiFi-GAN in ``pytorch_model_vae.bin``, the
-mel filters in ``pytorch_model_stft.bin``. What is said here about that layout is upstream's
-(declare-lab/tango at 34ecd38: ``tango.py``, ``models.py``, ``audioldm/``), and so is the arithmetic that the
-converted parts reproduce.
+mel filters in ``pytorch_model_stft.bin``. Source of this layout, and of the arithmetic that the converted
+parts
+reproduce: declare-lab/tango at 34ecd38 (``tango.py``, ``models.py``, ``audioldm/``).
 
-Shape legend: C channels, K spectrum bins, M mel bins.
+Shapes: C channels, K spectrum bins, M mel bins.
 """
 
 import os
@@ -44,24 +44,25 @@ Weights = Mapping[str, Tensor]
 """A state dictionary, or a part of one."""
 
 Progress = Callable[[str], None]
-"""Told in a few words what is being done."""
+"""Called with the name of each stage."""
 
 MAIN, VAE, STFT = "pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin"
 RELEASED_FILES: Final = ("main_config.json", "vae_config.json", "stft_config.json", MAIN, VAE, STFT)
-"""What a released folder must hold."""
+"""Files of a released folder."""
 
 LICENSE: Final = "non-commercial (see the checkpoint's own model card)"
-"""Upstream's weights are published for non-commercial use; the card of each says under which licence."""
+"""Upstream's weights are published for non-commercial use; each model card states the licence."""
 
 SCHEDULER_NAMES: Final = ("stabilityai/stable-diffusion-2-1",)
-"""`scheduler_name` in `main_config.json`: the repository left the hub, its schedule is `SD21_CONFIG`."""
+"""Known values of `scheduler_name` in `main_config.json`. The repository has left the hub; its schedule is
+`SD21_CONFIG`."""
 
 MAX_DURATION = 20.48
-"""Seconds. Trained on 10.24; the denoiser takes any length, and twice that is where this stops."""
+"""Maximum duration in seconds: twice the 10.24 s of training. The denoiser itself has no limit."""
 
 UNET_CONFIG: Final[Mapping[str, Any]] = {
     "act_fn": "silu",
-    # Despite its name the number of heads: diffusers keeps that meaning for old configs.
+    # Despite its name, the number of heads: diffusers keeps that meaning for old configs.
     "attention_head_dim": [5, 10, 20, 20],
     "block_out_channels": [320, 640, 1280, 1280],
     "center_input_sample": False,
@@ -89,13 +90,13 @@ UNET_CONFIG: Final[Mapping[str, Any]] = {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
-"""Upstream's `configs/diffusion_model_config.json`, which released folders name and don't hold."""
+"""Upstream's `configs/diffusion_model_config.json`, which released folders refer to, but lack."""
 
 UNET_CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "diffusion_model_config.json": UNET_CONFIG,
     "diffusion_model_xl_config.json": {**UNET_CONFIG, "cross_attention_dim": 2048},
 }
-"""By file name, as `unet_model_config_path` ends."""
+"""Configs by the file name in `unet_model_config_path`."""
 
 HIFIGAN_CONFIG: Final[Mapping[str, Any]] = {
     "upsample_rates": [5, 4, 2, 2, 2],
@@ -105,12 +106,12 @@ HIFIGAN_CONFIG: Final[Mapping[str, Any]] = {
     "leaky_relu_slope": 0.1,
     "normalize_before": False,
 }
-"""`HIFIGAN_16K_64` of upstream's `audioldm/hifigan`; only its width is read from the weights."""
+"""`HIFIGAN_16K_64` of upstream's `audioldm/hifigan`; the width is read from the weights."""
 
 _TEXT_ENCODER_FILES: Final = ("config.json", "tokenizer*", "special_tokens_map.json", "spiece.model")
 _MEL_TOLERANCE = 1e-4
 _SMALLEST_VOCABULARY = 16
-"""Ordinary tokens below which a tokenizer is called empty: without its files T5's has one."""
+"""Minimum number of ordinary tokens: without its files, T5's tokenizer has one."""
 
 
 def convert_checkpoint(
@@ -125,18 +126,26 @@ def convert_checkpoint(
 ) -> Path:
     """Convert the released checkpoint in `source` to a new model folder `target`, and return that.
 
-    `text_encoder` says where FLAN-T5's config and tokenizer come from, which no released folder holds: a
-    folder, or ``hf:OWNER/NAME`` (fetched from the hub). `name`, `version` and `license` go to the manifest;
-    the name is the source folder's where None. Weights are written as they are, in float32, one part at a
-    time; the result appears under `target` only when it is whole.
+    Weights keep their float32 values, and are converted one part at a time. `target` appears only when it is
+    complete.
+
+    Args:
+        source: folder of the released checkpoint.
+        target: model folder to create.
+        text_encoder: FLAN-T5's config and tokenizer, which released folders lack: a folder, or
+            ``hf:OWNER/NAME`` (fetched from the hub).
+        progress: called with the name of each stage.
+        name: name in the manifest; None: that of the source folder.
+        version: version in the manifest.
+        license: licence in the manifest.
 
     Raises:
-        ModelNotFoundError: a file is missing in `source`, or the text encoder's folder isn't there.
-        ModelFormatError: a key, shape or setting is not the one expected (all are listed), a pickle holds
-            more than tensors, or the tokenizer's vocabulary is empty.
+        ModelNotFoundError: a file is missing in `source`, or there is no folder of the text encoder.
+        ModelFormatError: keys, shapes or settings are not as expected (lists all), a pickle holds more than
+            tensors, or the tokenizer's vocabulary is empty.
         OutputError: `target` exists already or can't be written.
     """
-    tell = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     _require_released(source)
     text_folder = text_encoder_folder(text_encoder)
     main_config = read_json(source / "main_config.json")
@@ -146,10 +155,10 @@ def convert_checkpoint(
     with quiet_loading():
         tokenizer, text_config = load_text_config(text_folder)
     with _new_folder(target) as folder, quiet_loading():
-        tell("mel filters")
+        report("mel filters")
         check_stft(stft_config, read_pickle(source / STFT))
 
-        tell("autoencoder and vocoder")
+        report("autoencoder and vocoder")
         weights = split_vae(read_pickle(source / VAE))
         vae = build_vae(vae_config, weights["vae"])
         vae.save_pretrained(folder / "vae")
@@ -158,13 +167,13 @@ def convert_checkpoint(
         vae, vocoder = vae.to("meta"), vocoder.to("meta")
         del weights
 
-        tell("text encoder")
+        report("text encoder")
         weights = split_main(read_pickle(source / MAIN))
         encoder = build_text_encoder(text_config, weights.pop("text_encoder"))
         encoder.save_pretrained(folder / "text_encoder")
         encoder = encoder.to("meta")
 
-        tell("denoiser")
+        report("denoiser")
         unet = build_unet(unet_config(source, main_config), weights.pop("unet"))
         unet.save_pretrained(folder / "unet")
         unet = unet.to("meta")
@@ -189,7 +198,7 @@ def convert_checkpoint(
         tokenizer.save_pretrained(folder / "tokenizer")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
         pipeline.save_config(folder)
-        tell("manifest")
+        report("manifest")
         write_manifest(folder, name or source.resolve().name, version, license)
     return target
 
@@ -198,10 +207,10 @@ def convert_checkpoint(
 
 
 def read_pickle(path: Path) -> Weights:
-    """The tensors of a pickled state dictionary, mapped from the file where its format allows.
+    """Return the tensors of a pickled state dictionary, memory-mapped if the format allows it.
 
-    Raises `ModelFormatError` for anything that is not a plain dictionary of tensors: `weights_only` runs none
-    of the code that a pickle can carry.
+    Raises `ModelFormatError` unless it is a plain dictionary of tensors. `weights_only` executes no code of
+    the pickle.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -227,7 +236,7 @@ def check_main_config(config: Mapping[str, Any]) -> None:
 
 
 def unet_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The UNet's config that `main_config.json` names: from `source` if it is there, else embedded."""
+    """Return the UNet's config that `main_config.json` names: from `source` if it is there, or embedded."""
     named = str(config.get("unet_model_config_path") or "configs/diffusion_model_config.json")
     path = source / named
     if path.resolve().is_relative_to(source.resolve()) and path.is_file():
@@ -241,7 +250,7 @@ def unet_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_encoder_folder(text_encoder: str) -> Path:
-    """The folder with FLAN-T5's config and tokenizer that ``DIR`` or ``hf:OWNER/NAME`` names."""
+    """Return the folder of FLAN-T5's config and tokenizer for ``DIR`` or ``hf:OWNER/NAME``."""
     if not text_encoder.startswith("hf:"):
         folder = Path(text_encoder).expanduser()
         if not folder.is_dir():
@@ -249,7 +258,7 @@ def text_encoder_folder(text_encoder: str) -> Path:
                 f"text encoder: {folder} is not a folder; give one, or hf:google/flan-t5-large"
             )
         return folder
-    from huggingface_hub import snapshot_download  # only those who ask for the hub need it
+    from huggingface_hub import snapshot_download  # imported only for the hub
 
     repository = text_encoder.removeprefix("hf:")
     try:
@@ -263,10 +272,10 @@ def text_encoder_folder(text_encoder: str) -> Path:
 
 
 def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
-    """Tokenizer and T5 config in `folder`; `ModelFormatError` for another model or an empty vocabulary.
+    """Return the tokenizer and the T5 config in `folder`.
 
-    The check matters: transformers makes a tokenizer of special tokens alone, without an error, where the
-    vocabulary's file is missing.
+    Raises `ModelFormatError` for another model or an empty vocabulary: without the vocabulary's file,
+    transformers creates a tokenizer that has only special tokens, and reports no error.
     """
     settings = read_json(folder / "config.json")
     if settings.get("model_type") != "t5":
@@ -285,7 +294,7 @@ def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
     if len(ordinary) < _SMALLEST_VOCABULARY:
         raise ModelFormatError(
             f"text encoder: the tokenizer in {folder} has an empty vocabulary ({len(ordinary)} ordinary "
-            "tokens); tokenizer.json or spiece.model must lie there"
+            "tokens); add tokenizer.json or spiece.model"
         )
     if len(tokenizer) > config.vocab_size:
         raise ModelFormatError(
@@ -299,12 +308,12 @@ def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
 
 
 def split_main(weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """``unet`` and ``text_encoder`` of `pytorch_model_main.bin`, in the libraries' own keys."""
+    """Return ``unet`` and ``text_encoder`` of `pytorch_model_main.bin`, with the libraries' own keys."""
     return _split(MAIN, weights, {"unet": "unet.", "text_encoder": "text_encoder."})
 
 
 def split_vae(weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """``vae`` and ``vocoder`` of `pytorch_model_vae.bin`, in upstream's keys; nothing else may be there."""
+    """Return ``vae`` and ``vocoder`` of `pytorch_model_vae.bin`, with upstream's keys."""
     vocoder = _split(
         VAE, {k: v for k, v in weights.items() if k.startswith("vocoder.")}, {"vocoder": "vocoder."}
     )
@@ -312,19 +321,19 @@ def split_vae(weights: Weights) -> dict[str, dict[str, Tensor]]:
 
 
 def build_unet(config: Mapping[str, Any], weights: Weights) -> UNet2DConditionModel:
-    """The denoiser, every key accounted for."""
+    """Return the denoiser. Raises `ModelFormatError` unless every key matches."""
     return assign_weights("unet", on_meta(lambda: UNet2DConditionModel.from_config(dict(config))), weights)
 
 
 def build_text_encoder(config: T5Config, weights: Weights) -> T5EncoderModel:
-    """FLAN-T5's encoder, every key accounted for."""
+    """Return FLAN-T5's encoder. Raises `ModelFormatError` unless every key matches."""
     return assign_weights("text_encoder", on_meta(lambda: T5EncoderModel(config)), weights)
 
 
 def build_vae(config: Mapping[str, Any], weights: Weights) -> AutoencoderKL:
-    """AudioLDM's autoencoder as diffusers' class, every key accounted for.
+    """Return AudioLDM's autoencoder as diffusers' class. Raises `ModelFormatError` unless every key matches.
 
-    `config` is `vae_config.json`, `weights` is in upstream's keys.
+    `config` is the content of `vae_config.json`; `weights` has upstream's keys.
     """
     settings = vae_settings(config)
     levels = len(settings["block_out_channels"])
@@ -333,15 +342,16 @@ def build_vae(config: Mapping[str, Any], weights: Weights) -> AutoencoderKL:
 
 
 def build_vocoder(config: Mapping[str, Any], weights: Weights) -> SpeechT5HifiGan:
-    """HiFi-GAN as transformers' class, every key accounted for; `config` is `stft_config.json`.
+    """Return HiFi-GAN as transformers' class. Raises `ModelFormatError` unless every key matches.
 
-    Its width stands in no config and is read from ``conv_pre.weight`` [width, M, 7]. transformers' class also
-    normalises its input, upstream's does not: mean 0 and scale 1.
+    `config` is the content of `stft_config.json`. The width is in no config: it is read from
+    ``conv_pre.weight`` [width, M, 7]. transformers' class normalises its input, unlike upstream's: the mean
+    is set to 0 and the scale to 1.
     """
     first = weights.get("conv_pre.weight")
     if first is None or first.ndim != 3:
         raise ModelFormatError(
-            "vocoder: conv_pre.weight is missing or misshapen; these are no HiFi-GAN weights"
+            "vocoder: conv_pre.weight is missing or misshapen; these are not HiFi-GAN weights"
         )
     width, mel_bins = first.shape[:2]
     settings = SpeechT5HifiGanConfig(
@@ -359,7 +369,7 @@ def build_vocoder(config: Mapping[str, Any], weights: Weights) -> SpeechT5HifiGa
 def check_stft(config: Mapping[str, Any], weights: Weights) -> None:
     """Raise `ModelFormatError` unless `weights` are the filters that `services.models.mel` computes.
 
-    They hold nothing learnt, so they are not kept: Slaney's mel filters ``mel_basis`` [M, K] and two Fourier
+    They are constants, so they are not converted: Slaney's mel filters ``mel_basis`` [M, K], and two Fourier
     bases, forward and inverse [2 K, 1, filter_length].
     """
     required = (
@@ -375,19 +385,19 @@ def check_stft(config: Mapping[str, Any], weights: Weights) -> None:
     report_faults("stft_config.json", [("missing settings", absent)])
     n_fft, mel_bins = config["filter_length"], config["n_mel_channels"]
     bins = n_fft // 2 + 1
-    wanted = {
+    expected = {
         "mel_basis": (mel_bins, bins),
         "stft_fn.forward_basis": (2 * bins, 1, n_fft),
         "stft_fn.inverse_basis": (2 * bins, 1, n_fft),
     }
     wrong = [
         f"{key} is {list(weights[key].shape)}, not {list(shape)}"
-        for key, shape in wanted.items()
+        for key, shape in expected.items()
         if key in weights and tuple(weights[key].shape) != shape
     ]
     faults = (
-        ("missing keys", [key for key in wanted if key not in weights]),
-        ("unknown keys", [key for key in weights if key not in wanted]),
+        ("missing keys", [key for key in expected if key not in weights]),
+        ("unknown keys", [key for key in weights if key not in expected]),
         ("wrong shapes", wrong),
     )
     report_faults(STFT, faults)
@@ -406,7 +416,7 @@ def check_stft(config: Mapping[str, Any], weights: Weights) -> None:
 
 
 def vae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of diffusers' `AutoencoderKL` for upstream's `vae_config.json`."""
+    """Return the arguments of diffusers' `AutoencoderKL` for upstream's `vae_config.json`."""
     inner = config.get("ddconfig")
     if not isinstance(inner, dict):
         raise ModelFormatError("vae_config.json: ddconfig is missing")
@@ -456,10 +466,10 @@ _VAE_RULES: Final[tuple[tuple[str, str], ...]] = (
 
 
 def rename_vae_key(key: str, levels: int) -> str:
-    """diffusers' name for a key of AudioLDM's autoencoder with `levels` resolutions.
+    """Return diffusers' name for a key of AudioLDM's autoencoder with `levels` resolutions.
 
-    Upstream counts the decoder's levels from the finest, diffusers from the coarsest. A key that no rule
-    knows comes back as it is, and is then reported as unknown.
+    Upstream counts the decoder's levels from the finest, diffusers from the coarsest. A key without a rule
+    stays, and is reported as unknown later.
     """
     for pattern, replacement in _VAE_RULES:
         key = re.sub(pattern, replacement, key)
@@ -467,13 +477,13 @@ def rename_vae_key(key: str, levels: int) -> str:
 
 
 def _unconvolved(key: str, tensor: Tensor) -> Tensor:
-    """Attention's 1 x 1 convolutions [C, C, 1, 1] as the linear layers [C, C] that diffusers has."""
+    """Return attention's 1 x 1 convolutions [C, C, 1, 1] as the linear layers [C, C] of diffusers."""
     is_projection = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key) and tensor.shape[2:] == (1, 1)
     return tensor[:, :, 0, 0].contiguous() if is_projection else tensor
 
 
 def _split(file: str, weights: Weights, prefixes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    """`weights` by prefix, which is taken off; a key with none of them is an error."""
+    """Group `weights` by prefix, and remove it. Raises `ModelFormatError` for a key without a prefix."""
     unknown = [key for key in weights if not key.startswith(tuple(prefixes.values()))]
     report_faults(file, [("unknown keys", unknown)])
     return {
@@ -495,7 +505,7 @@ def _require_released(source: Path) -> None:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` on success and vanishes on failure."""
+    """Yield a temporary folder next to `target`; rename it to `target` on success, remove it on failure."""
     if target.exists():
         raise OutputError(f"{target} exists already; remove it or choose another folder")
     temporary: Path | None = None
@@ -503,7 +513,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         yield temporary
-        # mkdtemp's 0700 and safetensors' 0600 would hide the model from a service's user.
+        # mkdtemp's 0700 and safetensors' 0600 would make the model unreadable for a service's user.
         temporary.chmod(0o755)
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,6 +1,6 @@
-"""How seconds, samples, mel frames and latent frames of one model relate.
+"""Convert between seconds, samples, mel frames and latent frames of a Tango model.
 
-Shape legend: C channels, T latent frames (time), F latent mel bins.
+Shapes: C channels, T latent frames (time), F latent mel bins.
 """
 
 import math
@@ -17,7 +17,7 @@ class Geometry:
     """The sizes of one model. The defaults are Tango's (arXiv 2404.09956, section 4; upstream configs)."""
 
     sampling_rate: int = 16_000
-    """Samples a second of the model's waveforms."""
+    """Sampling rate of the model's waveforms, in hertz."""
     hop_length: int = 160
     """Samples between two mel frames."""
     mel_bins: int = 64
@@ -25,11 +25,11 @@ class Geometry:
     latent_channels: int = 8
     """Channels of the autoencoder's latents."""
     latent_downsampling: int = 4
-    """Mel frames a latent frame spans, and mel bins a latent bin spans."""
+    """Mel frames per latent frame, and mel bins per latent bin."""
     frame_multiple: int = 8
-    """Latent frames come in multiples of this: the denoiser halves them once for each level but the last."""
+    """Divisor of the number of latent frames: the denoiser halves them at every level but the last."""
     default_duration: float = 10.24
-    """Seconds of a clip whose request names no duration."""
+    """Default duration of a clip in seconds."""
     max_duration: float = 10.24
     """Longest clip in seconds."""
 
@@ -60,10 +60,9 @@ class Geometry:
         return self.grid
 
     def latent_frames(self, duration: float) -> int:
-        """Latent frames that hold `duration` seconds, rounded up to a multiple of `frame_multiple`.
+        """Return the latent frames of `duration` seconds, rounded up to a multiple of `frame_multiple`.
 
-        Raises `ValueError` unless `duration` is a positive finite number; callers check it against their
-        limits first.
+        Raises `ValueError` unless `duration` is positive and finite; callers check their limits first.
         """
         if not 0 < duration < math.inf:
             raise ValueError(f"duration is {duration}; it must be a positive finite number of seconds")
@@ -71,9 +70,9 @@ class Geometry:
         return self.frame_multiple * max(1, math.ceil(blocks))
 
     def samples(self, duration: float) -> int:
-        """Samples of a clip of `duration` seconds; what the decoder makes beyond them is cut off."""
+        """Return the samples of a clip of `duration` seconds; the decoder's output is cut to them."""
         return round(duration * self.sampling_rate)
 
     def latent_shape(self, duration: float) -> tuple[int, int, int]:
-        """Shape (C, T, F) of the latents of a clip of `duration` seconds."""
+        """Return the shape (C, T, F) of the latents of a clip of `duration` seconds."""
         return self.latent_channels, self.latent_frames(duration), self.mel_bins // self.latent_downsampling

@@ -1,4 +1,4 @@
-"""The folder of a `TangoPipeline`."""
+"""Load a `TangoPipeline` from its model folder."""
 
 from pathlib import Path
 from typing import Final, cast

@@ -1,6 +1,6 @@
-"""`TangoPipeline`: from a prompt to a waveform, with the parts of Tango 2 (arXiv 2404.09956).
+"""`TangoPipeline`: prompt to waveform, with the parts of Tango 2 (arXiv 2404.09956).
 
-Shape legend: B batch, C channels, T latent frames (time), F latent mel bins, L text tokens, D text width,
+Shapes: B batch, C channels, T latent frames (time), F latent mel bins, L text tokens, D text width,
 N samples, M mel bins.
 """
 
@@ -38,12 +38,12 @@ Generators = Generator | Sequence[Generator] | None
 
 @dataclass
 class TangoOutput(BaseOutput):  # type: ignore[misc]
-    """What `TangoPipeline.__call__` returns."""
+    """The result of `TangoPipeline.__call__`."""
 
     waveforms_BN: NDArray[np.float32]
-    """Float32 waveforms [B, N] in [-1, 1]; the clips of one prompt are neighbours."""
+    """Float32 waveforms [B, N] in [-1, 1]; the clips of one prompt are adjacent."""
     sampling_rate: int
-    """Samples a second of `waveforms_BN`."""
+    """Sampling rate of `waveforms_BN`, in hertz."""
 
 
 def velocity(
@@ -338,7 +338,7 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         return TangoOutput(waveforms_BN=resampled_BN, sampling_rate=rate)
 
     def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
-        """Return a new scheduler by name (None: the model's default) on this model's noise schedule."""
+        """Return a new scheduler by name (None: the model's default), with this model's noise schedule."""
         return make_scheduler(name or self.config.default_scheduler, self.scheduler.config)
 
     def _log_mel(self) -> LogMel:
@@ -395,9 +395,9 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         )
         violations = [FieldViolation(field, text) for field, right, text in checks if not right]
         if latents is not None and not violations:
-            wanted = (count, *self.geometry.latent_shape(duration))
-            if tuple(latents.shape) != wanted:
-                text = f"shape {tuple(latents.shape)}; these prompts and this duration need {wanted}"
+            expected = (count, *self.geometry.latent_shape(duration))
+            if tuple(latents.shape) != expected:
+                text = f"shape {tuple(latents.shape)}; these prompts and this duration need {expected}"
                 violations = [FieldViolation("latents", text)]
         if violations:
             raise InvalidInputError(*violations)
@@ -442,7 +442,7 @@ def _check_parts(pipeline: TangoPipeline) -> None:
 
 
 def _vocoder_hop(vocoder: SpeechT5HifiGan | GriffinLimVocoder) -> int:
-    """Return the samples that `vocoder` makes of one mel frame."""
+    """Return the number of samples that `vocoder` generates per mel frame."""
     config = vocoder.config
     return (
         int(config.hop_length) if isinstance(vocoder, GriffinLimVocoder) else math.prod(config.upsample_rates)

@@ -1,4 +1,4 @@
-"""The schedulers by name, on one noise schedule: Stable Diffusion 2.1's, which Tango was trained with."""
+"""Tango's schedulers by name, all with its noise schedule, which is Stable Diffusion 2.1's."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -36,14 +36,14 @@ _NOISE_SCHEDULE = (
     "trained_betas",
     "prediction_type",
 )
-"""What the model was trained with. Everything else in a scheduler's config is the solver's own choice."""
+"""Fields of a scheduler's config that define the noise schedule of training; the others are the solver's."""
 
 
 class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
-    """`DDPMScheduler` that also takes as many steps as there were in training.
+    """`DDPMScheduler` that also supports as many steps as in training.
 
-    At 1000 of 1000 steps 'leading' spacing with `steps_offset` 1 begins at the timestep 1000, one past the
-    end of the tables: the offset is left out there, so that all of 999, …, 0 are visited.
+    With 1000 of 1000 steps, 'leading' spacing with `steps_offset` 1 begins at timestep 1000, one past the end
+    of the tables: the offset is then left out, so that all of 999, …, 0 are visited.
     """
 
     timesteps: torch.Tensor
@@ -54,14 +54,14 @@ class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As in diffusers, with every timestep inside the tables."""
+        """Set the timesteps as diffusers does, but within the tables."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         last = self.config.num_train_timesteps - 1
         self.timesteps = self.timesteps - (self.timesteps.max() - last).clamp(min=0)
 
 
 def _ddpm(schedule: Mapping[str, Any]) -> SchedulerMixin:
-    """Ancestral sampling as upstream's `inference` does it: a fresh noise at every step."""
+    """Ancestral sampling as in upstream's `inference`: new noise at every step."""
     return AncestralScheduler(
         **schedule, clip_sample=False, steps_offset=1, timestep_spacing="leading", variance_type="fixed_small"
     )
@@ -70,9 +70,9 @@ def _ddpm(schedule: Mapping[str, Any]) -> SchedulerMixin:
 def _ddim(schedule: Mapping[str, Any]) -> SchedulerMixin:
     """DDIM without noise, from the last timestep to the clean estimate.
 
-    DPM-Solver of first order is DDIM (arXiv 2206.00927, section 4.1). It is taken here because diffusers'
-    `DDIMScheduler` with 'trailing' spacing stops short of the clean sample where the number of steps does
-    not divide 1000.
+    First-order DPM-Solver is DDIM (arXiv 2206.00927, section 4.1). It is used because diffusers'
+    `DDIMScheduler` with 'trailing' spacing stops short of the clean sample if the number of steps does not
+    divide 1000.
     """
     return DPMSolverMultistepScheduler(
         **schedule,
@@ -96,7 +96,7 @@ def _dpmsolver(schedule: Mapping[str, Any]) -> SchedulerMixin:
 
 
 def _unipc(schedule: Mapping[str, Any]) -> SchedulerMixin:
-    """Predictor and corrector; exponential sigmas are even log signal-to-noise ratios in its spelling."""
+    """Predictor-corrector; `use_exponential_sigmas` means even steps in log signal-to-noise ratio."""
     return UniPCMultistepScheduler(
         **schedule,
         solver_order=2,
@@ -114,15 +114,15 @@ _FACTORIES: Final[dict[str, Callable[[Mapping[str, Any]], SchedulerMixin]]] = {
 }
 
 SCHEDULERS: Final[tuple[str, ...]] = tuple(_FACTORIES)
-"""Names that `make_scheduler` knows."""
+"""Names of the schedulers."""
 
 
 def make_scheduler(name: str, base_config: Mapping[str, Any] = SD21_CONFIG) -> SchedulerMixin:
-    """A fresh scheduler called `name` on the noise schedule of `base_config`.
+    """Return a new scheduler with the noise schedule of `base_config`.
 
-    Every one of them takes 1 to 1000 steps, needs no input scaling, begins from unit noise and ends on a
-    clean sample. Only `ddpm` draws noise in `step`, from the generator given there. A scheduler has state:
-    make one for each clip or batch that is denoised.
+    Every scheduler takes 1 to 1000 steps, needs no input scaling, starts from unit noise and ends at a clean
+    sample. Only `ddpm` draws noise in `step`, from its generator. A scheduler has state: make one for each
+    clip or batch.
 
     Raises `InvalidInputError` (field ``scheduler``) for an unknown name.
     """

@@ -1,6 +1,6 @@
-"""TangoFlux's denoiser: diffusers' Flux transformer, with a duration among the text's tokens.
+"""TangoFlux's denoiser: diffusers' Flux transformer, with the duration as an additional text token.
 
-Shape legend: B batch, T latent frames, C latent channels, L text tokens, D text width.
+Shapes: B batch, T latent frames, C latent channels, L text tokens, D text width.
 """
 
 from typing import cast
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from services.models.latent import Conditioning
 
 _TIMESTEPS = 1000
-"""Timesteps of the schedule; the transformer takes shares of it."""
+"""Timesteps of the schedule; the transformer takes timesteps divided by it."""
 
 
 class TangoFluxDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """Predicts a rectified flow's velocity, noise minus clip: upstream's `TangoFlux`, but the text encoder.
+    """Predicts a rectified flow's velocity, noise minus clip: upstream's `TangoFlux` without the text
+    encoder.
 
-    The duration is one more token after the text's. The mean of the text's tokens, projected, modulates every
-    layer. Unlike upstream, attention masks the text's padding: the padded length does not change a clip.
+    The duration is an additional token after the text. The projected mean of the text tokens modulates every
+    layer. Unlike upstream, attention masks the text's padding, so that the padded length does not change a
+    clip.
     """
 
     config_name = "config.json"
@@ -89,6 +91,6 @@ def flow_velocity(
     conditioning: Conditioning,
     seconds_B: Tensor,
 ) -> Tensor:
-    """Call a `TangoFluxDenoiser`; [B, T, C]."""
+    """Call a `TangoFluxDenoiser`; return the velocity [B, T, C]."""
     velocity_BTC = denoiser(latents_BTC, timesteps_B, conditioning["embeds"], conditioning["mask"], seconds_B)
     return cast(Tensor, velocity_BTC)

@@ -1,9 +1,9 @@
-"""`TangoFluxPipeline`: from a prompt to a waveform, built as TangoFlux is (arXiv 2412.21037).
+"""`TangoFluxPipeline`: prompt to waveform, with the parts of TangoFlux (arXiv 2412.21037).
 
-Sizes, defaults and arithmetic are upstream's (declare-lab/TangoFlux, ``model.py``), except where a docstring
-says otherwise. Not verified: the released weights, which nothing here converts yet.
+Sizes, defaults and arithmetic are upstream's (declare-lab/TangoFlux, ``model.py``), unless a docstring says
+otherwise. Not verified with the released weights, which can't be converted yet.
 
-Shape legend: B batch, T latent frames, C latent channels, N samples, M mel bins.
+Shapes: B batch, T latent frames, C latent channels, N samples, M mel bins.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from services.models.prompts import T5Prompts
 from services.models.tangoflux.denoiser import TangoFluxDenoiser, flow_velocity
 
 SCHEDULERS: Final = ("euler",)
-"""Names that `TangoFluxPipeline.solver` knows."""
+"""Names of the schedulers."""
 
 PREVIEW_MEL_BINS: Final = 64
-"""Of previews: the family has no spectrogram of its own."""
+"""Mel bins of previews; the model itself uses no spectrogram."""
 
 
 class FlowSolver(Solver):
@@ -46,7 +46,7 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     autoencoder turns them into a waveform. Latents always have `latent_length` frames, and a shorter clip is
     their beginning; the denoiser is conditioned on its duration. Channels are averaged: clips are mono.
 
-    Raises `ModelFormatError` where the parts do not fit together.
+    Raises `ModelFormatError` if the parts do not fit together.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

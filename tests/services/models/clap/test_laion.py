@@ -293,7 +293,7 @@ def _rename_audio(state: State) -> None:
         (_put("bn0.weight", 0), "these sizes are no CLAP model's"),
         (
             _put("patch_embed.proj.weight", 16, 4, 4, 4),
-            "fused model is of type channel_map, and only aff_2d",
+            "fusion type is channel_map, but only aff_2d",
         ),
         (_put("patch_embed.fusion_model.local_att2.0.bias", 4), "of type iaff_2d"),
         (_put("patch_embed.mel_conv2d.weight", 16, 1, 4, 12), "of type daf_2d"),
@@ -416,7 +416,7 @@ def test_wrong_tokenizers_are_refused(state: State, folder: Path) -> None:
     tokenizer = folder / "roberta-base"
     words = {word: index for index, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
     Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(tokenizer / "tokenizer.json"))
-    with pytest.raises(ModelFormatError, match="its tokenizer knows 5 tokens, and the text encoder 26"):
+    with pytest.raises(ModelFormatError, match="its tokenizer has 5 tokens, but the text encoder has 26"):
         load_laion(folder / "model.pt")
     shutil.rmtree(tokenizer)
     tokenizer.mkdir()
@@ -438,7 +438,7 @@ def test_backend_says_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatc
     tokenizer = tiny_clap_tokenizer()
     monkeypatch.setattr("services.models.clap.laion_package.find_spec", lambda _: None)
     monkeypatch.setattr("services.models.clap.laion_package.read_state", lambda _: laion_state(model))
-    monkeypatch.setattr("services.models.clap.laion_package.load_words", lambda *_: tokenizer)
+    monkeypatch.setattr("services.models.clap.laion_package.load_text_tokenizer", lambda *_: tokenizer)
     with pytest.raises(
         ModelError, match=r"of its own: pip install \"milonga\[serving,laion-clap\]\""
     ) as caught:

@@ -90,7 +90,7 @@ def _not_an_object(folder: Path) -> None:
         (_change_keys, "1 missing keys: conv_in.bias; 1 unknown keys: extra; 1 wrong shapes: conv_out"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer_config.json is missing"),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{}"), "can't be loaded"),
-        (_not_an_object, "scheduler_config.json holds no JSON object"),
+        (_not_an_object, "scheduler_config.json is not a JSON object"),
         (lambda folder: shutil.rmtree(folder / "vae"), "config.json is missing"),
     ],
 )
