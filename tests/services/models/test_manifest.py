@@ -49,7 +49,7 @@ def test_every_change_is_noticed(folder: Path) -> None:
                    weights.unlink):  # fmt: skip
         write_manifest(folder, "mini", "3", "MIT")
         change()
-        with pytest.raises(DigestMismatchError, match=r"manifest says: (unet/weights|new\.json)"):
+        with pytest.raises(DigestMismatchError, match=r"its manifest: (unet/weights|new\.json)"):
             verify_manifest(folder)
 
 

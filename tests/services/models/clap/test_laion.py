@@ -295,9 +295,9 @@ def _rename_audio(state: State) -> None:
             _put("patch_embed.proj.weight", 16, 4, 4, 4),
             "fusion type is channel_map, but only aff_2d",
         ),
-        (_put("patch_embed.fusion_model.local_att2.0.bias", 4), "of type iaff_2d"),
-        (_put("patch_embed.mel_conv2d.weight", 16, 1, 4, 12), "of type daf_2d"),
-        (_put("mel_conv1d.0.weight", 64, 64, 5), "of type 1d"),
+        (_put("patch_embed.fusion_model.local_att2.0.bias", 4), "type is iaff_2d"),
+        (_put("patch_embed.mel_conv2d.weight", 16, 1, 4, 12), "type is daf_2d"),
+        (_put("mel_conv1d.0.weight", 64, 64, 5), "type is 1d"),
         (_put("conv_block1.conv1.weight", 4, 1, 3, 3), "audio encoder is PANN"),
         (_put("logmel_extractor.melW", 257, 64), "melW is [257, 64], not [513, 64]"),
         (_other_filters, "from mel filters of 50 to 14000 Hz"),
@@ -425,7 +425,7 @@ def test_wrong_tokenizers_are_refused(state: State, folder: Path) -> None:
     other = tiny_clap_tokenizer()
     other.pad_token = "<unk>"
     other.save_pretrained(tokenizer)
-    with pytest.raises(ModelFormatError, match="padding is 3, and RoBERTa's is 1"):
+    with pytest.raises(ModelFormatError, match="padding token is 3, but RoBERTa's is 1"):
         load_laion(folder / "model.pt")
 
 
@@ -440,7 +440,7 @@ def test_backend_says_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("services.models.clap.laion_package.read_state", lambda _: laion_state(model))
     monkeypatch.setattr("services.models.clap.laion_package.load_text_tokenizer", lambda *_: tokenizer)
     with pytest.raises(
-        ModelError, match=r"of its own: pip install \"milonga\[serving,laion-clap\]\""
+        ModelError, match=r"separate environment: pip install \"milonga\[serving,laion-clap\]\""
     ) as caught:
         load_laion_clap(folder / "model.pt")
     assert "\n" not in str(caught.value)
