@@ -1,10 +1,10 @@
-"""Folders of clips that are made once: what is there and whole is never made again.
+"""Folders of clips that are generated once: a clip that is there and whole is never generated again.
 
 ::
 
     folder = ClipFolder(output, lambda prompt: [f"{name_of(prompt)}.wav"])
     for prompt, generation in folder.make(folder.missing(prompts), maker.generate, 16):
-        ...                    # its files are written; after a kill the same call makes the rest
+        ...                    # its files are written; after a kill the same call generates the rest
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,7 +19,7 @@ from services.files import side_by_side, write_atomically
 
 
 class HasClips(Protocol):
-    """What a request gave."""
+    """The result of an item."""
 
     @property
     def clips(self) -> Sequence[Clip]:
@@ -31,7 +31,7 @@ Result = TypeVar("Result", bound=HasClips)
 
 
 class ClipFolder(Generic[Item]):
-    """The clips of many items, in files. An item is whatever names its files and can be made."""
+    """The clips of many items, in files. An item is anything with file names from which clips can be made."""
 
     def __init__(self, folder: Path, files: Callable[[Item], Sequence[str | Path]]) -> None:
         """`files` names the files of an item's clips, relative to `folder`, in the order of the clips."""
@@ -42,7 +42,7 @@ class ClipFolder(Generic[Item]):
         return [self.folder / file for file in self._files(item)]
 
     def missing(self, items: Iterable[Item]) -> list[Item]:
-        """Return the items of which a file is not there, or not whole."""
+        """Return the items of which a file is missing or not whole."""
         return [item for item in items if not all(map(is_whole, self.paths(item)))]
 
     def make(
@@ -60,7 +60,7 @@ class ClipFolder(Generic[Item]):
             items: what to make.
             make: makes the clips of an item, on a thread.
             in_flight: items at a time.
-            stop: called to end what is under way where one fails, or the caller leaves.
+            stop: called to end what is in progress if an item fails, or the caller leaves.
             refused: called with an item that was refused; the others go on. None: the refusal is raised.
 
         Raises:
@@ -86,7 +86,7 @@ class ClipFolder(Generic[Item]):
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file is there and holds sound that can be read."""
+    """Return whether a file exists and has readable sound."""
     try:
         return bool(soundfile.info(path).frames)
     except (OSError, RuntimeError):  # RuntimeError: libsndfile's
@@ -96,7 +96,7 @@ def is_whole(path: Path) -> bool:
 def generate_pinned(
     maker: ClipMaker, digest: str, prompt: str, **options: Unpack[GenerationOptions]
 ) -> Generation:
-    """Make the clips of a prompt by the weights `digest`, and no others.
+    """Make the clips of a prompt with the weights `digest` only.
 
     Raises:
         MilongaError: other weights made them.

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and work that goes on side by side."""
+"""Write files whole or not at all, and run work on threads."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it into place. Makes its folder.
+    """Write a file under a temporary name beside it, then rename it into place. Creates its folder.
 
-    Whatever fails, nothing half-written stays, and an older file is left as it was.
+    If anything fails, no half-written file stays, and an older file is unchanged.
 
     Raises:
         OutputError: the folder is not writable, or the disk is full.
@@ -48,8 +48,8 @@ def side_by_side(
 ) -> Iterator[tuple[Item, Result]]:
     """Do `work` on up to `count` items at a time, on threads; yield each item with its result as it is done.
 
-    Where one fails, or the caller leaves, no further ones begin, `stop` is called (to end those under way
-    sooner), and those are waited for.
+    If one fails, or the caller leaves, no further ones begin, `stop` is called (to end those in progress
+    sooner), and those are awaited.
     """
     pending: dict[Future[Result], Item] = {}
     source = iter(items)

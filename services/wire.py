@@ -1,4 +1,4 @@
-"""Small values between the wire and Python: durations, encodings, model versions."""
+"""Convert small values between the wire and Python: durations, encodings, model versions."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

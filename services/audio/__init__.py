@@ -1,1 +1,1 @@
-"""Sound and prompts as they come in and go out: decoding, encoding, resampling, spectrograms, checks."""
+"""Decode, encode, resample, draw and check sound; check prompts."""

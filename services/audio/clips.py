@@ -1,7 +1,7 @@
-"""Clips and prompts of requests, decoded and checked: what every service that listens reads.
+"""Decode and check the clips and prompts of requests.
 
-Nothing here trusts a header: what a file says is checked first, and then no more is decoded than the longest
-clip takes, whatever it says. All of it blocks for milliseconds: call it off the event loop.
+No header is trusted: its values are checked first, and then no more is decoded than the longest permitted
+clip, whatever the header states. Every function blocks for milliseconds: call it off the event loop.
 
 Shapes: N samples.
 """
@@ -42,7 +42,7 @@ _CONTAINERS: "Final[Mapping[audio_pb2.AudioEncoding.ValueType, Container | None]
     audio_pb2.AUDIO_ENCODING_OGG_VORBIS: "OGG",
 }
 _BLOCK_FRAMES: Final = 65_536
-# libsndfile's count of a file that does not say how long it is (a FLAC stream), and beyond any real one.
+# libsndfile's count for a file without a length (a FLAC stream), and more than any real file has.
 _UNKNOWN_FRAMES: Final = 2**62
 
 Message = TypeVar("Message")
@@ -51,7 +51,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioBounds:
-    """What a call may hold. All bounds are inclusive."""
+    """Limits of a call. All bounds are inclusive."""
 
     max_batch_size: int = 64
     """Most clips, pairs or prompts of a call."""
@@ -68,11 +68,10 @@ class AudioBounds:
     max_channels: int = MAX_CHANNELS
     """Most channels of a clip."""
     max_decoded_bytes: int = 512 * 2**20
-    """All clips of a call, decoded to mono float32: a call of packed silence must not fill the memory. Every
-    call of 16-bit samples fits that a service's usual 256 MiB of message let through."""
+    """Bytes of all clips of a call, decoded to mono float32: compressed silence can't fill the memory. Any call of 16-bit samples fits that the usual maximum message of 256 MiB admits."""
 
     def message(self, max_request_bytes: int) -> audio_pb2.AudioLimits:
-        """The bounds for the wire."""
+        """Return the limits as the wire states them."""
         return audio_pb2.AudioLimits(
             max_batch_size=self.max_batch_size,
             max_prompt_characters=self.max_prompt_characters,
@@ -87,7 +86,7 @@ class AudioBounds:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReadClip:
-    """A clip as a model takes it: finite samples in [-1, 1]."""
+    """A decoded clip: finite samples in [-1, 1]."""
 
     waveform: NDArray[np.float32]
     """[N]: channels are averaged."""
@@ -101,10 +100,10 @@ class ReadClip:
 
 
 def read_clip(clip: audio_pb2.Clip, field: str, bounds: AudioBounds) -> ReadClip:
-    """Decode one clip.
+    """Return one decoded clip.
 
     Raises:
-        InvalidInputError: with the violated fields of `clip`, whose own path is `field`.
+        InvalidInputError: lists the violated fields of `clip`, whose own path is `field`.
     """
     if clip.encoding in _BARE:
         return _read_samples(clip, field, bounds, _BARE[clip.encoding])
@@ -115,11 +114,11 @@ def read_clip(clip: audio_pb2.Clip, field: str, bounds: AudioBounds) -> ReadClip
 
 
 def read_clips(clips: Sequence[audio_pb2.Clip], field: str, bounds: AudioBounds) -> list[ReadClip]:
-    """Decode the clips of a call.
+    """Return the decoded clips of a call.
 
     Raises:
-        InvalidInputError: with every violated field of every clip (``clips[2].audio``), or with `field` where
-            there are none or too many.
+        InvalidInputError: lists every violated field of every clip (``clips[2].audio``), or `field` if there
+            are none or too many.
     """
     budget = _Budget(bounds)
     return _read_each(
@@ -130,7 +129,7 @@ def read_clips(clips: Sequence[audio_pb2.Clip], field: str, bounds: AudioBounds)
 def read_pairs(
     pairs: Sequence[audio_pb2.PromptedClip], field: str, bounds: AudioBounds
 ) -> list[tuple[str, ReadClip]]:
-    """As `read_clips`, for clips with prompts: ``pairs[2].prompt``, ``pairs[2].clip.audio``."""
+    """Do as `read_clips` for clips with prompts: ``pairs[2].prompt``, ``pairs[2].clip.audio``."""
     budget = _Budget(bounds)
 
     def read(pair: audio_pb2.PromptedClip, path: str) -> tuple[str, ReadClip]:
@@ -149,8 +148,8 @@ def read_prompts(prompts: Sequence[str], field: str, bounds: AudioBounds) -> lis
     """Check the prompts of a call.
 
     Raises:
-        InvalidInputError: with every violated prompt (``prompts[2]``), or with `field` where there are none
-            or too many.
+        InvalidInputError: lists every violated prompt (``prompts[2]``), or `field` if there are none or too
+            many.
     """
 
     def read(prompt: str, path: str) -> str:
@@ -161,15 +160,15 @@ def read_prompts(prompts: Sequence[str], field: str, bounds: AudioBounds) -> lis
 
 
 def check_prompt(prompt: str, field: str, bounds: AudioBounds) -> tuple[FieldViolation, ...]:
-    """What is wrong with `prompt`; empty where nothing is."""
+    """Return the violations of `prompt`; empty if there are none."""
     fault = prompt_fault(prompt, bounds.max_prompt_characters)
     return () if fault is None else (FieldViolation(field, fault),)
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # a library without types
-    """A file that is read from its beginning to its end, whatever it says of its length.
+    """A file that is read from beginning to end, whatever length its header states.
 
-    soundfile seeks after each block, which fails at the end of a FLAC stream that says no length.
+    soundfile seeks after each block, which fails at the end of a FLAC stream without a length.
     """
 
     def seekable(self) -> bool:
@@ -177,7 +176,7 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # a library with
 
 
 class _Budget:
-    """Counts what the clips of a call take."""
+    """Counts the bytes of the decoded clips of a call."""
 
     def __init__(self, bounds: AudioBounds) -> None:
         self._limit, self._left = bounds.max_decoded_bytes, bounds.max_decoded_bytes
@@ -212,7 +211,7 @@ def _read_each(
             faults.extend(error.violations)
             done.clear()
         else:
-            if not faults:  # what is refused anyway need not be kept
+            if not faults:  # a call that is refused anyway needs no samples
                 done.append(made)
     _refuse(faults)
     return done
@@ -274,14 +273,14 @@ def _read_file(clip: audio_pb2.Clip, field: str, bounds: AudioBounds, expected: 
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error)).strip().partition("\n")[0]
         raise _invalid(
-            path, f"can't be decoded as {found}: {reason} Send it anew, or another file"
+            path, f"can't be decoded as {found}: {reason} Send it again, or another file"
         ) from error
 
 
 def _header_faults(
     file: soundfile.SoundFile, clip: audio_pb2.Clip, field: str, bounds: AudioBounds
 ) -> Iterable[FieldViolation]:
-    """What is wrong by what the file says of itself."""
+    """Return the violations that the header of a file shows."""
     path, rate = f"{field}.audio", file.samplerate
     yield from _rate_faults(path, "has a sampling rate of", rate, bounds, "; resample it")
     yield from _channel_faults(path, "has a channel count of", file.channels, bounds)

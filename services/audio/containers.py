@@ -1,6 +1,6 @@
-"""What kind of sound file some bytes are, and whether they end too early.
+"""Recognise sound files by their bytes, and detect truncated ones.
 
-libsndfile decodes what there is of a WAV or OGG file that was cut short, and says nothing.
+libsndfile decodes what is left of a truncated WAV or OGG file without an error.
 """
 
 import struct
@@ -10,7 +10,7 @@ Container = Literal["WAV", "FLAC", "OGG"]
 
 _RIFF_HEADER: Final = 12
 _CHUNK_HEADER: Final = 8
-# What programs write that did not know the length: everything up to the end is meant.
+# Lengths that programs write which do not know it yet: the data lasts until the end of the file.
 _UNKNOWN_SIZES: Final = frozenset({0, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF})
 
 _OGG_HEADER: Final = 27
@@ -18,7 +18,7 @@ _OGG_LAST_PAGE: Final = 0x04
 
 
 def container_of(audio: bytes) -> Container | None:
-    """The kind of file by its first bytes; None where it is none that is known."""
+    """Return the kind of file by its first bytes; None if it is unknown."""
     if audio[:4] == b"RIFF" and audio[8:12] == b"WAVE":
         return "WAV"
     if audio[:4] == b"fLaC":
@@ -27,7 +27,7 @@ def container_of(audio: bytes) -> Container | None:
 
 
 def is_truncated(audio: bytes, container: Container) -> bool:
-    """Whether the file ends before its own headers say so. FLAC tells only while it is decoded: False."""
+    """Return whether the file ends before its headers say; False for FLAC, which only decoding shows."""
     if container == "WAV":
         return _wav_is_truncated(audio)
     return container == "OGG" and _ogg_is_truncated(audio)
@@ -45,7 +45,7 @@ def _wav_is_truncated(audio: bytes) -> bool:
 
 
 def _ogg_is_truncated(audio: bytes) -> bool:
-    """Walk the pages: the last must be whole, and say that it is the last."""
+    """Return whether the last Ogg page is cut off, or is not marked as the last."""
     position, flags = 0, 0
     while position < len(audio):
         if len(audio) < position + _OGG_HEADER or audio[position : position + 4] != b"OggS":

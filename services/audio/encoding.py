@@ -1,4 +1,4 @@
-"""Samples to bytes and back, in every encoding. Shapes: N samples.
+"""Encode samples to bytes and decode them, in every encoding of the wire. Shapes: N samples.
 
 Imports neither torch nor scipy, so that the client can decode clips.
 """
@@ -22,7 +22,7 @@ MIN_SAMPLING_RATE = 8_000
 MAX_SAMPLING_RATE = 48_000
 """Bounds of a clip's sampling rate in hertz: telephone to studio. Vorbis and FLAC hold all of them."""
 
-# Vorbis' encoder (libsndfile) needs its input in blocks: given 10 s at once it overflows its stack.
+# Vorbis' encoder (libsndfile) needs its input in blocks: 10 s at once overflow its stack.
 _VORBIS_BLOCK = 4096
 
 
@@ -32,13 +32,13 @@ def encode_audio(
     """Encode mono float samples.
 
     Args:
-        waveform_N: samples; outside [-1, 1] they are clipped, never wrapped.
+        waveform_N: samples; those outside [-1, 1] are clipped.
         sampling_rate: of `waveform_N`, in hertz.
         encoding: one of `ENCODINGS`.
         target_rate: rate to resample to, in hertz; None keeps `sampling_rate`.
 
     Raises:
-        ValueError: samples that are not one-dimensional or not finite: the model's fault, never the caller's.
+        ValueError: samples are not one-dimensional or not finite: a fault of the model, never of the caller.
     """
     if waveform_N.ndim != 1 or not np.isfinite(waveform_N).all():
         raise ValueError(f"expected finite mono samples, got shape {waveform_N.shape}")

@@ -1,4 +1,4 @@
-"""What may not be a prompt: one judgement, for every service that reads sentences."""
+"""Check prompts: one rule for all services."""
 
 import unicodedata
 from typing import Final
@@ -11,7 +11,7 @@ _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def prompt_fault(prompt: str, max_characters: int, *, may_be_blank: bool = False) -> str | None:
-    """What is wrong with `prompt` and how to mend it; None where nothing is."""
+    """Return what is wrong with `prompt` and the remedy; None if it is valid."""
     if len(prompt) > max_characters:
         return f"has {len(prompt)} characters, the limit is {max_characters}; shorten it"
     for position, character in enumerate(prompt):

@@ -1,7 +1,7 @@
-"""Log-mel spectrograms as PNG pictures, for people: the CLI, the demo's page and sheets of many clips.
+"""Draw log-mel spectrograms as PNG pictures: for the CLI, the demo's page and sheets of many clips.
 
-Needs NumPy and Pillow only, so that it works beside `AudioClient` in an install without torch. What the
-models hear is `services.models.mel`; this is what a reader sees.
+Needs NumPy and Pillow only, so that it works beside `AudioClient` in an install without torch. The input of
+models is computed by `services.models.mel`.
 
 Shape legend: N samples, T frames, M mel bins, H x W pixels.
 """
@@ -34,13 +34,13 @@ class SpectrogramConfig:
     """How a spectrogram is computed and drawn."""
 
     mel_bins: int = 128
-    """Rows of the spectrogram; more than a model's own 64, since eyes resolve more than denoisers need."""
+    """Rows of the spectrogram; more than a model's 64, since eyes resolve more."""
     n_fft: int = 1024
     """Samples in a window."""
     floor_db: float = -80.0
-    """Level, against full scale of a sine, that is drawn black."""
+    """Level in dB, relative to a sine of full scale, that is drawn black."""
     ceiling_db: float = -15.0
-    """Level that is drawn brightest. Fixed, so that pictures of different clips can be compared."""
+    """Level in dB that is drawn brightest. Fixed, so that pictures of different clips can be compared."""
     width: int = 640
     """Width of the picture's plot in pixels, without its axes."""
     height: int = 192
@@ -48,17 +48,17 @@ class SpectrogramConfig:
 
 
 def _hertz_to_mel(hertz: float | NDArray[np.floating]) -> NDArray[np.float64]:
-    """HTK's mel scale: 2595 log10(1 + f / 700)."""
+    """Convert hertz to HTK's mel scale: 2595 log10(1 + f / 700)."""
     return np.asarray(2595.0 * np.log10(1.0 + np.asarray(hertz, dtype=np.float64) / 700.0))
 
 
 def _filterbank(sampling_rate: int, n_fft: int, mel_bins: int) -> NDArray[np.float64]:
-    """Triangles of unit area, evenly spaced in mel from 0 to half the sampling rate: [n_fft // 2 + 1, M]."""
+    """Return triangles of unit area, evenly spaced in mel up to half the rate: [n_fft // 2 + 1, M]."""
     bins = _hertz_to_mel(np.fft.rfftfreq(n_fft, 1.0 / sampling_rate))[:, None]
     edges = np.linspace(0.0, float(_hertz_to_mel(sampling_rate / 2)), mel_bins + 2)
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     rows = np.maximum(0.0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
-    # A triangle narrower than one FFT bin may hold none: it then takes the nearest.
+    # A triangle narrower than one FFT bin may contain none: it then takes the nearest.
     nearest = np.abs(bins - centre).argmin(axis=0)
     empty = np.flatnonzero(rows.sum(axis=0) == 0)
     rows[nearest[empty], empty] = 1.0
@@ -68,7 +68,7 @@ def _filterbank(sampling_rate: int, n_fft: int, mel_bins: int) -> NDArray[np.flo
 def log_mel_db(
     waveform_N: Waveform, sampling_rate: int, config: SpectrogramConfig | None = None
 ) -> NDArray[np.float64]:
-    """Mel spectrogram [M, T] in dB; a sine of full scale is near 0 dB, silence is at `config.floor_db`.
+    """Return a mel spectrogram [M, T] in dB: a sine of full scale is near 0, silence at `config.floor_db`.
 
     `waveform_N` is mono in [-1, 1]; a clip shorter than a window is padded with silence.
     """
@@ -85,20 +85,20 @@ def log_mel_db(
 
 
 def _colour(level: NDArray[np.float64]) -> Pixels:
-    """Levels in [0, 1] as colours [..., 3]."""
+    """Return levels in [0, 1] as colours [..., 3]."""
     steps = np.linspace(0.0, 1.0, len(_COLOURS))
     channels = [np.interp(level, steps, _COLOURS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def _second_ticks(duration: float) -> NDArray[np.float64]:
-    """Round numbers of seconds, at most nine."""
+    """Return at most nine round numbers of seconds."""
     step = next((s for s in (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0) if duration / s <= 8), 30.0)
     return np.arange(0.0, duration + 1e-9, step)
 
 
 def _draw(waveform_N: Waveform, sampling_rate: int, title: str, config: SpectrogramConfig) -> Image.Image:
-    """One spectrogram with its axes and, where given, its title."""
+    """Draw one spectrogram with its axes and, if given, its title."""
     level = (log_mel_db(waveform_N, sampling_rate, config) - config.floor_db) / (
         config.ceiling_db - config.floor_db
     )
@@ -135,7 +135,7 @@ def _png(picture: Image.Image) -> bytes:
 def spectrogram_png(
     waveform_N: Waveform, sampling_rate: int, *, title: str = "", config: SpectrogramConfig | None = None
 ) -> bytes:
-    """A PNG of the mel spectrogram of one mono clip in [-1, 1], with axes in seconds and hertz."""
+    """Return a PNG of the mel spectrogram of one mono clip in [-1, 1], with axes in seconds and hertz."""
     return _png(_draw(waveform_N, sampling_rate, title, config or SpectrogramConfig()))
 
 
@@ -146,7 +146,7 @@ def spectrogram_sheet_png(
     columns: int = 2,
     config: SpectrogramConfig | None = None,
 ) -> bytes:
-    """A PNG of many clips, (title, waveform [N]) each, side by side in `columns`, row by row."""
+    """Return a PNG of many clips, (title, waveform [N]) each, in `columns`, row by row."""
     if not clips:
         raise ValueError("a sheet needs at least one clip")
     config = config or SpectrogramConfig(width=400, height=128)

@@ -1,1 +1,1 @@
-"""From a model URI to a verified folder of weights."""
+"""Resolve model URIs to verified folders of weights."""

@@ -1,9 +1,9 @@
-"""MLflow's registry: which server it is, and how a registered version becomes a model folder.
+"""Connect to MLflow's registry, and fetch registered versions as model folders.
 
-The server is ``MLFLOW_TRACKING_URI``'s, or without that the database ``mlflow.db`` in the current folder. A
+The registry is ``MLFLOW_TRACKING_URI``, or without it the database ``mlflow.db`` in the current folder. A
 version is fetched once, into ``MILONGA_CACHE`` (``~/.cache/milonga``) under its digest, and never altered.
 
-Needs mlflow-skinny for a server, mlflow for a database; both are imported when a registry is asked for.
+Needs mlflow-skinny for a server, mlflow for a database; both are imported when a registry is used.
 """
 
 import logging
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCAL_STORE: Final = "mlflow.db"
-"""Name of the database where no server is given. Artifacts lie in ``mlruns/`` beside it."""
+"""Name of the database that is used without a server. Artifacts are in ``mlruns/`` beside it."""
 
 DIGEST_TAG: Final = "milonga.digest"
 """Tag of a registered version: the digest of its model folder."""
@@ -48,15 +48,15 @@ FOLDER_TAG: Final = "milonga.folder"
 """Tag of a registered version: the model folder's path among its artifacts."""
 
 CONNECT_SECONDS: Final = 5.0
-"""Time in which a server has to take a connection."""
+"""Timeout of a connection to a server, in seconds."""
 ANSWER_SECONDS: Final = 10.0
-"""Time in which it has to have answered."""
+"""Timeout of its answer, in seconds."""
 
 _SETTINGS: Final = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # Otherwise the uv.lock of whatever folder we stand in is packed into models.
+    # Otherwise the uv.lock of the current folder is packed into models.
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
 _PART: Final = ".part-"
@@ -71,7 +71,7 @@ class RegisteredVersion(ModelVersion):
 
     @property
     def uri(self) -> str:
-        """The model URI, pinned to the digest: ``models:/milonga-tango/7#sha256:…``."""
+        """Return the model URI, pinned to the digest: ``models:/milonga-tango/7#sha256:…``."""
         return f"models:/{self.name}/{self.version}#{self.digest}"
 
     def __str__(self) -> str:
@@ -79,29 +79,29 @@ class RegisteredVersion(ModelVersion):
 
 
 def tracking_uri(uri: str | None = None) -> str:
-    """`uri`, else MLFLOW_TRACKING_URI, else the database in the current folder, by its full path."""
+    """Return `uri`, else MLFLOW_TRACKING_URI, else the full path of the database in the current folder."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / LOCAL_STORE}"
 
 
 def database_path(uri: str) -> Path | None:
-    """The file of an SQLite URI; None for any other."""
+    """Return the file of an SQLite URI; None for other URIs."""
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
 
 
 def shown(uri: str) -> str:
-    """`uri` as a message may show it: without a password."""
+    """Return `uri` without its password, for messages."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def connect(uri: str, *, create: bool = False) -> "MlflowClient":
-    """A client of the server or database at `uri`, which has answered. With `create` a database is made.
+    """Return a client of the server or database at `uri`, which has answered. `create` creates the database.
 
     Raises:
         ModelError: mlflow, or what it needs for this kind of store, is not installed.
-        ServiceUnavailableError: no answer; within seconds, not after minutes of retries.
-        ModelNotFoundError: no such database, and it is not to be made.
-        OutputError: the database can't be made.
+        ServiceUnavailableError: no answer within seconds (MLflow itself retries for minutes).
+        ModelNotFoundError: there is no such database, and `create` is false.
+        OutputError: the database can't be created.
     """
     quiet_libraries()
     for name, value in _SETTINGS.items():
@@ -125,7 +125,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     try:
         if served:
             _in_time(lambda: _ask(uri), uri)
-        # MLflow's own use of SQLAlchemy is deprecated there; nothing that its user could mend.
+        # MLflow's own use of SQLAlchemy is deprecated there; its user can't change that.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -136,7 +136,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
         raise
     except MlflowException as error:
         raise _unreachable(uri, _reason(error)) from error
-    except Exception as error:  # a database's driver has errors of its own
+    except Exception as error:  # drivers of databases have their own errors
         if path is not None:
             raise OutputError(
                 f"{path} can't be used: {_reason(error)}; give another MLFLOW_TRACKING_URI"
@@ -159,8 +159,8 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> tuple
     Raises:
         InvalidInputError: `path` names no version.
         ModelNotFoundError: there is no such version.
-        ModelFormatError: the version is none of ours.
-        DigestMismatchError: the version is not what `pin` says, or what was fetched not what its tag says.
+        ModelFormatError: the version is no model folder of Milonga.
+        DigestMismatchError: the version differs from `pin`, or the fetched files from the version's tag.
         OutputError: the cache can't be written.
         ServiceUnavailableError, ModelError: as `connect`.
     """
@@ -201,9 +201,9 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> tuple
 
 
 def parse_path(path: str) -> tuple[str, str, str]:
-    """Name, version and alias of what follows ``models:``; one of the latter two is empty.
+    """Return name, version and alias of what follows ``models:``; one of the latter two is empty.
 
-    Raises `InvalidInputError` where it is neither ``/NAME/VERSION`` nor ``/NAME@ALIAS``.
+    Raises `InvalidInputError` unless it is ``/NAME/VERSION`` or ``/NAME@ALIAS``.
     """
     found = re.fullmatch(r"/?(?P<name>[\w .-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))", path)
     if found is None:
@@ -216,18 +216,18 @@ def parse_path(path: str) -> tuple[str, str, str]:
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept."""
+    """Return the folder of the cache of fetched models."""
     given = os.environ.get("MILONGA_CACHE")
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "milonga"
 
 
 def _place(digest: str) -> Path:
-    """Where the folder with this digest is kept."""
+    """Return the place of the model folder with this digest in the cache."""
     return cache_folder() / "models" / digest.removeprefix("sha256:")
 
 
 def _cached(name: str, version: str, digest: str) -> tuple[Path, ModelVersion]:
-    """The folder with this digest, and what it is in the registry."""
+    """Return the folder with this digest, and its version in the registry."""
     from services.models.manifest import read_manifest
 
     folder = _place(digest)
@@ -236,7 +236,7 @@ def _cached(name: str, version: str, digest: str) -> tuple[Path, ModelVersion]:
 
 
 def _intact(folder: Path, digest: str) -> bool:
-    """Whether `folder` is there and is what `digest` says. What is damaged is dropped."""
+    """Return whether `folder` exists and has this digest. A damaged folder is deleted."""
     from services.models.manifest import verify_manifest
 
     if not folder.is_dir():
@@ -250,7 +250,7 @@ def _intact(folder: Path, digest: str) -> bool:
 
 
 def _download(source: str, folder: Path, digest: str, uri: str) -> None:
-    """Put the artifacts at `source` in place as `folder`: all of them, verified, or nothing."""
+    """Move the artifacts at `source` to `folder`: all of them, verified, or none."""
     from mlflow.artifacts import download_artifacts
 
     from services.models.manifest import verify_manifest
@@ -291,7 +291,7 @@ def _download(source: str, folder: Path, digest: str, uri: str) -> None:
 
 
 def _ask(uri: str) -> None:
-    """One small request to a server, without retries."""
+    """Send one small request to a server, without retries."""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
@@ -313,7 +313,7 @@ def _ask(uri: str) -> None:
 
 
 def _in_time(question: Callable[[], Answer], uri: str) -> Answer:
-    """The answer to `question`, or an error in time: looking a host's name up knows no time limit."""
+    """Return what `question` returns, or raise in time: the lookup of a host's name has no timeout."""
     answers: list[Answer] = []
     errors: list[Exception] = []
 
@@ -359,7 +359,7 @@ def _not_installed(name: str) -> ModelError:
 
 
 def _reason(error: BaseException) -> str:
-    """The end of the chain of errors that HTTP libraries wrap into each other, in one line."""
+    """Return the innermost of the errors that HTTP libraries wrap into each other, in one line."""
     text = " ".join(str(error).split())
     inner = re.findall(r"(?:\[Errno -?\d+\] |timed out|timeout)[^'\")]*", text)
     return (inner[-1] if inner else text[:200]).strip() or type(error).__name__

@@ -1,8 +1,8 @@
-"""Model URIs: names of weights that resolve once, to an immutable folder or file whose digest is known.
+"""Resolve model URIs, once, to immutable folders or files with a known digest.
 
 ==========================  =====================================================================
-``mini``, ``mini-base``     the embedded family: the models that make sound
-``mini:NAME``               any member of it: ``mini:clap-a``
+``mini``, ``mini-base``     the embedded generators
+``mini:NAME``               any model of the embedded family
 ``file:PATH``               a model folder
 ``hf:OWNER/NAME[@REV]``     a snapshot from the Hugging Face hub; only safetensors are fetched
 ``laion:PATH``              a LAION CLAP checkpoint (``.pt``)
@@ -11,7 +11,7 @@
 ``models:/NAME@ALIAS``      the version that an alias points to when it is resolved
 ==========================  =====================================================================
 
-Any of them may end in a pin, ``#sha256:HEX``: then exactly that digest is served, or nothing.
+Any of them may end in a pin, ``#sha256:HEX``: then weights with another digest are refused.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from services.errors import (
 from services.weights.registry import fetch, parse_path
 
 EMBEDDED = ("mini", "mini-base")
-"""Members of the embedded family that need no prefix."""
+"""Models of the embedded family that need no prefix."""
 
 LAION_SCHEMES = ("laion", "laion-clap")
 """Schemes that name one file."""
@@ -44,13 +44,13 @@ _FORMS = (
 )
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-# Never pickles: what is not fetched can't be loaded by mistake.
+# No pickles: a file that is not fetched can't be loaded by mistake.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelURI:
-    """A model URI, taken apart."""
+    """A parsed model URI."""
 
     scheme: str
     """embedded, file, hf, laion, laion-clap or models."""
@@ -61,7 +61,7 @@ class ModelURI:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Take `text` apart.
+        """Parse `text`.
 
         Raises:
             InvalidInputError: it is no model URI, or its pin is no digest.
@@ -84,20 +84,20 @@ class ModelURI:
 
     @property
     def needs_network(self) -> bool:
-        """Whether resolving or loading may fetch something: LAION's checkpoints lack their tokenizer."""
+        """Return whether resolving or loading may download: LAION's checkpoints lack their tokenizer."""
         return self.scheme in ("hf", *LAION_SCHEMES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """Weights that were found, and whose every file has the digest that its manifest says."""
+    """Weights that were found and verified: every file has the digest that its manifest states."""
 
     folder: Path
     """The model folder; of LAION's checkpoints the file."""
     identity: ModelVersion
     """Which weights these are."""
     reader: Literal["folder", "laion", "laion-clap"] = "folder"
-    """What reads them: the class of a model folder, or one of the two readers of LAION's checkpoints."""
+    """Which loader reads them: that of model folders, or one of the two for LAION's checkpoints."""
 
     @property
     def digest(self) -> str:
@@ -106,10 +106,10 @@ class ResolvedModel:
 
 
 def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
-    """What a generation service serves: `model`, or `unpinned_model` where that is empty: without a pin.
+    """Return what a generation service serves: `model`, or, if that is empty, `unpinned_model` without a pin.
 
     Raises:
-        InvalidInputError: both are empty, or the one that counts is no model URI.
+        InvalidInputError: both are empty, or the used one is no model URI.
     """
     if model:
         return ModelURI.parse(model)
@@ -126,10 +126,10 @@ def served_uri(model: str, unpinned_model: str = "") -> ModelURI:
 
 
 def parse_uris(texts: Mapping[str, str], field: str = "{}") -> dict[str, ModelURI]:
-    """Take several model URIs apart, by name.
+    """Parse several model URIs by name.
 
     Raises:
-        InvalidInputError: with every wrong one; `field` says how a name is called in the error.
+        InvalidInputError: lists every wrong one; `field` gives the path of a name in the error.
     """
     uris: dict[str, ModelURI] = {}
     faults: list[FieldViolation] = []
@@ -150,8 +150,8 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> Resolved
 
     Raises:
         InvalidInputError: no model URI.
-        ModelNotFoundError: nothing is there.
-        ModelFormatError: what is there is no model folder.
+        ModelNotFoundError: there is no such model.
+        ModelFormatError: it is no model folder.
         DigestMismatchError: a file differs from the manifest, or the whole from the pin.
         ServiceUnavailableError: the registry does not answer.
         ModelError: a registry's client is not installed.
@@ -181,7 +181,7 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> Resolved
 
 
 def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
-    """A single file, which carries no manifest: its bytes are its identity."""
+    """Resolve a single file, which has no manifest: its digest is that of its bytes."""
     try:
         with path.open("rb") as file:
             digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -228,7 +228,7 @@ def _snapshot(path: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
     except Exception as error:
-        # The hub's client raises errors of four libraries; to the user they are one: it did not come.
+        # The hub's client raises errors of four libraries; to the user they mean one thing: no download.
         reason = str(error).partition("\n")[0]
         raise ModelNotFoundError(
             f"model: hf:{path} is not in the cache and could not be fetched: {reason}"
@@ -249,7 +249,7 @@ def _invalid(description: str) -> InvalidInputError:
 
 @contextmanager
 def naming(part: str) -> Iterator[None]:
-    """State in a refusal which of several models it is about."""
+    """Prefix errors with the name of the model that they are about."""
     try:
         yield
     except ModelError as error:
