@@ -68,7 +68,8 @@ class AudioBounds:
     max_channels: int = MAX_CHANNELS
     """Most channels of a clip."""
     max_decoded_bytes: int = 512 * 2**20
-    """Bytes of all clips of a call, decoded to mono float32: compressed silence can't fill the memory. Any call of 16-bit samples fits that the usual maximum message of 256 MiB admits."""
+    """Bytes of all clips of a call, decoded to mono float32: compressed silence can't fill the memory.
+    Any call of 16-bit samples fits that the usual maximum message of 256 MiB admits."""
 
     def message(self, max_request_bytes: int) -> audio_pb2.AudioLimits:
         """Return the limits as the wire states them."""
