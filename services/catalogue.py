@@ -1,8 +1,8 @@
-"""The services of this product: a row for each.
+"""The catalogue of services: one row per service.
 
-`milonga serve`, `milonga up`, `milonga doctor`, `milonga triton export` and the tests iterate over them. A
-service is the folder ``services/NAME``, with `SERVICE` in ``serve.py`` and `SERVABLE` in ``triton.py``; here
-are only facts that need none of its imports.
+`milonga serve`, `milonga up`, `milonga doctor`, `milonga triton export` and the tests iterate over it. A
+service is the folder ``services/NAME``, with `SERVICE` in ``serve.py`` and `SERVABLE` in ``triton.py``; this
+module has only facts that need none of its imports.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import Final
 EMBEDDED_SCORERS: Final[Mapping[str, str]] = MappingProxyType(
     {"clap-a": "mini:clap-a", "clap-b": "mini:clap-b"}
 )
-"""Model URIs of the embedded CLAP models, by the names that they have as scorers."""
+"""Model URIs of the embedded CLAP models, by scorer."""
 EMBEDDED_REWARD: Final = "mini:reward"
 """Model URI of the embedded reward model."""
 EMBEDDED_CLAP: Final = "mini:clap-a"
@@ -22,16 +22,16 @@ EMBEDDED_CLAP: Final = "mini:clap-a"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A setting of a service that names the weights that it serves."""
+    """A setting of a service that names the weights to serve."""
 
     setting: str
-    """Its name. Its value is a model URI, or a model URI for each of several names."""
+    """Name of the setting. Its value is a model URI, or a table of names and model URIs."""
     embedded: str | Mapping[str, str]
-    """Its value for the embedded weights: the default of commands that start or export every service."""
+    """Value for the embedded weights: the default of commands that run or export every service."""
     option: str
-    """Its option, without dashes, of those commands: no other setting has the same."""
+    """Option of those commands, without dashes; unique among all services."""
     export_option: str = ""
-    """Its option of `milonga triton export`, where that is another one."""
+    """Option of `milonga triton export`, if it differs."""
     help: str
     """Help of these options."""
 
@@ -43,25 +43,25 @@ class ServiceEntry:
     name: str
     """Sub-command of `milonga serve`, folder in `services`, Deployment on Kubernetes."""
     summary: str
-    """What it does, in one line."""
+    """Help of `milonga serve NAME`: one line."""
     port: int
-    """Port that it listens on by default."""
+    """Default port."""
     rpc: str
     """Full name of its gRPC service."""
     model: str
     """Name of its model in the Open Inference Protocol."""
     weights: tuple[Weights, ...]
-    """What it serves."""
+    """Settings that name its weights."""
     example: str
     """A command that calls it, with its address as ``{}``."""
 
     @property
     def listen(self) -> str:
-        """Address that it listens on by default."""
+        """Default address."""
         return f"127.0.0.1:{self.port}"
 
     def part(self, weights: Weights) -> str:
-        """Return how one of its `weights` is called among them: the one of ``model`` as its model."""
+        """Return the name of `weights` among the service's: the setting, or the model's for ``model``."""
         return self.model if weights.setting == "model" else weights.setting
 
 
@@ -77,7 +77,7 @@ GENERATION: Final = ServiceEntry(
             embedded="mini",
             option="generation",
             export_option="model",
-            help="Model that generates sound.",
+            help="Model that generates audio.",
         ),
     ),
     example="milonga generate 'A dog barks' --server {}",
@@ -94,7 +94,7 @@ SCORING: Final = ServiceEntry(
             setting="scorers",
             embedded=EMBEDDED_SCORERS,
             option="scorer",
-            help="Scorer: its name and its CLAP model. May be given several times.",
+            help="Scorer: its name and its CLAP model. Can be repeated.",
         ),
     ),
     example="milonga score 'A dog barks' clip.wav --scoring {}",
@@ -112,7 +112,7 @@ REWARD: Final = ServiceEntry(
             setting="clap",
             embedded=EMBEDDED_CLAP,
             option="clap",
-            help="CLAP model that the reward model was trained on; it refuses another.",
+            help="CLAP model that the reward model was trained on; any other is refused.",
         ),
     ),
     example="milonga score 'A dog barks' clip.wav --reward-server {}",
@@ -121,4 +121,4 @@ REWARD: Final = ServiceEntry(
 CATALOGUE: Final[Mapping[str, ServiceEntry]] = MappingProxyType(
     {entry.name: entry for entry in (GENERATION, SCORING, REWARD)}
 )
-"""Every service by its name, in the order of their ports."""
+"""All services by name, in the order of their ports."""

@@ -1,7 +1,7 @@
-"""The one place with the environment switches that keep libraries from calling elsewhere, and quiet.
+"""Environment variables that disable telemetry, hub access and progress bars in third-party libraries.
 
-Call `quiet_libraries` before the first import of transformers, diffusers or huggingface_hub: they read the
-switches when they are imported. What the user has set already stays as it is.
+Call `quiet_libraries` before the first import of transformers, diffusers or huggingface_hub, which read the
+variables when they are imported. Variables that the user has set stay.
 """
 
 import os
@@ -14,22 +14,22 @@ SWITCHES: dict[str, str] = {
     "DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GRADIO_ANALYTICS_ENABLED": "False",
-    # Artifacts pass through the MLflow server. Otherwise its client asks for addresses in the server's S3,
-    # which may be out of reach, and waits for minutes.
+    # Artifacts pass through the MLflow server. Otherwise its client requests URLs of the server's S3 storage,
+    # which may be unreachable, and waits for minutes.
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
-    # Prompts are short: threads gain nothing, and a later fork makes tokenizers warn about them.
+    # Prompts are short, so threads gain nothing; and tokenizers warn about threads after a fork.
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
-"""Set everywhere."""
+"""Variables that are always set."""
 
 OFFLINE_SWITCHES: dict[str, str] = {"HF_HUB_OFFLINE": "1"}
-"""Set unless a model is fetched from the hub on purpose: an unreachable hub costs minutes of retries."""
+"""Variables that are set unless a model comes from the hub: an unreachable hub costs minutes of retries."""
 
 
 def quiet_libraries(*, online: bool = False) -> None:
-    """Set every switch that is not set yet. `online` lets huggingface_hub reach the hub (``hf:`` models)."""
+    """Set every variable that is not set. `online` permits access to the hub, for ``hf:`` models."""
     for name, value in (SWITCHES if online else SWITCHES | OFFLINE_SWITCHES).items():
         os.environ.setdefault(name, value)

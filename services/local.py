@@ -36,16 +36,16 @@ from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
 
 _MAX_BATCH_SECONDS = 80.0
-"""Sound in one pass of a scorer: what bounds its memory. The services' default."""
+"""Maximum seconds of audio in one batch of a scorer, as in the services; bounds its memory."""
 
 Model = TypeVar("Model")
 
 
 class LocalClipMaker:
-    """A `StreamingClipMaker` on an engine of its own. The same request gives the same clip as a service."""
+    """A `StreamingClipMaker` with an engine in this process. Clips equal those of a service."""
 
     def __init__(self, engine: Engine) -> None:
-        """Take over `engine`: closing the clip maker closes it."""
+        """Own `engine`: `close` closes it."""
         self._engine = engine
 
     def get_model(self) -> GenerationModel:
@@ -78,10 +78,10 @@ class LocalClipMaker:
 def open_clip_maker(
     model: ResolvedModel, *, device: str = "auto", dtype: str = "float32", config: EngineConfig | None = None
 ) -> LocalClipMaker:
-    """Load a generator, which takes seconds.
+    """Load a generator; takes seconds.
 
-    With `config.exact`, every denoiser call has one shape: no bit of a clip depends on which others are made
-    beside it.
+    With `config.exact`, every denoiser call has the same shape, so that a clip is bitwise independent of
+    other clips.
 
     Raises:
         ModelError: the model was refused.
@@ -93,14 +93,14 @@ def open_clip_maker(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded(Generic[Model]):
-    """A scorer or reward model, and which weights it is."""
+    """A scorer or reward model, and the identity of its weights."""
 
     model: Model
     version: ModelVersion
 
 
 class LocalScorers:
-    """`Scorers` on models of its own. Thread-safe: callers take turns."""
+    """`Scorers` with models in this process. Thread-safe: calls run one at a time."""
 
     def __init__(
         self, scorers: Mapping[str, Loaded[EmbeddingModel]], reward: Loaded[RewardModel] | None
@@ -155,7 +155,7 @@ class LocalScorers:
 
 
 def _read(pairs: Sequence[tuple[str, Sound]]) -> tuple[list[str], list[ReadClip]]:
-    """Return prompts and decoded clips; files are decoded, and refused, as a service does it."""
+    """Return prompts and decoded clips; files are decoded and checked as in a service."""
     files = [(prompt, sound) for prompt, sound in pairs if isinstance(sound, bytes | Path)]
     decoded = iter(_read_files(files) if files else ())
     clips = [
@@ -177,7 +177,7 @@ def _of_samples(sound: Clip | tuple[NDArray[np.float32], int]) -> ReadClip:
 
 
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:
-    """CLAP scores [B]."""
+    """Return the CLAP scores [B]."""
     prepared = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
     parts = _passes([windows_WS.numel() / model.sampling_rate for windows_WS in prepared])
     audio_BD = np.concatenate([model.embed_windows(prepared[part]).numpy() for part in parts])
@@ -186,7 +186,7 @@ def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[Read
 
 
 def _passes(sizes: Sequence[float]) -> Iterator[slice]:
-    """Cut clips, whose windows last `sizes` seconds, into passes of `_MAX_BATCH_SECONDS`; one at least."""
+    """Yield slices of clips, whose windows last `sizes` seconds, with at most `_MAX_BATCH_SECONDS` each."""
     start, total = 0, 0.0
     for index, size in enumerate(sizes):
         if index > start and total + size > _MAX_BATCH_SECONDS:
@@ -204,17 +204,17 @@ def open_scorers(
     device: str = "auto",
     naming: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> LocalScorers:
-    """Load scorers and a reward model: seconds. Equal weights are loaded once.
+    """Load CLAP scorers and a reward model; takes seconds. Equal weights are loaded once.
 
     Args:
-        scorers: CLAP models by name.
-        reward: the reward model.
-        clap: the CLAP model that it was trained on.
-        device: torch's name, or ``auto``.
-        naming: entered while a model is loaded, with its role: a scorer's name, ``reward`` or ``clap``.
+        scorers: CLAP models by scorer.
+        reward: the reward model; None: no rewards.
+        clap: the CLAP model that the reward model was trained on.
+        device: torch's name of a device, or ``auto``.
+        naming: returns a context to load a model in, for its role: a scorer's name, ``reward`` or ``clap``.
 
     Raises:
-        InvalidInputError: the device does not exist, or `clap` gives no tokens.
+        InvalidInputError: the device does not exist, or `clap` returns no tokens.
         ModelError: a model was refused.
     """
     loaded: dict[ResolvedModel, EmbeddingModel] = {}
@@ -227,7 +227,7 @@ def open_scorers(
     if reward is None:
         return LocalScorers(named, None)
     assert clap is not None
-    # Inference changes nothing in CLAP: the reward model shares it with a scorer.
+    # Inference does not change CLAP, so the reward model can share it with a scorer.
     tokens = loaded.get(clap)
     if not isinstance(tokens, ClapModel):
         with naming("clap"):

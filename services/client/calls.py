@@ -1,4 +1,4 @@
-"""One call: its deadline, its retries, its errors. Written once, for both ways to wait."""
+"""Deadlines, retries and errors of calls, for blocking and asyncio transports."""
 
 import random
 import time
@@ -34,41 +34,41 @@ from services.runtime import status
 T = TypeVar("T")
 
 _FIRST_WAIT_SECONDS, _GROWTH, _LONGEST_WAIT_SECONDS = 0.2, 3.0, 5.0
-# What gRPC says of a call that the other side reset without a status: of one that raced with the server's
-# goodbye. A call that we cancelled, or lost by closing the client, has other words.
+# gRPC's text for a call that the server reset without a status, while it stopped. Calls that the client
+# cancelled or closed have other texts.
 _RESET = "CANCELLED"
-# So that callers who were refused together do not come back together.
+# Jitter keeps callers that were refused together from retrying together.
 _JITTER = 0.2
 
 
 class Deadline:
-    """When a call, or several that make up one, must be done."""
+    """Deadline of one call, or of several calls together."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds; negative when it has passed."""
+        """Seconds until the deadline; negative after it."""
         return self._end - time.monotonic()
 
 
 class Calls:
-    """Makes calls over a transport. Raises the tree of `services.errors`."""
+    """Makes calls over a transport. Raises the exceptions of `services.errors`."""
 
     def __init__(self, connection: Connection, transport: Transport) -> None:
         self._connection = connection
         self._transport = transport
 
     def deadline(self, timeout: float | None) -> Deadline:
-        """Return the deadline of a call that begins now; None means the connection's own timeout."""
+        """Return the deadline of a call that begins now; None: the connection's timeout."""
         return Deadline(self._connection.timeout if timeout is None else timeout)
 
     def address(self, service: Service[Any]) -> str:
-        """Return where a service is.
+        """Return the address of a service.
 
         Raises:
-            InvalidInputError: nothing says so; names the missing argument.
+            InvalidInputError: the service has no address; names the missing argument.
         """
         return self._connection.address(service.argument, service.name)
 
@@ -84,7 +84,7 @@ class Calls:
         *,
         token: str | None = None,
     ) -> Answer:
-        """Build the request, call, and read the answer. `token` goes in the place of the connection's."""
+        """Build the request, call, and read the response. `token` replaces the connection's token."""
         deadline, address = self.deadline(timeout), self.address(rpc.service)
         metadata = self._connection.metadata_for(address, token)
         request = await self._transport.offload(build) if rpc.heavy else build()
@@ -99,7 +99,7 @@ class Calls:
     async def stream(
         self, rpc: Stream[Stub, Request, Response, Answer], request: Request, timeout: float | None
     ) -> AsyncGenerator[Answer, None]:
-        """Call, and read the answers as they come. Tried again only while nothing has come."""
+        """Call, and yield the responses. Retries only before the first response."""
         deadline, address = self.deadline(timeout), self.address(rpc.service)
 
         async def begin(seconds: float) -> tuple[Messages[Response], Response | None]:
@@ -131,7 +131,7 @@ class Calls:
         deadline: Deadline,
         attempt: Callable[[float], Awaitable[T]],
     ) -> T:
-        """`attempt` within the seconds that are left, again and again while coming back helps."""
+        """Return the result of `attempt`, which takes the seconds left; retry while that can help."""
         tries = 0
         while True:
             tries += 1
@@ -140,7 +140,7 @@ class Calls:
             except grpc.RpcError as error:
                 failure = _read_failure(error, service, address)
                 wait = failure.wait(tries)
-                # Where the wait would outlast the deadline, why it was refused says more than that it passed.
+                # If the wait exceeds the deadline, the refusal says more than a passed deadline would.
                 if wait is None or tries > self._connection.retries or wait >= deadline.left:
                     raise failure.error from error
             await self._transport.pause(wait)
@@ -148,14 +148,14 @@ class Calls:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Failure:
-    """Why an attempt failed."""
+    """The error of a failed attempt, and the service's retry delay."""
 
     error: MilongaError
     retry_after: float | None
-    """Seconds that the service asks to stay away; None where it does not say."""
+    """Retry delay from the service in seconds; None without one."""
 
     def wait(self, tries: int) -> float | None:
-        """Seconds to the next attempt after so many; None where coming back does not help."""
+        """Return the seconds to wait after `tries` attempts; None if a retry does not help."""
         full = isinstance(self.error, QueueFullError) and self.retry_after is not None
         if not full and not isinstance(self.error, ServiceUnavailableError):
             return None
@@ -165,7 +165,7 @@ class _Failure:
 
 
 def _read_failure(error: grpc.RpcError, service: Service[Any], address: str) -> _Failure:
-    # Errors of calls are calls themselves; the stubs' types do not say so.
+    # gRPC's errors are calls too, which the type stubs don't declare.
     call = error
     assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
     found = dict(call.trailing_metadata() or ()).get(status.DETAILS_KEY)
@@ -180,14 +180,14 @@ def _read_failure(error: grpc.RpcError, service: Service[Any], address: str) -> 
 
 
 def _explain(error: MilongaError, code: grpc.StatusCode, service: Service[Any], address: str) -> MilongaError:
-    """Add what only the caller's side knows: which service it was, and what to do."""
+    """Add the service and the remedy, which only the client knows."""
     if isinstance(error, InvalidInputError):
-        # One spelling for the caller, whichever rpc it was.
+        # The same field names for every rpc.
         return InvalidInputError(
             *(FieldViolation(v.field.removeprefix("request."), v.description) for v in error.violations)
         )
     if isinstance(error, DeadlineExceededError):
-        # Most often gRPC's own words, which name neither cause nor remedy.
+        # The text is usually gRPC's own, without cause or remedy.
         return DeadlineExceededError(
             f"{address}: the deadline passed ({error}); give a longer timeout or {service.remedy}"
         )

@@ -1,7 +1,7 @@
 """`AsyncAudioClient`, where every rpc is written once, and `AudioClient`, which is derived from it.
 
-The methods are coroutines over whatever waits (`services.client.transport`). `AudioClient` runs them over the
-blocking transport, where none of them ever suspends.
+The methods are coroutines over a `services.client.transport.Transport`. `AudioClient` runs them over the
+blocking transport, where they never suspend.
 """
 
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
@@ -41,7 +41,7 @@ class _Rpcs:
     async def generate(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
     ) -> Generation:
-        """Make the clips of a prompt, and wait for them."""
+        """Generate the clips of a prompt; return when they are done."""
         build = partial(generation.build_request, prompt, **options)
         return await self._calls.unary(generation.GENERATE, build, timeout)
 
@@ -53,31 +53,31 @@ class _Rpcs:
         preview_interval_steps: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[Update, None]:
-        """Make the clips of a prompt, and yield its events. Leaving the loop cancels the rest."""
+        """Generate the clips of a prompt; yield its events. Leaving the loop cancels the request."""
         inner = generation.build_request(prompt, **options)
         request = generation.stream_request(inner, preview_interval_steps)
         return self._calls.stream(generation.STREAM, request, timeout)
 
     async def get_model(self, *, timeout: float | None = None) -> GenerationModel:
-        """Return which model generates, with its limits and defaults."""
+        """Return the served generator, with its limits and defaults."""
         return await self._calls.unary(generation.GET_MODEL, generation_pb2.GetModelRequest, timeout)
 
     async def switch_model(self, uri: str, *, token: str, timeout: float | None = None) -> ModelSwitch:
-        """Have the generation service load another model beside its own and serve that; for operators.
+        """Let the generation service load another model and serve it instead of its own; for operators.
 
-        Returns when new requests start on it. Requests under way finish on the previous model. Whatever is
-        raised, the service goes on serving; past the deadline the switch goes on as well, and `get_model`
-        shows its outcome.
+        Returns when new requests use the new model. Running requests finish with the previous one. Whatever
+        is raised, the service goes on serving. After the deadline the switch goes on too; `get_model` shows
+        its outcome.
 
         Args:
-            uri: model URI as the service resolves it, best with its pin.
-            token: the operator's, as the service was started with. Sent over TLS only.
-            timeout: in seconds.
+            uri: model URI, resolved by the service; preferably pinned to a digest.
+            token: the operator's token that the service was started with. Sent only over TLS.
+            timeout: seconds that the call may take.
 
         Raises:
-            InvalidInputError: not a model URI; or the token would travel in plaintext.
-            UnauthenticatedError: the wrong token.
-            AlreadyUnderWayError: another switch is under way.
+            InvalidInputError: `uri` is not a model URI, or the token would be sent in plaintext.
+            UnauthenticatedError: the token is wrong.
+            AlreadyUnderWayError: another switch is running.
             ModelError: the model was not found, or refused.
         """
         build = partial(operator_pb2.SwitchModelRequest, model_uri=uri)
@@ -90,12 +90,12 @@ class _Rpcs:
         scorers: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> Scores:
-        """Return CLAP scores of sounds for their prompts.
+        """Return CLAP scores of prompts and sounds.
 
         Args:
-            pairs: each a prompt and its `Sound`.
-            scorers: names of those to use; all by default.
-            timeout: in seconds.
+            pairs: prompts, each with a `Sound`.
+            scorers: names of the scorers to use; None: all.
+            timeout: seconds that the call may take.
         """
         build = partial(scoring.score_request, pairs, scorers)
         return await self._calls.unary(scoring.SCORE_AUDIO, build, timeout)
@@ -107,7 +107,7 @@ class _Rpcs:
         scorers: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
-        """Return CLAP embeddings of sounds, by the named scorers, or by all."""
+        """Return CLAP embeddings of sounds by the named scorers, or by all."""
         build = partial(scoring.embed_audio_request, clips, scorers)
         return await self._calls.unary(scoring.EMBED_AUDIO, build, timeout)
 
@@ -118,18 +118,18 @@ class _Rpcs:
         scorers: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
-        """Return CLAP embeddings of prompts, by the named scorers, or by all."""
+        """Return CLAP embeddings of prompts by the named scorers, or by all."""
         build = partial(scoring.embed_text_request, prompts, scorers)
         return await self._calls.unary(scoring.EMBED_TEXT, build, timeout)
 
     async def list_scorers(self, *, timeout: float | None = None) -> scoring_pb2.ListScorersResponse:
-        """Return which scorers are served, and what a call may hold."""
+        """Return the served scorers, and the limits of a call."""
         return await self._calls.unary(scoring.LIST_SCORERS, scoring_pb2.ListScorersRequest, timeout)
 
     async def versions(self, *, timeout: float | None = None) -> dict[str, ModelVersion]:
-        """Return the weights of the scoring and of the reward service, as far as they have addresses.
+        """Return the weights of the scoring and reward services that have addresses.
 
-        By the scorer's name; the reward model's by `services.api.scoring.REWARD`.
+        Keys are the scorers' names, and `services.api.scoring.REWARD` for the reward model.
         """
         found: dict[str, ModelVersion] = {}
         if self._calls.has_address(scoring.SERVICE):
@@ -142,19 +142,19 @@ class _Rpcs:
     async def compute_rewards(
         self, pairs: Sequence[tuple[str, Sound]], *, timeout: float | None = None
     ) -> Rewards:
-        """Return the rewards of sounds for their prompts. `pairs`: each a prompt and its `Sound`."""
+        """Return the rewards of prompts and sounds. `pairs` are prompts, each with a `Sound`."""
         build = partial(reward.rewards_request, pairs)
         return await self._calls.unary(reward.COMPUTE_REWARDS, build, timeout)
 
     async def rank_audio(
         self, prompt: str, clips: Sequence[Sound], *, timeout: float | None = None
     ) -> Ranking:
-        """Put the sounds of one prompt in order, best first, by the reward model."""
+        """Rank the sounds of one prompt by the reward model, best first."""
         build = partial(reward.rank_request, prompt, clips)
         return await self._calls.unary(reward.RANK_AUDIO, build, timeout)
 
     async def get_reward_model(self, *, timeout: float | None = None) -> reward_pb2.GetRewardModelResponse:
-        """Return which reward model is served, on which CLAP model, and what a call may hold."""
+        """Return the served reward model, its CLAP model, and the limits of a call."""
         return await self._calls.unary(reward.GET_REWARD_MODEL, reward_pb2.GetRewardModelRequest, timeout)
 
     async def generate_best(
@@ -166,7 +166,7 @@ class _Rpcs:
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Best:
-        """Make several clips of a prompt and put them in order, best first.
+        """Generate several clips of a prompt, and rank them, best first.
 
         As many candidates as the service makes in one call (its `max_clip_count`) come from one call, with
         the seed as given, or drawn: they are what `generate` makes with that seed and `clip_count`. More come
@@ -175,21 +175,21 @@ class _Rpcs:
         as the service's weights and its `max_clip_count` stay the same.
 
         Args:
-            prompt: what the clips should sound like.
-            candidates: how many clips to make, in the place of `clip_count`.
+            prompt: the prompt of the clips.
+            candidates: number of clips; replaces `clip_count`.
             rank_by: ``reward``: by the reward service; a clip's value is its logit. ``clap``: by the scoring
                 service; a clip's value is the mean of all scorers' CLAP scores.
-            timeout: seconds that all of it may take.
-            options: of generation.
+            timeout: seconds that all calls together may take.
+            options: options of the generation.
 
         Raises:
             InvalidInputError: also for `clip_count`, and, before anything is generated, for a missing
                 address of the scoring or reward service.
-            MilongaError: also where a service changed its weights in between.
+            MilongaError: also if a service changed its weights between two calls.
         """
         check_arguments(candidates, rank_by, options.pop("clip_count", None))
         deadline = self._calls.deadline(timeout)
-        # First: a missing service should not be reported after minutes of generation.
+        # First, so that a missing service is not reported only after minutes of generation.
         if rank_by == "reward":
             limits = (await self.get_reward_model(timeout=deadline.left)).limits
         else:
@@ -209,12 +209,12 @@ class _Rpcs:
         return await rank(made, rank_by, limits.max_batch_size, score)
 
     async def close(self) -> None:
-        """Close the channels; calls under way are cancelled."""
+        """Close the channels; running calls are cancelled."""
         await self._calls.close()
 
 
 class AsyncAudioClient(_Rpcs):
-    """`AudioClient` for asyncio: the same arguments, answers and errors.
+    """`AudioClient` for asyncio: the same arguments, results and errors.
 
     Belongs to the event loop of its first call.
     """
@@ -255,7 +255,7 @@ def _blocking(
 def _iterating(
     method: "Callable[Concatenate[_Rpcs, P], AsyncGenerator[T, None]]",
 ) -> "Callable[Concatenate[AudioClient, P], Iterator[T]]":
-    """As `_blocking`, of an asynchronous generator."""
+    """Return `method` of `AudioClient`: an iterator instead of an asynchronous generator."""
 
     @wraps(method)
     def call(self: "AudioClient", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
@@ -265,11 +265,11 @@ def _iterating(
 
 
 class AudioClient:
-    """Calls the services. Thread-safe: make one and keep it; close it, or use it as a context.
+    """A client of the services. Thread-safe: reuse one client, and close it or use it as a context manager.
 
-    Every method raises the tree of `services.errors`: `InvalidInputError` with every violated field,
-    `QueueFullError` with `retry_after`, `DeadlineExceededError`, `ServiceUnavailableError`; and plain
-    `MilongaError` for a fault of the service. `timeout` is in seconds, everything included: reading files,
+    Methods raise the exceptions of `services.errors`: `InvalidInputError` with every invalid field,
+    `QueueFullError` with `retry_after`, `DeadlineExceededError`, `ServiceUnavailableError`, and plain
+    `MilongaError` for an internal error of the service. `timeout` is in seconds, and includes reading files,
     retries, and the waits between them.
     """
 
@@ -281,19 +281,20 @@ class AudioClient:
         reward: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
-        """Nothing is sent yet: channels are opened at the first call to each address.
+        """Check the arguments. Channels open at the first call to each address.
 
         Args:
             target: ``host:port``, or any gRPC name (``dns:///generation:50051``, ``unix:/run/milonga.sock``),
-                of the generation service, and of every other one that has no address of its own, as behind
-                one gateway. Where a name has several addresses, calls go round.
-            scoring: the scoring service's address.
-            reward: the reward service's address.
+                of the generation service, and of every other service without its own address, as behind a
+                gateway. Calls are balanced round robin over a name's addresses.
+            scoring: address of the scoring service.
+            reward: address of the reward service.
             options: see `ConnectionOptions`.
 
         Raises:
-            InvalidInputError: an empty address, a token without TLS, retries out of range, a TLS file that
-                can't be read. A service without any address is reported at the first call to it.
+            InvalidInputError: an address is empty, a token is given without TLS, `retries` is out of range,
+            or
+                a TLS file can't be read. A missing address is reported at the first call to its service.
         """
         connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
         self._rpcs = _Rpcs(Calls(connection, BlockingTransport(connection)))

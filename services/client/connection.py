@@ -1,4 +1,4 @@
-"""Where the services are and how to speak to them: addresses, TLS, token, channels."""
+"""Connections to services: addresses, TLS, token, channels."""
 
 import ipaddress
 import json
@@ -16,40 +16,40 @@ from services.runtime.tls import read_authorities, read_identity
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_RESPONSE_BYTES = 256 * 2**20
-"""Largest answer that the client takes: twenty minutes of float32 sound at 48 kHz."""
+"""Default maximum size of a response: twenty minutes of float32 audio at 48 kHz."""
 MAX_RETRIES = 4
 
 _KEEPALIVE_MILLISECONDS = 60_000
-# A channel that failed refuses calls until it tries again: with gRPC's own 1 s, growing to 2 minutes, the
-# retries of a call would be spent before it does.
+# A failed channel refuses calls until it reconnects: with gRPC's own 1 s, growing to 2 minutes, a call would
+# use up its retries before.
 _RECONNECT_MILLISECONDS = (100, 5_000)
-# Pods come and go within seconds, and with them the addresses of a name; gRPC's own 30 s outlast a rollout.
+# The addresses of a name change within seconds, as pods do; gRPC's own 30 s would be longer than a rollout.
 _RESOLVE_MILLISECONDS = 2_000
-# gRPC holds on to one connection: without round robin, all calls would go to one replica. No retry policy:
-# `services.client.calls` retries, because gRPC's own mechanism knows no google.rpc.RetryInfo.
+# gRPC's default is one connection: without round robin, all calls would go to one replica. No retry policy:
+# `services.client.calls` retries, because gRPC's own mechanism ignores google.rpc.RetryInfo.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-# The empty name stands for the server as a whole.
+# The empty name means the whole server.
 _HEALTH_CHECK: dict[str, Any] = {"healthCheckConfig": {"serviceName": ""}}
 
-# Of a gRPC name: `dns:///`, `ipv4:`. In `dns://AUTHORITY/` somebody else says where a name is.
+# Schemes of gRPC names: `dns:///`, `ipv4:`. Not `dns://AUTHORITY/`, which is resolved by another DNS server.
 _SCHEME = re.compile(r"^(?:dns:(?:///)?|ipv4:|ipv6:)")
 
 Metadata = tuple[tuple[str, str], ...]
-"""What travels with a call beside its message."""
+"""Metadata of a call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TLS:
-    """Files of a TLS connection, in PEM. All None: the system's authorities, no client certificate."""
+    """Files of a TLS connection, in PEM. All None: the system's CA certificates, no client certificate."""
 
     ca_file: Path | None = None
-    """Authorities that the server's certificate is checked against."""
+    """CA certificates to verify the server's certificate."""
     cert_file: Path | None = None
     """The client's certificate chain, for mTLS; together with `key_file`."""
     key_file: Path | None = None
     """The client's private key."""
     server_name: str | None = None
-    """Name that the server's certificate must carry, where it is not the target's."""
+    """Expected name in the server's certificate, if it is not the target's."""
 
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
@@ -64,27 +64,27 @@ class ConnectionOptions(TypedDict, total=False):
     """How to reach the services; every field has a default."""
 
     tls: TLS | None
-    """Speak TLS. None: plaintext."""
+    """Use TLS. None: plaintext."""
     token: str | None
-    """Sent as ``authorization: Bearer TOKEN``, for a gateway that asks for one. Needs `tls`."""
+    """Sent as ``authorization: Bearer TOKEN``, for a gateway that requires one. Needs `tls`."""
     timeout: float
-    """Seconds that a call may take, retries and the waits between them included, where the call says nothing
-    else. Default 600."""
+    """Default of the seconds that a call may take, including retries and the waits between them. Default
+    600."""
     retries: int
-    """How often a call is tried again that met UNAVAILABLE, or RESOURCE_EXHAUSTED with a time to come back: 0
-    to 4. Waits grow exponentially, with jitter, and are never shorter than the service asks. Default 3."""
+    """Maximum number of retries, 0 to 4, after UNAVAILABLE, or RESOURCE_EXHAUSTED with a retry delay. Waits
+    grow exponentially, with jitter, and are at least the retry delay. Default 3."""
     max_response_bytes: int
-    """Largest answer to take. Default 256 MiB."""
+    """Maximum size of a response. Default 256 MiB."""
     health_check: bool
-    """Watch the health of each of a name's addresses, and send no call to one that is NOT_SERVING: a replica
-    that drains is left before it refuses. For names with an address for each replica (a headless Service);
-    behind a single address there is no other to go to, and calls fail until it is SERVING. Default False."""
+    """Watch the health of each address of a name, and send no calls to one that is NOT_SERVING, so that a
+    draining replica gets none. For names with one address per replica (a headless Service); with a single
+    address, calls fail until it is SERVING. Default False."""
     channel_options: Sequence[tuple[str, Any]]
-    """gRPC channel arguments, which go before the client's own."""
+    """gRPC channel arguments; they override the client's own."""
 
 
 class Connection:
-    """What is known of the services before the first call. Opens channels, holds none."""
+    """Addresses and options of the services. Opens channels, but does not keep them."""
 
     def __init__(
         self,
@@ -98,11 +98,17 @@ class Connection:
         health_check: bool = False,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """`addresses`: by argument of the client, of which ``target`` stands in for those that are None.
+        """Check and keep the arguments.
+
+        Args:
+            addresses: addresses by argument of the client; ``target`` replaces those that are None.
+            tls, token, timeout, retries, max_response_bytes, health_check, channel_options: see
+                `ConnectionOptions`.
 
         Raises:
-            InvalidInputError: an empty address, a token without TLS, retries out of range, a TLS file that
-                can't be read.
+            InvalidInputError: an address is empty, a token is given without TLS, `retries` is out of range,
+            or
+                a TLS file can't be read.
         """
         if token is not None and tls is None:
             raise InvalidInputError(FieldViolation("token", "would travel in plaintext; give tls as well"))
@@ -140,7 +146,7 @@ class Connection:
         return bool(self._addresses.get(argument) or self._addresses.get("target"))
 
     def metadata_for(self, address: str, token: str | None) -> Metadata:
-        """Return what a call to `address` carries: with a `token` of its own, else what every call does.
+        """Return the metadata of a call to `address`: with `token`, or those of every call.
 
         Raises:
             InvalidInputError: the token would leave this machine in plaintext.
@@ -168,7 +174,7 @@ class Connection:
         return grpc.aio.secure_channel(address, self._credentials, options=options)
 
     def _options_for(self, address: str) -> list[tuple[str, Any]]:
-        # A proxy of the environment would get what is meant for this machine, and could not deliver it.
+        # A proxy from the environment could not reach an address of this machine.
         proxy = [("grpc.enable_http_proxy", 0)] if _stays_here(address) else []
         return [*proxy, *self._options]
 
@@ -182,14 +188,14 @@ def _channel_options(
     first, longest = _RECONNECT_MILLISECONDS
     options: dict[str, Any] = {
         "grpc.max_receive_message_length": max_response_bytes,
-        # gRPC's default, said here: what a request may hold is checked where it is made, by field.
+        # gRPC's default, made explicit: `RequestWriter` checks the size of requests, by field.
         "grpc.max_send_message_length": -1,
         "grpc.keepalive_time_ms": _KEEPALIVE_MILLISECONDS,
         "grpc.initial_reconnect_backoff_ms": first,
         "grpc.max_reconnect_backoff_ms": longest,
         "grpc.service_config": json.dumps(service_config),
         "grpc.dns_min_time_between_resolutions_ms": _RESOLVE_MILLISECONDS,
-        # Without a policy these are the transparent ones alone: of calls that never reached a service.
+        # Without a policy, only transparent retries: of calls that never reached a service.
         "grpc.enable_retries": 1,
     }
     if tls is not None and tls.server_name is not None:
@@ -212,7 +218,7 @@ def _authorization(token: str) -> Metadata:
 
 
 def _stays_here(address: str) -> bool:
-    """Whether what is sent to a gRPC name never leaves this machine."""
+    """Return whether a gRPC name is an address of this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     return all(_is_loopback(one) for one in _SCHEME.sub("", address).split(","))

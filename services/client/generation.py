@@ -1,4 +1,4 @@
-"""The rpcs of generation.proto: requests from arguments, values from messages."""
+"""The rpcs of generation.proto: build requests, read responses."""
 
 from typing import Unpack
 
@@ -26,15 +26,15 @@ from services.errors import FieldViolation, InvalidInputError, MilongaError
 from services.wire import WIRE_ENCODINGS, encoding_name, read_duration, read_version, write_duration
 
 MAX_TEXT_BYTES = 2**18
-"""Longest prompt that is sent at all, in UTF-8. Services accept far less, and say how much."""
+"""Maximum size of a prompt that the client sends, in UTF-8. Services' limits are far lower."""
 
 
 def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.GenerateAudioRequest:
     """Return the message of a prompt and options.
 
     Raises:
-        InvalidInputError: what the wire can't carry (NaN seconds, a negative seed, an unknown encoding, a
-            prompt of megabytes), all at once. Limits are the service's to judge.
+        InvalidInputError: values that a message can't hold (a NaN duration, a negative seed, an unknown
+            encoding, a prompt of megabytes); lists all of them. The service checks the limits.
     """
     given = {name: value for name, value in options.items() if value is not None}
     seconds, encoding = given.pop("duration", None), given.pop("encoding", None)
@@ -56,7 +56,7 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
             request.duration.CopyFrom(write_duration(seconds))
         except (ValueError, OverflowError):
             faults.append(
-                FieldViolation("duration", f"is {seconds}, which is no length of time; give finite seconds")
+                FieldViolation("duration", f"is {seconds}, which is not a duration; give finite seconds")
             )
     if isinstance(encoding, str) and encoding not in WIRE_ENCODINGS:
         faults.append(
@@ -67,7 +67,7 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
     for name in ("prompt", "negative_prompt"):
         size = len(getattr(request, name).encode())
         if size > MAX_TEXT_BYTES:
-            # A larger message is refused by the transport, before the service could say why.
+            # gRPC refuses a larger message with an error that does not name the field.
             faults.append(FieldViolation(name, f"is {size} bytes long, must be {MAX_TEXT_BYTES} at most"))
     if faults:
         raise InvalidInputError(*faults)
@@ -75,10 +75,10 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
 
 
 def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb.StreamGenerateAudioRequest:
-    """Return the message of StreamGenerateAudio: `interval` steps between previews, None for none.
+    """Return the message of StreamGenerateAudio with `interval` steps between previews; None: no previews.
 
     Raises:
-        InvalidInputError: an interval that the wire can't carry.
+        InvalidInputError: a message can't hold the interval.
     """
     try:
         return pb.StreamGenerateAudioRequest(request=request, preview_interval_steps=interval)
@@ -89,7 +89,7 @@ def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb
 
 
 def read_response(response: pb.GenerateAudioResponse) -> Generation:
-    """Read the answer of GenerateAudio."""
+    """Return the value of a response of GenerateAudio."""
     clips = tuple(_read_clip(clip) for clip in response.clips)
     return Generation(
         clips=clips,
@@ -101,10 +101,10 @@ def read_response(response: pb.GenerateAudioResponse) -> Generation:
 
 
 def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
-    """Read one event of StreamGenerateAudio.
+    """Return the value of an event of StreamGenerateAudio.
 
     Raises:
-        MilongaError: an event that this client is too old to know.
+        MilongaError: the event is unknown, since the client is too old.
     """
     match response.WhichOneof("event"):
         case "queued":
@@ -126,7 +126,7 @@ def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
 
 
 def read_model(response: pb.GetModelResponse) -> GenerationModel:
-    """Read the answer of GetModel."""
+    """Return the value of a response of GetModel."""
     geometry, limits, defaults = response.geometry, response.limits, response.defaults
     return GenerationModel(
         model=read_version(response.model),

@@ -1,4 +1,4 @@
-"""Sound and prompts on their way out. Checks only what the wire can't carry; the services judge the rest.
+"""Write sounds and prompts to requests. Checks only whether a message can hold them; services check the rest.
 
 Shapes: N samples.
 """
@@ -18,31 +18,31 @@ from services.errors import FieldViolation, InvalidInputError
 from services.wire import WIRE_ENCODINGS
 
 MAX_REQUEST_BYTES = 255 * 2**20
-"""Sound and text that one request may hold: eleven minutes of stereo float32 at 48 kHz. The rest of the
-256 MiB that services take in is for the fields around them."""
+"""Maximum bytes of audio and text in a request: eleven minutes of stereo float32 at 48 kHz. The rest of a
+service's 256 MiB is for other fields."""
 
 M = TypeVar("M", bound=Message)
 
 
 class RequestWriter:
-    """Makes the parts of one request, and collects what is wrong with them, to say all of it at once."""
+    """Writes the parts of one request, and collects their violations, to report all of them at once."""
 
     def __init__(self) -> None:
         self._faults: list[FieldViolation] = []
         self._left = MAX_REQUEST_BYTES
 
     def checked(self, request: M) -> M:
-        """Return the request that was made of the parts.
+        """Return `request`, unless a part of it had a violation.
 
         Raises:
-            InvalidInputError: with every fault of every part.
+            InvalidInputError: parts are invalid; lists every violation.
         """
         if self._faults:
             raise InvalidInputError(*self._faults)
         return request
 
     def pairs(self, pairs: Sequence[tuple[str, Sound]], field: str) -> Iterator[audio_pb2.PromptedClip]:
-        """Prompts with their sounds; faults are at ``field[i].prompt`` and ``field[i].clip``."""
+        """Yield the messages of pairs; violations are at ``field[i].prompt`` and ``field[i].clip``."""
         for index, (prompt, sound) in enumerate(pairs):
             yield audio_pb2.PromptedClip(
                 prompt=self.text(prompt, f"{field}[{index}].prompt"),
@@ -50,17 +50,17 @@ class RequestWriter:
             )
 
     def sounds(self, sounds: Sequence[Sound], field: str) -> Iterator[audio_pb2.Clip]:
-        """Sounds; faults are at ``field[i]``."""
+        """Yield the messages of sounds; violations are at ``field[i]``."""
         for index, sound in enumerate(self._several(sounds, field)):
             yield self.sound(sound, f"{field}[{index}]")
 
     def texts(self, texts: Sequence[str] | None, field: str) -> Iterator[str]:
-        """Texts, none where None; faults are at ``field[i]``."""
+        """Yield texts, none for None; violations are at ``field[i]``."""
         for index, text in enumerate(() if texts is None else self._several(texts, field)):
             yield self.text(text, f"{field}[{index}]")
 
     def text(self, text: str, field: str) -> str:
-        """One text."""
+        """Return a text after checking it."""
         try:
             self._take(len(text.encode()))
         except (AttributeError, UnicodeEncodeError) as error:
@@ -72,7 +72,7 @@ class RequestWriter:
         return text
 
     def sound(self, sound: Sound, field: str) -> audio_pb2.Clip:
-        """One sound."""
+        """Return the message of a sound."""
         try:
             match sound:
                 case Clip():
@@ -101,7 +101,7 @@ class RequestWriter:
     def _path(self, path: Path) -> audio_pb2.Clip:
         try:
             with path.open("rb") as file:
-                # One byte more than can be sent: what is longer, or has no end, is not read to it.
+                # At most one byte more than can be sent: the file may be huge or endless.
                 content = file.read(self._left + 1)
         except OSError as error:
             raise _UnfitError(f"is {path}, which can't be read: {error.strerror or error}") from error
@@ -114,7 +114,7 @@ class RequestWriter:
         return audio_pb2.Clip(audio=content)
 
     def _samples(self, waveform: NDArray[Any], rate: int) -> audio_pb2.Clip:
-        """Bare samples: they arrive bit for bit, as no encoder would send them."""
+        """Return the message of raw samples, which are sent losslessly."""
         if waveform.dtype != np.float32:
             raise _UnfitError(f"has samples of {waveform.dtype}, must be float32 in [-1, 1]")
         if waveform.ndim not in (1, 2) or not waveform.size:
@@ -122,7 +122,7 @@ class RequestWriter:
             raise _UnfitError(f"has samples of shape {shape}, must be [N] or [channels, N], not empty")
         self._take(waveform.nbytes)
         message = audio_pb2.Clip(
-            # Interleaved: the first sample of every channel, then the second.
+            # Interleaved: the first sample of every channel, then the second of every channel.
             audio=waveform.T.astype("<f4").tobytes(),
             encoding=audio_pb2.AUDIO_ENCODING_FLOAT32,
             channel_count=1 if waveform.ndim == 1 else len(waveform),
@@ -131,7 +131,7 @@ class RequestWriter:
         return message
 
     def _several(self, values: Sequence[Any], field: str) -> Sequence[Any]:
-        # A string is a sequence of strings, and bytes one of numbers; neither is ever meant.
+        # str and bytes are sequences too, but no lists of sounds or texts.
         if isinstance(values, str | bytes):
             self._refuse(field, f"is one {type(values).__name__}, must be a list; put it into one")
             return ()

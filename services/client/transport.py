@@ -1,7 +1,7 @@
-"""The two ways to wait: by blocking the thread, and on the event loop.
+"""The two transports of the client: blocking, and asyncio.
 
-Everything above is written once, as coroutines over a `Transport`. Over `BlockingTransport` they never
-suspend, so that `services.api.best.run` runs one to its end without an event loop.
+The rest of the client is written once, as coroutines over a `Transport`. Over `BlockingTransport` they never
+suspend, so that `services.api.best.run` runs them without an event loop.
 """
 
 import asyncio
@@ -25,64 +25,64 @@ Response_co = TypeVar("Response_co", covariant=True)
 Answer = TypeVar("Answer")
 T = TypeVar("T")
 
-# Beyond some centuries gRPC's clock overflows, and the call fails at once. Three years, then.
+# About three years: gRPC's clock overflows beyond some centuries, and the call fails at once.
 _LONGEST_SECONDS = 1e8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service(Generic[Stub]):
-    """One of the services."""
+    """A service, for the client."""
 
     name: str
-    """As `milonga serve` calls it."""
+    """Name in `milonga serve`."""
     argument: str
     """The client's argument that holds its address."""
     stub: Callable[[Any], Stub]
-    """Makes its stub from a channel of either kind."""
+    """Creates its stub from a channel of either kind."""
     remedy: str
-    """What helps, beside a longer timeout, where a deadline passes."""
+    """Remedy for a passed deadline, other than a longer timeout."""
     absent: str | None = None
-    """What it means, and what to do, where it is not served; None: that another service answers there."""
+    """Message if the address does not serve it (UNIMPLEMENTED); None: another service is at the address."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unary(Generic[Stub, Request, Response, Answer]):
-    """One rpc that answers with one message."""
+    """A unary rpc."""
 
     service: Service[Stub]
     method: "Callable[[Stub], grpc.UnaryUnaryMultiCallable[Request, Response]]"
     """The rpc of a stub."""
     read: Callable[[Response], Answer]
-    """The answer in the message."""
+    """Returns the value of a response."""
     heavy: bool = False
-    """Whether to make its request reads files or copies sound: not to be done on an event loop."""
+    """Whether building its request reads files or copies audio, and must not run on an event loop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream(Generic[Stub, Request, Response, Answer]):
-    """One rpc that answers with a stream of messages."""
+    """A server-streaming rpc."""
 
     service: Service[Stub]
     method: "Callable[[Stub], grpc.UnaryStreamMultiCallable[Request, Response]]"
     """The rpc of a stub."""
     read: Callable[[Response], Answer]
-    """The answer in one message."""
+    """Returns the value of a response."""
 
 
 class Messages(Protocol[Response_co]):
-    """A stream under way."""
+    """The responses of a running stream."""
 
     async def read(self) -> Response_co | None:
-        """The next message; None at the end."""
+        """Return the next message; None at the end."""
         ...
 
     def cancel(self) -> None:
-        """Give up the rest."""
+        """Cancel the call."""
         ...
 
 
 class Transport(Protocol):
-    """Sends, waits, and holds the channels: one for each address, opened at its first call.
+    """Sends calls, waits, and keeps the channels: one per address, opened at its first call.
 
     `unary`, and `Messages.read`, raise gRPC's errors; after `close`, `RequestCancelledError`.
     """
@@ -95,30 +95,30 @@ class Transport(Protocol):
         timeout: float,
         metadata: Metadata,
     ) -> Response:
-        """Call once, and wait for the answer."""
+        """Call once; return the response."""
         ...
 
     def stream(
         self, rpc: Stream[Stub, Request, Response, Any], address: str, request: Request, timeout: float
     ) -> Messages[Response]:
-        """Call once."""
+        """Call once; return the stream of responses."""
         ...
 
     async def pause(self, seconds: float) -> None:
-        """Wait. Ends early when the transport is closed."""
+        """Wait; return early when the transport is closed."""
         ...
 
     async def offload(self, work: Callable[[], T]) -> T:
-        """Do what takes long without waiting for others."""
+        """Run blocking work without blocking other calls; return its result."""
         ...
 
     async def close(self) -> None:
-        """Close the channels; calls under way are cancelled."""
+        """Close the channels; running calls are cancelled."""
         ...
 
 
 class BlockingTransport:
-    """Blocks the calling thread. Thread-safe."""
+    """A transport that blocks the calling thread. Thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -181,7 +181,7 @@ class _BlockingMessages(Generic[Response]):
 
 
 class AsyncioTransport:
-    """Waits on the event loop of its first call, and belongs to it."""
+    """A transport on the event loop of its first call."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -204,7 +204,7 @@ class AsyncioTransport:
         metadata: Metadata,
     ) -> Response:
         """See `Transport`."""
-        # On an asynchronous channel the stub's rpcs are other ones than the stub's type says.
+        # The stub's type declares blocking rpcs, but with an asyncio channel they are asynchronous.
         call: Any = rpc.method(self._stub(rpc.service, address))
         with self._while_open():
             response: Response = await call(
@@ -223,7 +223,7 @@ class AsyncioTransport:
         )
 
     async def pause(self, seconds: float) -> None:
-        """See `Transport`. A task that waits is cancelled by itself, so it is not ended early."""
+        """See `Transport`. Does not return early, since a waiting task can be cancelled."""
         await asyncio.sleep(seconds)
 
     async def offload(self, work: Callable[[], T]) -> T:
@@ -238,7 +238,7 @@ class AsyncioTransport:
 
     @contextlib.contextmanager
     def _while_open(self) -> Iterator[None]:
-        # A call that `close` ended says that its task was cancelled, which a task group, say, would believe.
+        # A call that `close` ends raises CancelledError, which a task group would take for its own.
         try:
             yield
         except asyncio.CancelledError as error:
@@ -267,12 +267,12 @@ class _AsyncioMessages(Generic[Response]):
 
 
 def whole(message: T) -> T:
-    """The answer of an rpc whose message is one."""
+    """Return the message itself, for rpcs whose value is the response."""
     return message
 
 
 def iterate(values: AsyncGenerator[T, None]) -> Iterator[T]:
-    """Yield the values of an asynchronous generator that never waits. Leaving the loop closes it."""
+    """Yield the values of an asynchronous generator that never suspends. Leaving the loop closes it."""
     try:
         while True:
             try:

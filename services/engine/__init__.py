@@ -1,4 +1,4 @@
-"""Step-level batching over a model. Knows tensors and devices, no protocol."""
+"""The engine: step-level batching of requests over one model. Knows no protocol."""
 
 from services.api.engine import EngineConfig
 from services.engine.engine import Engine

@@ -12,7 +12,7 @@ from services.errors import QueueFullError, ServiceUnavailableError
 
 
 class Ticket(NamedTuple):
-    """One clip's place in the queue. Tickets sort by tag, then by arrival; they never compare requests."""
+    """One clip in the queue. Tickets sort by tag, then by arrival; requests are never compared."""
 
     tag: float
     number: int
@@ -21,7 +21,7 @@ class Ticket(NamedTuple):
 
 
 class Admission:
-    """Clips that wait for a place, and the requests that are alive."""
+    """The queue of waiting clips, and the requests that have not ended."""
 
     def __init__(self, max_clips: int) -> None:
         self._max_clips = max_clips
@@ -36,19 +36,20 @@ class Admission:
 
     @property
     def depth(self) -> int:
-        """Clips that wait."""
+        """Number of clips in the queue."""
         with self._changed:
             return len(self._tickets) + self._reserved
 
     @property
     def aborting(self) -> bool:
-        """Whether what still runs is to be failed."""
+        """Whether running requests are to be failed."""
         return self._aborting
 
     def reserve(self, clip_count: int, retry_after: Callable[[int], float]) -> tuple[int, int]:
-        """Claim room for `clip_count` clips; return the request's number and its position in the queue.
+        """Reserve room for `clip_count` clips; return the request's number and its position in the queue.
 
-        `enter` must follow. If there is no room, `retry_after` turns the clips that wait into seconds.
+        `enter` must follow. Raises `QueueFullError` without room; `retry_after` maps the number of waiting
+        clips to seconds.
         """
         with self._changed:
             self._refuse_if_closing()
@@ -65,7 +66,7 @@ class Admission:
             return number, position
 
     def enter(self, state: RequestState) -> None:
-        """Queue the clips of a request that has room reserved."""
+        """Queue the clips of a request after `reserve`."""
         with self._changed:
             self._reserved -= state.request.clip_count
             self._refuse_if_closing()
@@ -80,7 +81,7 @@ class Admission:
             return list(self._tickets)
 
     def take(self, ticket: Ticket) -> None:
-        """Remove the ticket of a clip that got a place."""
+        """Remove the ticket of a clip that starts."""
         with self._changed:
             self._tickets.remove(ticket)
             self._now = max(self._now, ticket.tag)
@@ -91,25 +92,25 @@ class Admission:
             return list(self._states.values())
 
     def remove(self, state: RequestState) -> None:
-        """Forget a request that has ended, with the clips of it that still wait."""
+        """Remove a request that has ended, and its queued clips."""
         with self._changed:
             del self._states[state.number]
             self._tickets = [ticket for ticket in self._tickets if ticket.state is not state]
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Make the worker look at its requests."""
+        """Wake the worker, so that it checks its requests."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_for_work(self) -> bool:
-        """Block until a request is alive; return False when there is none and there will be none."""
+        """Block until there is a request; return False if the queue is closed and there is none."""
         with self._changed:
             self._changed.wait_for(lambda: self._states or self._closing)
             return bool(self._states)
 
     def close(self, drain_seconds: float) -> None:
-        """Refuse what comes, give what is here `drain_seconds` to end, then have the worker fail the rest."""
+        """Refuse new requests; after `drain_seconds`, let the worker fail those that have not ended."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -13,19 +13,19 @@ from services.engine.batching import GUIDED_ROWS, choose_rows
 from services.engine.states import ClipState, GroupKey
 from services.models.latent import Conditioning, LatentPipeline, guide
 
-# Buffers are small (a few MB each at released size), but callers choose the durations: keep the recent ones.
+# Buffers are small (a few MB each for released models), but callers choose the durations: keep recent ones.
 _MAX_BUFFERS = 16
 
 
 class _Buffers:
-    """The inputs of calls of one shape, filled in place: the device sees the same addresses each time."""
+    """Inputs of denoiser calls of one shape, filled in place: their device addresses are fixed."""
 
     def __init__(self, clip: ClipState, length: int, rows: int) -> None:
         prompt = clip.state.prompt
         assert prompt is not None
         device = clip.latents_1X.device
         self.latents_RX = torch.zeros((rows, *clip.latents_1X.shape[1:]), device=device)
-        # Exact for whole timesteps too: float32 holds them up to 2^24.
+        # Exact for integer timesteps too: float32 represents them up to 2^24.
         self.timesteps_R = torch.zeros(rows, device=device)
         self.seconds_R = torch.zeros(rows, device=device)
         # Padding rows attend to everything: a row without a single visible token could come out as NaN.
@@ -39,7 +39,7 @@ class _Buffers:
         self._views: list[Tensor] = []
 
     def fill(self, clips: Sequence[ClipState]) -> None:
-        """Lay out `clips` one after another. The content of the rows after them does not matter."""
+        """Write the inputs of `clips` to consecutive rows. Padding rows keep any content."""
         if clips != self._occupants:
             self._lay_out(clips)
         timesteps: list[float] = []
@@ -69,13 +69,13 @@ class _Buffers:
         self._occupants = list(clips)
 
     def _write_text(self, row: int, text: Conditioning) -> None:
-        # The other of prompt and negative prompt may be longer: the rest is masked.
+        # Prompt and negative prompt may differ in length: the rest is masked.
         for name, buffer in self.conditioning.tensors.items():
             buffer[row, : text.length] = text[name][0]
             buffer[row, text.length :] = 0
 
     def _copy(self, values: Sequence[float], buffer_R: Tensor) -> None:
-        # From pinned memory the copy does not wait for the device's last call.
+        # From pinned memory, the copy does not wait for the device's previous call.
         host_R = torch.tensor(values, dtype=torch.float32, pin_memory=buffer_R.is_cuda)
         buffer_R[: len(values)].copy_(host_R, non_blocking=True)
 
@@ -85,7 +85,7 @@ class Denoiser:
 
     def __init__(self, pipeline: LatentPipeline, shapes: Sequence[int], *, exact: bool) -> None:
         self._pipeline = pipeline
-        # Read once: the library's property walks through all parts of the pipeline.
+        # Cached: diffusers' property iterates over all parts of the pipeline.
         self._paced = pipeline.device.type == "cuda"
         self._shapes = shapes
         self._exact = exact
@@ -104,7 +104,7 @@ class Denoiser:
         return _guided(output_RX, clips), rows
 
     def forget(self) -> None:
-        """Drop the last calls' clips, so that an idle engine holds no caller's prompt or latents."""
+        """Drop the clips of the last calls, so that an idle engine holds no prompts or latents."""
         for buffers in self._buffers.values():
             buffers.forget()
 
@@ -119,7 +119,7 @@ class Denoiser:
         return buffers
 
     def _pace(self) -> None:
-        """Keep the host at most one call ahead of a GPU: enough to keep it busy, and progress stays true."""
+        """Keep the host at most one call ahead of a GPU: the GPU stays busy, and progress stays accurate."""
         if not self._paced:
             return
         previous, self._pending = self._pending, torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ class Denoiser:
 
 
 def _guided(output_RX: Tensor, clips: Sequence[ClipState]) -> list[Tensor]:
-    """Return each guided clip's two rows as one, and the single row of others as it is."""
+    """Return one output per clip: a guided clip's two rows combined, and the single row of others."""
     guided: list[Tensor] = []
     row = 0
     for clip in clips:

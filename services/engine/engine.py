@@ -1,4 +1,4 @@
-"""The engine's public methods: submit requests from any thread, get events, close."""
+"""`Engine`: submit requests from any thread, receive events, close."""
 
 import queue
 import threading
@@ -28,21 +28,21 @@ from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
 from services.models.latent import LatentPipeline
 
-# Bounds of the advice when to come back, in seconds: not at once, and not so late that nobody does.
+# Bounds of `QueueFullError.retry_after` in seconds: neither a tight loop nor a wait that no caller accepts.
 _RETRY_SOONEST, _RETRY_LATEST = 0.1, 60.0
 
 
 class Engine:
     """Shares one device among many requests, step by step.
 
-    A thread of its own runs the model; `pipeline` must not be used by others meanwhile. All methods may be
-    called from any thread. Closing it is the owner's task: use it as a context manager, or call `close`.
+    A worker thread runs the model; nothing else may use `pipeline` meanwhile. Thread-safe. Use it as a
+    context manager, or call `close`.
     """
 
     def __init__(
         self, pipeline: LatentPipeline, config: EngineConfig | None = None, model: ModelVersion = UNVERSIONED
     ) -> None:
-        """Start the worker thread on `pipeline`, the weights `model`, which must be on its device already."""
+        """Start the worker thread. `pipeline` must be on its device; `model` identifies its weights."""
         self.config = config or EngineConfig()
         self.pipeline = pipeline
         self.description = _describe(pipeline, self.config, model)
@@ -54,13 +54,13 @@ class Engine:
 
     @property
     def limits(self) -> Limits:
-        """What a request may ask for."""
+        """Limits of a request."""
         return self.description.limits
 
     def request(
         self, prompt: str, *, preview_interval_steps: int = 0, **options: Unpack[GenerationOptions]
     ) -> GenerationRequest:
-        """Return a complete request: what is None takes the model's default, and the seed is drawn."""
+        """Return a complete request: None becomes the model's default, and a missing seed is drawn."""
         return GenerationRequest.of(
             prompt, self.description.defaults, preview_interval_steps=preview_interval_steps, **options
         )
@@ -101,22 +101,22 @@ class Engine:
         return Handle(state)
 
     def stream(self, request: GenerationRequest, *, deadline: float | None = None) -> Iterator[Event]:
-        """Queue `request` at once and return its events as they come; the last is `Finished` or `Failed`.
+        """Queue `request` at once; return an iterator over its events. The last is `Finished` or `Failed`.
 
-        Closing the iterator cancels the request. Raises as `submit` does.
+        Closing the iterator cancels the request. Raises what `submit` raises.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         handle = self.submit(request, events.put, deadline=deadline)
         return _drain(events, handle)
 
     def generate(self, request: GenerationRequest, *, deadline: float | None = None) -> Generation:
-        """Make the clips of `request`. Raises as `submit` does, or what the request failed with."""
+        """Make the clips of `request`. Raises what `submit` raises, or the request's own error."""
         return collect(self.stream(request, deadline=deadline))
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Take no new requests, give those here `drain_seconds` to end, fail the rest, stop the thread.
+        """Refuse new requests, fail those that have not ended after `drain_seconds`, and stop the thread.
 
-        Returns after `drain_seconds` and one more step or decode at most. May be called twice.
+        Returns after at most `drain_seconds` and one more step or decode. Can be called twice.
         """
         self._admission.close(drain_seconds)
         if threading.current_thread() is not self._thread:
@@ -129,23 +129,23 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close without waiting for what still runs."""
+        """Close without waiting for running requests."""
         self.close()
 
     @property
     def queue_depth(self) -> int:
-        """Clips that wait for a place."""
+        """Number of clips in the queue."""
         return self._admission.depth
 
     @property
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """The engine's counts so far."""
         return replace(
             self._meter.totals, queue_depth=self._admission.depth, running=len(self._admission.states())
         )
 
     def _retry_after(self, waiting: int) -> float:
-        """Estimate when there is room again: once the next clip of the queue has got a place."""
+        """Estimate the seconds until there is room again, when the next queued clip has started."""
         states = self._admission.states()
         steps = sum(state.steps_total - state.steps_done for state in states)
         seconds = steps * (self._meter.step_seconds or 0.0) / max(waiting, 1)

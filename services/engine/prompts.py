@@ -1,6 +1,6 @@
-"""Prompts as the model reads them, each encoded once.
+"""Encode prompts, with a cache.
 
-Each is encoded alone, so that its bits do not depend on the prompts beside it.
+Each prompt is encoded alone, so that its encoding is bitwise independent of other prompts.
 """
 
 from collections import OrderedDict
@@ -11,16 +11,16 @@ from services.models.latent import Conditioning, LatentPipeline
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncodedPrompt:
-    """One prompt as the denoiser takes it."""
+    """One encoded prompt, the denoiser's input."""
 
     conditioning: Conditioning
     """One row, on the model's device."""
     warnings: tuple[str, ...]
-    """What the model does not read of it."""
+    """Warnings on parts of the prompt that the model ignores."""
 
 
 class PromptCache:
-    """The last prompts, encoded. Not thread-safe: the engine's worker owns it."""
+    """An LRU cache of encoded prompts. Not thread-safe: the engine's worker owns it."""
 
     def __init__(self, pipeline: LatentPipeline, size: int) -> None:
         self._pipeline = pipeline
@@ -28,7 +28,7 @@ class PromptCache:
         self._entries: OrderedDict[str, EncodedPrompt] = OrderedDict()
 
     def encode(self, prompt: str) -> EncodedPrompt:
-        """Return `prompt` encoded, from the cache if it is there."""
+        """Return the encoded prompt, from the cache if possible."""
         entry = self._entries.get(prompt)
         if entry is None:
             pipeline = self._pipeline

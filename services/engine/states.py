@@ -1,4 +1,4 @@
-"""The engine's mutable state: a request is one request, a clip one of its clips.
+"""The engine's mutable state of requests and their clips.
 
 Shapes: X the model's own shape of latents. All of it belongs to the engine's worker thread, except
 `RequestState.cancelled` and `RequestState.done`, which any thread may set or read.
@@ -19,7 +19,7 @@ from services.models.latent import LatentPipeline, clip_generator
 
 
 class GroupKey(NamedTuple):
-    """What clips must share to be in one denoiser call."""
+    """Properties that clips of one denoiser call have in common."""
 
     frames: int
     """Latent frames."""
@@ -38,13 +38,13 @@ class RequestState:
     frames: int
     """Latent frames of each clip."""
     position: int
-    """Place in the queue that was last reported to the caller."""
+    """Position in the queue that was last sent to the caller."""
     on_event: Callable[[Event], None]
     """Called on the worker thread (for the first `Queued`: on the caller's)."""
     deadline: float | None
-    """When to give up, on the clock of `time.monotonic`."""
+    """Deadline on the clock of `time.monotonic`."""
     wake: Callable[[], None]
-    """Makes the worker look at the request."""
+    """Wakes the worker, so that it checks the request."""
     submitted_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     ended: bool = False
@@ -96,7 +96,7 @@ class RequestState:
         )
 
     def timings(self) -> Timings:
-        """Return where the finished request's time went."""
+        """Return the finished request's time by stage."""
         assert self.started_at is not None
         assert self.first_step_at is not None
         return Timings(
@@ -108,13 +108,13 @@ class RequestState:
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what the model did not read of the prompts, without repetition."""
+        """Return the distinct warnings on parts of the prompts that the model ignores."""
         encoded = [prompt for prompt in (self.prompt, self.negative_prompt) if prompt is not None]
         return tuple(dict.fromkeys(warning for prompt in encoded for warning in prompt.warnings))
 
 
 class ClipState:
-    """One clip being denoised: latents, noise and solver of its own, so that no other clip can change it."""
+    """One clip being denoised, with its own latents, noise and solver: other clips can't change it."""
 
     __slots__ = ("_generator", "_solver", "estimate_1X", "index", "latents_1X", "rows", "state", "step")
 
@@ -141,7 +141,7 @@ class ClipState:
         return self.step == len(self._solver.timesteps)
 
     def advance(self, output_1X: Tensor) -> None:
-        """Take one denoising step along the denoiser's (guided) output."""
+        """Take one denoising step with the denoiser's guided output."""
         if self._wants_preview():
             self.estimate_1X = self._solver.clean_estimate(output_1X, self.step, self.latents_1X)
         self.latents_1X = self._solver.step(output_1X, self.step, self.latents_1X, self._generator)
@@ -159,7 +159,7 @@ class Handle:
         self._state = state
 
     def cancel(self) -> None:
-        """Give the request up: its places are free at the next step. Without effect once it has ended."""
+        """Cancel the request at the next step. Has no effect once it has ended."""
         self._state.cancelled = True
         self._state.wake()
 

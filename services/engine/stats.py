@@ -1,4 +1,4 @@
-"""What the engine counts about itself."""
+"""Counts of the engine's work."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -11,10 +11,10 @@ _SMOOTHING = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot. All but the first two only grow."""
+    """A snapshot of the counts. All but the first two only grow."""
 
     queue_depth: int = 0
-    """Clips that wait for a place."""
+    """Clips in the queue."""
     running: int = 0
     """Requests that have not ended, waiting ones included."""
     calls: int = 0
@@ -24,26 +24,26 @@ class EngineStats:
     rows: int = 0
     """Rows computed in denoiser calls, padding included."""
     padding_rows: int = 0
-    """Rows computed for nobody."""
+    """Padding rows in denoiser calls."""
     denoise_seconds: float = 0.0
     """Time in denoising steps."""
     clips: int = 0
     """Clips made."""
     audio_seconds: float = 0.0
-    """Their length."""
+    """Seconds of audio in these clips."""
     decode_seconds: float = 0.0
-    """Time in decoding them."""
+    """Time in decoding these clips."""
     finished: int = 0
     """Requests that got all their clips."""
     cancelled: int = 0
-    """Requests given up by their caller."""
+    """Requests cancelled by their caller."""
     expired: int = 0
     """Requests whose deadline passed."""
     failed: int = 0
-    """Requests that ended otherwise."""
+    """Requests that failed otherwise."""
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
-        """Of two engines together."""
+        """Return the sum of two engines' counts."""
         names = (field.name for field in fields(self))
         return EngineStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
@@ -54,7 +54,7 @@ class Meter:
     def __init__(self) -> None:
         self.totals = EngineStats()
         self.step_seconds: float | None = None
-        """Running mean of a clip's share of a step; None before the first."""
+        """Running mean of the time of a step per clip; None before the first."""
         self.decode_seconds: float | None = None
         """Running mean of the time to decode a clip; None before the first."""
 

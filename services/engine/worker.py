@@ -1,4 +1,4 @@
-"""The loop of the thread that owns the device: between denoiser calls, requests join, leave and are decoded.
+"""The worker thread's loop: between denoiser calls, clips start, end and are decoded.
 
 Shapes: T mel frames, M mel bins, N samples.
 """
@@ -38,7 +38,7 @@ class _Group:
 
 
 class Worker:
-    """Everything that happens on the worker thread."""
+    """Runs the requests of an engine on the worker thread."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Worker:
                 self._end(state, Failed(error=error))
 
     def _verdict(self, state: RequestState) -> Exception | None:
-        """Return why `request` must not go on, if so."""
+        """Return the error that must end a request now; None if it may go on."""
         if state.cancelled:
             return RequestCancelledError("the request was cancelled")
         if state.expired:
@@ -109,14 +109,14 @@ class Worker:
         return None
 
     def _end(self, state: RequestState, event: Finished | Failed) -> None:
-        """Send `request` its last event and forget it."""
+        """Send a request its last event, and remove it."""
         if state.ended:
             return
         state.ended = True
         self._decoding = deque(clip for clip in self._decoding if clip.state is not state)
         for key, group in list(self._groups.items()):
             self._keep(key, [clip for clip in group.clips if clip.state is not state])
-        # Before the event: who has it may look at the queue at once, or send the next request.
+        # Before the event: its receiver may read the queue or submit another request at once.
         self._meter.count_end(event)
         self._admission.remove(state)
         self._send(state, event)
@@ -144,14 +144,14 @@ class Worker:
     # ---------------------------------------------------------------------------------------------- who joins
 
     def _seat(self) -> None:
-        """Give free places to waiting clips, in the order of the queue."""
+        """Start waiting clips while there is room, in the order of the queue."""
         tickets = self._admission.tickets()
         seated = False
         for ticket in tickets:
             if ticket.state.ended:
                 continue
             if not self._length_may_run(ticket.state.frames):
-                # Those behind must wait too: if they went ahead, this length might never get its turn.
+                # Later clips must wait too: otherwise this length might never start.
                 break
             if self._taken(ticket.state.frames) < self._config.batch_shapes[-1]:
                 self._start(ticket)
@@ -167,7 +167,7 @@ class Worker:
         return sum(len(group.clips) for key, group in self._groups.items() if key.frames == frames)
 
     def _start(self, ticket: Ticket) -> None:
-        """Turn a waiting clip into a clip of its group."""
+        """Start a waiting clip: add it to its group."""
         state = ticket.state
         self._admission.take(ticket)
         try:
@@ -189,7 +189,7 @@ class Worker:
         state.encode_seconds = time.monotonic() - state.started_at
 
     def _report_positions(self) -> None:
-        """Report to requests without a started clip their position in the queue, if it changed."""
+        """Send requests without a started clip their position in the queue, if it changed."""
         seen: set[int] = set()
         for position, ticket in enumerate(self._admission.tickets()):
             state = ticket.state
@@ -203,7 +203,7 @@ class Worker:
     # ----------------------------------------------------------------------------------------------- who runs
 
     def _step(self) -> None:
-        """Take one denoising step with the clips of one group."""
+        """Run one denoising step with the clips of one group."""
         key = next_turn({key: group.work for key, group in self._groups.items()})
         group = self._groups[key]
         clips = group.clips
@@ -258,7 +258,7 @@ class Worker:
     # -------------------------------------------------------------------------------------------- who is done
 
     def _finish_clip(self, clip: ClipState) -> None:
-        """Decode one clip and send it; with the last one, end the request."""
+        """Decode one clip and send it; end the request with its last clip."""
         state = clip.state
         error = self._verdict(state)
         if error is not None:
@@ -280,11 +280,11 @@ class Worker:
             self._end(state, Finished(model=self._model, warnings=state.warnings(), timings=state.timings()))
 
     def _decode(self, clip: ClipState) -> NDArray[np.float32]:
-        """Return the clip's waveform, [N]. One clip at a time, so that its bits depend on no other."""
+        """Return the clip's waveform [N]. Clips are decoded one at a time, so that they are independent."""
         waveform_BN = self._pipeline.decode(clip.latents_1X, self._samples(clip))
         waveform_N: NDArray[np.float32] = waveform_BN[0].cpu().numpy()
         if not np.isfinite(waveform_N).all():
-            raise FloatingPointError("the model made a waveform with infinite or undefined samples")
+            raise FloatingPointError("the model returned a waveform with infinite or undefined samples")
         return waveform_N
 
     def _samples(self, clip: ClipState) -> int:

@@ -1,6 +1,6 @@
-"""Load the CLAP and reward models that model URIs resolved to.
+"""Load resolved CLAP and reward models.
 
-Each backend is imported only where it is used: it may not be installed.
+Each backend is imported only when it is used, since it may not be installed.
 """
 
 from services.errors import FieldViolation, InvalidInputError
@@ -10,7 +10,7 @@ from services.weights.uri import ResolvedModel
 
 
 def load_embedding_model(model: ResolvedModel, device: str = "auto") -> EmbeddingModel:
-    """Load a CLAP model by the backend that its URI named.
+    """Load a CLAP model with the backend of its URI's scheme.
 
     Raises:
         ModelError: the weights were refused.
@@ -24,11 +24,11 @@ def load_embedding_model(model: ResolvedModel, device: str = "auto") -> Embeddin
 
 
 def load_clap_model(model: ResolvedModel, device: str = "auto") -> ClapModel:
-    """Load a CLAP model that gives tokens, as reward models need it.
+    """Load a CLAP model that returns tokens, which reward models need.
 
     Raises:
         ModelError: the weights were refused.
-        InvalidInputError: the device does not exist, or LAION's package was named, which gives no tokens.
+        InvalidInputError: the device does not exist, or the URI is ``laion-clap:``, which returns no tokens.
     """
     match model.reader:
         case "laion":
@@ -36,7 +36,7 @@ def load_clap_model(model: ResolvedModel, device: str = "auto") -> ClapModel:
 
             return load_laion(model.folder, device=device)
         case "laion-clap":
-            text = f"is laion-clap:{model.folder}, which gives embeddings and no tokens; give laion:PATH"
+            text = f"is laion-clap:{model.folder}, which returns no tokens, only embeddings; give laion:PATH"
             raise InvalidInputError(FieldViolation("clap", text))
         case _:
             from services.models.clap.loading import load_clap
