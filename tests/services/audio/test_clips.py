@@ -129,7 +129,7 @@ def test_bytes_that_are_no_whole_samples_are_refused() -> None:
     assert fault == FieldViolation(
         "clips[2].audio",
         "has 63999 bytes, must be a multiple of 4 (FLOAT32, channel_count 1); "
-        "it is truncated, or has another encoding",
+        "it is cut short, or of another encoding",
     )
     stereo = float32(tone(channels=2))
     stereo.audio = stereo.audio[:-4]
