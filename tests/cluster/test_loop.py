@@ -182,7 +182,9 @@ def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: s
     (node,) = (node["metadata"]["name"] for node in cluster.get("nodes")["items"])
     load.mark("no room")
     run = cluster.start(MILONGA, *PROMOTE, "--version", "1", *QUICK, "--deadline", "35")
-    run.wait_for("passed ")
+    # Before the gates end: the new pod is scheduled within a second of that.
+    run.wait_for("starting a challenger on milonga-tango version 1")
+    run.wait_for("the challenger serves")
     cluster.kubectl("cordon", node)
     try:
         done = run.finish()
