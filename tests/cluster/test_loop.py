@@ -184,7 +184,9 @@ def test_pods_that_never_get_ready_are_rolled_back(cluster: Cluster, registry: s
     run = cluster.start(MILONGA, *PROMOTE, "--version", "1", *QUICK, "--deadline", "35")
     # Before the gates end: the new pod is scheduled within a second of that.
     run.wait_for("starting a challenger on milonga-tango version 1")
-    run.wait_for("the challenger serves")
+    scheduled = ("-l", "app.kubernetes.io/name=challenger", f"--field-selector=spec.nodeName={node}")
+    while not cluster.get("pods", *scheduled)["items"]:
+        time.sleep(0.2)
     cluster.kubectl("cordon", node)
     try:
         done = run.finish()
@@ -212,9 +214,9 @@ def test_rollback(cluster: Cluster, registry: str, load: PodLoad) -> None:
 
 def test_a_promoter_that_died_in_the_gates_is_undone(cluster: Cluster, registry: str, load: PodLoad) -> None:
     run = cluster.start(MILONGA, *PROMOTE, "--version", "1")
-    run.wait_for("promotion of")
-    time.sleep(10)
-    assert cluster.challengers() == 1
+    run.wait_for("starting a challenger on")
+    while cluster.challengers() == 0:
+        time.sleep(0.2)
     run.process.send_signal(signal.SIGKILL)
     load.mark("promoter killed")
     assert run.finish().code == -signal.SIGKILL
