@@ -23,7 +23,7 @@ URI_FORMS: Final = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also wi
 NAME_URI: Final = "NAME=URI"
 
 _MODEL_PANEL: Final = "Device, batches and limits"
-_SERVER_PANEL: Final = "Watching, TLS and stopping"
+_SERVER_PANEL: Final = "Health, metrics, TLS and shutdown"
 
 
 def with_options(function: Callable[..., Any], options: Iterable[inspect.Parameter]) -> Callable[..., Any]:
