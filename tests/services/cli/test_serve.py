@@ -87,7 +87,7 @@ def test_every_setting_is_an_option_with_its_docstring(
     for name in settings.model_fields:
         # Secrets are the environment's alone, which the end of the help says.
         assert f" {flag_of(settings, name)} " in out or f"MILONGA_{name.upper()} has no option" in out
-    assert "With --tls-key-file the service speaks TLS, otherwise plaintext." in out
+    assert "With --tls-key-file, the service uses TLS, otherwise plaintext." in out
     assert "`" not in out
 
 
