@@ -132,8 +132,7 @@ def convert_checkpoint(
     Args:
         source: folder of the released checkpoint.
         target: model folder to create.
-        text_encoder: FLAN-T5's config and tokenizer, which released folders lack: a folder, or
-            ``hf:OWNER/NAME`` (fetched from the hub).
+        text_encoder: folder, or ``hf:OWNER/NAME``, with FLAN-T5's config and tokenizer, which `source` lacks.
         progress: called with the name of each stage.
         name: name in the manifest; None: that of the source folder.
         version: version in the manifest.
@@ -160,23 +159,17 @@ def convert_checkpoint(
 
         report("autoencoder and vocoder")
         weights = split_vae(read_pickle(source / VAE))
-        vae = build_vae(vae_config, weights["vae"])
-        vae.save_pretrained(folder / "vae")
-        vocoder = build_vocoder(stft_config, weights["vocoder"])
-        vocoder.save_pretrained(folder / "vocoder")
-        vae, vocoder = vae.to("meta"), vocoder.to("meta")
+        vae = _saved(build_vae(vae_config, weights["vae"]), folder / "vae")
+        vocoder = _saved(build_vocoder(stft_config, weights["vocoder"]), folder / "vocoder")
         del weights
 
         report("text encoder")
         weights = split_main(read_pickle(source / MAIN))
         encoder = build_text_encoder(text_config, weights.pop("text_encoder"))
-        encoder.save_pretrained(folder / "text_encoder")
-        encoder = encoder.to("meta")
+        encoder = _saved(encoder, folder / "text_encoder")
 
         report("denoiser")
-        unet = build_unet(unet_config(source, main_config), weights.pop("unet"))
-        unet.save_pretrained(folder / "unet")
-        unet = unet.to("meta")
+        unet = _saved(build_unet(unet_config(source, main_config), weights.pop("unet")), folder / "unet")
 
         pipeline = TangoPipeline(
             tokenizer=tokenizer,
@@ -201,6 +194,12 @@ def convert_checkpoint(
         report("manifest")
         write_manifest(folder, name or source.resolve().name, version, license)
     return target
+
+
+def _saved(part: Any, folder: Path) -> Any:
+    """Save a part of the pipeline, and return it without its weights, which would fill the memory."""
+    part.save_pretrained(folder)
+    return part.to("meta")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -113,10 +113,13 @@ async def test_asyncio_and_streams(served: Served) -> None:
         (_samples()[:1], "audio: tensor AUDIO is missing, expected FP32 [n, samples]; or ENCODED"),
         (
             _samples()[:2],
-            "sample_rate_hertz: tensor SAMPLE_RATE is missing, expected INT32 [n, 1]: samples carry none",
+            "sample_rate_hertz: tensor SAMPLE_RATE is missing, expected INT32 [n, 1]: AUDIO ",
         ),
         (_samples(audio=TONES[0]), "audio: tensor AUDIO has shape [8000], expected FP32 [n, samples]"),
-        (_samples(PROMPTS[:1], rates=[16_000]), "audio: tensor AUDIO has 2 rows, expected 1, as PROMPT has"),
+        (
+            _samples(PROMPTS[:1], rates=[16_000]),
+            "audio: tensor AUDIO has 2 rows, expected 1, as many as PROMPT",
+        ),
         (_samples([b"\xff", "a dog"]), "prompt[0]: tensor PROMPT is not UTF-8 from byte 0 on"),
         (_samples(["", "a dog"]), "pairs[0].prompt: is empty"),
         (_samples(rates=[7, 16_000]), "pairs[0].clip.sample_rate_hertz: is 7, must be between 8000"),
@@ -125,7 +128,7 @@ async def test_asyncio_and_streams(served: Served) -> None:
         (_samples(audio=[[float("nan")] * 8000] * 2), "pairs[0].clip.audio: holds NaN or infinity"),
         (
             _samples(["a"] * 65, [[0.0] * 8000] * 65),
-            "prompt: tensor PROMPT has 65 rows, expected between 1 and 64; send more",
+            "prompt: tensor PROMPT has 65 rows, expected between 1 and 64; split them into several requests",
         ),
         (_samples([], np.zeros((0, 8000))), "prompt: tensor PROMPT has 0 rows, expected between 1 and 64"),
         (_samples() + _files(b"x", b"y")[1:], "audio: has both tensors AUDIO and ENCODED_AUDIO"),
