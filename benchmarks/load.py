@@ -9,7 +9,7 @@ Every answer names one model, and its clips are compared with the first that thi
 other companions in a batch change a clip inaudibly, other weights wholly, so that a mixed answer shows.
 
 Writes calls.jsonl, a line a call as soon as it has ended, summary.json, and load.png, the calls a second by
-model, where matplotlib is installed. Beside that it needs the light install only. Exit code 1: a call failed,
+model, where matplotlib is installed. Otherwise it needs the light install only. Exit code 1: a call failed,
 or was mixed.
 """
 

@@ -285,7 +285,7 @@ def announcer(total: int) -> Callable[[str], None]:
 
 
 def outcome(study: Mapping[str, Any]) -> list[str]:
-    """One line for each method: the figure that decides, beside the start's."""
+    """One line for each method: the deciding figure, next to that of the start."""
     before = study["figures"][BASE].get(PRIMARY)
     return [
         f"{variant}: {PRIMARY} {means[PRIMARY]:.3f}, the mean over training seeds; {BASE} {before:.3f}"

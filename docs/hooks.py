@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "services/models/mini/README.md")
-"""Pages outside of ``docs/``, beside ``benchmarks/*.md``."""
+"""Pages outside of ``docs/``, besides ``benchmarks/*.md``."""
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".proto": "protobuf"}
 """The lexer of a source page, by suffix. Other text is shown as it is."""
@@ -52,7 +52,7 @@ def _resolve(source: str, link: str) -> str:
 
 
 def _source_of(src_uri: str) -> str:
-    """Return where a page of the site lies in the repository, from its root."""
+    """Return the place of a page of the site in the repository, from its root."""
     return src_uri if src_uri in _pages() else f"docs/{src_uri}"
 
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python k8s/lint.py        # what `make lint-manifests` runs; the tools come from .venv-k8s
 
-What is rendered lies in ``build/k8s/`` afterwards: of each scenario the objects that no earlier one has.
+The rendered objects are in ``build/k8s/`` afterwards: of each scenario the objects that no earlier one has.
 """
 
 import os
@@ -57,7 +57,7 @@ class LintError(Exception):
 def scenarios() -> dict[str, Scenario]:
     """Everything that is rendered, by name.
 
-    Beside overlays and Jobs: each component by itself, and all of them at once, each side of the
+    Besides overlays and Jobs: each component by itself, and all of them at once, each side of the
     alternatives, in order and in reverse, since none may count on another, or on coming after it.
     """
     components = sorted(path.name for path in (K8S / "components").iterdir() if path.is_dir())
@@ -153,7 +153,7 @@ def write_new(rendered: Mapping[str, str]) -> list[str]:
 
 
 def validate(files: Sequence[str]) -> None:
-    """Hold the files to Kubernetes' own schemas, in which nothing unknown may stand."""
+    """Hold the files to Kubernetes' own schemas, which allow no unknown field."""
     flags = [word for version in VERSIONS for word in ("-k", version)]
     said = run("kubernetes-validate", *flags, "--strict", "--quiet", *files).splitlines()
     # Of a kind that it does not know it only warns.

@@ -2,7 +2,7 @@
 
     python protos/generate.py [--force]
 
-The stubs are written beside the .proto files and are not committed. Does nothing where they are up to date.
+The stubs are written next to the .proto files and are not committed. Does nothing where they are up to date.
 The wheel's build hook (hatch_build.py) calls `generate` too.
 """
 
@@ -92,7 +92,7 @@ def _run_protoc(root: Path, out: Path, protos: Iterable[Path]) -> None:
         ]
     )
     if status != 0:
-        raise RuntimeError(f"protoc failed with status {status}; its message stands above")
+        raise RuntimeError(f"protoc failed with status {status}; its message is above")
 
 
 def _plugin(name: str) -> str:

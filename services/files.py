@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it into place. Creates its folder.
+    """Write a file under a temporary name next to it, then rename it into place. Creates its folder.
 
     If anything fails, no half-written file stays, and an older file is unchanged.
 
@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that nothing else uses."""
+    """Return a hidden name next to `path` that nothing else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 

@@ -354,7 +354,7 @@ def floors(module: Module) -> list[str]:
 
 
 def print_tables(house: House, runs: Mapping[str, str]) -> None:
-    """Print the figures beside the old ones, then sizes by folder and the longest modules."""
+    """Print the figures next to the old ones, then sizes by folder and the longest modules."""
     console = Console()
     table = Table("what", Column("2026-11-27", justify="right"), Column("now", justify="right"))
     for name, value in {**figures(house), **runs}.items():

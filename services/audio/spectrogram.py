@@ -1,6 +1,6 @@
 """Draw log-mel spectrograms as PNG pictures: for the CLI, the demo's page and sheets of many clips.
 
-Needs NumPy and Pillow only, so that it works beside `AudioClient` in an install without torch. The input of
+Needs NumPy and Pillow only, so that it works, like `AudioClient`, in an install without torch. The input of
 models is computed by `services.models.mel`.
 
 Shape legend: N samples, T frames, M mel bins, H x W pixels.

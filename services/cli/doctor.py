@@ -141,7 +141,7 @@ def package_checks() -> Iterator[Check]:
                 group="packages",
                 name=name,
                 status="missing",
-                found="installed beside a CPU build of torch, where it breaks imports of transformers",
+                found="installed with a CPU build of torch, where it breaks imports of transformers",
                 remedy=f"pip uninstall {name}",
             )
 

@@ -287,7 +287,7 @@ def warn(warnings: Sequence[str], name: str = "") -> None:
 
 
 def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the record of a prompt's clips as JSON: for ``--json``, and for the file beside the clips."""
+    """Return the record of a prompt's clips as JSON: for ``--json``, and for the file next to the clips."""
     record: dict[str, Any] = {
         "clips": [
             {

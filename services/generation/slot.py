@@ -4,7 +4,7 @@
 
     with slot.lease() as served:            # once a call: everything the answer says is of this one model
         …served.engine, served.version…
-    await slot.switch(uri)                  # loads beside it; new calls get the new one
+    await slot.switch(uri)                  # loads alongside; new calls get the new one
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class EngineSlot:
             self._let_go(served)
 
     async def switch(self, uri: ModelURI) -> ModelSwitch:
-        """Load what `uri` names beside the served model, and give it to new calls.
+        """Load what `uri` names alongside the served model, and give it to new calls.
 
         Once begun, a switch is completed, even if its caller is cancelled.
 
@@ -161,7 +161,7 @@ class EngineSlot:
                 raise
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelError(
-                f"model: {_named(model)} does not fit into memory beside the served model; "
+                f"model: {_named(model)} does not fit into memory alongside the served model; "
                 "start a service with it instead"
             ) from error
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCAL_STORE: Final = "mlflow.db"
-"""Name of the database that is used without a server. Artifacts are in ``mlruns/`` beside it."""
+"""Name of the database that is used without a server. Artifacts are in ``mlruns/`` next to it."""
 
 DIGEST_TAG: Final = "milonga.digest"
 """Tag of a registered version: the digest of its model folder."""

@@ -58,7 +58,7 @@ def running(
         repository: its model repository.
         folder: an empty folder for its backend and its log.
         flags: further ones of tritonserver; any ``--load-model`` among them replaces the ``*``.
-        environment: variables beside those of this process.
+        environment: variables in addition to those of this process.
     """
     packages = ENVIRONMENT / "lib" / f"python{PYTHON}" / "site-packages"
     ports = [free_port() for _ in range(3)]

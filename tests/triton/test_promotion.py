@@ -240,7 +240,7 @@ def test_under_load_a_version_is_promoted_and_rolled_back(world: World) -> None:
         "bootstrapped",
     ]
     assert world.repository.versions(MODEL) == [1, 2]
-    # At the start, for the promotion, for the rollback: what serves is not loaded again beside another.
+    # At the start, for the promotion, for the rollback: what serves is not loaded again with another.
     initialized = world.server.log.read_text().count("TRITONBACKEND_ModelInstanceInitialize: tango_0_0 ")
     assert initialized == 3
 

@@ -164,7 +164,7 @@ def test_a_broken_version_is_refused_and_the_old_one_serves(tmp_path: Path) -> N
         assert "DigestMismatchError" in message
         assert index(client)["tango", "2"][0] == "UNAVAILABLE"
         assert len(clip(server.grpc, PROMPTS[0])) == 10_240
-        # Mended, it is loaded beside the first, and new requests go to it.
+        # Mended, it is loaded alongside the first, and new requests go to it.
         weights.write_bytes(whole)
         client.load_model("tango")
         with stream(server.grpc) as opened:

@@ -27,7 +27,7 @@ NAMESPACE: Final = "milonga"
 SUBMISSION: Final = "milonga.dev/submission"
 """Annotation of a Job: a random token per submission, which identifies a Job that this process created."""
 
-# In a wheel beside this module, in the repository among the other manifests.
+# In a wheel next to this module, in the repository among the other manifests.
 _PATHS: Final = (
     Path(__file__).with_name("align.yaml"),
     Path(__file__).parents[2] / "k8s" / "jobs" / "align.yaml",

@@ -68,7 +68,7 @@ class TargetOptions:
         str | None,
         typer.Option(
             "--generation-address",
-            help="Address of the generation service. Kubernetes: verified as well, beside each pod.",
+            help="Address of the generation service. Kubernetes: verified in addition to each pod.",
             metavar="ADDR",
             show_default="in a pod the Service; local: 127.0.0.1:50051",
             rich_help_panel=CONNECTION,

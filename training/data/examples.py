@@ -291,7 +291,7 @@ def pair_rows(
         field: the field that errors name.
         audio_root: folder that paths of clips start from; None: the file's folder.
         domain: domain of the clips.
-        columns: columns to read beside the clips; None: all.
+        columns: columns to read in addition to the clips; None: all.
     """
     from pyarrow import ArrowException, types  # type: ignore[import-untyped]
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]

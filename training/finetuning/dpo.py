@@ -46,7 +46,7 @@ class DpoTraining(FineTuning):
     reference: str | None = None
     """URI of the reference model; none: the start."""
     chosen_weight: float = 0.0
-    """Of the plain denoising loss of the chosen clip beside DPO's, which keeps its error down; 1 is CRPO
+    """Of the plain denoising loss of the chosen clip, added to DPO's, which keeps its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class DpoTraining(FineTuning):
 def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
     """Run the whole program; `output` is then a generator's folder. Returns the report in its training.json.
 
-    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
+    ``NAME.run``, next to `output`, has the journal, the checkpoints and, unless there is a shared cache,
     latents. However a run ended, the same call resumes it; with `fresh` it starts over.
 
     Raises:

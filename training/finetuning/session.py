@@ -1,6 +1,6 @@
 """What supervised fine-tuning, DPO and BATON share: the denoiser in training, its data, its folder.
 
-Only the denoiser learns, all of it or low-rank adapters beside it. All other parts are the start's, file for
+Only the denoiser learns, all of it or low-rank adapters on it. All other parts are the start's, file for
 file. How a family's clips are noised and its errors measured is its `Objective`.
 
 Shape legend: B batch, X a family's own shape of latents.
@@ -47,7 +47,7 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) beside the denoiser's weights, which are then frozen."""
+    """Low-rank adapters (arXiv 2106.09685) on the denoiser's weights, which are then frozen."""
 
     rank: int = 0
     """Of the adapters; 0: none, the denoiser itself learns."""
@@ -239,7 +239,7 @@ def open_session(
 
     Args:
         config: of the program.
-        output: the model's folder; beside it lies ``NAME.run``.
+        output: the model's folder; ``NAME.run`` is next to it.
         files: the data, whose content the run is bound to.
         models: URIs of further models that the result follows from, by the names of their settings.
         fresh: start over.

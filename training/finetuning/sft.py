@@ -50,7 +50,7 @@ class SftTraining(FineTuning):
 def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
     """Run the whole program; `output` is then a generator's folder. Returns the report in its training.json.
 
-    Beside `output` lies ``NAME.run``, with the journal, the checkpoints and, unless there is a shared cache,
+    ``NAME.run``, next to `output`, has the journal, the checkpoints and, unless there is a shared cache,
     latents. However a run ended, the same call resumes it; with `fresh` it starts over.
 
     Raises:

@@ -153,10 +153,10 @@ def _expanded(value: Any) -> Any:
 
 
 def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
-    # Those beside it, if it names a group; else those that are spelt alike.
+    # Those of the same group, if it names one; else those with a similar spelling.
     group, dot, _ = name.rpartition(".")
-    beside = [key for key in known if dot and key.startswith(f"{group}.")]
-    near = beside or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    siblings = [key for key in known if dot and key.startswith(f"{group}.")]
+    near = siblings or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     listed = f"known: {', '.join(near)}" if near else "--show lists all"
     return f"is given as {text!r}, and no setting has this name; {listed}"
 

@@ -41,7 +41,7 @@ Positions = NDArray[np.int64]
 """Numbers of examples within a run: step × batch + index in the batch."""
 
 Figures = Mapping[str, "float | Tensor"]
-"""Logged beside the loss: means over the examples, under the same names at each call."""
+"""Logged with the loss: means over the examples, under the same names at each call."""
 
 LossFunction = Callable[[nn.Module, Positions], tuple[Tensor, Figures]]
 """From the module, as accelerate wraps it (call it, use no attributes), and positions to the mean loss."""
@@ -127,7 +127,7 @@ class Fitted:
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """What a checkpoint holds beside module and optimiser."""
+    """What a checkpoint holds besides module and optimiser."""
 
     step: int = 0
     """Steps done."""

@@ -1,4 +1,4 @@
-"""Measure a reward model of the mini family, beside the CLAP models, on pairs of clips of held-out prompts.
+"""Measure a reward model of the mini family, next to the CLAP models, on pairs of clips of held-out prompts.
 
     python -m training.mini.evaluate_reward --prompts 400 --output benchmarks/mini-reward.json
 

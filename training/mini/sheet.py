@@ -3,7 +3,7 @@
     python -m training.mini.sheet --output docs/images
     python -m training.mini.sheet --denoiser build/mini/mini/final --output /tmp
 
-`seeds.png`: one prompt, eight seeds. `real-and-generated.png`: scenes of the world beside what the model
+`seeds.png`: one prompt, eight seeds. `real-and-generated.png`: scenes of the world next to what the model
 makes of their held-out captions.
 """
 

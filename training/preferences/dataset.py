@@ -140,7 +140,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
 def read_preferences(path: Path) -> list[Preference]:
     """Read the pairs of a Parquet file, or of all in a folder (of this module, or the public data), in order.
 
-    Clips that are not in the file are expected beside it. Raises `InvalidInputError`.
+    Clips that are not in the file are expected next to it. Raises `InvalidInputError`.
     """
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:

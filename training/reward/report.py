@@ -92,7 +92,7 @@ def evaluate_head(head: nn.Module, examples: Examples, tokens: ClapTokens) -> He
 def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: float) -> dict[str, Any]:
     """Return the metrics for evaluation.json, those that are means with 95 % intervals over prompts.
 
-    These are pair accuracy by mistake and domain, beside that of the CLAP score; calibration before and after
+    These are pair accuracy by mistake and domain, with that of the CLAP score; calibration before and after
     the division by `temperature`; and, for labels, accuracy and area under the ROC curve.
     """
     report: dict[str, Any] = {}

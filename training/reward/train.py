@@ -106,7 +106,7 @@ class RewardTraining:
 def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
     """Train a reward model, write its folder `output`, and return the content of its evaluation.json.
 
-    Processes other than the main one return {}. The folder ``NAME.run`` beside `output` contains the journal,
+    Processes other than the main one return {}. Next to `output`, ``NAME.run`` contains the journal,
     the checkpoints and CLAP's tokens. An interrupted training is resumed by the same call; with `fresh` it
     starts over.
 

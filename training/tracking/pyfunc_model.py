@@ -1,4 +1,4 @@
-"""The code of a registered model, which MLflow keeps beside the weights in the place of a pickle.
+"""The code of a registered model, which MLflow keeps next to the weights instead of a pickle.
 
     model = mlflow.pyfunc.load_model("models:/milonga-tango@challenger")
     [clip] = model.predict({"prompt": "A dog barks then a siren wails", "seed": 7})

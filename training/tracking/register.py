@@ -169,13 +169,13 @@ def clap_of(folder: Path, clap: str | None) -> Path:
     """Return the CLAP model of the reward model in `folder`, by the URI `clap` or from the mini family."""
     config = read_reward_config(folder)
     if clap is None:
-        beside = mini_folder("clap-a")
-        if not beside.is_dir() or read_manifest(beside).digest != config.clap_digest:
+        embedded = mini_folder("clap-a")
+        if not embedded.is_dir() or read_manifest(embedded).digest != config.clap_digest:
             raise InvalidInputError(
                 FieldViolation(
                     "--clap",
                     f"is missing, and {folder} needs the CLAP model {config.clap_name} "
-                    f"({config.clap_digest}), not on the mini family's; give its model URI",
+                    f"({config.clap_digest}), which is not the mini family's; give its model URI",
                 )
             )
         clap = "mini:clap-a"
@@ -276,7 +276,7 @@ def tags_of(kind: Kind, model: ModelVersion, provenance: Provenance) -> dict[str
 
 
 def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
-    """Return the id of the experiment `name`, created if missing. Files of a local database are beside it."""
+    """Return the id of the experiment `name`, created if missing, with files next to a local database."""
     from mlflow.exceptions import MlflowException
 
     from services.weights.registry import database_path

@@ -1,1 +1,1 @@
-"""Version 1 of the wire. The ``*_pb2`` modules beside this file are generated: ``make protos``."""
+"""Version 1 of the wire. The ``*_pb2`` modules next to this file are generated: ``make protos``."""

@@ -243,7 +243,7 @@ def test_a_model_too_large_to_lie_beside_the_served_one(
         raise MemoryError
 
     monkeypatch.setattr("tests.services.generation.test_operator.load_tango", full)
-    with pytest.raises(ModelError, match="second 2 does not fit into memory beside"):
+    with pytest.raises(ModelError, match="second 2 does not fit into memory alongside"):
         client.switch_model(f"file:{second}", token=TOKEN)
     assert _clip(client)[0] == "tiny"
 

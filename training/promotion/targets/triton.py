@@ -1,4 +1,4 @@
-"""Promotion into a Triton server: new weights are loaded beside the old ones, verified, then served alone.
+"""Promotion into a Triton server: new weights are loaded alongside the old ones, verified, then served alone.
 
 The pin is the version_policy of ``tango/config.pbtxt`` in the server's model repository. The server must run
 in explicit mode (``--model-control-mode=explicit``). The challenger is another model there, with the same
@@ -174,7 +174,7 @@ class TritonTarget:
         self._repository.remove(CHALLENGER)
 
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
-        """See `Target`: the version is loaded beside the served one, probed, and then pinned alone.
+        """See `Target`: the version is loaded alongside the served one, probed, and then pinned alone.
 
         After a failure the old pin is loaded again. None restores weights that are in no registry, if this
         promotion has replaced them.
@@ -272,7 +272,7 @@ class TritonTarget:
                 raise _refused(f"version {_listed(versions)} of {MODEL} can't be served", error) from error
 
     def _serve_beside(self, before: Collection[int], number: int, end: float) -> None:
-        """Serve a version beside those of `before`, which may be broken or missing."""
+        """Serve a version in addition to those of `before`, which may be broken or missing."""
         existing = {*before} & {*self._repository.versions(MODEL)}
         try:
             self._serve({*existing, number}, end)

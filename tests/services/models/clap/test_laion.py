@@ -388,8 +388,8 @@ def test_tokenizer_is_found_where_it_lies(state: State, folder: Path) -> None:
     given = load_laion(path, tokenizer=folder / "roberta-base")
     for file in (folder / "roberta-base").iterdir():
         shutil.copy(file, path.parent)
-    beside = load_laion(path)
-    assert torch.equal(given.embed_text(["a dog"]), beside.embed_text(["a dog"]))
+    neighbour = load_laion(path)
+    assert torch.equal(given.embed_text(["a dog"]), neighbour.embed_text(["a dog"]))
 
 
 def test_tokenizer_of_the_hubs_cache(state: State, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
