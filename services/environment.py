@@ -25,11 +25,14 @@ SWITCHES: dict[str, str] = {
 }
 """Variables that are always set."""
 
+HUB_SCHEMES = ("hf", "laion", "laion-clap")
+"""Schemes of model URIs that may download from the hub. LAION's checkpoints lack their tokenizer."""
+
 OFFLINE_SWITCHES: dict[str, str] = {"HF_HUB_OFFLINE": "1"}
 """Variables that are set unless a model comes from the hub: an unreachable hub costs minutes of retries."""
 
 
 def quiet_libraries(*, online: bool = False) -> None:
-    """Set every variable that is not set. `online` permits access to the hub, for ``hf:`` models."""
+    """Set every variable that is not set. `online` permits access to the hub, for models of `HUB_SCHEMES`."""
     for name, value in (SWITCHES if online else SWITCHES | OFFLINE_SWITCHES).items():
         os.environ.setdefault(name, value)

@@ -273,7 +273,7 @@ class Clip:
     ) -> Self:
         """Return the clip of finite samples [N] within [-1, 1], bit for bit."""
         return cls(
-            audio=waveform_N.astype("<f4").tobytes(),
+            audio=waveform_N.astype("<f4", copy=False).tobytes(),
             encoding="float32",
             sampling_rate=sampling_rate,
             duration=len(waveform_N) / sampling_rate,

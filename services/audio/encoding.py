@@ -45,7 +45,7 @@ def encode_audio(
     rate = target_rate or sampling_rate
     clipped_N = np.clip(resample(waveform_N, sampling_rate, rate), -1.0, 1.0)
     if encoding == "float32":
-        return clipped_N.astype("<f4").tobytes()
+        return clipped_N.astype("<f4", copy=False).tobytes()
     if encoding == "ogg":
         return _encode_vorbis(clipped_N, rate)
     pcm_N = np.rint(clipped_N * 32767.0).astype("<i2")

@@ -17,6 +17,7 @@ import errno
 import gc
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ import typer
 import typer.main
 
 from services.cli import convert, doctor, fetch, generate, score, serve, triton, up
-from services.environment import quiet_libraries
+from services.environment import HUB_SCHEMES, quiet_libraries
 from services.errors import (
     AlreadyUnderWayError,
     DeadlineExceededError,
@@ -54,6 +55,9 @@ EXIT_CODES: dict[type[BaseException], int] = {
     KeyboardInterrupt: 130,
 }
 """Exit code of an exception: that of its nearest class. Any other exception is an internal error: 1."""
+
+_HUB_URI = re.compile(rf"""(?:^|[="])(?:{"|".join(HUB_SCHEMES)}):""")
+"""A model URI that may need the hub: an argument, in NAME=URI, or in the JSON of MILONGA_SCORERS."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a full or read-only file system."""
@@ -149,8 +153,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _needs_hub(words: Sequence[str]) -> bool:
     """Return whether an argument or a ``MILONGA_*`` variable names a model on the Hugging Face hub."""
     variables = [value for name, value in os.environ.items() if name.startswith("MILONGA_")]
-    # MILONGA_SCORERS is a JSON object.
-    return any(one.rpartition("=")[2].startswith("hf:") or '"hf:' in one for one in (*words, *variables))
+    return any(_HUB_URI.search(one) for one in (*words, *variables))
 
 
 def _one_line(error: Exception, code: int) -> str:

@@ -123,7 +123,7 @@ class RequestWriter:
         self._take(waveform.nbytes)
         message = audio_pb2.Clip(
             # Interleaved: the first sample of every channel, then the second of every channel.
-            audio=waveform.T.astype("<f4").tobytes(),
+            audio=waveform.T.astype("<f4", copy=False).tobytes(),
             encoding=audio_pb2.AUDIO_ENCODING_FLOAT32,
             channel_count=1 if waveform.ndim == 1 else len(waveform),
         )

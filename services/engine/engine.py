@@ -133,11 +133,6 @@ class Engine:
         self.close()
 
     @property
-    def queue_depth(self) -> int:
-        """Number of clips in the queue."""
-        return self._admission.depth
-
-    @property
     def stats(self) -> EngineStats:
         """The engine's counts so far."""
         return replace(

@@ -5,7 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
 import grpc
@@ -66,7 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
-            async with self._observed(method, context):
+            async with _observed(method, context, self._metrics):
                 return await behaviour(request, context)
 
         return call
@@ -75,14 +75,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # A coroutine with context.write, not a generator: when the caller disconnects, gRPC cancels a
         # coroutine at once, but leaves a generator to the garbage collector.
         async def call(request: Any, context: Context) -> None:
-            async with self._observed(method, context), aclosing(behaviour(request, context)) as responses:
+            async with (
+                _observed(method, context, self._metrics),
+                aclosing(behaviour(request, context)) as responses,
+            ):
                 async for response in responses:
                     await context.write(response)
 
         return call
-
-    def _observed(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
-        return _observed(method, context, self._metrics)
 
 
 @asynccontextmanager

@@ -164,7 +164,7 @@ class MicroBatcher(Generic[Item, Result]):
     def _start(self) -> None:
         if self._worker is not None:
             return
-        self._thread = ThreadPoolExecutor(1, "microbatch", self._initialize or _nothing)
+        self._thread = ThreadPoolExecutor(1, "microbatch", self._initialize)
         # An empty context: otherwise the worker's logs would have the request id of the first caller.
         self._worker = asyncio.get_running_loop().create_task(
             self._work(self._thread), context=contextvars.Context()
@@ -246,7 +246,3 @@ class MicroBatcher(Generic[Item, Result]):
             return _FIRST_GUESS_SECONDS
         pace = self._totals["seconds"] / self._totals["cost"]
         return (self._queue_cost + self._running_cost) * pace
-
-
-def _nothing() -> None:
-    pass

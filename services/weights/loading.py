@@ -5,7 +5,6 @@ Each backend is imported only when it is used, since it may not be installed.
 
 from services.errors import FieldViolation, InvalidInputError
 from services.models.clap.model import ClapModel, EmbeddingModel
-from services.models.reward.model import RewardModel, load_reward
 from services.weights.uri import ResolvedModel
 
 
@@ -42,8 +41,3 @@ def load_clap_model(model: ResolvedModel, device: str = "auto") -> ClapModel:
             from services.models.clap.loading import load_clap
 
             return load_clap(model.folder, device=device)
-
-
-def load_reward_model(model: ResolvedModel, clap: ResolvedModel, device: str = "auto") -> RewardModel:
-    """Load a reward model and the CLAP model that it was trained on. Raises as `load_clap_model`."""
-    return load_reward(model.folder, load_clap_model(clap, device), clap.digest)

@@ -103,7 +103,8 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
         ModelNotFoundError: there is no such database, and `create` is false.
         OutputError: the database can't be created.
     """
-    quiet_libraries()
+    # Whether this process may use the hub is decided when it starts.
+    quiet_libraries(online=True)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:

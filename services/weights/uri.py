@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from services.api.model import ModelVersion
+from services.environment import HUB_SCHEMES
 from services.errors import (
     DigestMismatchError,
     FieldViolation,
@@ -84,8 +85,8 @@ class ModelURI:
 
     @property
     def needs_network(self) -> bool:
-        """Return whether resolving or loading may download: LAION's checkpoints lack their tokenizer."""
-        return self.scheme in ("hf", *LAION_SCHEMES)
+        """Return whether resolving or loading may download from the Hugging Face hub."""
+        return self.scheme in HUB_SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -177,14 +177,6 @@ class ModelRepository:
             raise self._no_version(model, version)
         return data.decode()
 
-    def remove_version(self, model: str, version: int) -> None:
-        """Remove a version, if it exists. Raises `InvalidInputError` if it is pinned."""
-        if version in self.pinned(model):
-            raise InvalidInputError(
-                FieldViolation(f"{self.storage.place}: {model}", f"is pinned to {version}; pin another first")
-            )
-        self.storage.remove(f"{model}/{version}")
-
     def remove(self, model: str) -> None:
         """Remove a model with all its versions, if it exists."""
         self.storage.remove(model)

@@ -523,3 +523,25 @@ def test_settings_of_candidates_are_named_as_flags(
     assert cli.run(["generate", PROMPT, *flags, *short]) == 2
     assert "candidate 1: lasts 0.0" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "offline"),
+    [
+        ("hf:laion/clap", False),
+        ("laion:clap.pt", False),
+        ("laion-clap:clap.pt", False),
+        ("mini:clap-a", True),
+    ],
+)
+def test_the_hub_may_be_used_for_models_that_may_need_it(
+    uri: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert cli.run(["score", "A dog barks", "missing.wav", "--scorer", f"a={uri}"]) == 2
+    assert ("HF_HUB_OFFLINE" in os.environ) == offline
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("MILONGA_SCORERS", json.dumps({"a": uri}))
+    assert cli.run(["score", "A dog barks", "missing.wav"]) == 2
+    assert ("HF_HUB_OFFLINE" in os.environ) == offline

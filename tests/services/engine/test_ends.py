@@ -69,7 +69,7 @@ def test_a_request_can_be_cancelled_while_it_waits(pipeline: TangoPipeline) -> N
         gate, first, _ = held(engine)
         second = Watch()
         handle = engine.submit(engine.request("a dog", seed=2, clip_count=3), second)
-        assert engine.queue_depth == 3
+        assert engine.stats.queue_depth == 3
         handle.cancel()
         gate.opened.set()
         assert isinstance(second.error(), RequestCancelledError)
@@ -77,7 +77,7 @@ def test_a_request_can_be_cancelled_while_it_waits(pipeline: TangoPipeline) -> N
         assert isinstance(first.wait(), Finished)
         handle.cancel()
         assert handle.wait(10)
-        assert engine.queue_depth == 0
+        assert engine.stats.queue_depth == 0
 
 
 def test_closing_the_stream_cancels(pipeline: TangoPipeline) -> None:
@@ -209,7 +209,7 @@ def test_a_callback_that_raises_in_submit_leaves_nothing_behind(pipeline: TangoP
         with pytest.raises(ValueError, match="fault of the caller's"):
             engine.submit(engine.request("a dog", seed=1), refuse)
         engine.generate(engine.request("a cat", seed=1, num_inference_steps=1))
-        assert (engine.stats.running, engine.queue_depth, len(calls)) == (0, 0, 1)
+        assert (engine.stats.running, engine.stats.queue_depth, len(calls)) == (0, 0, 1)
 
 
 def test_close_drains_what_was_accepted(pipeline: TangoPipeline) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import socket
 import sys
 from pathlib import Path
@@ -163,3 +164,12 @@ def test_a_laion_checkpoint_is_known_by_its_bytes(tmp_path: Path, scheme: str) -
     for missing in (tmp_path / "absent.pt", tmp_path):
         with pytest.raises(ModelNotFoundError, match="LAION checkpoint"):
             resolve(f"{scheme}:{missing}")
+
+
+def test_a_registry_leaves_the_hub_to_other_models_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(ModelNotFoundError):
+        resolve("models:/tango/1", tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert "HF_HUB_OFFLINE" not in os.environ

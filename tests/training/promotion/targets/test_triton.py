@@ -144,7 +144,7 @@ def test_a_rollback_from_broken_or_missing_weights(world: World) -> None:
     target.set_pin(world.first.uri, 5.0)
     assert world.served == {1: world.first.digest}
     target.wait(world.first.uri, 0.0)
-    world.repository.remove_version("tango", 2)
+    world.repository.storage.remove("tango/2")
     world.repository.storage.write(
         "tango/config.pbtxt",
         (world.repository.storage.read("tango/config.pbtxt") or b"").replace(b"versions: 1", b"versions: 2"),
