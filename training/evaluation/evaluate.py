@@ -146,12 +146,14 @@ def finished_evaluation(
 ) -> dict[str, Any] | None:
     """Return the report in `output` if it has the same settings, prompts and weights; otherwise None.
 
-    Also None if a source is a folder, whose clips may have changed. Raises what `evaluate` raises for sources
-    and prompts.
+    Also None if a source is a folder, whose clips may have changed. If there is a report, raises what
+    `evaluate` raises for sources and prompts.
     """
     report = finished_report(output / REPORT, flatten(config))
+    if report is None:
+        return None
     opened = [open_source(text) for text in sources]
-    if report is None or any(isinstance(source, FolderSource) for source in opened):
+    if any(isinstance(source, FolderSource) for source in opened):
         return None
     before = [(model["name"], model["model"].get("digest")) for model in report["models"]]
     now = [(source.name, source.model.digest) for source in opened if isinstance(source, ModelSource)]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from services.models.reward.model import load_reward
 from services.weights.loading import load_clap_model
-from services.weights.uri import resolve
 from training.data.examples import Examples, LabelledClip, read_labelled, read_pairs
 from training.data.scenes import SceneClip, paraphrase
 from training.finetuning.session import (
@@ -188,10 +187,9 @@ def rewards_as_labels(
     examples: Sequence[LabelledClip], config: BatonTraining, session: Session
 ) -> list[LabelledClip]:
     """Return the examples with the reward model's probabilities as labels."""
-    assert config.reward is not None
-    found = resolve(config.clap)
+    found = session.models["clap"]
     clap = load_clap_model(found, str(session.accelerator.device))
-    model = load_reward(resolve(config.reward).folder, clap, found.digest)
+    model = load_reward(session.models["reward"].folder, clap, found.digest)
     tokens = ClapTokens(config.latents.cache or session.run, clap, found.digest, session.accelerator)
     # All of them can be read: the same reader has decoded them for the autoencoder.
     tokens.add(example.clip for example in examples)

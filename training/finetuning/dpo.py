@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from services.weights.uri import resolve
 from training.data.examples import Pair
 from training.finetuning.session import (
     FineTuning,
@@ -75,7 +74,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
     )
     if report is not None:
         return report
-    policy = build_policy(config, session.start, resolve(config.reference or config.start))
+    policy = build_policy(config, session.start, session.models.get("reference", session.start))
     pairs, unreadable = readable(
         pairs,
         lambda pair: [pair.chosen, pair.rejected],

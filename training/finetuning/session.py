@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -210,6 +209,8 @@ class Session:
     run: Path
     """Folder of journal and checkpoints."""
     start: ResolvedModel
+    models: Mapping[str, ResolvedModel]
+    """The further models, by the names of their settings."""
     accelerator: Accelerator
     latents: Latents
     objective: Objective
@@ -258,7 +259,8 @@ def open_session(
     objective = OBJECTIVES[architecture.objective](start.folder)
     sources = {str(path): file_digest(path) for path in files}
     digests: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
-    digests |= {f"{name}_digest": resolve(uri).digest if uri else None for name, uri in models.items()}
+    found = {name: resolve(uri) for name, uri in models.items() if uri}
+    digests |= {f"{name}_digest": found[name].digest if name in found else None for name in models}
     settings = flatten(config) | digests
     with accelerator.main_process_first():
         claim_folder(run, settings, fresh=fresh and accelerator.is_main_process, free=FREE)
@@ -268,6 +270,7 @@ def open_session(
         output=output,
         run=run,
         start=start,
+        models=found,
         accelerator=accelerator,
         latents=Latents(config.latents.cache or run, start.folder, config.latents, accelerator),
         objective=objective,
@@ -538,12 +541,6 @@ def file_digest(path: Path) -> str:
 def invalid(field: str, description: str) -> InvalidInputError:
     """Return the error of one invalid setting."""
     return InvalidInputError(FieldViolation(field, description))
-
-
-def say(session: Session, text: str) -> None:
-    """Print a line to standard error, from the main process only."""
-    if session.accelerator.is_main_process:
-        print(text, file=sys.stderr)
 
 
 def _card(manifest: Manifest, report: Mapping[str, Any], tags: Sequence[str]) -> str:

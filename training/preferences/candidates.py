@@ -130,15 +130,15 @@ def plan(
 
 
 def candidates_identity(
-    config: CandidatesConfig, captions: Path, perturbed: Path | None, model: ModelVersion | None = None
+    config: CandidatesConfig, captions: Path, perturbed: Path | None, model: ModelVersion
 ) -> dict[str, Plain]:
-    """Return all that determines the result. `model`: the weights, if known."""
+    """Return all that determines the result: settings, captions and the weights of `model`."""
     inputs: dict[str, Plain] = {
         f"input.{name}": file_digest(captions / name) for name in (CAPTIONS, TEMPORAL)
     }
     if perturbed is not None:
         inputs[f"input.{PERTURBED}"] = file_digest(perturbed / PERTURBED)
-    return flatten(config) | inputs | {"model.digest": (model or model_of(config.source)).digest}
+    return flatten(config) | inputs | {"model.digest": model.digest}
 
 
 def make_candidates(

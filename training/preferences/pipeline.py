@@ -35,8 +35,14 @@ from training.preferences.pairs import PairsConfig, Quantiles, Thresholds, make_
 from training.preferences.perturb import FREE as PERTURB_FREE
 from training.preferences.perturb import PerturbConfig, perturb_captions, perturb_identity
 from training.preferences.scores import FREE as SCORES_FREE
-from training.preferences.scores import ScoresConfig, score_candidates, scores_identity
-from training.preferences.sources import SourceConfig
+from training.preferences.scores import (
+    ScoresConfig,
+    resolve_scorers,
+    score_candidates,
+    scorer_digests,
+    scores_identity,
+)
+from training.preferences.sources import SourceConfig, model_of
 
 Stage = Literal["captions", "perturb", "candidates", "scores", "pairs", "dataset"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
@@ -94,19 +100,22 @@ def make_preferences(
         )
     if not run.goes_on:
         return run.folders
+    model = model_of(config.candidates.source)
     candidates = run.stage(
         "candidates",
-        candidates_identity(config.candidates, captions, perturbed),
+        candidates_identity(config.candidates, captions, perturbed, model),
         CANDIDATES_FREE,
-        partial(make_candidates, config.candidates, captions, perturbed, shard=shard),
+        partial(make_candidates, config.candidates, captions, perturbed, shard=shard, model=model),
     )
     if not run.goes_on:
         return run.folders
+    models = resolve_scorers(config.scores)
+    digests = scorer_digests(config.scores, models)
     scores = run.stage(
         "scores",
-        scores_identity(config.scores, candidates),
+        scores_identity(config.scores, candidates, digests),
         SCORES_FREE,
-        partial(score_candidates, config.scores, candidates),
+        partial(score_candidates, config.scores, candidates, models=models, digests=digests),
     )
     if not run.goes_on:
         return run.folders

@@ -22,7 +22,7 @@ from services.errors import MilongaError
 from services.files import side_by_side
 from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
-from training.data.examples import FileClip, decode
+from training.data.examples import FileClip, check_readable, decode
 from training.data.store import Row, RowLog, batches, claim, finish, invalid, read_rows, write_rows
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
@@ -71,25 +71,36 @@ class ScoresConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
 
 
-def scores_identity(
-    config: ScoresConfig, candidates: Path, digests: Mapping[str, str] | None = None
-) -> dict[str, Plain]:
-    """What the outcome depends on: settings, clips, and the weights of every scorer (`digests`, if known)."""
-    digests = digests or _digests(config, _resolve(config))
+def scores_identity(config: ScoresConfig, candidates: Path, digests: Mapping[str, str]) -> dict[str, Plain]:
+    """Return all that determines the result: settings, clips, and the weights of every scorer."""
     weights = {f"digest.{name}": digest for name, digest in digests.items()}
     return flatten(config) | {"input.candidates": candidates_digest(candidates)} | weights
 
 
-def score_candidates(config: ScoresConfig, candidates: Path, output: Path) -> Row:
-    """Run the stage in `output`; return its report. `candidates` is the folder of the stage before.
+def score_candidates(
+    config: ScoresConfig,
+    candidates: Path,
+    output: Path,
+    *,
+    models: Mapping[str, ResolvedModel] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> Row:
+    """Run the stage in `output`; return its report.
+
+    Args:
+        config: the settings.
+        candidates: folder of the stage before.
+        output: folder of this stage.
+        models: what `resolve_scorers` returned, if it was called already.
+        digests: what `scorer_digests` returned, if it was called already.
 
     Raises:
         InvalidInputError: more clips are unreadable than may be, or a service lacks a scorer.
         ModelError: a model was refused.
         MilongaError: a service failed; what was scored is kept.
     """
-    models = _resolve(config)
-    digests = _digests(config, models)
+    models = resolve_scorers(config) if models is None else models
+    digests = scorer_digests(config, models) if digests is None else digests
     names = [name for name in digests if name != REWARD]
     if report := claim(output, scores_identity(config, candidates, digests), FREE):
         return report
@@ -139,9 +150,6 @@ def read_scores(folder: Path) -> dict[str, Row]:
 def refuse_unreadable(unreadable: Mapping[FileClip, str], total: int, limit: float) -> None:
     """Print which clips are left out. Raises `InvalidInputError` if they are more than `limit` of all."""
     if unreadable:
-        # Inside: it brings accelerate along, and clips that can't be read are rare.
-        from training.data.examples import check_readable
-
         check_readable(dict(sorted(unreadable.items(), key=lambda item: item[0].name)), total, limit)
 
 
@@ -195,7 +203,7 @@ def _check(digests: Mapping[str, str], name: str, model: ModelVersion) -> None:
         )
 
 
-def _resolve(config: ScoresConfig) -> dict[str, ResolvedModel]:
+def resolve_scorers(config: ScoresConfig) -> dict[str, ResolvedModel]:
     """Resolve the models in this process: scorers by name, the reward model, and the CLAP model under it.
 
     Raises `InvalidInputError` where two scorers have one name.
@@ -217,7 +225,7 @@ def _resolve(config: ScoresConfig) -> dict[str, ResolvedModel]:
     return found
 
 
-def _digests(config: ScoresConfig, models: Mapping[str, ResolvedModel]) -> dict[str, str]:
+def scorer_digests(config: ScoresConfig, models: Mapping[str, ResolvedModel]) -> dict[str, str]:
     """Return the digests of the weights that score, by the scorer's name; of the reward model by `REWARD`."""
     found = {name: model.digest for name, model in models.items() if name not in (REWARD, _CLAP)}
     if config.server is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from services.files import write_atomically
 from services.local import open_clip_maker
 from services.weights.registry import RegisteredVersion
-from services.weights.uri import ModelURI, resolve
+from services.weights.uri import ModelURI, ResolvedModel, resolve
 from training.evaluation.evaluate import comparison_pairs
 from training.finetuning.session import PairData
 from training.loop.config import flatten
@@ -70,9 +70,10 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
             data[f"round-{number + 1}"] = digest
         models = {"base": config.start, "aligned": policy}
         report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
-        log_samples(config, policy, tracker)
+        aligned = resolve(policy)
+        log_samples(config, aligned, tracker)
         registered, _ = register(
-            Path(policy.removeprefix("file:")),
+            aligned,
             alias=config.alias,
             provenance=Provenance(
                 parent=config.start, data=data, metrics=headline(report), run_id=tracker.run_id
@@ -162,11 +163,11 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def log_samples(config: LoopRun, policy: str, tracker: Tracker) -> None:
+def log_samples(config: LoopRun, aligned: ResolvedModel, tracker: Tracker) -> None:
     """Log clips of a few prompts that both models generate from the same noise."""
     with tracker.stage("samples") as stage:
-        for name, uri in (("base", config.start), ("aligned", policy)):
-            with contextlib.closing(open_clip_maker(resolve(uri), device="cpu")) as maker:
+        for name, model in (("base", resolve(config.start)), ("aligned", aligned)):
+            with contextlib.closing(open_clip_maker(model, device="cpu")) as maker:
                 for number, prompt in enumerate(config.samples):
                     (clip,) = maker.generate(prompt, seed=SEED, encoding="float32").clips
                     stage.log_audio(f"{number}-{name}", clip.waveform(), clip.sampling_rate, prompt)

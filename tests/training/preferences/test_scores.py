@@ -97,9 +97,9 @@ def test_unreadable_clips_are_left_out_and_listed_until_they_are_too_many(
 
 def test_scorers_are_called_after_their_models_or_as_one_likes(models: Models) -> None:
     both = ScoresConfig(scorers=(models.clap_a, f"other={models.clap_a}"))
-    assert list(stage._resolve(both)) == ["clap-a", "other"]
+    assert list(stage.resolve_scorers(both)) == ["clap-a", "other"]
     with pytest.raises(InvalidInputError, match="give it a name: NAME=file:"):
-        stage._resolve(ScoresConfig(scorers=(models.clap_a, f"clap-a={models.clap_b}")))
+        stage.resolve_scorers(ScoresConfig(scorers=(models.clap_a, f"clap-a={models.clap_b}")))
     for wrong in ({"scorers": ()}, {"scorers": ("a", "a")}, {"batch": 0}):
         with pytest.raises(ValueError):
             ScoresConfig(**wrong)
