@@ -146,7 +146,7 @@ def test_further_comparisons_are_added_to_those_with_the_first(
     assert finished_evaluation(light, sources[:2], tmp_path / "out") is None
     assert finished_evaluation(light, [*sources[1::-1], sources[2]], tmp_path / "out") is None
     assert finished_evaluation(light, sources, tmp_path / "elsewhere") is None
-    assert finished_evaluation(light, ["no-such-model"], tmp_path / "elsewhere") is None  # no source was opened
+    assert finished_evaluation(light, ["no-such-model"], tmp_path / "elsewhere") is None  # opens nothing
 
 
 def test_invalid_comparisons_are_refused_before_any_clip_is_generated(
