@@ -48,6 +48,11 @@ class InvalidInputError(MilongaError):
         self.violations = violations
 
 
+def invalid(field: str, description: str) -> InvalidInputError:
+    """Return the error of one invalid field."""
+    return InvalidInputError(FieldViolation(field, description))
+
+
 class ModelError(MilongaError):
     """Weights or a model folder were refused."""
 

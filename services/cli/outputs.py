@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.errors import FieldViolation, InvalidInputError, OutputError
+from services.errors import OutputError, invalid
 from services.files import temporary_name
 
 ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg"}
@@ -24,9 +24,7 @@ def encoding_of(path: Path) -> str:
     try:
         return ENCODINGS[path.suffix.lower()]
     except KeyError:
-        raise InvalidInputError(
-            FieldViolation("--output", f"{path} must end in one of {', '.join(ENCODINGS)}")
-        ) from None
+        raise invalid("--output", f"{path} must end in one of {', '.join(ENCODINGS)}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from services.cli.outputs import numbered
 from services.client import GenerationOptions
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import write_atomically
 
 INDEX = "index.jsonl"
@@ -72,7 +72,7 @@ def read_jobs(
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InvalidInputError(FieldViolation("--prompts", f"{path} can't be read: {reason}")) from error
+        raise invalid("--prompts", f"{path} can't be read: {reason}") from error
     faults: list[FieldViolation] = []
     jobs: list[Job] = []
     taken: set[str] = set()
@@ -171,12 +171,10 @@ def is_done(folder: Path, job: Job, source: str) -> bool:
     if record["request"] == request:
         return True
     changed = _differences(record["request"], request)
-    raise InvalidInputError(
-        FieldViolation(
-            "--output",
-            f"{folder / job.name}.json was made with other settings ({changed}); "
-            "choose another folder, or regenerate all clips with --overwrite",
-        )
+    raise invalid(
+        "--output",
+        f"{folder / job.name}.json was made with other settings ({changed}); "
+        "choose another folder, or regenerate all clips with --overwrite",
     )
 
 

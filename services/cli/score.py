@@ -28,7 +28,7 @@ from services.cli.scorers import (
     name_clips,
     refuse,
 )
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 
 _MAX_BATCH_BYTES = 128 * 2**20
 """Maximum bytes of the clips in one call, as files or decoded; a single larger clip is a call of its own."""
@@ -69,9 +69,7 @@ class Pair:
             return self.path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a name with a NUL
             reason = getattr(error, "strerror", None) or error
-            raise InvalidInputError(
-                FieldViolation(self.place, self._about(f"can't be read: {reason}"))
-            ) from error
+            raise invalid(self.place, self._about(f"can't be read: {reason}")) from error
 
     def _about(self, description: str) -> str:
         return description if self.place == self.location else f"location {self.location} {description}"
@@ -169,7 +167,7 @@ def read_pair_file(path: Path) -> tuple[Pair, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InvalidInputError(FieldViolation("--prompts", f"{path} can't be read: {reason}")) from error
+        raise invalid("--prompts", f"{path} can't be read: {reason}") from error
     pairs: list[Pair] = []
     faults: list[FieldViolation] = []
     for number, line in enumerate(lines, start=1):

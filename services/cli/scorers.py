@@ -17,7 +17,7 @@ from services import client
 from services.api.scoring import CombinedScorers, Scorers
 from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS
 from services.cli.options import read_pairs
-from services.errors import FieldViolation, InvalidInputError, ModelError
+from services.errors import FieldViolation, InvalidInputError, ModelError, invalid
 
 if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
@@ -32,7 +32,7 @@ _PATH = re.compile(r"pairs\[(\d+)\](?:\.clip)?\.(\w+)")
 
 def refuse(field: str, description: str) -> NoReturn:
     """Raise `InvalidInputError` for one option."""
-    raise InvalidInputError(FieldViolation(field, description))
+    raise invalid(field, description)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import typer
 
 from services.catalogue import CATALOGUE, ServiceEntry
 from services.cli.options import option_of, read_weights, weights_options, with_options
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
     from services.inference.triton.repository import ModelExport, Weights
@@ -81,7 +81,7 @@ def _export(
 ) -> None:
     chosen = _chosen(only)
     if version is not None and len(chosen) != 1:
-        raise InvalidInputError(FieldViolation("--version", "is for a single model; name it with --only"))
+        raise invalid("--version", "is for a single model; name it with --only")
     settings, values = _settings(setting, chosen), read_weights(weights, export=True)
     from services.inference.triton.repository import ModelRepository, open_storage
 
@@ -147,7 +147,7 @@ def export_model(
 def _chosen(only: Sequence[str] | None) -> list[ServiceEntry]:
     for name in only or ():
         if name not in MODELS:
-            raise InvalidInputError(FieldViolation("--only", f"is {name!r}, must be one of {NAMES}"))
+            raise invalid("--only", f"is {name!r}, must be one of {NAMES}")
     return [entry for name, entry in MODELS.items() if not only or name in only]
 
 
@@ -158,10 +158,8 @@ def _settings(given: Sequence[str] | None, chosen: Sequence[ServiceEntry]) -> Ma
         name, equals, value = text.partition("=")
         model, dot, key = name.partition(".")
         if not (equals and dot and key) or model not in settings:
-            raise InvalidInputError(
-                FieldViolation(
-                    "--set", f"is {text!r}, must be MODEL.NAME=VALUE; MODEL is one of {', '.join(settings)}"
-                )
+            raise invalid(
+                "--set", f"is {text!r}, must be MODEL.NAME=VALUE; MODEL is one of {', '.join(settings)}"
             )
         settings[model][key] = value
     return settings
@@ -181,12 +179,10 @@ def _check_parts(values: Mapping[str, Any]) -> None:
     for setting, value in values.items():
         for part in () if isinstance(value, str) else value:
             if not _PART.fullmatch(part):
-                raise InvalidInputError(
-                    FieldViolation(
-                        setting,
-                        f"has the name {part[:80]!r}, must be letters, digits, dots, underscores and "
-                        "hyphens, the first of them a letter or a digit: it names a folder",
-                    )
+                raise invalid(
+                    setting,
+                    f"has the name {part[:80]!r}, must be letters, digits, dots, underscores and "
+                    "hyphens, the first of them a letter or a digit: it names a folder",
                 )
 
 
@@ -195,11 +191,9 @@ def _refuse_package(uris: "Mapping[str, ModelURI]", values: Mapping[str, Any]) -
     for part, uri in uris.items():
         if uri.scheme == "laion-clap":
             field = part if part in values else next(f"{name}.{part}" for name in values)
-            raise InvalidInputError(
-                FieldViolation(
-                    field,
-                    f"is laion-clap:{uri.path}, which needs the package laion_clap; give laion:{uri.path}",
-                )
+            raise invalid(
+                field,
+                f"is laion-clap:{uri.path}, which needs the package laion_clap; give laion:{uri.path}",
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import grpc
 import grpc.aio
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 from services.runtime.tls import read_authorities, read_identity
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
@@ -53,11 +53,7 @@ class TLS:
 
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
-            raise InvalidInputError(
-                FieldViolation(
-                    "tls", "has only one of cert_file and key_file; give both for mTLS, or neither"
-                )
-            )
+            raise invalid("tls", "has only one of cert_file and key_file; give both for mTLS, or neither")
 
 
 class ConnectionOptions(TypedDict, total=False):
@@ -111,11 +107,9 @@ class Connection:
                 a TLS file can't be read.
         """
         if token is not None and tls is None:
-            raise InvalidInputError(FieldViolation("token", "would travel in plaintext; give tls as well"))
+            raise invalid("token", "would travel in plaintext; give tls as well")
         if not 0 <= retries <= MAX_RETRIES:
-            raise InvalidInputError(
-                FieldViolation("retries", f"is {retries}, must be between 0 and {MAX_RETRIES}")
-            )
+            raise invalid("retries", f"is {retries}, must be between 0 and {MAX_RETRIES}")
         empty = [name for name, address in addresses.items() if address == ""]
         if empty:
             raise InvalidInputError(*(FieldViolation(name, "is empty; give HOST:PORT") for name in empty))
@@ -134,11 +128,7 @@ class Connection:
             InvalidInputError: neither that argument nor ``target`` was given.
         """
         if not self.has_address(argument):
-            raise InvalidInputError(
-                FieldViolation(
-                    argument, f"was not given: the {service} service has no address; give HOST:PORT"
-                )
-            )
+            raise invalid(argument, f"was not given: the {service} service has no address; give HOST:PORT")
         return self._addresses.get(argument) or self._addresses["target"] or ""
 
     def has_address(self, argument: str) -> bool:
@@ -154,9 +144,7 @@ class Connection:
         if token is None:
             return self.metadata
         if self._credentials is None and not _stays_here(address):
-            raise InvalidInputError(
-                FieldViolation("token", f"would travel to {address} in plaintext; give tls as well")
-            )
+            raise invalid("token", f"would travel to {address} in plaintext; give tls as well")
         return _authorization(token)
 
     def open_channel(self, address: str) -> grpc.Channel:
@@ -213,7 +201,7 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
 
 def _authorization(token: str) -> Metadata:
     if not (token.isascii() and token.isprintable()):
-        raise InvalidInputError(FieldViolation("token", "holds characters that no header may hold"))
+        raise invalid("token", "holds characters that no header may hold")
     return (("authorization", f"Bearer {token}"),)
 
 

@@ -22,7 +22,7 @@ from services.api.generation import (
     Update,
 )
 from services.client.transport import Service, Stream, Unary
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid
 from services.wire import WIRE_ENCODINGS, encoding_name, read_duration, read_version, write_duration
 
 MAX_TEXT_BYTES = 2**18
@@ -83,9 +83,7 @@ def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb
     try:
         return pb.StreamGenerateAudioRequest(request=request, preview_interval_steps=interval)
     except (ValueError, TypeError) as error:
-        raise InvalidInputError(
-            FieldViolation("preview_interval_steps", f"is {interval!r}: {error}")
-        ) from error
+        raise invalid("preview_interval_steps", f"is {interval!r}: {error}") from error
 
 
 def read_response(response: pb.GenerateAudioResponse) -> Generation:

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from services.api.engine import EngineConfig
 from services.catalogue import GENERATION
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.runtime.settings import ModelText, ServerSettings
 from services.weights.uri import ModelURI, served_uri
 
@@ -53,14 +53,10 @@ def read_operator_token(settings: GenerationSettings) -> str | None:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"
-            raise InvalidInputError(
-                FieldViolation(field, f"is {path}, which can't be read: {reason}")
-            ) from error
+            raise invalid(field, f"is {path}, which can't be read: {reason}") from error
     elif not text:
         return None
     text = text.strip()
     if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise InvalidInputError(
-            FieldViolation(field, "holds no token: give one line of printable ASCII without spaces")
-        )
+        raise invalid(field, "holds no token: give one line of printable ASCII without spaces")
     return text

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from services.catalogue import GENERATION
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.generation.inference import INPUTS, OUTPUTS, GenerationInference
 from services.generation.settings import GenerationSettings, model_uris
 from services.inference.metadata import write_config
@@ -22,7 +22,7 @@ def configure(settings: GenerationSettings, found: Mapping[str, ResolvedModel]) 
     model = found[GENERATION.model]
     if not (model.folder / "model_index.json").exists():
         description = f"is {settings.model}, which makes no sound: it has no model_index.json"
-        raise InvalidInputError(FieldViolation("model", description))
+        raise invalid("model", description)
     return write_config(GENERATION.model, INPUTS, OUTPUTS, 0, decoupled=True)
 
 

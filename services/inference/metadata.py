@@ -8,7 +8,7 @@ from typing import Any, Final
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
-from services.errors import FieldViolation, InvalidInputError, UnsupportedError
+from services.errors import UnsupportedError, invalid
 from services.inference.model import Model, ModelLease
 from services.inference.tensors import TensorSpec
 
@@ -117,7 +117,7 @@ def read_load(request: pb.RepositoryModelLoadRequest) -> str | None:
         uri = None
     if not isinstance(uri, str):
         form = '{"parameters": {"model_uri": {"string_value": "MODEL_URI"}}}'
-        raise InvalidInputError(FieldViolation("model_uri", f"is missing in `config`, expected {form}"))
+        raise invalid("model_uri", f"is missing in `config`, expected {form}")
     return uri
 
 

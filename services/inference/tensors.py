@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
-from services.errors import FieldViolation, InvalidInputError, UnsupportedError
+from services.errors import FieldViolation, InvalidInputError, UnsupportedError, invalid
 
 Tensors = Mapping[str, NDArray[Any]]
 """Tensors by name. A BYTES tensor is an object array of `bytes`."""
@@ -203,7 +203,7 @@ def _raw_contents(request: pb.ModelInferRequest) -> Sequence[bytes] | None:
     if not raw:
         return None
     if len(raw) != len(request.inputs):
-        raise _invalid(
+        raise invalid(
             "raw_input_contents",
             f"has {len(raw)} elements, expected {len(request.inputs)}, one per tensor, or none",
         )
@@ -214,7 +214,7 @@ def _read_tensor(tensor: Any, spec: TensorSpec, max_rows: int, raw: bytes | None
     """Return one tensor from its raw contents `raw`, or from typed contents if they are None."""
 
     def refuse(what: str) -> InvalidInputError:
-        return _invalid(spec.field, f"tensor {spec.name} {what}")
+        return invalid(spec.field, f"tensor {spec.name} {what}")
 
     shape = tuple(tensor.shape)
     if fault := _form_fault(spec, tensor.datatype, shape, max_rows):
@@ -312,7 +312,3 @@ def _no_shared_memory(name: str) -> UnsupportedError:
         f"tensor {name[:_MAX_NAME_CHARACTERS]!r} is in shared memory, which this service does not support; "
         "send contents in the message"
     )
-
-
-def _invalid(field: str, description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation(field, description))

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.errors import FieldViolation, InvalidInputError, ModelFormatError
+from services.errors import ModelFormatError, invalid
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -67,9 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def pick_dtype(field: str, name: str) -> torch.dtype:
     """Return the float type called `name`. Raises `InvalidInputError` for `field` if there is none."""
     if name not in DTYPES:
-        raise InvalidInputError(
-            FieldViolation(field, f"unknown type {name!r}; use one of {', '.join(DTYPES)}")
-        )
+        raise invalid(field, f"unknown type {name!r}; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -84,9 +82,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            FieldViolation("device", f"{name!r} can't be used: {one_line(error)}")
-        ) from error
+        raise invalid("device", f"{name!r} can't be used: {one_line(error)}") from error
     return device
 
 

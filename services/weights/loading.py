@@ -3,7 +3,7 @@
 Each backend is imported only when it is used, since it may not be installed.
 """
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.weights.uri import ResolvedModel
 
@@ -36,7 +36,7 @@ def load_clap_model(model: ResolvedModel, device: str = "auto") -> ClapModel:
             return load_laion(model.folder, device=device)
         case "laion-clap":
             text = f"is laion-clap:{model.folder}, which returns no tokens, only embeddings; give laion:PATH"
-            raise InvalidInputError(FieldViolation("clap", text))
+            raise invalid("clap", text)
         case _:
             from services.models.clap.loading import load_clap
 

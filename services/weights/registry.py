@@ -25,14 +25,13 @@ from services.api.model import ModelVersion
 from services.environment import quiet_libraries
 from services.errors import (
     DigestMismatchError,
-    FieldViolation,
-    InvalidInputError,
     MilongaError,
     ModelError,
     ModelFormatError,
     ModelNotFoundError,
     OutputError,
     ServiceUnavailableError,
+    invalid,
 )
 
 if TYPE_CHECKING:
@@ -208,11 +207,7 @@ def parse_path(path: str) -> tuple[str, str, str]:
     """
     found = re.fullmatch(r"/?(?P<name>[\w .-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))", path)
     if found is None:
-        raise InvalidInputError(
-            FieldViolation(
-                "model", f"is 'models:{path[:80]}', must be models:/NAME/VERSION or models:/NAME@ALIAS"
-            )
-        )
+        raise invalid("model", f"is 'models:{path[:80]}', must be models:/NAME/VERSION or models:/NAME@ALIAS")
     return found["name"], found["version"] or "", found["alias"] or ""
 
 

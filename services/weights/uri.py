@@ -30,6 +30,7 @@ from services.errors import (
     InvalidInputError,
     ModelError,
     ModelNotFoundError,
+    invalid,
 )
 from services.weights.registry import fetch, parse_path
 
@@ -245,7 +246,7 @@ def _member(name: str) -> str:
 
 
 def _invalid(description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation("model", description))
+    return invalid("model", description)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import MilongaError, invalid
 from training.cluster.jobs import Jobs
 from training.cluster.namespace import ForbiddenError, Json
 from training.cluster.pods import condition, container_statuses, exit_summary, shorten, waiting_reason
@@ -163,7 +163,7 @@ def raise_if_failed(job: Json, pods: Sequence[Json]) -> None:
     pod, why = losses[-1]
     text = f"failed: pod {pod['metadata']['name']}: {why} ({rule})"
     if _failed_state(pod).get("exitCode") == WRONG_INPUT:
-        raise InvalidInputError(FieldViolation(f"the Job {name}", text))
+        raise invalid(f"the Job {name}", text)
     raise JobFailedError(f"the Job {name} {text}")
 
 

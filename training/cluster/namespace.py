@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeVar
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
+from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training import exits
 
 Json = dict[str, Any]
@@ -103,11 +103,7 @@ class Namespace:
             place = self.where
             if what != self.title:
                 place = f"{self.title} of {place}, or there is no such namespace"
-            raise InvalidInputError(
-                FieldViolation(
-                    what, f"is not in {place}; give --namespace or --context, or apply the manifests"
-                )
-            )
+            raise invalid(what, f"is not in {place}; give --namespace or --context, or apply the manifests")
         return answer
 
     def _call(self, call: Callable[[], Any], patience: float | None = None) -> Json | None:
@@ -188,12 +184,10 @@ def connect(
             where = f"the cluster {configuration.host}"
     except Exception as error:  # ConfigException, and whatever broken YAML raises
         reason = " ".join(str(error).split())[:200]
-        raise InvalidInputError(
-            FieldViolation(
-                "--context",
-                f"{'is ' + context + ': ' if context else ''}no cluster can be chosen: {reason}; set "
-                f"KUBECONFIG, or give --context{otherwise}",
-            )
+        raise invalid(
+            "--context",
+            f"{'is ' + context + ': ' if context else ''}no cluster can be chosen: {reason}; set "
+            f"KUBECONFIG, or give --context{otherwise}",
         ) from error
     configuration.retries = False  # `Namespace._call` knows which calls may be tried again
     return kind(namespace, configuration=configuration, where=where, patience=patience)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TextIO
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import InvalidInputError, MilongaError, invalid
 from training.cluster.following import JobFailedError
 from training.cluster.jobs import Jobs
 from training.cluster.namespace import EXIT_CODES as CLUSTER_EXIT_CODES
@@ -102,10 +102,8 @@ def with_overrides(job: Json, overrides: JobOverrides) -> Json:
     now = datetime.datetime.now(datetime.UTC)
     name = overrides.name or f"{recipe}-{now:%Y%m%d-%H%M%S}"
     if not _NAME.fullmatch(name):
-        raise InvalidInputError(
-            FieldViolation(
-                "--name", f"is {name[:80]!r}, must be of lowercase letters, digits and -, at most 63 of them"
-            )
+        raise invalid(
+            "--name", f"is {name[:80]!r}, must be of lowercase letters, digits and -, at most 63 of them"
         )
     given = job.get("metadata") or {}
     metadata = {key: value for key, value in given.items() if key != "generateName"}
@@ -146,12 +144,10 @@ def create(jobs: Jobs, job: Json, *, dry_run: bool = False, context: str | None 
     except RequestRefusedError as error:
         raise _invalid_manifest(f"is refused by {jobs.where}: {error.reason}") from error
     if made is None:
-        raise InvalidInputError(
-            FieldViolation(
-                "--namespace",
-                f"is {jobs.namespace}, and {jobs.where} has no such namespace; give another, or apply the "
-                "manifests: kubectl apply -f k8s/",
-            )
+        raise invalid(
+            "--namespace",
+            f"is {jobs.namespace}, and {jobs.where} has no such namespace; give another, or apply the "
+            "manifests: kubectl apply -f k8s/",
         )
     return made
 
@@ -160,12 +156,10 @@ def find(jobs: Jobs, name: str) -> Json:
     """Return the Job of that name. Raises `InvalidInputError` where there is none."""
     job = jobs.job(name)
     if job is None:
-        raise InvalidInputError(
-            FieldViolation(
-                "--follow",
-                f"is {name}, and there is no such Job in the namespace {jobs.namespace} of {jobs.where}; see "
-                f"kubectl --namespace {jobs.namespace} get jobs",
-            )
+        raise invalid(
+            "--follow",
+            f"is {name}, and there is no such Job in the namespace {jobs.namespace} of {jobs.where}; see "
+            f"kubectl --namespace {jobs.namespace} get jobs",
         )
     return job
 
@@ -237,4 +231,4 @@ def _name(job: Mapping[str, Any]) -> str:
 
 
 def _invalid_manifest(description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation("--job", description))
+    return invalid("--job", description)

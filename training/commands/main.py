@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from services.errors import FieldViolation, InvalidInputError, OutputError
+from services.errors import OutputError, invalid
 from training.commands import evaluate as evaluate_command
 from training.commands import finetune as finetune_commands
 from training.commands import run as run_command
@@ -45,13 +45,11 @@ def sample(
     from training.soundworld.scenes import SceneConfig, Split
 
     if split not in get_args(Split):
-        raise InvalidInputError(
-            FieldViolation("--split", f"{split!r}; give one of {', '.join(get_args(Split))}")
-        )
+        raise invalid("--split", f"{split!r}; give one of {', '.join(get_args(Split))}")
     try:
         config = SceneConfig(duration=duration, three=three, split=cast(Split, split))
     except ValueError as error:
-        raise InvalidInputError(FieldViolation("--duration", str(error))) from error
+        raise invalid("--duration", str(error)) from error
     try:
         scenes = export_scenes(folder, count=count, seed=seed, config=config)
         for _ in track(scenes, total=count, description="clips", disable=not _interactive()):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 
 
 def preferences(
@@ -38,9 +38,7 @@ def preferences(
 
     config = override(recipes.recipe(PREFERENCES, recipe), settings or [])
     if until not in STAGES:
-        raise InvalidInputError(
-            FieldViolation("--until", f"is {until!r}, must be one of {', '.join(STAGES)}")
-        )
+        raise invalid("--until", f"is {until!r}, must be one of {', '.join(STAGES)}")
     share = read_shard(shard)
     typer.echo(describe(config))
     if show:
@@ -68,5 +66,5 @@ def read_shard(text: str) -> tuple[int, int]:
     """Index and count of ``I/N``. Raises `InvalidInputError`."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InvalidInputError(FieldViolation("--shard", f"is {text!r}, must be I/N with I from 0 to N - 1"))
+        raise invalid("--shard", f"is {text!r}, must be I/N with I from 0 to N - 1")
     return int(index), int(count)

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from services.cli.options import grouped
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 from training.commands.targets import TargetOptions, TrackingURI, open_target, tls_of
 from training.exits import exit_codes, timed_lines
 from training.promotion.errors import EXIT_CODES
@@ -226,9 +226,7 @@ def _version_or_model(source: str, registry: "Registry") -> "RegisteredVersion |
         name, version, alias = parse_path(uri.path)
         number = version or registry.alias(name, alias)
         if number is None:
-            raise InvalidInputError(
-                FieldViolation("bootstrap", f"is {source}, and {name} has no alias {alias}; give a version")
-            )
+            raise invalid("bootstrap", f"is {source}, and {name} has no alias {alias}; give a version")
         return registry.version(name, number)
     return resolve(uri)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from services.cli.options import grouped
-from services.errors import FieldViolation, InvalidInputError, ServiceUnavailableError
+from services.errors import ServiceUnavailableError, invalid
 from training.exits import exit_codes, timed_lines
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def submit(
     with exit_codes(EXIT_CODES):
         if followed is not None:
             if options != SubmitOptions():
-                raise InvalidInputError(
-                    FieldViolation("--follow", "excludes all options but --namespace and --context")
-                )
+                raise invalid("--follow", "excludes all options but --namespace and --context")
             jobs = _jobs(namespace or NAMESPACE, context)
             _follow(jobs, find(jobs, followed), context)
             return

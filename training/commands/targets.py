@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import InvalidInputError, invalid
 from training.exits import timed_lines
 
 if TYPE_CHECKING:
@@ -126,17 +126,13 @@ def open_target(options: TargetOptions, registry: "Registry") -> "Target":
         from training.promotion.targets.triton import TritonTarget
 
         if options.repository is None:
-            raise InvalidInputError(
-                FieldViolation("--repository", "is missing; give the model repository that the Triton reads")
-            )
+            raise invalid("--repository", "is missing; give the model repository that the Triton reads")
         file = options.operator_token_file
         token = "" if file is None else _operator_token(file)
         models = ModelRepository(open_storage(options.repository))
         return TritonTarget(_triton_address(kind), models, registry, tls=tls, token=token)
     if options.repository is not None:
-        raise InvalidInputError(
-            FieldViolation("--repository", f"is for Triton, and --target is {kind}; give triton://HOST:PORT")
-        )
+        raise invalid("--repository", f"is for Triton, and --target is {kind}; give triton://HOST:PORT")
     if kind == "local":
         from training.promotion.targets.local import LocalTarget
 
@@ -180,9 +176,7 @@ def _triton_address(target: str) -> str:
 
 
 def _no_target(target: str) -> InvalidInputError:
-    return InvalidInputError(
-        FieldViolation("--target", f"is {target!r}, must be kubernetes, local or triton://HOST:PORT")
-    )
+    return invalid("--target", f"is {target!r}, must be kubernetes, local or triton://HOST:PORT")
 
 
 def _operator_token(file: Path | None) -> str:
@@ -192,14 +186,10 @@ def _operator_token(file: Path | None) -> str:
     try:
         text = os.environ.get("MILONGA_OPERATOR_TOKEN", "") if path is None else path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(
-            FieldViolation("--operator-token-file", f"{path} can't be read: {error}")
-        ) from error
+        raise invalid("--operator-token-file", f"{path} can't be read: {error}") from error
     if not text.strip():
-        raise InvalidInputError(
-            FieldViolation(
-                "--operator-token-file",
-                "is missing; start the service with MILONGA_OPERATOR_TOKEN_FILE and give the same file here",
-            )
+        raise invalid(
+            "--operator-token-file",
+            "is missing; start the service with MILONGA_OPERATOR_TOKEN_FILE and give the same file here",
         )
     return text.strip()

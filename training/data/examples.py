@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import soundfile
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.models.clap.model import MAX_SECONDS, MIN_SECONDS, Waveform
 from training.soundworld.captions import CaptionTruth
 
@@ -232,13 +232,13 @@ def read_labelled(
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else _json_lines(text)
     except (OSError, ValueError) as error:
-        raise _invalid(field, f"{path} can't be read: {error}") from error
+        raise invalid(field, f"{path} can't be read: {error}") from error
     if not rows:
-        raise _invalid(field, f"{path} holds no examples")
+        raise invalid(field, f"{path} holds no examples")
     root, examples = audio_root or path.parent, []
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise _invalid(field, f"{path}, example {number} is {type(row).__name__}, must be an object")
+            raise invalid(field, f"{path}, example {number} is {type(row).__name__}, must be an object")
         where = f"{path}, example {number}"
         prompt, audio = (_value(row, names, where) for names in (PROMPT_NAMES, AUDIO_NAMES))
         written = _value(row, LABEL_NAMES, where) if label is None else label
@@ -247,7 +247,7 @@ def read_labelled(
         except (TypeError, ValueError):
             value = float("nan")
         if not 0 <= value <= 1:
-            raise _invalid(field, f"{where} has the label {written!r}, must be 0 to 1")
+            raise invalid(field, f"{where} has the label {written!r}, must be 0 to 1")
         clip = FileClip(path=find_audio(str(audio), root))
         examples.append(LabelledClip(prompt=str(prompt), clip=clip, label=value))
     return examples
@@ -270,7 +270,7 @@ def read_pairs(path: Path, audio_root: Path | None = None) -> list[Pair]:
         for row, chosen, rejected in pair_rows(path, field, audio_root, columns=("prompt", "strategy"))
     ]
     if not found:
-        raise _invalid(field, f"{path} holds no pairs")
+        raise invalid(field, f"{path} holds no pairs")
     return found
 
 
@@ -301,7 +301,7 @@ def pair_rows(
         with ParquetFile(path) as file:
             schema = file.schema_arrow
             if missing := [name for name in ("prompt", *sides) if name not in schema.names]:
-                raise _invalid(
+                raise invalid(
                     field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
                 )
             embedded = {side: types.is_struct(schema.field(side).type) for side in sides}
@@ -309,7 +309,7 @@ def pair_rows(
             names = [name for name in schema.names if name in selected and not embedded.get(name)]
             groups = [file.read_row_group(group, names).to_pylist() for group in range(file.num_row_groups)]
     except (OSError, ArrowException) as error:
-        raise _invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
+        raise invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
 
     def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
         if embedded[column]:
@@ -351,11 +351,7 @@ def _value(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    raise _invalid("data.labelled", f"{where} has none of {', '.join(names)}; it has {', '.join(row)}")
-
-
-def _invalid(field: str, description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation(field, description))
+    raise invalid("data.labelled", f"{where} has none of {', '.join(names)}; it has {', '.join(row)}")
 
 
 def short_message(error: Exception) -> str:
@@ -376,8 +372,6 @@ def check_readable(
     found = f"{len(listed)} of {total} clips can't be read"
     if len(listed) > limit * total:
         more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-        raise InvalidInputError(
-            FieldViolation(field, f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}")
-        )
+        raise invalid(field, f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}")
     if not quiet:
         print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from services.errors import FieldViolation, InvalidInputError, OutputError
+from services.errors import OutputError, invalid
 from services.files import write_atomically
 from training.loop.config import Plain
 from training.loop.run_folder import RUN, claim_folder
@@ -39,11 +39,6 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise invalid("input", f"{path} can't be read: {error.strerror}; run the stage before it") from error
-
-
-def invalid(field: str, description: str) -> InvalidInputError:
-    """Return an error with one violation."""
-    return InvalidInputError(FieldViolation(field, description))
 
 
 def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = ()) -> Row | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.local import LocalScorers
 from training.data.examples import Clip, FileClip, check_readable, short_message
 from training.data.store import batches
@@ -104,9 +104,7 @@ def open_evaluators(
     served = scorers.versions()
     if missing := [name for name in uris if name not in served]:
         listed = ", ".join(name for name in served if name != REWARD)
-        raise InvalidInputError(
-            FieldViolation("--scoring", f"the service has no scorer {', '.join(missing)}; it has {listed}")
-        )
+        raise invalid("--scoring", f"the service has no scorer {', '.join(missing)}; it has {listed}")
     names = [*uris, *([REWARD] if config.reward else [])]
     return Evaluators(
         scorers=scorers,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.audio.resampling import resample
-from services.errors import ModelFormatError
+from services.errors import ModelFormatError, invalid
 from services.local import Loaded
 from services.models.clap.model import ClapModel, EmbeddingModel, Waveform
 from services.models.folders import pick_device, read_json, read_shapes
@@ -24,7 +24,7 @@ from services.models.reward.model import RewardModel, load_reward
 from services.models.state_dicts import check_weights, on_meta
 from services.weights.loading import load_embedding_model
 from services.weights.uri import resolve
-from training.data.store import file_digest, invalid
+from training.data.store import file_digest
 from training.evaluation.panns import Cnn14, load_panns
 
 

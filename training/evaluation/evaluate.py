@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.files import write_atomically
 from training.data.examples import Clip, FileClip
 from training.data.store import digest_of_value, write_rows
@@ -175,12 +175,9 @@ def comparison_pairs(names: Sequence[str], comparisons: Sequence[str]) -> list[t
     for text in comparisons:
         name, _, against = text.partition(":")
         if unknown := [side for side in (name, against) if side not in names]:
-            raise InvalidInputError(
-                FieldViolation(
-                    "comparisons",
-                    f"has {text!r}, but no source is called {' or '.join(unknown)}; there are "
-                    f"{', '.join(names)}",
-                )
+            raise invalid(
+                "comparisons",
+                f"has {text!r}, but no source is called {' or '.join(unknown)}; there are {', '.join(names)}",
             )
         pairs.append((name, against))
     return list(dict.fromkeys(pairs))
@@ -190,13 +187,9 @@ def check_names(sources: Sequence[Source]) -> None:
     """Raise `InvalidInputError` if there is no source, or two have the same name."""
     names = [source.name for source in sources]
     if not names:
-        raise InvalidInputError(FieldViolation("SOURCE", "is missing; give a model URI or a folder of clips"))
+        raise invalid("SOURCE", "is missing; give a model URI or a folder of clips")
     if len(set(names)) < len(names):
-        raise InvalidInputError(
-            FieldViolation(
-                "SOURCE", f"two have the same name ({', '.join(names)}); give names by NAME=SOURCE"
-            )
-        )
+        raise invalid("SOURCE", f"two have the same name ({', '.join(names)}); give names by NAME=SOURCE")
 
 
 def write_results(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import InvalidInputError, invalid
 from training.data.examples import AUDIO_NAMES, PROMPT_NAMES, Clip, FileClip, find_audio
 from training.data.scenes import SceneClip
 from training.soundworld.captions import CaptionTruth
@@ -143,4 +143,4 @@ def _column(path: Path, columns: list[str], name: str | None, known: tuple[str, 
 
 
 def _invalid(description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation("prompts", description))
+    return invalid("prompts", description)

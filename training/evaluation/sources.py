@@ -20,7 +20,7 @@ import torch
 from services.api.generation import Generation, GenerationOptions
 from services.clip_folder import ClipFolder
 from services.engine import EngineConfig
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import InvalidInputError, invalid
 from services.files import write_atomically
 from services.local import open_clip_maker
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
@@ -216,11 +216,9 @@ def _open_folder(name: str, folder: Path) -> FolderSource:
             raise ValueError("its lines must have captions and location")
     except (OSError, ValueError, AttributeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InvalidInputError(
-            FieldViolation(
-                "SOURCE",
-                f"{path} can't be read: {reason}; give a folder that `milonga generate --prompts` wrote",
-            )
+        raise invalid(
+            "SOURCE",
+            f"{path} can't be read: {reason}; give a folder that `milonga generate --prompts` wrote",
         ) from error
     clips: dict[str, list[tuple[int | None, Path]]] = {}
     for row in rows:
@@ -267,4 +265,4 @@ def file_name(planned: PlannedClip) -> str:
 
 
 def _invalid(description: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation("prompts", description))
+    return invalid("prompts", description)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from services.errors import invalid
 from services.models.reward.model import load_reward
 from services.weights.loading import load_clap_model
 from training.data.examples import Examples, LabelledClip, read_labelled, read_pairs
@@ -29,7 +30,6 @@ from training.finetuning.session import (
     build_policy,
     errors_of,
     finish_session,
-    invalid,
     loop_of,
     open_session,
     parquet_files,

@@ -20,7 +20,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError, OutputError
+from services.errors import MilongaError, OutputError, invalid
 from services.models.architectures import architecture_of
 from services.models.folders import DTYPES, read_json
 from services.models.latent import Conditioning
@@ -536,11 +536,6 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise invalid("data", f"{path} can't be read: {error.strerror}") from error
-
-
-def invalid(field: str, description: str) -> InvalidInputError:
-    """Return the error of one invalid setting."""
-    return InvalidInputError(FieldViolation(field, description))
 
 
 def _card(manifest: Manifest, report: Mapping[str, Any], tags: Sequence[str]) -> str:

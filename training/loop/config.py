@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -78,7 +78,7 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         return _replaced(config, values)
     except ValueError as error:
         given = ", ".join(f"{name}={text}" for name, text in texts.items())
-        raise InvalidInputError(FieldViolation("--set", f"{given}: {error}")) from error
+        raise invalid("--set", f"{given}: {error}") from error
 
 
 def validated(kind: type[Config], values: Mapping[str, Any], source: str) -> Config:

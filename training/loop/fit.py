@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list  # type: ignore[import-untype
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import MilongaError, invalid
 from training.loop.progress import progress
 from training.loop.run_folder import CHECKPOINTS, JOURNAL, Journal, load_checkpoint, save_checkpoint
 
@@ -217,12 +217,10 @@ class _Loop:
     ) -> None:
         parts = accelerator.num_processes * config.accumulation
         if config.batch % parts:
-            raise InvalidInputError(
-                FieldViolation(
-                    "batch",
-                    f"is {config.batch}, must be a multiple of processes ({accelerator.num_processes}) × "
-                    f"accumulation ({config.accumulation})",
-                )
+            raise invalid(
+                "batch",
+                f"is {config.batch}, must be a multiple of processes ({accelerator.num_processes}) × "
+                f"accumulation ({config.accumulation})",
             )
         self.loss_of, self.config, self.accelerator, self.title = loss_of, config, accelerator, title
         self.schedule, self.evaluation = schedule or config.rate_at, evaluation

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError, OutputError
+from services.errors import MilongaError, OutputError, invalid
 from services.files import write_atomically
 from training.loop.config import Plain, differences
 
@@ -68,12 +68,10 @@ def claim_folder(
                 {k: v for k, v in settings.items() if k in differing},
             )
             if found:
-                raise InvalidInputError(
-                    FieldViolation(
-                        "--resume",
-                        f"{folder} holds a run with other settings ({'; '.join(found)}); give those, "
-                        "--fresh to start over, or another --output",
-                    )
+                raise invalid(
+                    "--resume",
+                    f"{folder} holds a run with other settings ({'; '.join(found)}); give those, "
+                    "--fresh to start over, or another --output",
                 )
         if old != text or not path.exists():
             write_atomically(path, text)

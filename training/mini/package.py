@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import InvalidInputError, invalid
 from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
 from services.models.mini import PARTS, mini_folder
@@ -109,7 +109,7 @@ def restore(work: Path) -> None:
     taken = [name for name in (*DENOISERS, "autoencoder", "text_encoder") if (work / name).exists()]
     if taken:
         fault = f"{work} holds {', '.join(taken)} already; name another folder"
-        raise InvalidInputError(FieldViolation("--work", fault))
+        raise invalid("--work", fault)
     for name in DENOISERS:
         pipeline = load_tango(mini_folder(name), dtype="float32")
         pipeline.unet.save_pretrained(work / name / "final")

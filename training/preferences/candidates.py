@@ -19,7 +19,7 @@ import soundfile
 from services.api.generation import ClipMaker, Generation
 from services.api.model import ModelVersion
 from services.clip_folder import ClipFolder, generate_pinned
-from services.errors import OutputError
+from services.errors import OutputError, invalid
 from training.data.store import (
     REPORT,
     Row,
@@ -28,7 +28,6 @@ from training.data.store import (
     digest_of_value,
     file_digest,
     finish,
-    invalid,
     read_json,
     read_rows,
     write_json,

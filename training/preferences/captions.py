@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
+from services.errors import invalid
 from services.files import write_atomically
 from training.data.store import (
     Row,
@@ -25,7 +26,6 @@ from training.data.store import (
     digest_of_value,
     file_digest,
     finish,
-    invalid,
     read_rows,
     write_rows,
 )

@@ -17,18 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from services.audio.encoding import encode_audio
+from services.errors import invalid
 from services.files import write_atomically
 from training.data.examples import Clip, FileClip, check_readable, decode, pair_rows
-from training.data.store import (
-    REPORT,
-    Row,
-    batches,
-    claim,
-    file_digest,
-    finish,
-    invalid,
-    read_json,
-)
+from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from services.errors import invalid
 from services.models.architectures import check_generator
 from services.models.clap.loading import load_tokenizer
 from services.models.folders import pick_device
 from services.models.state_dicts import quiet_loading
 from services.weights.loading import load_embedding_model
 from services.weights.uri import ModelURI, resolve
-from training.data.store import invalid
 
 FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODEL_URI"
 

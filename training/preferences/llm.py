@@ -19,8 +19,8 @@ from typing import Any, Final, Literal
 import openai
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
-from services.errors import MilongaError, ServiceUnavailableError
-from training.data.store import Row, digest_of_value, invalid, write_json
+from services.errors import MilongaError, ServiceUnavailableError, invalid
+from training.data.store import Row, digest_of_value, write_json
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
 
 URL_VARIABLE: Final = "MILONGA_LLM_URL"

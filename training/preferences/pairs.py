@@ -15,17 +15,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.store import (
-    REPORT,
-    Row,
-    claim,
-    file_digest,
-    finish,
-    invalid,
-    read_json,
-    read_rows,
-    write_rows,
-)
+from services.errors import invalid
+from training.data.store import REPORT, Row, claim, file_digest, finish, read_json, read_rows, write_rows
 from training.loop.config import Plain, flatten
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.scores import SCORES, read_scores

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.client import AudioClient
-from services.errors import MilongaError
+from services.errors import MilongaError, invalid
 from services.files import side_by_side
 from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
-from training.data.store import Row, RowLog, batches, claim, finish, invalid, read_rows, write_rows
+from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates

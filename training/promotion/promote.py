@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import InvalidInputError, MilongaError, invalid
 from services.weights.registry import RegisteredVersion
 from services.weights.uri import ResolvedModel
 from training.exits import one_line
@@ -127,12 +127,10 @@ def roll_back(promoter: Promoter) -> str:
         pin = current_pin(promoter.target)
         previous = promoter.ledger.before(place, pin)
         if previous is None:
-            raise InvalidInputError(
-                FieldViolation(
-                    "rollback",
-                    f"the ledger records nothing that was served here before {shown_pin(pin)}; promote the "
-                    "version that you want instead",
-                )
+            raise invalid(
+                "rollback",
+                f"the ledger records nothing that was served here before {shown_pin(pin)}; promote the "
+                "version that you want instead",
             )
         version = promoter.registry.version_of_pin(previous)
         _check_alias(promoter.registry, version.name, promoter.alias, version_of(pin))
@@ -174,13 +172,11 @@ def bootstrap(
             if served == pinned.version:
                 return f"{pinned} is pinned already; nothing to do"
         if served is not None and registry.version(name, served).digest != source.digest:
-            raise InvalidInputError(
-                FieldViolation(
-                    "bootstrap",
-                    f"is {_shown(source)}, and {name}@{promoter.alias} points to version {served}, which is "
-                    f"or was served elsewhere; give models:/{name}/{served}, or another --alias, or move the "
-                    "alias in MLflow",
-                )
+            raise invalid(
+                "bootstrap",
+                f"is {_shown(source)}, and {name}@{promoter.alias} points to version {served}, which is "
+                f"or was served elsewhere; give models:/{name}/{served}, or another --alias, or move the "
+                "alias in MLflow",
             )
         target.check_setup(challenger=False)
         target.check_reach()
@@ -203,9 +199,7 @@ def resume(promoter: Promoter) -> str:
     with target.lock() as lock:
         entry = promoter.ledger.unfinished(place)
         if entry is None:
-            raise InvalidInputError(
-                FieldViolation("resume", "nothing is unfinished here; see `milonga promote history`")
-            )
+            raise invalid("resume", "nothing is unfinished here; see `milonga promote history`")
         title = _title(entry)
         pin = target.current_pin()
         if pin not in (entry.from_pin, entry.to_pin):
@@ -342,10 +336,8 @@ def current_pin(target: Target) -> Pin:
     pin = target.current_pin()
     if pin is None or not pin.startswith("models:"):
         what = "nothing is pinned" if pin is None else f"{shown_pin(pin)} is served, which is in no registry"
-        raise InvalidInputError(
-            FieldViolation(
-                target.place, f"{what}; register and pin a model: `milonga promote bootstrap URI_OR_FOLDER`"
-            )
+        raise invalid(
+            target.place, f"{what}; register and pin a model: `milonga promote bootstrap URI_OR_FOLDER`"
         )
     return pin
 
@@ -354,9 +346,7 @@ def served_version(promoter: Promoter, model: str) -> RegisteredVersion:
     """Return the served version. Raises `InvalidInputError` where pin, alias and `model` disagree."""
     champion = promoter.registry.version_of_pin(current_pin(promoter.target))
     if champion.name != model:
-        raise InvalidInputError(
-            FieldViolation("--model", f"is {model}, and {champion} is served; give --model {champion.name}")
-        )
+        raise invalid("--model", f"is {model}, and {champion} is served; give --model {champion.name}")
     _check_alias(promoter.registry, model, promoter.alias, champion.version)
     return champion
 
@@ -365,9 +355,7 @@ def candidate_version(registry: Registry, model: str, version: str | None, alias
     """Return `version`, or the one that `alias` points to. Raises as `Registry.version`."""
     number = version or registry.alias(model, alias)
     if number is None:
-        raise InvalidInputError(
-            FieldViolation("--version", f"is missing, and {model} has no alias {alias}; give --version")
-        )
+        raise invalid("--version", f"is missing, and {model} has no alias {alias}; give --version")
     return registry.version(model, number)
 
 
@@ -390,12 +378,10 @@ def _check_alias(registry: Registry, model: str, alias: str, *expected: str | No
     """Raise `InvalidInputError` where an alias points to none of `expected`."""
     found = registry.alias(model, alias)
     if found not in expected:
-        raise InvalidInputError(
-            FieldViolation(
-                f"{model}@{alias}",
-                f"points to {_version_text(found)}, expected {_version_text(expected[0])}: somebody else "
-                "moved it, or it is of another target; give --alias, or correct the alias in MLflow",
-            )
+        raise invalid(
+            f"{model}@{alias}",
+            f"points to {_version_text(found)}, expected {_version_text(expected[0])}: somebody else "
+            "moved it, or it is of another target; give --alias, or correct the alias in MLflow",
         )
 
 
@@ -409,12 +395,10 @@ def _is_pinned(
     first, version = (
         ("", source.version) if isinstance(source, RegisteredVersion) else ("register it, then ", "N")
     )
-    return InvalidInputError(
-        FieldViolation(
-            "bootstrap",
-            f"is {_shown(source)}, and {pinned} is pinned; {first}promote: milonga promote run "
-            f"--model {name} --version {version}",
-        )
+    return invalid(
+        "bootstrap",
+        f"is {_shown(source)}, and {pinned} is pinned; {first}promote: milonga promote run "
+        f"--model {name} --version {version}",
     )
 
 

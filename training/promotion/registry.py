@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from services.errors import (
     DigestMismatchError,
-    FieldViolation,
-    InvalidInputError,
     MilongaError,
     ModelError,
     ModelFormatError,
     ModelNotFoundError,
     ServiceUnavailableError,
+    invalid,
 )
 from services.models.manifest import MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
@@ -94,12 +93,10 @@ class Registry:
         """Return the version that a pin names. Raises as `version`, and `DigestMismatchError`."""
         found = re.fullmatch(r"models:/(?P<name>[^/]+)/(?P<version>\d+)#(?P<digest>sha256:[0-9a-f]{64})", pin)
         if found is None:
-            raise InvalidInputError(
-                FieldViolation(
-                    "pin",
-                    f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; set one with `milonga promote "
-                    "bootstrap`",
-                )
+            raise invalid(
+                "pin",
+                f"is {pin!r}, must be models:/NAME/VERSION#sha256:…; set one with `milonga promote "
+                "bootstrap`",
             )
         version = self.version(found["name"], found["version"])
         if version.digest != found["digest"]:

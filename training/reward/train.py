@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
 from services.weights.loading import load_clap_model
@@ -196,22 +196,18 @@ def check_enough(examples: dict[Split, Examples], config: RewardTraining) -> Non
     needs = {"labelled": config.objective != "bradley_terry", "pairs": config.objective != "bce"}
     for name, needed in needs.items():
         if needed and not getattr(examples["train"], name):
-            raise InvalidInputError(
-                FieldViolation(
-                    "objective",
-                    f"is {config.objective}, which learns from {name}, and there are none; give data.{name}, "
-                    "data.soundworld.contrasts, or another objective",
-                )
+            raise invalid(
+                "objective",
+                f"is {config.objective}, which learns from {name}, and there are none; give data.{name}, "
+                "data.soundworld.contrasts, or another objective",
             )
     for split in SPLITS[1:]:
         labels = {example.label > 0.5 for example in examples[split].labelled}
         if not examples[split].preference_pairs() and len(labels) < 2:
-            raise InvalidInputError(
-                FieldViolation(
-                    "data",
-                    f"has neither pairs nor both labels among the prompts of the {split} split (5 % of the "
-                    "prompts); give more prompts",
-                )
+            raise invalid(
+                "data",
+                f"has neither pairs nor both labels among the prompts of the {split} split (5 % of the "
+                "prompts); give more prompts",
             )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, TypeVar
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from training.data.latents import LatentConfig
 from training.data.scenes import SoundworldData
 from training.finetuning.baton import BatonData, BatonTraining
@@ -83,9 +83,7 @@ REWARD: Final[Mapping[str, Callable[[], RewardTraining]]] = {
 def recipe(recipes: Mapping[str, Callable[[], Recipe]], name: str) -> Recipe:
     """The config of the recipe `name`. Raises `InvalidInputError` where there is none."""
     if name not in recipes:
-        raise InvalidInputError(
-            FieldViolation("--recipe", f"is {name!r}, must be one of {', '.join(recipes)}")
-        )
+        raise invalid("--recipe", f"is {name!r}, must be one of {', '.join(recipes)}")
     return recipes[name]()
 
 

@@ -36,7 +36,7 @@ quiet_libraries()
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault  # noqa: E402
 from services.engine import Engine  # noqa: E402
-from services.errors import FieldViolation, InvalidInputError  # noqa: E402
+from services.errors import invalid  # noqa: E402
 from services.models.architectures import load_generator  # noqa: E402
 from services.models.clap.laion import load_laion  # noqa: E402
 from services.models.clap.loading import load_clap  # noqa: E402
@@ -83,7 +83,7 @@ def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
     if seed is None:
         seed = secrets.randbelow(SEEDS)
     if not 0 <= seed < SEEDS:
-        raise InvalidInputError(FieldViolation("seed", f"is {seed}, must lie in [0, 2^63)"))
+        raise invalid("seed", f"is {seed}, must lie in [0, 2^63)")
     request = engine.request(
         sentence(row),
         negative_prompt=row["negative_prompt"] if given(row, "negative_prompt") else None,
@@ -101,11 +101,9 @@ def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, rate = sentence(row), whole(row, "sampling_rate")
     waveform_N = np.asarray(row["audio"], dtype=np.float32)
     if waveform_N.ndim != 1 or not len(waveform_N) or not np.isfinite(waveform_N).all():
-        raise InvalidInputError(
-            FieldViolation("audio", f"has the shape {waveform_N.shape}, must be finite mono samples")
-        )
+        raise invalid("audio", f"has the shape {waveform_N.shape}, must be finite mono samples")
     if rate is None or rate < 1:
-        raise InvalidInputError(FieldViolation("sampling_rate", f"is {rate}, must be a number of hertz"))
+        raise invalid("sampling_rate", f"is {rate}, must be a number of hertz")
     logit = model.reward([prompt], [model.prepare(waveform_N, rate)]).item()
     return {"logit": logit, "probability": 1 / (1 + math.exp(-logit))}
 
@@ -115,7 +113,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     prompt = row["prompt"]
     fault = prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else "is no text"
     if fault:
-        raise InvalidInputError(FieldViolation("prompt", fault))
+        raise invalid("prompt", fault)
     return str(prompt)
 
 
@@ -132,7 +130,7 @@ def number(row: Mapping[str, Any], name: str) -> float | None:
     try:
         return float(row[name])
     except (TypeError, ValueError):
-        raise InvalidInputError(FieldViolation(name, f"is {row[name]!r}, must be a number")) from None
+        raise invalid(name, f"is {row[name]!r}, must be a number") from None
 
 
 def whole(row: Mapping[str, Any], name: str) -> int | None:
@@ -141,7 +139,7 @@ def whole(row: Mapping[str, Any], name: str) -> int | None:
     if value is None:
         return None
     if not value.is_integer():
-        raise InvalidInputError(FieldViolation(name, f"is {row[name]!r}, must be a whole number"))
+        raise invalid(name, f"is {row[name]!r}, must be a whole number")
     exact = isinstance(row[name], int | np.integer)  # a float holds no more than 53 bits of a seed
     return int(row[name] if exact else value)
 

@@ -28,6 +28,7 @@ from services.errors import (
     ModelFormatError,
     OutputError,
     ServiceUnavailableError,
+    invalid,
 )
 from services.models.architectures import check_generator
 from services.models.folders import read_json
@@ -171,12 +172,10 @@ def clap_of(folder: Path, clap: str | None) -> Path:
     if clap is None:
         embedded = mini_folder("clap-a")
         if not embedded.is_dir() or read_manifest(embedded).digest != config.clap_digest:
-            raise InvalidInputError(
-                FieldViolation(
-                    "--clap",
-                    f"is missing, and {folder} needs the CLAP model {config.clap_name} "
-                    f"({config.clap_digest}), which is not the mini family's; give its model URI",
-                )
+            raise invalid(
+                "--clap",
+                f"is missing, and {folder} needs the CLAP model {config.clap_name} "
+                f"({config.clap_digest}), which is not the mini family's; give its model URI",
             )
         clap = "mini:clap-a"
     found = resolve(clap)
@@ -293,11 +292,7 @@ def experiment_id(client: "MlflowClient", name: str = EXPERIMENT) -> str:
             found = client.get_experiment_by_name(name)  # another process was faster
     assert found is not None
     if found.lifecycle_stage == "deleted":
-        raise InvalidInputError(
-            FieldViolation(
-                "experiment", f"is {name}, which was deleted; restore it with `mlflow experiments`"
-            )
-        )
+        raise invalid("experiment", f"is {name}, which was deleted; restore it with `mlflow experiments`")
     return str(found.experiment_id)
 
 

@@ -39,12 +39,7 @@ from numpy.typing import NDArray
 import services
 from services.audio.encoding import encode_audio
 from services.audio.spectrogram import spectrogram_png
-from services.errors import (
-    FieldViolation,
-    InvalidInputError,
-    OutputError,
-    ServiceUnavailableError,
-)
+from services.errors import OutputError, ServiceUnavailableError, invalid
 from services.files import write_atomically
 from services.models.manifest import digest_of_files, hash_files
 from services.weights.registry import connect, database_path, tracking_uri
@@ -342,9 +337,7 @@ def _locked(folder: Path) -> IO[bytes]:
             lock.close()
             raise
     except BlockingIOError as error:
-        raise InvalidInputError(
-            FieldViolation("--output", f"{folder} belongs to a run that is going on; wait for its end")
-        ) from error
+        raise invalid("--output", f"{folder} belongs to a run that is going on; wait for its end") from error
     except OSError as error:
         raise OutputError(f"{folder} can't be written: {error.strerror}; write elsewhere") from error
     return lock

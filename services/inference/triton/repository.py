@@ -22,7 +22,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from services.errors import FieldViolation, InvalidInputError, ModelFormatError, OutputError
+from services.errors import InvalidInputError, ModelFormatError, OutputError, invalid
 from services.inference.triton.storage import LAST, Storage, open_storage
 
 __all__ = ["ModelExport", "ModelRepository", "Storage", "Weights", "open_storage"]
@@ -91,7 +91,7 @@ class ModelRepository:
         """
         model, folder = export.config.name, f"{export.config.name}/{version}"
         if version < 1:
-            raise InvalidInputError(FieldViolation("--version", f"is {version}, must be at least 1"))
+            raise invalid("--version", f"is {version}, must be at least 1")
         existing = self.config(model)
         if existing is not None:
             self._check_tensors(existing, export.config)
@@ -147,12 +147,10 @@ class ModelRepository:
             raise self._no_model(model)
         missing = sorted({*versions} - {*existing})
         if missing or not versions:
-            raise InvalidInputError(
-                FieldViolation(
-                    f"{self.storage.place}: {model}",
-                    f"has no version {', '.join(map(str, missing)) or 'to pin'}; it has "
-                    f"{', '.join(map(str, existing)) or 'none'}",
-                )
+            raise invalid(
+                f"{self.storage.place}: {model}",
+                f"has no version {', '.join(map(str, missing)) or 'to pin'}; it has "
+                f"{', '.join(map(str, existing)) or 'none'}",
             )
         self._write_config(config, *versions)
 
@@ -189,12 +187,10 @@ class ModelRepository:
         found = {name: weights.digest for name, weights in self.weights(model, version).items()}
         # The order matters: it is that of the columns of SCORE.
         if list(found.items()) != [(name, one.digest) for name, one in export.weights.items()]:
-            raise InvalidInputError(
-                FieldViolation(
-                    "--version",
-                    f"is {version}, but {self.storage.place} has {model} {version} with other weights "
-                    f"({', '.join(sorted(found.values()))}); give another --version",
-                )
+            raise invalid(
+                "--version",
+                f"is {version}, but {self.storage.place} has {model} {version} with other weights "
+                f"({', '.join(sorted(found.values()))}); give another --version",
             )
         return True
 
@@ -202,12 +198,10 @@ class ModelRepository:
         """Raise `InvalidInputError` if the tensors differ: a model's versions share one configuration."""
         for side in ("input", "output"):
             if list(getattr(existing, side)) != list(getattr(new, side)):
-                raise InvalidInputError(
-                    FieldViolation(
-                        f"{self.storage.place}: {new.name}",
-                        f"has other {side}s in {CONFIG} than this version; export into another repository, "
-                        "or remove that file; the new one then pins only this version",
-                    )
+                raise invalid(
+                    f"{self.storage.place}: {new.name}",
+                    f"has other {side}s in {CONFIG} than this version; export into another repository, "
+                    "or remove that file; the new one then pins only this version",
                 )
 
     def _set_parameters(self, existing: ModelConfig, new: ModelConfig) -> None:
@@ -230,16 +224,12 @@ class ModelRepository:
             self.storage.write(path, text)
 
     def _no_version(self, model: str, version: int) -> InvalidInputError:
-        return InvalidInputError(
-            FieldViolation(f"{self.storage.place}: {model}", f"has no version {version}; export it")
-        )
+        return invalid(f"{self.storage.place}: {model}", f"has no version {version}; export it")
 
     def _no_model(self, model: str) -> InvalidInputError:
-        return InvalidInputError(
-            FieldViolation(
-                self.storage.place,
-                f"has no model {model}; export it with `milonga triton export`, or give another",
-            )
+        return invalid(
+            self.storage.place,
+            f"has no model {model}; export it with `milonga triton export`, or give another",
         )
 
 

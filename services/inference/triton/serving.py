@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from services.catalogue import ServiceEntry
-from services.errors import FieldViolation, InvalidInputError, ModelFormatError
+from services.errors import InvalidInputError, ModelFormatError, invalid
 from services.inference.triton.backend import LoadedModel
 from services.inference.triton.repository import SERVED, WEIGHTS, parse_served
 from services.runtime.settings import ServerSettings, load_settings
@@ -89,11 +89,9 @@ def read_settings(
     texts = {name: text for name, text in parameters.items() if not name.isupper()}
     unknown = sorted(texts.keys() - known)
     if unknown:
-        raise InvalidInputError(
-            FieldViolation(
-                field.format(unknown[0]),
-                f"is no setting of this model; use one of {', '.join(sorted(known))}",
-            )
+        raise invalid(
+            field.format(unknown[0]),
+            f"is no setting of this model; use one of {', '.join(sorted(known))}",
         )
     try:
         return load_settings(kind, texts, **given)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from services.errors import (
-    FieldViolation,
     InvalidInputError,
     ModelError,
     OutputError,
     ServiceUnavailableError,
+    invalid,
 )
 
 LAST: Final = "served.json"
@@ -282,7 +282,7 @@ def _s3_client(place: S3Place) -> Any:
 
 
 def _not_a_place(place: str) -> InvalidInputError:
-    return InvalidInputError(FieldViolation("--repository", f"is {place!r}, must be {_FORMS}"))
+    return invalid("--repository", f"is {place!r}, must be {_FORMS}")
 
 
 def _drop(path: Path) -> None:

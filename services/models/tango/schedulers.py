@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import invalid
 from services.models.latent import Solver
 
 SD21_CONFIG: Final[Mapping[str, Any]] = {
@@ -129,9 +129,7 @@ def make_scheduler(name: str, base_config: Mapping[str, Any] = SD21_CONFIG) -> S
     factory = _FACTORIES.get(name)
     if factory is None:
         known = ", ".join(SCHEDULERS)
-        raise InvalidInputError(
-            FieldViolation("scheduler", f"unknown scheduler {name!r}; use one of {known}")
-        )
+        raise invalid("scheduler", f"unknown scheduler {name!r}; use one of {known}")
     return factory({key: base_config[key] for key in _NOISE_SCHEDULE if key in base_config})
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
 from services.api.model import UNVERSIONED
-from services.errors import FieldViolation, InvalidInputError, ModelFormatError
+from services.errors import ModelFormatError, invalid
 from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
 from services.models.pipelines import Architecture
@@ -134,7 +134,7 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         """See `LatentPipeline`. Steps are even, from noise to one step before the clip."""
         if name not in SCHEDULERS:
             text = f"unknown scheduler {name!r}; use one of {', '.join(SCHEDULERS)}"
-            raise InvalidInputError(FieldViolation("scheduler", text))
+            raise invalid("scheduler", text)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
         return FlowSolver(scheduler)

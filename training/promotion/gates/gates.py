@@ -24,7 +24,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field, FiniteFloat, PositiveInt
 from pydantic.json_schema import SkipJsonSchema
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
 from training.evaluation.events import EVENT_METRICS
 from training.evaluation.prompts import SPLITS
@@ -167,7 +167,7 @@ def read_gates(path: Path) -> GatesConfig:
         content = tomllib.loads(text)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InvalidInputError(FieldViolation("--gates", f"{path} can't be read: {reason}")) from error
+        raise invalid("--gates", f"{path} can't be read: {reason}") from error
     table = content.get("evaluation", {})
     if isinstance(table, dict):
         content["evaluation"] = _with_recipe(path, table)
@@ -263,10 +263,8 @@ def _with_recipe(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an evaluation: those of its recipe, overridden by `table`. "none" is TOML's null."""
     recipe = table.get("recipe", "mini")
     if recipe not in EVALUATIONS:
-        raise InvalidInputError(
-            FieldViolation(
-                f"{path.name}: evaluation.recipe", f"is {recipe!r}, must be one of {', '.join(EVALUATIONS)}"
-            )
+        raise invalid(
+            f"{path.name}: evaluation.recipe", f"is {recipe!r}, must be one of {', '.join(EVALUATIONS)}"
         )
     settings = asdict(EVALUATIONS[recipe]())
     for name, value in table.items():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from services.client import TLS, AudioClient, ModelVersion
-from services.errors import FieldViolation, InvalidInputError, MilongaError, ServiceUnavailableError
+from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training.cluster.namespace import Json
 from training.promotion.errors import RolloutError
 from training.promotion.target import Pin, Report, pinned_digest
@@ -108,18 +108,14 @@ class KubernetesTarget:
     def check_setup(self, *, challenger: bool) -> None:
         """See `Target`."""
         if self.idle:
-            raise InvalidInputError(
-                FieldViolation(f"the Deployment {GENERATION}", "is scaled to 0; scale it to 1 or more")
-            )
+            raise invalid(f"the Deployment {GENERATION}", "is scaled to 0; scale it to 1 or more")
         if not challenger:
             return
         found = first_difference(self._cluster.deployment(GENERATION), self._cluster.deployment(CHALLENGER))
         if found:
-            raise InvalidInputError(
-                FieldViolation(
-                    f"the Deployment {CHALLENGER}",
-                    f"would not run what {GENERATION} does: {found}; apply the manifests, which define both",
-                )
+            raise invalid(
+                f"the Deployment {CHALLENGER}",
+                f"would not run what {GENERATION} does: {found}; apply the manifests, which define both",
             )
 
     def check_reach(self) -> None:
@@ -296,8 +292,4 @@ def _port(pod: Json) -> int:
         for port in container.get("ports") or ():
             if port.get("name") == GRPC_PORT:
                 return int(port["containerPort"])
-    raise InvalidInputError(
-        FieldViolation(
-            f"pod {pod['metadata']['name']}", f"has no port named {GRPC_PORT}; add one to the manifest"
-        )
-    )
+    raise invalid(f"pod {pod['metadata']['name']}", f"has no port named {GRPC_PORT}; add one to the manifest")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from services.client import TLS, AudioClient, ModelVersion
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import InvalidInputError, MilongaError, invalid
 from training.cluster.namespace import ForbiddenError, RequestRefusedError
 from training.promotion.errors import RolloutError
 
@@ -107,17 +107,13 @@ def check_tls(address: str, tls: TLS | None, service: str) -> None:
     except ssl.SSLError as error:
         if tls is not None:
             reason = error.reason or str(error)
-            raise InvalidInputError(
-                FieldViolation(
-                    "--tls",
-                    f"the handshake with {service} failed: {getattr(error, 'verify_message', '') or reason}; "
-                    "correct --tls-ca, --tls-cert and --tls-server-name, or omit them for plaintext",
-                )
+            raise invalid(
+                "--tls",
+                f"the handshake with {service} failed: {getattr(error, 'verify_message', '') or reason}; "
+                "correct --tls-ca, --tls-cert and --tls-server-name, or omit them for plaintext",
             ) from error
     except OSError:
         return
     else:
         if tls is None:
-            raise InvalidInputError(
-                FieldViolation("--tls", f"is missing, and {service} uses TLS; give --tls-ca")
-            )
+            raise invalid("--tls", f"is missing, and {service} uses TLS; give --tls-ca")

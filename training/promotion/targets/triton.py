@@ -18,10 +18,10 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from services.client import TLS, ModelVersion
 from services.errors import (
     DeadlineExceededError,
-    FieldViolation,
     InvalidInputError,
     MilongaError,
     ServiceUnavailableError,
+    invalid,
 )
 from services.inference.triton.repository import ModelExport, ModelRepository, Weights
 from services.weights.uri import ResolvedModel, resolve
@@ -117,13 +117,11 @@ class TritonTarget:
                 wrong = f"serves {found}" if found != weights.digest else ""
                 pinned = {highest}
         if wrong:
-            raise InvalidInputError(
-                FieldViolation(
-                    "--repository",
-                    f"{self._where} is pinned to version {_listed(pinned)} of {MODEL}, and {self._server} "
-                    f"{wrong}: it reads another repository, or has not loaded a pin set by hand; give the "
-                    f"server's repository, or have it load {MODEL}",
-                )
+            raise invalid(
+                "--repository",
+                f"{self._where} is pinned to version {_listed(pinned)} of {MODEL}, and {self._server} "
+                f"{wrong}: it reads another repository, or has not loaded a pin set by hand; give the "
+                f"server's repository, or have it load {MODEL}",
             )
 
     def check_reach(self) -> None:
@@ -229,12 +227,10 @@ class TritonTarget:
     def _check_server(self, client: TritonClient) -> None:
         name, _ = client.server()
         if name == "milonga":
-            raise InvalidInputError(
-                FieldViolation(
-                    "--target",
-                    f"is triton://{self._address}, which is a service of Milonga and no Triton; give "
-                    f"--target local --generation-address {self._address}",
-                )
+            raise invalid(
+                "--target",
+                f"is triton://{self._address}, which is a service of Milonga and no Triton; give "
+                f"--target local --generation-address {self._address}",
             )
 
     @contextlib.contextmanager
@@ -316,12 +312,10 @@ class TritonTarget:
             return next((number for number, one in digests.items() if one == digest), 1)
         number = int(version_of(pin))
         if digests.get(number, digest) != digest:
-            raise InvalidInputError(
-                FieldViolation(
-                    "--repository",
-                    f"{self._where} has other weights ({digests[number]}) as version {number} of {MODEL} "
-                    f"than {shown_pin(pin)}; register the model again, which gives it a new number",
-                )
+            raise invalid(
+                "--repository",
+                f"{self._where} has other weights ({digests[number]}) as version {number} of {MODEL} "
+                f"than {shown_pin(pin)}; register the model again, which gives it a new number",
             )
         return number
 
@@ -347,12 +341,10 @@ class TritonTarget:
         return highest, weights
 
     def _no_model(self) -> InvalidInputError:
-        return InvalidInputError(
-            FieldViolation(
-                "--repository",
-                f"{self._where} has no {MODEL} with a pinned version; `milonga triton export` writes one, or "
-                "give the repository that the server reads",
-            )
+        return invalid(
+            "--repository",
+            f"{self._where} has no {MODEL} with a pinned version; `milonga triton export` writes one, or "
+            "give the repository that the server reads",
         )
 
 

@@ -23,12 +23,11 @@ from services.client import TLS
 from services.client.connection import Connection
 from services.errors import (
     DeadlineExceededError,
-    FieldViolation,
-    InvalidInputError,
     MilongaError,
     RequestCancelledError,
     ServiceUnavailableError,
     UnauthenticatedError,
+    invalid,
 )
 
 CALL_SECONDS: Final = 10.0
@@ -184,11 +183,9 @@ class TritonClient:
         message = f"the Triton at {self.address}: {details}"
         match code:
             case grpc.StatusCode.UNAVAILABLE if "explicit model load" in details:
-                return InvalidInputError(
-                    FieldViolation(
-                        f"the Triton at {self.address}",
-                        f"refuses to load models ({details}); start it with --model-control-mode=explicit",
-                    )
+                return invalid(
+                    f"the Triton at {self.address}",
+                    f"refuses to load models ({details}); start it with --model-control-mode=explicit",
                 )
             case grpc.StatusCode.UNAVAILABLE if "is restricted" in details:
                 return UnauthenticatedError(
@@ -252,7 +249,7 @@ def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
 def _refusal(message: str) -> MilongaError:
     """The error of a message in a stream, which has no status: of a wrong value it starts with the field."""
     if found := _FIELD.fullmatch(message):
-        return InvalidInputError(FieldViolation(found["field"], found["description"]))
+        return invalid(found["field"], found["description"])
     return MilongaError(_one_line(message))
 
 
