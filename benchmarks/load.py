@@ -1,8 +1,8 @@
 """A client at constant load with its retries off: what a promotion, a drain or a lost pod does to its calls.
 
-    python benchmarks/load.py --target HOST:PORT [--rate 5] [--seconds 60] [--output build/bench/load]
-    python benchmarks/load.py            # of a service of its own, which switches models meanwhile
-    python benchmarks/load.py --plot build/bench/load                       # the plot of calls made before
+    python -m benchmarks.load --target HOST:PORT [--rate 5] [--seconds 60] [--output build/bench/load]
+    python -m benchmarks.load            # against a service of its own, which switches models meanwhile
+    python -m benchmarks.load --plot build/bench/load                       # the plot of calls made before
 
 Calls start at fixed times, whether the ones before have ended or not. Each is short, and has a deadline.
 Every answer names one model, and its clips are compared with the first that this model made of the same seed:

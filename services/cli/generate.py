@@ -11,7 +11,7 @@ from services import client
 from services.cli import prompts
 from services.cli.folder import Folder
 from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
-from services.cli.options import grouped
+from services.cli.options import URI_FORMS, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, numbered, print_table
 from services.cli.progress import ProgressView
 from services.cli.scorers import PANEL, Connection, ScorerOptions, refuse
@@ -82,7 +82,7 @@ class ModelOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model URI: mini, mini-base, file:PATH, hf:OWNER/NAME, each also with #sha256:HEX.",
+            help=f"Model URI: mini, mini-base, {URI_FORMS}.",
             show_default="mini",
         ),
     ] = None

@@ -60,7 +60,7 @@ def sample(
 
 
 train = typer.Typer(
-    help="Train models. A run that was stopped goes on where it was: give the same command again.",
+    help="Train models. A run that was stopped resumes: give the same command again.",
     no_args_is_help=True,
 )
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from training.cluster.namespace import Json
 
 EPILOG = (
-    "Exit codes: 0 the Job is complete; with --detach or --dry-run, accepted · 2 wrong input, here or in the "
-    "Job · 4 the Job failed · 5 a Job of that name exists · 6 cluster unreachable, or no permission · "
-    "130 interrupted: the Job goes on."
+    "Exit codes: 0 the Job is complete; with --detach or --dry-run, accepted · 1 a bug, or something is not "
+    "installed · 2 wrong input, here or in the Job · 4 the Job failed · 5 a Job of that name exists · "
+    "6 cluster unreachable, or no permission · 130 interrupted: the Job keeps running."
 )
 
 
@@ -92,7 +92,7 @@ def submit(
 
     A pod that is lost is replaced, and the run resumes from its last checkpoint.
 
-    Ctrl-C stops following; the Job goes on.
+    Ctrl-C stops following; the Job keeps running.
     """
     from training.cluster.submit import EXIT_CODES, NAMESPACE, create, find, next_steps
 
@@ -120,7 +120,7 @@ def submit(
             )
         else:
             typer.echo(
-                f"the Job {name} is created in the namespace {space}; it goes on after Ctrl-C", err=True
+                f"the Job {name} is created in the namespace {space}; it keeps running after Ctrl-C", err=True
             )
             _follow(jobs, created, context)
 
@@ -150,7 +150,7 @@ def _jobs(namespace: str, context: str | None) -> "Jobs":
 
 
 def _follow(jobs: "Jobs", job: "Json", context: str | None) -> None:
-    """Follow a Job. On Ctrl-C and lost connections, say how to go on: the Job itself is left alone."""
+    """Follow a Job. On Ctrl-C and lost connections, say how to continue: the Job itself is left alone."""
     from training.cluster.following import follow
     from training.cluster.submit import next_steps
 
@@ -159,7 +159,7 @@ def _follow(jobs: "Jobs", job: "Json", context: str | None) -> None:
     try:
         follow(jobs, job, report=timed_lines(), write=typer.echo)
     except KeyboardInterrupt as error:
-        typer.echo(f"the Job {name} goes on; {steps}", err=True)
+        typer.echo(f"the Job {name} keeps running; {steps}", err=True)
         raise typer.Exit(130) from error
     except ServiceUnavailableError as error:
         raise ServiceUnavailableError(f"{error}; the Job {name} is unaffected; {steps}") from error

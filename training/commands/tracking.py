@@ -21,10 +21,10 @@ def register(
     ],
     name: Annotated[
         str | None,
-        typer.Option(help="Of the registered model.", show_default="milonga-tango or milonga-reward"),
+        typer.Option(help="Name of the registered model.", show_default="milonga-tango or milonga-reward"),
     ] = None,
     alias: Annotated[
-        str, typer.Option(help="To point to the version: challenger or champion.")
+        str, typer.Option(help="Alias to point to the version, e.g. challenger or champion.")
     ] = "challenger",
     clap: Annotated[
         str | None,

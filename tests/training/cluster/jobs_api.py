@@ -54,7 +54,7 @@ class JobsApi(Api):
             lines = self.logs.get(found[1])
             if lines is None:
                 return 404, {"message": "not found"}
-            # A list goes on growing, and its container with it.
+            # A list keeps growing, and its container with it.
             return 200, (f"{line}\n" for line in (list(lines) if isinstance(lines, list) else lines))
         return super().answer(request)
 

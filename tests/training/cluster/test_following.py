@@ -318,7 +318,7 @@ def test_an_interruption_leaves_the_job(
         _follow(jobs, api.jobs[NAME], "kind-x")
     assert caught.value.exit_code == 130
     assert (
-        "the Job align-7 goes on; to follow it: milonga train submit --follow align-7 --context kind-x"
+        "the Job align-7 keeps running; to follow it: milonga train submit --follow align-7 --context kind-x"
         in (capsys.readouterr().err)
     )
     assert NAME in api.jobs

@@ -283,7 +283,7 @@ def test_submit_follow_and_submit_again(
         out, err = capsys.readouterr()
         assert out == "step 1\n"
         assert [line.partition(" s  ")[2] or line for line in err.splitlines()] == [
-            "the Job align-7 is created in the namespace milonga; it goes on after Ctrl-C",
+            "the Job align-7 is created in the namespace milonga; it keeps running after Ctrl-C",
             "pod a runs on node node-1",
             "the Job align-7 is complete",
         ]
