@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and run work on threads."""
+"""Write files whole or not at all, recognise what a failed download left, and run work on threads."""
 
 import contextlib
 import os
@@ -7,12 +7,25 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from services.errors import OutputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+HEAD: Final = 1024
+"""Bytes of a file's beginning that `describe_file` needs."""
+
+_PAGES: Final = (b"<!doctype html", b"<html", b"<head", b"<script", b"<body")
+_REPLIES: Final = (
+    *(b'{"error', b'{"message"', b'{"detail"', b"<error>", b"<?xml", b"entry not found", b"not found"),
+    *(b"access denied", b"access to model", b"access to dataset", b"invalid username", b"unauthorized"),
+    *(b"forbidden", b"400", b"401", b"403", b"404", b"429", b"500", b"502", b"503"),
+)
+"""How error replies of servers begin: of the Hugging Face hub, GitHub, S3 and proxies."""
+
+_APPLE_DOUBLE: Final = bytes.fromhex("00051607")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -41,6 +54,45 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def temporary_name(path: Path) -> Path:
     """Return a hidden name next to `path` that nothing else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def describe_file(head: bytes) -> str | None:
+    """Return what a file is that lies where a sound or weights belong, with the remedy. Not for text files.
+
+    The answer completes "PATH is …". `head` is the file's first `HEAD` bytes, or all if it has fewer. Returns
+    None if they show none of the known kinds.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head:
+        return "an empty file; fetch it again"
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if b"/annex/objects/" in head and len(head) < HEAD:
+        return "a git-annex pointer, not the file itself; run `git annex get` on it"
+    if text.startswith(_PAGES):
+        return (
+            "a web page (HTML), not the file itself; download the file, not the page about it (on the "
+            "Hugging Face hub the address has /resolve/, not /blob/), and log in if it asks for that"
+        )
+    if text.startswith(_REPLIES) and len(head) < HEAD:
+        reply = " ".join(head.decode(errors="replace").split())[:80]
+        return f"a server's reply ({reply}), not the file itself; fetch it again"
+    if head.startswith(_APPLE_DOUBLE):
+        return (
+            "a macOS resource fork (AppleDouble), not the file itself; take the file without ._ in its name"
+        )
+    if len(head) == HEAD and not any(head):
+        return "a file of zero bytes, as an interrupted download leaves it; fetch it again"
+    return None
+
+
+def describe_path(path: Path) -> str | None:
+    """Apply `describe_file` to the beginning of the file `path`; return None if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return describe_file(file.read(HEAD))
+    except OSError:
+        return None
 
 
 def side_by_side(
