@@ -132,6 +132,7 @@ class LocalScorers:
                 for name, scorer in chosen.items()
             ),
             values=np.stack(columns, axis=1).clip(-1.0, 1.0),
+            warnings=tuple(clip.warnings for clip in clips),
         )
 
     def compute_rewards(self, pairs: Sequence[tuple[str, Sound]]) -> Rewards:
@@ -146,7 +147,7 @@ class LocalScorers:
             for part in _passes(sizes):
                 logits += model.reward(prompts[part], prepared[part]).tolist()
         return Rewards(
-            rewards=tuple(map(Reward.of, logits)),
+            rewards=tuple(map(Reward.of, logits, [clip.warnings for clip in clips])),
             model=self._reward.version,
         )
 

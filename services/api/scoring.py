@@ -45,6 +45,8 @@ class Scores:
     """In the order of the call, else of the service."""
     values: NDArray[np.float32]
     """[B, S] cosine of each pair's prompt and clip, in [-1, 1], by each scorer."""
+    warnings: tuple[tuple[str, ...], ...]
+    """For each pair, sentences on its clip and prompt that begin with the field: ``clip``, ``prompt``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,8 @@ class Embeddings:
     """In the order of the call, else of the service."""
     vectors: tuple[NDArray[np.float32], ...]
     """For each scorer [B, D], every row of length 1."""
+    warnings: tuple[tuple[str, ...], ...]
+    """For each clip or prompt, sentences that begin with the field: ``clip``, ``prompt``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +69,13 @@ class Reward:
     """The reward, calibrated. Preferences are functions of differences of it (Bradley-Terry)."""
     probability: float
     """That a listener calls the clip right for the prompt: sigmoid(logit)."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on the clip and the prompt that begin with the field: ``clip``, ``prompt``."""
 
     @classmethod
-    def of(cls, logit: float) -> Self:
+    def of(cls, logit: float, warnings: tuple[str, ...] = ()) -> Self:
         """Return the reward of a calibrated logit."""
-        return cls(logit=logit, probability=_sigmoid(logit))
+        return cls(logit=logit, probability=_sigmoid(logit), warnings=warnings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +105,12 @@ class Ranking:
     model: ModelVersion
 
 
-def rank(logits: Sequence[float]) -> list[RankedClip]:
+def rank(rewards: Sequence[Reward]) -> list[RankedClip]:
     """Return the places of clips with these rewards, best first; equal ones stay in order."""
-    order = sorted(range(len(logits)), key=lambda index: -logits[index])
-    beaten = [_sigmoid(logits[one] - logits[other]) for one, other in itertools.pairwise(order)]
+    order = sorted(range(len(rewards)), key=lambda index: -rewards[index].logit)
+    beaten = [_sigmoid(rewards[one].logit - rewards[other].logit) for one, other in itertools.pairwise(order)]
     return [
-        RankedClip(index=index, reward=Reward.of(logits[index]), beats_next=probability)
+        RankedClip(index=index, reward=rewards[index], beats_next=probability)
         for index, probability in zip(order, [*beaten, None], strict=True)
     ]
 

@@ -45,6 +45,15 @@ _BLOCK_FRAMES: Final = 65_536
 # libsndfile's count for a file without a length (a FLAC stream), and more than any real file has.
 _UNKNOWN_FRAMES: Final = 2**62
 
+_MAX_PEAK: Final = 10.0
+"""Above this, float samples are integers that nobody scaled; below, a recording over full scale."""
+_AUDIBLE_PEAK: Final = 1.01
+"""Turning down less, by 0.1 dB as lossy decoders need it, is not worth a warning."""
+_CANCELLED: Final = 0.05
+"""Share of the channels' energy in the mono mix (-13 dB) below which they cancel; independent: half."""
+_SILENT: Final = 1e-8
+"""Mean square of a clip in which nothing can cancel: -80 dB."""
+
 Message = TypeVar("Message")
 Read = TypeVar("Read")
 
@@ -93,6 +102,8 @@ class ReadClip:
     """[N]: channels are averaged."""
     sampling_rate: int
     """Hertz."""
+    warnings: tuple[str, ...] = ()
+    """What was changed or may surprise, one sentence each, which begins with ``clip``."""
 
     @property
     def seconds(self) -> float:
@@ -244,9 +255,10 @@ def _read_samples(clip: audio_pb2.Clip, field: str, bounds: AudioBounds, kind: "
     _refuse(faults)
     samples_NC = np.frombuffer(clip.audio, dtype=kind).reshape(frames, channels)
     if kind.kind == "i":
-        samples_NC = samples_NC / np.float32(32767)
-    _refuse(_finite_faults(f"{field}.audio", samples_NC, 0))
-    return ReadClip(waveform=_mono(samples_NC), sampling_rate=rate)
+        samples_NC = np.maximum(samples_NC / np.float32(32767), np.float32(-1.0))
+    mix = _Mix(f"{field}.audio")
+    mix.add(samples_NC)
+    return mix.clip(rate)
 
 
 def _read_file(clip: audio_pb2.Clip, field: str, bounds: AudioBounds, expected: Container | None) -> ReadClip:
@@ -269,8 +281,7 @@ def _read_file(clip: audio_pb2.Clip, field: str, bounds: AudioBounds, expected: 
     try:
         with _ForwardFile(io.BytesIO(clip.audio)) as file:
             _refuse(_header_faults(file, clip, field, bounds))
-            waveform_N = _decode(file, path, found, bounds)
-            return ReadClip(waveform=waveform_N, sampling_rate=file.samplerate)
+            return _decode(file, path, found, bounds)
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error)).strip().partition("\n")[0]
         raise _invalid(
@@ -294,20 +305,16 @@ def _header_faults(
         yield from _length_faults(path, file.frames / rate, bounds)
 
 
-def _decode(
-    file: soundfile.SoundFile, path: str, container: Container, bounds: AudioBounds
-) -> NDArray[np.float32]:
+def _decode(file: soundfile.SoundFile, path: str, container: Container, bounds: AudioBounds) -> ReadClip:
     """Decode block by block, up to the longest clip and one frame more: headers may lie."""
     limit = math.floor(bounds.max_seconds * file.samplerate) + 1
-    blocks: list[NDArray[np.float32]] = []
-    count = 0
-    while count < limit:
-        block_NC = file.read(min(_BLOCK_FRAMES, limit - count), dtype="float32", always_2d=True)
+    mix = _Mix(path)
+    while (left := limit - mix.count) > 0:
+        block_NC = file.read(min(_BLOCK_FRAMES, left), dtype="float32", always_2d=True)
         if not len(block_NC):
             break
-        _refuse(_finite_faults(path, block_NC, count))
-        blocks.append(_mono(block_NC))
-        count += len(block_NC)
+        mix.add(block_NC)
+    count = mix.count
     if file.frames < _UNKNOWN_FRAMES and count < file.frames:
         raise _invalid(
             path,
@@ -315,15 +322,65 @@ def _decode(
             "it is cut short or damaged: send it whole",
         )
     _refuse(_length_faults(path, count / file.samplerate, bounds))
-    return np.concatenate(blocks)
+    return mix.clip(file.samplerate)
 
 
-def _mono(samples_NC: NDArray[Any]) -> NDArray[np.float32]:
-    clipped_NC = np.clip(samples_NC, np.float32(-1.0), np.float32(1.0))
-    if clipped_NC.shape[1] == 1:
-        return np.ascontiguousarray(clipped_NC[:, 0], dtype=np.float32)
-    mean_N: NDArray[np.float32] = clipped_NC.mean(axis=1, dtype=np.float32)
-    return mean_N
+class _Mix:
+    """Averages the channels of a clip, block by block, and checks the level of what comes out."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._blocks = path, list[NDArray[np.float32]]()
+        self._channels, self._peak, self._energy = 1, 0.0, 0.0
+        self.count = 0
+
+    def add(self, samples_NC: NDArray[Any]) -> None:
+        """Add samples. Raises `InvalidInputError` if they are not finite."""
+        finite_N = np.isfinite(samples_NC).all(axis=1)
+        if not finite_N.all():
+            first = self.count + int(np.argmin(finite_N))
+            raise _invalid(
+                self._path, f"holds NaN or infinity, first at sample {first}; send finite samples in [-1, 1]"
+            )
+        self.count, self._channels = self.count + len(samples_NC), samples_NC.shape[1]
+        self._peak = max(self._peak, float(np.abs(samples_NC).max(initial=0.0)))
+        self._energy += float(np.square(samples_NC, dtype=np.float64).sum()) / self._channels
+        self._blocks.append(samples_NC.mean(axis=1, dtype=np.float32))
+
+    def clip(self, rate: int) -> ReadClip:
+        """Return the clip, turned down as a whole if it exceeds full scale.
+
+        Raises:
+            InvalidInputError: the samples are integers that were written as floats.
+        """
+        waveform_N, peak = np.concatenate(self._blocks), self._peak
+        warnings: list[str] = []
+        if peak > 1.0:
+            if peak > _MAX_PEAK or (peak >= 2.0 and not np.mod(waveform_N * self._channels, 1.0).any()):
+                raise _invalid(self._path, _integer_fault(peak))
+            if peak > _AUDIBLE_PEAK:
+                warnings.append(
+                    f"clip has samples up to {peak:.3g}, over full scale, and was turned down as a whole by "
+                    f"{20 * math.log10(peak):.1f} dB; send samples in [-1, 1]"
+                )
+        kept = float(np.square(waveform_N, dtype=np.float64).sum()) / max(self._energy, 1e-12)
+        if self._energy > _SILENT * self.count and kept < _CANCELLED:
+            left = "silence" if kept < 1e-9 else f"{-10 * math.log10(kept):.0f} dB quieter than they are"
+            warnings.append(
+                f"clip has channels that cancel each other: their mono mix is {left}; invert one, or send one"
+            )
+        if peak > 1.0:
+            waveform_N /= np.float32(peak)
+        return ReadClip(waveform=waveform_N, sampling_rate=rate, warnings=tuple(warnings))
+
+
+def _integer_fault(peak: float) -> str:
+    """Return what is wrong with float samples in an integer's range, and the divisor that corrects it."""
+    divisor = next((2**bits for bits in (15, 23, 31) if peak <= 2**bits), None)
+    found = f"has samples up to {peak:.6g}, must be in [-1, 1]"
+    if divisor is None:
+        return f"{found}; normalize them"
+    bits = divisor.bit_length()
+    return f"{found}; they are in the range of {bits}-bit integers: divide by {divisor}"
 
 
 def _rate_faults(
@@ -345,16 +402,6 @@ def _length_faults(path: str, seconds: float, bounds: AudioBounds) -> Iterable[F
         limits = f"must last between {bounds.min_seconds:g} and {bounds.max_seconds:g} s"
         remedy = "cut it" if seconds > bounds.max_seconds else "send a longer one"
         yield FieldViolation(path, f"lasts {seconds:.10g} s, {limits}; {remedy}")
-
-
-def _finite_faults(path: str, samples_NC: NDArray[Any], start: int) -> Iterable[FieldViolation]:
-    finite_N = np.isfinite(samples_NC).all(axis=1)
-    if not finite_N.all():
-        yield FieldViolation(
-            path,
-            f"holds NaN or infinity, first at sample {start + int(np.argmin(finite_N))}; "
-            "send finite samples in [-1, 1]",
-        )
 
 
 def _empty(path: str) -> FieldViolation:

@@ -16,6 +16,7 @@ from services import client
 from services.api.scoring import Scorers
 from services.audio.clips import AudioBounds, check_prompt, read_clip
 from services.cli import prompts
+from services.cli.making import warn
 from services.cli.options import grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
 from services.cli.progress import ProgressView
@@ -259,6 +260,8 @@ class PairScores:
     reward: client.Reward | None
     """None without a reward model."""
     reward_model: client.ModelVersion | None
+    warnings: tuple[str, ...]
+    """What the scorers and the reward model warn of, each once."""
 
     def record(self) -> dict[str, Any]:
         """Return the scores as a JSON object."""
@@ -275,6 +278,8 @@ class PairScores:
                 "probability": self.reward.probability,
                 "model": dataclasses.asdict(self.reward_model),
             }
+        if self.warnings:
+            record["warnings"] = list(self.warnings)
         return record
 
 
@@ -300,6 +305,14 @@ def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers)
             scorers={one.name: one.model for one in columns},
             reward=None if rewards is None else rewards.rewards[row],
             reward_model=None if rewards is None else rewards.model,
+            warnings=tuple(
+                dict.fromkeys(
+                    [
+                        *(() if scores is None else scores.warnings[row]),
+                        *(() if rewards is None else rewards.rewards[row].warnings),
+                    ]
+                )
+            ),
         )
         for row, pair in enumerate(batch)
     ]
@@ -315,6 +328,8 @@ class _Report:
         self._rows: list[list[Cell]] = []
 
     def add(self, batch: Sequence[PairScores]) -> None:
+        for scored in batch:
+            warn(scored.warnings, f"{scored.pair.place}: ")
         if self._as_json:
             for scored in batch:
                 typer.echo(json.dumps(scored.record(), ensure_ascii=False))

@@ -51,7 +51,7 @@ def read_ranking(response: pb.RankAudioResponse) -> Ranking:
 
 
 def _read_reward(reward: pb.Reward) -> Reward:
-    return Reward(logit=reward.logit, probability=reward.probability)
+    return Reward(logit=reward.logit, probability=reward.probability, warnings=tuple(reward.warnings))
 
 
 SERVICE = Service(

@@ -51,6 +51,7 @@ def read_scores(response: pb.BatchScoreAudioResponse) -> Scores:
     return Scores(
         scorers=_read_scorers(response.scorers),
         values=values_BS.reshape(len(response.results), len(response.scorers)),
+        warnings=tuple(tuple(result.warnings) for result in response.results),
     )
 
 
@@ -62,6 +63,7 @@ def read_embeddings(response: pb.BatchEmbedAudioResponse | pb.BatchEmbedTextResp
             _stack(result.embeddings[index] for result in response.results)
             for index in range(len(response.scorers))
         ),
+        warnings=tuple(tuple(result.warnings) for result in response.results),
     )
 
 

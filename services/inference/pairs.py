@@ -3,7 +3,7 @@
 Shapes: n pairs of a prompt and a clip.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from milonga.v1 import audio_pb2
@@ -49,6 +49,12 @@ def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
         )
         for prompt, content, rate in zip(prompts, audio, spread(rates, len(prompts)), strict=True)
     ]
+
+
+def warning_parameters(warnings: Iterable[Iterable[str]]) -> dict[str, str]:
+    """Return the parameter of the warnings of an answer's rows: one a line, after the number of its row."""
+    lines = [f"row {row}: {warning}" for row, of in enumerate(warnings) for warning in of]
+    return {"warnings": "\n".join(lines)} if lines else {}
 
 
 def _faults(samples: bool, rates: bool, files: bool) -> Iterator[FieldViolation]:

@@ -14,7 +14,7 @@ from milonga.v1 import reward_pb2 as pb
 from services.catalogue import REWARD
 from services.inference import Response, Stages, Tensors, TensorSpec
 from services.inference.model import Caller
-from services.inference.pairs import INPUTS, limits_of, read_pairs
+from services.inference.pairs import INPUTS, limits_of, read_pairs, warning_parameters
 
 if TYPE_CHECKING:
     from services.reward.servicer import RewardServicer
@@ -59,6 +59,7 @@ class RewardInference:
                 "PROBABILITY": np.array([[one.probability] for one in answer.rewards], dtype=np.float32),
                 "DIGEST": np.array([[self.parameters["digest"].encode()]] * len(job.pairs), dtype=object),
             },
+            parameters=warning_parameters(one.warnings for one in answer.rewards),
             rows=len(job.pairs),
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,

@@ -1,5 +1,7 @@
 """The rpcs of RewardService: decode, score, encode."""
 
+from collections.abc import Callable, Sequence
+
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.api.scoring import RankedClip, Reward, rank
@@ -35,15 +37,13 @@ class RewardServicer(rpc.RewardServiceServicer):
     ) -> pb.BatchComputeRewardsResponse:
         """See reward.proto."""
         self.scorer.check()
-        pairs = await self._off_loop(lambda: self._read_pairs(request))
-        rewards = map(Reward.of, await self.scorer.score(pairs))
+        rewards = await self._reward(lambda: read_pairs(request.pairs, "pairs", self.bounds))
         return pb.BatchComputeRewardsResponse(rewards=map(write_reward, rewards), model=self._version)
 
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
         self.scorer.check()
-        pairs = await self._off_loop(lambda: self._read_candidates(request))
-        places = rank(await self.scorer.score(pairs))
+        places = rank(await self._reward(lambda: read_candidates(request, self.bounds)))
         return pb.RankAudioResponse(ranking=map(write_place, places), model=self._version)
 
     async def GetRewardModel(
@@ -52,19 +52,18 @@ class RewardServicer(rpc.RewardServiceServicer):
         """See reward.proto."""
         return self._description
 
-    def _read_pairs(self, request: pb.BatchComputeRewardsRequest) -> list[Pair]:
-        read = read_pairs(request.pairs, "pairs", self.bounds)
+    async def _reward(self, read: Callable[[], Sequence[tuple[str, ReadClip]]]) -> list[Reward]:
+        """Return the rewards of the pairs that `read` decodes off the event loop, with their warnings."""
+        pairs, warnings = await self._off_loop(lambda: self._prepare(read()))
+        return list(map(Reward.of, await self.scorer.score(pairs), warnings))
+
+    def _prepare(self, read: Sequence[tuple[str, ReadClip]]) -> tuple[list[Pair], list[tuple[str, ...]]]:
         self.scorer.check(sum(clip.seconds for _, clip in read))
-        return [self.scorer.prepare(prompt, clip) for prompt, clip in read]
-
-    def _read_candidates(self, request: pb.RankAudioRequest) -> list[Pair]:
-        prompt, clips = read_candidates(request, self.bounds)
-        self.scorer.check(sum(clip.seconds for clip in clips))
-        return [self.scorer.prepare(prompt, clip) for clip in clips]
+        return [self.scorer.prepare(*pair) for pair in read], [clip.warnings for _, clip in read]
 
 
-def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> tuple[str, list[ReadClip]]:
-    """Return the prompt and the decoded clips of a RankAudio request.
+def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> list[tuple[str, ReadClip]]:
+    """Return the decoded clips of a RankAudio request, each with the prompt.
 
     Raises:
         InvalidInputError: the prompt or a clip is invalid; lists every violation.
@@ -77,12 +76,12 @@ def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> tuple[
         faults += error.violations
     if faults:
         raise InvalidInputError(*faults)
-    return request.prompt, clips
+    return [(request.prompt, clip) for clip in clips]
 
 
 def write_reward(reward: Reward) -> pb.Reward:
     """Return the wire's message of a reward."""
-    return pb.Reward(logit=reward.logit, probability=reward.probability)
+    return pb.Reward(logit=reward.logit, probability=reward.probability, warnings=reward.warnings)
 
 
 def write_place(place: RankedClip) -> pb.RankedClip:

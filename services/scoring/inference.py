@@ -14,7 +14,7 @@ from milonga.v1 import scoring_pb2 as pb
 from services.catalogue import SCORING
 from services.inference import Response, Stages, Tensors, TensorSpec
 from services.inference.model import Caller
-from services.inference.pairs import INPUTS, limits_of, read_pairs
+from services.inference.pairs import INPUTS, limits_of, read_pairs, warning_parameters
 
 if TYPE_CHECKING:
     from services.scoring.servicer import ScoringServicer
@@ -68,6 +68,7 @@ class ScoringInference:
                 "SCORE": np.array([result.scores for result in answer.results], dtype=np.float32),
                 "DIGEST": np.array([self._digests] * len(job.pairs), dtype=object),
             },
+            parameters=warning_parameters(result.warnings for result in answer.results),
             rows=len(job.pairs),
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,

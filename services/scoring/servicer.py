@@ -25,6 +25,9 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ScoringService"].full_name
 Prepared = dict[Scorer, list[Tensor]]
 """The windows of each clip, for each scorer."""
 
+Warnings = Sequence[Sequence[str]]
+"""Sentences on each pair, clip or prompt."""
+
 Read = TypeVar("Read")
 
 Context = object
@@ -47,11 +50,11 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        prompts, clips = await self._off_loop(
+        prompts, clips, warnings = await self._off_loop(
             lambda: prepare_pairs(request.pairs, group, self.bounds, faults)
         )
         texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
-        return write_scores(group, texts, sounds)
+        return write_scores(group, texts, sounds, warnings)
 
     async def BatchEmbedAudio(
         self, request: pb.BatchEmbedAudioRequest, context: Context
@@ -59,10 +62,12 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        clips = await self._off_loop(lambda: prepare_clips(request.clips, group, self.bounds, faults))
+        clips, warnings = await self._off_loop(
+            lambda: prepare_clips(request.clips, group, self.bounds, faults)
+        )
         sounds = await group.embed_audio(clips)
         return pb.BatchEmbedAudioResponse(
-            scorers=write_scorers(group.members), results=write_embeddings(sounds)
+            scorers=write_scorers(group.members), results=write_embeddings(sounds, warnings)
         )
 
     async def BatchEmbedText(
@@ -70,9 +75,11 @@ class ScoringServicer(rpc.ScoringServiceServicer):
     ) -> pb.BatchEmbedTextResponse:
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
-        texts = await group.embed_text(check_prompts(request.prompts, self.bounds, faults))
+        prompts = check_prompts(request.prompts, self.bounds, faults)
+        texts = await group.embed_text(prompts)
+        warnings: Warnings = [()] * len(prompts)
         return pb.BatchEmbedTextResponse(
-            scorers=write_scorers(group.members), results=write_embeddings(texts)
+            scorers=write_scorers(group.members), results=write_embeddings(texts, warnings)
         )
 
     async def ListScorers(self, request: pb.ListScorersRequest, context: Context) -> pb.ListScorersResponse:
@@ -114,15 +121,16 @@ def prepare_pairs(
     group: ScorerGroup,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
-) -> tuple[list[str], Prepared]:
-    """Return the prompts, and the windows of the clips for each scorer.
+) -> tuple[list[str], Prepared, Warnings]:
+    """Return the prompts, the windows of the clips for each scorer, and each pair's warnings.
 
     Raises:
         InvalidInputError: a prompt or a clip is invalid, or `faults` is not empty; lists every violation.
         QueueFullError: the queue of a scorer has no room.
     """
     read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
-    return [prompt for prompt, _ in read], group.prepare([clip for _, clip in read])
+    clips = [clip for _, clip in read]
+    return [prompt for prompt, _ in read], group.prepare(clips), [clip.warnings for clip in clips]
 
 
 def prepare_clips(
@@ -130,9 +138,10 @@ def prepare_clips(
     group: ScorerGroup,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
-) -> Prepared:
-    """Return the windows of clips for each scorer. Raises what `prepare_pairs` raises."""
-    return group.prepare(_read(lambda: read_clips(clips, "clips", bounds), faults))
+) -> tuple[Prepared, Warnings]:
+    """Return the windows of clips for each scorer, and their warnings. Raises what `prepare_pairs` raises."""
+    read = _read(lambda: read_clips(clips, "clips", bounds), faults)
+    return group.prepare(read), [clip.warnings for clip in read]
 
 
 def check_prompts(
@@ -143,20 +152,28 @@ def check_prompts(
 
 
 def write_scores(
-    group: ScorerGroup, texts: Sequence[NDArray[np.float32]], sounds: Sequence[NDArray[np.float32]]
+    group: ScorerGroup,
+    texts: Sequence[NDArray[np.float32]],
+    sounds: Sequence[NDArray[np.float32]],
+    warnings: Warnings,
 ) -> pb.BatchScoreAudioResponse:
     """Return the cosine similarities of prompts and clips by each scorer, from embeddings [B, D]."""
     cosines = [(text * sound).sum(-1) for text, sound in zip(texts, sounds, strict=True)]
     scores_BP = np.stack(cosines, axis=1).clip(-1.0, 1.0)
     return pb.BatchScoreAudioResponse(
-        scorers=write_scorers(group.members), results=[pb.AudioScores(scores=row) for row in scores_BP]
+        scorers=write_scorers(group.members),
+        results=[
+            pb.AudioScores(scores=row, warnings=of) for row, of in zip(scores_BP, warnings, strict=True)
+        ],
     )
 
 
-def write_embeddings(embeddings: Sequence[NDArray[np.float32]]) -> Iterable[pb.Embeddings]:
+def write_embeddings(
+    embeddings: Sequence[NDArray[np.float32]], warnings: Warnings
+) -> Iterable[pb.Embeddings]:
     """Yield the message of each clip or prompt: its embeddings by all scorers. Takes [B, D] per scorer."""
-    for rows in zip(*embeddings, strict=True):
-        yield pb.Embeddings(embeddings=[pb.Embedding(values=row) for row in rows])
+    for *rows, of in zip(*embeddings, warnings, strict=True):
+        yield pb.Embeddings(embeddings=[pb.Embedding(values=row) for row in rows], warnings=of)
 
 
 def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:

@@ -8,7 +8,7 @@ from services.api.scoring import Reward, rank
 
 
 def test_a_ranking_is_best_first_and_equal_rewards_stay_in_order() -> None:
-    places = rank([0.5, 2.0, -1.0, 2.0, 0.5])
+    places = rank([Reward.of(logit) for logit in (0.5, 2.0, -1.0, 2.0, 0.5)])
     assert [place.index for place in places] == [1, 3, 0, 4, 2]
     assert [place.reward.logit for place in places] == [2.0, 2.0, 0.5, 0.5, -1.0]
     beaten = [place.beats_next for place in places]

@@ -24,6 +24,11 @@ def tone(
     return samples_NC[:, 0] if channels == 1 else samples_NC
 
 
+def antiphase(seconds: float = 1.0) -> NDArray[np.float32]:
+    """[N, 2] whose mono mix is silence."""
+    return tone(seconds)[:, None] * np.array([1.0, -1.0], np.float32)
+
+
 def file_of(samples: NDArray[Any], rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> bytes:
     """A sound file of [N] or [N, channels]."""
     buffer = io.BytesIO()

@@ -59,12 +59,66 @@ def test_other_samples_in_a_wav_are_read_too(subtype: str) -> None:
     np.testing.assert_allclose(read.waveform, tone(), atol=1e-2)
 
 
-def test_channels_are_averaged_and_samples_clipped() -> None:
-    stereo_NC = np.stack([np.full(RATE, 3.0), np.full(RATE, 0.5)], axis=1).astype(np.float32)
+def test_channels_are_averaged() -> None:
+    stereo_NC = np.stack([np.full(RATE, 1.0), np.full(RATE, 0.5)], axis=1).astype(np.float32)
     for clip in (float32(stereo_NC), Clip(audio=file_of(stereo_NC, subtype="FLOAT"))):
         read = read_clip(clip, "clip", BOUNDS)
-        assert read.waveform.shape == (RATE,)
+        assert (read.waveform.shape, read.warnings) == ((RATE,), ())
         np.testing.assert_array_equal(read.waveform, 0.75)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_clip_a_little_over_full_scale_is_turned_down_as_a_whole(channels: int) -> None:
+    samples = 5.0 * tone(channels=channels)
+    peak = float(np.abs(samples).max())
+    mono_N = samples if channels == 1 else samples.mean(axis=1)
+    for clip in (float32(samples), Clip(audio=file_of(samples, subtype="FLOAT"))):
+        read = read_clip(clip, "clip", BOUNDS)
+        np.testing.assert_allclose(read.waveform, mono_N / peak, atol=1e-6)
+        (warning,) = read.warnings
+        assert warning.startswith(
+            "clip has samples up to 1.5, over full scale, and was turned down as a whole"
+        )
+
+
+def test_what_a_lossy_encoder_overshoots_is_turned_down_without_a_warning() -> None:
+    read = read_clip(float32(tone() * np.float32(1.005 / 0.3)), "clip", BOUNDS)
+    assert (np.abs(read.waveform).max(), read.warnings) == (1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("scale", "divisor"), [(32767.0, 32768), (3_000.0, 32768), (2.0**23, 8388608), (2.0**31, 2147483648)]
+)
+def test_integers_written_as_floats_are_refused_with_the_divisor(scale: float, divisor: int) -> None:
+    samples_N = tone() * np.float32(scale)
+    for clip in (float32(samples_N), Clip(audio=file_of(samples_N, subtype="FLOAT"))):
+        (fault,) = _refusals(clip)
+        assert fault.description.endswith(f"-bit integers: divide by {divisor}")
+
+
+def test_whole_numbers_are_integers_however_quiet() -> None:
+    pcm_NC = np.rint(tone(channels=2) * 10)
+    assert np.abs(pcm_NC).max() == 3
+    (fault,) = _refusals(float32(pcm_NC))
+    assert fault.description.endswith("16-bit integers: divide by 32768")
+
+
+def test_channels_that_cancel_each_other_come_with_a_warning() -> None:
+    left_N = tone()
+    for gain, left in ((-1.0, "silence"), (-0.9, "26 dB quieter than they are")):
+        stereo_NC = np.stack([left_N, np.float32(gain) * left_N], axis=1)
+        (warning,) = read_clip(float32(stereo_NC), "clip", BOUNDS).warnings
+        assert warning == (
+            f"clip has channels that cancel each other: their mono mix is {left}; invert one, or send one"
+        )
+
+
+def test_ordinary_stereo_does_not_cancel() -> None:
+    noise_NC = np.random.default_rng(0).normal(0, 0.1, (RATE, 2)).astype(np.float32)
+    panned_NC = np.stack([tone(), np.zeros(RATE, np.float32)], axis=1)
+    silent_NC = np.zeros((RATE, 2), np.float32)
+    for samples_NC in (noise_NC, panned_NC, silent_NC, tone(channels=2)):
+        assert read_clip(float32(samples_NC), "clip", BOUNDS).warnings == ()
 
 
 def test_linear16_goes_to_both_ends_and_no_further() -> None:

@@ -21,6 +21,7 @@ from services.models.manifest import read_manifest, write_manifest
 from services.models.reward.model import load_reward
 from services.processes import free_port
 from tests.programs import Services
+from tests.services.audio.sounds import antiphase
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 
 PROMPT = "a dog barks then a siren wails"
@@ -127,6 +128,20 @@ def test_json_names_the_weights(models: Models, clips: list[str], capsys: pytest
         assert record["reward"]["model"]["name"] == "tiny-reward"
         assert record["reward"]["model"]["version"] == "2"
         assert 0 < record["reward"]["probability"] < 1
+
+
+def test_warnings_name_the_clip(
+    models: Models, clips: list[str], capsys: pytest.CaptureFixture[str], services: Services
+) -> None:
+    soundfile.write("odd.wav", antiphase(), RATE)
+    served = ["--scoring", services.scoring, "--reward-server", services.reward]
+    for where in (models.judges, served):
+        assert cli.run(["score", PROMPT, *clips, "odd.wav", *where, "--json"]) == 0
+        out, err = capsys.readouterr()
+        (warning,) = err.splitlines()
+        assert warning.startswith("warning: odd.wav: clip has channels that cancel each other")
+        told = [json.loads(line).get("warnings", []) for line in out.splitlines()]
+        assert told == [[], [], [warning.removeprefix("warning: odd.wav: ")]]
 
 
 def test_a_person_gets_an_aligned_table(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from milonga.v1 import reward_pb2 as pb
-from services.api.scoring import rank
+from services.api.scoring import Reward, rank
 from services.audio.clips import AudioBounds
 from services.errors import InvalidInputError
 from services.reward.servicer import read_candidates, write_place
@@ -10,7 +10,7 @@ from tests.services.reward.serving import float32, tone
 
 
 def test_one_clip_beats_nobody() -> None:
-    (place,) = rank([3.0])
+    (place,) = rank([Reward.of(3.0)])
     message = write_place(place)
     assert not message.HasField("beats_next")
     assert (message.clip_index, message.reward.logit) == (0, 3.0)

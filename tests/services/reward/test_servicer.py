@@ -18,6 +18,7 @@ from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.models.reward.model import RewardModel
+from tests.services.audio.sounds import antiphase
 from tests.services.reward.serving import CLAP, MODEL, Served, float32, serving, tone, wav
 from tests.tiny import tiny_clap, tiny_reward
 from tests.waiting import until
@@ -70,6 +71,16 @@ def test_a_wav_file_in_stereo_at_another_rate_is_heard(served: Served, model: Re
     )
     by_file, bare = (reward.logit for reward in answer.rewards)
     assert by_file == pytest.approx(bare, abs=1e-2)  # 16 bits
+
+
+def test_warnings_come_with_the_reward_that_they_are_about(served: Served) -> None:
+    clips = [wav(antiphase()), float32(tone())]
+    answer = served.stub.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=map(pair, clips)))
+    ranking = served.stub.RankAudio(pb.RankAudioRequest(prompt=PROMPT, clips=clips)).ranking
+    ranked = [place.reward for place in sorted(ranking, key=lambda place: place.clip_index)]
+    for rewards in (answer.rewards, ranked):
+        (first,), second = (reward.warnings for reward in rewards)
+        assert (first.startswith("clip has channels that cancel each other"), list(second)) == (True, [])
 
 
 def test_clips_are_ranked_best_first(served: Served, model: RewardModel) -> None:

@@ -13,7 +13,7 @@ from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
 from milonga.v1.audio_pb2 import PromptedClip
 from services.models.manifest import read_manifest
-from tests.services.audio.sounds import file_of, float32, silent_flac, tone
+from tests.services.audio.sounds import antiphase, file_of, float32, silent_flac, tone
 from tests.services.inference.asking import parameters, refusal, tensor
 from tests.services.scoring.serving import Served, serving
 
@@ -70,6 +70,12 @@ def test_files_score_as_their_samples(client: triton.InferenceServerClient) -> N
     np.testing.assert_allclose(of_files, of_samples, atol=1e-6)
     agreeing = [*_files(*files), _rates(16_000, 16_000)]
     np.testing.assert_allclose(client.infer("clap", agreeing).as_numpy("SCORE"), of_files, atol=1e-6)
+
+
+def test_warnings_name_their_row(client: triton.InferenceServerClient) -> None:
+    told = parameters(client.infer("clap", _files(file_of(TONES[0]), file_of(antiphase(0.5)))))
+    assert told["warnings"].startswith("row 1: clip has channels that cancel each other")
+    assert "warnings" not in parameters(client.infer("clap", _samples()))
 
 
 def test_metadata_count_the_scorers(client: triton.InferenceServerClient) -> None:

@@ -22,7 +22,7 @@ from milonga.v1.audio_pb2 import Clip, PromptedClip
 from services.models.manifest import read_manifest
 from services.scoring.scorers import Scorer
 from services.scoring.servicer import SERVICE_NAME
-from tests.services.audio.sounds import file_of, float32, silent_flac, tone
+from tests.services.audio.sounds import antiphase, file_of, float32, silent_flac, tone
 from tests.services.scoring.serving import Served, serving
 from tests.tiny import tiny_clap
 from tests.waiting import until
@@ -81,6 +81,15 @@ def test_scores_are_those_of_the_models(stub: rpc.ScoringServiceStub, folders: d
         assert scorer.model.name == f"tiny-{folder}"
         assert scorer.model.digest == read_manifest(folders[folder]).digest
         assert (scorer.dimension, scorer.sample_rate_hertz) == (16, 16_000)
+
+
+def test_warnings_come_with_the_pair_or_clip_that_they_are_about(stub: rpc.ScoringServiceStub) -> None:
+    fine, odd = float32(tone()), float32(antiphase())
+    scored = stub.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=[_pair(clip=fine), _pair(clip=odd)]))
+    embedded = stub.BatchEmbedAudio(pb.BatchEmbedAudioRequest(clips=[fine, odd]))
+    for results in (scored.results, embedded.results):
+        first, (second,) = (result.warnings for result in results)
+        assert (list(first), second.startswith("clip has channels that cancel each other")) == ([], True)
 
 
 def test_requests_pick_scorers_by_name_and_in_their_order(stub: rpc.ScoringServiceStub) -> None:
