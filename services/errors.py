@@ -9,10 +9,12 @@
     │   ├── ModelFormatError    the files are not the expected model (keys, shapes, architecture, pickle)
     │   └── DigestMismatchError the files don't have the expected digest
     ├── QueueFullError          a bounded queue is full; has the time to wait before a retry
+    │   └── QuotaExceededError  the caller has used up its quota; another caller may be served
     ├── RequestCancelledError   the caller cancelled the request
     ├── DeadlineExceededError   the caller's deadline passed before the request was done
     ├── ServiceUnavailableError the service can't be reached, or is stopping
     ├── UnauthenticatedError    the caller's token is missing or wrong
+    ├── PermissionDeniedError   the caller is known, but has no role that may call the method
     ├── AlreadyUnderWayError    an operation that must not run twice at a time is already running
     ├── UnsupportedError        this service does not offer the operation or option
     └── OutputError             a result can't be written
@@ -77,6 +79,10 @@ class QueueFullError(MilongaError):
         self.retry_after = retry_after
 
 
+class QuotaExceededError(QueueFullError):
+    """The caller has used up its quota. `retry_after` is the seconds until it may make this call."""
+
+
 class RequestCancelledError(MilongaError):
     """The caller cancelled the request, or disconnected."""
 
@@ -91,6 +97,10 @@ class ServiceUnavailableError(MilongaError):
 
 class UnauthenticatedError(MilongaError):
     """The caller's token is missing or wrong."""
+
+
+class PermissionDeniedError(MilongaError):
+    """The caller is known, but has no role that may call the method."""
 
 
 class AlreadyUnderWayError(MilongaError):

@@ -12,8 +12,9 @@ import grpc
 import grpc.aio
 import structlog
 
-from services.errors import MilongaError
+from services.errors import MilongaError, invalid
 from services.runtime import status
+from services.runtime.callers import Caller, Priority, calling, peer_host
 from services.runtime.metrics import ServerMetrics
 
 log = structlog.get_logger()
@@ -30,6 +31,8 @@ PROBES = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that are not intercepted either, since they are probes."""
 
 REQUEST_ID_KEY = "x-request-id"
+PRIORITY_KEY = "x-milonga-priority"
+"""Key of the metadata with the priority class of a call: ``interactive`` (the default) or ``batch``."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -97,7 +100,8 @@ async def _observed(method: str, context: Context, metrics: ServerMetrics) -> As
     metrics.in_flight.labels(rpc).inc()
     with structlog.contextvars.bound_contextvars(request_id=request_id, rpc=rpc):
         try:
-            yield
+            with calling(_caller(context)):
+                yield
         except asyncio.CancelledError as cancelled:
             code, error = _cancellation_code(context), cancelled
             raise
@@ -138,6 +142,19 @@ def _cancellation_code(context: Context) -> grpc.StatusCode:
     left = cast("float | None", context.time_remaining())  # the type stubs omit None
     expired = left is not None and left <= 0
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+
+
+def _caller(context: Context) -> Caller:
+    return Caller(peer=peer_host(context.peer()), priority=_priority(context))
+
+
+def _priority(context: Context) -> Priority:
+    """Return the priority class in the caller's metadata. Raises `InvalidInputError` for any other word."""
+    match dict(context.invocation_metadata() or ()).get(PRIORITY_KEY, "interactive"):
+        case "interactive" | "batch" as priority:
+            return priority
+        case other:
+            raise invalid(PRIORITY_KEY, f"is {other[:80]!r}, must be interactive or batch")
 
 
 def _request_id(context: Context) -> str:

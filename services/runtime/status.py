@@ -24,7 +24,9 @@ from services.errors import (
     ModelFormatError,
     ModelNotFoundError,
     OutputError,
+    PermissionDeniedError,
     QueueFullError,
+    QuotaExceededError,
     RequestCancelledError,
     ServiceUnavailableError,
     UnauthenticatedError,
@@ -38,10 +40,12 @@ STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
     ModelFormatError: grpc.StatusCode.FAILED_PRECONDITION,
     DigestMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     AlreadyUnderWayError: grpc.StatusCode.ABORTED,
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     OutputError: grpc.StatusCode.INTERNAL,
@@ -168,8 +172,8 @@ def _rebuild(
     if kind is InvalidInputError:
         violations = [FieldViolation(v.field, v.description) for v in bad_request.field_violations]
         return InvalidInputError(*(violations or [FieldViolation("request", message)]))
-    if kind is QueueFullError:
-        return QueueFullError(message, retry_after=retry.retry_delay.ToNanoseconds() / 1e9)
+    if issubclass(kind, QueueFullError):
+        return kind(message, retry_after=retry.retry_delay.ToNanoseconds() / 1e9)
     if kind is MilongaError:
         return MilongaError(f"the service responded {code.name}: {message}")
     return kind(message)

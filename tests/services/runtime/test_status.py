@@ -14,8 +14,8 @@ VIOLATIONS = (FieldViolation("prompt", "is empty"), FieldViolation("duration", "
 def _example(kind: type[MilongaError]) -> MilongaError:
     if kind is InvalidInputError:
         return InvalidInputError(*VIOLATIONS)
-    if kind is QueueFullError:
-        return QueueFullError("64 clips wait", retry_after=1.5)
+    if issubclass(kind, QueueFullError):
+        return kind("64 clips wait", retry_after=1.5)
     return kind("it says why")
 
 
@@ -77,7 +77,7 @@ def test_long_texts_fit_into_headers() -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidInputError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, MilongaError),  # a message over the size limit
         (grpc.StatusCode.UNIMPLEMENTED, MilongaError),
-        (grpc.StatusCode.PERMISSION_DENIED, MilongaError),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDeniedError),
     ],
 )
 @pytest.mark.parametrize("details", [None, b"\xff not a status"])
