@@ -6,10 +6,10 @@
 
 Pairs are made once; every method learns from them with each training seed; then all models, and the start,
 are evaluated on the same prompts and seeds. In ``--output`` (`build/run/NAME`): `study.json`, `study.md` (the
-tables), `preferences/`, `seed-S/` with a model a method, and `evaluation/`. Logged to MLflow: a parent run, a
-child run for each stage. A study is no release, so it registers nothing.
+tables), `preferences/`, `seed-S/` with one model per method, and `evaluation/`. Logged to MLflow: a parent
+run, a child run for each stage. A study is no release, so it registers nothing.
 
-Killed anywhere, the same command goes on. Seeds and methods may be added later: what is done stays.
+Killed anywhere, the same command resumes. Seeds and methods may be added later: what is done stays.
 """
 
 import json
@@ -88,9 +88,9 @@ class StudyRun:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings (`loop.seed`), one of each method for each."""
     variants: tuple[Variant, ...] = VARIANTS
-    """Methods; `rounds` goes on from `dpo`."""
+    """Methods; `rounds` continues from `dpo`."""
     processes: int = 1
-    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+    """Processes of each training program, one per accelerator; more than one: by ``accelerate launch``."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -102,7 +102,7 @@ class StudyRun:
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"variants has {_listed(unknown)}; there are {_listed(VARIANTS)}")
         if "rounds" in self.variants and "dpo" not in self.variants:
-            raise ValueError(f"variants is {_listed(self.variants)}; rounds goes on from dpo, so add dpo")
+            raise ValueError(f"variants is {_listed(self.variants)}; rounds continues from dpo, so add dpo")
 
 
 def run_mini_study() -> StudyRun:

@@ -1,10 +1,10 @@
-"""Folders of clips that are generated once: a clip that is there and whole is never generated again.
+"""Folders of clips that are generated once: a clip with a complete file is never generated again.
 
 ::
 
     folder = ClipFolder(output, lambda prompt: [f"{name_of(prompt)}.wav"])
     for prompt, generation in folder.make(folder.missing(prompts), maker.generate, 16):
-        ...                    # its files are written; after a kill the same call generates the rest
+        ...                    # its files are written; if killed, the same call generates the rest
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -31,10 +31,10 @@ Result = TypeVar("Result", bound=HasClips)
 
 
 class ClipFolder(Generic[Item]):
-    """The clips of many items, in files. An item is anything with file names from which clips can be made."""
+    """The clips of many items, in files. An item is anything from which file names and clips can be made."""
 
     def __init__(self, folder: Path, files: Callable[[Item], Sequence[str | Path]]) -> None:
-        """`files` names the files of an item's clips, relative to `folder`, in the order of the clips."""
+        """Use `folder`. `files` returns the files of an item's clips, relative to it, in the clips' order."""
         self.folder, self._files = folder, files
 
     def paths(self, item: Item) -> list[Path]:
@@ -42,7 +42,7 @@ class ClipFolder(Generic[Item]):
         return [self.folder / file for file in self._files(item)]
 
     def missing(self, items: Iterable[Item]) -> list[Item]:
-        """Return the items of which a file is missing or not whole."""
+        """Return the items of which a file is missing or incomplete."""
         return [item for item in items if not all(map(is_whole, self.paths(item)))]
 
     def make(
@@ -54,14 +54,14 @@ class ClipFolder(Generic[Item]):
         stop: Callable[[], None] | None = None,
         refused: Callable[[Item, InvalidInputError], None] | None = None,
     ) -> Generator[tuple[Item, Result], None, None]:
-        """Make items, up to `in_flight` at a time, and yield each when its files are written.
+        """Make the clips of items, up to `in_flight` at a time; yield each item when its files are written.
 
         Args:
-            items: what to make.
+            items: the items.
             make: makes the clips of an item, on a thread.
             in_flight: items at a time.
-            stop: called to end what is in progress if an item fails, or the caller leaves.
-            refused: called with an item that was refused; the others go on. None: the refusal is raised.
+            stop: called to cancel items in progress if one fails, or if the caller stops early.
+            refused: called with an item that was refused; the others continue. None: the refusal is raised.
 
         Raises:
             OutputError: a file can't be written.
@@ -86,7 +86,7 @@ class ClipFolder(Generic[Item]):
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file exists and has readable sound."""
+    """Return whether a file exists and has readable audio."""
     try:
         return bool(soundfile.info(path).frames)
     except (OSError, RuntimeError):  # RuntimeError: libsndfile's

@@ -114,7 +114,7 @@ class ServiceProcess:
         with closing:
             for line in self.process.stdout:
                 self._tail.append(line.rstrip())
-                # Our standard error may be closed; go on reading, since a full pipe would block the service.
+                # Our standard error may be closed; keep reading, since a full pipe would block the service.
                 with contextlib.suppress(OSError, ValueError):
                     sink.write(prefix + line)
                     sink.flush()

@@ -1,6 +1,6 @@
-"""One generation: the request, the events on the way to its clips, and the port `ClipMaker`.
+"""One generation: its request, its events, its clips, and the port `ClipMaker`.
 
-A request's events come in this order, from an engine in this process as from a service::
+The events of a request come in this order, from an engine in this process and from a service::
 
     Queued+  (Progress | Preview | Clip)*  (Finished | Failed)
 
@@ -30,7 +30,7 @@ from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError
 
 DRAWN_SEED_BITS: Final = 32
-"""Seeds that are drawn stay below 2**32: easy to type, and exact in JSON."""
+"""Bits of a drawn seed: few enough to be easy to type, and exact in JSON."""
 
 MEL_FLOOR, MEL_CEILING = math.log(1e-5), math.log(10.0)
 """Range of a preview: the log-mel spectrogram's floor, and ten times full scale."""
@@ -38,7 +38,7 @@ MEL_FLOOR, MEL_CEILING = math.log(1e-5), math.log(10.0)
 LOUDNESS_RANGE: Final = (-60.0, -6.0)
 """Root mean squares that a clip can be brought to, in dB relative to full scale."""
 
-# Headers of a sound file, and the fields around the sound.
+# Headers of an audio file, and the fields around the audio.
 _CLIP_OVERHEAD_BYTES = 4096
 
 
@@ -49,37 +49,37 @@ class GenerationOptions(TypedDict, total=False):
     """The keyword arguments of a generation. None, or left out: the model's default."""
 
     negative_prompt: str | None
-    """What guidance leads away from."""
+    """Description that guidance leads away from."""
     duration: float | None
     """Length of each clip in seconds."""
     clip_count: int | None
-    """Different clips of the prompt."""
+    """Number of different clips of the prompt."""
     seed: int | None
-    """0 to 2**64 - 1; drawn where it is left out."""
+    """Seed of the noise, 0 to 2**64 - 1. Default: drawn."""
     num_inference_steps: int | None
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None
-    """Classifier-free guidance; up to 1 means none."""
+    """Scale of classifier-free guidance; up to 1 means none."""
     scheduler: str | None
     """Name of a scheduler."""
     encoding: str | None
-    """One of `services.audio.encoding.ENCODINGS`."""
+    """Encoding of the clips, one of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int | None
-    """Hertz of the clips."""
+    """Sampling rate of the clips in hertz."""
     loudness: float | None
-    """Root mean square that each clip is brought to, in dB relative to full scale; None: as it is made."""
+    """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What an option that is left out means."""
+    """Values of the options that a request leaves out."""
 
     duration: float
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
     sampling_rate: int
-    """The model's own, in hertz."""
+    """The model's sampling rate in hertz."""
     negative_prompt: str = ""
     clip_count: int = 1
     encoding: str = DEFAULT_ENCODING
@@ -87,32 +87,32 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One prompt, and how to turn it into clips. Complete: nothing is left to a default."""
+    """One prompt, and how to turn it into clips. Complete: every option has a value."""
 
     prompt: str
-    """What the clip should sound like."""
+    """Description of the clip."""
     negative_prompt: str = ""
-    """What guidance leads away from; the empty string is the plain unconditional embedding."""
+    """Description that guidance leads away from; empty: the unconditional embedding."""
     duration: float
     """Length of each clip in seconds."""
     clip_count: int = 1
-    """Clips to make, each from noise of its own: (seed, 0), (seed, 1), ..."""
+    """Number of clips, each from different noise: (seed, 0), (seed, 1), …"""
     seed: int
-    """Same seed, settings and batch shape: same clip, bit for bit."""
+    """Seed of the noise. The same seed, settings and batch shape give the same clip, bit for bit."""
     num_inference_steps: int
-    """Denoising steps of each clip."""
+    """Number of denoising steps of each clip."""
     guidance_scale: float
-    """Classifier-free guidance; up to 1 means none."""
+    """Scale of classifier-free guidance; up to 1 means none."""
     scheduler: str
     """Name of a scheduler of the model."""
     encoding: str = DEFAULT_ENCODING
-    """Of the clips' bytes: one of `services.audio.encoding.ENCODINGS`."""
+    """Encoding of the clips, one of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int
-    """Hertz of the clips."""
+    """Sampling rate of the clips in hertz."""
     loudness: float | None = None
-    """Root mean square that each clip is brought to, in dB relative to full scale; None: as it is made."""
+    """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
     preview_interval_steps: int = 0
-    """Send a `Preview` of the first clip every so many steps; 0 sends none. Changes no bit of the clips."""
+    """Steps between two `Preview`s of the first clip; 0: none. Previews change no bit of the clips."""
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class GenerationRequest:
         preview_interval_steps: int = 0,
         **options: Unpack[GenerationOptions],
     ) -> Self:
-        """Return the complete request: what is None takes its default, and the seed is drawn."""
+        """Return the complete request: an option that is None takes its default; the seed is drawn."""
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         given.setdefault("seed", secrets.randbits(DRAWN_SEED_BITS))
         for name in Defaults.__slots__:
@@ -133,28 +133,28 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The ranges that a request must lie in. All bounds are inclusive."""
+    """The valid ranges of a request. All bounds are inclusive."""
 
     max_prompt_characters: int = MAX_PROMPT_CHARACTERS
-    """Longest prompt and negative prompt, in characters."""
+    """Maximum length of prompt and negative prompt in characters."""
     min_duration: float
     """Shortest clip in seconds: one latent frame."""
     max_duration: float
     """Longest clip in seconds."""
     max_clip_count: int = 8
-    """Most clips in one request."""
+    """Maximum number of clips in a request."""
     max_steps: int = 1000
-    """Most denoising steps: those the model was trained with."""
+    """Maximum number of denoising steps: those that the model was trained with."""
     max_guidance_scale: float = 20.0
     """Beyond this, guidance only saturates."""
     max_seed: int = 2**64 - 1
     """Seeds are unsigned 64-bit numbers on the wire."""
     schedulers: tuple[str, ...]
-    """Names that `scheduler` may take."""
+    """Names of the schedulers."""
 
     @property
     def max_response_bytes(self) -> int:
-        """Size of the largest answer: every clip at the longest, in float32 at the highest rate."""
+        """Maximum size of a response: the longest clips, in float32 at the highest sampling rate."""
         samples = math.ceil(self.max_duration * MAX_SAMPLING_RATE)
         return self.max_clip_count * (samples * np.dtype(np.float32).itemsize + _CLIP_OVERHEAD_BYTES)
 
@@ -195,7 +195,7 @@ def validate(request: GenerationRequest, limits: Limits) -> None:
 
 
 def _number_fault(value: float, low: float, high: float, unit: str = "") -> str | None:
-    # Comparisons with NaN are false, so the finite check is what refuses it.
+    # Comparisons with NaN are false, so only the finite check refuses it.
     if math.isfinite(value) and low <= value <= high:
         return None
     # A duration arrives in binary floating point: show the bounds as a person would write them.
@@ -236,7 +236,7 @@ class Progress:
     fraction: float
     """Exact share of the request's denoising steps that are done, over all its clips: 1.0 before decoding."""
     seconds_left: float | None
-    """Estimate until the last clip is ready, decoding included; None until there is something to go by."""
+    """Estimated time until the last clip is decoded; None while there is no estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,15 +257,15 @@ class Clip:
 
     audio: bytes = field(repr=False)
     encoding: str
-    """One of `services.audio.encoding.ENCODINGS`."""
+    """Encoding of `audio`, one of `services.audio.encoding.ENCODINGS`."""
     sampling_rate: int
-    """Hertz."""
+    """Sampling rate in hertz."""
     duration: float
-    """Seconds."""
+    """Length in seconds."""
     index: int
-    """0 to `clip_count` - 1; clips arrive in the order in which they are done."""
+    """Index in the request, 0 to `clip_count` - 1; clips arrive in the order in which they are done."""
     seed: int
-    """The request's seed, which with `index` makes this clip again."""
+    """The request's seed, which with `index` determines the noise."""
 
     @classmethod
     def of_samples(
@@ -286,7 +286,7 @@ class Clip:
         return decode_audio(self.audio, self.encoding, self.sampling_rate)[0]
 
     def as_requested(self, request: GenerationRequest) -> "Clip":
-        """Return the engine's clip as `request` wants it. Takes milliseconds."""
+        """Return the engine's clip at the loudness and in the encoding of `request`. Takes milliseconds."""
         clip = self
         if request.loudness is not None:
             waveform_N = at_loudness(self.waveform(), request.loudness)
@@ -303,18 +303,18 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Where the request's time went, in seconds of the wall clock."""
+    """Time of each stage of a request, in seconds of the wall clock."""
 
     queued: float
-    """From submission until its first clip got a place."""
+    """From submission until the first clip got a slot in the batch."""
     encode: float
-    """Text encoder, for prompt and negative prompt; near 0 when both were known."""
+    """Text encoder, for prompt and negative prompt; near 0 if both were cached."""
     denoise: float
-    """From the start of its first denoiser call to the end of its last, other lengths' turns included."""
+    """From the start of its first denoiser call to the end of its last, calls for other requests included."""
     decode: float
     """Autoencoder and vocoder, summed over its clips."""
     total: float
-    """From submission to the end; of a service, from the call's arrival."""
+    """From submission, or from the arrival of a call at a service, to the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,9 +322,9 @@ class Finished:
     """All clips were sent."""
 
     model: ModelVersion
-    """Which weights made them."""
+    """Version of the weights that made them."""
     warnings: tuple[str, ...]
-    """What the caller should know about the clips, one sentence each."""
+    """Warnings about the clips, one sentence each."""
     timings: Timings
 
 
@@ -333,14 +333,14 @@ class Failed:
     """The request ended without (all of) its clips."""
 
     error: Exception
-    """A `MilongaError` if the cause is known; anything else is a fault of ours."""
+    """A `MilongaError` if the cause is known; any other exception is a bug."""
 
 
 Update = Queued | Progress | Preview | Clip | Finished
 """The events of a stream; a failure is raised."""
 
 Event = Update | Failed
-"""What the engine reports of a request."""
+"""The events of a request from the engine."""
 
 
 def at_loudness(waveform_N: NDArray[np.float32], loudness: float) -> NDArray[np.float32]:
@@ -372,9 +372,9 @@ class Generation:
     """The clips of one prompt."""
 
     clips: tuple[Clip, ...]
-    """In the order of their index."""
+    """Clips, ordered by index."""
     seed: int
-    """Given, or drawn."""
+    """Seed of the noise, given or drawn."""
     model: ModelVersion
     warnings: tuple[str, ...]
     timings: Timings
@@ -382,23 +382,23 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelGeometry:
-    """Sizes of a model's sound. Those that a family has not are 0."""
+    """Sizes of a model's audio and latents. A size that a family does not have is 0."""
 
     sampling_rate: int
-    """Hertz."""
+    """Sampling rate in hertz."""
     hop_length: int
     """Samples between two mel frames."""
     mel_bins: int
     latent_channels: int
     latent_downsampling: int
-    """Mel frames that a latent frame spans."""
+    """Mel frames per latent frame."""
     duration_grid: float
-    """Seconds by which the length of what is generated grows; clips are cut to their duration."""
+    """Step of the generated lengths in seconds; clips are cut to their duration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationModel:
-    """Which model makes clips, what may be asked of it, and what it does unasked."""
+    """A model that makes clips, with its limits and the defaults of its options."""
 
     model: ModelVersion
     geometry: ModelGeometry
@@ -407,7 +407,7 @@ class GenerationModel:
 
 
 def collect(events: Iterable[Event]) -> Generation:
-    """Return the generation that a request's events report. Raises what the request failed with."""
+    """Return the generation of a request's events. Raises the error of `Failed`."""
     clips: list[Clip] = []
     for event in events:
         match event:
@@ -435,26 +435,26 @@ def finished_generation(clips: Iterable[Clip], finished: Finished) -> Generation
 class ClipMaker(Protocol):
     """Makes clips: `AudioClient` through a service, `services.local.LocalClipMaker` in this process.
 
-    Thread-safe. The same prompt, options and weights give the same clips. All methods raise the tree of
+    Thread-safe. The same prompt, options and weights give the same clips. All methods raise the exceptions of
     `services.errors`.
     """
 
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Generation:
-        """Make the clips of a prompt, and wait for them."""
+        """Make the clips of a prompt; return when all are done."""
         ...
 
     def close(self) -> None:
-        """Cancel what runs, and free what is held."""
+        """Cancel requests in progress, and free all resources."""
         ...
 
 
 class StreamingClipMaker(ClipMaker, Protocol):
-    """A `ClipMaker` that also describes its model, and reports what happens on the way."""
+    """A `ClipMaker` that also describes its model and yields events."""
 
     def get_model(self) -> GenerationModel:
-        """Return which model makes the clips, with its limits and defaults."""
+        """Return the model that makes the clips, with its limits and defaults."""
         ...
 
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[Update]:
-        """Make the clips of a prompt, and yield its events. Leaving the loop cancels the rest."""
+        """Make the clips of a prompt; yield its events. Leaving the loop cancels the request."""
         ...

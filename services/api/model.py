@@ -1,16 +1,16 @@
-"""The identity of weights."""
+"""Identity of weights, and the result of a switch of models."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelVersion:
-    """Which weights these are. Equal versions are equal files."""
+    """Identity of weights. Equal versions have equal files."""
 
     name: str
     """Name of the model, as responses and registries show it."""
     version: str
-    """Version of the weights; ``unversioned`` where nothing states one."""
+    """Version of the weights; ``unversioned`` if none is stated."""
     digest: str
     """``sha256:`` and the hex digest over every file."""
     license: str
@@ -18,14 +18,14 @@ class ModelVersion:
 
 
 UNVERSIONED = ModelVersion(name="unnamed", version="unversioned", digest="", license="unknown")
-"""Weights that were made in this process and belong to no folder."""
+"""Version of weights that were made in this process and are in no folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSwitch:
-    """What a service served before a switch of models, and what it serves now."""
+    """The served models before and after a switch."""
 
     previous: ModelVersion
     current: ModelVersion
     seconds: float
-    """Until new requests started on `current`."""
+    """Time until new requests started on `current`."""

@@ -31,7 +31,7 @@ class Folder:
     """Print the record of each prompt as JSON."""
 
     def generate(self, *, parallel: int, overwrite: bool, quiet: bool) -> None:
-        """Generate the missing clips. Refused prompts are reported at the end; the others go on.
+        """Generate the missing clips. Refused prompts are reported at the end; the others continue.
 
         Args:
             parallel: prompts at a time.

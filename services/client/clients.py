@@ -65,8 +65,8 @@ class _Rpcs:
     async def switch_model(self, uri: str, *, token: str, timeout: float | None = None) -> ModelSwitch:
         """Let the generation service load another model and serve it instead of its own; for operators.
 
-        Returns when new requests use the new model. Running requests finish with the previous one. Whatever
-        is raised, the service goes on serving. After the deadline the switch goes on too; `get_model` shows
+        Returns when new requests use the new model. Running requests finish with the previous one. If the
+        call fails, the service keeps serving. After the deadline the switch continues, too; `get_model` shows
         its outcome.
 
         Args:
@@ -227,7 +227,7 @@ class AsyncAudioClient(_Rpcs):
         reward: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
-        """As `AudioClient`."""
+        """Check the arguments; they are those of `AudioClient`."""
         connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
         super().__init__(Calls(connection, AsyncioTransport(connection)))
 
@@ -293,8 +293,7 @@ class AudioClient:
 
         Raises:
             InvalidInputError: an address is empty, a token is given without TLS, `retries` is out of range,
-            or
-                a TLS file can't be read. A missing address is reported at the first call to its service.
+                or a TLS file can't be read. A missing address is reported at the first call to its service.
         """
         connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
         self._rpcs = _Rpcs(Calls(connection, BlockingTransport(connection)))

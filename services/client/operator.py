@@ -20,7 +20,7 @@ SERVICE = Service(
     name="generation",
     argument="target",
     stub=rpc.OperatorServiceStub,
-    remedy="ask get_model whether the switch, which goes on, has come to its end",
+    remedy="the switch continues; ask get_model for its outcome",
     absent="its operator rpc is off; start it with: milonga serve generation --operator-token-file FILE",
 )
 SWITCH_MODEL = Unary(service=SERVICE, method=lambda stub: stub.SwitchModel, read=read_switch)

@@ -1,4 +1,4 @@
-"""Between the wire and `services.api.generation`: requests in, events out. Pure functions.
+"""Convert wire messages to requests, and events to wire messages. Pure functions.
 
 Shapes: T mel frames, M mel bins.
 """
@@ -33,7 +33,7 @@ from services.wire import (
 
 
 def read_request(message: pb.GenerateAudioRequest, model: GenerationModel) -> GenerationRequest:
-    """Return what GenerateAudio asks for, complete.
+    """Return the complete request of a GenerateAudio message.
 
     Raises:
         InvalidInputError: with every violated field.
@@ -45,7 +45,10 @@ def read_request(message: pb.GenerateAudioRequest, model: GenerationModel) -> Ge
 
 
 def read_stream_request(message: pb.StreamGenerateAudioRequest, model: GenerationModel) -> GenerationRequest:
-    """As `read_request`, for StreamGenerateAudio; the inner request's fields are ``request.prompt``."""
+    """Return the request of a StreamGenerateAudio message; inner fields are named ``request.prompt``.
+
+    Raises as `read_request`.
+    """
     request, faults = _read(message.request, model, preview_interval_steps=message.preview_interval_steps)
     if faults:
         raise InvalidInputError(*map(_as_streamed, faults))
@@ -100,7 +103,7 @@ def write_timings(timings: Timings, total: float) -> pb.GenerationTimings:
 
 
 def write_model(model: GenerationModel) -> pb.GetModelResponse:
-    """Return the answer of GetModel."""
+    """Return the response of GetModel."""
     geometry, defaults = model.geometry, model.defaults
     return pb.GetModelResponse(
         model=write_version(model.model),

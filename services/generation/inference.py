@@ -52,7 +52,7 @@ OPTIONS: Final = (
     _option("scheduler", "BYTES"),
     _option("loudness", "FP32"),
 )
-"""Keyword arguments of a generation, each a value a row, or one for all."""
+"""Keyword arguments of a generation, each with one value per row, or one for all rows."""
 INPUTS: Final = (PROMPT, *OPTIONS)
 
 OUTPUTS: Final = (
@@ -63,7 +63,7 @@ OUTPUTS: Final = (
     TensorSpec(name="ROW", field="row", datatype="INT32", dims=(1,), optional=True),
     TensorSpec(name="PROGRESS", field="progress", datatype="FP32", dims=(1,), optional=True),
 )
-"""In a stream each answer is about one row, ROW: PROGRESS on the way, the others with its clip."""
+"""Each response of a stream is of one row, ROW: with PROGRESS, or with the other tensors and the clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +73,9 @@ class Row:
     waveform_N: NDArray[np.float32]
     """Samples."""
     seed: int
-    """Given or drawn."""
+    """Seed of the noise, given or drawn."""
     finished: Finished
-    """What else the engine said."""
+    """The last event of the request."""
 
 
 class GenerationInference:
@@ -88,12 +88,12 @@ class GenerationInference:
 
     @property
     def max_rows(self) -> int:
-        """As many prompts as the native API makes clips in one request."""
+        """Largest number of prompts in a request: the native API's largest number of clips."""
         return self._slot.current.engine.limits.max_clip_count
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What a request may ask for; durations are in seconds."""
+        """Limits of a request, as metadata; durations are in seconds."""
         limits = self._slot.current.engine.limits
         return {
             "min_duration": f"{limits.min_duration:g}",
@@ -104,7 +104,7 @@ class GenerationInference:
 
     @contextmanager
     def lease(self) -> Iterator["GenerationLease"]:
-        """Hold the served weights for the time of one call."""
+        """Hold the served weights for one call."""
         with self._slot.lease() as served:
             yield GenerationLease(served)
 
@@ -143,7 +143,7 @@ class GenerationLease:
             self._served.engine.request(prompt, **cast(GenerationOptions, {**row, "encoding": "float32"}))
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-        # What is not text is reported once, as such.
+        # A value that is not text is reported once, as such.
         reported = {fault.field for fault in faults}
         found = [fault for fault in self._violations(requests) if fault.field not in reported]
         if faults or found:
@@ -151,7 +151,7 @@ class GenerationLease:
         return requests
 
     def _violations(self, requests: Sequence[GenerationRequest]) -> Iterator[FieldViolation]:
-        """What the native API would say of each, and what would not fit into one tensor."""
+        """Yield the violations of each request, and of durations that do not fit into one tensor."""
         n = len(requests)
         for index, request in enumerate(requests):
             for fault in violations(request, self._served.engine.limits):
@@ -192,7 +192,10 @@ class GenerationLease:
     def _audio(
         self, rows: Sequence[Row], rate: int, stages: Stages | None, *, row: int | None = None
     ) -> Response:
-        """The clips of `rows`. The last answer has `stages`; that of a stream its one `row`."""
+        """Return a response with the clips of `rows`.
+
+        The last response has `stages`; each response of a stream has its one `row`.
+        """
         outputs: dict[str, NDArray[Any]] = {
             "AUDIO": np.stack([one.waveform_N for one in rows]),
             "SAMPLE_RATE": np.array([rate], dtype=np.int32),
@@ -212,14 +215,14 @@ class GenerationLease:
 
 
 class SlotOperator:
-    """Lets a caller who has the token change what a slot serves."""
+    """Lets a caller with the token switch the model of a slot."""
 
     def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot
         self.authorise = TokenCheck(token)
 
     async def load(self, uri: str) -> None:
-        """Serve what `uri` names."""
+        """Switch to the model of `uri`."""
         await self._slot.switch(read_uri(uri))
 
 
@@ -238,7 +241,7 @@ def _progress(row: int, event: Queued | Progress) -> Response:
 
 
 def _stages(rows: Mapping[int, Row]) -> Stages:
-    """Rows run side by side, so the longest of each counts."""
+    """Return the longest time of each stage: rows run concurrently."""
     timings = [row.finished.timings for row in rows.values()]
     return Stages(
         queue=max(one.queued for one in timings),

@@ -20,7 +20,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class OperatorServicer(rpc.OperatorServiceServicer):
-    """Lets a caller who has the token change what a slot serves. Exceptions are mapped by the interceptor."""
+    """Lets a caller with the token switch the model of a slot. Exceptions are mapped by the interceptor."""
 
     def __init__(self, slot: "EngineSlot", token: str) -> None:
         self._slot = slot
@@ -44,7 +44,7 @@ class TokenCheck:
         self._expected = f"Bearer {token}".encode()
 
     def __call__(self, context: Context) -> None:
-        """Raise `UnauthenticatedError` where the call's metadata do not carry the token."""
+        """Raise `UnauthenticatedError` unless the call's metadata have the token."""
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
         # In constant time: its duration shows nothing of the token.
         if not hmac.compare_digest(given if isinstance(given, bytes) else given.encode(), self._expected):
@@ -54,7 +54,7 @@ class TokenCheck:
 
 
 def read_uri(text: str) -> ModelURI:
-    """Take a model URI of a request apart. Violations are of its field, `model_uri`."""
+    """Parse a model URI of a request. Violations name its field, `model_uri`."""
     try:
         return ModelURI.parse(text)
     except InvalidInputError as error:

@@ -1,4 +1,4 @@
-"""What `services.runtime.serving` runs as the generation service, and what Prometheus sees of it."""
+"""The generation service for `services.runtime.serving`, and its metrics for Prometheus."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +28,7 @@ COUNTERS: Final = {
     "clips": ("milonga_clips", "Clips made."),
     "audio_seconds": ("milonga_audio_seconds", "Seconds of sound made."),
 }
-"""Field of `EngineStats` to name and help of its counter."""
+"""Name and help of each counter, by its field of `EngineStats`."""
 
 OUTCOMES: Final = ("finished", "cancelled", "expired", "failed")
 """Fields of `EngineStats` that count ended requests."""
@@ -52,7 +52,7 @@ def load(settings: GenerationSettings) -> "EngineSlot":
 def add_generation(
     server: Server, metrics: ServerMetrics, slot: "EngineSlot", settings: GenerationSettings
 ) -> None:
-    """Add the services of a slot, and its metrics, to a server; the operator's where there is a token."""
+    """Add a slot's services and metrics to a server; OperatorService only if there is a token."""
     from services.generation import operator, servicer
     from services.generation.inference import GenerationInference, SlotOperator
     from services.inference import add_inference

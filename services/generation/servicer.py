@@ -25,7 +25,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationServicer(rpc.GenerationServiceServicer):
-    """Serves what its slot holds: each call one model. Exceptions are mapped by the interceptor."""
+    """Serves the model of a slot; each call uses one model. Exceptions are mapped by the interceptor."""
 
     def __init__(self, slot: "EngineSlot") -> None:
         self._slot = slot
@@ -74,8 +74,9 @@ async def run(
 ) -> AsyncGenerator[tuple[int, Update], None]:
     """Yield the index of a request and its next event, until each of `requests` is `Finished`.
 
-    `seconds_left` is the time to the caller's deadline, None where there is none.
-    Raises what one failed with, or what refused it. Then, and when left early, all are cancelled.
+    `seconds_left` is the time to the caller's deadline; None if there is none.
+    Raises the error of the first request that fails or is refused. All others are then cancelled, as they are
+    if the caller stops early.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

@@ -29,7 +29,7 @@ class GenerationSettings(ServerSettings, EngineConfig):
     """Number format of text encoder and denoiser; autoencoder and vocoder stay in float32."""
     operator_token_file: Path | None = None
     """File with a token; its bearer may switch models while calls are served (OperatorService). Default:
-    nobody may."""
+    no operator, and no OperatorService."""
     operator_token: SecretStr | None = None
     """The token itself, if there is no file: from the environment, since others can list options."""
 
@@ -40,7 +40,7 @@ def model_uris(settings: GenerationSettings) -> dict[str, ModelURI]:
 
 
 def read_operator_token(settings: GenerationSettings) -> str | None:
-    """Return the operator's token; None where there is none, and models are not switched.
+    """Return the operator's token; None if there is none, and so no OperatorService.
 
     Raises:
         InvalidInputError: the file can't be read, or holds no token.

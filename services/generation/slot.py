@@ -1,8 +1,8 @@
-"""The model that is served, and how another takes its place under load.
+"""The served model, and its replacement by another under load.
 
 ::
 
-    with slot.lease() as served:            # once a call: everything the answer says is of this one model
+    with slot.lease() as served:            # once per call, so that the whole answer is of one model
         …served.engine, served.version…
     await slot.switch(uri)                  # loads alongside; new calls get the new one
 """
@@ -32,7 +32,7 @@ from services.weights.uri import ModelURI, ResolvedModel, resolve
 log = structlog.get_logger()
 
 SIZES = ("sampling_rate", "hop_length", "mel_bins", "latent_channels", "latent_downsampling")
-"""Fields of `ModelGeometry` in which a model must agree with the one that it replaces under load."""
+"""Fields of `ModelGeometry` that must be equal for a model to replace the served one under load."""
 
 _TRIAL_PROMPT = "a sound"
 
@@ -50,7 +50,7 @@ class Served:
 
     @property
     def version(self) -> ModelVersion:
-        """Which weights it is."""
+        """The version of the weights."""
         return self.engine.description.model
 
 
@@ -58,29 +58,29 @@ class EngineSlot:
     """Holds the served model. Belongs to one event loop, but for `stats` and `current`."""
 
     def __init__(self, served: Served, load: Callable[[ResolvedModel], Engine]) -> None:
-        """`load` makes the engine of another model; it runs on a thread."""
+        """Hold `served`. `load` makes the engine of another model; it is called on a thread."""
         self._current = served
         self._load = load
         self._switching: asyncio.Task[ModelSwitch] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
-        # What closed engines counted, and the open ones: one attribute, so that threads read both or neither.
+        # Statistics of closed engines, and the open models. One attribute, so that threads read both at once.
         self._counts: tuple[EngineStats, tuple[Served, ...]] = (EngineStats(), (served,))
 
     @property
     def current(self) -> Served:
-        """What a call would get now."""
+        """The model that a new call would use."""
         return self._current
 
     @property
     def stats(self) -> EngineStats:
-        """What all engines have done since the start, together."""
+        """Statistics of all engines since the start, closed ones included."""
         closed, opened = self._counts
         return sum((served.engine.stats for served in opened), closed)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Served]:
-        """Hold what is served for the time of one call: it stays open, whatever is switched to meanwhile."""
+        """Hold the served model for one call. It stays open even if another model is switched to."""
         served = self._current
         served.calls += 1
         try:
@@ -90,14 +90,14 @@ class EngineSlot:
             self._let_go(served)
 
     async def switch(self, uri: ModelURI) -> ModelSwitch:
-        """Load what `uri` names alongside the served model, and give it to new calls.
+        """Load the model of `uri` alongside the served one, and use it for new calls.
 
         Once begun, a switch is completed, even if its caller is cancelled.
 
         Raises:
             AlreadyUnderWayError: another switch is under way.
             ServiceUnavailableError: the service is stopping; or `uri`'s registry does not answer.
-            ModelError: what it names was refused. The served model goes on.
+            ModelError: the model was refused. The served model stays in use.
         """
         if self._closing:
             raise ServiceUnavailableError("the service is stopping; try another, or later")
@@ -108,7 +108,7 @@ class EngineSlot:
         return await asyncio.shield(self._switching)
 
     async def close(self) -> None:
-        """Close every engine; what still runs on one is failed."""
+        """Close every engine; requests in progress fail."""
         self._closing = True
         if self._switching is not None:
             await asyncio.wait([self._switching])
@@ -135,7 +135,7 @@ class EngineSlot:
         self._switching = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            # The caller gets the error, too, if it is still there; the interceptor logs tracebacks.
+            # A caller that still waits gets the error, too; the interceptor logs tracebacks.
             log.warning("switch refused", reason=str(error)[:1000])
         elif not task.cancelled():
             switch = task.result()
@@ -170,7 +170,7 @@ class EngineSlot:
             served.left.set()
 
     def _retire(self, served: Served) -> None:
-        """Close what is no longer served as soon as its last call has ended."""
+        """Close a model that is no longer served as soon as its last call has ended."""
         self._let_go(served)
         task = asyncio.create_task(self._close(served))
         self._leaving.add(task)
@@ -184,7 +184,7 @@ class EngineSlot:
         digest = served.version.digest
         del served
         if torch.cuda.is_available():
-            # What the allocator keeps for tensors to come, the other model's are larger by.
+            # Memory that the allocator keeps for later tensors is lost to the other model.
             torch.cuda.empty_cache()
         if not self._closing:
             log.info("unloaded", digest=digest)
@@ -211,7 +211,7 @@ def _named(model: ResolvedModel) -> str:
 
 
 def _try_out(model: ResolvedModel, engine: Engine) -> None:
-    """Make the shortest clip in one step: weights of the right shapes may still hold nothing but NaN."""
+    """Make the shortest clip in one step: weights of the right shapes may still be all NaN."""
     request = engine.request(
         _TRIAL_PROMPT, duration=engine.limits.min_duration, seed=0, num_inference_steps=1
     )
@@ -225,6 +225,6 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
 
 
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
-    """Load the engine of a model that was found. Raises `ModelError` and `InvalidInputError`."""
+    """Load a resolved model onto an engine. Raises `ModelError` and `InvalidInputError`."""
     pipeline = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
     return Engine(pipeline, settings, model.identity)

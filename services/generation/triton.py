@@ -1,4 +1,4 @@
-"""The generation service's model in a Triton repository.
+"""The generation service's model, for a Triton repository.
 
 `model.py` of an exported version imports `open_model`.
 """

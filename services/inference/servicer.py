@@ -262,7 +262,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
 
 def _failed(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """Return the response for an error in a stream that goes on."""
+    """Return the response for an error in a stream that continues."""
     if not isinstance(error, MilongaError):
         log.error("request of a stream", id=request.id[:80], exc_info=error)
     request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))

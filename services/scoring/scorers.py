@@ -139,7 +139,7 @@ class ScorerGroup:
 
 
 def _finite(embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return one caller's embeddings. Raises `ValueError` unless finite; other callers of the batch go on."""
+    """Return one caller's embeddings. Raises `ValueError` unless finite; other callers get theirs."""
     if not np.isfinite(embeddings_BD).all():
         raise ValueError("the CLAP model returned an embedding that is not finite")
     return embeddings_BD

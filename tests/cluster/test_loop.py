@@ -1,4 +1,4 @@
-"""The whole loop on a real cluster, in this order: each test goes on from where the one before left it."""
+"""The whole loop on a real cluster, in this order: each test continues from the state of the one before."""
 
 import json
 import re
@@ -245,7 +245,7 @@ def test_a_promoter_that_died_in_the_rollout_is_finished(
 
 
 def test_pods_that_are_deleted_meanwhile_lose_no_call(cluster: Cluster, registry: str, load: PodLoad) -> None:
-    """And the promotion that runs goes on. It runs as a Job, under the promoter's account."""
+    """And the running promotion continues. It runs as a Job, under the promoter's account."""
     cluster.kubectl("-n", NAMESPACE, "scale", "deployment/generation", "--replicas=2")
     cluster.ready("generation")
     # The alias challenger, which the Job takes, points to the damaged version: registering moves it back.

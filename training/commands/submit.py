@@ -29,7 +29,7 @@ EPILOG = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmitOptions:
-    """Which Job, and what is done with it."""
+    """Options that choose the Job, and what to do with it."""
 
     recipe: Annotated[
         str | None,

@@ -32,7 +32,7 @@ TrackingURI = Annotated[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetOptions:
-    """Which target, how it is reached, and how long it may take."""
+    """Options that choose the target, its connection and its deadline."""
 
     target: Annotated[
         str,

@@ -44,7 +44,7 @@ SHARD = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentConfig:
-    """How clips are encoded."""
+    """Settings of the encoding of clips."""
 
     duration: float | None = None
     """Seconds. Shorter clips are padded with silence, longer ones cut; None: the model's default."""

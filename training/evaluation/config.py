@@ -77,7 +77,7 @@ class EvaluationConfig:
     judge: str | None = "mini:tagger"
     """URI of the tagger that detects events; used only for prompts whose events are known."""
     kl: Convention = "softmax"
-    """How KL computes posteriors from logits: softmax or sigmoid."""
+    """Function from logits to the posteriors of KL: softmax or sigmoid."""
     inception_splits: int = 1
     """Splits of the inception score; papers use 10, which needs thousands of clips."""
     set_resamples: int = 100

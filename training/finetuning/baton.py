@@ -49,7 +49,7 @@ SCENES_SEED = 1_717
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatonData:
-    """Where rewarded clips and pretraining data come from."""
+    """The sources of rewarded clips and of pretraining data."""
 
     labelled: tuple[Path, ...] = ()
     """JSON files in BATON's format (`read_labelled`), HD and RD: labels are rewards."""
@@ -84,7 +84,7 @@ class BatonTraining(FineTuning):
     clap: str = "mini:clap-a"
     """URI of the CLAP model that it was trained on."""
     pretraining_weight: float = 1.0
-    """Of the loss on pretraining data, where there are any."""
+    """Weight of the loss on pretraining data, if there are any."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)

@@ -45,7 +45,7 @@ class DpoTraining(FineTuning):
     reference: str | None = None
     """URI of the reference model; none: the start."""
     chosen_weight: float = 0.0
-    """Of the plain denoising loss of the chosen clip, added to DPO's, which keeps its error down; 1 is CRPO
+    """Weight of the plain denoising loss of the chosen clip, added to DPO's to keep its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What supervised fine-tuning, DPO and BATON share: the denoiser in training, its data, its folder.
+"""The common parts of supervised fine-tuning, DPO and BATON: the denoiser in training, its data, its folder.
 
 Only the denoiser learns, all of it or low-rank adapters on it. All other parts are the start's, file for
 file. How a family's clips are noised and its errors measured is its `Objective`.
@@ -49,7 +49,7 @@ class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) on the denoiser's weights, which are then frozen."""
 
     rank: int = 0
-    """Of the adapters; 0: none, the denoiser itself learns."""
+    """Rank of the adapters; 0: no adapters, the denoiser itself learns."""
     alpha: int = 0
     """Numerator of the adapters' scale, alpha / rank; 0: the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -65,7 +65,7 @@ class FineTuning:
     """The settings of every training of a denoiser."""
 
     name: str
-    """Of the model, in its manifest and as its folder."""
+    """Name of the model, in its manifest and of its folder."""
     loop: LoopConfig
     start: str = "mini-base"
     """URI of the model whose denoiser is trained."""
@@ -79,9 +79,9 @@ class FineTuning:
     weights: Literal["float32", "float16"] = "float32"
     """Number format of the stored denoiser. float16 rounds away the changes of a small learning rate."""
     version: str = "1"
-    """Of the weights, in the manifest."""
+    """Version of the weights, for the manifest."""
     license: str | None = None
-    """Of the weights, in the manifest; none: the start's."""
+    """Licence of the weights, for the manifest; none: the start's."""
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -90,12 +90,12 @@ class FineTuning:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairData:
-    """Where preference pairs come from."""
+    """The source of preference pairs."""
 
     pairs: tuple[Path, ...] = ()
     """Parquet files with audio-alpaca's columns (`training.data.examples.read_pairs`), or folders of them."""
     audio_root: Path | None = None
-    """Folder of the audio that they name by relative paths; none: each file's own folder."""
+    """Folder that relative paths of audio start from; none: each Parquet file's own folder."""
     max_unreadable: float = 0.05
     """Share of clips that may be unreadable before the training is refused."""
 
@@ -104,7 +104,7 @@ class PairData:
             raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
 
     def files(self) -> tuple[Path, ...]:
-        """Return the Parquet files. Raises `InvalidInputError` where there is none."""
+        """Return the Parquet files. Raises `InvalidInputError` if there is none."""
         if not self.pairs:
             raise invalid(
                 "data.pairs", "is empty; give Parquet files with the columns prompt, chosen and rejected"
@@ -112,23 +112,23 @@ class PairData:
         return parquet_files(self.pairs)
 
     def read(self) -> list[Pair]:
-        """Return every pair, its clips unread. Raises `InvalidInputError` where there is none."""
+        """Return every pair; clips are not read yet. Raises `InvalidInputError` if there is no pair."""
         return [pair for path in self.files() for pair in read_pairs(path, self.audio_root)]
 
 
 class Predictions(NamedTuple):
-    """What denoisers predict of one batch."""
+    """Predictions of denoisers for one batch."""
 
     policy_BX: Tensor
     reference_BX: Tensor | None
-    """The reference's, without gradients."""
+    """The reference's prediction, without gradients."""
 
 
 class Policy(nn.Module):
     """The denoiser in training, and the reference that it is compared with, if there is one.
 
     The reference of adapters is the denoiser without them, so no second copy is kept. The state of the
-    module, which checkpoints and averages hold, is what learns and nothing else.
+    module, which checkpoints and averages hold, is the parameters that learn and nothing else.
     """
 
     denoiser: Any
@@ -137,7 +137,7 @@ class Policy(nn.Module):
     def __init__(
         self, denoiser: Any, reference: nn.Module | None, denoise: Denoise, *, adapters_off: bool = False
     ) -> None:
-        """Take over models that `denoise` calls.
+        """Hold the models that `denoise` calls.
 
         `adapters_off`: the reference is `denoiser` without its adapters.
         """
@@ -147,12 +147,12 @@ class Policy(nn.Module):
         if self.reference is not None:
             self.reference.eval().requires_grad_(False)
         self.learned = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
-        """Names of what learns."""
+        """Names of the parameters that learn."""
 
     def forward(
         self, noisy_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
     ) -> Predictions:
-        """Return predictions. The reference's come first: its memory is free again before any is kept."""
+        """Return predictions. The reference's is computed first, and its activations are freed at once."""
         inputs = (noisy_BX, timesteps_B, conditioning, seconds_B)
         reference_BX = None
         if self.adapters_off:
@@ -168,20 +168,20 @@ class Policy(nn.Module):
         return Predictions(self.denoise(self.denoiser, *inputs), reference_BX)
 
     def train(self, mode: bool = True) -> "Policy":
-        """Switch as usual, but the reference stays in evaluation mode."""
+        """Set the mode; the reference stays in evaluation mode."""
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what learns."""
+        """Return the parameters that learn."""
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in self.learned}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Restore all that `state_dict` returned."""
+        """Load the parameters that `state_dict` returned."""
         if state_dict.keys() != self.learned:
             differing = sorted(state_dict.keys() ^ self.learned)
             raise MilongaError(f"the checkpoint is of another denoiser: {', '.join(differing[:3])} …")
@@ -202,7 +202,7 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """What a training program works with."""
+    """The state that the training programs share: config, folders, models, data and objective."""
 
     config: FineTuning
     output: Path
@@ -210,18 +210,18 @@ class Session:
     """Folder of journal and checkpoints."""
     start: ResolvedModel
     models: Mapping[str, ResolvedModel]
-    """The further models, by the names of their settings."""
+    """Further models, by the names of their settings."""
     accelerator: Accelerator
     latents: Latents
     objective: Objective
-    """Of the start's family."""
+    """The objective of the start's family."""
     settings: Mapping[str, Plain]
-    """All that the result follows from."""
+    """All settings and digests that determine the result."""
     sources: Mapping[str, str]
-    """Digests of the data's files."""
+    """Digests of the data's files, by path."""
 
     def noising(self, positions: Positions, clean_BX: Tensor, batch: int, stream: int = 0) -> Noising:
-        """Draw the noising of the examples at `positions`, whose latents are like those of `clean_BX`."""
+        """Draw the noising of the examples at `positions`, for latents of the shape of `clean_BX`."""
         return draw_noising(
             positions,
             tuple(clean_BX.shape[1:]),
@@ -236,17 +236,17 @@ class Session:
 def open_session(
     config: FineTuning, output: Path, files: Iterable[Path], models: Mapping[str, str | None], *, fresh: bool
 ) -> tuple[Session, dict[str, Any] | None]:
-    """Claim the run's folder and find the start; return also the report, if the run is finished already.
+    """Claim the run's folder and find the start; return the report too, if the run is already finished.
 
     Args:
-        config: of the program.
+        config: config of the program.
         output: the model's folder; ``NAME.run`` is next to it.
-        files: the data, whose content the run is bound to.
-        models: URIs of further models that the result follows from, by the names of their settings.
+        files: the data's files, to whose content the run is bound.
+        models: URIs of further models that affect the result, by the names of their settings.
         fresh: start over.
 
     Raises:
-        InvalidInputError: settings are wrong, or the run that is there has others.
+        InvalidInputError: settings are wrong, or the existing run has others.
         ModelError: the start is no generator, or predicts what its family can't be trained for.
         OutputError: `output` can't be written, or holds something else.
     """
@@ -281,7 +281,7 @@ def open_session(
 
 
 def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedModel | None = None) -> Policy:
-    """Return the start's denoiser, ready to learn, with a reference if one is given.
+    """Return the start's denoiser, prepared for training, with a reference if one is given.
 
     Raises:
         InvalidInputError: the reference has another architecture, or adapters fit no layer.
@@ -313,7 +313,7 @@ def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedMo
 def check_architecture(architecture: Architecture, start: ResolvedModel, reference: ResolvedModel) -> None:
     """Raise `InvalidInputError` unless `reference` is of the start's architecture and reads its latents.
 
-    Raises `ModelError` where `reference` is no generator.
+    Raises `ModelError` if `reference` is no generator.
     """
     other = architecture_of(reference.folder)
     if other is not architecture:
@@ -360,7 +360,7 @@ def add_adapters(denoiser: Any, config: LoraConfig) -> None:
 
 
 def loop_of(config: FineTuning, examples: int) -> LoopConfig:
-    """Return the loop's settings, with the number of steps that the epochs take."""
+    """Return the loop's settings, with the number of steps of the epochs."""
     if not config.epochs:
         return config.loop
     return replace(config.loop, steps=max(1, math.ceil(config.epochs * examples / config.loop.batch)))
@@ -373,9 +373,9 @@ def readable(
     session: Session,
     limit: float,
 ) -> tuple[list[Example], dict[Clip, str]]:
-    """Encode the examples; return those whose clips can be read, and the other clips with the reason.
+    """Encode the examples; return those whose clips can be read, and the unreadable clips with the reason.
 
-    Raises `InvalidInputError` where too many can't be read, or nothing is left.
+    Raises `InvalidInputError` if too many clips can't be read, or no example is left.
     """
     clips = dict.fromkeys(clip for example in examples for clip in clips_of(example))
     unreadable = session.latents.add(clips, map(prompt_of, examples))
@@ -407,7 +407,7 @@ def errors_of(
 def finish_session(
     session: Session, policy: Policy, stage: str, steps: int, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the model's folder, from the main process; return the report in its training.json."""
+    """Write the model's folder from the main process; return the report, which is its training.json."""
     config, start = session.config, session.start
     report: dict[str, Any] = {
         "stage": stage,
@@ -447,7 +447,7 @@ def last_figures(journal: Path, share: float = 0.1) -> dict[str, float]:
 
 
 def check_output(output: Path) -> None:
-    """Raise `OutputError` where `output` can't become the model's folder, or holds something else."""
+    """Raise `OutputError` if `output` can't become the model's folder, or holds something else."""
     if (
         output.exists()
         and (not output.is_dir() or any(output.iterdir()))
@@ -473,8 +473,8 @@ def write_pipeline(
 ) -> Manifest:
     """Write the start's folder with another denoiser, under a temporary name, then put it in place.
 
-    The parts that did not learn are copied, file for file. Raises `OutputError`; what was there before is
-    then still there.
+    The parts that did not learn are copied, file for file. Raises `OutputError`; an existing folder is then
+    unchanged.
     """
     architecture = architecture_of(start.folder)
     part = architecture.denoiser
@@ -493,7 +493,8 @@ def write_pipeline(
         manifest = write_manifest(temporary, name=name, version=version, license=license)
         (temporary / "README.md").write_text(_card(manifest, report, architecture.tags), encoding="utf-8")
         for path in (temporary, *temporary.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # weights come as what only their owner may read
+            # safetensors creates files that only their owner can read.
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if output.exists():
             output.rename(old)
         temporary.rename(output)
@@ -519,7 +520,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """Return files and the files of folders. Raises `InvalidInputError` for an empty folder."""
+    """Return files, and the Parquet files in folders. Raises `InvalidInputError` for an empty folder."""
     found: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -530,7 +531,7 @@ def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 in hex of a file's content. Raises `InvalidInputError` where it can't be read."""
+    """Return the SHA-256 of a file's content, in hex. Raises `InvalidInputError` if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -558,5 +559,5 @@ Version {manifest.version}, `{manifest.digest}`: `{parent["name"]}` {parent["ver
 
 {lines}
 
-All figures and settings, and what it was trained on: `{TRAINING}`.
+All figures, settings and training data: `{TRAINING}`.
 """

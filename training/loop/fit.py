@@ -44,7 +44,7 @@ Figures = Mapping[str, "float | Tensor"]
 """Logged with the loss: means over the examples, under the same names at each call."""
 
 LossFunction = Callable[[nn.Module, Positions], tuple[Tensor, Figures]]
-"""From the module, as accelerate wraps it (call it, use no attributes), and positions to the mean loss."""
+"""Function of the module, as accelerate wraps it (only call it), and positions, to the mean loss."""
 
 Schedule = Callable[[int], float]
 """From a step to the factor of the learning rate."""
@@ -52,7 +52,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How long and how fast to train."""
+    """Settings of the loop: length, optimiser, checkpoints, averaging."""
 
     steps: int
     """Optimiser steps in total, earlier sessions included."""
@@ -104,7 +104,7 @@ class Evaluation:
     """Held-out figures during training, and which weights to keep by them."""
 
     run: Callable[[nn.Module], Mapping[str, float]]
-    """From the unwrapped module, in evaluation mode, with averaged weights if there are any, to figures."""
+    """Function of the unwrapped module to figures, in evaluation mode, with averaged weights if any."""
     every: int
     """Steps between two evaluations; there is always one at the end."""
     watched: str | None
@@ -127,7 +127,7 @@ class Fitted:
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """What a checkpoint holds besides module and optimiser."""
+    """Content of a checkpoint apart from module and optimiser."""
 
     step: int = 0
     """Steps done."""
@@ -194,7 +194,7 @@ def fit(
 
     Raises:
         InvalidInputError: the batch can't be divided among processes and parts.
-        OutputError: a checkpoint or the journal can't be written; what was written before is whole.
+        OutputError: a checkpoint or the journal can't be written; what was written before is complete.
         MilongaError: the loss is not finite.
     """
     return _Loop(module, optimiser, loss_of, config, folder, accelerator, title, schedule, evaluation).run()

@@ -108,7 +108,7 @@ def training_caption(truth: CaptionTruth, noise: CaptionNoise, rng: np.random.Ge
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noising:
-    """How the clips of a batch are noised."""
+    """Noising of the clips of a batch."""
 
     timesteps_B: Tensor
     """int64, 0 to 999."""
@@ -147,7 +147,7 @@ def draw_noising(rng: np.random.Generator, shape: tuple[int, ...]) -> Noising:
 
 
 def v_error(unet: nn.Module, clean_BCTF: Tensor, noising: Noising, text: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean squared error of the predicted velocity, a value a clip: [B]."""
+    """Mean squared error of the predicted velocity, one value per clip: [B]."""
     ddpm, noise, timesteps = schedule(), noising.noise_BCTF, noising.timesteps_B
     noisy = ddpm.add_noise(clean_BCTF, noise, timesteps)
     noisy = torch.where(noising.blank_B[:, None, None, None], noise, noisy)

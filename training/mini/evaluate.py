@@ -75,7 +75,7 @@ def summarise(verdicts: list[list[EventComparison]]) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How clips are generated; None is the model's default."""
+    """Options of the generation; None is the model's default."""
 
     duration: float = 2.56
     """Seconds a clip: 2.56 or 5.12."""

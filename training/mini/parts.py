@@ -1,4 +1,4 @@
-"""What the programs of the mini family share: their flags, and the call of the loop."""
+"""Flags of the programs of the mini family, and their call of the loop."""
 
 import argparse
 from collections.abc import Callable, Mapping

@@ -48,10 +48,10 @@ STRATEGIES: Final = ("1.1", "1.2", "2", "3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidatesConfig:
-    """Which clips to generate. The defaults are the paper's."""
+    """Settings of the clips to generate. The defaults are the paper's."""
 
     source: SourceConfig
-    """What generates them."""
+    """Their generator."""
     strategies: tuple[str, ...] = STRATEGIES
     """1.1: one caption, several numbers of steps. 1.2: one caption, several seeds. 2 and 3: one clip of the
     caption, one of each perturbed caption."""
@@ -281,7 +281,7 @@ def _file(identity: str, encoding: str) -> str:
 
 
 def _row(candidate: Candidate, identity: str, model: ModelVersion, path: Path, output: Path) -> Row:
-    """Return the row of a clip whose file is whole."""
+    """Return the row of a clip whose file is complete."""
     info = soundfile.info(str(path))
     return {
         "id": identity,

@@ -65,7 +65,7 @@ class SoundworldCaptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionsConfig:
-    """Which captions, and how many of each kind. The defaults are the paper's."""
+    """The captions to select, and the number of each kind. The defaults are the paper's."""
 
     source: Path | None = None
     """CSV, JSON lines, JSON or Parquet; none: the sound world."""

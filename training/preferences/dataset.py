@@ -48,7 +48,7 @@ NAMES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetConfig:
-    """How the data set is divided into files."""
+    """Division of the data set into files."""
 
     rows_per_file: int = 1_000
     """Pairs per Parquet file."""

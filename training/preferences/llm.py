@@ -67,7 +67,7 @@ _SHORTER, _LONGER = 0.3, 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LLMConfig:
-    """Which model, where, and how often to retry."""
+    """Model, endpoint and retries."""
 
     base_url: str | None = None
     """Address without ``/chat/completions``: https://api.openai.com/v1. None: MILONGA_LLM_URL."""
@@ -78,7 +78,7 @@ class LLMConfig:
     temperature: float = 1.0
     """Sampling temperature."""
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How to request JSON; the others are for endpoints without support for schemas."""
+    """Way to request JSON; the others are for endpoints without support for schemas."""
     timeout: float = 60.0
     """Seconds of one request."""
     attempts: int = 6

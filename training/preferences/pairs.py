@@ -43,7 +43,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if len({len(self.alpha), len(self.beta), len(self.delta_min), len(self.delta_max)}) != 1:
-            raise ValueError("alpha, beta, delta_min and delta_max need one value a scorer each")
+            raise ValueError("alpha, beta, delta_min and delta_max need one value per scorer each")
         for low, high in zip(self.delta_min, self.delta_max, strict=True):
             if low > high:
                 raise ValueError(f"delta_min ({low}) is above delta_max ({high})")
@@ -54,13 +54,13 @@ class Quantiles:
     """Thresholds as quantiles of the pool's scores, for scorers whose scale is not LAION's."""
 
     alpha: float = 0.25
-    """Of the chosen clips' scores."""
+    """Quantile of the chosen clips' scores."""
     beta: float = 0.10
-    """Of the rejected clips' scores."""
+    """Quantile of the rejected clips' scores."""
     delta_min: float = 0.25
-    """Of the positive differences."""
+    """Quantile of the positive differences: the lower bound."""
     delta_max: float = 0.98
-    """Of the positive differences."""
+    """Quantile of the positive differences: the upper bound."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -72,7 +72,7 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairsConfig:
-    """How pairs are chosen."""
+    """Settings of the choice of pairs."""
 
     mode: Literal["strategies", "ranked"] = "strategies"
     """strategies: the paper's, filtered by the ensemble. ranked: the best of a caption's clips against the
@@ -80,7 +80,7 @@ class PairsConfig:
     rank_by: str = "first"
     """Value that ranks clips: a scorer's name, first (of the ensemble), mean (of all), or reward."""
     margin: float = 0.0
-    """In ranked mode: least difference of the values of `rank_by`."""
+    """Least difference of the values of `rank_by`, in ranked mode."""
     calibrate: bool = False
     """Use `quantiles` of the scores instead of `thresholds`."""
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -95,7 +95,7 @@ class Condition:
 
     scorer: str
     name: str
-    """For example: chosen >= 0.45."""
+    """Text of the condition: chosen >= 0.45."""
     alone: int
     """Pairs that fail it."""
     first: int
@@ -135,7 +135,7 @@ def make_pairs(config: PairsConfig, candidates: Path, scores: Path, output: Path
     scored = valued(read_candidates(candidates), read_scores(scores), names, config.rank_by)
     pool = _pool(ranked(scored) if config.mode == "ranked" else by_strategy(scored), names)
     if not pool.rows:
-        raise invalid("pairs", "no caption has two clips to choose between; make more clips a caption")
+        raise invalid("pairs", "no caption has two clips to choose between; make more clips per caption")
     thresholds: Thresholds | None = None
     if config.mode == "ranked":
         kept_P, conditions = _margin_filter(pool, config.margin, config.rank_by)

@@ -38,9 +38,9 @@ class PerturbConfig:
     temporal_kinds: tuple[str, ...] = ("swap", "add", "remove", "replace")
     """Kinds of mistake of the rules in strategy 3, taken in turn."""
     seed: int = 0
-    """Of the rules."""
+    """Seed of the rules."""
     llm: LLMConfig = field(default_factory=LLMConfig)
-    """Where `perturber` is llm."""
+    """Settings of the LLM, if `perturber` is llm."""
 
     def __post_init__(self) -> None:
         for name in ("concept", "temporal"):

@@ -1,8 +1,8 @@
-"""Run all stages in order, each in a folder named after all that determines its content.
+"""Run all stages in order, each in a folder named by a digest of all that determines its content.
 
     make_preferences(preferences_mini(), Path("build/preferences/mini"))
 
-So a changed setting runs the stages that depend on it again, and no others; a killed stage resumes.
+A changed setting runs only the stages that depend on it again. A killed stage resumes.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -50,22 +50,22 @@ STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferencesConfig:
-    """How preference data is made."""
+    """Settings of the stages that make preference data."""
 
     name: str
     """Name of the data set, and of its folder."""
     candidates: CandidatesConfig
-    """Which clips to generate."""
+    """Settings of the clips to generate."""
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
-    """Of which captions."""
+    """Settings of the captions to select."""
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
-    """How captions are perturbed."""
+    """Settings of the perturbation of captions."""
     scores: ScoresConfig = field(default_factory=ScoresConfig)
-    """What scores the clips."""
+    """Settings of the scorers of the clips."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
-    """Which pairs to keep."""
+    """Settings of the filter of pairs."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """How the pairs are written."""
+    """Settings of the data set's files."""
 
 
 def make_preferences(
@@ -81,7 +81,7 @@ def make_preferences(
     With one of several shards the stages end after its candidates, unless those of all others exist as well.
     `on_stage` is called with each stage's folder and report when it is done.
 
-    Raises what the stages raise.
+    Raises the errors of the stages.
     """
     run = _Run(output, until, on_stage)
     captions = run.stage(
@@ -91,14 +91,14 @@ def make_preferences(
         partial(select_captions, config.captions),
     )
     perturbed: Path | None = None
-    if run.goes_on and {"2", "3"} & set(config.candidates.strategies):
+    if run.continues and {"2", "3"} & set(config.candidates.strategies):
         perturbed = run.stage(
             "perturb",
             perturb_identity(config.perturb, captions),
             PERTURB_FREE,
             partial(perturb_captions, config.perturb, captions),
         )
-    if not run.goes_on:
+    if not run.continues:
         return run.folders
     model = model_of(config.candidates.source)
     candidates = run.stage(
@@ -107,7 +107,7 @@ def make_preferences(
         CANDIDATES_FREE,
         partial(make_candidates, config.candidates, captions, perturbed, shard=shard, model=model),
     )
-    if not run.goes_on:
+    if not run.continues:
         return run.folders
     models = resolve_scorers(config.scores)
     digests = scorer_digests(config.scores, models)
@@ -117,7 +117,7 @@ def make_preferences(
         SCORES_FREE,
         partial(score_candidates, config.scores, candidates, models=models, digests=digests),
     )
-    if not run.goes_on:
+    if not run.continues:
         return run.folders
     pairs = run.stage(
         "pairs",
@@ -125,7 +125,7 @@ def make_preferences(
         (),
         partial(make_pairs, config.pairs, candidates, scores),
     )
-    if run.goes_on:
+    if run.continues:
         run.stage(
             "dataset",
             dataset_identity(config.dataset, candidates, pairs),
@@ -142,7 +142,7 @@ class _Run:
         self, output: Path, until: Stage, on_stage: Callable[[Stage, Path, Row], None] | None
     ) -> None:
         self.folders: dict[Stage, Path] = {}
-        self.goes_on = True
+        self.continues = True
         """Whether the last stage is complete, and not `until`."""
         self._output, self._until, self._on_stage = output, until, on_stage
 
@@ -159,7 +159,7 @@ class _Run:
         report = work(folder)
         if self._on_stage is not None:
             self._on_stage(stage, folder, report)
-        self.goes_on = stage != self._until and (folder / REPORT).exists()
+        self.continues = stage != self._until and (folder / REPORT).exists()
         return folder
 
 

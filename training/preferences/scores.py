@@ -37,7 +37,7 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoresConfig:
-    """What scores. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
+    """The scorers. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
 
     scorers: tuple[str, ...] = ("mini:clap-a", "mini:clap-b")
     """CLAP models in this process: URIs, each under its model's name, or NAME=URI; of a service, the names of
@@ -51,7 +51,7 @@ class ScoresConfig:
     reward_server: str | None = None
     """Address of a reward service to use instead."""
     device: str = "auto"
-    """Of the models in this process."""
+    """Device of the models in this process."""
     batch: int = 16
     """Clips scored at once."""
     in_flight: int = 4
@@ -97,7 +97,7 @@ def score_candidates(
     Raises:
         InvalidInputError: more clips are unreadable than may be, or a service lacks a scorer.
         ModelError: a model was refused.
-        MilongaError: a service failed; what was scored is kept.
+        MilongaError: a service failed; scores so far are kept.
     """
     models = resolve_scorers(config) if models is None else models
     digests = scorer_digests(config, models) if digests is None else digests
@@ -143,7 +143,7 @@ def score_candidates(
 
 
 def read_scores(folder: Path) -> dict[str, Row]:
-    """The rows by the id of their clip."""
+    """Return the rows by the id of their clip."""
     return {row["id"]: row for row in read_rows(folder / SCORES)}
 
 

@@ -13,16 +13,16 @@ from services.weights.uri import resolve
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """A generator of clips, and its load."""
+    """A generator of clips, and the load on it."""
 
     model: str = "mini"
-    """URI of the model of an engine in this process."""
+    """URI of the model, for an engine in this process."""
     server: str | None = None
     """Address of a generation service to use instead."""
     device: str = "auto"
-    """Of the engine."""
+    """Device of the engine."""
     dtype: str = "float32"
-    """Of the engine's text encoder and denoiser."""
+    """Number format of the engine's text encoder and denoiser."""
     batch: int = 8
     """Clips in each of the engine's denoiser calls: one shape, so that no clip depends on its neighbours."""
     threads: int | None = None
@@ -30,9 +30,9 @@ class SourceConfig:
     in_flight: int = 16
     """Concurrent requests."""
     sampling_rate: int = 16_000
-    """Hertz of the clips."""
+    """Sampling rate of the clips in hertz."""
     encoding: Literal["flac", "wav"] = "flac"
-    """Of the clips; both keep every bit of 16."""
+    """Encoding of the clips. Both keep all bits of 16-bit samples."""
     timeout: float = 600.0
     """Seconds that a service may take for one clip."""
 
@@ -58,7 +58,7 @@ class Candidate:
     prompt: str
     """Prompt that generates it."""
     kind: str | None
-    """What is wrong with the prompt; None if it is the caption."""
+    """Kind of perturbation of the prompt; None if it is the caption."""
     slot: int
     """Index among the caption's clips in the strategy."""
     seed: int
@@ -89,7 +89,7 @@ class Candidate:
 
 
 def model_of(config: SourceConfig) -> ModelVersion:
-    """Return which weights make the clips, without loading them."""
+    """Return the version of the weights that make the clips, without loading them."""
     if config.server is None:
         return resolve(config.model).identity
     with AudioClient(config.server, timeout=config.timeout) as client:

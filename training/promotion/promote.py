@@ -40,7 +40,7 @@ RESTORE_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promoter:
-    """What a promotion works with."""
+    """Target, registry, ledger and settings of a promotion."""
 
     target: Target
     registry: Registry
@@ -433,7 +433,7 @@ def _tag(entry: LedgerEntry, promoter: Promoter) -> None:
 
 @contextlib.contextmanager
 def _warning_on_failure(promoter: Promoter) -> Iterator[None]:
-    """Report a `MilongaError` raised inside as a warning, and go on."""
+    """Report a `MilongaError` raised inside as a warning, and continue."""
     try:
         yield
     except MilongaError as error:

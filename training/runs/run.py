@@ -44,16 +44,16 @@ class LoopResult:
     """Folder of the aligned model."""
     registered: RegisteredVersion
     report: Mapping[str, Any]
-    """Of the evaluation."""
+    """Report of the evaluation."""
     lines: tuple[str, ...]
-    """The result, to print."""
+    """Lines to print: the figures, the version, and where to see the run."""
 
 
 def run_loop(config: LoopRun, output: Path) -> LoopResult:
-    """Run every stage, or what is left of it.
+    """Run every stage that is not complete.
 
-    Raises what the stages raise; `InvalidInputError` where another config began the run in `output`;
-    `ServiceUnavailableError`, at the start, where the MLflow server does not answer.
+    Raises the errors of the stages; `InvalidInputError` if another config began the run in `output`;
+    `ServiceUnavailableError`, at the start, if the MLflow server does not answer.
     """
     output = output.resolve()
     claim_folder(output, flatten(config), free=FREE)
@@ -87,9 +87,9 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
 
 
 def settled_start(uri: str, output: Path) -> str:
-    """`uri`; in the place of an alias the version that it pointed to when the run in `output` began.
+    """Return `uri`; in place of an alias, the version that it pointed to when the run in `output` began.
 
-    Stages ask for it hours apart, and again after a pod was lost. Raises as `resolve`.
+    Stages resolve it hours apart, and again after a pod was lost. Raises as `resolve`.
     """
     if ModelURI.parse(uri).scheme != "models":
         return uri
@@ -102,7 +102,7 @@ def settled_start(uri: str, output: Path) -> str:
 
 
 def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfig:
-    """Train and register the reward model; the scores' config that uses it."""
+    """Train and register the reward model; return the config of the scores that uses it."""
     folder = output / "reward"
     with tracker.stage("reward") as stage:
         report = train("reward", config.reward, folder, config.processes, stage)
@@ -118,7 +118,7 @@ def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfi
 def align(
     config: LoopRun, policy: str, scores: ScoresConfig, folder: Path, number: int, tracker: Tracker
 ) -> tuple[str, str]:
-    """One round: sample from `policy`, rank, train. Returns the new policy's URI and the data's digest."""
+    """Run one round: sample from `policy`, rank, train. Return the new policy's URI and the data's digest."""
     candidates = config.preferences.candidates
     preferences = replace(
         config.preferences,
@@ -141,7 +141,7 @@ def align(
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """How the aligned model differs from the start, over all prompts."""
+    """Return the differences of the aligned model to the start, over all prompts."""
     differences = report["comparisons"][0]["differences"]["all"]
     parts = (("", "value"), (".low", "low"), (".high", "high"))
     return {
@@ -153,7 +153,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def outcome(report: Mapping[str, Any]) -> list[str]:
-    """One line for each of the figures that decide."""
+    """Return a line for each of the deciding figures."""
     differences = report["comparisons"][0]["differences"]["all"]
     names = [name for name in (PRIMARY, "presence", "order_given_presence", "reward") if name in differences]
     return [

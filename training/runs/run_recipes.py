@@ -38,30 +38,30 @@ from training.runs.recipes import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopRun:
-    """The whole loop. What links the stages (models, data sets) is filled in from one to the next."""
+    """Settings of the whole loop. Each stage passes its result (model, data set) to the next."""
 
     name: str
-    """Of the run, as its folder and in MLflow."""
+    """Name of the run, of its folder and in MLflow."""
     reward: RewardTraining
     preferences: PreferencesConfig
     sft: SftTraining
     dpo: DpoTraining
     evaluation: EvaluationConfig
     start: str = "mini-base"
-    """URI of the model that is aligned. An alias counts as it stands when the run begins."""
+    """URI of the model to align. An alias means the version that it points to when the run begins."""
     with_reward: bool = True
-    """Train the reward model; otherwise `preferences.scores` says what scores."""
+    """Train the reward model; otherwise `preferences.scores` chooses the scorers."""
     with_sft: bool = False
-    """Fine-tune on the chosen clips before DPO, with the model from before it as the reference (Tango 2)."""
+    """Fine-tune on the chosen clips before DPO, whose reference is then the model before SFT (Tango 2)."""
     rounds: int = 1
     """Rounds of alignment: each samples from the policy of the one before, ranks and trains again (CRPO,
     arXiv 2412.21037)."""
     processes: int = 1
-    """Processes, one an accelerator, of each training program; more than one: by ``accelerate launch``."""
+    """Processes of each training program, one per accelerator; more than one: by ``accelerate launch``."""
     alias: str = "challenger"
-    """Of the registered versions."""
+    """Alias of the registered versions."""
     samples: tuple[str, ...] = ("A dog barks then a siren wails", "A cat meows after a bell tolls")
-    """Prompts whose clips, before and after, are kept with the run."""
+    """Prompts whose clips, before and after alignment, are logged with the run."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "processes"):
@@ -90,7 +90,7 @@ def ranked_mini(per_cluster: int) -> PreferencesConfig:
 
 
 def run_mini() -> LoopRun:
-    """`mini-base`, taught with wrong captions, learns from its own clips as the reward model ranks them."""
+    """`mini-base`, trained on wrong captions, learns from its own clips, ranked by the reward model."""
     return LoopRun(
         name="mini",
         reward=reward_mini(),
@@ -102,16 +102,16 @@ def run_mini() -> LoopRun:
 
 
 def run_align() -> LoopRun:
-    """What the training Job does in a cluster (`k8s/jobs/align.yaml`): `mini` as it is, by a name of its own.
+    """The recipe of the training Job (`k8s/jobs/align.yaml`): `mini` under another name.
 
-    As it is, it needs the pod and the registry, and no service. To go on from what is served: ``start=
+    It needs the pod and the registry, and no service. To start from the served version: ``start=
     models:/milonga-tango@champion``. Clips and scores from services: docs/training.md.
     """
     return replace(run_mini(), name="align")
 
 
 def run_smoke() -> LoopRun:
-    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    """Every stage in as few steps as possible. It learns nothing."""
     return LoopRun(
         name="smoke",
         reward=reward_smoke(),

@@ -115,7 +115,7 @@ def write_caption(truth: CaptionTruth, rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionNoise:
-    """How often a caption is wrong on purpose. At most one mistake a caption."""
+    """Probabilities of deliberate mistakes. At most one mistake per caption."""
 
     swapped: float = 0.0
     """Probability that two neighbours in a sequence are named in the wrong order."""

@@ -16,7 +16,7 @@ INDEX = "soundworld.jsonl"
 def export_scenes(folder: Path, *, count: int, seed: int, config: SceneConfig) -> Iterator[str]:
     """Write `count` scenes to `folder` and yield each caption when its clip is there.
 
-    The list, one line a clip (`dataset`, `location`, `captions`, and the truth in `events`), is written
+    The list, one line per clip (`dataset`, `location`, `captions`, and the truth in `events`), is written
     last and renamed into place: where it exists, all its clips do.
     """
     folder.mkdir(parents=True, exist_ok=True)

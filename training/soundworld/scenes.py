@@ -38,12 +38,12 @@ class Scene:
     caption: str
     truth: CaptionTruth
     events: tuple[Event, ...]
-    """In order of onset for sequences."""
+    """Events; of a sequence, in order of onset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneConfig:
-    """What kinds of scene are drawn, and how often."""
+    """Kinds of scene, and their probabilities."""
 
     duration: float = 2.56
     """Clip length in seconds: 2.56 or 5.12."""

@@ -94,7 +94,7 @@ class Publisher:
         self.sent = 0
         """Entries sent so far."""
         self._published: dict[str, str] = {}
-        """What was sent of each run."""
+        """State of each run on the server."""
         self._steps: dict[str, dict[str, int]] = {}
         """The last step that the server has, by run and metric."""
         self._readers: dict[tuple[str, str], JournalReader] = {}

@@ -72,7 +72,7 @@ _EXAMPLES: Final[Mapping[Kind, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """Where a model comes from, for the tags of its version."""
+    """Origin of a model, for the tags of its version."""
 
     parent: str | None = None
     """Model URI or digest of what it was trained from."""

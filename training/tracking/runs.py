@@ -61,16 +61,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended, in MLflow's words."""
+"""Final status of a run, in MLflow's words."""
 
 SEND_SECONDS: Final = 3.0
-"""Between two publications."""
+"""Seconds between two publications."""
 LONGEST_WAIT: Final = 60.0
-"""Between two attempts while the server is away, at most."""
+"""Maximum seconds between two attempts while the server is away."""
 SYSTEM_SECONDS: Final = 10.0
-"""Between two measurements of processor and memory."""
+"""Seconds between two measurements of processor and memory."""
 CLOSE_SECONDS: Final = 20.0
-"""How long the end of a run waits for a server that takes nothing."""
+"""Seconds that the end of a run waits for a server that accepts nothing."""
 
 
 class TrackedRun:
@@ -87,7 +87,7 @@ class TrackedRun:
             run.params = texts | run.params
 
     def log_metrics(self, metrics: Mapping[str, object]) -> None:
-        """Log figures of the run as a whole. What is not a number is left out."""
+        """Log figures of the whole run. Values that are not numbers are left out."""
         with self._changes() as run:
             for name, value in numbers_of(metrics).items():
                 # By text: NaN equals NaN.
@@ -222,7 +222,7 @@ class Tracker:
             self._end(run, status)
 
     def close(self, status: Status = "FINISHED") -> None:
-        """End the run and publish the rest, unless the server takes nothing for `CLOSE_SECONDS`."""
+        """End the run and publish the rest, unless the server accepts nothing for `CLOSE_SECONDS`."""
         self._end(self.parent, status)
         self._closing.set()
         sent, moved = self._publisher.sent, time.monotonic()
@@ -253,7 +253,7 @@ class Tracker:
             runs[run.key].status, runs[run.key].ended = status, _now()
 
     def _publish(self) -> None:
-        """Publish every few seconds; from `close` on until the server has everything. The thread's work."""
+        """Publish every few seconds; after `close`, until the server has everything. Runs on the thread."""
         wait, away = SEND_SECONDS, False
         while not self._given_up.is_set():
             closing = self._closing.wait(wait)
@@ -262,7 +262,7 @@ class Tracker:
                 self._publisher.publish()
             except Exception as error:  # the training must not end because of its tracking
                 if not away:
-                    say(f"tracking: {one_line(error)}; training goes on, and {self.folder} keeps the rest")
+                    say(f"tracking: {one_line(error)}; training continues, and {self.folder} keeps the rest")
                 wait, away = min(2 * wait, LONGEST_WAIT), True
                 self._given_up.wait(min(1.0, SEND_SECONDS) if closing else 0)
                 continue
@@ -279,9 +279,9 @@ class Tracker:
 
 
 def sync(folder: Path, *, uri: str | None = None) -> int:
-    """Publish what the server lacks of a tracking folder. Returns how many entries that were.
+    """Publish the entries of a tracking folder that the server lacks; return their number.
 
-    Raises as `Tracker`, and `OutputError` where `folder` is none.
+    Raises as `Tracker`, and `OutputError` if `folder` is no tracking folder.
     """
     if not (folder / RUNS).exists():
         raise OutputError(f"{folder} holds no tracked run; give the folder that the run named")
@@ -292,7 +292,7 @@ def sync(folder: Path, *, uri: str | None = None) -> int:
 
 
 def data_digest(path: Path) -> str:
-    """`sha256:` and the digest of a file, or over all files of a folder. Raises `OutputError`."""
+    """Return `sha256:` and the digest of a file, or of all files of a folder. Raises `OutputError`."""
     try:
         if path.is_dir():
             return digest_of_files(hash_files(path))
@@ -337,7 +337,7 @@ def _locked(folder: Path) -> IO[bytes]:
             lock.close()
             raise
     except BlockingIOError as error:
-        raise invalid("--output", f"{folder} belongs to a run that is going on; wait for its end") from error
+        raise invalid("--output", f"{folder} belongs to a run in progress; wait for its end") from error
     except OSError as error:
         raise OutputError(f"{folder} can't be written: {error.strerror}; write elsewhere") from error
     return lock

@@ -217,7 +217,7 @@ class PythonModel:
                 try:
                     if not task.done() and not task.cancelling() and sender.is_cancelled():
                         task.cancel()
-                except Exception as error:  # from Triton; go on with the other requests
+                except Exception as error:  # from Triton; continue with the other requests
                     log.error("cancellation", exc_info=error)
 
 

@@ -139,7 +139,7 @@ def test_the_test_split_is_the_studys() -> None:
         ("seeds=-1", "seeds is -1"),
         ("variants=", "variants is empty"),
         ("variants=sft,sft", "variants is sft,sft"),
-        ("variants=sft,rounds", "rounds goes on from dpo"),
+        ("variants=sft,rounds", "rounds continues from dpo"),
         ("variants=ppo", "variants: is 'ppo', must be 'sft', 'dpo', 'baton' or 'rounds'"),
         ("processes=0", "processes is 0"),
     ],

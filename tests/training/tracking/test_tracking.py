@@ -212,7 +212,7 @@ def test_a_folder_that_cant_be_written_is_said_in_one_line(store: str, tmp_path:
 
 
 def test_a_journal_has_one_writer(store: str, tmp_path: Path) -> None:
-    with Tracker("run", tmp_path / "t"), pytest.raises(InvalidInputError, match="going on"):
+    with Tracker("run", tmp_path / "t"), pytest.raises(InvalidInputError, match="a run in progress"):
         Tracker("run", tmp_path / "t")
 
 
@@ -282,7 +282,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_metric_once(
             stage.log_audio("after", np.zeros(1600, np.float32), 16_000, "A dog barks")
         with tracker.stage("dpo") as stage:  # begun while it was away
             stage.log_metrics({"loss": 1.0})
-        until(lambda: "training goes on" in capsys.readouterr().err)
+        until(lambda: "training continues" in capsys.readouterr().err)
     assert f"milonga train sync {folder}" in capsys.readouterr().err
     server.begin()
     server.wait()

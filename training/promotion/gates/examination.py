@@ -160,7 +160,7 @@ class Examination:
         return decide(self.config.gates, champion, challenger, differences), figures
 
     def _open_evaluators(self) -> Evaluators:
-        """Open what the config names, with the services in the place of its scorers and its reward model."""
+        """Open what the config names, with the services in place of its scorers and its reward model."""
         services = self._services
         scoring = AudioClient(scoring=services.scoring, tls=services.tls) if services.scoring else None
         reward = AudioClient(reward=services.reward, tls=services.tls) if services.reward else None
