@@ -4,7 +4,9 @@ Folders are untrusted: nothing in them is executed, and every error names the fi
 """
 
 import json
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.errors import ModelFormatError, invalid
+from services.files import HEAD, describe_file, describe_path
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -40,8 +43,55 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def read_pickle(path: Path, ignored: Sequence[tuple[Any, str]] = ()) -> Any:
+    """Return the content of a PyTorch checkpoint, on the CPU, memory-mapped if its format allows it.
+
+    Nothing in it is executed: `weights_only` loads tensors, numbers and containers. `ignored` are classes
+    that replace others by name. Raises `ModelFormatError`, which says what the file is, without torch's
+    advice to load it all the same.
+    """
+    if found := describe_weights(path):
+        raise ModelFormatError(f"{path} is {found}")
+    try:
+        with torch.serialization.safe_globals(list(ignored)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises errors of many kinds for damaged or hostile files
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ModelFormatError(
+                f"{path} holds {code[1]}, which could run code, and was not loaded; give a checkpoint of "
+                "tensors only"
+            ) from error
+        raise ModelFormatError(
+            f"{path} is truncated or no PyTorch checkpoint ({type(error).__name__}); fetch it again"
+        ) from error
+
+
+def describe_weights(path: Path) -> str | None:
+    """Return what a file of weights is that can't be one, with the remedy; None if nothing is known."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        return f"not readable ({error.strerror}); give a file that this user may read"
+    if found := describe_file(head):
+        return found
+    if head[8:9] == b"{":  # safetensors: the header's length, then the header
+        other = path.suffix != ".safetensors"
+        return "a safetensors file with another name; give it the extension .safetensors" if other else None
+    zipped = head.startswith(b"PK\x03\x04")
+    if zipped and not zipfile.is_zipfile(path):
+        return "the beginning of a checkpoint whose end is missing (truncated); fetch it again"
+    if path.suffix == ".safetensors" and (zipped or head.startswith(b"\x80")):
+        return "a pickle (torch.save) with a wrong name; weights must be safetensors"
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")) or head[257:262] == b"ustar":
+        return "an archive; unpack it, and give the file in it"
+    return None
+
+
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a safetensors file. Raises `ModelFormatError` if it is damaged."""
+    if path.is_file() and (found := describe_weights(path)):
+        raise ModelFormatError(f"{path} is {found}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -58,7 +108,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelFormatError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
-        raise ModelFormatError(f"{path} can't be read: {one_line(error)}") from error
+        found = describe_path(path)
+        reason = f"is {found}" if found else f"can't be read: {one_line(error)}"
+        raise ModelFormatError(f"{path} {reason}") from error
     if not isinstance(data, dict):
         raise ModelFormatError(f"{path} is not a JSON object")
     return data
@@ -84,6 +136,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise invalid("device", f"{name!r} can't be used: {one_line(error)}") from error
     return device
+
+
+def cause(folder: Path, error: BaseException) -> str:
+    """Return why loading `folder` raised `error`: a file in it that is something else, or `one_line`."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    known = (f"{path} is {found}" for path in files if (found := describe_path(path)))
+    return next(known, one_line(error))
 
 
 def one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
+from services.files import describe_path
 
 MANIFEST_NAME = "milonga.json"
 """File name of the manifest in a model folder."""
@@ -101,8 +102,10 @@ def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifes
         differing = sorted(path for path, _ in found.items() ^ manifest.files.items())
         paths = list(dict.fromkeys(differing)) or [MANIFEST_NAME]
         more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+        known = ((path, describe_path(folder / path)) for path in paths)
+        cause = next((f"{path} is {what}" for path, what in known if what), "fetch the model again")
         raise DigestMismatchError(
-            f"{folder} differs from its manifest: {', '.join(paths[:_LISTED])}{more}; fetch the model again"
+            f"{folder} differs from its manifest: {', '.join(paths[:_LISTED])}{more}; {cause}"
         )
     if expected_digest is not None and manifest.digest != _normal(expected_digest):
         raise DigestMismatchError(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from services.errors import MilongaError, ModelFormatError, ModelNotFoundError
-from services.models.folders import one_line, pick_device, pick_dtype, read_json, read_shapes
+from services.models.folders import cause, one_line, pick_device, pick_dtype, read_json, read_shapes
 from services.models.latent import Conditioning, LatentPipeline
-from services.models.state_dicts import check_weights, on_meta, quiet_loading
+from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
 
 UPSTREAM_WEIGHTS: Final = "pytorch_model_main.bin"
 """File that only released Tango checkpoints have; `convert_checkpoint` converts those."""
@@ -107,7 +107,9 @@ class Architecture:
         except MilongaError:
             raise
         except Exception as error:  # any exception of the libraries means that the folder is invalid
-            raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
+            raise ModelFormatError(f"{folder} can't be loaded: {cause(folder, error)}") from error
+        for part in self.parts:
+            check_finite(f"{folder}/{part}", getattr(pipeline, part).state_dict())
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(target)
         return cast(LatentPipeline, pipeline)
@@ -131,6 +133,7 @@ class Architecture:
                 )
         except Exception as error:  # any exception of the library means that the folder is invalid
             raise ModelFormatError(f"{folder}/{self.denoiser} can't be loaded: {one_line(error)}") from error
+        check_finite(f"{folder}/{self.denoiser}", denoiser.state_dict())
         return cast(nn.Module, denoiser)
 
     def default_duration(self, folder: Path) -> float:

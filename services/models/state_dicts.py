@@ -61,9 +61,24 @@ def report_faults(part: str, faults: Sequence[tuple[str, Sequence[str]]]) -> Non
         raise ModelFormatError(f"{part}: these weights are not this model's: {'; '.join(found)}")
 
 
+def check_finite(part: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise `ModelFormatError` that lists the tensors with NaN or infinite values."""
+    wrong = [key for key, tensor in weights.items() if not _is_finite(tensor)]
+    if wrong:
+        dtype = str(weights[wrong[0]].dtype).removeprefix("torch.")
+        raise ModelFormatError(
+            f"{part}: {len(wrong)} of {len(weights)} tensors hold NaN or infinity ({dtype}): {_listed(wrong)}"
+            "; the training diverged or the file is damaged: take another checkpoint"
+        )
+
+
 def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> Module:
-    """Assign `weights` to `module`, which is on the meta device, after `check_weights`; return it."""
+    """Assign `weights` to `module`, which is on the meta device, after `check_weights` and `check_finite`.
+
+    Returns `module`.
+    """
     check_weights(part, module, {key: tensor.shape for key, tensor in weights.items()})
+    check_finite(part, weights)
     full = dict(weights)
     own = module.state_dict()
     tied = {alias: original for alias, original in TIED.items() if alias in own and original in own}
@@ -102,6 +117,13 @@ def quiet_loading() -> Iterator[None]:
             library.enable_progress_bar()
         for logger, level in levels:
             logger.setLevel(level)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether `tensor` holds no NaN and no infinity, in one pass and without a copy."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _listed(entries: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from services.models.clap.model import ClapModel, EmbeddingModel, Waveform
 from services.models.folders import pick_device, read_json, read_shapes
 from services.models.mini.tagger import Detection, EventTagger
 from services.models.reward.model import RewardModel, load_reward
-from services.models.state_dicts import check_weights, on_meta
+from services.models.state_dicts import check_finite, check_weights, on_meta
 from services.weights.loading import load_embedding_model
 from services.weights.uri import resolve
 from training.data.store import file_digest
@@ -147,6 +147,7 @@ def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
     module = on_meta(lambda: EventTagger.from_config(config))
     check_weights(str(resolved.folder), module, read_shapes(resolved.folder))
     tagger = EventTagger.from_pretrained(resolved.folder, local_files_only=True, use_safetensors=True)
+    check_finite(str(resolved.folder), tagger.state_dict())
     return TaggerEmbedder(tagger.float().to(target).eval().requires_grad_(False), resolved.digest)
 
 

@@ -13,8 +13,6 @@ available.
 Shape legend: B clips, N samples, T frames, F frequency bins, M mel bins, C channels, D embedding, K classes.
 """
 
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +24,7 @@ from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.folders import pick_device
+from services.models.folders import pick_device, read_pickle
 from services.models.state_dicts import assign_weights, check_weights, on_meta
 
 CLASSES: Final = 527
@@ -155,11 +153,7 @@ def load_panns(path: Path, device: str = "cpu") -> Cnn14:
     target = pick_device(device)
     if not path.is_file():
         raise ModelNotFoundError(f"{path} is not a file; give the path of a PANNs checkpoint (.pth)")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelFormatError(f"{path} is truncated, or holds more than tensors: {reason}") from error
+    data = read_pickle(path)
     state = data.get("model") if isinstance(data, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelFormatError(f"{path} is no PANNs checkpoint: it has no tensors under `model`")

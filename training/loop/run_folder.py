@@ -18,6 +18,7 @@ import torch
 
 from services.errors import MilongaError, OutputError, invalid
 from services.files import write_atomically
+from services.models.folders import describe_weights
 from training.loop.config import Plain, differences
 
 CHECKPOINTS = "checkpoints"
@@ -109,7 +110,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             content: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file: several libraries' errors
-            faults.append(f"{path}: {str(error).partition(chr(10))[0]}")
+            faults.append(f"{path}: {describe_weights(path / 'state.pt') or type(error).__name__}")
             continue
         if faults:
             print(f"warning: not readable, resuming from {path.name}: {'; '.join(faults)}", file=sys.stderr)

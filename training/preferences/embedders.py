@@ -13,7 +13,7 @@ from services.errors import invalid
 from services.models.architectures import check_generator
 from services.models.clap.loading import load_tokenizer
 from services.models.folders import pick_device
-from services.models.state_dicts import quiet_loading
+from services.models.state_dicts import check_finite, quiet_loading
 from services.weights.loading import load_embedding_model
 from services.weights.uri import ModelURI, resolve
 
@@ -85,6 +85,7 @@ class TangoEmbedder:
             model: Any = T5EncoderModel.from_pretrained(
                 found.folder / "text_encoder", use_safetensors=True, local_files_only=True
             )
+        check_finite(f"{found.folder}/text_encoder", model.state_dict())
         self._model = model.to(pick_device(device)).float().eval()
         self._tokenizer = load_tokenizer(found.folder / "tokenizer", model.config.vocab_size)
 

@@ -10,7 +10,6 @@ Checkpoints lack RoBERTa's tokenizer: see `find_tokenizer`.
 
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +21,7 @@ from torch import Tensor
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.loading import load_tokenizer
 from services.models.clap.model import QUANTISE, ClapModel
-from services.models.folders import one_line, pick_device
+from services.models.folders import one_line, pick_device, read_pickle
 from services.models.state_dicts import assign_weights, check_weights, on_meta, quiet_loading, report_faults
 
 Weights = Mapping[str, Tensor]
@@ -159,8 +158,7 @@ def load_laion(path: Path, *, tokenizer: Path | None = None, device: str = "cpu"
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the state dictionary of the checkpoint `path`, without ``module.``; memory-mapped if possible.
 
-    Nothing in it is executed: `weights_only` loads tensors, numbers and containers. numpy objects in an
-    optimizer's state are ignored.
+    Nothing in it is executed; see `read_pickle`. numpy objects in an optimizer's state are ignored.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -168,15 +166,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelNotFoundError(f"{path} is not a file; give the path of a LAION checkpoint (.pt)")
-    try:
-        with torch.serialization.safe_globals(list(_NUMPY)):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises errors of many kinds for damaged or hostile files
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ModelFormatError(
-                f"{path} holds {found[1]}, which could run code, and was not loaded; a checkpoint is tensors"
-            ) from error
-        raise ModelFormatError(f"{path} is truncated or no checkpoint ({type(error).__name__})") from error
+    data = read_pickle(path, ignored=_NUMPY)
     state = data.get("state_dict", data) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()

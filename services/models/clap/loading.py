@@ -13,8 +13,8 @@ import transformers
 
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.model import PADDINGS, ClapModel
-from services.models.folders import one_line, pick_device, read_json, read_shapes
-from services.models.state_dicts import check_weights, on_meta, quiet_loading
+from services.models.folders import cause, one_line, pick_device, read_json, read_shapes
+from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
 
 ARCHITECTURE: Final = "ClapModel"
 
@@ -48,8 +48,9 @@ def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
     except ModelFormatError:
         raise
     except Exception as error:  # any exception of the library means that the folder is invalid
-        raise ModelFormatError(f"{folder} can't be loaded: {one_line(error)}") from error
+        raise ModelFormatError(f"{folder} can't be loaded: {cause(folder, error)}") from error
     tokenizer = load_tokenizer(folder, clap.config.text_config.vocab_size)
+    check_finite(str(folder), clap.state_dict())
     model = ClapModel(clap, tokenizer, extractor)
     return model.to(target).eval().requires_grad_(False)
 
@@ -138,7 +139,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedToke
         with quiet_loading():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # no files, broken files: several libraries' errors
-        raise ModelFormatError(f"{folder} holds no tokenizer: {one_line(error)}") from error
+        raise ModelFormatError(f"{folder} holds no tokenizer: {cause(folder, error)}") from error
     known = len(tokenizer)
     if not _SMALLEST_SHARE * vocabulary <= known <= vocabulary:
         raise ModelFormatError(

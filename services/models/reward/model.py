@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
 from services.models.folders import read_json, read_shapes
-from services.models.state_dicts import check_weights, on_meta
+from services.models.state_dicts import check_finite, check_weights, on_meta
 
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
@@ -233,5 +233,6 @@ def load_reward(folder: Path, clap: ClapModel, clap_digest: str) -> RewardModel:
     check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_shapes(folder))
     model = RewardModel(clap, config)
     weights = load_file(folder / WEIGHTS_NAME)
+    check_finite(str(folder), weights)
     model.head.load_state_dict({key: value.float() for key, value in weights.items()})
     return model.to(clap.device).eval().requires_grad_(False)

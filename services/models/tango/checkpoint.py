@@ -13,13 +13,11 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -33,10 +31,10 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError, OutputError
-from services.models.folders import read_json
+from services.models.folders import cause, read_json, read_pickle
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
-from services.models.state_dicts import assign_weights, on_meta, quiet_loading, report_faults
+from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
 
@@ -140,8 +138,9 @@ def convert_checkpoint(
 
     Raises:
         ModelNotFoundError: a file is missing in `source`, or there is no folder of the text encoder.
-        ModelFormatError: keys, shapes or settings are not as expected (lists all), a pickle holds more than
-            tensors, or the tokenizer's vocabulary is empty.
+        ModelFormatError: keys, shapes or settings are not as expected (lists all), a file is something else
+            than weights, weights are not finite, a pickle holds more than tensors, or the tokenizer's
+            vocabulary is empty.
         OutputError: `target` exists already or can't be written.
     """
     report = progress or (lambda _: None)
@@ -155,16 +154,16 @@ def convert_checkpoint(
         tokenizer, text_config = load_text_config(text_folder)
     with _new_folder(target) as folder, quiet_loading():
         report("mel filters")
-        check_stft(stft_config, read_pickle(source / STFT))
+        check_stft(stft_config, read_weights(source / STFT))
 
         report("autoencoder and vocoder")
-        weights = split_vae(read_pickle(source / VAE))
+        weights = split_vae(read_weights(source / VAE))
         vae = _saved(build_vae(vae_config, weights["vae"]), folder / "vae")
         vocoder = _saved(build_vocoder(stft_config, weights["vocoder"]), folder / "vocoder")
         del weights
 
         report("text encoder")
-        weights = split_main(read_pickle(source / MAIN))
+        weights = split_main(read_weights(source / MAIN))
         encoder = build_text_encoder(text_config, weights.pop("text_encoder"))
         encoder = _saved(encoder, folder / "text_encoder")
 
@@ -205,19 +204,15 @@ def _saved(part: Any, folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_pickle(path: Path) -> Weights:
+def read_weights(path: Path) -> Weights:
     """Return the tensors of a pickled state dictionary, memory-mapped if the format allows it.
 
-    Raises `ModelFormatError` unless it is a plain dictionary of tensors. `weights_only` executes no code of
-    the pickle.
+    Raises `ModelFormatError` unless it is a plain dictionary of finite tensors. No code in it is executed.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises errors of many kinds for damaged or hostile files
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelFormatError(f"{path} is truncated or no plain state dictionary: {reason}") from error
+    weights = read_pickle(path)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ModelFormatError(f"{path} is no plain state dictionary; it must map names to tensors")
+    check_finite(str(path), weights)
     return weights
 
 
@@ -285,9 +280,8 @@ def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
         config = T5Config.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # missing or damaged files raise errors of several libraries
-        reason = str(error).strip().partition("\n")[0]
         raise ModelFormatError(
-            f"text encoder: {folder} holds no usable config and tokenizer: {reason}"
+            f"text encoder: {folder} holds no usable config and tokenizer: {cause(folder, error)}"
         ) from error
     ordinary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     if len(ordinary) < _SMALLEST_VOCABULARY:

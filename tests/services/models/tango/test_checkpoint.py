@@ -183,6 +183,9 @@ def test_unet_config_is_embedded(tmp_path: Path) -> None:
         tc.unet_config(tmp_path, {"unet_model_config_path": "other.json"})
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 class _Hostile:
     """Would make a file if it were unpickled."""
 
@@ -204,6 +207,19 @@ def _truncate(source: Path) -> None:
 
 def _make_hostile(source: Path) -> None:
     (source / tc.VAE).write_bytes(pickle.dumps({"encoder.conv_in.weight": _Hostile(source / "executed")}))
+
+
+def _replace(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda source: (source / file).write_bytes(content)
+
+
+def _poison(file: str, key: str, value: float) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        weights = torch.load(source / file, weights_only=True)
+        weights[key].view(-1)[-1] = value
+        torch.save(weights, source / file)
+
+    return change
 
 
 def _drop_key(source: Path) -> None:
@@ -233,8 +249,15 @@ def _empty_vocabulary(source: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_truncate, "truncated or no plain state dictionary"),
-        (_make_hostile, "no plain state dictionary"),
+        (_truncate, "whose end is missing (truncated)"),
+        (_make_hostile, "no PyTorch checkpoint"),
+        (_replace(tc.MAIN, POINTER), "pytorch_model_main.bin is a Git LFS pointer"),
+        (_replace(tc.VAE, b"<!doctype html><title>Log in</title>"), "is a web page (HTML)"),
+        (_replace(tc.STFT, b""), "pytorch_model_stft.bin is an empty file"),
+        (_replace("vae_config.json", POINTER), "vae_config.json is a Git LFS pointer"),
+        (_replace("flan-t5-tiny/tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
+        (_poison(tc.MAIN, "unet.conv_in.bias", float("nan")), "hold NaN or infinity (float32): unet.conv_in"),
+        (_poison(tc.VAE, "vocoder.conv_pre.bias", float("-inf")), "1 of 346 tensors hold NaN"),
         (_drop_key, "unet: these weights are not this model's: 1 missing keys: conv_in.bias"),
         (_change_filters, "mel_basis differs"),
         (_set("main_config.json", "unet_model_name", "stabilityai/sd"), "unet_model_name is"),
@@ -254,6 +277,7 @@ def test_damaged_checkpoint_is_refused(
     with pytest.raises(ModelFormatError) as caught:
         tc.convert_checkpoint(source, tmp_path / "out", text_encoder=str(source / "flan-t5-tiny"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert not (source / "executed").exists()
 
