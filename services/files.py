@@ -1,6 +1,7 @@
-"""Write files whole or not at all, recognise what a failed download left, and run work on threads."""
+"""Write files whole or not at all, hash them, recognise failed downloads, and run work on threads."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +94,12 @@ def describe_path(path: Path) -> str | None:
             return describe_file(file.read(HEAD))
     except OSError:
         return None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 in hex of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def side_by_side(

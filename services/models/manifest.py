@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
-from services.files import describe_path
+from services.files import describe_path, sha256_of
 
 MANIFEST_NAME = "milonga.json"
 """File name of the manifest in a model folder."""
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+"""What a digest looks like."""
 
 FORMAT = 1
 """Version of the manifest's own format."""
@@ -90,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifest:
     """Return the manifest of `folder` after verifying every file.
 
-    `expected_digest` (``sha256:HEX`` or plain hex) is the pin of a model URI.
+    `expected_digest` (``sha256:HEX``) is the pin of a model URI.
 
     Raises:
         DigestMismatchError: a file differs from the manifest, or the digest from the pin.
@@ -107,10 +111,9 @@ def verify_manifest(folder: Path, expected_digest: str | None = None) -> Manifes
         raise DigestMismatchError(
             f"{folder} differs from its manifest: {', '.join(paths[:_LISTED])}{more}; {cause}"
         )
-    if expected_digest is not None and manifest.digest != _normal(expected_digest):
+    if expected_digest not in (None, manifest.digest):
         raise DigestMismatchError(
-            f"{folder} holds {manifest.digest}, not {_normal(expected_digest)}; "
-            "correct the pin or the model URI"
+            f"{folder} holds {manifest.digest}, not {expected_digest}; correct the pin or the model URI"
         )
     return manifest
 
@@ -123,9 +126,18 @@ def hash_files(folder: Path) -> dict[str, str]:
     modification time differs.
     """
     folder = folder.resolve()
-    files = tuple(
-        path for path in sorted(folder.rglob("*")) if path.is_file() and _counts(path.relative_to(folder))
+    return _hashed(
+        folder,
+        [path for path in sorted(folder.rglob("*")) if path.is_file() and _counts(path.relative_to(folder))],
     )
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 in hex of a file, cached as in `hash_files`. Raises OSError."""
+    return _hashed(path.parent, [path])[path.name]
+
+
+def _hashed(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     stats = [(path, path.stat()) for path in files]
     state = tuple(
         (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats
@@ -141,9 +153,7 @@ def _hashes(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> tuple[tup
 def hash_each(folder: Path, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """Yield the path of each file relative to `folder`, and its SHA-256 in hex. Reads every byte."""
     for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        yield path.relative_to(folder).as_posix(), digest
+        yield path.relative_to(folder).as_posix(), sha256_of(path)
 
 
 def _counts(relative: Path) -> bool:
@@ -171,11 +181,6 @@ def _parse(data: dict[str, Any]) -> Manifest:
     if not all(isinstance(text, str) for text in texts.values()):
         raise ValueError("name, version, license and digest must be strings")
     return Manifest(files=files, **texts)
-
-
-def _normal(digest: str) -> str:
-    """Return `digest` in the form of manifests: ``sha256:`` and lowercase hex."""
-    return "sha256:" + digest.strip().lower().removeprefix("sha256:")
 
 
 def _require_folder(folder: Path) -> None:

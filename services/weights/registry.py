@@ -33,6 +33,7 @@ from services.errors import (
     ServiceUnavailableError,
     invalid,
 )
+from services.models.manifest import DIGEST, read_manifest, verify_manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +61,6 @@ _SETTINGS: Final = {
 }
 _PART: Final = ".part-"
 _STALE_SECONDS: Final = 86_400.0
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 Answer = TypeVar("Answer")
 
 
@@ -185,7 +185,7 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> tuple
             "MLFLOW_TRACKING_URI to another"
         ) from error
     digest = found.tags.get(DIGEST_TAG, "")
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise ModelFormatError(
             f"model: models:{path} has no digest in its tag {DIGEST_TAG}; register it with "
             "`milonga train register`"
@@ -224,8 +224,6 @@ def _place(digest: str) -> Path:
 
 def _cached(name: str, version: str, digest: str) -> tuple[Path, ModelVersion]:
     """Return the folder with this digest, and its version in the registry."""
-    from services.models.manifest import read_manifest
-
     folder = _place(digest)
     license = read_manifest(folder).license
     return folder, ModelVersion(name=name, version=version, digest=digest, license=license)
@@ -233,8 +231,6 @@ def _cached(name: str, version: str, digest: str) -> tuple[Path, ModelVersion]:
 
 def _intact(folder: Path, digest: str) -> bool:
     """Return whether `folder` exists and has this digest. A damaged folder is deleted."""
-    from services.models.manifest import verify_manifest
-
     if not folder.is_dir():
         return False
     try:
@@ -248,8 +244,6 @@ def _intact(folder: Path, digest: str) -> bool:
 def _download(source: str, folder: Path, digest: str, uri: str) -> None:
     """Move the artifacts at `source` to `folder`: all of them, verified, or none."""
     from mlflow.artifacts import download_artifacts
-
-    from services.models.manifest import verify_manifest
 
     part = None
     try:

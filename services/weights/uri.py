@@ -14,7 +14,6 @@
 Any of them may end in a pin, ``#sha256:HEX``: then weights with another digest are refused.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from services.errors import (
     ModelNotFoundError,
     invalid,
 )
+from services.models.manifest import DIGEST, hash_file, verify_manifest
 from services.weights.registry import fetch, parse_path
 
 EMBEDDED = ("mini", "mini-base")
@@ -44,7 +44,6 @@ _FORMS = (
     f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH, "
     "models:/NAME/VERSION or models:/NAME@ALIAS"
 )
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 # No pickles: a file that is not fetched can't be loaded by mistake.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -69,7 +68,7 @@ class ModelURI:
             InvalidInputError: it is no model URI, or its pin is no digest.
         """
         location, hash_sign, pin = text.partition("#")
-        if hash_sign and not _DIGEST.fullmatch(pin):
+        if hash_sign and not DIGEST.fullmatch(pin):
             raise _invalid(f"has the pin {pin[:80]!r}, must be sha256: and 64 lowercase hexadecimal digits")
         if location in EMBEDDED:
             return cls(scheme="embedded", path=location, digest=pin or None)
@@ -168,8 +167,6 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> Resolved
     folder = _folder(uri)
     if not folder.is_dir():
         raise ModelNotFoundError(f"model: {folder} is no folder; give the one that holds the model's files")
-    from services.models.manifest import verify_manifest
-
     manifest = verify_manifest(folder, uri.digest)
     return ResolvedModel(
         folder=folder,
@@ -185,8 +182,7 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> Resolved
 def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
     """Resolve a single file, which has no manifest: its digest is that of its bytes."""
     try:
-        with path.open("rb") as file:
-            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        digest = f"sha256:{hash_file(path)}"
     except OSError as error:
         raise ModelNotFoundError(
             f"model: {path} can't be read: {error.strerror}; give the path of a LAION checkpoint (.pt)"

@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 
 from services.errors import invalid
+from services.files import sha256_of
 from services.models.clap.model import MAX_SECONDS, MIN_SECONDS, Waveform
 from training.soundworld.captions import CaptionTruth
 
@@ -64,8 +65,7 @@ class FileClip:
     @property
     def digest(self) -> str:
         """SHA-256 of the encoded bytes."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
     def read(self) -> tuple[Waveform, int]:
         """Decode the file. Raises OSError or ValueError."""

@@ -23,6 +23,7 @@ from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
 from training.data.examples import Clip, Examples, LabelledClip, Pair
+from training.loop.checks import check_share
 from training.soundworld.captions import CaptionTruth, drop, replace_event, swap, write_caption
 from training.soundworld.scenes import SceneConfig, Split, draw_truth, render, split_of
 from training.soundworld.synthesis import SAMPLING_RATE
@@ -71,9 +72,7 @@ class SoundworldData:
             raise ValueError(f"noise is {self.noise}, must be at least 0 and below 0.5")
         if self.annotators % 2 != 1:
             raise ValueError(f"annotators is {self.annotators}, must be odd")
-        for name in ("long", "rebuilt"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1]")
+        check_share(self, "long", "rebuilt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from services.errors import OutputError, invalid
-from services.files import write_atomically
+from services.files import sha256_of, write_atomically
 from training.loop.config import Plain
 from training.loop.run_folder import RUN, claim_folder
 
@@ -32,13 +32,12 @@ def digest_of_value(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 in hex of a file. Raises `InvalidInputError` if it can't be read."""
+def file_digest(path: Path, field: str = "input", remedy: str = "run the stage that makes it") -> str:
+    """Return the SHA-256 in hex of a file. Raises `InvalidInputError` for `field` if it can't be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
-        raise invalid("input", f"{path} can't be read: {error.strerror}; run the stage before it") from error
+        raise invalid(field, f"{path} can't be read: {error.strerror}; {remedy}") from error
 
 
 def claim(output: Path, settings: Mapping[str, Plain], free: Collection[str] = ()) -> Row | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from training.evaluation.divergence import Convention
+from training.loop.checks import check_minimum, check_share
 from training.soundworld.scenes import DURATIONS, Split
 
 EMBEDDERS = ("tagger", "clap", "panns")
@@ -90,14 +91,9 @@ class EvaluationConfig:
     """Additional comparisons, NAME:AGAINST by names of sources. All are compared with the first anyway."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "batch", "inception_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
-        for name in ("first_seed", "set_resamples", "sheet"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+        check_minimum(self, 1, "seeds", "batch", "inception_splits")
+        check_minimum(self, 0, "first_seed", "set_resamples", "sheet")
+        check_share(self, "max_unreadable")
         for scorer in self.scorers:
             if not all(scorer.partition("=")):
                 raise ValueError(f"scorers has {scorer!r}, must be NAME=URI")

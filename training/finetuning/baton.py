@@ -35,6 +35,7 @@ from training.finetuning.session import (
     parquet_files,
     readable,
 )
+from training.loop.checks import check_minimum, check_share
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.calibration import sigmoid
 from training.objectives.diffusion import reward_weighted
@@ -66,8 +67,7 @@ class BatonData:
     """Share of clips that may be unreadable before the training is refused."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+        check_share(self, "max_unreadable")
 
     def files(self) -> tuple[Path, ...]:
         """Return all files."""
@@ -88,8 +88,7 @@ class BatonTraining(FineTuning):
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
-        if self.pretraining_weight < 0:
-            raise ValueError(f"pretraining_weight is {self.pretraining_weight}, must be 0 or more")
+        check_minimum(self, 0, "pretraining_weight")
 
 
 def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from training.finetuning.session import (
     open_session,
     readable,
 )
+from training.loop.checks import check_minimum
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import diffusion_dpo
 from training.objectives.noising import Noising
@@ -52,8 +53,7 @@ class DpoTraining(FineTuning):
         FineTuning.__post_init__(self)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, must be above 0")
-        if self.chosen_weight < 0:
-            raise ValueError(f"chosen_weight is {self.chosen_weight}, must be 0 or more")
+        check_minimum(self, 0, "chosen_weight")
 
 
 def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

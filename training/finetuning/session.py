@@ -6,7 +6,6 @@ file. How a family's clips are noised and its errors measured is its `Objective`
 Shape legend: B batch, X a family's own shape of latents.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from services.errors import MilongaError, OutputError, invalid
+from services.files import sha256_of
 from services.models.architectures import architecture_of
 from services.models.folders import DTYPES, read_json
 from services.models.latent import Conditioning
@@ -30,6 +30,7 @@ from services.models.state_dicts import quiet_loading
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Pair, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
+from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
 from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
@@ -84,8 +85,7 @@ class FineTuning:
     """Licence of the weights, for the manifest; none: the start's."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise ValueError(f"epochs is {self.epochs}, must be 0 or more")
+        check_minimum(self, 0, "epochs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +100,7 @@ class PairData:
     """Share of clips that may be unreadable before the training is refused."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+        check_share(self, "max_unreadable")
 
     def files(self) -> tuple[Path, ...]:
         """Return the Parquet files. Raises `InvalidInputError` if there is none."""
@@ -257,7 +256,10 @@ def open_session(
     architecture = architecture_of(start.folder)
     architecture.check(start.folder)
     objective = OBJECTIVES[architecture.objective](start.folder)
-    sources = {str(path): file_digest(path) for path in files}
+    try:
+        sources = {str(path): sha256_of(path) for path in files}
+    except OSError as error:
+        raise invalid("data", f"{error.filename} can't be read: {error.strerror}") from error
     digests: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
     found = {name: resolve(uri) for name, uri in models.items() if uri}
     digests |= {f"{name}_digest": found[name].digest if name in found else None for name in models}
@@ -528,15 +530,6 @@ def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:
             raise invalid("data.pairs", f"{path} holds no Parquet file; give a data set's folder or file")
         found += inside
     return tuple(found)
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex. Raises `InvalidInputError` if it can't be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise invalid("data", f"{path} can't be read: {error.strerror}") from error
 
 
 def _card(manifest: Manifest, report: Mapping[str, Any], tags: Sequence[str]) -> str:

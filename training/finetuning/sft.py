@@ -29,6 +29,7 @@ from training.finetuning.session import (
     open_session,
     readable,
 )
+from training.loop.checks import check_minimum
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import denoising_loss
 
@@ -43,8 +44,7 @@ class SftTraining(FineTuning):
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
-        if self.min_snr < 0:
-            raise ValueError(f"min_snr is {self.min_snr}, must be 0 or more")
+        check_minimum(self, 0, "min_snr")
 
 
 def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

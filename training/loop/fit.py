@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.errors import MilongaError, invalid
+from training.loop.checks import check_minimum, check_share
 from training.loop.progress import progress
 from training.loop.run_folder import CHECKPOINTS, JOURNAL, Journal, load_checkpoint, save_checkpoint
 
@@ -86,12 +87,8 @@ class LoopConfig:
     """Seconds between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
-        for name in ("decay", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1]")
+        check_minimum(self, 1, "steps", "batch", "accumulation")
+        check_share(self, "decay", "ema")
 
     def rate_at(self, step: int) -> float:
         """Return the factor of the learning rate at `step`: warm-up, constant, linear decay to zero."""

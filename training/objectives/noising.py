@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.loop.checks import check_share
 from training.loop.fit import Positions
 
 TIMESTEPS: Final = 1000
@@ -44,9 +45,7 @@ class NoisingConfig:
     """Share of the prompts replaced by the empty one, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        for name in ("blank", "late", "condition_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, 1]")
+        check_share(self, "blank", "late", "condition_dropout")
         if self.blank + self.late > 1:
             raise ValueError(f"blank ({self.blank}) and late ({self.late}) must not exceed 1 together")
         for name in ("blank_from", "late_from"):

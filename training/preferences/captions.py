@@ -29,6 +29,7 @@ from training.data.store import (
     read_rows,
     write_rows,
 )
+from training.loop.checks import check_minimum
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.embedders import Embedder, embedder_identity, load_embedder
@@ -90,16 +91,14 @@ class CaptionsConfig:
     """Device of the embedder."""
 
     def __post_init__(self) -> None:
-        for name in ("clusters", "per_cluster", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        check_minimum(self, 1, "clusters", "per_cluster", "batch")
 
 
 def captions_identity(config: CaptionsConfig) -> dict[str, Plain]:
     """Return all that determines the result."""
     inputs: dict[str, Plain] = {"embedder.identity": embedder_identity(config.embedder)}
     if config.source is not None:
-        inputs["source.digest"] = file_digest(config.source)
+        inputs["source.digest"] = file_digest(config.source, "source", "give CSV, JSON Lines or Parquet")
     return flatten(config) | inputs
 
 

@@ -21,6 +21,7 @@ from services.errors import invalid
 from services.files import write_atomically
 from training.data.examples import Clip, FileClip, check_readable, decode, pair_rows
 from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
+from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
@@ -56,8 +57,8 @@ class DatasetConfig:
     """Share of clips that may be unreadable; above it the stage fails."""
 
     def __post_init__(self) -> None:
-        if self.rows_per_file < 1:
-            raise ValueError(f"rows_per_file is {self.rows_per_file}, must be 1 or more")
+        check_minimum(self, 1, "rows_per_file")
+        check_share(self, "max_unreadable")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

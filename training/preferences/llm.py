@@ -21,6 +21,7 @@ import openai
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training.data.store import Row, digest_of_value, write_json
+from training.loop.checks import check_minimum
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
 
 URL_VARIABLE: Final = "MILONGA_LLM_URL"
@@ -93,9 +94,7 @@ class LLMConfig:
     """Folder of the cached answers; none: the stage's own."""
 
     def __post_init__(self) -> None:
-        for name in ("attempts", "in_flight"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        check_minimum(self, 1, "attempts", "in_flight")
         for name in ("timeout", "longest_wait"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be seconds above 0")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from services.errors import invalid
 from training.data.store import REPORT, Row, claim, file_digest, finish, read_json, read_rows, write_rows
+from training.loop.checks import check_share
 from training.loop.config import Plain, flatten
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.scores import SCORES, read_scores
@@ -63,9 +64,7 @@ class Quantiles:
     """Quantile of the positive differences: the upper bound."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, must lie in [0, 1]")
+        check_share(self, *asdict(self))
         if self.delta_min > self.delta_max:
             raise ValueError(f"delta_min ({self.delta_min}) is above delta_max ({self.delta_max})")
 

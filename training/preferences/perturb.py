@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from services.files import side_by_side
 from training.data.store import Row, claim, file_digest, finish, write_rows
+from training.loop.checks import check_minimum
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
@@ -43,9 +44,7 @@ class PerturbConfig:
     """Settings of the LLM, if `perturber` is llm."""
 
     def __post_init__(self) -> None:
-        for name in ("concept", "temporal"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        check_minimum(self, 0, "concept", "temporal")
         for kind in (*self.concept_kinds, *self.temporal_kinds):
             if kind not in KINDS:
                 raise ValueError(f"{kind!r} is no kind of mistake; there are {', '.join(KINDS)}")

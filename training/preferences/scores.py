@@ -24,6 +24,7 @@ from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
 from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
+from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
@@ -66,9 +67,8 @@ class ScoresConfig:
             raise ValueError("scorers is empty; name one at least, or a reward model")
         if len(set(self.scorers)) < len(self.scorers):
             raise ValueError(f"scorers names one twice: {', '.join(self.scorers)}")
-        for name in ("batch", "in_flight"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        check_minimum(self, 1, "batch", "in_flight")
+        check_share(self, "max_unreadable")
 
 
 def scores_identity(config: ScoresConfig, candidates: Path, digests: Mapping[str, str]) -> dict[str, Plain]:

@@ -9,6 +9,7 @@ from services.api.model import ModelVersion
 from services.client import AudioClient
 from services.models.folders import DTYPES
 from services.weights.uri import resolve
+from training.loop.checks import check_minimum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +38,7 @@ class SourceConfig:
     """Seconds that a service may take for one clip."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "in_flight", "sampling_rate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        check_minimum(self, 1, "batch", "in_flight", "sampling_rate")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if not 0 < self.timeout < math.inf:

@@ -19,7 +19,7 @@ from services.errors import (
     ServiceUnavailableError,
     invalid,
 )
-from services.models.manifest import MANIFEST_NAME, read_manifest
+from services.models.manifest import DIGEST, MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
 from services.weights.registry import DIGEST_TAG, FOLDER_TAG, RegisteredVersion, connect, shown, tracking_uri
 from services.weights.uri import EMBEDDED
@@ -39,7 +39,6 @@ _ORIGIN_KEYS: Final = frozenset(
 )
 """Keys of configs that record the origin and do not change the model."""
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _REASON_CHARACTERS: Final = 1_000
 Answer = TypeVar("Answer")
 
@@ -67,7 +66,7 @@ class Registry:
             f"it has {self._versions(name)}",
         )
         digest = found.tags.get(DIGEST_TAG, "")
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise ModelFormatError(
                 f"version: {name} version {version} has the digest {digest or 'nothing'!r} in its tag "
                 f"{DIGEST_TAG}, must be sha256: and 64 digits; register it with `milonga train register`"
@@ -91,7 +90,7 @@ class Registry:
 
     def version_of_pin(self, pin: Pin) -> RegisteredVersion:
         """Return the version that a pin names. Raises as `version`, and `DigestMismatchError`."""
-        found = re.fullmatch(r"models:/(?P<name>[^/]+)/(?P<version>\d+)#(?P<digest>sha256:[0-9a-f]{64})", pin)
+        found = re.fullmatch(rf"models:/(?P<name>[^/]+)/(?P<version>\d+)#(?P<digest>{DIGEST.pattern})", pin)
         if found is None:
             raise invalid(
                 "pin",

@@ -26,6 +26,7 @@ from services.errors import OutputError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
 from training.data.examples import Clip, Examples, read_labelled, read_pairs, short_message
 from training.data.scenes import SPLITS, SoundworldData, soundworld_examples
+from training.loop.checks import check_share
 from training.loop.progress import progress
 from training.soundworld.scenes import Split, split_of
 
@@ -55,8 +56,7 @@ class DataConfig:
     """Worker processes that read or render clips while this one runs CLAP; 0: no workers."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, must lie in [0, 1]")
+        check_share(self, "max_unreadable")
 
 
 def load_examples(config: DataConfig) -> dict[Split, Examples]:

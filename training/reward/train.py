@@ -26,6 +26,7 @@ from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
 from training.data.scenes import SPLITS, paraphrase
+from training.loop.checks import check_minimum
 from training.loop.config import flatten
 from training.loop.fit import (
     Evaluation,
@@ -99,8 +100,7 @@ class RewardTraining:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}, must be at least 0 and below 0.5")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 1 or more")
+        check_minimum(self, 1, "evaluate_every")
 
 
 def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

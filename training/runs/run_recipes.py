@@ -13,6 +13,7 @@ from training.evaluation.config import (
 )
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
+from training.loop.checks import check_minimum
 from training.preferences.captions import SoundworldCaptions
 from training.preferences.pairs import PairsConfig
 from training.preferences.pipeline import (
@@ -64,9 +65,7 @@ class LoopRun:
     """Prompts whose clips, before and after alignment, are logged with the run."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        check_minimum(self, 1, "rounds", "processes")
 
 
 def ranked_mini(per_cluster: int) -> PreferencesConfig:

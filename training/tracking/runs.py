@@ -40,7 +40,7 @@ import services
 from services.audio.encoding import encode_audio
 from services.audio.spectrogram import spectrogram_png
 from services.errors import OutputError, ServiceUnavailableError, invalid
-from services.files import write_atomically
+from services.files import sha256_of, write_atomically
 from services.models.manifest import digest_of_files, hash_files
 from services.weights.registry import connect, database_path, tracking_uri
 from training.loop.progress import say
@@ -296,8 +296,7 @@ def data_digest(path: Path) -> str:
     try:
         if path.is_dir():
             return digest_of_files(hash_files(path))
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"sha256:{sha256_of(path)}"
     except OSError as error:
         raise OutputError(f"the data at {path} can't be read: {error.strerror}") from error
 

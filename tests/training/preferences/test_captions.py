@@ -13,6 +13,7 @@ from training.data.store import read_json, read_rows
 from training.preferences import captions as stage
 from training.preferences.captions import (
     CaptionsConfig,
+    captions_identity,
     cluster,
     is_temporal,
     pick,
@@ -57,8 +58,11 @@ def test_what_is_no_list_of_captions_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(InvalidInputError, match="source: "):
             list(read_column(tmp_path / name, "caption"))
+    missing = tmp_path / "none.csv"
     with pytest.raises(InvalidInputError, match="can't be read"):
-        list(read_column(tmp_path / "none.csv", "caption"))
+        list(read_column(missing, "caption"))
+    with pytest.raises(InvalidInputError, match=r"^source: .*none\.csv can't be read: .*; give CSV, JSON"):
+        captions_identity(CaptionsConfig(source=missing))
 
 
 def test_each_cluster_gives_its_share() -> None:
