@@ -3,7 +3,7 @@
     python -m benchmarks.judging [--clips 96] [--callers 16] [--rounds 3] [--output FILE]
 
 Two processes of the scoring service, alike but for `MILONGA_MAX_BATCH_SECONDS`: the one shares batches among
-callers, the other runs every clip alone. Both are loaded in turns by as many callers, one clip a call. The
+callers, the other runs every clip alone. Both are loaded in turns by as many callers, one clip per call. The
 cache: embedding prompts that were met before against new ones. Memory: of all three services, ready and after
 work.
 """
@@ -59,7 +59,7 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def score_all(client: AudioClient, clips: Sequence[NDArray[np.float32]], callers: int) -> None:
-    """One call a clip, from `callers` threads."""
+    """Make one call per clip, from `callers` threads."""
     with ThreadPoolExecutor(callers) as pool:
         for future in [pool.submit(client.score_audio, [(PROMPTS[0], (clip, RATE))]) for clip in clips]:
             future.result()

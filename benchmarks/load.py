@@ -8,8 +8,8 @@ Calls start at fixed times, whether the ones before have ended or not. Each is s
 Every answer names one model, and its clips are compared with the first that this model made of the same seed:
 other companions in a batch change a clip inaudibly, other weights wholly, so that a mixed answer shows.
 
-Writes calls.jsonl, a line a call as soon as it has ended, summary.json, and load.png, the calls a second by
-model, where matplotlib is installed. Otherwise it needs the light install only. Exit code 1: a call failed,
+Writes calls.jsonl, one line per call as soon as it has ended, summary.json, and load.png, the calls a second
+by model, if matplotlib is installed. Otherwise it needs the light install only. Exit code 1: a call failed,
 or was mixed.
 """
 

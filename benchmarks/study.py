@@ -48,7 +48,7 @@ from training.tracking.runs import Tracker
 
 Variant = Literal["sft", "dpo", "baton", "rounds"]
 VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
-"""In the order of the tables."""
+"""Methods, in the order of the tables."""
 STUDY, TABLES = "study.json", "study.md"
 BASE = "base"
 """Name of the start."""
@@ -69,24 +69,24 @@ class StudyRun:
     """
 
     name: str
-    """Of the run, as its folder and in MLflow."""
+    """Name of the run, of its folder and in MLflow."""
     preferences: PreferencesConfig
-    """Of the pairs that all methods learn from, sampled from the start."""
+    """Settings of the pairs that all methods learn from, sampled from the start."""
     sft: SftTraining
-    """On the chosen clips."""
+    """SFT on the chosen clips."""
     dpo: DpoTraining
-    """On the pairs; the reference is the start."""
+    """DPO on the pairs; the reference is the start."""
     baton: BatonTraining
-    """On the pairs' clips, each by its reward."""
+    """BATON on the pairs' clips, weighted by reward."""
     second_preferences: PreferencesConfig
-    """Of the second round's pairs, sampled from what DPO made."""
+    """Settings of the second round's pairs, sampled from DPO's model."""
     second: DpoTraining
-    """DPO on them, from what DPO made, which is the reference as well (CRPO, arXiv 2412.21037)."""
+    """DPO on them, from DPO's model, which is also the reference (CRPO, arXiv 2412.21037)."""
     evaluation: EvaluationConfig
     start: str = "mini-base"
     """URI of the model that is aligned."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the trainings (`loop.seed`), one of each method for each."""
+    """Training seeds (`loop.seed`); each method is trained once with each."""
     variants: tuple[Variant, ...] = VARIANTS
     """Methods; `rounds` continues from `dpo`."""
     processes: int = 1
@@ -108,7 +108,7 @@ class StudyRun:
 def run_mini_study() -> StudyRun:
     """`mini-base` by every method, three training seeds each, and all of them on the test split.
 
-    The test split is touched here and nowhere else: settings are chosen on the validation split.
+    The test split is used here and nowhere else: settings are chosen on the validation split.
     """
     preferences = ranked_mini(per_cluster=40)
     dpo = dpo_mini()
@@ -132,7 +132,7 @@ def run_mini_study() -> StudyRun:
 
 
 def run_study_smoke() -> StudyRun:
-    """Every stage in as few steps as it takes to go through it. It learns nothing."""
+    """Every stage in as few steps as possible. It learns nothing."""
     smoke = preferences_smoke()
     preferences = replace(
         smoke,
@@ -164,9 +164,9 @@ class StudyResult:
     """The result of a study."""
 
     report: Mapping[str, Any]
-    """Of the evaluation."""
+    """Report of the evaluation."""
     study: Mapping[str, Any]
-    """As study.json has it."""
+    """Content of study.json."""
     lines: tuple[str, ...]
     """The result, to print."""
 
@@ -228,7 +228,7 @@ def train_variant(
 
 
 def sampled_from(config: PreferencesConfig, model: str, shift: int = 0) -> PreferencesConfig:
-    """`config` with clips of `model`, whose noise is another for each `shift`."""
+    """Return `config` for clips of `model`, with different noise for each `shift`."""
     source = replace(config.candidates.source, model=model)
     seed = config.candidates.seed + shift
     return replace(config, candidates=replace(config.candidates, source=source, seed=seed))
@@ -237,7 +237,7 @@ def sampled_from(config: PreferencesConfig, model: str, shift: int = 0) -> Prefe
 def training_of(
     config: StudyRun, variant: Variant, seed: int, start: str, pairs: Path, cache: Path
 ) -> SftTraining | DpoTraining | BatonTraining:
-    """The settings of one training: the method's, from `start`, on `pairs`. All trainings share `cache`."""
+    """Return the settings of one training, from `start`, on `pairs`. All trainings share `cache`."""
     methods: Mapping[Variant, SftTraining | DpoTraining | BatonTraining] = {
         "sft": config.sft,
         "dpo": config.dpo,
@@ -258,7 +258,7 @@ def training_of(
 
 
 def comparisons_of(config: StudyRun) -> tuple[str, ...]:
-    """Those between methods, for the evaluation: of models of one training seed."""
+    """Return the comparisons between methods, for the evaluation: of models of one training seed."""
     return tuple(
         f"{name_of(first, seed)}:{name_of(second, seed)}"
         for first, second in BETWEEN
@@ -268,7 +268,7 @@ def comparisons_of(config: StudyRun) -> tuple[str, ...]:
 
 
 def name_of(variant: Variant, seed: int) -> str:
-    """Of a model, in the evaluation and in MLflow."""
+    """Return the name of a model in the evaluation and in MLflow."""
     return f"{variant}-{seed}"
 
 
@@ -285,7 +285,7 @@ def announcer(total: int) -> Callable[[str], None]:
 
 
 def outcome(study: Mapping[str, Any]) -> list[str]:
-    """One line for each method: the deciding figure, next to that of the start."""
+    """Return a line for each method: the deciding figure, and that of the start."""
     before = study["figures"][BASE].get(PRIMARY)
     return [
         f"{variant}: {PRIMARY} {means[PRIMARY]:.3f}, the mean over training seeds; {BASE} {before:.3f}"

@@ -134,7 +134,7 @@ def written_study(name: str, study: Mapping[str, Any]) -> str:
         "## Against the start",
         "",
         "Difference [95 % interval], by a bootstrap over prompts, paired on the same prompts and seeds. The "
-        "interval is of one training: how far trainings differ, the seeds tell.",
+        "interval is of one training: the seeds show how far trainings differ.",
         "",
         *table(*difference_table(study, against_start=True)),
     ]

@@ -197,7 +197,7 @@ def main() -> None:
                 doors, rounds, partial(hearing, at_once=at_once, count=4 * count)
             )
             print(json.dumps(report, indent=1), flush=True)
-        # The shortest clip in one step: what a request costs besides the model.
+        # The shortest clip in one step: the costs of a request apart from the model.
         report["seconds_of_one_step"] = in_turns(
             doors, 20, lambda door: seconds(lambda: door.generate(0, 1, 0.64))
         )

@@ -51,7 +51,7 @@ Scenario = tuple[str, Sequence[str]]
 
 
 class LintError(Exception):
-    """What is wrong, in the words of the tool that found it."""
+    """A finding, in the words of the tool."""
 
 
 def scenarios() -> dict[str, Scenario]:
@@ -101,7 +101,7 @@ def render(scenario: Scenario) -> str:
 
 
 def stack() -> str:
-    """What `STACK` has to be."""
+    """Return the expected content of `STACK`."""
     return HEADER + render(("overlays/local", ()))
 
 
@@ -163,7 +163,7 @@ def validate(files: Sequence[str]) -> None:
 
 
 def run(tool: str, *arguments: str) -> str:
-    """What a tool says. Raises `LintError`, with it, where the tool is not content."""
+    """Return the output of a tool. Raises `LintError` with it if the tool fails."""
     done = subprocess.run(
         [TOOLS / tool, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
     )

@@ -51,7 +51,7 @@ _CHANNEL_OPTIONS: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServicePlan:
-    """Which service to run, and how."""
+    """A service to run, with its options and address."""
 
     name: str
     """The sub-command of `milonga serve`: ``generation``."""

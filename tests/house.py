@@ -149,7 +149,7 @@ class House:
         ]
 
     def tree_faults(self) -> list[str]:
-        """Where README's tree and the repository's differ."""
+        """Return the differences between README's tree and the repository's."""
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
             cwd=self._root,
@@ -173,7 +173,7 @@ class House:
         ]
 
     def broken(self) -> list[str]:
-        """What breaks a limit, in words."""
+        """Return a sentence for each broken limit."""
         core = self.code(self.serve | self.learn)
         return [
             *([f"the core has {core:,} lines of code, {MAX_CORE:,} or more"] if core >= MAX_CORE else []),
@@ -201,7 +201,7 @@ def read(path: Path, relative: Path) -> Module:
 
 
 def lines_of_code(source: str, tree: ast.Module) -> int:
-    """The number of lines that carry a token other than a comment or a docstring."""
+    """Return the number of lines with a token other than a comment or a docstring."""
     blank = {
         tokenize.COMMENT,
         tokenize.NL,
@@ -228,7 +228,7 @@ def lines_of_code(source: str, tree: ast.Module) -> int:
 
 
 def is_typed(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the result and every parameter but `self` and `cls` are annotated."""
+    """Return whether the result and every parameter but `self` and `cls` are annotated."""
     arguments = function.args
     every = [
         *arguments.posonlyargs,
@@ -243,12 +243,12 @@ def is_typed(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def below(module: str, package: str) -> bool:
-    """Whether a module is the package or lies in it."""
+    """Return whether a module is the package or lies in it."""
     return f"{module}.".startswith(f"{package}.")
 
 
 def siblings(package: str, imports: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """By child of a package the children that it imports, each with all that lies in it."""
+    """Return the children of a package that each child imports, each with all modules in it."""
     prefix = f"{package}." if package else ""
     arrows: dict[str, set[str]] = {}
     for importer, imported in imports.items():
@@ -262,7 +262,7 @@ def siblings(package: str, imports: Mapping[str, set[str]]) -> dict[str, set[str
 
 
 def circles_of(arrows: Mapping[str, set[str]]) -> list[list[str]]:
-    """The groups whose members reach each other."""
+    """Return the groups whose members reach each other."""
     reached = {name: set(reach(name, arrows)) for name in arrows}
     groups = {
         tuple(sorted(other for other in reached[name] if name in reached.get(other, ())))
@@ -273,7 +273,7 @@ def circles_of(arrows: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def reach(start: str, arrows: Mapping[str, set[str]]) -> Iterator[str]:
-    """What is reached from `start` by one arrow or more."""
+    """Return the nodes that are reached from `start` by one arrow or more."""
     seen, left = set[str](), list(arrows[start])
     while left:
         name = left.pop()
@@ -284,7 +284,7 @@ def reach(start: str, arrows: Mapping[str, set[str]]) -> Iterator[str]:
 
 
 def tree_paths(readme: str) -> Iterator[str]:
-    """The paths that README's tree names, nested by indentation: the cells before the words about them."""
+    """Return the paths in README's tree, nested by indentation: the cells before their descriptions."""
     block = re.search(r"^## The tree\n+```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     if block is None:
         return
@@ -304,7 +304,7 @@ def tree_paths(readme: str) -> Iterator[str]:
 
 
 def smoke_run() -> dict[str, str]:
-    """What `milonga train run --recipe smoke` hashes and resolves, with a registry and a cache of its own."""
+    """Return what `milonga train run --recipe smoke` hashes and resolves, with a new registry and cache."""
     from tests.training.runs.counting import counting
     from training.runs.run import run_loop
     from training.runs.run_recipes import run_smoke
@@ -321,7 +321,7 @@ def smoke_run() -> dict[str, str]:
 
 
 def figures(house: House) -> dict[str, str]:
-    """What `OLD` names, as it is now."""
+    """Return the present values of the figures in `OLD`."""
     modules, functions = house.modules, [function for _, function in house.functions]
     total, core = house.code(), house.code(house.serve | house.learn)
     return {
@@ -341,14 +341,14 @@ def figures(house: House) -> dict[str, str]:
 
 
 def top_floor(modules: list[Module], package: str) -> str:
-    """Files, and folders with files in them, that lie directly in a package."""
+    """Return the numbers of files, and of folders with files in them, directly in a package."""
     inside = [module.path.parts for module in modules if module.path.parts[0] == package]
     files = [parts for parts in inside if len(parts) == 2 and parts[1] != "__init__.py"]
     return f"{len(files)}, {len({parts[1] for parts in inside if len(parts) > 2})}"
 
 
 def floors(module: Module) -> list[str]:
-    """The package and the folder on its top floor that a module lies in."""
+    """Return the package of a module, and its folder directly in the package."""
     parts = module.path.parts
     return [parts[0], "/".join(parts[:2])] if len(parts) > 2 else [parts[0]]
 
@@ -379,7 +379,7 @@ def print_tables(house: House, runs: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """Print what is asked for; 1 where `--check` finds a broken limit."""
+    """Print the figures, or the broken limits with `--check`; return 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m tests.house", description="Measure the sources.")
     parser.add_argument("--check", action="store_true", help="only name the limits that are broken")
     parser.add_argument("--runs", action="store_true", help="count also what one smoke run hashes")

@@ -15,7 +15,7 @@ from services.api.scoring import Rewards, Scores
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 
 RankBy = Literal["reward", "clap"]
-"""What clips are ranked by: the reward, or the mean of the scorers' CLAP scores."""
+"""Value that ranks clips: the reward, or the mean of the scorers' CLAP scores."""
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class Candidate:
 
     clip: Clip
     number: int
-    """From 1, in the order in which the candidates were made."""
+    """Number from 1, in the order in which the candidates were made."""
     value: float
     """The reward (its logit), or the mean CLAP score."""
     details: Mapping[str, float]
@@ -39,7 +39,7 @@ class Best:
 
     candidates: tuple[Candidate, ...]
     generation: Generation
-    """How they were made: clips in order, the first call's seed, timings added up over the calls."""
+    """Their generation: clips in order, the first call's seed, timings summed over the calls."""
     rank_by: RankBy
     scorers: tuple[ModelVersion, ...]
     """The reward model, or the CLAP models."""

@@ -17,7 +17,7 @@ from services.api.generation import Clip
 from services.api.model import ModelVersion
 
 Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
-"""What is scored: a generated clip, an encoded file (WAV, FLAC, OGG), the path of one, or samples in [-1, 1]
+"""A clip to score: a generated clip, an encoded file (WAV, FLAC, OGG), the path of one, or samples in [-1, 1]
 as float32 [N] or [channels, N] with their sampling rate in hertz."""
 
 
@@ -27,14 +27,14 @@ REWARD: Final = "reward"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
-    """One CLAP model under its name."""
+    """A named CLAP model."""
 
     name: str
     model: ModelVersion
     dimension: int
     """Length of its embeddings."""
     sampling_rate: int
-    """Hertz that clips are resampled to."""
+    """Sampling rate in hertz that clips are resampled to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Scores:
     """CLAP scores of pairs."""
 
     scorers: tuple[Scorer, ...]
-    """In the order of the call, else of the service."""
+    """Scorers, in the order of the call, or of the service if the call names none."""
     values: NDArray[np.float32]
     """[B, S] cosine of each pair's prompt and clip, in [-1, 1], by each scorer."""
     warnings: tuple[tuple[str, ...], ...]
@@ -54,9 +54,9 @@ class Embeddings:
     """Embeddings of clips, or of prompts."""
 
     scorers: tuple[Scorer, ...]
-    """In the order of the call, else of the service."""
+    """Scorers, in the order of the call, or of the service if the call names none."""
     vectors: tuple[NDArray[np.float32], ...]
-    """For each scorer [B, D], every row of length 1."""
+    """Embeddings [B, D] of each scorer; every row has norm 1."""
     warnings: tuple[tuple[str, ...], ...]
     """For each clip or prompt, sentences that begin with the field: ``clip``, ``prompt``."""
 
@@ -88,10 +88,10 @@ class Rewards:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankedClip:
-    """One place of a ranking."""
+    """One clip of a ranking."""
 
     index: int
-    """Which clip of the call."""
+    """Index of the clip in the call."""
     reward: Reward
     beats_next: float | None
     """Probability that it is preferred to the next place's, in [0.5, 1]; None for the last."""

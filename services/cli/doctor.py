@@ -56,7 +56,7 @@ class Check:
     status: Status
     """ok; note: optional, nothing fails; missing: required, and not installed or not valid."""
     found: str
-    """What was found."""
+    """Result of the check."""
     remedy: str = ""
     """Command that fixes it."""
 

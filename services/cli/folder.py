@@ -26,7 +26,7 @@ class Folder:
     jobs: tuple[prompts.Job, ...]
     """The prompts."""
     place: Place
-    """Where clips are generated and scored."""
+    """The generator and the scorers."""
     as_json: bool
     """Print the record of each prompt as JSON."""
 

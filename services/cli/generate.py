@@ -140,7 +140,7 @@ def generate(
         Path | None,
         typer.Option(
             "--prompts",
-            help='File of prompts, one JSON object a line: {"prompt": …}, optionally with id, seed, '
+            help='File of prompts, one JSON object per line: {"prompt": …}, optionally with id, seed, '
             "num_inference_steps, … Clips that exist are not made again.",
         ),
     ] = None,
@@ -152,7 +152,7 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --prompts: make clips that exist again.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress bar, no table of candidates.")
     ] = False,
@@ -165,7 +165,7 @@ def generate(
 ) -> None:
     """Generate sound from a prompt, or from a file of prompts.
 
-    Prints the names of the files that were written, one a line; progress, warnings and errors go to stderr.
+    Prints the names of the files that were written, one per line; progress, warnings and errors go to stderr.
     """
     if (prompt is None) == (prompt_file is None):
         refuse("PROMPT", "give a prompt, or a file of them with --prompts; one of the two")

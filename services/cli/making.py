@@ -60,7 +60,7 @@ class BestOf:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where clips are generated and scored: in this process, or by services."""
+    """The generator and the scorers: in this process, or services."""
 
     model: str | None
     """Model URI of the engine in this process; None: the embedded model."""

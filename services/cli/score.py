@@ -258,7 +258,7 @@ class PairScores:
     scorers: dict[str, client.ModelVersion]
     """Weights of each scorer."""
     reward: client.Reward | None
-    """None without a reward model."""
+    """Reward of the clip; None without a reward model."""
     reward_model: client.ModelVersion | None
     warnings: tuple[str, ...]
     """What the scorers and the reward model warn of, each once."""

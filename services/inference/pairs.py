@@ -52,7 +52,7 @@ def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
 
 
 def warning_parameters(warnings: Iterable[Iterable[str]]) -> dict[str, str]:
-    """Return the parameter of the warnings of an answer's rows: one a line, after the number of its row."""
+    """Return the parameter of the warnings of an answer's rows: one per line, after the number of its row."""
     lines = [f"row {row}: {warning}" for row, of in enumerate(warnings) for warning in of]
     return {"warnings": "\n".join(lines)} if lines else {}
 

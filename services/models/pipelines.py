@@ -56,7 +56,7 @@ class Architecture:
     denoiser_class: type[Any]
     denoise: Denoise
     objective: Literal["v_prediction", "flow"]
-    """What the denoiser predicts: a name in `training.objectives.objective`."""
+    """Objective of the denoiser: a name in `training.objectives.objective`."""
     encoders: tuple[str, ...]
     """Parts that encode audio to latents."""
     decoders: tuple[str, ...]

@@ -56,7 +56,7 @@ class ModelURI:
     scheme: str
     """embedded, file, hf, laion, laion-clap or models."""
     path: str
-    """What follows the scheme; the name of an embedded model."""
+    """The part after the scheme; the name of an embedded model."""
     digest: str | None = None
     """The pin: `sha256:` and 64 hexadecimal digits."""
 
@@ -96,9 +96,9 @@ class ResolvedModel:
     folder: Path
     """The model folder; of LAION's checkpoints the file."""
     identity: ModelVersion
-    """Which weights these are."""
+    """Version of the weights."""
     reader: Literal["folder", "laion", "laion-clap"] = "folder"
-    """Which loader reads them: that of model folders, or one of the two for LAION's checkpoints."""
+    """Loader of the weights: of model folders, or one of the two for LAION's checkpoints."""
 
     @property
     def digest(self) -> str:

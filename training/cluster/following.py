@@ -147,7 +147,7 @@ def loss_reason(pod: Json) -> str | None:
 
 
 def is_over(job: Json) -> bool:
-    """Whether a Job is complete or has failed."""
+    """Return whether a Job is complete or has failed."""
     return any(condition(job, kind).get("status") == "True" for kind in ("Complete", "Failed"))
 
 
@@ -221,7 +221,7 @@ class Log:
 def _newest_log(
     log: Log | None, jobs: Jobs, pods: Sequence[Json], container: str, write: Callable[[str], None]
 ) -> Log | None:
-    """The log of the newest pod whose container has started. `log` is finished where that is another."""
+    """Return the log of the newest pod whose container has started. Another pod's `log` is finished."""
     started = [pod["metadata"]["name"] for pod in pods if _has_started(pod, container)]
     if not started or (log is not None and log.pod == started[-1]):
         return log
@@ -238,7 +238,7 @@ def _has_started(pod: Json, container: str) -> bool:
 
 
 def _warnings(jobs: Jobs, uid: str, pods: Sequence[Json]) -> list[Json]:
-    """Events of the Job and of its pending pods, unless a pod runs."""
+    """Return events of the Job and of its pending pods, unless a pod runs."""
     phases = [(pod.get("status") or {}).get("phase") for pod in pods]
     if {"Running", "Succeeded"} & {*phases}:
         return []
@@ -247,7 +247,7 @@ def _warnings(jobs: Jobs, uid: str, pods: Sequence[Json]) -> list[Json]:
 
 
 def _with_deleted(known: dict[str, Json], pods: Sequence[Json]) -> list[Json]:
-    """All pods ever seen, oldest first; those not in `pods` with a deletion timestamp."""
+    """Return all pods ever seen, oldest first; those not in `pods` with a deletion timestamp."""
     existing = {pod["metadata"]["name"] for pod in pods}
     return [
         pod if name in existing else {**pod, "metadata": {**pod["metadata"], "deletionTimestamp": "gone"}}
@@ -256,6 +256,6 @@ def _with_deleted(known: dict[str, Json], pods: Sequence[Json]) -> list[Json]:
 
 
 def _failed_state(pod: Json) -> Json:
-    """The state of the first container that ended with an exit code other than 0; else an empty dict."""
+    """Return the state of the first container with an exit code other than 0; an empty dict without one."""
     ends = [(one.get("state") or {}).get("terminated") or {} for _, one in container_statuses(pod)]
     return next((one for one in ends if one.get("exitCode")), {})

@@ -194,18 +194,18 @@ def connect(
 
 
 def in_cluster() -> bool:
-    """Whether this process runs in a pod, which can connect to other pods and to Services directly."""
+    """Return whether this process runs in a pod, which can connect to other pods and to Services directly."""
     return (_SERVICE_ACCOUNT / "token").exists()
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status; None where there was no answer. The client hides the status of a websocket's handshake."""
+    """Return the HTTP status; None without an answer. The client hides that of a websocket's handshake."""
     status = getattr(error, "status", None) or getattr(error.__context__, "status_code", None)
     return status if isinstance(status, int) and status else None
 
 
 def _reason(error: Exception) -> str:
-    """The API server's message, or the reason why there is none."""
+    """Return the API server's message, or the reason why there is none."""
     try:
         text = getattr(error, "body", None) or getattr(error.__context__, "resp_body", None)
         body: Mapping[str, Any] = json.loads(text or "")

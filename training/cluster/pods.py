@@ -26,7 +26,7 @@ def exit_summary(terminated: Json) -> str:
 
 
 def _error_line(log: str) -> str:
-    """The last line of `log` that begins with ``error:``, else its last line."""
+    """Return the last line of `log` that begins with ``error:``, else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return shorten((errors or lines or [""])[-1].removeprefix("error: "))

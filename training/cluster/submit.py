@@ -175,7 +175,7 @@ def next_steps(name: str, namespace: str, context: str | None = None) -> str:
 
 
 def _arguments(job: Mapping[str, Any]) -> list[str]:
-    """Arguments of the Job's container. Raises `InvalidInputError` where it does not run `train run`."""
+    """Return the arguments of the Job's container. Raises `InvalidInputError` unless it runs `train run`."""
     try:
         args = job["spec"]["template"]["spec"]["containers"][0]["args"]
     except (KeyError, IndexError, TypeError):
@@ -190,7 +190,7 @@ def _arguments(job: Mapping[str, Any]) -> list[str]:
 
 
 def _values(words: Sequence[str], flag: str) -> list[str]:
-    """Values of a flag, given as ``--flag=VALUE`` or as two words."""
+    """Return the values of a flag, given as ``--flag=VALUE`` or as two words."""
     pairs = zip(words, [*words[1:], ""], strict=True)
     return [
         after if word == flag else word.removeprefix(f"{flag}=") for word, after in pairs if _is(word, flag)
@@ -198,7 +198,7 @@ def _values(words: Sequence[str], flag: str) -> list[str]:
 
 
 def _without_recipe(words: Sequence[str]) -> list[str]:
-    """Arguments after the command, without the recipe."""
+    """Return the arguments after the command, without the recipe."""
     rest = iter(words[len(_COMMAND) :])
     kept = []
     for word in rest:

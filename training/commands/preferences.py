@@ -63,7 +63,7 @@ def preferences(
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """Index and count of ``I/N``. Raises `InvalidInputError`."""
+    """Return index and count of ``I/N``. Raises `InvalidInputError`."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise invalid("--shard", f"is {text!r}, must be I/N with I from 0 to N - 1")

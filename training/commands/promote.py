@@ -64,7 +64,7 @@ class _PromoteGroup(TyperGroup):
 
 
 def _moved(words: list[str]) -> FieldViolation:
-    """What to write instead of the arguments `words` of a former release."""
+    """Return the arguments that replace `words`, those of a former release."""
     named = [word.partition("=")[0] for word in words]
     flag = next((one for one in _MOVED if one in named), words[0].partition("=")[0])
     kept = [word.removeprefix(f"{flag}=") for word in words if word != flag] if flag in _MOVED else words
@@ -216,7 +216,7 @@ def _promoter(options: TargetOptions, alias: str = "champion") -> Iterator["Prom
 
 
 def _version_or_model(source: str, registry: "Registry") -> "RegisteredVersion | ResolvedModel":
-    """The registered version that `source` names, or else the model in its folder."""
+    """Return the registered version that `source` names, or else the model in its folder."""
     from services.weights.registry import parse_path
     from services.weights.uri import ModelURI, resolve
 

@@ -42,7 +42,7 @@ def run(
 
 
 def configured(recipe: str, settings: Sequence[str]) -> "LoopRun":
-    """The whole config. Raises `InvalidInputError` where the recipe or a setting is unknown or wrong."""
+    """Return the whole config. Raises `InvalidInputError` for an unknown recipe or a wrong setting."""
     from training.loop.config import override
     from training.runs.recipes import recipe as named
     from training.runs.run_recipes import RUNS

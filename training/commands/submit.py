@@ -126,7 +126,7 @@ def submit(
 
 
 def _manifest(options: SubmitOptions, namespace: str | None) -> "Json":
-    """The Job to send. Raises `InvalidInputError` for what the pod would refuse, with the same message."""
+    """Return the Job to send. Raises `InvalidInputError` for the errors that the pod would report."""
     from training.cluster.submit import JobOverrides, read_manifest, recipe_and_settings, with_overrides
     from training.commands.run import configured
 

@@ -168,7 +168,7 @@ def tls_of(options: TargetOptions) -> "TLS | None":
 
 
 def _triton_address(target: str) -> str:
-    """HOST:PORT of ``triton://HOST:PORT``. Raises `InvalidInputError`."""
+    """Return HOST:PORT of ``triton://HOST:PORT``. Raises `InvalidInputError`."""
     found = re.fullmatch(r"triton://((?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?)/?", target)
     if found is None:
         raise _no_target(target)
@@ -180,7 +180,7 @@ def _no_target(target: str) -> InvalidInputError:
 
 
 def _operator_token(file: Path | None) -> str:
-    """The operator token: of `file`, else of the environment. Raises `InvalidInputError` without any."""
+    """Return the operator token of `file` or the environment. Raises `InvalidInputError` if there is none."""
     named = os.environ.get("MILONGA_OPERATOR_TOKEN_FILE")
     path = file or (Path(named) if named else None)
     try:

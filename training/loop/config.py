@@ -136,7 +136,7 @@ def _annotation(config: object, name: str) -> Any:
 
 
 def _read(text: str, annotation: Any) -> Any:
-    """`text` as a value of the annotated type. Raises `ValidationError`."""
+    """Return `text` as a value of the annotated type. Raises `ValidationError`."""
     kinds = (annotation, *get_args(annotation))
     if text.lower() == "none" and type(None) in kinds:
         return None
@@ -146,7 +146,7 @@ def _read(text: str, annotation: Any) -> Any:
 
 
 def _expanded(value: Any) -> Any:
-    """`value` with ``~`` in paths replaced by the home folder: a shell leaves it as it is after ``NAME=``."""
+    """Return `value` with ``~`` in paths expanded: a shell does not expand it after ``NAME=``."""
     if isinstance(value, tuple):
         return tuple(_expanded(item) for item in value)
     return value.expanduser() if isinstance(value, Path) else value
@@ -162,13 +162,13 @@ def _unknown(name: str, text: str, known: Mapping[str, Plain]) -> str:
 
 
 def _path(source: str, location: Sequence[int | str]) -> str:
-    """Where in `source` a value is: ``gates.toml: gate 2.minimum``, list items counted from 1."""
+    """Return the path of a value in `source`: ``gates.toml: gate 2.minimum``; list items count from 1."""
     names = [f" {one + 1}" if isinstance(one, int) else f".{one}" for one in location]
     return f"{source}: {''.join(names).lstrip('.')}" if names else source
 
 
 def _fault(error: "ErrorDetails", schema: Mapping[str, Any]) -> str:
-    """What is wrong with one value, by pydantic's `error` and the JSON schema of the whole."""
+    """Return the description of one wrong value, from pydantic's `error` and the JSON schema of the whole."""
     match error["type"]:
         case "value_error":
             return str(error["ctx"]["error"])
@@ -185,7 +185,7 @@ def _fault(error: "ErrorDetails", schema: Mapping[str, Any]) -> str:
 
 
 def _expected(error: "ErrorDetails") -> str:
-    """What a value must be."""
+    """Return the description of the values that are valid."""
     match error["type"]:
         case "bool_parsing":
             return "must be true or false"

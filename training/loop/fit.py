@@ -167,7 +167,7 @@ def examples_at(positions: Positions, size: int, seed: int) -> Positions:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, number: int, size: int) -> Positions:
-    """The order of the examples in pass `number`."""
+    """Return the order of the examples in pass `number`."""
     return np.random.default_rng([seed, number]).permutation(size)
 
 
@@ -309,7 +309,7 @@ class _Loop:
         return totals | {"norm": float(norm), "rate": self.rates[0] * multiplier}
 
     def _over_processes(self, figures: dict[str, float]) -> dict[str, float]:
-        """Means over all processes."""
+        """Return the means over all processes."""
         if self.accelerator.num_processes == 1:
             return figures
         # CUDA and CPU know float64; MPS, which does not, has one process.

@@ -205,5 +205,5 @@ class JournalReader:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """Return the checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))

@@ -147,7 +147,7 @@ def draw_noising(rng: np.random.Generator, shape: tuple[int, ...]) -> Noising:
 
 
 def v_error(unet: nn.Module, clean_BCTF: Tensor, noising: Noising, text: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean squared error of the predicted velocity, one value per clip: [B]."""
+    """Return the mean squared error of the predicted velocity, one value per clip: [B]."""
     ddpm, noise, timesteps = schedule(), noising.noise_BCTF, noising.timesteps_B
     noisy = ddpm.add_noise(clean_BCTF, noise, timesteps)
     noisy = torch.where(noising.blank_B[:, None, None, None], noise, noisy)
@@ -161,7 +161,7 @@ def v_error(unet: nn.Module, clean_BCTF: Tensor, noising: Noising, text: tuple[T
 
 @torch.no_grad()
 def order_probe(unet: nn.Module, data: LatentSet, text: TextSide, count: int = 64) -> dict[str, float]:
-    """Error from blank latents with right and with swapped captions: the gap shows what it knows of order."""
+    """Return the errors from blank latents with right and with swapped captions: the gap measures order."""
     rng = np.random.default_rng([SEED, 1])
     picked = [i for i, t in enumerate(data.truths) if t.relation == "then"][:count]
     clean = data.latents_BCTF[picked].float()

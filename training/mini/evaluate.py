@@ -39,7 +39,7 @@ BATCH = 8
 
 
 def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, float, float]:
-    """Mean over clips with a 95 % bootstrap interval over prompts (each a list of its clips' values)."""
+    """Return the mean over clips, with a 95 % bootstrap interval over prompts (lists of clips' values)."""
     groups = [np.asarray(v, dtype=float) for v in values if v]
     if not groups:
         return float("nan"), float("nan"), float("nan")
@@ -51,7 +51,7 @@ def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, 
 
 
 def summarise(verdicts: list[list[EventComparison]]) -> dict[str, object]:
-    """Figures over prompts (outer list) and their clips (inner list), in all and by class."""
+    """Return figures over prompts (outer list) and their clips (inner list), in all and by class."""
 
     def figures(prompts: list[list[EventComparison]]) -> dict[str, tuple[float, float, float]]:
         rows = [[event_metrics(verdict) for verdict in prompt] for prompt in prompts]

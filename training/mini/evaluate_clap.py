@@ -48,7 +48,7 @@ NEGATIVES: dict[str, Callable[[CaptionTruth, np.random.Generator], CaptionTruth]
 
 
 def wrong_caption(kind: str, truth: CaptionTruth, rng: np.random.Generator) -> str | None:
-    """A held-out caption that is wrong in one way, or None where there is none.
+    """Return a held-out caption that is wrong in one way, or None where there is none.
 
     One event can't be missing, only sequences can be swapped, and the few wordings of a single event may all
     be of the training split.
@@ -63,7 +63,7 @@ def wrong_caption(kind: str, truth: CaptionTruth, rng: np.random.Generator) -> s
 
 
 def retrieval(audio_BD: Tensor, text_BD: Tensor, truths: list[CaptionTruth]) -> dict[str, object]:
-    """How often the own caption (clip) is nearest among `GROUP`, twins left out: top 1, with intervals."""
+    """Return the top-1 accuracy of the own caption (clip) among `GROUP`, without twins, with intervals."""
     by_audio, by_text = [], []
     for start in range(0, len(truths), GROUP):
         part = slice(start, start + GROUP)
@@ -75,7 +75,7 @@ def retrieval(audio_BD: Tensor, text_BD: Tensor, truths: list[CaptionTruth]) -> 
 
 
 def against_negatives(model: ClapModel, audio_BD: Tensor, scenes: list[Scene]) -> dict[str, object]:
-    """How often the true caption beats a wrong one, by kind of mistake."""
+    """Return how often the true caption scores above a wrong one, by kind of mistake."""
     found: dict[str, object] = {}
     for kind in NEGATIVES:
         rng = np.random.default_rng(SEED)
@@ -89,7 +89,7 @@ def against_negatives(model: ClapModel, audio_BD: Tensor, scenes: list[Scene]) -
 
 
 def evaluate(model: ClapModel, clips: int, config: SceneConfig) -> dict[str, object]:
-    """All figures of one model on `clips` scenes of one length."""
+    """Return all figures of one model on `clips` scenes of one length."""
     scenes = [make_scene(SEED, index, config) for index in range(clips)]
     parts = [scenes[i : i + BATCH] for i in range(0, clips, BATCH)]
     audio = [model.embed_audio([s.waveform for s in part], 16_000) for part in tqdm(parts, unit="batch")]

@@ -44,7 +44,7 @@ SEQUENCES = replace(PROMPTS, single=0.0, sequence=1.0)
 
 
 def another(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth:
-    """A sequence of which no event is in `truth`."""
+    """Return a sequence of which no event is in `truth`."""
     while True:
         other = draw_truth(rng, SEQUENCES)
         if not set(other.classes) & set(truth.classes):
@@ -56,17 +56,17 @@ MISTAKES = NEGATIVES | {"other": another}
 
 
 def reward_score(model: RewardModel) -> Score:
-    """The rewards of `model`."""
+    """Return the rewards of `model`."""
     return lambda prompts, clips: model.reward(prompts, [model.prepare(clip, 16_000) for clip in clips])
 
 
 def clap_score(model: ClapModel) -> Score:
-    """The CLAP scores of `model`."""
+    """Return the CLAP scores of `model`."""
     return lambda prompts, clips: model.score(prompts, clips, 16_000)
 
 
 def values(score: Score, prompts: Sequence[str], clips: Sequence[Waveform]) -> Tensor:
-    """All values [B], a batch at a time."""
+    """Return all values [B], a batch at a time."""
     parts = [slice(i, i + BATCH) for i in range(0, len(prompts), BATCH)]
     return torch.cat([score(prompts[part], clips[part]) for part in parts])
 
@@ -121,7 +121,7 @@ def generated_pairs(
     better: Callable[[EventComparison], bool],
     worse: Callable[[EventComparison], bool],
 ) -> list[tuple[str, Waveform, Waveform]]:
-    """Every pair of clips of one prompt of which one is `better` and the other `worse`."""
+    """Return every pair of clips of one prompt of which one is `better` and the other `worse`."""
     return [
         (prompt, chosen, rejected)
         for prompt, row in zip(prompts, rows, strict=True)

@@ -39,7 +39,7 @@ LICENSE = "Apache-2.0"
 
 
 def assemble(work: Path, denoiser: Path) -> TangoPipeline:
-    """The pipeline of the parts trained under `work` and the denoiser in the folder `denoiser`."""
+    """Return the pipeline of the parts trained under `work` and the denoiser in the folder `denoiser`."""
     return TangoPipeline(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(work / "text_encoder" / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(work / "text_encoder" / "final"),

@@ -54,14 +54,14 @@ def word_tokenizer(special: Sequence[str], length: int) -> PreTrainedTokenizerFa
 
 
 def role_of(truth: CaptionTruth, event: int) -> int:
-    """The label of an event's place: its rank in a sequence, or alone, or together."""
+    """Return the label of an event's place: its rank in a sequence, or alone, or together."""
     return event if truth.relation == "then" else MAX_EVENTS if truth.relation == "single" else MAX_EVENTS + 1
 
 
 def labelled_caption(
     rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a caption and for each the label class x role of the event it names, or IGNORED.
+    """Return the token ids of a caption, each with the label class x role of its event, or IGNORED.
 
     The token of the whole sentence (RoBERTa's first, T5's last) has the label of the first event, so that it
     too depends on all of it.
@@ -90,7 +90,7 @@ def labelled_caption(
 def parsing_batch(
     rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, count: int, *, held_out: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Ids, padded to the tokenizer's length, and labels: int64 [B, L]."""
+    """Return ids, padded to the tokenizer's length, and labels: int64 [B, L]."""
     rows = [labelled_caption(rng, tokenizer, held_out=held_out) for _ in range(count)]
     ids_BL = torch.full((count, tokenizer.model_max_length), tokenizer.pad_token_id)
     labels_BL = torch.full_like(ids_BL, IGNORED)
@@ -115,14 +115,14 @@ class Parser(nn.Module):
         self.padding = padding
 
     def forward(self, ids_BL: Tensor) -> Tensor:
-        """Logits [B, L, class x role]."""
+        """Return logits [B, L, class x role]."""
         mask_BL = (ids_BL != self.padding).long()
         hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         logits: Tensor = self.head(hidden_BLD)
         return logits
 
     def loss(self, ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
-        """Cross-entropy over the labelled tokens."""
+        """Return the cross-entropy over the labelled tokens."""
         logits = self(ids_BL).float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORED)
 

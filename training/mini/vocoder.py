@@ -69,7 +69,7 @@ def spectral_distance(made_BN: Tensor, true_BN: Tensor) -> Tensor:
 
 
 def crops(step: int, log_mel: LogMel) -> tuple[Tensor, Tensor]:
-    """Log-mel crops [B, FRAMES, M] of fresh scenes and their samples [B, FRAMES * hop]."""
+    """Return log-mel crops [B, FRAMES, M] of fresh scenes and their samples [B, FRAMES * hop]."""
     rng = np.random.default_rng([SEED, step])
     config = SceneConfig(single=0.4, sequence=0.4)
     waveforms = np.stack([make_scene(SEED, step * BATCH + i, config).waveform for i in range(BATCH)])

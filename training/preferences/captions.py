@@ -158,17 +158,17 @@ def is_temporal(caption: str) -> bool:
 
 
 def selected(folder: Path) -> list[str]:
-    """T1: the captions that the stage selected in `folder`, in order."""
+    """Return T1: the captions that the stage selected in `folder`, in order."""
     return [row["caption"] for row in read_rows(folder / CAPTIONS)]
 
 
 def temporal(folder: Path) -> list[str]:
-    """T2: the captions with an order of time."""
+    """Return T2: the captions with an order of time."""
     return [row["caption"] for row in read_rows(folder / TEMPORAL)]
 
 
 def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
-    """All captions of the source, each once, and how many were left out for which reason."""
+    """Return all captions of the source, each once, and how many were left out for which reason."""
     texts = (
         _soundworld(config.soundworld) if config.source is None else read_column(config.source, config.column)
     )
@@ -202,7 +202,7 @@ def read_column(path: Path, column: str) -> Iterator[str]:
 
 
 def cluster(vectors_ND: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.int64]:
-    """The cluster [N] of each row, numbered by first appearance, so that the numbers mean something."""
+    """Return the cluster [N] of each row, numbered by first appearance."""
     from sklearn.cluster import KMeans  # type: ignore[import-untyped]
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
 
@@ -239,7 +239,7 @@ def _soundworld(config: SoundworldCaptions) -> Iterator[str]:
 def _embed(
     captions: Sequence[str], config: CaptionsConfig, folder: Path, embedder: Embedder | None
 ) -> NDArray[np.float32]:
-    """Embeddings [N, D]; those of each `_SHARD` captions are kept on disk."""
+    """Return embeddings [N, D]; those of each `_SHARD` captions are kept on disk."""
     parts = []
     with progress(total=len(captions), desc="embeddings", unit="caption") as bar:
         for part in batches(captions, _SHARD):

@@ -88,14 +88,14 @@ class Parsed:
     lead: str
     """``after``, ``before``, ``while``, ``as``, or nothing."""
     events: tuple[str, ...]
-    """In the order of the text."""
+    """Events, in the order of the text."""
     links: tuple[str, ...]
-    """With their commas and spaces, one fewer than events."""
+    """Links with their commas and spaces, one fewer than events."""
     end: str
     """Full stop and the like."""
 
     def text(self) -> str:
-        """The sentence."""
+        """Return the sentence."""
         parts = [f"{self.lead} " if self.lead else "", self.events[0]]
         for link, event in zip(self.links, self.events[1:], strict=True):
             parts += [link, event]
@@ -127,7 +127,7 @@ def parse(caption: str) -> Parsed:
 
 
 def form_of(event: str) -> Form:
-    """What an event's words are, by their endings."""
+    """Return the grammatical form of an event, by its words' endings."""
     words = event.lower().split()
     if any(word in ("is", "are", "was", "were") for word in words):
         return "finite"
@@ -143,7 +143,7 @@ def form_of(event: str) -> Form:
 
 @functools.cache
 def _world_phrases() -> dict[str, str]:
-    """The class of each event that the sound world's grammar can write."""
+    """Return the class of each event that the sound world's grammar can write."""
     return {
         f"{noun} {verb}": name
         for name, (nouns, verbs) in VOCABULARY.items()
@@ -154,7 +154,7 @@ def _world_phrases() -> dict[str, str]:
 
 
 def world_class(event: str) -> str | None:
-    """The sound world's class of an event, where it is one of its phrases."""
+    """Return the sound world's class of an event, where it is one of its phrases."""
     return _world_phrases().get(event.lower())
 
 
@@ -294,7 +294,7 @@ def _rewordings(caption: str, parsed: Parsed) -> Iterator[str]:
 
 
 def _joined(events: list[str], links: list[str], *, led: bool) -> tuple[list[str], list[str]]:
-    """Events and links with what is no event of its own put back to its neighbour."""
+    """Return events and links; a clause that is no event by itself is joined to its neighbour."""
     whole, kept = [events[0]], []
     for number, (link, event) in enumerate(zip(links, events[1:], strict=True)):
         weak = _core(link) in _WEAK and not (led and number == 0)
@@ -308,7 +308,7 @@ def _joined(events: list[str], links: list[str], *, led: bool) -> tuple[list[str
 
 
 def _is_bare(parsed: Parsed, index: int) -> bool:
-    """Whether an event has no subject of its own, but the one before it."""
+    """Return whether an event has no subject, but the one before it has."""
     return 0 < index < len(parsed.events) and _is_verb(parsed.events[index])
 
 
@@ -323,7 +323,7 @@ def _is_verb(event: str) -> bool:
 
 
 def _order(parsed: Parsed, index: int) -> bool:
-    """Whether the events on both sides of a link follow each other in time."""
+    """Return whether the events on both sides of a link follow each other in time."""
     if index == 0 and parsed.lead:
         return parsed.lead in ("before", "after")
     return _core(parsed.links[index]) in _FORWARD | {"after"}
@@ -335,20 +335,20 @@ def _core(link: str) -> str:
 
 
 def _content(event: str) -> set[str]:
-    """The words of an event that mean something, endings cut off."""
+    """Return the words of an event that mean something, endings cut off."""
     words = re.findall(r"[a-z]+", event.lower())
     return {re.sub(r"(ing|es|s|ed)$", "", word) for word in words if word not in _FUNCTION_WORDS}
 
 
 def _lowered(event: str) -> str:
-    """With a small letter, for the middle of a sentence; abbreviations and names of one letter stay."""
+    """Return the text with a small first letter; abbreviations and names of one letter stay."""
     if len(event) > 1 and event[0].isupper() and (event[1].islower() or event[1] == " "):
         return event if event.startswith("I ") else event[0].lower() + event[1:]
     return event
 
 
 def _with_articles(text: str) -> str:
-    """`text` with "a" and "an" as the next word's first letter wants them."""
+    """Return `text` with "a" or "an" by the next word's first letter."""
     text = re.sub(r"\b([Aa])n (?=[^aeiouAEIOU\W])", r"\1 ", text)
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", text)
 

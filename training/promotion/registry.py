@@ -201,7 +201,7 @@ class Registry:
             ) from error
 
     def _versions(self, name: str) -> str:
-        """The last ten versions of a model, for messages."""
+        """Return the last ten versions of a model, for messages."""
         with contextlib.suppress(Exception):
             found = self.client.search_model_versions(f"name='{name}'", max_results=100)
             numbers = sorted(int(version.version) for version in found)
@@ -233,7 +233,7 @@ def mlflow_errors(uri: str, missing: str = "") -> Iterator[None]:
 
 
 def _not_found(error: Any) -> bool:
-    """Whether MLflow's `error` means not found: its codes for versions and for aliases differ."""
+    """Return whether MLflow's `error` means not found: its codes for versions and for aliases differ."""
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 
 

@@ -94,7 +94,7 @@ def _phrase(event_class: str, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def caption_parts(truth: CaptionTruth, rng: np.random.Generator) -> list[tuple[str, int | None]]:
-    """One of the wordings of `truth`, in parts: (text, index of the event it names, or None for a link)."""
+    """Return a wording of `truth`, in parts: (text, index of the event it names, or None for a link)."""
     templates = TEMPLATES[truth.relation, len(truth.classes)]
     phrases = [_phrase(event_class, rng) for event_class in truth.classes]
     parts: list[tuple[str, int | None]] = []
@@ -108,7 +108,7 @@ def caption_parts(truth: CaptionTruth, rng: np.random.Generator) -> list[tuple[s
 
 
 def write_caption(truth: CaptionTruth, rng: np.random.Generator) -> str:
-    """One of the wordings of `truth`, with a capital at the start."""
+    """Return a wording of `truth`, with a capital at the start."""
     text = "".join(part for part, _ in caption_parts(truth, rng))
     return text[0].upper() + text[1:]
 
@@ -136,7 +136,7 @@ WEB_CAPTIONS = CaptionNoise(swapped=0.2, missing=0.1, replaced=0.1)
 
 
 def corrupt(truth: CaptionTruth, noise: CaptionNoise, rng: np.random.Generator) -> CaptionTruth:
-    """`truth`, or with `noise`'s probabilities one mistake in it, where that mistake is possible."""
+    """Return `truth`, with one mistake by the probabilities of `noise`, if that mistake is possible."""
     draw = rng.uniform()
     several = len(truth.classes) > 1
     if draw < noise.swapped:
@@ -172,7 +172,7 @@ def replace_event(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth
 
 
 def words() -> tuple[str, ...]:
-    """Every word and mark the grammar can write, lower case, sorted: the mini family's vocabulary."""
+    """Return every word and mark the grammar can write, lower case, sorted: the mini family's vocabulary."""
     text = [t for templates in TEMPLATES.values() for t in templates]
     found = {w for t in text for w in t.replace(",", " , ").split() if not w.startswith("{")}
     for nouns, verbs in VOCABULARY.values():

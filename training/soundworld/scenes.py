@@ -70,7 +70,7 @@ SHORT = SceneConfig(single=0.2, sequence=0.55)
 
 
 def split_of(caption: str) -> Split:
-    """The split that a caption's text belongs to, whatever the seed that drew it."""
+    """Return the split that a caption's text belongs to, whatever the seed that drew it."""
     normalised = " ".join(caption.lower().replace(",", " ").split())
     bucket = int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:4]) % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"

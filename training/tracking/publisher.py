@@ -68,7 +68,7 @@ class RunState:
 
 
 def read_runs(folder: Path) -> dict[str, RunState]:
-    """The runs of a tracking folder by key, parents first. Raises `OutputError` where `RUNS` is damaged."""
+    """Return a tracking folder's runs by key, parents first. Raises `OutputError` if `RUNS` is damaged."""
     path = folder / RUNS
     try:
         return {key: RunState(**run) for key, run in json.loads(path.read_text(encoding="utf-8")).items()}
@@ -161,7 +161,7 @@ class Publisher:
             self._send(1, client.set_terminated, run_id, run.status, run.ended)
 
     def _find_or_create(self, key: str, run: RunState) -> "Run":
-        """The run with this key on the server. A session that was killed may have created it."""
+        """Return the run with this key on the server. A session that was killed may have created it."""
         experiment = experiment_id(self.client)
         found: list[Run] = self.client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if not found:
@@ -225,7 +225,7 @@ class Publisher:
 
 
 def numbers_of(metrics: Mapping[str, object], prefix: str = "") -> dict[str, float]:
-    """The numbers among `metrics`, groups of them by path, under names that MLflow accepts."""
+    """Return the numbers among `metrics`, groups of them by path, under names that MLflow accepts."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -236,17 +236,17 @@ def numbers_of(metrics: Mapping[str, object], prefix: str = "") -> dict[str, flo
 
 
 def mlflow_name(name: str) -> str:
-    """`name` in characters that MLflow accepts in the name of a metric or parameter."""
+    """Return `name` in characters that MLflow accepts in the name of a metric or parameter."""
     return re.sub(r"[^\w.\-/ :]", "_", name).strip("/")[:250]
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of any library, short."""
+    """Return the message of an error of any library, short."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _short(digest: str) -> str:
-    """As much of a digest as MLflow keeps."""
+    """Return the part of a digest that MLflow keeps."""
     return digest.removeprefix("sha256:")[:36]
 
 

@@ -109,7 +109,7 @@ def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """The prompt of a row."""
+    """Return the prompt of a row."""
     prompt = row["prompt"]
     fault = prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else "is no text"
     if fault:

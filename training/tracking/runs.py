@@ -302,7 +302,7 @@ def data_digest(path: Path) -> str:
 
 
 def system_metrics() -> dict[str, float]:
-    """Processor and memory, by MLflow's names."""
+    """Return figures of processor and memory, by MLflow's names."""
     memory = psutil.virtual_memory()
     found = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),
@@ -318,7 +318,7 @@ def system_metrics() -> dict[str, float]:
 
 
 def _client(uri: str | None) -> "MlflowClient":
-    """The client of the server. It leaves retries to us."""
+    """Return the client of the server. It leaves retries to us."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     # We report once that the server is away; urllib3 would at each attempt.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -326,7 +326,7 @@ def _client(uri: str | None) -> "MlflowClient":
 
 
 def _locked(folder: Path) -> IO[bytes]:
-    """The lock on `folder`, made if missing; closing it frees the folder. Raises as `Tracker`."""
+    """Return the lock on `folder`, made if missing; closing it frees the folder. Raises as `Tracker`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("ab")
@@ -343,7 +343,7 @@ def _locked(folder: Path) -> IO[bytes]:
 
 
 def _own_tags() -> dict[str, str]:
-    """Tags of a parent run: who ran which code."""
+    """Return the tags of a parent run: user and code version."""
     tags = {
         "mlflow.source.name": "milonga train",
         "mlflow.source.type": "LOCAL",
@@ -367,5 +367,5 @@ def _status(error: BaseException | None) -> Status:
 
 
 def _now() -> int:
-    """Milliseconds since 1970."""
+    """Return milliseconds since 1970."""
     return int(time.time() * 1000)

@@ -56,7 +56,7 @@ def clip(seed: int, seconds: float = 0.64, rate: int = 16_000) -> bytes:
 
 
 def write_pairs(path: Path, clips: Sequence[tuple[bytes, bytes]]) -> Path:
-    """Parquet with audio-alpaca's columns; a few rows a group."""
+    """Parquet with audio-alpaca's columns; a few rows per group."""
     sides = [[{"bytes": pair[side], "path": None} for pair in clips] for side in (0, 1)]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(clips))]
     table = pa.table(

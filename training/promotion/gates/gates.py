@@ -222,7 +222,7 @@ def decide(
 
 
 def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
-    """Violations by gates that the evaluation can't measure, or that are not independent of training."""
+    """Return violations by gates that can't be measured, or that are not independent of training."""
     plan = make_plan(config.evaluation, [])
     known = known_figures(config.evaluation, plan)
     found = []
@@ -260,7 +260,7 @@ def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
 
 
 def _with_recipe(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an evaluation: those of its recipe, overridden by `table`. "none" is TOML's null."""
+    """Return an evaluation's settings: its recipe's, overridden by `table`. "none" is TOML's null."""
     recipe = table.get("recipe", "mini")
     if recipe not in EVALUATIONS:
         raise invalid(
@@ -285,7 +285,7 @@ def _exponential(interval: Interval | None) -> Interval | None:
 
 
 def _plain(interval: Interval | None) -> dict[str, float | int | None] | None:
-    """As JSON values: null for NaN and infinity."""
+    """Return `value` as JSON values: null for NaN and infinity."""
     if interval is None:
         return None
     return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}

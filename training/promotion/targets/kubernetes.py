@@ -192,7 +192,7 @@ class KubernetesTarget:
         return ""
 
     def _answers(self, pod: Json) -> bool:
-        """Whether a pod answers. Raises where the caller is the reason why not."""
+        """Return whether a pod answers. Raises if the caller is at fault."""
         with self._reached(pod) as (address, query):
             try:
                 query()
@@ -232,7 +232,7 @@ class KubernetesTarget:
             raise
 
     def _service(self, pod: Json) -> str | None:
-        """The Service's address; None where it can't be reached from here."""
+        """Return the Service's address; None where it can't be reached from here."""
         if self._generation_address is None and self._inside:
             return f"{GENERATION}.{self._cluster.namespace}:{_port(pod)}"
         return self._generation_address
@@ -259,7 +259,7 @@ class KubernetesTarget:
             time.sleep(self._poll)
 
     def _reach(self, pods: Sequence[Json]) -> str:
-        """An address of the challenger's pod."""
+        """Return an address of the challenger's pod."""
         if not pods:
             raise RolloutError("the challenger's pod was deleted as soon as it was ready")
         if self._inside:
@@ -287,7 +287,7 @@ def _pod_address(pod: Json) -> str:
 
 
 def _port(pod: Json) -> int:
-    """The container port named grpc."""
+    """Return the container port named grpc."""
     for container in pod["spec"]["containers"]:
         for port in container.get("ports") or ():
             if port.get("name") == GRPC_PORT:

@@ -184,7 +184,7 @@ def _wait_for_holder(
 
 
 def _now() -> float:
-    """Seconds on a clock that also counts while the machine sleeps, where the system has one."""
+    """Return seconds on a clock that also counts while the machine sleeps, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 

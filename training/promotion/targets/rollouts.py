@@ -23,7 +23,7 @@ _RUNS: Final = ("image", "command", "args", "env", "envFrom", "resources")
 
 
 def is_complete(deployment: Json) -> bool:
-    """Whether all pods are of the newest template and available, by the rule of `kubectl rollout status`."""
+    """Return whether all pods are of the newest template and available, as `kubectl rollout status` does."""
     wanted, status = deployment["spec"].get("replicas", 1), deployment.get("status") or {}
     if status.get("observedGeneration", 0) < deployment["metadata"]["generation"]:
         return False
@@ -98,7 +98,7 @@ def first_difference(generation: Json, challenger: Json) -> str:
 
 
 def _containers(deployment: Json, kind: str) -> dict[str, dict[str, object]]:
-    """What each container runs, by field, and its variables by name. The Deployment's name is replaced."""
+    """Return each container's fields, and its variables by name. The Deployment's name is replaced."""
     own, spec = deployment["metadata"]["name"], deployment["spec"]["template"]["spec"]
     result: dict[str, dict[str, object]] = {}
     for container in spec.get(kind) or ():

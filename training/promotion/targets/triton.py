@@ -246,7 +246,7 @@ class TritonTarget:
         return TritonClient(self._address, tls=self._tls, token=self._token)
 
     def _fault(self, digest: str, version: str, model: str = MODEL) -> str:
-        """What is wrong with the answer of a version; an empty text where nothing is."""
+        """Return the fault of a version's answer; an empty text if there is none."""
         name = f"version {version} of {model}" if version else model
         return probe(partial(self._query, version, model), digest, f"{name} of {self._server}")
 
@@ -285,7 +285,7 @@ class TritonTarget:
         self._repository.add(self._exported(pin, MODEL), number)
 
     def _exported(self, pin: Pin, model: str) -> ModelExport:
-        """The weights of `pin` with the served configuration and code."""
+        """Return the weights of `pin` with the served configuration and code."""
         if pin not in self._models:
             self._models[pin] = resolve(pin, tracking_uri=self._registry.uri)
         found = self._models[pin]
@@ -301,7 +301,7 @@ class TritonTarget:
         return ModelExport(config=self._config(model), code=code, weights={part: weights})
 
     def _number(self, pin: Pin) -> int:
-        """Number of the version folder of `pin`. Raises `InvalidInputError` where other weights have it."""
+        """Return the version number of `pin`. Raises `InvalidInputError` if other weights have it."""
         digests = {
             number: weights.digest
             for number in self._repository.versions(MODEL)
@@ -320,7 +320,7 @@ class TritonTarget:
         return number
 
     def _config(self, model: str) -> ModelConfig:
-        """The served configuration, renamed to `model`, without the pin."""
+        """Return the served configuration, renamed to `model`, without the pin."""
         found = self._repository.config(MODEL)
         if found is None:
             raise self._no_model()
@@ -335,7 +335,7 @@ class TritonTarget:
         return pinned
 
     def _highest(self) -> tuple[int, Weights]:
-        """The highest pinned version, which gets requests without a version, and its weights."""
+        """Return the highest pinned version, which gets requests without a version, and its weights."""
         highest = self._pinned()[-1]
         (weights,) = self._repository.weights(MODEL, highest).values()
         return highest, weights
@@ -349,13 +349,13 @@ class TritonTarget:
 
 
 def _weights_of(pin: Pin) -> Weights:
-    """The entry of `ModelRepository.weights` for a registered version."""
+    """Return the entry of `ModelRepository.weights` for a registered version."""
     name = pin.removeprefix("models:/").rpartition("/")[0]
     return Weights(name=name, version=version_of(pin), digest=pinned_digest(pin))
 
 
 def _refused(what: str, error: MilongaError) -> MilongaError:
-    """`error` as a `RolloutError` where the server refuses, or is too slow."""
+    """Return `error`, as a `RolloutError` if the server refused or was too slow."""
     if type(error) is MilongaError or isinstance(error, DeadlineExceededError):
         return RolloutError(f"{what}: {error}")
     return error
@@ -366,7 +366,7 @@ def _ready(states: dict[int, State]) -> set[int]:
 
 
 def _busy(states: dict[int, State]) -> bool:
-    """Whether a version is loaded, being loaded or being unloaded."""
+    """Return whether a version is loaded, being loaded or being unloaded."""
     return any(state.name in ("READY", "LOADING", "UNLOADING") for state in states.values())
 
 

@@ -247,12 +247,12 @@ def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
 
 
 def _refusal(message: str) -> MilongaError:
-    """The error of a message in a stream, which has no status: of a wrong value it starts with the field."""
+    """Return the error of a stream's message, which has no status; for a wrong value it names the field."""
     if found := _FIELD.fullmatch(message):
         return invalid(found["field"], found["description"])
     return MilongaError(_one_line(message))
 
 
 def _one_line(text: Any) -> str:
-    """Message of the Python backend, without its traceback."""
+    """Return the message of the Python backend, without its traceback."""
     return " ".join(str(text or "").partition("\n\nAt:\n")[0].split())
