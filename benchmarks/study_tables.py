@@ -43,7 +43,7 @@ def study_of(report: Mapping[str, Any], trainings: Mapping[str, Mapping[str, Any
         report: of the evaluation; its first model is the start, the others are those of `trainings`.
         trainings: the training.json of each model, by its name, VARIANT-SEED.
 
-    A figure is None where a model has none. A mean over seeds is None where one seed has none, so that all
+    A figure is None if a model has none. A mean over seeds is None if one seed has none, so that all
     means are of as many.
     """
     measured = figures_of(report, trainings)

@@ -142,7 +142,7 @@ class Scorers(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what is held; calls under way are cancelled."""
+        """Free all resources; calls in progress are cancelled."""
         ...
 
 

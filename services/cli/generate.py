@@ -273,7 +273,7 @@ def best_of_options(
     where: ModelOptions,
     connection: Connection,
 ) -> BestOf | None:
-    """Return how the best of several candidates are chosen; None where all clips are kept.
+    """Return how the best of several candidates are chosen; None if all clips are kept.
 
     Raises:
         InvalidInputError: options that contradict each other, or that `rank_by` does not use.

@@ -35,7 +35,7 @@ class GenerationSettings(ServerSettings, EngineConfig):
 
 
 def model_uris(settings: GenerationSettings) -> dict[str, ModelURI]:
-    """Return the URI of the model. Raises `InvalidInputError` if it is none, or nothing is to be served."""
+    """Return the URI of the model. Raises `InvalidInputError` if it is no model URI, or is empty."""
     return {GENERATION.model: served_uri(settings.model, settings.unpinned_model)}
 
 

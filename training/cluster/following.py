@@ -121,7 +121,7 @@ def status_lines(job: Json, pods: Sequence[Json], warnings: Sequence[Json]) -> I
 
 
 def pending_reason(pod: Json) -> str | None:
-    """Return what a pending pod waits for; None where it is not pending, or only starting."""
+    """Return what a pending pod waits for; None if it is not pending, or only starting."""
     if (pod.get("status") or {}).get("phase") != "Pending":
         return None
     states = [one.get("state") or {} for _, one in container_statuses(pod)]
@@ -132,7 +132,7 @@ def pending_reason(pod: Json) -> str | None:
 
 
 def loss_reason(pod: Json) -> str | None:
-    """Return why a pod ended before its work was done; None where it did not."""
+    """Return why a pod ended before its work was done; None if it did not."""
     status, deleted = pod.get("status") or {}, pod["metadata"].get("deletionTimestamp")
     if status.get("phase") == "Succeeded" or not (status.get("phase") == "Failed" or deleted):
         return None

@@ -21,9 +21,9 @@ class Jobs(Namespace):
     RIGHTS: ClassVar[str] = "docs/training.md"
 
     def create(self, job: Json, *, dry_run: bool = False) -> Json | None:
-        """Create a Job; return it, or None where the namespace does not exist. Role: create of jobs.
+        """Create a Job; return it, or None if the namespace does not exist. Role: create of jobs.
 
-        Raises `ConflictError` where the name is taken, `RequestRefusedError` where the manifest is invalid.
+        Raises `ConflictError` if the name is taken, `RequestRefusedError` if the manifest is invalid.
         """
         return self._call(
             lambda: self._batch.create_namespaced_job(
@@ -36,7 +36,7 @@ class Jobs(Namespace):
         )
 
     def job(self, name: str) -> Json | None:
-        """Return a Job, or None where there is none of that name. Role: get of jobs."""
+        """Return a Job, or None if there is none of that name. Role: get of jobs."""
         return self._call(lambda: self._batch.read_namespaced_job(name, self.namespace, **RAW))
 
     def pods(self, uid: str) -> list[Json]:

@@ -168,7 +168,7 @@ def connect(
 
     `otherwise` is appended to the remedy in the error's message.
 
-    Raises `InvalidInputError` where there is neither, or no such context.
+    Raises `InvalidInputError` if there is neither, or no such context.
     """
     from kubernetes import client, config
 

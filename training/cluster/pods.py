@@ -50,7 +50,7 @@ def waiting_reason(pod: Json) -> str:
 
 
 def condition(thing: Json, kind: str) -> Json:
-    """Return the condition of type `kind` of a pod or another object; an empty dict where it has none."""
+    """Return the condition of type `kind` of a pod or another object; an empty dict if it has none."""
     conditions = (thing.get("status") or {}).get("conditions") or ()
     return next((one for one in conditions if one.get("type") == kind), {})
 

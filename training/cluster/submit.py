@@ -63,7 +63,7 @@ class JobOverrides:
 def read_manifest(path: Path | None, stdin: TextIO) -> Json:
     """Return the Job of the file `path`, of `stdin` where that is ``-``, or of `k8s/jobs/align.yaml`.
 
-    Raises `InvalidInputError` where there is no training Job, or more than one.
+    Raises `InvalidInputError` if there is no training Job, or more than one.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -153,7 +153,7 @@ def create(jobs: Jobs, job: Json, *, dry_run: bool = False, context: str | None 
 
 
 def find(jobs: Jobs, name: str) -> Json:
-    """Return the Job of that name. Raises `InvalidInputError` where there is none."""
+    """Return the Job of that name. Raises `InvalidInputError` if there is none."""
     job = jobs.job(name)
     if job is None:
         raise invalid(

@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Run the whole loop: reward ▸ captions ▸ candidates ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
 
-    What is done is not done again: give the same command after whatever stopped it.
+    Finished stages are not run again: after an interruption, give the same command.
     """
     from training.loop.config import describe
 

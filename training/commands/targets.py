@@ -119,7 +119,7 @@ class TargetOptions:
 
 
 def open_target(options: TargetOptions, registry: "Registry") -> "Target":
-    """Return the target that `options` name. Raises `InvalidInputError` where they name none."""
+    """Return the target that `options` name. Raises `InvalidInputError` if they name none."""
     kind, tls = options.target, tls_of(options)
     if kind.startswith("triton://"):
         from services.inference.triton.repository import ModelRepository, open_storage

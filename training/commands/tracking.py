@@ -31,7 +31,7 @@ def register(
         typer.Option(help="Of a reward model: URI of its CLAP model.", show_default="mini:clap-a"),
     ] = None,
     parent: Annotated[
-        str | None, typer.Option(help="Model URI of what it was trained from.", show_default=False)
+        str | None, typer.Option(help="Model URI of the model that it was trained from.", show_default=False)
     ] = None,
     tracking_uri: _URI = None,
 ) -> None:

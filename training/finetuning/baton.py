@@ -152,7 +152,7 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
 def read_rewarded(data: BatonData) -> tuple[list[LabelledClip], list[LabelledClip]]:
     """Return the clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
 
-    Raises `InvalidInputError` where there is none.
+    Raises `InvalidInputError` if there is none.
     """
     labelled = [example for path in data.labelled for example in read_labelled(path, data.audio_root)]
     paired = [

@@ -83,7 +83,7 @@ def claim_folder(
 def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> None:
     """Write ``step-…/state.pt`` into `folder`, whole or not at all, and drop all but the last `KEPT`.
 
-    Raises `OutputError` where the disk is full or gone; older checkpoints are then untouched.
+    Raises `OutputError` if the disk is full or gone; older checkpoints are then untouched.
     """
     temporary = folder / ".writing"
     try:

@@ -1,4 +1,4 @@
-"""Train the whole mini family, part after part; each part resumes where it was.
+"""Train the whole mini family, part after part; each part resumes.
 
     make mini            (python -m training.mini)
 

@@ -53,7 +53,7 @@ LONG_EVERY = 4
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """``<s> a dog barks </s>``, lower case; padding is 1, as RoBERTa's position embeddings want it."""
+    """``<s> a dog barks </s>``, lower case; padding is 1, as RoBERTa's position embeddings need."""
     return word_tokenizer(("<s>", "<pad>", "</s>", "<unk>"), TEXT_LENGTH)
 
 

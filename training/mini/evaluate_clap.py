@@ -48,7 +48,7 @@ NEGATIVES: dict[str, Callable[[CaptionTruth, np.random.Generator], CaptionTruth]
 
 
 def wrong_caption(kind: str, truth: CaptionTruth, rng: np.random.Generator) -> str | None:
-    """Return a held-out caption that is wrong in one way, or None where there is none.
+    """Return a held-out caption that is wrong in one way, or None if there is none.
 
     One event can't be missing, only sequences can be swapped, and the few wordings of a single event may all
     be of the training split.

@@ -61,7 +61,7 @@ def role_of(truth: CaptionTruth, event: int) -> int:
 def labelled_caption(
     rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Return the token ids of a caption, each with the label class x role of its event, or IGNORED.
+    """Return the token ids of a caption and their labels: class x role of the event, or IGNORED.
 
     The token of the whole sentence (RoBERTa's first, T5's last) has the label of the first event, so that it
     too depends on all of it.

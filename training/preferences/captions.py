@@ -188,7 +188,7 @@ def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
 def read_column(path: Path, column: str) -> Iterator[str]:
     """The texts of one column of a CSV, JSON, JSON lines or Parquet file; missing values are empty.
 
-    Raises `InvalidInputError` for a file that is none, or that has no such column.
+    Raises `InvalidInputError` for a file of another format, or without the column.
     """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
     readers |= dict.fromkeys((".jsonl", ".json", ".ndjson"), _read_json)

@@ -206,7 +206,7 @@ def _check(digests: Mapping[str, str], name: str, model: ModelVersion) -> None:
 def resolve_scorers(config: ScoresConfig) -> dict[str, ResolvedModel]:
     """Resolve the models in this process: scorers by name, the reward model, and the CLAP model under it.
 
-    Raises `InvalidInputError` where two scorers have one name.
+    Raises `InvalidInputError` if two scorers have one name.
     """
     found: dict[str, ResolvedModel] = {}
     if config.server is None:

@@ -62,7 +62,7 @@ class LedgerEntry:
     alias_before: str | None
     """Version that the alias pointed to before."""
     from_pin: Pin | None
-    """Pin that was served before; None where nothing was pinned."""
+    """Pin that was served before; None if nothing was pinned."""
     to_pin: Pin
     """Pin to roll out."""
     who: str
@@ -149,11 +149,11 @@ class Ledger:
         return [entry for run in runs if (entry := self._read(run)) is not None]
 
     def unfinished(self, place: str) -> LedgerEntry | None:
-        """Return the newest entry without an outcome; None where there is none."""
+        """Return the newest entry without an outcome; None if there is none."""
         return next((entry for entry in self.entries(place) if entry.outcome is None), None)
 
     def refuse_unfinished(self, place: str) -> None:
-        """Raise `BusyError` where an earlier promotion was left unfinished."""
+        """Raise `BusyError` if an earlier promotion was left unfinished."""
         entry = self.unfinished(place)
         if entry is not None:
             raise BusyError(
@@ -163,7 +163,7 @@ class Ledger:
             )
 
     def before(self, place: str, pin: Pin) -> Pin | None:
-        """Return the pin that was served before `pin` was promoted; None where that is not recorded.
+        """Return the pin that was served before `pin` was promoted; None if that is not recorded.
 
         Rollbacks are skipped, so that two of them in a row go two versions back.
         """

@@ -153,7 +153,7 @@ def bootstrap(
         source: a version; or a model folder, registered as a version of `model` after all checks.
         model: name of the registered model.
 
-    Raises `InvalidInputError` where another version is pinned or has the alias, else as `promote`.
+    Raises `InvalidInputError` if another version is pinned or has the alias, else as `promote`.
     """
     start = time.monotonic()
     target, registry = promoter.target, promoter.registry
@@ -191,7 +191,7 @@ def bootstrap(
 def resume(promoter: Promoter) -> str:
     """Complete the promotion of a promoter that died, or undo it if the pin was not set; return the result.
 
-    Raises `InvalidInputError` where nothing is unfinished, `BusyError` where the promoter lives, else as
+    Raises `InvalidInputError` if nothing is unfinished, `BusyError` if the promoter lives, else as
     `promote`.
     """
     target = promoter.target
@@ -275,7 +275,7 @@ def rollback_on_failure(entry: LedgerEntry, promoter: Promoter, lock: Lock) -> I
 def undo(entry: LedgerEntry, promoter: Promoter, lock: Lock, outcome: Outcome, reason: str) -> None:
     """Restore the state before `entry`, and close the entry.
 
-    Raises `RollbackError` where that fails, `BusyError` where the lock was lost meanwhile.
+    Raises `RollbackError` if that fails, `BusyError` if the lock was lost meanwhile.
     """
     try:
         restore(entry, promoter, lock, reason)
@@ -332,7 +332,7 @@ def restore(entry: LedgerEntry, promoter: Promoter, lock: Lock, reason: str = ""
 
 
 def current_pin(target: Target) -> Pin:
-    """Return the pin of a registered version. Raises `InvalidInputError` where none is pinned."""
+    """Return the pin of a registered version. Raises `InvalidInputError` if none is pinned."""
     pin = target.current_pin()
     if pin is None or not pin.startswith("models:"):
         what = "nothing is pinned" if pin is None else f"{shown_pin(pin)} is served, which is in no registry"
@@ -343,7 +343,7 @@ def current_pin(target: Target) -> Pin:
 
 
 def served_version(promoter: Promoter, model: str) -> RegisteredVersion:
-    """Return the served version. Raises `InvalidInputError` where pin, alias and `model` disagree."""
+    """Return the served version. Raises `InvalidInputError` if pin, alias and `model` disagree."""
     champion = promoter.registry.version_of_pin(current_pin(promoter.target))
     if champion.name != model:
         raise invalid("--model", f"is {model}, and {champion} is served; give --model {champion.name}")
@@ -375,7 +375,7 @@ def begin(
 
 
 def _check_alias(registry: Registry, model: str, alias: str, *expected: str | None) -> None:
-    """Raise `InvalidInputError` where an alias points to none of `expected`."""
+    """Raise `InvalidInputError` if an alias points to none of `expected`."""
     found = registry.alias(model, alias)
     if found not in expected:
         raise invalid(

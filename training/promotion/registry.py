@@ -106,7 +106,7 @@ class Registry:
         return version
 
     def pin_of(self, name: str, version: str, digest: str) -> Pin | None:
-        """Return the pin of a registered version or of an embedded model; None where it is neither."""
+        """Return the pin of a registered version or of an embedded model; None if it is neither."""
         try:
             found = self.version(name, version)
         except ModelError:
@@ -117,7 +117,7 @@ class Registry:
         return next((f"{one}#{digest}" for one in embedded), None)
 
     def alias(self, name: str, alias: str) -> str | None:
-        """Return the version that an alias points to; None where there is no such alias or model."""
+        """Return the version that an alias points to; None if there is no such alias or model."""
         try:
             found = self._call(lambda: self.client.get_model_version_by_alias(name, alias), "")
         except ModelNotFoundError:
@@ -144,7 +144,7 @@ class Registry:
             )
 
     def check_architecture(self, champion: RegisteredVersion, candidate: RegisteredVersion) -> None:
-        """Raise `ModelFormatError` where the two have different architectures or tokenizers."""
+        """Raise `ModelFormatError` if the two have different architectures or tokenizers."""
         first, second = self.architecture(champion), self.architecture(candidate)
         for path in sorted({*first, *second}):
             found, expected = second.get(path), first.get(path)
@@ -157,7 +157,7 @@ class Registry:
     def architecture(self, version: RegisteredVersion) -> dict[str, object]:
         """Return configs and digests of the tokenizer's files, by path. Weights are not fetched.
 
-        Raises `ModelFormatError` where the folder's manifest is missing or has another digest.
+        Raises `ModelFormatError` if the folder's manifest is missing or has another digest.
         """
         found = self._call(
             lambda: self.client.get_model_version(version.name, version.version), f"{version} is missing"

@@ -44,7 +44,7 @@ class Target(Protocol):
         """Whether the target is scaled to 0, so that there is nothing to wait for or to verify."""
 
     def check_setup(self, *, challenger: bool) -> None:
-        """Raise `InvalidInputError` where nothing serves, or the challenger would run something else."""
+        """Raise `InvalidInputError` if nothing serves, or the challenger would run something else."""
 
     def check_reach(self) -> None:
         """Raise where rights, TLS or a token of the caller prevent the calls that a promotion makes.
@@ -53,12 +53,12 @@ class Target(Protocol):
         """
 
     def current_pin(self) -> Pin | None:
-        """Return the pin that is served, or is being rolled out; None where nothing was pinned yet."""
+        """Return the pin that is served, or is being rolled out; None if nothing was pinned yet."""
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
         """Start a challenger without traffic on `pin`, replacing an earlier one; return its address.
 
-        Raises `RolloutError` where it is not ready within `seconds`, or has failed for good.
+        Raises `RolloutError` if it is not ready within `seconds`, or has failed for good.
         """
 
     def clip_client(self, address: str, timeout: float) -> ClipMaker:
@@ -70,17 +70,17 @@ class Target(Protocol):
     def set_pin(self, pin: Pin | None, seconds: float) -> None:
         """Start to roll out `pin`, without interruption of the service. None removes the pin.
 
-        Raises `RolloutError` where the pin is refused, or the rollout does not start within `seconds`.
+        Raises `RolloutError` if the pin is refused, or the rollout does not start within `seconds`.
         """
 
     def wait(self, pin: Pin, seconds: float) -> None:
         """Return when nothing but `pin` is served.
 
-        Raises `RolloutError` where that takes longer than `seconds`, or has failed for good.
+        Raises `RolloutError` if that takes longer than `seconds`, or has failed for good.
         """
 
     def verify(self, digest: str) -> None:
-        """Query everything that serves. Raises `RolloutError` where an answer has another digest."""
+        """Query everything that serves. Raises `RolloutError` if an answer has another digest."""
 
 
 def pinned_digest(pin: Pin) -> str:

@@ -81,7 +81,7 @@ REWARD: Final[Mapping[str, Callable[[], RewardTraining]]] = {
 
 
 def recipe(recipes: Mapping[str, Callable[[], Recipe]], name: str) -> Recipe:
-    """The config of the recipe `name`. Raises `InvalidInputError` where there is none."""
+    """Return the config of the recipe `name`. Raises `InvalidInputError` if there is none."""
     if name not in recipes:
         raise invalid("--recipe", f"is {name!r}, must be one of {', '.join(recipes)}")
     return recipes[name]()

@@ -88,7 +88,7 @@ def train(
 
 
 def launch(program: Program, config: object, folder: Path, processes: int) -> None:
-    """Run a training program by ``accelerate launch``. Raises `MilongaError` where it fails."""
+    """Run a training program by ``accelerate launch``. Raises `MilongaError` if it fails."""
     settings = [word for line in describe(config).splitlines() for word in ("--set", line)]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)),

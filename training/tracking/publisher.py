@@ -107,7 +107,7 @@ class Publisher:
     def publish(self) -> None:
         """Send what the server lacks.
 
-        Raises `ServiceUnavailableError` where the server is away; what was sent is not sent again.
+        Raises `ServiceUnavailableError` if the server is away; what was sent is not sent again.
         """
         try:
             for key, run in read_runs(self.folder).items():

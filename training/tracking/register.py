@@ -75,7 +75,7 @@ class Provenance:
     """Origin of a model, for the tags of its version."""
 
     parent: str | None = None
-    """Model URI or digest of what it was trained from."""
+    """Model URI or digest of the model that it was trained from."""
     data: Mapping[str, str] = field(default_factory=dict)
     """Digest of each data set that it was trained on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def register(
         name: of the registered model; None: by its kind.
         alias: `challenger`, or `champion` to begin a registry with; None: no alias is touched.
         clap: of a reward model: URI of its CLAP model. None: the mini family's.
-        provenance: where it comes from.
+        provenance: origin of the model.
         uri: of the MLflow server; None: `services.weights.registry.tracking_uri`.
 
     Raises:
@@ -145,7 +145,7 @@ def register(
 
 
 def checked_model(model: Path | ResolvedModel) -> ResolvedModel:
-    """Return the model of a folder, its files verified. Raises `ModelError` where it has no manifest."""
+    """Return the model of a folder, its files verified. Raises `ModelError` if it has no manifest."""
     folder = model if isinstance(model, Path) else model.folder
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
         raise ModelFormatError(

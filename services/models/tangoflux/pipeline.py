@@ -184,7 +184,7 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
 
 
 def _check_parts(pipeline: TangoFluxPipeline) -> None:
-    """Raise `ModelFormatError` where one part's output is not the next part's input."""
+    """Raise `ModelFormatError` if one part's output is not the next part's input."""
     transformer, vae, config = pipeline.transformer.config, pipeline.vae.config, pipeline.config
     pairs: Sequence[tuple[str, Any, str, Any]] = (
         ("transformer.joint_attention_dim", transformer.joint_attention_dim, "text_encoder.d_model",

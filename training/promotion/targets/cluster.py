@@ -86,7 +86,7 @@ class Cluster(Namespace):
         return items
 
     def read_lease(self, name: str) -> Json | None:
-        """Return a Lease; None where there is none. Role: get of leases."""
+        """Return a Lease; None if there is none. Role: get of leases."""
         return self._call(lambda: self._coordination.read_namespaced_lease(name, self.namespace, **RAW))
 
     def create_lease(self, name: str, spec: Json) -> Json:

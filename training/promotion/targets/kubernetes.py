@@ -232,7 +232,7 @@ class KubernetesTarget:
             raise
 
     def _service(self, pod: Json) -> str | None:
-        """Return the Service's address; None where it can't be reached from here."""
+        """Return the Service's address; None if it can't be reached from here."""
         if self._generation_address is None and self._inside:
             return f"{GENERATION}.{self._cluster.namespace}:{_port(pod)}"
         return self._generation_address

@@ -90,7 +90,7 @@ class LocalTarget:
                 raise
 
     def current_pin(self) -> Pin | None:
-        """See `Target`: the pin of the served weights; None where they are in no registry."""
+        """See `Target`: the pin of the served weights; None if they are in no registry."""
         served = served_model(self._address, self._tls)
         return self._registry.pin_of(served.name, served.version, served.digest)
 

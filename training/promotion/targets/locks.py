@@ -37,7 +37,7 @@ class Leases(Protocol):
     """The API calls of a lock. They raise `ServiceUnavailableError` or `ConflictError`."""
 
     def read_lease(self, name: str) -> Json | None:
-        """Return a Lease; None where there is none."""
+        """Return a Lease; None if there is none."""
 
     def create_lease(self, name: str, spec: Json) -> Json:
         """Create a Lease; return it."""
@@ -59,7 +59,7 @@ class LeaseLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Renew the Lease unless it is fresh. Raise `BusyError` where somebody else may hold it.
+        """Renew the Lease unless it is fresh. Raise `BusyError` if somebody else may hold it.
 
         Retries for up to `LEASE_SECONDS` where the API server does not answer: a late renewal succeeds only
         if nobody else has taken the Lease, which would have changed it.
@@ -75,7 +75,7 @@ class LeaseLock:
             time.sleep(self._seconds * _RETRY)
 
     def left(self) -> float:
-        """Return for how many seconds the Lease is certainly held. Raises `BusyError` where it is not."""
+        """Return for how many seconds the Lease is certainly held. Raises `BusyError` if it is not."""
         left = self._seconds * TRUSTED - (_now() - self._renewed)
         if self._taken_by or left <= 0:
             raise self._expired()
@@ -138,7 +138,7 @@ def lease_lock(
     An earlier holder counts as alive if it renews the Lease within the duration of the Lease, while this
     function watches. Clocks of two machines are never compared: one may be an hour off.
 
-    Raises `BusyError` where a live holder has the Lease, `ServiceUnavailableError` as the calls do.
+    Raises `BusyError` if a live holder has the Lease, `ServiceUnavailableError` as the calls do.
     """
     identity = f"{whoami()} {secrets.token_hex(4)}"
     lease = leases.read_lease(LEASE)
@@ -217,7 +217,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def file_lock(place: str) -> Iterator[FileLock]:
-    """Hold the file lock of `place`. Raises `BusyError` where another process of this machine holds it."""
+    """Hold the file lock of `place`. Raises `BusyError` if another process of this machine holds it."""
     path = cache_folder() / "promotion" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', place)}.lock"
     with contextlib.ExitStack() as closing:
         try:

@@ -63,7 +63,7 @@ def probe(query: Callable[[], ModelVersion], digest: str, service: str) -> str:
 def poll_until(fault: Callable[[], str], *, calls: int = 1, seconds: float = VERIFY_SECONDS) -> None:
     """Call `fault` until it returns an empty text `calls` times in a row.
 
-    Raises `RolloutError` with the last fault where there is still one after `seconds`.
+    Raises `RolloutError` with the last fault if there is still one after `seconds`.
     """
     end = time.monotonic() + seconds
     passed = 0
@@ -79,7 +79,7 @@ def poll_until(fault: Callable[[], str], *, calls: int = 1, seconds: float = VER
 
 
 def check_tls(address: str, tls: TLS | None, service: str) -> None:
-    """Raise `InvalidInputError` where TLS is missing, not supported by the service, or does not match.
+    """Raise `InvalidInputError` if TLS is missing, not supported by the service, or does not match.
 
     gRPC reports a server that requires TLS with the same error as one that is broken.
     """

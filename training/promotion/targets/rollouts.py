@@ -55,7 +55,7 @@ def pin_of(thing: Json) -> Pin | None:
 
 
 def permanent_fault(pods: Sequence[Json], pin: Pin) -> str | None:
-    """Return why a pod of `pin` has failed for good; None where none has."""
+    """Return why a pod of `pin` has failed for good; None if none has."""
     for pod in pinned_pods(pods, pin):
         for kind, status in container_statuses(pod):
             if text := _fault(kind, status):

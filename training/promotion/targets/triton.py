@@ -235,7 +235,7 @@ class TritonTarget:
 
     @contextlib.contextmanager
     def _checking_tls(self) -> Iterator[None]:
-        """Check whether TLS is why a call inside fails. Raises `InvalidInputError` where it is."""
+        """Check whether TLS is why a call inside fails. Raises `InvalidInputError` if it is."""
         try:
             yield
         except ServiceUnavailableError:

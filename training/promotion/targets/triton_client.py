@@ -49,7 +49,7 @@ class State:
     """State of a version in Triton."""
 
     name: str
-    """READY, LOADING, UNLOADING or UNAVAILABLE; empty where it was never loaded."""
+    """READY, LOADING, UNLOADING or UNAVAILABLE; empty if it was never loaded."""
     reason: str
     """Triton's message."""
 
@@ -227,7 +227,7 @@ def _add_text(request: Any, name: str, text: str) -> None:
 
 
 def _read(response: Any) -> tuple[Clip, ModelVersion] | None:
-    """Return the clip that an answer holds, and its weights; None where it holds none."""
+    """Return the clip that an answer holds, and its weights; None if it holds none."""
     contents: dict[str, bytes] = {
         output.name: data for output, data in zip(response.outputs, response.raw_output_contents, strict=True)
     }
