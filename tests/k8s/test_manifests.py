@@ -362,11 +362,14 @@ def test_the_namespace_enforces_it(name: str) -> None:
 
 def test_references_are_written_as_the_api_server_keeps_them() -> None:
     """Else it fills in defaults, takes the whole for changed, and server-side apply for a conflict."""
+    seen = set()
     for place, one in running():
         for variable in (variable for container in containers(one) for variable in container.get("env", ())):
             source = variable.get("valueFrom", {})
+            seen |= source.keys()
             assert source.get("fieldRef", {"apiVersion": "v1"})["apiVersion"] == "v1", place
             assert source.get("resourceFieldRef", {"divisor": "1"})["divisor"] == "1", place
+    assert seen >= {"fieldRef", "resourceFieldRef"}
 
 
 def test_every_container_says_what_it_needs() -> None:

@@ -23,7 +23,6 @@ Row = dict[str, Any]
 """A JSON object."""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def digest_of_value(value: object) -> str:

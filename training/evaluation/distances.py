@@ -128,20 +128,3 @@ def _pair_mean(
     pairs_NM = np.not_equal.outer(groups_N, groups_M)
     total = counts_N @ pairs_NM @ counts_M
     return float(counts_N @ (kernel_NM * pairs_NM) @ counts_M / total) if total else float("nan")
-
-
-def kernel_audio_distance(
-    generated_ND: ArrayLike, reference_MD: ArrayLike, bandwidth: float | None = None
-) -> float:
-    """Return the KAD of two sets of two or more clips: about 0, or slightly below, for equal distributions.
-
-    As in kadtk, the sets are assumed to be independent. Clips generated for the captions of the reference set
-    are not, and bias it downwards (by about 200 / N times the kernel of a pair); use `squared_mmd` with
-    groups for them, as `report` does. The default of `bandwidth` is `median_bandwidth`.
-    """
-    width = median_bandwidth(reference_MD) if bandwidth is None else bandwidth
-    return KAD_SCALE * squared_mmd(
-        gaussian_kernel(generated_ND, generated_ND, width),
-        gaussian_kernel(reference_MD, reference_MD, width),
-        gaussian_kernel(generated_ND, reference_MD, width),
-    )

@@ -183,15 +183,6 @@ def mel_filters(variant: Variant) -> Tensor:
     return torch.from_numpy(np.asarray(filters)).float()
 
 
-def fourier_bases(variant: Variant) -> tuple[Tensor, Tensor]:
-    """Return the real and imaginary bases [F, 1, n_fft] of a checkpoint: torchlibrosa's, Hann window."""
-    samples = np.arange(variant.n_fft)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * samples / variant.n_fft)
-    angles = 2 * np.pi * np.outer(np.arange(variant.n_fft // 2 + 1), samples) / variant.n_fft
-    real, imaginary = (torch.from_numpy(wave(angles) * window).float() for wave in (np.cos, np.sin))
-    return real[:, None], -imaginary[:, None]
-
-
 def _check_filters(path: Path, variant: Variant, filters: Tensor) -> None:
     if not torch.allclose(filters.float(), mel_filters(variant), atol=1e-5):
         raise ModelFormatError(

@@ -47,9 +47,6 @@ Figures = Mapping[str, "float | Tensor"]
 LossFunction = Callable[[nn.Module, Positions], tuple[Tensor, Figures]]
 """Function of the module, as accelerate wraps it (only call it), and positions, to the mean loss."""
 
-Schedule = Callable[[int], float]
-"""From a step to the factor of the learning rate."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
@@ -118,8 +115,6 @@ class Fitted:
     """Steps done."""
     best_step: int
     """The step of the kept weights."""
-    figures: Mapping[str, float]
-    """Held-out figures of the kept weights."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,7 +175,6 @@ def fit(
     *,
     accelerator: Accelerator,
     title: str,
-    schedule: Schedule | None = None,
     evaluation: Evaluation | None = None,
 ) -> Fitted:
     """Train `module` in place, from the last checkpoint in `folder` if there is one.
@@ -194,7 +188,7 @@ def fit(
         OutputError: a checkpoint or the journal can't be written; what was written before is complete.
         MilongaError: the loss is not finite.
     """
-    return _Loop(module, optimiser, loss_of, config, folder, accelerator, title, schedule, evaluation).run()
+    return _Loop(module, optimiser, loss_of, config, folder, accelerator, title, evaluation).run()
 
 
 class _Loop:
@@ -209,7 +203,6 @@ class _Loop:
         folder: Path,
         accelerator: Accelerator,
         title: str,
-        schedule: Schedule | None,
         evaluation: Evaluation | None,
     ) -> None:
         parts = accelerator.num_processes * config.accumulation
@@ -220,7 +213,7 @@ class _Loop:
                 f"accumulation ({config.accumulation})",
             )
         self.loss_of, self.config, self.accelerator, self.title = loss_of, config, accelerator, title
-        self.schedule, self.evaluation = schedule or config.rate_at, evaluation
+        self.evaluation = evaluation
         self.rates = [group["lr"] for group in optimiser.param_groups]
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
         self.module, self.optimiser = accelerator.prepare(module, optimiser)
@@ -286,7 +279,7 @@ class _Loop:
     def _step(self, step: int) -> dict[str, float]:
         """Take one optimiser step; return this process's mean figures."""
         config, rank = self.config, self.accelerator.process_index
-        multiplier = self.schedule(step)
+        multiplier = config.rate_at(step)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * multiplier
         positions = np.arange(step * config.batch, (step + 1) * config.batch)
@@ -347,14 +340,14 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         # Without accelerate's wrapper of `forward`, which would stay on the module.
         self.bare = self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
-        state, figures = self.state, {}
+        state = self.state
         best_step = state.step
         if state.best is not None:
             self.bare.load_state_dict(state.best["weights"])
-            best_step, figures = state.best["step"], state.best["figures"]
+            best_step = state.best["step"]
         elif state.average:
             self.bare.load_state_dict(state.average)
-        return Fitted(steps=state.step, best_step=best_step, figures=figures)
+        return Fitted(steps=state.step, best_step=best_step)
 
     def _save(self, journal: "Journal | None") -> None:
         """Write a checkpoint, from the main process."""

@@ -32,22 +32,18 @@ from training.evaluation.events import (
 )
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
+from training.objectives.statistics import bootstrap_mean
 from training.soundworld.scenes import DURATIONS, make_scene
 from training.soundworld.synthesis import CLASSES
 
 BATCH = 8
 
 
-def interval(values: list[list[float]], resamples: int = 2_000) -> tuple[float, float, float]:
-    """Return the mean over clips, with a 95 % bootstrap interval over prompts (lists of clips' values)."""
-    groups = [np.asarray(v, dtype=float) for v in values if v]
-    if not groups:
-        return float("nan"), float("nan"), float("nan")
-    sums, counts = np.array([g.sum() for g in groups]), np.array([g.size for g in groups])
-    picks = np.random.default_rng(0).integers(0, len(groups), (resamples, len(groups)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+def interval(values: list[list[float]]) -> tuple[float, float, float]:
+    """Mean over clips with a 95 % bootstrap interval over prompts (each a list of its clips' values)."""
+    groups = [number for number, prompt in enumerate(values) for _ in prompt]
+    found = bootstrap_mean([value for prompt in values for value in prompt], groups)
+    return found.value, found.low, found.high
 
 
 def summarise(verdicts: list[list[EventComparison]]) -> dict[str, object]:

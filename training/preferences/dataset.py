@@ -19,7 +19,7 @@ from rich.table import Table
 from services.audio.encoding import encode_audio
 from services.errors import invalid
 from services.files import write_atomically
-from training.data.examples import Clip, FileClip, check_readable, decode, pair_rows
+from training.data.examples import Clip, FileClip, decode, pair_rows
 from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
 from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
@@ -141,21 +141,6 @@ def read_preferences(path: Path) -> list[Preference]:
     found = [preference for file in files for preference in _read_file(file)]
     if not found:
         raise invalid("preferences", f"{path} holds no pairs")
-    return found
-
-
-def readable(preferences: Sequence[Preference], limit: float = 0.05) -> list[Preference]:
-    """Return the pairs whose clips can be read; print the others.
-
-    Every clip is decoded once. Raises `InvalidInputError` if unreadable clips are more than `limit` of all.
-    """
-    unreadable: dict[Clip, str] = {}
-    found = []
-    for preference in progress(preferences, total=len(preferences), desc="clips", unit="pair"):
-        clips = (preference.chosen, preference.rejected)
-        if all(_is_readable(clip, unreadable) for clip in clips):
-            found.append(preference)
-    check_readable(unreadable, 2 * len(preferences), limit)
     return found
 
 

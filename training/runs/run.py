@@ -40,11 +40,7 @@ START = "start.txt"
 class LoopResult:
     """The result of a run."""
 
-    policy: Path
-    """Folder of the aligned model."""
     registered: RegisteredVersion
-    report: Mapping[str, Any]
-    """Report of the evaluation."""
     lines: tuple[str, ...]
     """Lines to print: the figures, the version, and where to see the run."""
 
@@ -81,9 +77,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
         )
         tracker.parent.log_metrics(headline(report))
         lines = (*outcome(report), f"{registered.uri}  {config.alias}", tracker.hint)
-    return LoopResult(
-        policy=Path(policy.removeprefix("file:")), registered=registered, report=report, lines=lines
-    )
+    return LoopResult(registered=registered, lines=lines)
 
 
 def settled_start(uri: str, output: Path) -> str:

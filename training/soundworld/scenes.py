@@ -1,7 +1,6 @@
 """Scenes: events laid out in time, mixed to a clip, with caption and ground truth."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,11 +156,3 @@ def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
     caption, truth = draw_caption(rng, config)
     waveform, events = render(truth, config.duration, rng)
     return Scene(waveform=waveform, caption=caption, truth=truth, events=tuple(events))
-
-
-def stream(seed: int, config: SceneConfig, start: int = 0) -> Iterator[Scene]:
-    """Scenes without end, from number `start` on."""
-    index = start
-    while True:
-        yield make_scene(seed, index, config)
-        index += 1

@@ -66,7 +66,9 @@ def test_the_loss_is_the_rewarded_part_plus_pretraining(config: BatonTraining, t
 def test_where_all_rewards_are_one_it_is_the_denoising_loss(config: BatonTraining, tmp_path: Path) -> None:
     data = BatonData(labelled=(_json(tmp_path, "HD", [1.0] * 3),))
     train_baton(replace(config, data=data), tmp_path / "model")
-    for row in rows_of(tmp_path / "model"):
+    rows = rows_of(tmp_path / "model")
+    assert len(rows) == config.loop.steps
+    for row in rows:
         assert row["loss"] == pytest.approx(row["rewarded_error"])
 
 

@@ -139,6 +139,7 @@ def test_killed_by_sigkill_it_goes_on_bit_for_bit(
     train_dpo(dpo(start, pairs), output)
     assert losses_of(output) == losses_of(trained)
     ours, theirs = _weights(output), _weights(trained)
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

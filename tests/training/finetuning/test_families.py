@@ -126,6 +126,7 @@ def test_crpo_begins_at_log_2_plus_the_chosen_error_and_resumes(
     train_dpo(config, tmp_path / "parts")
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
     ours, theirs = _weights(tmp_path / "parts"), _weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -148,7 +149,9 @@ def test_adapters_learn_beside_the_transformer_and_are_merged(
 
 def test_min_snr_and_baton(sft: SftTraining, start: Path, pairs: Path, tmp_path: Path) -> None:
     train_sft(replace(sft, loop=SHORT, min_snr=5.0), tmp_path / "snr")
-    assert all(0 < row["loss"] < row["chosen_error"] for row in rows_of(tmp_path / "snr"))
+    rows = rows_of(tmp_path / "snr")
+    assert len(rows) == SHORT.steps
+    assert all(0 < row["loss"] < row["chosen_error"] for row in rows)
     data = BatonData(pairs=(pairs,), scenes=3)
     baton = replace(baton_smoke(), start=f"file:{start}", data=data, loop=SHORT, noising=FLOW)
     assert train_baton(baton, tmp_path / "baton")["data"]["examples"] == 20

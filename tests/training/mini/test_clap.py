@@ -111,6 +111,7 @@ def test_pairs_are_counted_by_prompt() -> None:
 
 def test_real_pairs_are_of_held_out_prompts_and_differ_in_their_clips() -> None:
     pairs = real_pairs("swapped", 3)
+    assert len(pairs) == 3
     assert all(split_of(prompt) == "validation" for prompt, _, _ in pairs)
     assert all(not np.array_equal(chosen, rejected) for _, chosen, rejected in pairs)
     assert all(a[0] != b[0] for a, b in pairwise(pairs))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from services.models.manifest import hash_each
-from services.weights.uri import resolve
+from services.weights.uri import ModelURI, resolve
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,7 +22,7 @@ class Counts:
 
     hashed: Counter[Path] = field(default_factory=Counter)
     """Times, by folder."""
-    resolved: Counter[str] = field(default_factory=Counter)
+    resolved: Counter[ModelURI] = field(default_factory=Counter)
     """Times, by URI."""
     size: list[int] = field(default_factory=list)
     """Bytes of each folder that was hashed, one entry a time."""
@@ -37,8 +37,8 @@ def counting() -> Iterator[Counts]:
         counts.hashed[folder.resolve()] += 1
         counts.size.append(sum(path.stat().st_size for path in files))
 
-    def count_resolve(uri: object, *_: object, **__: object) -> None:
-        counts.resolved[str(uri)] += 1
+    def count_resolve(uri: str | ModelURI, *_: object, **__: object) -> None:
+        counts.resolved[ModelURI.parse(uri) if isinstance(uri, str) else uri] += 1
 
     with _before(hash_each, count_hash), _before(resolve, count_resolve):
         yield counts
