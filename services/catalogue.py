@@ -20,6 +20,12 @@ EMBEDDED_CLAP: Final = "mini:clap-a"
 """Model URI of the CLAP model that `EMBEDDED_REWARD` was trained on."""
 
 
+def reward_uri(text: str) -> str:
+    """Return `text`, the model URI of a reward model, with the family ``mini`` as `EMBEDDED_REWARD`."""
+    family, *pin = text.partition("#")
+    return "".join((EMBEDDED_REWARD, *pin)) if family == "mini" else text
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """A setting of a service that names the weights to serve."""

@@ -32,10 +32,11 @@ from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
+from services.runtime.settings import BatchedSettings
 from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
 
-_MAX_BATCH_SECONDS = 80.0
+_MAX_BATCH_SECONDS: float = BatchedSettings.model_fields["max_batch_seconds"].default
 """Maximum seconds of audio in one batch of a scorer, as in the services; bounds its memory."""
 
 Model = TypeVar("Model")

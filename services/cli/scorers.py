@@ -15,7 +15,7 @@ import typer
 
 from services import client
 from services.api.scoring import CombinedScorers, Scorers
-from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS
+from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS, reward_uri
 from services.cli.options import read_pairs
 from services.errors import FieldViolation, InvalidInputError, ModelError, invalid
 
@@ -152,9 +152,8 @@ class ScorerOptions:
             refuse("--scorer", "is NAME=URI, but with --scoring the service has the models; give names only")
         if reward is None and is_local and not no_reward:
             reward = EMBEDDED_REWARD
-        elif reward is not None and reward.partition("#")[0] == "mini":
-            # Here `mini` means the family's reward model, as in `milonga serve reward`.
-            reward = reward.replace("mini", EMBEDDED_REWARD, 1)
+        elif reward is not None:
+            reward = reward_uri(reward)
         if self.clap is not None and reward is None:
             refuse("--clap", "needs --reward; leave it out if no reward model runs in this process")
         scorers = dict(EMBEDDED_SCORERS) if is_local else {}

@@ -27,8 +27,6 @@ TOKENIZER: Final = "roberta-base"
 """Folder next to a LAION checkpoint that holds its tokenizer."""
 MAX_QUEUE_SIZE: Final = 256
 """Requests that may wait in Triton for a batched model; beyond that Triton responds UNAVAILABLE."""
-WAIT_MICROSECONDS: Final = 5_000
-"""Time that a request waits for others to share its batch: as in the services (`max_wait_seconds`)."""
 
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CODE: Final = '''\
@@ -207,11 +205,15 @@ def _configure(config: Any, settings: Mapping[str, str]) -> None:
     """Set Triton's backend, instances and batching in `config`, and the service's settings as parameters."""
     from tritonclient.grpc import model_config_pb2
 
+    from services.runtime.settings import BatchedSettings
+
     config.backend = "python"
     # The setting `device` chooses the device. One instance, so that all requests share its batches.
     config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_MODEL, count=1)
     if not config.model_transaction_policy.decoupled:
-        config.dynamic_batching.max_queue_delay_microseconds = WAIT_MICROSECONDS
+        # As in the service, a request waits this long for others to share its batch.
+        wait = BatchedSettings.model_fields["max_wait_seconds"].default
+        config.dynamic_batching.max_queue_delay_microseconds = round(wait * 1e6)
         config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
     for name, value in settings.items():
         config.parameters[name].string_value = value

@@ -1,13 +1,9 @@
 """Settings of the reward service."""
 
-from dataclasses import replace
-
-from services.catalogue import EMBEDDED_CLAP, REWARD
+from services.catalogue import EMBEDDED_CLAP, REWARD, reward_uri
 from services.runtime.settings import BatchedSettings, ModelText
 from services.weights.uri import ModelURI, ResolvedModel, naming, parse_uris, resolve
 
-FAMILY, MEMBER = "mini", "reward"
-"""In this service the URI ``mini`` means ``mini:reward``."""
 CLAP = "clap"
 """Key of the CLAP model among the service's models."""
 
@@ -29,11 +25,8 @@ def model_uris(settings: RewardSettings) -> dict[str, ModelURI]:
     Raises:
         InvalidInputError: a URI is invalid; lists every violation.
     """
-    uris = parse_uris({"model": settings.model, "clap": settings.clap})
-    model = uris["model"]
-    if settings.model.partition("#")[0] == FAMILY:
-        model = replace(model, path=MEMBER)
-    return {REWARD.model: model, CLAP: uris["clap"]}
+    uris = parse_uris({"model": reward_uri(settings.model), "clap": settings.clap})
+    return {REWARD.model: uris["model"], CLAP: uris["clap"]}
 
 
 def find_models(settings: RewardSettings) -> dict[str, ResolvedModel]:

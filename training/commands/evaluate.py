@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from training.commands.options import Recipe, Settings, Show
+
 
 def evaluate(
     sources: Annotated[
@@ -16,7 +18,7 @@ def evaluate(
             metavar="SOURCE",
         ),
     ],
-    recipe: Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")] = "mini",
+    recipe: Recipe = "mini",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -25,9 +27,7 @@ def evaluate(
             show_default="the first folder's, else the sound world's",
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None,
+    settings: Settings = None,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="Folder of the report, the tables and the plots."),
@@ -38,7 +38,7 @@ def evaluate(
             "--cache", help="Folder of generated clips, shared by evaluations.", show_default="OUTPUT/clips"
         ),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+    show: Show = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Measure models on the same prompts and seeds, and compare them, with intervals."""

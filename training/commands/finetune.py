@@ -4,25 +4,18 @@ milonga train dpo --recipe mini --set data.pairs=build/preferences/mini/dataset 
 accelerate launch -m services.cli train dpo --recipe tango2 --set start=file:tango-full-ft …
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-]
-Recipe = Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")]
+from training.commands.options import Recipe, Resume, Settings, Show, is_first_process
+
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder of the model.", show_default="build/COMMAND/NAME"),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume/--fresh", help="Continue the run that exists, or start over.")
-]
-Show = Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")]
 
 
 def sft(
@@ -80,7 +73,7 @@ def _run(
     }
     known, train = found[stage]
     config = override(recipes.recipe(known, recipe), settings)
-    main = os.environ.get("RANK", "0") == "0"  # once, of all the processes that a launcher started
+    main = is_first_process()
     if main:
         typer.echo(describe(config))
     if show:

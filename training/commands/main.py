@@ -1,6 +1,5 @@
 """The commands that training adds to `milonga` (entry-point group `milonga.commands`)."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from training.commands import finetune as finetune_commands
 from training.commands import run as run_command
 from training.commands import submit as submit_command
 from training.commands import tracking as tracking_cli
+from training.commands.options import Resume, Settings, Show, is_first_process
 from training.commands.preferences import preferences as preferences_command
 
 soundworld = typer.Typer(
@@ -73,24 +73,20 @@ def _train() -> None:
 @train.command()
 def reward(
     recipe: Annotated[str, typer.Option("--recipe", help="mini, smoke or baton.")] = "mini",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None,
+    settings: Settings = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the model.", show_default="build/reward/NAME"),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Continue the run that exists, or start over.")
-    ] = True,
-    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+    resume: Resume = True,
+    show: Show = False,
 ) -> None:
     """Train a reward model on a frozen CLAP model, from labels, from pairs, or from both."""
     from training.loop.config import describe, override
     from training.runs import recipes
 
     config = override(recipes.recipe(recipes.REWARD, recipe), settings or [])
-    if os.environ.get("RANK", "0") == "0":  # once, of all the processes that a launcher started
+    if is_first_process():
         typer.echo(describe(config))
     if show:
         return

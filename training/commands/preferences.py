@@ -10,13 +10,12 @@ from typing import Annotated
 import typer
 
 from services.errors import invalid
+from training.commands.options import Recipe, Settings, Show
 
 
 def preferences(
-    recipe: Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")] = "mini",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None,
+    recipe: Recipe = "mini",
+    settings: Settings = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the stages.", show_default="build/preferences/NAME"),
@@ -27,7 +26,7 @@ def preferences(
     until: Annotated[
         str, typer.Option(help="Last stage: captions, perturb, candidates, scores, pairs or dataset.")
     ] = "dataset",
-    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+    show: Show = False,
 ) -> None:
     """Make preference pairs as Audio-alpaca was made: captions, candidates, scores, pairs, Parquet."""
     from training.data.store import Row

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training.commands.options import Settings, Show
+
 if TYPE_CHECKING:
     from training.runs.run_recipes import LoopRun
 
 
 def run(
     recipe: Annotated[str, typer.Option("--recipe", help="align, mini, smoke or tango2.")] = "mini",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None,
+    settings: Settings = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of all stages.", show_default="build/run/NAME"),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")] = False,
+    show: Show = False,
 ) -> None:
     """Run the whole loop: reward ▸ captions ▸ candidates ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
 

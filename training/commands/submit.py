@@ -14,6 +14,7 @@ import typer
 
 from services.cli.options import grouped
 from services.errors import ServiceUnavailableError, invalid
+from training.commands.options import Settings
 from training.exits import exit_codes, timed_lines
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ class SubmitOptions:
         str | None,
         typer.Option("--recipe", help="As for `milonga train run`.", show_default="the manifest's: align"),
     ] = None
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
-    ] = None
+    settings: Settings = None
     name: Annotated[
         str | None,
         typer.Option(

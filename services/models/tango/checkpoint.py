@@ -138,9 +138,8 @@ def convert_checkpoint(
 
     Raises:
         ModelNotFoundError: a file is missing in `source`, or there is no folder of the text encoder.
-        ModelFormatError: keys, shapes or settings are not as expected (lists all), a file is something else
-            than weights, weights are not finite, a pickle holds more than tensors, or the tokenizer's
-            vocabulary is empty.
+        ModelFormatError: keys, shapes or settings are not as expected (lists all), a file holds no weights,
+            or other than finite ones, a pickle holds more than tensors, or the vocabulary is empty.
         OutputError: `target` exists already or can't be written.
     """
     report = progress or (lambda _: None)

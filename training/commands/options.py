@@ -1,0 +1,20 @@
+"""Options that several training commands share."""
+
+import os
+from typing import Annotated
+
+import typer
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
+]
+Recipe = Annotated[str, typer.Option("--recipe", help="mini, smoke or tango2.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--fresh", help="Continue the run that exists, or start over.")
+]
+Show = Annotated[bool, typer.Option("--show", help="Print the settings and do nothing.")]
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
