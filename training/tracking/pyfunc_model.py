@@ -6,14 +6,17 @@
     clip["sampling_rate"]    # hertz
     clip["seed"]             # as given, or drawn
 
+    clips = model.predict(["A dog barks", "A bell tolls"], params={"seed": 7, "duration": 5.0})
+
     [verdict] = mlflow.pyfunc.load_model("models:/milonga-reward@challenger").predict(
         {"prompt": "A dog barks", "audio": waveform, "sampling_rate": 16_000}
     )
     verdict["logit"], verdict["probability"]
 
 `predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list of dicts, one for
-each. A row of `milonga-tango` may have `negative_prompt`, `seed`, `num_inference_steps`, `guidance_scale` and
-`duration` (seconds); the others take the model's defaults. A seed gives the same clip as the service.
+each. A row of `milonga-tango` may be a prompt alone (a string), or have `negative_prompt`, `seed`,
+`num_inference_steps`, `guidance_scale` and `duration` (seconds). Missing values are taken from `params`, then
+from the model's defaults. A seed gives the same clip as the service.
 
 It needs ``milonga[serving]`` only; nothing of `training` is imported.
 """
@@ -70,11 +73,22 @@ class MilongaModel(PythonModel):
         params: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Return a clip or a reward for each row. Raises `InvalidInputError` if a row is invalid."""
-        rows = [{str(k): v for k, v in row.items()} for row in model_input.to_dict("records")]
+        if model_input.columns.empty:
+            raise invalid("prompt", "is missing; give a string, a list of strings, or rows with `prompt`")
+        rows = [completed(row, params or {}) for row in model_input.to_dict("records")]
         return [
             rewarded(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
             for row in rows
         ]
+
+
+def completed(row: Mapping[Any, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `row` with `params` for what it has no value for.
+
+    MLflow makes column 0 of strings without a name: those are prompts.
+    """
+    own = {"prompt" if name == 0 else str(name): row[name] for name in row if given(row, name)}
+    return {name: value for name, value in params.items() if value is not None} | own
 
 
 def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,17 +124,19 @@ def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def sentence(row: Mapping[str, Any]) -> str:
     """Return the prompt of a row."""
-    prompt = row["prompt"]
-    fault = prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else "is no text"
+    prompt = row.get("prompt")
+    fault = (
+        prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else "is missing or no text"
+    )
     if fault:
         raise invalid("prompt", fault)
     return str(prompt)
 
 
-def given(row: Mapping[str, Any], name: str) -> bool:
+def given(row: Mapping[Any, Any], name: Any) -> bool:
     """Return whether a row has a value for `name`: in a table, missing values are NaN."""
     value = row.get(name)
-    return value is not None and value == value
+    return not (pd.api.types.is_scalar(value) and pd.isna(value))
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from services.api.model import ModelVersion
 from services.errors import (
@@ -334,12 +334,26 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def signature_of(kind: Kind) -> "ModelSignature":
-    """Return the schema of `predict`. Optional numbers are of any type: tables have NaN there."""
+    """Return the schema of `predict`. Optional numbers are of any type: tables have NaN there.
+
+    A generator also takes a string or a list of strings. MLflow makes a table of them whose only column is
+    called 0, so that is a column of the schema, and `prompt` is not required: the model checks it.
+    """
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import (
+        AnyType,
+        Array,
+        ColSpec,
+        DataType,
+        ParamSchema,
+        ParamSpec,
+        Schema,
+        TensorSpec,
+    )
 
     inputs: list[ColSpec | TensorSpec]
     outputs: list[ColSpec | TensorSpec]
+    params: ParamSchema | None = None
     text, whole = DataType.string, DataType.long
     if kind == "reward":
         inputs = [
@@ -349,20 +363,25 @@ def signature_of(kind: Kind) -> "ModelSignature":
         ]
         outputs = [ColSpec(DataType.double, "logit"), ColSpec(DataType.double, "probability")]
     else:
+        options = {
+            "negative_prompt": text,
+            "seed": whole,
+            "num_inference_steps": whole,
+            "guidance_scale": DataType.double,
+            "duration": DataType.double,
+        }
         inputs = [
-            ColSpec(text, "prompt"),
-            ColSpec(AnyType(), "negative_prompt", required=False),
-            ColSpec(AnyType(), "seed", required=False),
-            ColSpec(AnyType(), "num_inference_steps", required=False),
-            ColSpec(AnyType(), "guidance_scale", required=False),
-            ColSpec(AnyType(), "duration", required=False),
+            ColSpec(AnyType(), cast(str, 0), required=False),  # first, where MLflow takes 0 for a name
+            ColSpec(AnyType(), "prompt", required=False),
+            *(ColSpec(AnyType(), name, required=False) for name in options),
         ]
+        params = ParamSchema([ParamSpec(name, dtype, None) for name, dtype in options.items()])
         outputs = [
             ColSpec(Array(DataType.float), "audio"),
             ColSpec(whole, "sampling_rate"),
             ColSpec(whole, "seed"),
         ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
 
 
 def _refused(uri: str, error: Exception) -> MilongaError:

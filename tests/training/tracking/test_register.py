@@ -105,7 +105,11 @@ def test_a_registered_model_makes_sound_without_pickles(store: str, model: Path)
     (requirements,) = Path("mlruns").rglob("requirements.txt")
     assert "milonga[serving]==" in requirements.read_text()
     registered = loaded("models:/milonga-tango@challenger", store)
-    assert registered.metadata.signature.inputs.required_input_names() == ["prompt"]
+    signature = registered.metadata.signature
+    assert {"prompt", "seed", "duration"} <= set(signature.inputs.input_names())
+    assert {param.name for param in signature.params} == {
+        *("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "duration")
+    }
     [clip] = registered.predict({"prompt": PROMPT, "seed": 7, "num_inference_steps": 2, "guidance_scale": 2})
     expected = tiny_pipeline()(
         PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=[clip_generator(7)]
@@ -126,8 +130,38 @@ def test_a_registered_model_makes_sound_without_pickles(store: str, model: Path)
     ):
         with pytest.raises(InvalidInputError, match=field):
             registered.predict(wrong)
-    with pytest.raises(MlflowException, match="prompt"):
-        registered.predict({"text": PROMPT})
+    for missing in ({"text": PROMPT}, [], {"seed": 7}, {"prompt": None}, [PROMPT, None], [7]):
+        with pytest.raises(InvalidInputError, match="prompt: is missing"):
+            registered.predict(missing)
+
+
+def test_a_registered_model_takes_strings_and_parameters(store: str, model: Path) -> None:
+    register(model)
+    registered = loaded("models:/milonga-tango@challenger", store)
+    row = {"prompt": PROMPT, "seed": 7, "duration": 0.32}
+    [expected] = registered.predict(row)
+    params = {"seed": 7, "duration": 0.32}
+    for data in (
+        PROMPT,
+        [PROMPT],
+        pd.Series([PROMPT]),
+        pd.DataFrame({"prompt": [PROMPT]}),
+        {"prompt": PROMPT},
+    ):
+        [clip] = registered.predict(data, params=params)
+        np.testing.assert_array_equal(clip["audio"], expected["audio"])
+    two = registered.predict([PROMPT, "rain falls"], params=params)
+    assert [clip["seed"] for clip in two] == [7, 7]
+    np.testing.assert_allclose(two[0]["audio"], expected["audio"], atol=1e-6)
+    # What a row says goes before the parameters, and an empty cell says nothing.
+    table = pd.DataFrame({"prompt": [PROMPT, PROMPT], "seed": [8, None]})
+    assert [clip["seed"] for clip in registered.predict(table, params=params)] == [8, 7]
+    [drawn] = registered.predict(PROMPT)
+    assert drawn["seed"] >= 0 and len(drawn["audio"]) == 10_240
+    with pytest.raises(InvalidInputError, match="seed"):
+        registered.predict(PROMPT, params={"seed": -1})
+    with pytest.raises(MlflowException, match="seed"):
+        registered.predict(PROMPT, params={"seed": "seven"})
 
 
 def test_a_reward_model_is_registered_with_the_clap_model_that_it_stands_on(
