@@ -353,7 +353,7 @@ def signature_of(kind: Kind) -> "ModelSignature":
 
     inputs: list[ColSpec | TensorSpec]
     outputs: list[ColSpec | TensorSpec]
-    params: ParamSchema | None = None
+    params: list[ParamSpec] = []
     text, whole = DataType.string, DataType.long
     if kind == "reward":
         inputs = [
@@ -375,13 +375,14 @@ def signature_of(kind: Kind) -> "ModelSignature":
             ColSpec(AnyType(), "prompt", required=False),
             *(ColSpec(AnyType(), name, required=False) for name in options),
         ]
-        params = ParamSchema([ParamSpec(name, dtype, None) for name, dtype in options.items()])
+        params = [ParamSpec(name, dtype, None) for name, dtype in options.items()]
         outputs = [
             ColSpec(Array(DataType.float), "audio"),
             ColSpec(whole, "sampling_rate"),
             ColSpec(whole, "seed"),
         ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
+    schemas: dict[str, Any] = {"inputs": Schema(inputs), "outputs": Schema(outputs)}
+    return ModelSignature(**schemas, **({"params": ParamSchema(params)} if params else {}))
 
 
 def _refused(uri: str, error: Exception) -> MilongaError:
