@@ -15,6 +15,7 @@ from services.cli.progress import ProgressView
 from services.clip_folder import ClipFolder
 from services.errors import FieldViolation, InvalidInputError
 from services.files import write_atomically
+from services.lists import shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ class Folder:
             typer.echo(f"{made} made, {kept} there already, {len(refused)} refused", err=True)
             typer.echo(self.folder / prompts.INDEX)
         if refused:
-            raise InvalidInputError(*prompts.shortened(refused))
+            raise InvalidInputError(*shortened(refused))
 
     def _check_counts(self) -> None:
         """Raise `InvalidInputError` if a prompt's clip_count exceeds the number of candidates."""
@@ -73,7 +74,7 @@ class Folder:
             if best_of is not None and not 1 <= (job.options.get("clip_count") or 1) <= best_of.candidates
         ]
         if faults:
-            raise InvalidInputError(*prompts.shortened(faults))
+            raise InvalidInputError(*shortened(faults))
 
     def _make_all(self, todo: list[prompts.Job], parallel: int, quiet: bool) -> list[FieldViolation]:
         """Generate the clips of `todo`, `parallel` prompts at a time; return the refusals."""

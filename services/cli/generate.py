@@ -140,8 +140,8 @@ def generate(
         Path | None,
         typer.Option(
             "--prompts",
-            help='File of prompts, one JSON object per line: {"prompt": …}, optionally with id, seed, '
-            "num_inference_steps, … Clips that exist are not made again.",
+            help="List of prompts: CSV, TSV, JSON or Parquet with a prompt per row, optionally with id, "
+            "seed, num_inference_steps, … Clips that exist are not made again. - is standard input.",
         ),
     ] = None,
     spectrogram: Annotated[Path | None, typer.Option(help="Also write the clip's spectrogram (PNG).")] = None,

@@ -1,28 +1,32 @@
-"""Prompt files (JSON Lines), and resumable folders of clips.
+"""Prompts of a list (`services.lists`), and resumable folders of clips.
 
-Each line is an object: ``{"prompt": "A dog barks", "id": "dog", "seed": 7, "num_inference_steps": 50}``.
-Only `prompt` is required. A prompt has its clips and a record in the folder: `dog.wav` and `dog.json`. The
-record is written last, so a prompt without a record is not done. `index.jsonl` lists every clip in the order
-of the prompts, in AudioCaps' format (`location`, `captions`), so that the folder is a data set.
+A row may have options of its own: ``{"prompt": "A dog barks", "id": "dog", "seed": 7, "duration": 2.5}``. A
+prompt has its clips and a record in the folder: `dog.wav` and `dog.json`. The record is written last, so a
+prompt without a record is not done. `index.jsonl` lists every clip in the order of the prompts, in AudioCaps'
+format (`location`, `captions`), so that the folder is a data set.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_type_hints
+
+import typer
 
 from services.cli.outputs import numbered
 from services.client import GenerationOptions
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import write_atomically
+from services.lists import Entry, read_list, shortened
 
 INDEX = "index.jsonl"
 _TYPES: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
     "id": (str, int),
     **{
         name: tuple(kind for kind in get_args(hint) if kind is not NoneType)
@@ -30,9 +34,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
         if name != "encoding"
     },
 }
-"""Fields of a line and their types. There is no `encoding`: it follows from the file extension."""
+"""Fields of a row besides its prompt, and their types. There is no `encoding`: the file extension decides."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_MAX_SHOWN = 5
 _MAX_NAMED_CLIPS = 1000
 
 
@@ -41,7 +44,8 @@ class Job:
     """One prompt of the file."""
 
     name: str
-    """Stem of the file names: the line's `id`, or the line's number and first words."""
+    """Stem of the file names: the row's `id`, or its number and first words. The number of the caption
+    follows if the row has several."""
     prompt: str
     """The prompt."""
     options: GenerationOptions
@@ -60,87 +64,84 @@ class Job:
 def read_jobs(
     path: Path, defaults: GenerationOptions, ranking: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Job, ...]:
-    """Return the prompts of a file.
+    """Return the prompts of a list.
 
-    If neither a line nor `defaults` has a seed, the seed is a hash of the line's name and prompt, so that a
-    resumed run makes the same clips.
+    If neither a row nor `defaults` has a seed, the seed is a hash of the row's name and prompt, so that a
+    resumed run makes the same clips. Columns that are not used are named in a warning on stderr.
 
     Raises:
-        InvalidInputError: the file can't be read, or lines are invalid; names the first few, counts the rest.
+        InvalidInputError: the list can't be read, or rows are invalid; names the first few, counts the rest.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise invalid("--prompts", f"{path} can't be read: {reason}") from error
     faults: list[FieldViolation] = []
     jobs: list[Job] = []
     taken: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fields, fault = _parse(line)
-        job = None if fault else _job(number, fields, defaults, ranking)
+    unused: dict[str, None] = {}
+    # The model checks prompts, by its own limit; the others of the list are generated.
+    for entry in read_list(path, "--prompts", checked=False):
+        unused |= dict.fromkeys(name for name in entry.fields if name not in _TYPES)
+        own, fault = _options(entry)
+        job = None if fault else _job(entry, own, defaults, ranking)
         # Compared in lower case, since some file systems ignore case.
         names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
         if job is not None and names & taken:
             fault = f"id {job.name!r} has the same file names as an earlier line; give it another id"
         if fault:
-            faults.append(FieldViolation(f"{path.name}:{number}", fault))
+            faults.append(FieldViolation(entry.place, fault))
         elif job is not None:
             taken |= names
             jobs.append(job)
-    if not jobs and not faults:
-        faults.append(
-            FieldViolation("--prompts", f'{path} holds no prompt; write one per line: {{"prompt": "…"}}')
-        )
     if faults:
         raise InvalidInputError(*shortened(faults))
+    if unused:
+        typer.echo(f"warning: {path}: the columns {', '.join(unused)} are not used", err=True)
     return tuple(jobs)
 
 
-def shortened(faults: Sequence[FieldViolation]) -> list[FieldViolation]:
-    """Return the first few of `faults` and the number of the others: an error message is one line."""
-    shown = list(faults[:_MAX_SHOWN])
-    if len(faults) > _MAX_SHOWN:
-        shown.append(FieldViolation("…", f"and {len(faults) - _MAX_SHOWN} more"))
-    return shown
-
-
-def _parse(line: str) -> tuple[dict[str, Any], str | None]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        return {}, f"is no JSON: {error}"
-    if not isinstance(fields, dict):
-        return {}, f'must be an object with a prompt: {{"prompt": "…"}}, found {line.strip()[:40]!r}'
-    unknown = sorted(set(fields) - set(_TYPES))
-    if unknown:
-        return {}, f"unknown field {', '.join(unknown)}; known fields: {', '.join(_TYPES)}"
-    if "prompt" not in fields:
-        return {}, "has no prompt"
-    for name, value in fields.items():
-        kinds_of = (*_TYPES[name], int) if float in _TYPES[name] else _TYPES[name]
-        if isinstance(value, bool) or not isinstance(value, kinds_of):
-            kinds = " or ".join(kind.__name__ for kind in kinds_of)
-            return {}, f"{name} is {value!r}, must be {kinds}"
-    name = str(fields.get("id", "x"))
+def _options(entry: Entry) -> tuple[dict[str, Any], str | None]:
+    """Return `id` and the options of a row, and what is wrong with them."""
+    own: dict[str, Any] = {}
+    for name, value in entry.fields.items():
+        if name not in _TYPES:
+            if entry.location is None and _is_misspelt(name):
+                return {}, f"unknown field {name}; known fields: prompt, {', '.join(_TYPES)}"
+            continue
+        kinds = (*_TYPES[name], int) if float in _TYPES[name] else _TYPES[name]
+        own[name] = value if str in kinds or not isinstance(value, str) else _number(value)
+        if isinstance(own[name], bool) or not isinstance(own[name], kinds):
+            return {}, f"{name} is {value!r}, must be {' or '.join(kind.__name__ for kind in kinds)}"
+    name = str(own.get("id", "x"))
     if not _NAME.fullmatch(name):
         return {}, f"id {name[:40]!r} must be a file name: at most 100 letters, digits, '.', '_' and '-'"
-    return fields, None
+    return own, None
+
+
+def _is_misspelt(name: str) -> bool:
+    """Return whether a column seems to be meant as an option; others are a data set's own."""
+    is_part = any(name in option for option in _TYPES)
+    return is_part or bool(get_close_matches(name, [*_TYPES, "clips", "guidance", "sample_rate"]))
+
+
+def _number(text: str) -> int | float | str:
+    """Return the number that a cell of a table holds, or the cell."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _job(
-    number: int, fields: Mapping[str, Any], defaults: GenerationOptions, ranking: Mapping[str, Any]
+    entry: Entry, own: Mapping[str, Any], defaults: GenerationOptions, ranking: Mapping[str, Any]
 ) -> Job:
-    prompt = str(fields["prompt"])
-    name = str(fields["id"]) if "id" in fields else f"{number:05d}-{_slug(prompt)}".rstrip("-")
-    own = {key: value for key, value in fields.items() if key not in ("id", "prompt")}
+    parts = [str(own["id"])] if "id" in own else [f"{entry.number:05d}", _slug(entry.prompt)]
+    if entry.caption:
+        parts.insert(1, str(entry.caption))
+    name = "-".join(filter(None, parts))
     options: GenerationOptions = {**defaults, **own}  # type: ignore[typeddict-item]
+    options.pop("id", None)  # type: ignore[typeddict-item]
     if options.get("seed") is None:
-        digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).digest()
+        digest = hashlib.blake2b(f"{name}\n{entry.prompt}".encode(), digest_size=4).digest()
         options["seed"] = int.from_bytes(digest, "big")
-    return Job(name=name, prompt=prompt, options=options, ranking=ranking)
+    return Job(name=name, prompt=entry.prompt, options=options, ranking=ranking)
 
 
 def _slug(prompt: str) -> str:

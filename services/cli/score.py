@@ -15,7 +15,6 @@ from milonga.v1 import audio_pb2
 from services import client
 from services.api.scoring import Scorers
 from services.audio.clips import AudioBounds, check_prompt, read_clip
-from services.cli import prompts
 from services.cli.making import warn
 from services.cli.options import grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
@@ -30,6 +29,7 @@ from services.cli.scorers import (
     refuse,
 )
 from services.errors import FieldViolation, InvalidInputError, invalid
+from services.lists import find_audio, read_list, shortened
 
 _MAX_BATCH_BYTES = 128 * 2**20
 """Maximum bytes of the clips in one call, as files or decoded; a single larger clip is a call of its own."""
@@ -90,8 +90,9 @@ def score(
         Path | None,
         typer.Option(
             "--prompts",
-            help="File of clips and their prompts, instead of PROMPT and CLIP; one JSON object per line: "
-            '{"prompt": …, "location": …}, as in the index.jsonl of `milonga generate --prompts`.',
+            help="List of clips and their prompts, instead of PROMPT and CLIP: CSV, TSV, JSON or Parquet "
+            "with a prompt and a location per row, as in the index.jsonl of `milonga generate --prompts`. "
+            "- is standard input.",
         ),
     ] = None,
     no_reward: Annotated[
@@ -157,56 +158,22 @@ def _printable(name: str) -> str:
 
 
 def read_pair_file(path: Path) -> tuple[Pair, ...]:
-    """Return the pairs of a JSON Lines file: each line's `prompt` (or `captions`) and `location`.
+    """Return the pairs of a list: each row's prompts and its clip, which is relative to the list's folder.
 
-    Locations are relative to the file's folder. Other fields are ignored, so a data set's index will do.
+    Other fields are ignored, so a data set's index will do.
 
     Raises:
-        InvalidInputError: the file can't be read, or lines are invalid; names the first few, counts the rest.
+        InvalidInputError: the list can't be read, or rows are invalid; names the first few, counts the rest.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise invalid("--prompts", f"{path} can't be read: {reason}") from error
-    pairs: list[Pair] = []
-    faults: list[FieldViolation] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path.name}:{number}"
-        found = _parse(line)
-        if isinstance(found, str):
-            faults.append(FieldViolation(place, found))
-            continue
-        prompt, location = found
-        pairs.append(Pair(prompt=prompt, path=path.parent / location, location=location, place=place))
-    if not pairs and not faults:
-        faults.append(
-            FieldViolation(
-                "--prompts", f'{path} names no clip; write one per line: {{"prompt": "…", "location": "…"}}'
-            )
+    return tuple(
+        Pair(
+            prompt=entry.prompt,
+            path=find_audio(entry.location or "", path.parent),
+            location=entry.location or "",
+            place=entry.place,
         )
-    if faults:
-        raise InvalidInputError(*prompts.shortened(faults))
-    return tuple(pairs)
-
-
-def _parse(line: str) -> tuple[str, str] | str:
-    """Return the prompt and the location of a line, or the description of its error."""
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        return f"is no JSON: {error}"
-    if not isinstance(fields, dict):
-        return f'must be an object: {{"prompt": "…", "location": "…"}}, found {line.strip()[:40]!r}'
-    prompt, location = fields.get("prompt", fields.get("captions")), fields.get("location")
-    for name, value in (("prompt", prompt), ("location", location)):
-        if value is None:
-            return f"has no {name}"
-        if not isinstance(value, str):
-            return f"{name} is {str(value)[:40]!r}, must be str"
-    return str(prompt), str(location)
+        for entry in read_list(path, "--prompts", needs_clip=True, checked=False)
+    )
 
 
 def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
@@ -233,7 +200,7 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
         except InvalidInputError as error:
             faults.extend(name_clips(error, [pair.place]).violations)
     if faults:
-        raise InvalidInputError(*(faults if single_prompt else prompts.shortened(faults)))
+        raise InvalidInputError(*(faults if single_prompt else shortened(faults)))
     return sizes
 
 

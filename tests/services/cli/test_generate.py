@@ -355,6 +355,31 @@ def test_a_wrong_line_is_named_with_its_number(line: str, says: str, tmp_path: P
     assert says in str(caught.value)
 
 
+def test_a_table_of_prompts_has_options_in_its_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("youtube_id,caption,seed,duration,scheduler\nab,Rain,7,2,ddim\ncd,Birds,,2.5,\n")
+    first, second = prompts.read_jobs(file, {"scheduler": "euler"})
+    assert {**first.options} == {"seed": 7, "duration": 2, "scheduler": "ddim"}
+    assert (second.options["duration"], second.options["scheduler"]) == (2.5, "euler")
+    assert (first.name, second.name) == ("00002-rain", "00003-birds")
+    assert "youtube_id are not used" in capsys.readouterr().err
+    for column, says in (("steps", "unknown field steps"), ("seed", "seed is 'x', must be int")):
+        file.write_text(f"caption,{column}\nRain,x\n")
+        with pytest.raises(InvalidInputError, match=says):
+            prompts.read_jobs(file, {})
+
+
+def test_each_caption_of_a_row_has_its_own_files(tmp_path: Path) -> None:
+    file = tmp_path / "clotho.csv"
+    file.write_text("file_name,caption_1,caption_2,caption_3\nx.wav,Rain,Rain,Rain falls\n")
+    names = [job.name for job in prompts.read_jobs(file, {})]
+    assert names == ["00002-1-rain", "00002-2-rain", "00002-3-rain-falls"]
+    file = write_prompts(tmp_path / "p.jsonl", {"id": "a", "caption": ["Rain", "Birds"], "seed": None})
+    assert [job.name for job in prompts.read_jobs(file, {})] == ["a-1", "a-2"]
+
+
 def test_clips_of_two_lines_never_share_a_file(tmp_path: Path) -> None:
     file = write_prompts(
         tmp_path / "p.jsonl", {"prompt": "x", "id": "a", "clip_count": 2}, {"prompt": "x", "id": "A-2"}

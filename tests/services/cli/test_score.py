@@ -1,5 +1,6 @@
 """`milonga score`, and `milonga generate --candidates`: real files, real (tiny) judges, real services."""
 
+import io
 import json
 import os
 import subprocess
@@ -266,6 +267,26 @@ def test_wrong_lines_are_named_with_their_numbers(
     assert "p.jsonl:1: prompt is empty" in line
     assert "p.jsonl:2: location missing.wav can't be read" in line
     assert "p.jsonl:3" not in line
+
+
+def test_lists_of_clips_are_read_in_the_forms_that_data_sets_have(
+    models: Models, clips: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("zoo").mkdir()
+    Path("zoo/a.flac").write_bytes(Path(clips[1]).read_bytes())
+    Path("windows.jsonl").write_text(json.dumps({"caption": PROMPT, "location": "zoo\\a.flac"}))
+    Path("clotho.csv").write_text(f"file_name,caption_1,caption_2\na.flac,{PROMPT},Rain\n")
+    Path("clotho.csv").rename("zoo/clotho.csv")
+    content = f"caption\tlocation\n{PROMPT}\tzoo/a.flac\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    first = []
+    for name, prompts in (("windows.jsonl", [PROMPT]), ("zoo/clotho.csv", [PROMPT, "Rain"]), ("-", [PROMPT])):
+        assert cli.run(["score", "--prompts", name, "--json", *models.scorers, "--no-reward"]) == 0
+        records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [record["prompt"] for record in records] == prompts
+        first.append([one["score"] for one in records[0]["scores"].values()])
+    for scores in first[1:]:
+        assert scores == pytest.approx(first[0], abs=1e-5)
 
 
 @pytest.mark.parametrize(
