@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import invalid
 from services.files import write_atomically
+from services.weights.uri import ResolvedModel
 from training.data.store import (
     Row,
     batches,
@@ -32,7 +33,7 @@ from training.data.store import (
 from training.loop.checks import check_minimum
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
-from training.preferences.embedders import Embedder, embedder_identity, load_embedder
+from training.preferences.embedders import Embedder, embedder_identity, load_embedder, resolve_embedder
 from training.soundworld.scenes import SceneConfig, draw_caption
 
 CAPTIONS = "captions.jsonl"
@@ -94,25 +95,25 @@ class CaptionsConfig:
         check_minimum(self, 1, "clusters", "per_cluster", "batch")
 
 
-def captions_identity(config: CaptionsConfig) -> dict[str, Plain]:
-    """Return all that determines the result."""
-    inputs: dict[str, Plain] = {"embedder.identity": embedder_identity(config.embedder)}
+def captions_identity(config: CaptionsConfig, model: ResolvedModel | None) -> dict[str, Plain]:
+    """Return all that determines the result. `model` is the embedder's (`resolve_embedder`)."""
+    inputs: dict[str, Plain] = {"embedder.identity": embedder_identity(config.embedder, model)}
     if config.source is not None:
         inputs["source.digest"] = file_digest(config.source, "source", "give CSV, JSON Lines or Parquet")
     return flatten(config) | inputs
 
 
-def select_captions(config: CaptionsConfig, output: Path, *, embedder: Embedder | None = None) -> Row:
+def select_captions(config: CaptionsConfig, output: Path, *, model: ResolvedModel | None = None) -> Row:
     """Run the stage in `output`; return its report: how many captions there were, and of which clusters.
 
-    `embedder` replaces the one that the config names.
+    `model` is the embedder's (`resolve_embedder`); None: it is resolved here.
 
     Raises:
         InvalidInputError: a source that can't be read, lacks the column, or has too few captions.
         ModelError: the embedder's model was refused.
     """
-    identity = captions_identity(config) if embedder is None else flatten(config)
-    if report := claim(output, identity, FREE):
+    model = model or resolve_embedder(config.embedder)
+    if report := claim(output, captions_identity(config, model), FREE):
         return report
     captions, left_out = read_captions(config)
     if len(captions) < config.clusters:
@@ -121,7 +122,7 @@ def select_captions(config: CaptionsConfig, output: Path, *, embedder: Embedder 
             f"is {config.clusters}, and there are {len(captions)} captions; give more captions, or fewer "
             "clusters",
         )
-    vectors_ND = _embed(captions, config, output / "embeddings", embedder)
+    vectors_ND = _embed(captions, config, output / "embeddings", model)
     labels_N = cluster(vectors_ND, config.clusters, config.seed)
     picked = pick(labels_N, config.per_cluster, config.seed)
     temporal = [caption for caption in captions if is_temporal(caption)]
@@ -237,16 +238,17 @@ def _soundworld(config: SoundworldCaptions) -> Iterator[str]:
 
 
 def _embed(
-    captions: Sequence[str], config: CaptionsConfig, folder: Path, embedder: Embedder | None
+    captions: Sequence[str], config: CaptionsConfig, folder: Path, model: ResolvedModel | None
 ) -> NDArray[np.float32]:
     """Return embeddings [N, D]; those of each `_SHARD` captions are kept on disk."""
     parts = []
+    embedder: Embedder | None = None
     with progress(total=len(captions), desc="embeddings", unit="caption") as bar:
         for part in batches(captions, _SHARD):
             path = folder / f"{digest_of_value(part)[:24]}.npy"
             vectors_BD = _load(path, len(part))
             if vectors_BD is None:
-                embedder = embedder or load_embedder(config.embedder, config.device)
+                embedder = embedder or load_embedder(config.embedder, model, config.device)
                 vectors_BD = np.concatenate([embedder.embed(piece) for piece in batches(part, config.batch)])
                 _save(path, vectors_BD)
             parts.append(vectors_BD)

@@ -15,7 +15,7 @@ from services.models.clap.loading import load_tokenizer
 from services.models.folders import pick_device
 from services.models.state_dicts import check_finite, quiet_loading
 from services.weights.loading import load_embedding_model
-from services.weights.uri import ModelURI, resolve
+from services.weights.uri import ResolvedModel, resolve
 
 FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODEL_URI"
 
@@ -23,38 +23,51 @@ FORMS: Final = "sentence-transformers:NAME_OR_PATH, tango:MODEL_URI or clap:MODE
 class Embedder(Protocol):
     """Embeds sentences, similar ones near each other."""
 
-    identity: str
-    """Identity of the weights: equal ones give equal embeddings."""
-
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings [B, D] of length 1."""
 
 
-def load_embedder(name: str, device: str = "auto") -> Embedder:
-    """Load the embedder called `name`, which is one of `FORMS`.
+def resolve_embedder(name: str) -> ResolvedModel | None:
+    """Resolve the model of the embedder called `name`, which is one of `FORMS`; None if that has no URI.
 
     Raises:
-        InvalidInputError: no such name, or its package is not installed.
+        InvalidInputError: no such name.
         ModelError: the model was refused.
     """
     kind, _, what = name.partition(":")
-    if kind not in _KINDS or not what:
+    if kind not in ("sentence-transformers", *_KINDS) or not what:
         raise invalid("embedder", f"is {name!r}, must be {FORMS}")
-    return _KINDS[kind](what, device)
+    return resolve(what) if kind in _KINDS else None
+
+
+def embedder_identity(name: str, model: ResolvedModel | None) -> str:
+    """Return the identity of an embedder: equal ones give equal embeddings. `model` is its resolved model."""
+    return name if model is None else f"{name.partition(':')[0]}:{model.digest}"
+
+
+def load_embedder(name: str, model: ResolvedModel | None, device: str = "auto") -> Embedder:
+    """Load the embedder called `name`. `model` is its resolved model.
+
+    Raises:
+        InvalidInputError: its package is not installed.
+        ModelError: the model was refused.
+    """
+    kind, _, what = name.partition(":")
+    return SentenceTransformersEmbedder(what, device) if model is None else _KINDS[kind](model, device)
 
 
 class SentenceTransformersEmbedder:
     """A model of the sentence-transformers package, if that is installed."""
 
     def __init__(self, name: str, device: str = "auto") -> None:
-        self.identity = f"sentence-transformers:{name}"
         try:
             package: Any = importlib.import_module("sentence_transformers")
         except ImportError as error:
             raise invalid(
                 "embedder",
-                f"is {self.identity}, and the package is not installed; pip install sentence-transformers, "
-                "or take an embedder that needs none: tango:mini, clap:mini:clap-a",
+                f"is sentence-transformers:{name}, and the package is not installed; "
+                "pip install sentence-transformers, or take an embedder that needs none: tango:mini, "
+                "clap:mini:clap-a",
             ) from error
         try:
             self._model: Any = package.SentenceTransformer(name, device=str(pick_device(device)))
@@ -75,19 +88,17 @@ class SentenceTransformersEmbedder:
 class TangoEmbedder:
     """The text encoder of a generator (FLAN-T5, or the mini family's): the mean over tokens."""
 
-    def __init__(self, uri: str, device: str = "auto") -> None:
+    def __init__(self, model: ResolvedModel, device: str = "auto") -> None:
         from transformers import T5EncoderModel
 
-        found = resolve(ModelURI.parse(uri))
-        self.identity = f"tango:{found.digest}"
-        check_generator(found.folder)
+        check_generator(model.folder)
         with quiet_loading():
-            model: Any = T5EncoderModel.from_pretrained(
-                found.folder / "text_encoder", use_safetensors=True, local_files_only=True
+            encoder: Any = T5EncoderModel.from_pretrained(
+                model.folder / "text_encoder", use_safetensors=True, local_files_only=True
             )
-        check_finite(f"{found.folder}/text_encoder", model.state_dict())
-        self._model = model.to(pick_device(device)).float().eval()
-        self._tokenizer = load_tokenizer(found.folder / "tokenizer", model.config.vocab_size)
+        check_finite(f"{model.folder}/text_encoder", encoder.state_dict())
+        self._model = encoder.to(pick_device(device)).float().eval()
+        self._tokenizer = load_tokenizer(model.folder / "tokenizer", encoder.config.vocab_size)
 
     @torch.inference_mode()
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
@@ -105,9 +116,7 @@ class TangoEmbedder:
 class ClapEmbedder:
     """The text side of a CLAP model."""
 
-    def __init__(self, uri: str, device: str = "auto") -> None:
-        model = resolve(uri)
-        self.identity = f"clap:{model.digest}"
+    def __init__(self, model: ResolvedModel, device: str = "auto") -> None:
         self._model = load_embedding_model(model, device)
 
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
@@ -116,18 +125,7 @@ class ClapEmbedder:
         return vectors
 
 
-_KINDS: Final[Mapping[str, Callable[[str, str], Embedder]]] = MappingProxyType(
-    {
-        "sentence-transformers": SentenceTransformersEmbedder,
-        "tango": TangoEmbedder,
-        "clap": ClapEmbedder,
-    }
+_KINDS: Final[Mapping[str, Callable[[ResolvedModel, str], Embedder]]] = MappingProxyType(
+    {"tango": TangoEmbedder, "clap": ClapEmbedder}
 )
-
-
-def embedder_identity(name: str) -> str:
-    """Return `Embedder.identity` of the embedder called `name`, without loading it."""
-    kind, _, what = name.partition(":")
-    if kind not in _KINDS or not what:
-        raise invalid("embedder", f"is {name!r}, must be {FORMS}")
-    return name if kind == "sentence-transformers" else f"{kind}:{resolve(ModelURI.parse(what)).digest}"
+"""Embedders whose weights a model URI names."""

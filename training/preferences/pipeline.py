@@ -31,6 +31,7 @@ from training.preferences.captions import (
     select_captions,
 )
 from training.preferences.dataset import DatasetConfig, dataset_identity, write_dataset
+from training.preferences.embedders import resolve_embedder
 from training.preferences.pairs import PairsConfig, Quantiles, Thresholds, make_pairs, pairs_identity
 from training.preferences.perturb import FREE as PERTURB_FREE
 from training.preferences.perturb import PerturbConfig, perturb_captions, perturb_identity
@@ -84,11 +85,12 @@ def make_preferences(
     Raises the errors of the stages.
     """
     run = _Run(output, until, on_stage)
+    embedder = resolve_embedder(config.captions.embedder)
     captions = run.stage(
         "captions",
-        captions_identity(config.captions),
+        captions_identity(config.captions, embedder),
         CAPTIONS_FREE,
-        partial(select_captions, config.captions),
+        partial(select_captions, config.captions, model=embedder),
     )
     perturbed: Path | None = None
     if run.continues and {"2", "3"} & set(config.candidates.strategies):

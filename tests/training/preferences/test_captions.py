@@ -23,7 +23,7 @@ from training.preferences.captions import (
     selected,
     temporal,
 )
-from training.preferences.embedders import embedder_identity, load_embedder
+from training.preferences.embedders import embedder_identity, load_embedder, resolve_embedder
 from training.soundworld.scenes import split_of
 
 TEXTS = ["A dog barks", "Rain falls, then a bell rings", "A dog barks", "", "Birds sing"]
@@ -62,7 +62,7 @@ def test_what_is_no_list_of_captions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="can't be read"):
         list(read_column(missing, "caption"))
     with pytest.raises(InvalidInputError, match=r"^source: .*none\.csv can't be read: .*; give CSV, JSON"):
-        captions_identity(CaptionsConfig(source=missing))
+        captions_identity(CaptionsConfig(source=missing), None)
 
 
 def test_each_cluster_gives_its_share() -> None:
@@ -120,18 +120,19 @@ def test_too_few_captions_are_an_error(stages: Stages, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tango", "clap"])
 def test_embedders_give_unit_vectors_that_no_neighbour_changes(models: Models, kind: str) -> None:
     name = f"{kind}:{models.tango if kind == 'tango' else models.clap_a}"
-    embedder = load_embedder(name, "cpu")
+    model = resolve_embedder(name)
+    embedder = load_embedder(name, model, "cpu")
     sentences = ["a dog barks", "a bell rings then rain falls while a cat"]
     vectors = embedder.embed(sentences)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.allclose(embedder.embed(sentences[:1])[0], vectors[0], atol=1e-5)
-    assert embedder.identity == embedder_identity(name)
-    assert "sha256:" in embedder.identity
+    assert model is not None
+    assert embedder_identity(name, model) == f"{kind}:{model.digest}"
 
 
 def test_an_embedder_that_is_not_there_is_told() -> None:
     with pytest.raises(InvalidInputError, match="pip install sentence-transformers"):
-        load_embedder("sentence-transformers:thenlper/gte-large")
+        load_embedder("sentence-transformers:thenlper/gte-large", None)
     for name in ("gte-large", "word2vec:x", "tango:"):
         with pytest.raises(InvalidInputError, match="must be sentence-transformers:"):
-            load_embedder(name)
+            resolve_embedder(name)
