@@ -7,6 +7,7 @@
         ...                    # its files are written; if killed, the same call generates the rest
 """
 
+import io
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, Unpack
@@ -14,6 +15,7 @@ from typing import Generic, Protocol, TypeVar, Unpack
 import soundfile
 
 from services.api.generation import Clip, ClipMaker, Generation, GenerationOptions
+from services.audio.containers import ContainerError, open_container
 from services.errors import InvalidInputError, MilongaError
 from services.files import side_by_side, write_atomically
 
@@ -86,10 +88,11 @@ class ClipFolder(Generic[Item]):
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file exists and has readable audio."""
+    """Return whether a file exists and has audio, none of which is cut off."""
     try:
-        return bool(soundfile.info(path).frames)
-    except (OSError, RuntimeError):  # RuntimeError: libsndfile's
+        _, content = open_container(path.read_bytes())
+        return bool(soundfile.info(io.BytesIO(content)).frames)
+    except (OSError, ContainerError, RuntimeError):  # RuntimeError: libsndfile's
         return False
 
 

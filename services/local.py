@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar, Unpack
 
 import numpy as np
@@ -26,7 +25,8 @@ from services.api.generation import (
 )
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, Reward, Rewards, Scorer, Scores, Sound
-from services.audio.clips import AudioBounds, ReadClip, read_pairs
+from services.audio.clips import read_pairs
+from services.audio.decoding import AudioBounds, ReadClip
 from services.client.sounds import RequestWriter
 from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
@@ -157,25 +157,11 @@ class LocalScorers:
 
 
 def _read(pairs: Sequence[tuple[str, Sound]]) -> tuple[list[str], list[ReadClip]]:
-    """Return prompts and decoded clips; files are decoded and checked as in a service."""
-    files = [(prompt, sound) for prompt, sound in pairs if isinstance(sound, bytes | Path)]
-    decoded = iter(_read_files(files) if files else ())
-    clips = [
-        next(decoded)[1] if isinstance(sound, bytes | Path) else _of_samples(sound) for _, sound in pairs
-    ]
-    return [prompt for prompt, _ in pairs], clips
-
-
-def _read_files(pairs: Sequence[tuple[str, Sound]]) -> list[tuple[str, ReadClip]]:
+    """Return prompts and decoded clips, checked as in a service; there may be more of them."""
     write = RequestWriter()
     messages = write.checked(BatchScoreAudioRequest(pairs=write.pairs(pairs, "pairs"))).pairs
-    return read_pairs(messages, "pairs", AudioBounds())
-
-
-def _of_samples(sound: Clip | tuple[NDArray[np.float32], int]) -> ReadClip:
-    waveform, rate = (sound.waveform(), sound.sampling_rate) if isinstance(sound, Clip) else sound
-    mono = waveform if waveform.ndim == 1 else waveform.mean(axis=0)
-    return ReadClip(waveform=mono, sampling_rate=rate)
+    read = read_pairs(messages, "pairs", AudioBounds(max_batch_size=max(1, len(pairs))))
+    return [prompt for prompt, _ in read], [clip for _, clip in read]
 
 
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:

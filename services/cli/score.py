@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from milonga.v1 import audio_pb2
 from services import client
 from services.api.scoring import Scorers
-from services.audio.clips import AudioBounds, check_prompt, read_clip
+from services.audio.clips import check_prompt
+from services.audio.decoding import AudioBounds, decode
 from services.cli.making import warn
 from services.cli.options import grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
@@ -195,10 +195,10 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
         try:
             content = pair.read()
             # Decoded again when it is scored: all decoded clips together may not fit into memory.
-            clip = read_clip(audio_pb2.Clip(audio=content), "pairs[0].clip", bounds)
+            clip = decode(content, pair.place, bounds)
             sizes.append(max(len(content), clip.waveform.nbytes))
         except InvalidInputError as error:
-            faults.extend(name_clips(error, [pair.place]).violations)
+            faults.extend(error.violations)
     if faults:
         raise InvalidInputError(*(faults if single_prompt else shortened(faults)))
     return sizes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from milonga.v1 import audio_pb2
-from services.audio.clips import AudioBounds
+from services.audio.decoding import AudioBounds
 from services.errors import FieldViolation, InvalidInputError
 from services.inference.tensors import Tensors, TensorSpec, spread, texts
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from services.audio.clips import ReadClip
+from services.audio.decoding import ReadClip
 from services.catalogue import REWARD
 from services.models.reward.model import RewardClip, RewardModel, load_reward
 from services.reward.settings import CLAP, RewardSettings

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.api.scoring import RankedClip, Reward, rank
-from services.audio.clips import AudioBounds, ReadClip, check_prompt, read_clips, read_pairs
+from services.audio.clips import check_prompt, read_clips, read_pairs, write_limits
+from services.audio.decoding import AudioBounds, ReadClip
 from services.errors import FieldViolation, InvalidInputError
 from services.reward.model import Pair, RewardScorer
 from services.reward.settings import RewardSettings
@@ -28,7 +29,7 @@ class RewardServicer(rpc.RewardServiceServicer):
         self._description = pb.GetRewardModelResponse(
             model=self._version,
             clap=write_version(scorer.clap),
-            limits=self.bounds.message(settings.max_request_bytes),
+            limits=write_limits(self.bounds, settings.max_request_bytes),
             sample_rate_hertz=scorer.sampling_rate,
         )
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.audio.clips import ReadClip
+from services.audio.decoding import ReadClip
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings

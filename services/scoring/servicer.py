@@ -13,7 +13,8 @@ from torch import Tensor
 from milonga.v1 import audio_pb2
 from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
-from services.audio.clips import AudioBounds, read_clips, read_pairs, read_prompts
+from services.audio.clips import read_clips, read_pairs, read_prompts, write_limits
+from services.audio.decoding import AudioBounds
 from services.errors import FieldViolation, InvalidInputError
 from services.runtime.offloading import OffLoop
 from services.scoring.scorers import Scorer, ScorerGroup, gather_or_cancel
@@ -41,7 +42,7 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         self.scorers, self.bounds = scorers, AudioBounds(max_batch_size=settings.max_batch_size)
         self._off_loop = OffLoop()
         self._listing = pb.ListScorersResponse(
-            scorers=write_scorers(scorers), limits=self.bounds.message(settings.max_request_bytes)
+            scorers=write_scorers(scorers), limits=write_limits(self.bounds, settings.max_request_bytes)
         )
 
     async def BatchScoreAudio(

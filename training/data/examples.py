@@ -5,7 +5,6 @@ Clips are decoded on access, so a data set may be larger than memory.
 
 import functools
 import hashlib
-import io
 import json
 import sys
 from collections import Counter, defaultdict
@@ -14,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import soundfile
-
-from services.errors import invalid
+from services.audio import decoding
+from services.errors import InvalidInputError, invalid
 from services.files import sha256_of
-from services.models.clap.model import MAX_SECONDS, MIN_SECONDS, Waveform
+from services.models.clap.model import Waveform
 from training.soundworld.captions import CaptionTruth
 
 _LISTED = 5
@@ -182,24 +179,13 @@ class Examples:
 def decode(content: bytes) -> tuple[Waveform, int]:
     """Return the samples [channels, N], float32, and the rate in Hz of an encoded clip.
 
-    Raises ValueError if it is not audio, is too short or too long for CLAP, or has non-finite samples.
+    Raises ValueError for what the services refuse: the decoder is theirs.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate = int(file.samplerate)
-            # Limits the decoded samples, whatever the header says.
-            samples_NC = file.read(int(MAX_SECONDS * rate) + 1, dtype="float32", always_2d=True)
-    except RuntimeError as error:  # libsndfile's errors
-        raise ValueError(str(error)) from error
-    seconds = len(samples_NC) / rate
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise ValueError(
-            f"is {'over ' if seconds > MAX_SECONDS else ''}{seconds:.2f} s long, must be {MIN_SECONDS} to "
-            f"{MAX_SECONDS:g}"
-        )
-    if not np.isfinite(samples_NC).all():
-        raise ValueError("holds samples that are not finite")
-    return np.ascontiguousarray(samples_NC.T), rate
+        clip = decoding.decode(content, "clip", decoding.AudioBounds(), keep_channels=True)
+    except InvalidInputError as error:
+        raise ValueError("; ".join(violation.description for violation in error.violations)) from error
+    return clip.waveform, clip.sampling_rate
 
 
 def find_audio(text: str, root: Path) -> Path:

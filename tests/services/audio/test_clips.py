@@ -6,7 +6,8 @@ import pytest
 
 from milonga.v1 import audio_pb2
 from milonga.v1.audio_pb2 import Clip, PromptedClip
-from services.audio.clips import AudioBounds, check_prompt, read_clip, read_clips, read_pairs, read_prompts
+from services.audio.clips import check_prompt, read_clip, read_clips, read_pairs, read_prompts, write_limits
+from services.audio.decoding import AudioBounds
 from services.audio.encoding import ENCODINGS, encode_audio
 from services.errors import FieldViolation, InvalidInputError
 from services.wire import WIRE_ENCODINGS
@@ -300,7 +301,7 @@ def test_a_prompt_of_the_largest_length_is_taken() -> None:
 
 
 def test_the_bounds_travel() -> None:
-    limits = BOUNDS.message(2**28)
+    limits = write_limits(BOUNDS, 2**28)
     assert (limits.max_batch_size, limits.max_prompt_characters, limits.max_channel_count) == (64, 1000, 2)
     assert (limits.min_duration.ToNanoseconds(), limits.max_duration.ToNanoseconds()) == (10**8, 6 * 10**10)
     assert (limits.min_sample_rate_hertz, limits.max_sample_rate_hertz) == (8_000, 192_000)

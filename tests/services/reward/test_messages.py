@@ -3,7 +3,7 @@ import pytest
 
 from milonga.v1 import reward_pb2 as pb
 from services.api.scoring import Reward, rank
-from services.audio.clips import AudioBounds
+from services.audio.decoding import AudioBounds
 from services.errors import InvalidInputError
 from services.reward.servicer import read_candidates, write_place
 from tests.services.reward.serving import float32, tone

@@ -39,10 +39,12 @@ def test_decoding_gives_channels_by_samples() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a sound", "Format not recognised"),
-        (wav(0.01), r"is 0.01 s long, must be 0.1 to 60"),
-        (wav(61, level=0.0), r"is over 60.00 s long"),
-        (wav(level=float("nan")), "not finite"),
+        (b"not a sound", "begins with 6e 6f 74 20, which is no WAV, FLAC or OGG file"),
+        (wav(0.01), r"lasts 0.01 s, must last between 0.1 and 60 s"),
+        (wav(61, level=0.0), r"lasts 61 s, must last between 0.1 and 60 s"),
+        (wav(level=float("nan")), "holds NaN or infinity, first at sample 0"),
+        (wav(level=8_000.0), r"16-bit integers: divide by 32768"),
+        (wav()[: len(wav()) // 2], "is cut short: as WAV"),
     ],
 )
 def test_invalid_clips_are_refused(content: bytes, message: str) -> None:
