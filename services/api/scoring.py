@@ -17,8 +17,8 @@ from services.api.generation import Clip
 from services.api.model import ModelVersion
 
 Sound = Clip | bytes | Path | tuple[NDArray[np.float32], int]
-"""A clip to score: a generated clip, an encoded file (WAV, FLAC, OGG), the path of one, or samples in [-1, 1]
-as float32 [N] or [channels, N] with their sampling rate in hertz."""
+"""A clip to score: a generated clip, an encoded file (WAV, FLAC, OGG, MP3, AIFF), the path of one, or samples
+in [-1, 1] as float32 [N] or [channels, N] with their sampling rate in hertz."""
 
 
 REWARD: Final = "reward"

@@ -84,7 +84,7 @@ def score(
     ] = None,
     clips: Annotated[
         list[str] | None,
-        typer.Argument(help="Audio files (WAV, FLAC, OGG).", show_default=False, metavar="CLIP"),
+        typer.Argument(help="Audio files (WAV, FLAC, OGG, MP3, AIFF).", show_default=False, metavar="CLIP"),
     ] = None,
     pair_file: Annotated[
         Path | None,
