@@ -8,8 +8,6 @@ time" has a batch of one place as well, "one, padded" the batch of the others: t
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measuring import machine, write_report
 from training.preferences.candidates import CandidatesConfig, plan
 from training.preferences.sources import Candidate, SourceConfig, open_source
 from training.soundworld.scenes import SceneConfig, make_scene
@@ -69,9 +68,7 @@ def main() -> None:
         found[way] = round(arguments.clips / seconds(source, candidates), 3)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "machine": machine(),
         "torch": torch.__version__,
         "model": arguments.model,
         "steps": arguments.steps,
@@ -79,8 +76,7 @@ def main() -> None:
         "clips_a_second": found,
         "over_one_at_a_time": {way: round(rate / found["one at a time"], 2) for way, rate in found.items()},
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.output, report)
     print(json.dumps(report, indent=2))
 
 

@@ -8,7 +8,6 @@ settings. Both sides of a ratio are measured in turns, and medians are taken: a 
 """
 
 import argparse
-import json
 import platform
 import resource
 import sys
@@ -23,13 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import PROMPT, seconds, write_report
 from services.api.generation import GenerationRequest, Progress
 from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.latent import LatentPipeline, clip_generator
 from services.models.mini import mini_folder
 
-PROMPT = "A dog barks then a siren wails"
 STEPS_A_ROUND = 20
 
 
@@ -60,7 +59,7 @@ def main() -> None:
     with Engine(pipeline, config) as engine:
         request = engine.request(PROMPT, seed=0, num_inference_steps=arguments.steps)
         engine.generate(request)  # The first call of a shape allocates and chooses kernels.
-        lone = median(_seconds(lambda: engine.generate(request)) for _ in range(arguments.rounds))
+        lone = median(seconds(lambda: engine.generate(request)) for _ in range(arguments.rounds))
         figures = [
             _batching(engine, request, arguments.clips, arguments.rounds),
             _overhead(engine, request, clips=1, rounds=arguments.rounds),
@@ -69,8 +68,7 @@ def main() -> None:
     figures.append(_exact(pipeline, config, request, arguments.rounds))
     report = _report(arguments, pipeline, request, lone, figures)
     _print(report, figures)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.output, report)
 
 
 def _arguments() -> argparse.Namespace:
@@ -97,12 +95,6 @@ def _load(model: str, device: str) -> LatentPipeline:
     return pipeline
 
 
-def _seconds(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
-
-
 def _batching(engine: Engine, request: GenerationRequest, clips: int, rounds: int) -> Figure:
     requests = [replace(request, seed=seed) for seed in range(clips)]
 
@@ -117,7 +109,7 @@ def _batching(engine: Engine, request: GenerationRequest, clips: int, rounds: in
                 pass
 
     at_once()
-    pairs = [(_seconds(one_after_another), _seconds(at_once)) for _ in range(rounds)]
+    pairs = [(seconds(one_after_another), seconds(at_once)) for _ in range(rounds)]
     return Figure(
         name=f"{clips} requests one after another / at once",
         of=median(pair[0] for pair in pairs),
@@ -132,7 +124,7 @@ def _overhead(engine: Engine, request: GenerationRequest, *, clips: int, rounds:
     in_engine: list[float] = []
     bare: list[float] = []
     for _ in range(rounds):
-        bare += [_seconds(bare_call) for _ in range(STEPS_A_ROUND)]
+        bare += [seconds(bare_call) for _ in range(STEPS_A_ROUND)]
         in_engine += _step_seconds(engine, guided)
     return Figure(
         name=f"engine step / bare denoiser call (clips: {clips})",
@@ -169,12 +161,12 @@ def _bare_call(pipeline: LatentPipeline, request: GenerationRequest) -> Callable
 def _exact(pipeline: LatentPipeline, config: EngineConfig, request: GenerationRequest, rounds: int) -> Figure:
     pairs = []
     for _ in range(rounds):
-        seconds = []
+        both = []
         for exact in (True, False):
-            with Engine(pipeline, replace(config, exact=exact)) as engine:
+            with Engine(pipeline, config.model_copy(update={"exact": exact})) as engine:
                 engine.generate(replace(request, num_inference_steps=1))
-                seconds.append(_seconds(lambda engine=engine: engine.generate(request)))  # type: ignore[misc]
-        pairs.append(seconds)
+                both.append(seconds(lambda engine=engine: engine.generate(request)))  # type: ignore[misc]
+        pairs.append(both)
     return Figure(
         name="a lone request with `exact` / without",
         of=median(pair[0] for pair in pairs),

@@ -11,9 +11,7 @@ work.
 import argparse
 import json
 import os
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -24,38 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.measuring import RATE, machine, memory_mib, noise_clips, seconds, service_plan, write_report
 from services.client import AudioClient
-from services.processes import ServicePlan, ServiceProcess, free_port, running
+from services.processes import ServiceProcess, running
 
 PROMPTS = ("A dog barks then a siren wails", "A bird sings while rain falls", "A bell tolls")
-RATE = 16_000
 ALONE = "0.001"
 """Seconds of sound a batch: less than any clip has, so that each runs alone."""
-
-
-def plan(name: str, *arguments: str) -> ServicePlan:
-    """A service on a free port."""
-    return ServicePlan(name=name, arguments=arguments, address=f"127.0.0.1:{free_port()}")
-
-
-def memory_mib(process: ServiceProcess) -> dict[str, float]:
-    """Resident and peak memory in MiB (Linux)."""
-    status = Path(f"/proc/{process.process.pid}/status").read_text()
-    rows = dict(line.split(":", 1) for line in status.splitlines())
-    return {name: int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
-
-
-def sounds(count: int) -> list[NDArray[np.float32]]:
-    """Clips of 2.56 s of noise, all different: what they sound like changes no cost."""
-    rng = np.random.default_rng(0)
-    return [(0.1 * rng.standard_normal(int(2.56 * RATE))).astype(np.float32) for _ in range(count)]
-
-
-def seconds(act: Callable[[], object]) -> float:
-    """Wall clock."""
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
 
 
 def score_all(client: AudioClient, clips: Sequence[NDArray[np.float32]], callers: int) -> None:
@@ -67,8 +40,8 @@ def score_all(client: AudioClient, clips: Sequence[NDArray[np.float32]], callers
 
 def batching(arguments: argparse.Namespace, logs: Path) -> dict[str, float]:
     """Clips a second with shared batches, and with each clip alone."""
-    clips = sounds(arguments.clips)
-    plans = [plan("scoring", "--scorer", "a=mini:clap-a") for _ in range(2)]
+    clips = noise_clips(arguments.clips)
+    plans = [service_plan("scoring", "--scorer", "a=mini:clap-a") for _ in range(2)]
     alone = os.environ | {"MILONGA_MAX_BATCH_SECONDS": ALONE}
     (logs / "alone").mkdir()
     with (
@@ -106,6 +79,11 @@ def caching(client: AudioClient, rounds: int) -> dict[str, float]:
     return {"prompts": 64, "new_over_known": median(ratios), "known_seconds": median(again)}
 
 
+def memory(services: Sequence[ServiceProcess], name: str) -> dict[str, float]:
+    """Return the VmRSS or VmHWM of each service in MiB, by service."""
+    return {service.plan.name: memory_mib(service.process.pid)[name] for service in services}
+
+
 def main() -> None:
     """Measure, print, write the JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -115,13 +93,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench/judging.json"))
     arguments = parser.parse_args()
     plans = [
-        plan("generation", "--model", "mini"),
-        plan("scoring", "--scorer", "a=mini:clap-a", "--scorer", "b=mini:clap-b"),
-        plan("reward", "--model", "mini"),
+        service_plan("generation", "--model", "mini"),
+        service_plan("scoring", "--scorer", "a=mini:clap-a", "--scorer", "b=mini:clap-b"),
+        service_plan("reward", "--model", "mini"),
     ]
     report: dict[str, object] = {
         "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "machine": machine(),
         "torch": torch.__version__,
     }
     with TemporaryDirectory() as folder:
@@ -129,7 +107,7 @@ def main() -> None:
         with running(plans, logs=Path(folder)) as services:
             for service in services:
                 service.wait_until_serving()
-            report["resident_mib_when_ready"] = {s.plan.name: memory_mib(s)["VmRSS"] for s in services}
+            report["resident_mib_when_ready"] = memory(services, "VmRSS")
             generation, scoring, reward = (service.target for service in services)
             with AudioClient(generation, scoring=scoring, reward=reward) as client:
                 client.embed_text(PROMPTS)
@@ -138,9 +116,8 @@ def main() -> None:
                 pairs = [(prompt, clip) for prompt in PROMPTS for clip in clips]
                 client.score_audio(pairs)
                 client.compute_rewards(pairs)
-                report["peak_mib_after_work"] = {s.plan.name: memory_mib(s)["VmHWM"] for s in services}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+                report["peak_mib_after_work"] = memory(services, "VmHWM")
+    write_report(arguments.output, report)
     print(json.dumps(report, indent=2))
 
 

@@ -8,28 +8,18 @@ of an engine in this process take turns.
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.judging import memory_mib, plan
+from benchmarks.measuring import PROMPT, memory_mib, seconds, service_plan, write_report
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.mini import mini_folder
 from services.processes import running
-
-PROMPT = "A dog barks then a siren wails"
-
-
-def _seconds(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -39,11 +29,11 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("build/bench/serving.json"))
     arguments = parser.parse_args()
-    plans = [plan("generation", "--model", arguments.model)]
+    plans = [service_plan("generation", "--model", arguments.model)]
     with TemporaryDirectory() as folder, running(plans, logs=Path(folder)) as (service,):
         service.wait_until_serving()
         ready = service.ready_seconds
-        idle = memory_mib(service)
+        idle = memory_mib(service.process.pid)
         config = EngineConfig(threads=torch.get_num_threads())
         engine = Engine(load_generator(mini_folder(arguments.model)), config)
         with AudioClient(service.target) as client, engine:
@@ -52,12 +42,12 @@ def main() -> None:
             engine.generate(request)
             pairs = [
                 (
-                    _seconds(lambda: client.generate(PROMPT, seed=0)),
-                    _seconds(lambda: engine.generate(request)),
+                    seconds(lambda: client.generate(PROMPT, seed=0)),
+                    seconds(lambda: engine.generate(request)),
                 )
                 for _ in range(arguments.calls)
             ]
-        loaded = memory_mib(service)
+        loaded = memory_mib(service.process.pid)
     report = {
         "model": arguments.model,
         "torch": torch.__version__,
@@ -69,8 +59,7 @@ def main() -> None:
         "engine_seconds": median(pair[1] for pair in pairs),
         "call_over_engine": median(pair[0] / pair[1] for pair in pairs),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.output, report)
     print(json.dumps(report, indent=2))
 
 

@@ -10,8 +10,6 @@ when the libraries were loaded and nothing else. Caches are warm where there are
 import argparse
 import io
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from typing import Any
 import soundfile
 import torch
 
+from benchmarks.measuring import machine, memory_mib, write_report
 from training.data.latents import LatentConfig
 from training.finetuning.dpo import DpoTraining, train_dpo
 from training.finetuning.session import LoraConfig, PairData
@@ -73,15 +72,9 @@ def config_of(arguments: argparse.Namespace, variant: str) -> DpoTraining:
     return replace(recipe, start=arguments.model, data=data, loop=loop, latents=latents, **changes)
 
 
-def memory_mib(name: str) -> float:
-    """A figure of this process in MiB (Linux)."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows[name].split()[0]) / 1024
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Train one variant in this process."""
-    before = memory_mib("VmRSS")
+    before = memory_mib()["VmRSS"]
     output = arguments.work / arguments.variant.replace(" ", "-").replace(",", "")
     # The mark of what was needed on the way here, before anything was measured, is wiped out.
     Path("/proc/self/clear_refs").write_text("5")
@@ -91,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     return {
         # The first step, in which buffers are made, does not count.
         "seconds_a_step": median(arguments.batch / row["samples_per_second"] for row in rows[1:]),
-        "peak_mib": torch.cuda.max_memory_allocated() / MIB if cuda else memory_mib("VmHWM") - before,
+        "peak_mib": torch.cuda.max_memory_allocated() / MIB if cuda else memory_mib()["VmHWM"] - before,
         "parameters_that_learn": report["parameters"]["learn"],
     }
 
@@ -129,9 +122,7 @@ def main() -> None:
     }
     report = {
         "date": date.today().isoformat(),
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "machine": machine(),
         "torch": torch.__version__,
         "model": arguments.model,
         "pairs_a_step": arguments.batch,
@@ -139,8 +130,7 @@ def main() -> None:
         "variants": found,
         "over_full": ratios,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.output, report)
     print(json.dumps(report, indent=2))
 
 

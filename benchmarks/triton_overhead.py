@@ -10,7 +10,6 @@ are bare stubs: what is counted is what the servers do, and the bytes that come 
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,13 +25,12 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from benchmarks.judging import plan, sounds
+from benchmarks.measuring import PROMPT, noise_clips, seconds, service_plan, write_report
 from milonga.v1 import audio_pb2, generation_pb2, generation_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 from services.cli import run
 from services.processes import running
 from tests.triton.server import running as triton_running
 
-PROMPT = "A dog barks then a siren wails"
 SETTINGS = {"threads": "1"}
 IN_FLIGHT = {1: 6, 4: 16, 16: 48}
 """Requests at a time, and how many a round."""
@@ -110,13 +108,6 @@ def protocol(tango: grpc.Channel, clap: grpc.Channel) -> Door:
     return Door(generate=generate, score=score)
 
 
-def seconds(act: Callable[[], object]) -> float:
-    """Wall clock."""
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
-
-
 def throughput(door: Door, at_once: int, count: int) -> float:
     """Clips of 2.56 s and ten steps a second."""
     with ThreadPoolExecutor(at_once) as pool:
@@ -126,7 +117,7 @@ def throughput(door: Door, at_once: int, count: int) -> float:
 
 def hearing(door: Door, at_once: int, count: int) -> float:
     """Scored clips of 2.56 s a second."""
-    clips = sounds(count)
+    clips = noise_clips(count)
     with ThreadPoolExecutor(at_once) as pool:
         spent = seconds(lambda: list(pool.map(door.score, clips)))
     return count / spent
@@ -150,8 +141,8 @@ def opened(folder: Path) -> Iterator[tuple[dict[str, Door], str]]:
     if run(["triton", "export", *names, *settings, str(repository)]):
         raise SystemExit(1)
     plans = [
-        plan("generation", "--model", "mini"),
-        plan("scoring", "--scorer", "clap-a=mini:clap-a", "--scorer", "clap-b=mini:clap-b"),
+        service_plan("generation", "--model", "mini"),
+        service_plan("scoring", "--scorer", "clap-a=mini:clap-a", "--scorer", "clap-b=mini:clap-b"),
     ]
     environment = {**os.environ, "MILONGA_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with (
@@ -183,7 +174,7 @@ def main() -> None:
     with TemporaryDirectory() as name, opened(Path(name)) as (doors, version):
         for door in doors.values():
             door.generate(0, 2, 2.56)
-            door.score(sounds(1)[0])
+            door.score(noise_clips(1)[0])
         report: dict[str, Any] = {
             "triton": version,
             "bytes_of_a_clip": {name: door.generate(0, 10, 2.56) for name, door in doors.items()},
@@ -210,10 +201,9 @@ def main() -> None:
             ),
         )
         report["seconds_of_a_score"] = in_turns(
-            doors, 20, lambda door: seconds(lambda: door.score(sounds(1)[0]))
+            doors, 20, lambda door: seconds(lambda: door.score(noise_clips(1)[0]))
         )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.output, report)
     print(json.dumps(report, indent=2))
 
 
