@@ -66,7 +66,11 @@ class FileClip:
 
     def read(self) -> tuple[Waveform, int]:
         """Decode the file. Raises OSError or ValueError."""
-        return decode(self.path.read_bytes())
+        return decode(self.content())
+
+    def content(self) -> bytes:
+        """Return the encoded bytes. Raises OSError."""
+        return self.path.read_bytes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +96,14 @@ class ParquetClip:
     @property
     def digest(self) -> str:
         """SHA-256 of the encoded bytes."""
-        return hashlib.sha256(self._content()).hexdigest()
+        return hashlib.sha256(self.content()).hexdigest()
 
     def read(self) -> tuple[Waveform, int]:
         """Decode the bytes. Raises OSError or ValueError."""
-        return decode(self._content())
+        return decode(self.content())
 
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
+        """Return the encoded bytes. Raises OSError or ValueError."""
         cell = _parquet_column(self.path, self.column, self.group)[self.row] or {}
         content: bytes | None = cell.get("bytes")
         if content is None:
@@ -181,11 +186,16 @@ def decode(content: bytes) -> tuple[Waveform, int]:
 
     Raises ValueError for what the services refuse: the decoder is theirs.
     """
+    clip = decode_clip(content)
+    return clip.waveform, clip.sampling_rate
+
+
+def decode_clip(content: bytes) -> decoding.ReadClip:
+    """Return a clip [channels, N] with the decoder's warnings. Raises ValueError as `decode` does."""
     try:
-        clip = decoding.decode(content, "clip", decoding.AudioBounds(), keep_channels=True)
+        return decoding.decode(content, "clip", decoding.AudioBounds(), keep_channels=True)
     except InvalidInputError as error:
         raise ValueError("; ".join(violation.description for violation in error.violations)) from error
-    return clip.waveform, clip.sampling_rate
 
 
 def find_audio(text: str, root: Path) -> Path:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from services.errors import invalid
 from services.models.reward.model import load_reward
 from services.weights.loading import load_clap_model
-from training.data.examples import Examples, LabelledClip, read_labelled, read_pairs
+from training.data.content import report_content
+from training.data.examples import Clip, Examples, LabelledClip, read_labelled, read_pairs
 from training.data.scenes import SceneClip, paraphrase
 from training.finetuning.session import (
     FineTuning,
@@ -116,6 +117,12 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         session,
         config.data.max_unreadable,
     )
+    # Pairs are flattened into a liked clip and the one that it is compared with.
+    liked: list[tuple[Clip, Clip | None]] = [
+        (chosen.clip, rejected.clip) for chosen, rejected in zip(paired[::2], paired[1::2], strict=True)
+    ]
+    liked += [(example.clip, None) for example in labelled if example.label > 0.5]
+    content = report_content([pair for pair in liked if not unreadable.keys() & {*pair}], session.accelerator)
     labelled, paired, pretraining = (
         [example for example in part if example.clip not in unreadable]
         for part in (labelled, paired, pretraining)
@@ -145,6 +152,7 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         "pretraining": len(pretraining),
         "mean_reward": sum(example.label for example in rewarded) / len(rewarded),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        **content,
     }
     return finish_session(session, policy, "baton", fitted.steps, data)
 

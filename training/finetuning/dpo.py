@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from training.data.content import report_content
 from training.data.examples import Pair
 from training.finetuning.session import (
     FineTuning,
@@ -82,6 +83,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         session,
         config.data.max_unreadable,
     )
+    content = report_content([(pair.chosen, pair.rejected) for pair in pairs], session.accelerator)
     loop = loop_of(config, len(pairs))
     fitted = fit(
         policy,
@@ -92,7 +94,11 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         accelerator=session.accelerator,
         title=f"dpo {config.name}",
     )
-    data = {"examples": len(pairs), "unreadable": {clip.name: why for clip, why in unreadable.items()}}
+    data = {
+        "examples": len(pairs),
+        "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        **content,
+    }
     return finish_session(session, policy, "dpo", fitted.steps, data)
 
 

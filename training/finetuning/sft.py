@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from training.data.content import report_content
 from training.data.examples import Pair
 from training.finetuning.session import (
     FineTuning,
@@ -65,6 +66,7 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
     pairs, unreadable = readable(
         pairs, lambda pair: [pair.chosen], lambda pair: pair.prompt, session, config.data.max_unreadable
     )
+    content = report_content([(pair.chosen, None) for pair in pairs], session.accelerator)
     loop = loop_of(config, len(pairs))
     policy = build_policy(config, session.start)
     fitted = fit(
@@ -76,7 +78,11 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         accelerator=session.accelerator,
         title=f"sft {config.name}",
     )
-    data = {"examples": len(pairs), "unreadable": {clip.name: why for clip, why in unreadable.items()}}
+    data = {
+        "examples": len(pairs),
+        "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        **content,
+    }
     return finish_session(session, policy, "sft", fitted.steps, data)
 
 

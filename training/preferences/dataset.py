@@ -19,6 +19,7 @@ from rich.table import Table
 from services.audio.encoding import encode_audio
 from services.errors import invalid
 from services.files import write_atomically
+from training.data.content import report_content
 from training.data.examples import Clip, FileClip, decode, pair_rows
 from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
 from training.loop.checks import check_minimum, check_share
@@ -115,6 +116,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
                 write_atomically(path, _parquet(columns, schema))
             whole += kept
             bar.update(len(part))
+    read = {name: FileClip(path=candidates / clips[name]["file"]) for name in used}
     return finish(
         output,
         {
@@ -126,6 +128,7 @@ def write_dataset(config: DatasetConfig, candidates: Path, scores: Path, pairs: 
             "table": table_2(whole, names),
             "left_out": len(rows) - len(whole),
             "unreadable": {clip.name: reason for clip, reason in sorted(unreadable.items(), key=str)},
+            **report_content([(read[row["chosen"]], read[row["rejected"]]) for row in whole]),
         },
     )
 

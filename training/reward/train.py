@@ -24,6 +24,7 @@ from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
+from training.data.content import report_content
 from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
 from training.data.scenes import SPLITS, paraphrase
 from training.loop.checks import check_minimum
@@ -129,6 +130,9 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     clap = load_clap_model(resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
     examples, unreadable = prepare_examples(config, tokens)
+    content = report_content(
+        [(pair.chosen, pair.rejected) for pair in examples["train"].preference_pairs()], accelerator
+    )
     torch.manual_seed(config.loop.seed)
     model = build_model(config, clap, resolved)
     validation = examples["validation"]
@@ -159,6 +163,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
             "steps": fitted.steps,
             "examples": {split: counts(examples[split]) for split in SPLITS},
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
+            **content,
             "clap": {"uri": config.clap, "name": resolved.identity.name, "digest": resolved.digest},
             "settings": flatten(config),
         }

@@ -291,6 +291,22 @@ def test_no_pair_left_is_a_clear_error(start: Path, pairs: Path, tmp_path: Path)
     assert report["data"]["examples"] == 1 and len(report["data"]["unreadable"]) == 1
 
 
+def test_equal_silent_and_cut_clips_are_in_the_report(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silence = clip(2)[:44] + bytes(len(clip(2)) - 44)
+    cut = clip(3)[: len(clip(3)) // 2]
+    odd = [(clip(0), clip(0)), (silence, clip(1)), (clip(1), clip(2)), (cut, clip(0))]
+    path = write_pairs(tmp_path / "odd.parquet", odd)
+    data = PairData(pairs=(path,), max_unreadable=0.5)
+    report = train_dpo(dpo(start, path, data=data, loop=SHORT), tmp_path / "model")["data"]
+    assert (report["examples"], report["equal_pairs"], report["silent_chosen"]) == (3, 1, 1)
+    (reason,) = report["unreadable"].values()
+    assert reason.startswith("is cut short: as WAV")
+    err = capsys.readouterr().err
+    assert "warning: 1 of 3 pairs have equal clips" in err and "warning: 1 of 3 clips to learn" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
