@@ -1,9 +1,6 @@
-"""Prometheus metrics of a service, in a separate registry, and the HTTP server that exposes them."""
+"""Prometheus metrics of a service, in a separate registry."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Self
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,14 +9,12 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from services.api.model import ModelVersion
-from services.errors import FieldViolation, InvalidInputError
 
 # From a cached answer to a minute-long render on a CPU.
 LATENCY_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -76,31 +71,3 @@ def identity(version: ModelVersion) -> dict[str, str]:
 def served_weights(name: str, text: str, version: ModelVersion) -> Metric:
     """Return the info metric that identifies weights."""
     return InfoMetricFamily(name, text, identity(version))
-
-
-class MetricsServer:
-    """The HTTP server that Prometheus scrapes, on a separate thread."""
-
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
-        self._server, self._thread = server, thread
-        self.port: int = server.server_port
-
-    @classmethod
-    def start(cls, registry: CollectorRegistry, host: str, port: int) -> Self:
-        """Serve `registry` on ``host:port``.
-
-        Raises:
-            InvalidInputError: the port is in use, or the host is not an address of this machine.
-        """
-        try:
-            return cls(*start_http_server(port, addr=host.strip("[]"), registry=registry))
-        except OSError as error:
-            raise InvalidInputError(
-                FieldViolation("metrics_port", f"can't listen on {host}:{port}: {error.strerror or error}")
-            ) from error
-
-    def stop(self) -> None:
-        """Stop the server and free its port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

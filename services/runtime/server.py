@@ -6,48 +6,85 @@
     …                                         # load the model
     server.add("milonga.v1.GenerationService", lambda grpc_server: add_…_to_server(servicer, grpc_server))
     await server.start()
-    await server.serve_until_signal()
+    await server.serve_until_signal()         # drains on SIGTERM; raises after `server.fail(reason)`
 """
 
 import asyncio
+import contextlib
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, MilongaError
 from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
-from services.runtime.metrics import MetricsServer, ServerMetrics
+from services.runtime.metrics import ServerMetrics
 from services.runtime.reflection import add_reflection
+from services.runtime.scraping import MetricsServer
 from services.runtime.settings import ServerSettings
-from services.runtime.tls import read_authorities, read_identity
+
+if TYPE_CHECKING:
+    from services.runtime.certificates import Certificates
 
 log = structlog.get_logger()
+
+FAILURE_GRACE_SECONDS: Final = 3.0
+"""Seconds that calls may take to end after `Server.fail`, so that their errors reach the callers."""
+
+CLOSE_SECONDS: Final = 10.0
+"""Maximum time from the end of the last call to the end of the process."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Server:
-    """The gRPC server of one service. Not thread-safe: belongs to one event loop."""
+class ServiceFailedError(MilongaError):
+    """The service can't work any longer; its process ends."""
 
-    def __init__(self, settings: ServerSettings, metrics: ServerMetrics) -> None:
+
+class Server:
+    """The gRPC server of one service. Belongs to one event loop; only `fail` is thread-safe."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        metrics: ServerMetrics,
+        *,
+        end_within: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """Bind every port; calls are served after `start`. Call it inside the running event loop.
+
+        Args:
+            settings: addresses, TLS, limits and times.
+            metrics: metrics of the calls.
+            end_within: called from any thread when the service begins to stop, with the seconds that it may
+                take. Ends the process after them in any case.
 
         Raises:
             InvalidInputError: a port is in use, or a TLS file can't be read or is not PEM.
         """
+        self._loop = asyncio.get_running_loop()
+        self._stops: asyncio.Queue[signal.Signals | ServiceFailedError] = asyncio.Queue()
+        self._failure: ServiceFailedError | None = None
+        self._end_within = end_within
+        self._reloads: list[Callable[[], None]] = []
+        self._watch: asyncio.Task[None] | None = None
         self._settings = settings
         self._metrics = metrics
         self._names: list[str] = []
         self._health = HealthServicer()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(metrics)], options=_options(settings))
-        self.port = _bind(self._server, "listen", settings.listen, _credentials(settings))
+        self._certificates = _read_certificates(settings, metrics)
+        credentials = None
+        if self._certificates is not None:
+            credentials = self._certificates.credentials()
+            self.on_reload(self._certificates.reload)
+        self.port = _bind(self._server, "listen", settings.listen, credentials)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._health_server: grpc.aio.Server | None = None
         self.health_port: int | None = None
@@ -58,7 +95,7 @@ class Server:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
         self._metrics_server: MetricsServer | None = None
         if settings.metrics_port is not None:
-            self._metrics_server = MetricsServer.start(metrics.registry, settings.host, settings.metrics_port)
+            self._metrics_server = MetricsServer(metrics.registry, settings.host, settings.metrics_port)
 
     @property
     def metrics_port(self) -> int | None:
@@ -75,34 +112,77 @@ class Server:
         register(self._server)
         self._names.append(name)
 
+    def on_reload(self, reload: Callable[[], None]) -> None:
+        """Have `reload` called on SIGHUP, on the event loop. Without any, SIGHUP ends the process."""
+        self._reloads.append(reload)
+
     async def start(self) -> None:
-        """Start serving, and report SERVING."""
+        """Start serving, and report SERVING, unless the service has failed already."""
         add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
-        self._health.serve(("", *self._names))
+        if self._failure is None:
+            self._health.serve(("", *self._names))
         await self._server.start()
+        if self._certificates is not None:
+            self._watch = self._loop.create_task(self._certificates.watch())
         if self._health_server is not None:
             await self._health_server.start()
 
+    def fail(self, reason: str) -> None:
+        """Stop the service for a fault that it can't recover from. Only the first reason counts.
+
+        Thread-safe. The service reports NOT_SERVING, and `serve_until_signal` raises `ServiceFailedError`
+        within `FAILURE_GRACE_SECONDS`.
+        """
+        if self._failure is not None:
+            return
+        self._failure = failure = ServiceFailedError(f"the service has failed: {reason}")
+        log.critical("failed", reason=reason)
+        self._end_within(FAILURE_GRACE_SECONDS + CLOSE_SECONDS)
+        # Without a loop the process is ending already.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._health.drain)
+            self._loop.call_soon_threadsafe(self._stops.put_nowait, failure)
+
     async def serve_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. A second signal cancels running calls."""
-        loop = asyncio.get_running_loop()
-        signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        """Serve until SIGTERM or SIGINT, then drain. A second signal cancels running calls.
+
+        Raises:
+            ServiceFailedError: `fail` was called.
+        """
         for number in _SIGNALS:
-            loop.add_signal_handler(number, signals.put_nowait, number)
+            self._loop.add_signal_handler(number, self._stops.put_nowait, number)
+        if self._reloads:
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
-            log.info("draining", signal=(await signals.get()).name)
-            drain = asyncio.ensure_future(self.drain())
-            second = asyncio.ensure_future(signals.get())
-            await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)
-            second.cancel()
-            if drain.done():
-                drain.result()
-            else:
-                drain.cancel()
-                await self.stop(0)
+            cause = await self._stops.get()
+            if isinstance(cause, signal.Signals):
+                log.info("draining", signal=cause.name)
+                self._end_within(
+                    self._settings.drain_delay_seconds + self._settings.grace_seconds + CLOSE_SECONDS
+                )
+                await self._drain_unless_stopped()
+            if self._failure is not None:
+                await self.stop(FAILURE_GRACE_SECONDS)
+                raise self._failure
         finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
+            for number in (*_SIGNALS, signal.SIGHUP):
+                self._loop.remove_signal_handler(number)
+
+    def _reload(self) -> None:
+        for reload in self._reloads:
+            reload()
+
+    async def _drain_unless_stopped(self) -> None:
+        drain = asyncio.ensure_future(self.drain())
+        second = asyncio.ensure_future(self._stops.get())
+        await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)
+        second.cancel()
+        if drain.done():
+            drain.result()
+            return
+        drain.cancel()
+        if self._failure is None:
+            await self.stop(0)
 
     async def drain(self) -> None:
         """Stop gracefully: report NOT_SERVING, serve `drain_delay_seconds` more, then `stop` with grace."""
@@ -114,12 +194,23 @@ class Server:
         """Refuse new calls, cancel running ones after `grace` seconds, and free every port."""
         self._health.drain()
         self._health.close()
+        if self._watch is not None:
+            self._watch.cancel()
         await self._server.stop(grace)
         if self._health_server is not None:
             await self._health_server.stop(0)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
             self._metrics_server = None
+
+
+def _read_certificates(settings: ServerSettings, metrics: ServerMetrics) -> "Certificates | None":
+    if settings.tls_cert_file is None:
+        return None
+    # Imported here: only TLS needs cryptography.
+    from services.runtime.certificates import Certificates
+
+    return Certificates(settings, metrics)
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
@@ -175,13 +266,3 @@ def check_free(field: str, address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(FieldViolation(field, f"can't listen on {address}: {reason}")) from error
-
-
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert_file is None or settings.tls_key_file is None:
-        return None
-    chain, key = read_identity("tls_cert_file", settings.tls_cert_file, "tls_key_file", settings.tls_key_file)
-    if settings.tls_client_ca_file is None:
-        return grpc.ssl_server_credentials([(key, chain)])
-    authorities = read_authorities("tls_client_ca_file", settings.tls_client_ca_file)
-    return grpc.ssl_server_credentials([(key, chain)], authorities, require_client_auth=True)
