@@ -10,6 +10,8 @@
     │   └── DigestMismatchError the files don't have the expected digest
     ├── QueueFullError          a bounded queue is full; has the time to wait before a retry
     │   └── QuotaExceededError  the caller has used up its quota; another caller may be served
+    ├── TooLargeError           one item of the request needs more memory than the service has
+    ├── NotFiniteError          the model returned NaN or infinity for the request
     ├── RequestCancelledError   the caller cancelled the request
     ├── DeadlineExceededError   the caller's deadline passed before the request was done
     ├── ServiceUnavailableError the service can't be reached, or is stopping
@@ -24,6 +26,7 @@ an internal error (INTERNAL, exit code 1), and is never reported as the caller's
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class MilongaError(Exception):
@@ -81,6 +84,22 @@ class QueueFullError(MilongaError):
 
 class QuotaExceededError(QueueFullError):
     """The caller has used up its quota. `retry_after` is the seconds until it may make this call."""
+
+
+class TooLargeError(MilongaError):
+    """One item of the request needs more memory than the service has, even alone. A retry would not help."""
+
+
+class NotFiniteError(MilongaError):
+    """The model returned NaN or infinity for this request; others are not affected."""
+
+    @classmethod
+    def of(cls, output: str, digest: str) -> Self:
+        """Return the error of an `output`, such as "reward of clip 0", of the model with `digest`."""
+        return cls(
+            f"the {output} is NaN or infinite, which is a fault of the model ({digest}) or of its device; "
+            "other requests are not affected"
+        )
 
 
 class RequestCancelledError(MilongaError):

@@ -32,22 +32,26 @@ from services.errors import (
     InvalidInputError,
     MilongaError,
     ModelError,
+    NotFiniteError,
     OutputError,
     PermissionDeniedError,
     QueueFullError,
     RequestCancelledError,
     ServiceUnavailableError,
+    TooLargeError,
     UnauthenticatedError,
     UnsupportedError,
 )
 
 COMMAND_GROUP = "milonga.commands"
 EXIT_CODES: dict[type[BaseException], int] = {
+    NotFiniteError: 1,
     InvalidInputError: 2,
     ModelError: 2,
     UnauthenticatedError: 2,
     PermissionDeniedError: 2,
     UnsupportedError: 2,
+    TooLargeError: 2,
     QueueFullError: 3,
     DeadlineExceededError: 3,
     ServiceUnavailableError: 3,

@@ -106,6 +106,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_generation,
+    watch=lambda slot, on_failure: None,
     describe=describe,
     close=lambda slot: slot.close(),
 )

@@ -4,12 +4,13 @@ Shapes: B pairs of a prompt and a clip.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from services.audio.decoding import ReadClip
 from services.catalogue import REWARD
+from services.errors import NotFiniteError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
 from services.reward.settings import CLAP, RewardSettings
 from services.runtime.microbatching import BatchStats, MicroBatcher
@@ -42,6 +43,7 @@ class RewardScorer:
             max_cost=settings.max_batch_seconds,
             max_wait=settings.max_wait_seconds,
             max_queue_cost=settings.max_queue_seconds,
+            max_run_seconds=settings.max_batch_run_seconds,
             initialize=self._set_threads,
         )
 
@@ -49,6 +51,10 @@ class RewardScorer:
     def stats(self) -> BatchStats:
         """Return the batcher's counts; costs are seconds of audio, in whole windows."""
         return self._batcher.stats
+
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have `on_failure` called with a reason when the model can't work any longer."""
+        self._batcher.watch(on_failure)
 
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
@@ -63,12 +69,13 @@ class RewardScorer:
 
         Raises:
             QueueFullError: the queue has no room for the pairs.
-            ValueError: a reward is not finite.
+            NotFiniteError: a reward is not finite.
         """
         logits = await self._batcher.submit(pairs)
         # Checked per caller, not in the shared batch, so that other callers don't fail too.
-        if not all(map(math.isfinite, logits)):
-            raise ValueError("the reward model returned a reward that is not finite")
+        for index, logit in enumerate(logits):
+            if not math.isfinite(logit):
+                raise NotFiniteError.of(f"reward of clip {index}", self.version.digest)
         return logits
 
     async def close(self) -> None:

@@ -84,6 +84,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_reward,
+    watch=lambda scorer, on_failure: scorer.watch(on_failure),
     describe=describe,
     close=lambda scorer: scorer.close(),
 )

@@ -5,6 +5,8 @@
     batcher = MicroBatcher(run, cost=seconds, max_cost=80.0, max_queue_cost=3840.0)
     results = await batcher.submit(items)       # from many coroutines of one event loop
     await batcher.close()
+
+Whatever ends its work fails every call, and is reported once to the function that `watch` was given.
 """
 
 import asyncio
@@ -12,12 +14,16 @@ import contextvars
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from services.errors import QueueFullError, ServiceUnavailableError
+import structlog
+
+from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError
+from services.runtime.model_thread import ModelThread, is_out_of_memory
+
+log = structlog.get_logger()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +37,7 @@ class BatchStats:
     """Totals of a batcher since its start. Costs have the unit of the batcher's `cost`."""
 
     calls: int = 0
-    """Calls of the model, including failed ones."""
+    """Batches, including failed ones. Each is one call of the model, unless it fails."""
     items: int = 0
     """Items in these calls."""
     cost: float = 0.0
@@ -86,6 +92,7 @@ class MicroBatcher(Generic[Item, Result]):
         max_cost: float,
         max_wait: float = 0.005,
         max_queue_cost: float,
+        max_run_seconds: float = 0.0,
         initialize: Callable[[], None] | None = None,
     ) -> None:
         """Args:
@@ -94,16 +101,21 @@ class MicroBatcher(Generic[Item, Result]):
         max_cost: maximum cost of a batch; a single item above it is a batch of its own.
         max_wait: seconds that the first item waits for others, unless the batch is full before.
         max_queue_cost: maximum cost of the items in the queue.
+        max_run_seconds: time after which a call of the model counts as hung; 0: no limit.
         initialize: runs on the worker thread before the first batch.
         """
         self._run, self._cost = run, cost
         self._max_cost, self._max_wait, self._max_queue_cost = max_cost, max_wait, max_queue_cost
-        self._initialize = initialize
+        self._max_run_seconds, self._initialize = max_run_seconds, initialize
+        self._open: set[_Call[Item, Result]] = set()
+        """Every call that has not ended."""
         self._calls: deque[_Call[Item, Result]] = deque()
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._model: ModelThread[Item, Result] | None = None
         self._closing = False
+        self._failure: str | None = None
+        self._on_failure: Callable[[str], None] = lambda _: None
         self._running_cost = 0.0
         self._totals = {"calls": 0, "items": 0, "cost": 0.0, "seconds": 0.0, "waited": 0.0, "refused": 0}
         self._queue_cost = 0.0
@@ -113,10 +125,16 @@ class MicroBatcher(Generic[Item, Result]):
         """Totals since the start, and the queue's cost now. Thread-safe."""
         return BatchStats(queue_cost=self._queue_cost, **self._totals)  # type: ignore[arg-type]
 
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have `on_failure` called with a reason when the batcher can't work any longer."""
+        self._on_failure = on_failure
+        if self._failure is not None:
+            on_failure(self._failure)
+
     def check(self, cost: float = 0.0) -> None:
         """Raise what `submit` would raise for items of `cost` in all. Call it before preparing them."""
-        if self._closing:
-            raise ServiceUnavailableError("the service is stopping; try another, or later")
+        if self._closing or self._failure is not None:
+            raise self._unavailable()
         full = self._queue_cost >= self._max_queue_cost or self._queue_cost + cost > self._max_queue_cost
         if self._queue_cost > 0 and full:
             self._totals["refused"] += 1
@@ -133,8 +151,9 @@ class MicroBatcher(Generic[Item, Result]):
 
         Raises:
             QueueFullError: the queue has no room; an empty queue accepts items of any cost.
-            ServiceUnavailableError: the batcher is closing.
-            Exception: the exception of `run` for a batch with one of `items`.
+            ServiceUnavailableError: the batcher is closing, or has failed.
+            TooLargeError: one of `items` does not fit into memory, even in a batch of its own.
+            Exception: the exception of `run` for one of `items` in a batch of its own.
         """
         if not items:
             return []
@@ -142,42 +161,73 @@ class MicroBatcher(Generic[Item, Result]):
         self.check(call.cost)
         self._start()
         self._calls.append(call)
+        self._open.add(call)
         self._queue_cost += call.cost
         self._changed.set()
         try:
             return await call.done
         finally:
             self._leave(call)
+            self._open.discard(call)
 
     async def close(self) -> None:
-        """Refuse queued items, finish the running batch, and stop the worker thread."""
+        """Refuse queued items, finish the running batch if it is soon done, and stop the worker thread."""
         self._closing = True
         for call in tuple(self._calls):
             self._leave(call)
-            call.fail(ServiceUnavailableError("the service is stopping; try another, or later"))
+            call.fail(self._unavailable())
         self._changed.set()
+        if self._model is not None:
+            await self._model.close()
         if self._worker is not None:
-            await self._worker
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.shutdown)
+            # A hung call never delivers its results.
+            await asyncio.wait([self._worker], timeout=1.0)
+            self._worker.cancel()
+            await asyncio.wait([self._worker])
 
     def _start(self) -> None:
         if self._worker is not None:
             return
-        self._thread = ThreadPoolExecutor(1, "microbatch", self._initialize)
+        model = ModelThread(
+            self._run, cost=self._cost, max_seconds=self._max_run_seconds, initialize=self._initialize
+        )
+        self._model = model
         # An empty context: otherwise the worker's logs would have the request id of the first caller.
         self._worker = asyncio.get_running_loop().create_task(
-            self._work(self._thread), context=contextvars.Context()
+            self._work(model), context=contextvars.Context()
         )
 
-    async def _work(self, thread: ThreadPoolExecutor) -> None:
-        while not self._closing:
-            if self._calls:
-                await self._gather()
-                await self._call(thread, self._take())
-            else:
-                self._changed.clear()
-                await self._changed.wait()
+    async def _work(self, model: ModelThread[Item, Result]) -> None:
+        try:
+            while not self._closing:
+                if self._calls:
+                    await self._gather()
+                    await self._call(model, self._take())
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except ServiceUnavailableError as error:
+            self._fail(str(error))
+        except BaseException as error:
+            if isinstance(error, Exception):
+                log.critical("batching has ended", exc_info=error)
+            self._fail(f"batching has ended with {type(error).__name__}")
+            if isinstance(error, asyncio.CancelledError):
+                raise
+
+    def _fail(self, reason: str) -> None:
+        """Fail every call, refuse new ones, and report the reason unless the service is stopping anyway."""
+        if not self._closing:
+            self._failure = reason
+            self._on_failure(reason)
+        for call in tuple(self._open):
+            self._leave(call)
+            call.fail(self._unavailable())
+
+    def _unavailable(self) -> ServiceUnavailableError:
+        if self._failure is None:
+            return ServiceUnavailableError("the service is stopping; try another, or later")
+        return ServiceUnavailableError(f"the service has failed: {self._failure}; try another")
 
     async def _gather(self) -> None:
         """Wait until the batch is full, or the oldest item has waited `max_wait`."""
@@ -210,30 +260,25 @@ class MicroBatcher(Generic[Item, Result]):
         return taken
 
     async def _call(
-        self, thread: ThreadPoolExecutor, taken: Sequence[tuple[_Call[Item, Result], int, Item]]
+        self, model: ModelThread[Item, Result], taken: Sequence[tuple[_Call[Item, Result], int, Item]]
     ) -> None:
         if not taken:  # every caller was cancelled
             return
         start = time.monotonic()
         try:
-            results = await asyncio.get_running_loop().run_in_executor(
-                thread, self._run, [item for _, _, item in taken]
-            )
-            if len(results) != len(taken):
-                raise RuntimeError(f"the model returned {len(results)} results for {len(taken)} items")
-        except Exception as error:
-            for call, _, _ in taken:
-                self._leave(call)
-                call.fail(error)
-        else:
-            for (call, index, _), result in zip(taken, results, strict=True):
-                call.deliver(index, result)
+            outcomes = await model([item for _, _, item in taken])
         finally:
             self._totals["calls"] += 1
             self._totals["items"] += len(taken)
             self._totals["cost"] += self._running_cost
             self._totals["seconds"] += time.monotonic() - start
             self._running_cost = 0.0
+        for (call, index, _), outcome in zip(taken, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                call.deliver(index, outcome)
+                continue
+            self._leave(call)
+            call.fail(_too_large(index) if is_out_of_memory(outcome) else outcome)
 
     def _leave(self, call: _Call[Item, Result]) -> None:
         with suppress(ValueError):
@@ -246,3 +291,10 @@ class MicroBatcher(Generic[Item, Result]):
             return _FIRST_GUESS_SECONDS
         pace = self._totals["seconds"] / self._totals["cost"]
         return (self._queue_cost + self._running_cost) * pace
+
+
+def _too_large(index: int) -> TooLargeError:
+    return TooLargeError(
+        f"item {index} of the call needs more memory than the service has, even in a batch of its own; "
+        "send a shorter one"
+    )

@@ -4,6 +4,7 @@ Each service has a `SERVICE` in ``services/NAME/serve.py``; ``python -m services
 """
 
 import asyncio
+import faulthandler
 import gc
 import os
 import signal
@@ -20,7 +21,7 @@ from services.environment import quiet_libraries
 from services.errors import InvalidInputError, MilongaError, ModelError
 from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
-from services.runtime.server import Server
+from services.runtime.server import CLOSE_SECONDS, Server
 from services.runtime.settings import ServerSettings, load_settings
 
 log = structlog.get_logger()
@@ -42,6 +43,9 @@ class Service(Generic[Settings, Loaded]):
     """Load the models. Called on a thread, since it takes seconds. Raises `MilongaError`."""
     add: Callable[[Server, ServerMetrics, Loaded, Settings], None]
     """Add the gRPC services and the metrics to a server."""
+    watch: Callable[[Loaded, Callable[[str], None]], None]
+    """Have the models call the function, which is thread-safe, with a reason when they can't work any longer:
+    the service then stops (`Server.fail`)."""
     describe: Callable[[Loaded], dict[str, Any]]
     """Return the fields of the log event `ready` that describe the models."""
     close: Callable[[Loaded], Awaitable[None]]
@@ -51,7 +55,7 @@ class Service(Generic[Settings, Loaded]):
 def main(service: Service[Any, Any]) -> int:
     """Run a service with settings from the environment; return the exit code.
 
-    0: stopped by a signal; 1: internal error; 2: a setting or a model was refused.
+    0: stopped by a signal; 1: internal error, or the service has failed; 2: a setting or a model was refused.
     """
     try:
         run(service, load_settings(service.settings))
@@ -69,6 +73,7 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
 
     Raises:
         MilongaError: a setting, a port or a model was refused.
+        ServiceFailedError: the service has failed.
     """
     quiet_libraries(online=service.check(settings))
     configure_logs(settings.log_format, settings.log_level)
@@ -78,12 +83,13 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
 
 async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None:
     start = time.monotonic()
-    _exit_on_sigterm()
+    _set_early_handlers(settings)
     metrics = ServerMetrics()
-    server = Server(settings, metrics)
+    server = Server(settings, metrics, end_within=end_within)
     try:
         loaded = await asyncio.to_thread(service.load, settings)
         service.add(server, metrics, loaded, settings)
+        service.watch(loaded, server.fail)
     except BaseException:
         await server.stop(0)
         raise
@@ -101,14 +107,28 @@ async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None
         )
         await server.serve_until_signal()
     finally:
+        end_within(CLOSE_SECONDS)
         await service.close(loaded)
     log.info("stopped")
 
 
-def _exit_on_sigterm() -> None:
-    """Exit at once on SIGTERM while models load; `Server.serve_until_signal` replaces this handler.
+def end_within(seconds: float) -> None:
+    """Have the process end with exit code 1 after `seconds`, unless it has ended before.
+
+    It then writes what each thread was doing. Needs neither the event loop nor the interpreter's lock, one of
+    which may be what hangs. Each call replaces the one before.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def _set_early_handlers(settings: ServerSettings) -> None:
+    """Exit at once on SIGTERM while models load; `Server.serve_until_signal` replaces the handlers.
 
     Needed in containers: the kernel ignores SIGTERM for a process with PID 1 and no handler.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if settings.tls_cert_file is not None:
+        # Certificates that change meanwhile are read a minute after the start.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

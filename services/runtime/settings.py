@@ -101,6 +101,9 @@ class BatchedSettings(ServerSettings):
     """Maximum number of clips, pairs or prompts in one call."""
     max_batch_seconds: float = Field(default=80.0, gt=0)
     """Maximum seconds of audio in one batch of a model, in whole windows. Bounds its memory."""
+    max_batch_run_seconds: float = Field(default=600.0, ge=0)
+    """Time after which a batch of a model counts as hung. The service then fails its calls and ends with exit
+    code 1. 0: no limit."""
     max_wait_seconds: float = Field(default=0.005, ge=0, le=60)
     """Seconds that a clip or a prompt waits for others to share its batch."""
     max_queue_seconds: float = Field(default=3840.0, gt=0)

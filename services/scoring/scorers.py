@@ -4,8 +4,9 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.audio.decoding import ReadClip
+from services.errors import NotFiniteError
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings
@@ -46,6 +48,7 @@ class Scorer:
             max_cost=settings.max_batch_seconds,
             max_wait=settings.max_wait_seconds,
             max_queue_cost=settings.max_queue_seconds,
+            max_run_seconds=settings.max_batch_run_seconds,
             initialize=self._set_threads,
         )
         self._text: MicroBatcher[str, Embedding] = MicroBatcher(
@@ -54,6 +57,7 @@ class Scorer:
             max_cost=MAX_TEXT_BATCH,
             max_wait=settings.max_wait_seconds,
             max_queue_cost=MAX_TEXT_QUEUE,
+            max_run_seconds=settings.max_batch_run_seconds,
             initialize=self._set_threads,
         )
 
@@ -72,6 +76,11 @@ class Scorer:
         """Return the cache of text embeddings."""
         return self._model.cache
 
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have `on_failure` called with a reason when the model can't work any longer."""
+        for encoder, batcher in (("audio", self._audio), ("text", self._text)):
+            batcher.watch(partial(_report, on_failure, f"{encoder} encoder of {self.version.name}"))
+
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._audio.check(seconds)
@@ -82,21 +91,32 @@ class Scorer:
 
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
-        return _finite(np.stack(await self._audio.submit(clips)))
+        return self._finite("clip", np.stack(await self._audio.submit(clips)))
 
     async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prompts; equal ones are embedded once. Raises `QueueFullError`."""
         unique = list(dict.fromkeys(prompts))
         embeddings = dict(zip(unique, await self._text.submit(unique), strict=True))
-        return _finite(np.stack([embeddings[prompt] for prompt in prompts]))
+        return self._finite("prompt", np.stack([embeddings[prompt] for prompt in prompts]))
 
     async def close(self) -> None:
         """Refuse queued items, finish the running batches and stop the worker threads."""
         await asyncio.gather(self._audio.close(), self._text.close())
 
+    def _finite(self, kind: str, embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return one caller's embeddings. Raises `NotFiniteError`; other callers get theirs."""
+        finite_B = np.isfinite(embeddings_BD).all(-1)
+        if not finite_B.all():
+            raise NotFiniteError.of(f"embedding of {kind} {finite_B.argmin()}", self.version.digest)
+        return embeddings_BD
+
     def _set_threads(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
+
+
+def _report(on_failure: Callable[[str], None], part: str, reason: str) -> None:
+    on_failure(f"{part}: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +156,6 @@ class ScorerGroup:
 
     def _by_member(self, results: Mapping[Scorer, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         return [results[scorer] for scorer in self.members.values()]
-
-
-def _finite(embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return one caller's embeddings. Raises `ValueError` unless finite; other callers get theirs."""
-    if not np.isfinite(embeddings_BD).all():
-        raise ValueError("the CLAP model returned an embedding that is not finite")
-    return embeddings_BD
 
 
 async def gather_or_cancel(*coroutines: Coroutine[Any, Any, Result]) -> list[Result]:

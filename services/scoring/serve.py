@@ -92,6 +92,12 @@ def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
     return {"scorers": {name: {"model": v.name, "digest": v.digest} for name, v in versions.items()}}
 
 
+def watch(scorers: "Mapping[str, Scorer]", on_failure: Callable[[str], None]) -> None:
+    """See `Service.watch`."""
+    for scorer in scorers.values():
+        scorer.watch(on_failure)
+
+
 async def close(scorers: "Mapping[str, Scorer]") -> None:
     """Close each scorer once; names may share one."""
     for scorer in dict.fromkeys(scorers.values()):
@@ -125,6 +131,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_scoring,
+    watch=watch,
     describe=describe,
     close=close,
 )

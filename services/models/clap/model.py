@@ -251,7 +251,8 @@ class ClapModel(nn.Module):
             # Cloned: a view in the cache would keep its whole batch in memory.
             rows = [row.clone() for row in self.text_features(missing).float().cpu()]
             embedded = dict(zip(missing, rows, strict=True))
-            self.cache.put(embedded)
+            # What a passing fault of the device has spoilt is not kept.
+            self.cache.put({prompt: row for prompt, row in embedded.items() if row.isfinite().all()})
             found |= embedded
         return torch.stack([found[prompt] for prompt in prompts])
 

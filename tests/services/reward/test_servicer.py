@@ -252,11 +252,13 @@ def test_a_passed_deadline_leaves_the_queue() -> None:
         assert served.scorer.stats.items == 1
 
 
-def test_a_reward_that_is_no_number_is_our_fault() -> None:
+def test_a_reward_that_is_not_finite_fails_with_a_diagnosis() -> None:
     model = tiny_reward(tiny_clap())
     torch.nn.init.constant_(model.head.query, math.nan)
     with serving(model) as served, pytest.raises(grpc.RpcError) as caught:
         served.stub.RankAudio(pb.RankAudioRequest(prompt=PROMPT, clips=[float32(tone())]))
     assert isinstance(caught.value, grpc.Call)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
-    assert "finite" not in (caught.value.details() or "")
+    details = caught.value.details() or ""
+    assert "reward of clip 0" in details
+    assert served.scorer.version.digest in details

@@ -1,11 +1,13 @@
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from services.errors import QueueFullError, ServiceUnavailableError
+from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError
+from services.runtime import model_thread
 from services.runtime.microbatching import MicroBatcher
 
 
@@ -197,8 +199,8 @@ async def test_a_fault_reaches_exactly_those_whose_items_were_in_the_call() -> N
 
 
 async def test_a_model_that_forgets_a_result_is_a_fault() -> None:
-    batcher = _batcher(lambda items: [1.0])
-    with pytest.raises(RuntimeError, match="1 results for 2 items"):
+    batcher = _batcher(lambda items: [])
+    with pytest.raises(RuntimeError, match="0 results for 1 items"):
         await batcher.submit([1.0, 2.0])
     await batcher.close()
 
@@ -228,4 +230,138 @@ async def test_the_thread_is_initialised_once() -> None:
     await batcher.submit([1.0])
     assert len(seen) == 1
     assert seen[0] != threading.current_thread().name
+    await batcher.close()
+
+
+class Memory(Model):
+    """A model with room for four items."""
+
+    def __call__(self, items: Sequence[float]) -> list[float]:
+        if len(items) > 4 or 9.0 in items:
+            self.calls.append(list(items))
+            raise MemoryError
+        return super().__call__(items)
+
+
+async def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:
+    model = Memory()
+    batcher = _batcher(model, max_cost=100.0)
+    assert await batcher.submit([1.0] * 10) == [2.0] * 10
+    assert [len(call) for call in model.calls] == [10, 5, 2, 3, 5, 2, 3]
+    good, bad = await asyncio.gather(
+        batcher.submit([1.0, 2.0]), batcher.submit([3.0, 9.0]), return_exceptions=True
+    )
+    assert good == [2.0, 4.0]
+    assert isinstance(bad, TooLargeError)
+    assert "item 1 " in str(bad)
+    await batcher.close()
+
+
+@pytest.mark.parametrize("fault", [SystemExit(), KeyboardInterrupt(), asyncio.CancelledError()])
+async def test_whatever_ends_the_thread_fails_every_call_and_is_reported_once(fault: BaseException) -> None:
+    model = Model()
+    reasons: list[str] = []
+
+    def run(items: Sequence[float]) -> list[float]:
+        model(items)
+        raise fault
+
+    batcher = _batcher(run)
+    batcher.watch(reasons.append)
+    first = await _busy(batcher, model)
+    waiting = asyncio.create_task(batcher.submit([1.0]))
+    await _settled()
+    model.open.set()
+    for call in (first, waiting):
+        with pytest.raises(ServiceUnavailableError, match="thread has ended"):
+            await call
+    with pytest.raises(ServiceUnavailableError, match="thread has ended"):
+        await batcher.submit([1.0])
+    late: list[str] = []
+    batcher.watch(late.append)
+    assert reasons == late == ["the model's thread has ended"]
+    await batcher.close()
+
+
+async def test_whatever_ends_the_batching_fails_every_call_and_is_reported() -> None:
+    model = Model()
+    reasons: list[str] = []
+    batcher = _batcher(model)
+    batcher.watch(reasons.append)
+    first = await _busy(batcher, model)
+    waiting = asyncio.create_task(batcher.submit([1.0]))
+    await _settled()
+    assert batcher._worker is not None
+    batcher._worker.cancel()
+    for call in (first, waiting):
+        with pytest.raises(ServiceUnavailableError, match="batching has ended with CancelledError"):
+            await call
+    assert len(reasons) == 1
+    model.open.set()
+    await batcher.close()
+
+
+async def test_a_hung_call_fails_every_call_and_does_not_keep_close_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_thread, "CLOSE_SECONDS", 0.05)
+    model = Model()
+    batcher = _batcher(model, max_run_seconds=0.1)
+    first = await _busy(batcher, model)
+    waiting = asyncio.create_task(batcher.submit([1.0]))
+    for call in (first, waiting):
+        with pytest.raises(ServiceUnavailableError, match=r"not ended within 0\.1 s"):
+            await call
+    await batcher.close()
+    unlimited = _batcher(model)
+    call = asyncio.create_task(unlimited.submit([1.0]))
+    await asyncio.sleep(0.2)
+    assert not call.done()
+    await unlimited.close()
+    with pytest.raises(ServiceUnavailableError, match="stopping"):
+        await call
+    model.open.set()
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA error"), StopIteration(), MemoryError()])
+async def test_a_model_that_never_works_is_given_up_and_one_that_works_is_not(fault: Exception) -> None:
+    broken = True
+
+    def run(items: Sequence[float]) -> list[float]:
+        if broken or 7.0 in items:
+            raise fault
+        return list(items)
+
+    batcher = _batcher(run)
+    for _ in range(2):
+        with pytest.raises((type(fault), TooLargeError, RuntimeError)):
+            await batcher.submit([7.0])
+    broken = False
+    assert await batcher.submit([2.0, 1.0]) == [2.0, 1.0]
+    for _ in range(10):
+        with pytest.raises((type(fault), TooLargeError, RuntimeError)):
+            await batcher.submit([7.0])
+    broken = True
+    while batcher._failure is None:
+        with contextlib.suppress(type(fault), TooLargeError, RuntimeError, ServiceUnavailableError):
+            await batcher.submit([1.0])
+    with pytest.raises(ServiceUnavailableError, match="batches of the model have all failed"):
+        await batcher.submit([1.0])
+    await batcher.close()
+
+
+async def test_an_initialisation_that_fails_is_tried_again() -> None:
+    tries: list[int] = []
+
+    def initialize() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError("not yet")
+
+    batcher = _batcher(Model(), initialize=initialize)
+    with pytest.raises(OSError, match="not yet"):
+        await batcher.submit([1.0])
+    assert await batcher.submit([1.0]) == [2.0]
+    assert await batcher.submit([1.0]) == [2.0]
+    assert len(tries) == 2
     await batcher.close()

@@ -1,0 +1,72 @@
+"""The reward service as a program, with a model whose faults callers ask for by their prompts.
+
+python -m tests.services.runtime.faulty [a prompt that is a fault of the service's close]
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from services.models.reward.model import RewardClip, RewardModel
+from services.reward.model import RewardScorer
+from services.reward.serve import SERVICE
+from services.reward.settings import RewardSettings
+from services.runtime.serving import main
+from tests.services.reward.serving import CLAP, MODEL
+from tests.tiny import tiny_clap, tiny_reward
+
+HANG, EXIT, ERROR, BREAK, NAN, LARGE = "hang", "exit", "error", "break", "nan", "large"
+"""Prompts of faults. After `BREAK` every call of the model fails, as after a sticky error of CUDA."""
+ROOM = 3
+"""Pairs in a batch that fit into memory."""
+BLOCKED_LOOP, BLOCKED_THREAD = "blocked loop", "blocked thread"
+"""Faults of the service's close."""
+
+
+class Faulty(RewardModel):
+    broken: bool
+
+    def reward(self, prompts: Sequence[str], clips: Sequence[RewardClip]) -> Tensor:
+        """Raise, hang or return what the prompts ask for."""
+        self.broken = self.broken or BREAK in prompts
+        if self.broken or ERROR in prompts:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if HANG in prompts:
+            threading.Event().wait()
+        if EXIT in prompts:
+            raise SystemExit(0)
+        if LARGE in prompts or len(prompts) > ROOM:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rewards_B = super().reward(prompts, clips)
+        return torch.where(torch.tensor([prompt == NAN for prompt in prompts]), torch.nan, rewards_B)
+
+
+def faulty() -> Faulty:
+    """Return a tiny reward model with faults."""
+    model = tiny_reward(tiny_clap())
+    model.__class__ = Faulty
+    assert isinstance(model, Faulty)
+    model.broken = False
+    return model
+
+
+def _load(settings: RewardSettings) -> RewardScorer:
+    return RewardScorer(faulty(), MODEL, CLAP, settings)
+
+
+async def _close(scorer: RewardScorer) -> None:
+    if BLOCKED_LOOP in sys.argv:
+        time.sleep(3600)
+    if BLOCKED_THREAD in sys.argv:
+        await asyncio.to_thread(time.sleep, 3600)
+    await scorer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(replace(SERVICE, load=_load, close=_close)))
