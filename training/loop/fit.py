@@ -85,6 +85,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "steps", "batch", "accumulation")
+        check_minimum(self, 0, "seed", "learning_rate", "warmup", "weight_decay", "clip", "threads")
         check_share(self, "decay", "ema")
 
     def rate_at(self, step: int) -> float:

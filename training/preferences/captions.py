@@ -93,6 +93,7 @@ class CaptionsConfig:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "clusters", "per_cluster", "batch")
+        check_minimum(self, 0, "seed", *(("temporal_limit",) if self.temporal_limit is not None else ()))
 
 
 def captions_identity(config: CaptionsConfig, model: ResolvedModel | None) -> dict[str, Plain]:

@@ -69,6 +69,8 @@ class ScoresConfig:
             raise ValueError(f"scorers names one twice: {', '.join(self.scorers)}")
         check_minimum(self, 1, "batch", "in_flight")
         check_share(self, "max_unreadable")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}, must be seconds above 0")
 
 
 def scores_identity(config: ScoresConfig, candidates: Path, digests: Mapping[str, str]) -> dict[str, Plain]:

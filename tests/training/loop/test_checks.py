@@ -10,6 +10,8 @@ from training.evaluation.config import EvaluationConfig
 from training.finetuning.baton import BatonData
 from training.finetuning.session import PairData
 from training.loop.checks import check_minimum, check_share
+from training.loop.fit import LoopConfig
+from training.preferences.captions import CaptionsConfig
 from training.preferences.dataset import DatasetConfig
 from training.preferences.scores import ScoresConfig
 from training.reward.data import DataConfig
@@ -40,3 +42,17 @@ def test_a_minimum_is_inclusive(value: float) -> None:
 def test_every_limit_of_unreadable_clips_is_a_share(config: Callable[..., object], value: float) -> None:
     with pytest.raises(ValueError, match=rf"max_unreadable is {value}, must lie in \[0, 1\]"):
         config(max_unreadable=value)
+
+
+@pytest.mark.parametrize("name", ["seed", "learning_rate", "warmup", "weight_decay", "clip", "threads"])
+@pytest.mark.parametrize("value", [-1, math.nan])
+def test_the_loop_refuses_negative_settings(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}, must be 0 or more"):
+        LoopConfig(**{"steps": 1, "batch": 1, name: value})  # type: ignore[arg-type]
+
+
+def test_captions_and_scores_refuse_negative_settings() -> None:
+    with pytest.raises(ValueError, match="temporal_limit is -1, must be 0 or more"):
+        CaptionsConfig(temporal_limit=-1)
+    with pytest.raises(ValueError, match=r"timeout is 0\.0, must be seconds above 0"):
+        ScoresConfig(timeout=0.0)
