@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 
 from services.api.generation import GenerationModel
 
@@ -36,6 +37,19 @@ class Conditioning:
     def repeat_interleave(self, count: int) -> "Conditioning":
         """Return every row `count` times, copies of a row adjacent."""
         return Conditioning(tensors={k: v.repeat_interleave(count, 0) for k, v in self.tensors.items()})
+
+    def embedded(self, embeds: Tensor) -> "Conditioning":
+        """Return a copy with other ``embeds``."""
+        return Conditioning(tensors={**self.tensors, "embeds": embeds})
+
+    def padded(self, length: int) -> "Conditioning":
+        """Return the rows with masked zeros at the end, `length` tokens long."""
+        missing = length - self.length
+        if not missing:
+            return self
+        return Conditioning(
+            tensors={k: pad(v, (*(0, 0) * (v.ndim - 2), 0, missing)) for k, v in self.tensors.items()}
+        )
 
     def rows(self) -> list[dict[str, Tensor]]:
         """Return each row's tensors without padding, [tokens, ...], the mask left out."""

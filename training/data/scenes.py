@@ -133,8 +133,10 @@ class GeneratedClip:
     def read(self) -> tuple[Waveform, int]:
         """Generate the clip, with the model's default steps and guidance."""
         pipeline = _pipeline(self.model)
-        output = pipeline([self.prompt], generator=[clip_generator(self.seed)], duration=self.duration)
-        return output.waveforms_BN[0], output.sampling_rate
+        output = pipeline(
+            [self.prompt], generator=[clip_generator(self.seed)], audio_length_in_s=self.duration
+        )
+        return output.audios[0], output.sampling_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

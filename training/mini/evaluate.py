@@ -92,10 +92,17 @@ def evaluate_generation(
         rows: list[list[EventComparison]] = [[] for _ in part]
         for seed in range(seeds):
             generators = [clip_generator(seed, start + i) for i in range(len(part))]
-            output = pipeline([caption for caption, _ in part], generator=generators, **asdict(sampling))
-            silent += sum(map(is_silent, output.waveforms_BN))
-            clipped += sum(map(is_clipped, output.waveforms_BN))
-            detected = tagger.detect(torch.from_numpy(output.waveforms_BN))
+            output = pipeline(
+                [caption for caption, _ in part],
+                audio_length_in_s=sampling.duration,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                scheduler=sampling.scheduler,
+                generator=generators,
+            )
+            silent += sum(map(is_silent, output.audios))
+            clipped += sum(map(is_clipped, output.audios))
+            detected = tagger.detect(torch.from_numpy(output.audios))
             for row, (_, truth), found in zip(rows, part, detected, strict=True):
                 row.append(compare_events(truth, found))
         verdicts += rows

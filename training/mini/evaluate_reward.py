@@ -108,7 +108,7 @@ def generated_clips(count: int, seeds: int) -> list[list[tuple[EventComparison, 
         part = drawn[start : start + 8]
         for seed in range(seeds):
             generators = [clip_generator(SEED + seed, start + i) for i in range(len(part))]
-            clips = pipeline([caption for caption, _ in part], generator=generators).waveforms_BN
+            clips = pipeline([caption for caption, _ in part], generator=generators).audios
             detected = tagger.detect(torch.from_numpy(clips))
             for i, (_, truth) in enumerate(part):
                 rows[start + i].append((compare_events(truth, detected[i]), clips[i]))

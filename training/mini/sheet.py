@@ -26,7 +26,7 @@ PROMPT = "A dog barks then a siren wails"
 def seeds_sheet(pipeline: TangoPipeline, prompt: str = PROMPT, seeds: int = 8) -> bytes:
     """PNG: `prompt` with seeds 0, 1, 2, …, with the model's default settings."""
     generators = [clip_generator(seed) for seed in range(seeds)]
-    waveforms = pipeline([prompt] * seeds, generator=generators).waveforms_BN
+    waveforms = pipeline([prompt] * seeds, generator=generators).audios
     clips = [(f"seed {seed}: {prompt}", waveform) for seed, waveform in enumerate(waveforms)]
     return spectrogram_sheet_png(clips, SAMPLING_RATE)
 
@@ -36,7 +36,7 @@ def comparison_sheet(pipeline: TangoPipeline, count: int = 8) -> bytes:
     clips = []
     for index in range(count):
         scene = make_scene(PROMPT_SEED, index, PROMPTS)
-        generated = pipeline(scene.caption, generator=clip_generator(index)).waveforms_BN[0]
+        generated = pipeline(scene.caption, generator=clip_generator(index)).audios[0]
         clips += [(f"world: {scene.caption}", scene.waveform), (f"model: {scene.caption}", generated)]
     return spectrogram_sheet_png(clips, SAMPLING_RATE)
 

@@ -5,45 +5,22 @@ N samples, M mel bins.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
-from numpy.typing import NDArray
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedTokenizerBase, SpeechT5HifiGan, T5EncoderModel
 
 from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
 from services.api.model import UNVERSIONED
-from services.audio.resampling import resample
-from services.errors import FieldViolation, InvalidInputError, ModelFormatError
-from services.models.latent import Conditioning, Solver, guide, takes_generator, within_full_scale
+from services.errors import ModelFormatError
+from services.models.audio_pipeline import AudioPipeline
+from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
-from services.models.prompts import T5Prompts
 from services.models.tango.geometry import Geometry
 from services.models.tango.schedulers import SCHEDULERS, VelocitySolver, make_scheduler
 from services.models.vocoder import GriffinLimVocoder
-
-StepCallback = Callable[[int, int, Tensor], None]
-"""Called after every denoising step with (step from 0, timestep, latents [B, C, T, F])."""
-
-Generators = Generator | Sequence[Generator] | None
-"""One generator for a batch (as diffusers and upstream do), one for each clip, or torch's global one."""
-
-
-@dataclass
-class TangoOutput(BaseOutput):  # type: ignore[misc]
-    """The result of `TangoPipeline.__call__`."""
-
-    waveforms_BN: NDArray[np.float32]
-    """Float32 waveforms [B, N] in [-1, 1]; the clips of one prompt are adjacent."""
-    sampling_rate: int
-    """Sampling rate of `waveforms_BN`, in hertz."""
 
 
 def velocity(
@@ -67,7 +44,7 @@ def velocity(
     return cast(Tensor, v_BCTF)
 
 
-class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
+class TangoPipeline(AudioPipeline):
     """Text to audio by latent diffusion; inference only.
 
     Parts: a T5 encoder reads the prompt, a UNet denoises latents [B, C, T, F] by v-prediction, a variational
@@ -79,6 +56,8 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     Raises `ModelFormatError` where the parts do not fit together.
     """
 
+    predictions = ("v_prediction",)
+    training_scheduler = "DDPMScheduler"
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
 
     unet: UNet2DConditionModel
@@ -127,6 +106,10 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         )
         _check_parts(self)
         self.geometry = _geometry(self)
+        if isinstance(vocoder, GriffinLimVocoder):
+            # accelerate's hook moves parameters, and this vocoder has none: it stays on the device.
+            self.model_cpu_offload_seq = "text_encoder->unet->vae"
+            self._exclude_from_cpu_offload = ["vocoder"]
         for part in (text_encoder, unet, vae, vocoder):
             part.eval().requires_grad_(False)
 
@@ -170,20 +153,9 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         geometry = self.geometry
         return geometry.latent_frames(duration) * geometry.latent_downsampling * geometry.hop_length
 
-    # ------------------------------------------------------------------------------------------- denoising
-
-    def prepare_latents(self, count: int, duration: float, generator: Generators = None) -> Tensor:
-        """Draw unit noise [count, C, T, F] for clips of `duration` seconds, float32, on its device.
-
-        It is drawn on the generator's device (CPU for `clip_generator`) and then moved, so that it does not
-        depend on the pipeline's device. A list gives every clip its own generator; one generator draws the
-        batch at once, as diffusers and upstream do.
-        """
-        shape = (count, *self.geometry.latent_shape(duration))
-        generators = generator if generator is None or isinstance(generator, Generator) else list(generator)
-        drawn_on = torch.device("cpu") if generators is None else None
-        noise_BCTF: Tensor = randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32)
-        return noise_BCTF.to(self.device)
+    def latent_shape(self, duration: float) -> tuple[int, int, int]:
+        """Return the shape (C, T, F) of the latents of a clip of `duration` seconds."""
+        return self.geometry.latent_shape(duration)
 
     def noise(self, duration: float, generator: Generator) -> Tensor:
         """See `LatentPipeline`."""
@@ -192,7 +164,7 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     def solver(self, name: str, steps: int) -> Solver:
         """See `LatentPipeline`."""
         scheduler = self.make_scheduler(name)
-        scheduler.set_timesteps(steps)
+        self.set_timesteps(scheduler, steps)
         return VelocitySolver(scheduler)
 
     @torch.no_grad()
@@ -211,47 +183,6 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         latents_BCTF, timesteps_B = latents_BCTF.to(device, dtype), timesteps_B.to(device)
         return velocity(self.unet, latents_BCTF, timesteps_B, conditioning.to(device, dtype)).float()
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        latents_BCTF: Tensor,
-        conditional: Conditioning,
-        unconditional: Conditioning | None = None,
-        *,
-        guidance_scale: float,
-        num_inference_steps: int,
-        scheduler: SchedulerMixin | str | None = None,
-        generator: Generators = None,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
-        """Run the whole loop from unit noise to clean latents [B, C, T, F].
-
-        Guidance takes place only where `guidance_scale` is above 1, and then needs `unconditional` (of the
-        same length as `conditional`; a negative prompt takes its place). `generator` feeds schedulers that
-        draw noise (`ddpm`).
-        """
-        solver = self._scheduler(scheduler)
-        solver.set_timesteps(num_inference_steps, device=latents_BCTF.device)
-        guided = guidance_scale > 1
-        if guided and unconditional is None:
-            raise ValueError("guidance_scale above 1 needs the unconditional embeddings")
-        text = (
-            conditional
-            if unconditional is None or not guided
-            else Conditioning.cat([unconditional, conditional])
-        )
-        noise = _step_arguments(solver, generator)
-        for step, timestep in enumerate(solver.timesteps):
-            inputs_BCTF = torch.cat([latents_BCTF] * 2) if guided else latents_BCTF
-            v_BCTF = self.predict(inputs_BCTF, timestep.expand(len(inputs_BCTF)), text)
-            if guided:
-                v_unconditional, v_conditional = v_BCTF.chunk(2)
-                v_BCTF = guide(v_unconditional, v_conditional, guidance_scale)
-            latents_BCTF = solver.step(v_BCTF, timestep, latents_BCTF, return_dict=False, **noise)[0]
-            if callback is not None:
-                callback(step, int(timestep), latents_BCTF)
-        return latents_BCTF
-
     # ----------------------------------------------------------------------------------------------- sound
 
     @torch.no_grad()
@@ -264,7 +195,7 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def decode_mel(self, latents_BCTF: Tensor) -> Tensor:
         """Return the natural-log mel spectrogram [B, T * downsampling, M] of clean latents, float32."""
-        z_BCTF = latents_BCTF.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        z_BCTF = latents_BCTF.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
         mel_B1TM = self.vae.decode(z_BCTF, return_dict=False)[0]
         return cast(Tensor, mel_B1TM.squeeze(1).float())
 
@@ -282,61 +213,6 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         """See `LatentPipeline`."""
         return self.decode_mel(latents_BCTF)[:, : math.ceil(samples / self.geometry.hop_length)]
 
-    # ------------------------------------------------------------------------------------------ everything
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        *,
-        duration: float | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        clips_per_prompt: int = 1,
-        scheduler: SchedulerMixin | str | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        output_sampling_rate: int | None = None,
-        callback: StepCallback | None = None,
-    ) -> TangoOutput:
-        """Generate `clips_per_prompt` clips of `duration` seconds for every prompt.
-
-        What is left out takes the model's default. `generator` is one for the batch or one for each clip
-        (`clip_generator`); `latents` replaces the first noise [B, C, T, F]. `output_sampling_rate` resamples
-        the result. Raises `InvalidInputError` with every wrong argument at once.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        duration = self.config.default_duration if duration is None else duration
-        steps = (
-            self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        )
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        negatives = _negatives(negative_prompt, len(prompts))
-        count = len(prompts) * clips_per_prompt
-        self._check_call(
-            prompts, negatives, duration, steps, scale, clips_per_prompt, scheduler, generator, latents
-        )
-
-        conditional = self.encode(prompts)
-        unconditional = self.encode(negatives, length=conditional.length) if scale > 1 else None
-        if latents is None:
-            latents = self.prepare_latents(count, duration, generator)
-        latents = self.denoise(
-            latents.to(self.device, torch.float32),
-            conditional.repeat_interleave(clips_per_prompt),
-            unconditional.repeat_interleave(clips_per_prompt) if unconditional is not None else None,
-            guidance_scale=scale,
-            num_inference_steps=steps,
-            scheduler=scheduler,
-            generator=generator,
-            callback=callback,
-        )
-        samples = self.geometry.samples(duration)
-        waveforms_BN = self.decode(latents, samples).cpu().numpy()
-        rate = output_sampling_rate or self.geometry.sampling_rate
-        resampled_BN = resample(waveforms_BN, self.geometry.sampling_rate, rate).clip(-1.0, 1.0)
-        return TangoOutput(waveforms_BN=resampled_BN, sampling_rate=rate)
-
     def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
         """Return a new scheduler by name (None: the model's default), with this model's noise schedule."""
         return make_scheduler(name or self.config.default_scheduler, self.scheduler.config)
@@ -350,76 +226,10 @@ class TangoPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
             mel_bins=geometry.mel_bins,
         )
 
-    def _scheduler(self, scheduler: SchedulerMixin | str | None) -> SchedulerMixin:
-        if scheduler is None or isinstance(scheduler, str):
-            return self.make_scheduler(scheduler)
-        return scheduler
-
-    def _check_call(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        duration: float,
-        steps: int,
-        scale: float,
-        clips: int,
-        scheduler: SchedulerMixin | str | None,
-        generator: Generators,
-        latents: Tensor | None,
-    ) -> None:
-        """Raise `InvalidInputError` with everything that is wrong with the arguments of `__call__`."""
-        longest = self.geometry.max_duration
-        trained_steps = self.scheduler.config.num_train_timesteps
-        count = len(prompts) * clips
-        checks = (
-            ("prompt", bool(prompts), "no prompt; give at least one"),
-            (
-                "negative_prompt",
-                len(negatives) == len(prompts),
-                f"{len(negatives)} for {len(prompts)} prompts; give one, or as many as prompts",
-            ),
-            ("duration", 0 < duration <= longest, f"{duration} s; give more than 0 and at most {longest} s"),
-            ("num_inference_steps", 1 <= steps <= trained_steps, f"{steps}; give 1 to {trained_steps}"),
-            ("guidance_scale", 0 <= scale < float("inf"), f"{scale}; give a number of 0 or more"),
-            ("clips_per_prompt", clips >= 1, f"{clips}; give 1 or more"),
-            (
-                "scheduler",
-                not isinstance(scheduler, str) or scheduler in SCHEDULERS,
-                f"unknown scheduler {scheduler!r}; use one of {', '.join(SCHEDULERS)}",
-            ),
-            (
-                "generator",
-                generator is None or isinstance(generator, Generator) or len(generator) == count,
-                f"not one for each of {count} clips; give one generator, or {count}",
-            ),
-        )
-        violations = [FieldViolation(field, text) for field, right, text in checks if not right]
-        if latents is not None and not violations:
-            expected = (count, *self.geometry.latent_shape(duration))
-            if tuple(latents.shape) != expected:
-                text = f"shape {tuple(latents.shape)}; these prompts and this duration need {expected}"
-                violations = [FieldViolation("latents", text)]
-        if violations:
-            raise InvalidInputError(*violations)
-
-
-def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
-    """Return a negative prompt for each of `count` prompts: the empty text where none is given."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
-    return list(negative_prompt)
-
 
 def _compute_dtype(module: torch.nn.Module) -> torch.dtype:
     """Return the float type that `module` computes in: its parameters', float32 where it has none."""
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
-
-
-def _step_arguments(scheduler: SchedulerMixin, generator: Generators) -> dict[str, Any]:
-    """Return the `generator` argument for schedulers that take one."""
-    if generator is None or not takes_generator(scheduler):
-        return {}
-    return {"generator": generator if isinstance(generator, Generator) else list(generator)}
 
 
 def _check_parts(pipeline: TangoPipeline) -> None:

@@ -6,22 +6,23 @@ otherwise. Not verified with the released weights, which can't be converted yet.
 Shapes: B batch, T latent frames, C latent channels, N samples, M mel bins.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderOobleck, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderOobleck, FlowMatchEulerDiscreteScheduler
 from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
 from services.api.model import UNVERSIONED
 from services.errors import ModelFormatError, invalid
+from services.models.audio_pipeline import AudioPipeline
 from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
 from services.models.pipelines import Architecture
-from services.models.prompts import T5Prompts
 from services.models.tangoflux.denoiser import TangoFluxDenoiser, flow_velocity
 
 SCHEDULERS: Final = ("euler",)
@@ -39,7 +40,7 @@ class FlowSolver(Solver):
         return latents - float(self._scheduler.sigmas[index]) * output
 
 
-class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
+class TangoFluxPipeline(AudioPipeline):
     """Text to audio by flow matching; inference only. A `LatentPipeline`.
 
     Parts: a T5 encoder reads the prompt, a transformer moves latents [B, T, C] from noise to the clip, an
@@ -49,6 +50,8 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     Raises `ModelFormatError` if the parts do not fit together.
     """
 
+    predictions = (None, "flow_prediction")
+    training_scheduler = "FlowMatchEulerDiscreteScheduler"
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     transformer: TangoFluxDenoiser
@@ -125,18 +128,32 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
         samples: int = round(duration * self.vae.config.sampling_rate)
         return samples
 
+    def latent_shape(self, duration: float) -> tuple[int, int]:
+        """Return the shape (T, C) of the latents, the same for every duration."""
+        return self.config.latent_length, self.vae.config.decoder_input_channels
+
     def noise(self, duration: float, generator: Generator) -> Tensor:
         """See `LatentPipeline`."""
-        shape = (1, self.config.latent_length, self.vae.config.decoder_input_channels)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device)
+        return self.prepare_latents(1, duration, generator)
+
+    def make_scheduler(self, name: str | None = None) -> FlowMatchEulerDiscreteScheduler:
+        """Return a new scheduler by name (None: the model's default)."""
+        name = name or self.config.default_scheduler
+        if name not in SCHEDULERS:
+            raise invalid("scheduler", f"unknown scheduler {name!r}; use one of {', '.join(SCHEDULERS)}")
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+
+    def set_timesteps(self, scheduler: Any, steps: int, device: torch.device | None = None) -> None:
+        """Set even steps, from noise to one step before the clip, if `scheduler` takes any."""
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
 
     def solver(self, name: str, steps: int) -> Solver:
-        """See `LatentPipeline`. Steps are even, from noise to one step before the clip."""
-        if name not in SCHEDULERS:
-            text = f"unknown scheduler {name!r}; use one of {', '.join(SCHEDULERS)}"
-            raise invalid("scheduler", text)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        """See `LatentPipeline`."""
+        scheduler = self.make_scheduler(name)
+        self.set_timesteps(scheduler, steps)
         return FlowSolver(scheduler)
 
     @torch.no_grad()
@@ -157,7 +174,7 @@ class TangoFluxPipeline(T5Prompts, DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def decode(self, latents_BTC: Tensor, samples: int | None = None) -> Tensor:
         """See `LatentPipeline`."""
-        z_BCT = latents_BTC.to(self.vae.device, self.vae.dtype).transpose(1, 2)
+        z_BCT = latents_BTC.to(self._execution_device, self.vae.dtype).transpose(1, 2)
         waveform_BN = self.vae.decode(z_BCT, return_dict=False)[0].float().mean(1)
         return within_full_scale(waveform_BN[:, :samples])
 

@@ -114,13 +114,13 @@ def test_a_lone_request_gives_the_pipelines_own_bits(
         (clip,) = engine.generate(request).clips
     expected = pipeline(
         prompt,
-        negative,
-        duration=0.5,
+        negative_prompt=negative,
+        audio_length_in_s=0.5,
         scheduler=scheduler,
         guidance_scale=guidance_scale,
         generator=clip_generator(11, 0),
     )
-    assert np.array_equal(clip.waveform(), expected.waveforms_BN[0])
+    assert np.array_equal(clip.waveform(), expected.audios[0])
 
 
 def test_a_second_request_joins_between_two_steps_of_the_first(pipeline: TangoPipeline) -> None:
@@ -280,7 +280,7 @@ def test_text_of_any_length_is_padded_to_a_fixed_one() -> None:
     pipeline = tiny_pipeline(text_length=None)
     with Engine(pipeline, ONE) as engine:
         (clip,) = engine.generate(engine.request("a dog barks", seed=1)).clips
-    expected = pipeline("a dog barks", generator=clip_generator(1, 0)).waveforms_BN[0]
+    expected = pipeline("a dog barks", generator=clip_generator(1, 0)).audios[0]
     assert np.allclose(clip.waveform(), expected, atol=1e-4)
 
 
@@ -312,7 +312,7 @@ def test_the_preview_after_the_last_step_is_the_clip(pipeline: TangoPipeline) ->
         num_inference_steps=4,
         scheduler="ddim",
         generator=clip_generator(1, 0),
-        callback=lambda step, timestep, latents: final_BCTF.append(latents),
+        callback_on_step_end=lambda _, step, timestep, own: final_BCTF.append(own["latents"]),
     )
     expected = quantise_mel(pipeline.decode_mel(final_BCTF[-1])[0].numpy()[:64])
     difference = watch.of(Preview)[0].mel_TM.astype(int) - expected.astype(int)

@@ -40,7 +40,7 @@ def test_mini_makes_what_the_prompt_says_in_its_order(
     mini: TangoPipeline, tagger: EventTagger, prompt: str, first: str, second: str
 ) -> None:
     generators = [clip_generator(seed) for seed in range(2)]
-    waveforms = mini(prompt, clips_per_prompt=2, generator=generators).waveforms_BN
+    waveforms = mini(prompt, num_waveforms_per_prompt=2, generator=generators).audios
     assert waveforms.shape == (2, 40_960)
     for heard in tagger.detect(torch.from_numpy(waveforms)):
         assert heard[first].centre < heard[second].centre
@@ -48,9 +48,9 @@ def test_mini_makes_what_the_prompt_says_in_its_order(
 
 def test_mini_makes_clips_of_twice_the_length(mini: TangoPipeline, tagger: EventTagger) -> None:
     prompt = "A bell rings then rain falls then a cat meows"
-    output = mini(prompt, duration=5.12, generator=clip_generator(0))
-    heard = tagger.detect(torch.from_numpy(output.waveforms_BN))[0]
-    assert output.waveforms_BN.shape == (1, 81_920)
+    output = mini(prompt, audio_length_in_s=5.12, generator=clip_generator(0))
+    heard = tagger.detect(torch.from_numpy(output.audios))[0]
+    assert output.audios.shape == (1, 81_920)
     assert heard["bell"].centre < heard["rain"].centre < heard["cat"].centre
 
 

@@ -118,7 +118,7 @@ def test_what_it_writes_is_a_whole_pipeline_of_which_only_the_denoiser_differs(
     assert not [path for path in trained.parent.iterdir() if path.name.startswith(".")]
     resolved = resolve(f"file:{trained}")
     clips = [
-        load_tango(folder)("a dog barks", generator=clip_generator(0)).waveforms_BN
+        load_tango(folder)("a dog barks", generator=clip_generator(0)).audios
         for folder in (resolved.folder, start)
     ]
     assert clips[0].shape == clips[1].shape and (clips[0] != clips[1]).any()

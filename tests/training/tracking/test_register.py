@@ -114,7 +114,7 @@ def test_a_registered_model_makes_sound_without_pickles(store: str, model: Path)
     expected = tiny_pipeline()(
         PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=[clip_generator(7)]
     )
-    np.testing.assert_allclose(clip["audio"], expected.waveforms_BN[0], atol=1e-6)
+    np.testing.assert_allclose(clip["audio"], expected.audios[0], atol=1e-6)
     assert (clip["audio"].dtype, clip["sampling_rate"], clip["seed"]) == (np.float32, 16_000, 7)
     many = registered.predict([{"prompt": PROMPT, "seed": 7}, {"prompt": PROMPT, "duration": 1.28}])
     assert [len(clip["audio"]) for clip in many] == [10_240, 20_480]

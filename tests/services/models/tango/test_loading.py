@@ -22,7 +22,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 def test_loads_what_was_saved(pipeline: TangoPipeline, saved: Path) -> None:
     both = (pipeline, load_tango(saved))
-    first, second = (p("a dog barks", generator=clip_generator(0)).waveforms_BN for p in both)
+    first, second = (p("a dog barks", generator=clip_generator(0)).audios for p in both)
     assert np.array_equal(first, second)
 
 
@@ -30,7 +30,7 @@ def test_half_precision_leaves_the_decoder_in_float32(pipeline: TangoPipeline, s
     half = load_tango(saved, dtype="bfloat16")
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
     assert half.vae.dtype == torch.float32
-    first, second = (p("a dog barks", generator=clip_generator(0)).waveforms_BN for p in (pipeline, half))
+    first, second = (p("a dog barks", generator=clip_generator(0)).audios for p in (pipeline, half))
     assert first.shape == second.shape and np.isfinite(second).all()
     assert load_tango(saved, decoder_dtype="bfloat16").vae.dtype == torch.bfloat16
 
@@ -39,7 +39,7 @@ def test_weights_stored_in_half_precision_come_back_in_float32(tmp_path: Path) -
     tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "half")
     loaded = load_tango(tmp_path / "half")
     assert loaded.unet.dtype == loaded.vae.dtype == torch.float32
-    assert np.isfinite(loaded("a dog barks", generator=clip_generator(0)).waveforms_BN).all()
+    assert np.isfinite(loaded("a dog barks", generator=clip_generator(0)).audios).all()
 
 
 def _edit(file: str, **changes: object) -> Callable[[Path], None]:

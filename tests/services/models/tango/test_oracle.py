@@ -113,7 +113,7 @@ def test_generation(converted: TangoPipeline, ref: dict[str, Any]) -> None:
         guidance_scale=3.0,
         num_inference_steps=5,
         scheduler="ddpm",
-        callback=lambda *seen: steps.append(seen),
+        on_step_end=lambda _, step, timestep, own: steps.append((step, int(timestep), own["latents"])),
     )
     assert [step for step, _, _ in steps] == list(range(5))
     timesteps = [timestep for _, timestep, _ in steps]
@@ -142,7 +142,7 @@ def test_whole_call(converted: TangoPipeline, ref: dict[str, Any]) -> None:
     """`torch.manual_seed(1234); Tango.generate(prompt, steps=3)`: one generator draws all noise in turn."""
     found = converted(
         PROMPTS[0], num_inference_steps=3, guidance_scale=3.0, generator=Generator().manual_seed(1234)
-    ).waveforms_BN
+    ).audios
     # Upstream leaves HiFi-GAN's 32 samples beyond 10.24 s; here the clip has the length that was asked for.
     wanted = ref["ref_api_generate_seed1234_steps3"]
     assert found.shape == (1, 163_840) and wanted.shape == (163_872,)
@@ -155,7 +155,7 @@ def test_whole_batch(converted: TangoPipeline, ref: dict[str, Any]) -> None:
         PROMPTS,
         num_inference_steps=2,
         guidance_scale=2.5,
-        clips_per_prompt=2,
+        num_waveforms_per_prompt=2,
         generator=Generator().manual_seed(1234),
-    ).waveforms_BN
+    ).audios
     near_int16(found.reshape(2, 2, -1)[..., :24_000], ref["ref_api_batch_seed1234_steps2"], 4)

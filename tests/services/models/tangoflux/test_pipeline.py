@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
+from services.engine import Engine, EngineConfig
 from services.errors import InvalidInputError, ModelFormatError
 from services.models.architectures import architecture_of, check_generator, load_generator
 from services.models.latent import Conditioning, clip_generator
 from services.models.mel import mel_filterbank
+from services.models.state_dicts import quiet_loading
 from services.models.tango.loading import load_tango
 from services.models.tangoflux.pipeline import TangoFluxPipeline
 from tests.tiny import tiny_tangoflux
@@ -35,6 +39,54 @@ def saved(flux: TangoFluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("saved") / "flux"
     flux.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_call_makes_the_engines_clips(flux: TangoFluxPipeline, guidance_scale: float) -> None:
+    with Engine(flux, EngineConfig(threads=1)) as engine:
+        request = engine.request(
+            PROMPT, negative_prompt="rain", duration=0.5, seed=3, guidance_scale=guidance_scale
+        )
+        (clip,) = engine.generate(request).clips
+    expected = flux(
+        PROMPT,
+        audio_length_in_s=0.5,
+        guidance_scale=guidance_scale,
+        negative_prompt="rain",
+        generator=clip_generator(3),
+    )
+    assert expected.audios.shape == (1, 8_000) and expected.sampling_rate == 16_000
+    np.testing.assert_array_equal(expected.audios[0], clip.waveform())
+
+
+def test_the_call_as_diffusers_pipelines_have_it(flux: TangoFluxPipeline, saved: Path) -> None:
+    def run(pipeline: Any, **options: Any) -> Any:
+        return pipeline(PROMPT, generator=[clip_generator(3), clip_generator(4)], **options).audios
+
+    clips = run(flux, num_waveforms_per_prompt=2)
+    (batch,) = flux(
+        prompt_embeds=flux.encode([PROMPT])["embeds"],
+        attention_mask=flux.encode([PROMPT])["mask"],
+        num_waveforms_per_prompt=2,
+        latents=flux.prepare_latents(2, 0.64, [clip_generator(3), clip_generator(4)]),
+        return_dict=False,
+    )
+    np.testing.assert_array_equal(batch, clips)
+    with quiet_loading():
+        loaded = DiffusionPipeline.from_pretrained(saved)
+    assert isinstance(loaded, TangoFluxPipeline)
+    np.testing.assert_array_equal(run(loaded, num_waveforms_per_prompt=2), clips)
+    loaded.enable_model_cpu_offload(device="cpu")
+    np.testing.assert_array_equal(run(loaded, num_waveforms_per_prompt=2), clips)
+    other = FlowMatchHeunDiscreteScheduler.from_config(flux.scheduler.config)
+    with quiet_loading():
+        heun = TangoFluxPipeline.from_pretrained(saved, scheduler=other)
+    assert np.abs(run(heun, num_waveforms_per_prompt=2) - clips).max() > 1e-4
+    with pytest.raises(InvalidInputError, match=r"audio_length_in_s: 3\.0 s; give more than 0"):
+        flux(PROMPT, 3.0)
+    heun.scheduler = DDPMScheduler()
+    with pytest.raises(InvalidInputError, match="prediction_type is 'epsilon'"):
+        heun(PROMPT)
 
 
 def _velocity(flux: TangoFluxPipeline, prompt: str = PROMPT, seconds: Tensor = SECONDS) -> Tensor:
