@@ -174,6 +174,11 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         noise_BX: Tensor = randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32)
         return noise_BX.to(self.device)
 
+    def device_of(self, part: Any) -> torch.device:
+        """Return the device that `part` computes on, also where it is offloaded to the CPU until then."""
+        hook = getattr(part, "_hf_hook", None)
+        return getattr(hook, "execution_device", None) or part.device
+
     def set_timesteps(self, scheduler: Any, steps: int, device: torch.device | None = None) -> None:
         """Prepare `scheduler` for `steps` steps from noise to a clip."""
         scheduler.set_timesteps(steps, device=device)
@@ -389,13 +394,11 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         longest = self.config.text_length or min(max(tokens, default=1), self.max_prompt_tokens)
         device, dtype = self._execution_device, self.text_encoder.dtype
         found = [
-            self.encode(text.prompts, length=longest)
-            if text.prompts is not None
-            else text.conditioning().to(device, dtype)
+            text.conditioning() if text.prompts is None else self.encode(text.prompts, length=longest)
             for text in texts
         ]
         length = max(one.length for one in found)
-        first, *rest = (one.padded(length) for one in found)
+        first, *rest = (one.to(device, dtype).padded(length) for one in found)
         return first, rest[0] if rest else None
 
     def _chosen_scheduler(self, name: str | None) -> Any:

@@ -25,7 +25,6 @@ class T5Prompts:
     tokenizer: PreTrainedTokenizerBase
     text_encoder: T5EncoderModel
     config: Any
-    _execution_device: torch.device
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -48,7 +47,7 @@ class T5Prompts:
             truncation=True,
             return_tensors="pt",
         )
-        device = self._execution_device
+        device = self.text_encoder.device
         ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         embeds_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL)[0]
         return Conditioning(tensors={"embeds": embeds_BLD, "mask": mask_BL == 1})

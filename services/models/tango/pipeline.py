@@ -195,7 +195,7 @@ class TangoPipeline(AudioPipeline):
     @torch.no_grad()
     def decode_mel(self, latents_BCTF: Tensor) -> Tensor:
         """Return the natural-log mel spectrogram [B, T * downsampling, M] of clean latents, float32."""
-        z_BCTF = latents_BCTF.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
+        z_BCTF = latents_BCTF.to(self.device_of(self.vae), self.vae.dtype) / self.vae.config.scaling_factor
         mel_B1TM = self.vae.decode(z_BCTF, return_dict=False)[0]
         return cast(Tensor, mel_B1TM.squeeze(1).float())
 

@@ -174,7 +174,7 @@ class TangoFluxPipeline(AudioPipeline):
     @torch.no_grad()
     def decode(self, latents_BTC: Tensor, samples: int | None = None) -> Tensor:
         """See `LatentPipeline`."""
-        z_BCT = latents_BTC.to(self._execution_device, self.vae.dtype).transpose(1, 2)
+        z_BCT = latents_BTC.to(self.device_of(self.vae), self.vae.dtype).transpose(1, 2)
         waveform_BN = self.vae.decode(z_BCT, return_dict=False)[0].float().mean(1)
         return within_full_scale(waveform_BN[:, :samples])
 
