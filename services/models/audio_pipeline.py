@@ -177,7 +177,7 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     def device_of(self, part: Any) -> torch.device:
         """Return the device that `part` computes on, also where it is offloaded to the CPU until then."""
         hook = getattr(part, "_hf_hook", None)
-        return getattr(hook, "execution_device", None) or part.device
+        return cast(torch.device, getattr(hook, "execution_device", None) or part.device)
 
     def set_timesteps(self, scheduler: Any, steps: int, device: torch.device | None = None) -> None:
         """Prepare `scheduler` for `steps` steps from noise to a clip."""
