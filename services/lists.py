@@ -80,7 +80,7 @@ def read_list(
         path: the file.
         field: what errors about the whole file name.
         prompts: columns of captions, by preference; also followed by a number: ``caption_1``.
-        clips: columns of clips, by preference.
+        clips: columns of clips, by preference; a single one must be there.
         needs_clip: refuse rows without a clip.
         keep_unusable: return unusable captions, with their fault, instead of refusing the file.
         checked: blank and overlong captions, and those with control characters, are unusable. Otherwise only
@@ -95,6 +95,8 @@ def read_list(
     numbered = re.compile(rf"({'|'.join(map(re.escape, prompts))})_?\d+")
     if columns and not any(name in prompts or numbered.fullmatch(name) for name in columns):
         raise invalid(field, f"{path} has no column {_or(prompts)}; it has {', '.join(columns)[:200]}")
+    if columns and len(clips) == 1 and clips[0] not in columns:
+        raise invalid(field, f"{path} has no column {clips[0]}; it has {', '.join(columns)[:200]}")
     faults: list[FieldViolation] = []
     entries: list[Entry] = []
     for place, row_number, content in rows:
@@ -234,7 +236,7 @@ def _table(lines: Sequence[str], name: str, delimiter: str) -> Iterator[_Row]:
     while True:
         line = reader.line_num + 1
         try:
-            cells = [cell.strip() for cell in next(reader)]
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -245,10 +247,10 @@ def _table(lines: Sequence[str], name: str, delimiter: str) -> Iterator[_Row]:
                 name, line, f"has a quote that is not closed or not doubled ({error}): {rest[opened:][:40]!r}"
             )
             return
-        if not any(cells):
+        if not cells or (len(cells) > 1 and not any(cells)):
             continue
         if not header:
-            header = cells
+            header = [cell.strip() for cell in cells]
             if twice := next((column for column in header if header.count(column) > 1), None):
                 yield _row(name, line, f"names the column {twice!r} twice")
                 return
@@ -259,7 +261,8 @@ def _table(lines: Sequence[str], name: str, delimiter: str) -> Iterator[_Row]:
                 f"has {len(cells)} cells, the header {len(header)}; quote a cell that holds {delimiter!r}",
             )
         else:
-            yield _row(name, line, {column: cell or None for column, cell in zip(header, cells, strict=True)})
+            values = (cell.strip() or None for cell in cells)
+            yield _row(name, line, dict(zip(header, values, strict=True)))
 
 
 def _row(name: str, line: int, content: _Content) -> _Row:

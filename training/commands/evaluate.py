@@ -23,7 +23,8 @@ def evaluate(
         Path | None,
         typer.Option(
             "--prompts",
-            help="CSV or JSON Lines with a caption a row, and perhaps a reference clip.",
+            help="List of prompts: CSV, TSV, JSON or Parquet with a caption per row, and perhaps a reference "
+            "clip. - is standard input.",
             show_default="the first folder's, else the sound world's",
         ),
     ] = None,

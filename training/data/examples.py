@@ -1,31 +1,28 @@
-"""Labelled clips and preference pairs, read from BATON's JSON and from Parquet files.
+"""Labelled clips and preference pairs, read from lists and from Parquet files.
 
 Clips are decoded on access, so a data set may be larger than memory.
 """
 
 import functools
 import hashlib
-import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from services.audio import decoding
-from services.errors import InvalidInputError, invalid
+from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import sha256_of
+from services.lists import caption_fault, check_text_column, find_audio, read_list, shortened
 from services.models.clap.model import Waveform
 from training.soundworld.captions import CaptionTruth
 
 _LISTED = 5
 
-PROMPT_NAMES = ("prompt", "captions", "caption", "text")
-AUDIO_NAMES = ("audio", "location", "audio_path", "path", "wav", "file")
 LABEL_NAMES = ("label", "score", "reward")
-"""Field names of labelled JSON; the first that is present is used. BATON's README names audio locations,
-captions and scores; Tango's lists, which BATON extends, have `location` and `captions`."""
+"""Field names of labels; the first that is present is used. BATON's README names scores."""
 
 
 class Clip(Protocol):
@@ -198,76 +195,70 @@ def decode_clip(content: bytes) -> decoding.ReadClip:
         raise ValueError("; ".join(violation.description for violation in error.violations)) from error
 
 
-def find_audio(text: str, root: Path) -> Path:
-    """Return the path of the audio file that a data set calls `text`.
-
-    An absolute path that exists is returned unchanged. Data sets often contain paths of another machine, so
-    otherwise the longest suffix of `text` that exists under `root` is taken; if none exists, ``root / text``.
-    """
-    path = Path(text)
-    if path.is_absolute() and path.exists():
-        return path
-    parts = path.parts[1:] if path.is_absolute() else path.parts
-    for start in range(len(parts)):
-        if (found := root.joinpath(*parts[start:])).exists():
-            return found
-    return root.joinpath(*parts)
-
-
 def read_labelled(
-    path: Path, audio_root: Path | None = None, *, label: float | None = None
+    path: Path,
+    audio_root: Path | None = None,
+    *,
+    label: float | None = None,
+    unusable: dict[str, str] | None = None,
 ) -> list[LabelledClip]:
-    """Read the examples of a JSON file in BATON's format: a list of objects, or one object per line.
+    """Read the examples of a list (`services.lists`), as BATON's JSON: prompts, clips, labels in [0, 1].
 
-    Each has a prompt, an audio location (relative to `audio_root`, by default the file's folder) and a label
-    in [0, 1], under one of the names above. With `label`, all examples get that label and the file needs
-    none, as Tango's lists. Raises `InvalidInputError`.
+    Raises `InvalidInputError`.
+
+    Args:
+        path: the list.
+        audio_root: folder that clips start from; None: the list's folder.
+        label: the label of all examples; the list needs none, as Tango's. None: the list's `LABEL_NAMES`.
+        unusable: gets the place of each unusable prompt, with the reason; None: they are refused.
     """
     field = "data.labelled"
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else _json_lines(text)
-    except (OSError, ValueError) as error:
-        raise invalid(field, f"{path} can't be read: {error}") from error
-    if not rows:
-        raise invalid(field, f"{path} holds no examples")
-    root, examples = audio_root or path.parent, []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise invalid(field, f"{path}, example {number} is {type(row).__name__}, must be an object")
-        where = f"{path}, example {number}"
-        prompt, audio = (_value(row, names, where) for names in (PROMPT_NAMES, AUDIO_NAMES))
-        written = _value(row, LABEL_NAMES, where) if label is None else label
+    root, examples, faults = audio_root or path.parent, list[LabelledClip](), list[FieldViolation]()
+    for entry in read_list(path, field, needs_clip=True, keep_unusable=unusable is not None):
+        if entry.fault is not None and unusable is not None:
+            unusable[entry.place] = entry.fault
+            continue
+        names = [name for name in LABEL_NAMES if name in entry.fields]
+        written = label if label is not None else entry.fields[names[0]] if names else None
         try:
-            value = float(written)
+            value = float(written or 0)
         except (TypeError, ValueError):
             value = float("nan")
-        if not 0 <= value <= 1:
-            raise invalid(field, f"{where} has the label {written!r}, must be 0 to 1")
-        clip = FileClip(path=find_audio(str(audio), root))
-        examples.append(LabelledClip(prompt=str(prompt), clip=clip, label=value))
+        if written is None or not 0 <= value <= 1:
+            name = names[0] if names else " or ".join(LABEL_NAMES)
+            faults.append(FieldViolation(entry.place, f"{name} is {written!r}, must be 0 to 1"))
+        clip = FileClip(path=find_audio(entry.location or "", root))
+        examples.append(LabelledClip(prompt=entry.prompt, clip=clip, label=value))
+    if faults:
+        raise InvalidInputError(*shortened(faults))
     return examples
 
 
-def read_pairs(path: Path, audio_root: Path | None = None) -> list[Pair]:
+def read_pairs(
+    path: Path, audio_root: Path | None = None, *, unusable: dict[str, str] | None = None
+) -> list[Pair]:
     """Read the pairs of a Parquet file with audio-alpaca's columns: prompt, chosen, rejected, strategy.
 
     The clips are ``{bytes, path}`` or paths (relative to `audio_root`, by default the file's folder).
-    `strategy` is optional. Raises `InvalidInputError`.
+    `strategy` is optional. `unusable` gets the row of each unusable prompt, with the reason; None: they are
+    refused. Raises `InvalidInputError`.
     """
-    field = "data.pairs"
-    found = [
-        Pair(
-            prompt=str(row["prompt"]),
-            chosen=chosen,
-            rejected=rejected,
-            kind=f"strategy {row['strategy']}" if row.get("strategy") is not None else "preferred",
-        )
-        for row, chosen, rejected in pair_rows(path, field, audio_root, columns=("prompt", "strategy"))
-    ]
-    if not found:
+    field, pairs, found = "data.pairs", list[Pair](), dict[str, str]()
+    columns = ("prompt", "strategy")
+    for number, (row, chosen, rejected) in enumerate(pair_rows(path, field, audio_root, columns=columns)):
+        prompt, fault = caption_fault(row["prompt"])
+        kind = f"strategy {row['strategy']}" if row.get("strategy") is not None else "preferred"
+        if fault is None:
+            pairs.append(Pair(prompt=prompt, chosen=chosen, rejected=rejected, kind=kind))
+        else:
+            found[f"{path.name}, row {number}"] = fault
+    if not pairs and not found:
         raise invalid(field, f"{path} holds no pairs")
-    return found
+    if found and unusable is None:
+        raise InvalidInputError(*shortened([FieldViolation(*fault) for fault in found.items()]))
+    if unusable is not None:
+        unusable |= found
+    return pairs
 
 
 def pair_rows(
@@ -301,6 +292,8 @@ def pair_rows(
                     field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
                 )
             embedded = {side: types.is_struct(schema.field(side).type) for side in sides}
+            for name in ("prompt", *(side for side in sides if not embedded[side])):
+                check_text_column(schema, name, path, field)
             selected = {*sides, *(schema.names if columns is None else columns)}
             names = [name for name in schema.names if name in selected and not embedded.get(name)]
             groups = [file.read_row_group(group, names).to_pylist() for group in range(file.num_row_groups)]
@@ -308,11 +301,11 @@ def pair_rows(
         raise invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
 
     def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
-        if embedded[column]:
+        if embedded[column] or row[column] is None:
             return ParquetClip(
                 path=path, column=column, group=group, row=number, audio_root=root, domain=domain
             )
-        return FileClip(path=find_audio(str(row[column]), root), domain=domain)
+        return FileClip(path=find_audio(row[column], root), domain=domain)
 
     for group, rows in enumerate(groups):
         for number, row in enumerate(rows):
@@ -339,35 +332,38 @@ def _parquet_column(path: Path, column: str, group: int) -> list[dict[str, Any] 
     return rows
 
 
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _value(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise invalid("data.labelled", f"{where} has none of {', '.join(names)}; it has {', '.join(row)}")
-
-
 def short_message(error: Exception) -> str:
     """Return the message of an `OSError` without its path, or the first line of another error's."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
 
 
+ClipOrRow = TypeVar("ClipOrRow", bound=Clip | str)
+
+
 def check_readable(
-    unreadable: Mapping[Clip, str], total: int, limit: float, *, field: str = "data", quiet: bool = False
+    unreadable: Mapping[ClipOrRow, str],
+    total: int,
+    limit: float,
+    *,
+    field: str = "data",
+    quiet: bool = False,
+    what: str = "clips can't be read",
 ) -> None:
-    """Print the unreadable clips on stderr, unless `quiet`.
+    """Print the unreadable clips, or the rows of unusable prompts, on stderr, unless `quiet`.
 
     Raises `InvalidInputError`, which names `field`, if their share of `total` exceeds `limit`.
     """
     if not unreadable:
         return
-    listed = [f"{clip.name}: {reason}" for clip, reason in unreadable.items()]
-    found = f"{len(listed)} of {total} clips can't be read"
+    listed = [f"{one if isinstance(one, str) else one.name}: {reason}" for one, reason in unreadable.items()]
+    found = f"{len(listed)} of {total} {what}"
     if len(listed) > limit * total:
         more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         raise invalid(field, f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}")
     if not quiet:
         print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)
+
+
+def check_prompts(unusable: Mapping[str, str], usable: int, limit: float, *, quiet: bool = False) -> None:
+    """Print the rows of unusable prompts. Raises `InvalidInputError` if their share exceeds `limit`."""
+    check_readable(unusable, usable + len(unusable), limit, quiet=quiet, what="prompts are unusable")

@@ -79,7 +79,7 @@ def write_json(path: Path, content: object) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Read the objects of a JSON Lines file. Raises `InvalidInputError`."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise invalid("input", f"{path} can't be read: {error}; run the stage that makes it") from error
 

@@ -47,7 +47,7 @@ class EvaluationConfig:
     name: str = "mini"
     """Name of the recipe."""
     prompts: Path | None = None
-    """CSV or JSON Lines with a caption per row and, optionally, the path of a reference clip. None: the
+    """List (`services.lists`) of captions and, optionally, the paths of reference clips. None: the
     prompts of the first folder of clips among the sources, else the sound world's."""
     caption_column: str | None = None
     """Column of captions; None: prompt, captions, caption or text."""

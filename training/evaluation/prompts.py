@@ -1,17 +1,14 @@
 """Prompts of an evaluation, from a file or of the sound world, and their splits."""
 
-import csv
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from services.errors import InvalidInputError, invalid
-from training.data.examples import AUDIO_NAMES, PROMPT_NAMES, Clip, FileClip, find_audio
+from services.lists import AUDIO_NAMES, PROMPT_NAMES, find_audio, read_list
+from training.data.examples import Clip, FileClip
 from training.data.scenes import SceneClip
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import SceneConfig, Split, draw_caption
@@ -91,56 +88,19 @@ def read_prompts(
     reference_column: str | None = None,
     audio_root: Path | None = None,
 ) -> tuple[Prompt, ...]:
-    """Read the prompts of a CSV file with a header, or of JSON Lines; repeated prompts are dropped.
+    """Read the prompts of a list (`services.lists`); repeated prompts are dropped.
 
-    Raises `InvalidInputError` if the file can't be read, lacks the column, or has a row without a caption.
+    Raises `InvalidInputError` if the list can't be read, lacks a column, or has an unusable prompt.
     """
-    rows = _read_rows(path)
-    if not rows:
-        raise _invalid(f"{path} holds no prompts")
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    caption = _column(path, columns, caption_column, PROMPT_NAMES)
-    if caption is None:
-        raise _invalid(
-            f"{path} has no column {' or '.join(PROMPT_NAMES)}; it has {', '.join(columns)}: "
-            "name the column of captions by caption_column"
-        )
-    references = _column(path, columns, reference_column, REFERENCE_NAMES)
     found: dict[str, Prompt] = {}
-    for number, row in rows:
-        text = row.get(caption)
-        if not isinstance(text, str) or not text.strip():
-            raise _invalid(f"{path}:{number} has no text in its column {caption}")
-        location = row.get(references) if references else None
-        reference = FileClip(path=find_audio(str(location), audio_root or path.parent)) if location else None
-        found.setdefault(text.strip(), Prompt(text=text.strip(), reference=reference))
+    for entry in read_list(
+        path,
+        "prompts",
+        prompts=PROMPT_NAMES if caption_column is None else (caption_column,),
+        clips=REFERENCE_NAMES if reference_column is None else (reference_column,),
+    ):
+        reference = (
+            FileClip(path=find_audio(entry.location, audio_root or path.parent)) if entry.location else None
+        )
+        found.setdefault(entry.prompt, Prompt(text=entry.prompt, reference=reference))
     return tuple(found.values())
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Return the rows with their line numbers."""
-    try:
-        if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                return [(reader.line_num, {k: v for k, v in row.items() if k is not None}) for row in reader]
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [(number, json.loads(line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise _invalid(f"{path} can't be read: {reason}; give CSV (.csv) or JSON Lines") from error
-    if wrong := next((number for number, row in rows if not isinstance(row, dict)), None):
-        raise _invalid(f"{path}:{wrong} is no JSON object")
-    return rows
-
-
-def _column(path: Path, columns: list[str], name: str | None, known: tuple[str, ...]) -> str | None:
-    if name is None:
-        return next((column for column in known if column in columns), None)
-    if name not in columns:
-        raise _invalid(f"{path} has no column {name}; it has {', '.join(columns)}")
-    return name
-
-
-def _invalid(description: str) -> InvalidInputError:
-    return invalid("prompts", description)

@@ -22,6 +22,7 @@ from services.clip_folder import ClipFolder
 from services.engine import EngineConfig
 from services.errors import InvalidInputError, invalid
 from services.files import write_atomically
+from services.lists import find_audio, read_list
 from services.local import open_clip_maker
 from services.weights.uri import EMBEDDED, ModelURI, ResolvedModel, resolve
 from training.data.store import digest_of_value
@@ -209,22 +210,17 @@ def _folder_clips(source: FolderSource, plan: Sequence[PlannedClip]) -> SourceCl
 
 def _open_folder(name: str, folder: Path) -> FolderSource:
     path = folder / INDEX
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        fields = ("captions", "location")
-        if not rows or not all(isinstance(row.get(field), str) for row in rows for field in fields):
-            raise ValueError("its lines must have captions and location")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+    if not path.is_file():
         raise invalid(
-            "SOURCE",
-            f"{path} can't be read: {reason}; give a folder that `milonga generate --prompts` wrote",
-        ) from error
+            "SOURCE", f"{folder} has no {INDEX}; give a folder that `milonga generate --prompts` wrote"
+        )
+    entries = read_list(path, "SOURCE", needs_clip=True, checked=False)
     clips: dict[str, list[tuple[int | None, Path]]] = {}
-    for row in rows:
-        clips.setdefault(row["captions"], []).append((row.get("seed"), folder / row["location"]))
-    models = {json.dumps(row.get("model"), sort_keys=True): row.get("model") for row in rows}
-    model = next(iter(models.values())) if len(models) == 1 else None
+    for entry in entries:
+        clip = (entry.fields.get("seed"), find_audio(entry.location or "", folder))
+        clips.setdefault(entry.prompt, []).append(clip)
+    models = {json.dumps(entry.fields.get("model"), sort_keys=True) for entry in entries}
+    model = entries[0].fields.get("model") if len(models) == 1 else None
     return FolderSource(name=name, clips=clips, identity=model if isinstance(model, dict) else {})
 
 

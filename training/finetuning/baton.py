@@ -54,7 +54,7 @@ class BatonData:
     """The sources of rewarded clips and of pretraining data."""
 
     labelled: tuple[Path, ...] = ()
-    """JSON files in BATON's format (`read_labelled`), HD and RD: labels are rewards."""
+    """Lists with labels, as BATON's JSON (`read_labelled`), HD and RD: labels are rewards."""
     pairs: tuple[Path, ...] = ()
     """Parquet files of preference pairs, or folders of them. Each clip is an example: its reward is the
     reward model's probability, without one 1 for the chosen and 0 for the rejected."""
@@ -103,8 +103,9 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         ModelError: the start or the reward model was refused.
         OutputError: `output` can't be written, or holds something else.
     """
-    labelled, paired = read_rewarded(config.data)
-    pretraining = read_pretraining(config.data) if config.pretraining_weight else []
+    unusable: dict[str, str] = {}
+    labelled, paired = read_rewarded(config.data, unusable)
+    pretraining = read_pretraining(config.data, unusable) if config.pretraining_weight else []
     models = {"reward": config.reward, "clap": config.clap if config.reward else None}
     session, report = open_session(config, output, config.data.files(), models, fresh=fresh)
     if report is not None:
@@ -116,6 +117,7 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         lambda example: example.prompt,
         session,
         config.data.max_unreadable,
+        unusable,
     )
     # Pairs are flattened into a liked clip and the one that it is compared with.
     liked: list[tuple[Clip, Clip | None]] = [
@@ -152,32 +154,38 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         "pretraining": len(pretraining),
         "mean_reward": sum(example.label for example in rewarded) / len(rewarded),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        "unusable_prompts": unusable,
         **content,
     }
     return finish_session(session, policy, "baton", fitted.steps, data)
 
 
-def read_rewarded(data: BatonData) -> tuple[list[LabelledClip], list[LabelledClip]]:
+def read_rewarded(
+    data: BatonData, unusable: dict[str, str] | None = None
+) -> tuple[list[LabelledClip], list[LabelledClip]]:
     """Return the clips of labelled files, and those of pairs with 1 for chosen and 0 for rejected.
 
-    Raises `InvalidInputError` if there is none.
+    `unusable` is as in `read_labelled`. Raises `InvalidInputError` if there is none.
     """
-    labelled = [example for path in data.labelled for example in read_labelled(path, data.audio_root)]
+    root = data.audio_root
+    labelled = [one for path in data.labelled for one in read_labelled(path, root, unusable=unusable)]
     paired = [
         LabelledClip(prompt=pair.prompt, clip=clip, label=label)
         for path in parquet_files(data.pairs)
-        for pair in read_pairs(path, data.audio_root)
+        for pair in read_pairs(path, root, unusable=unusable)
         for clip, label in ((pair.chosen, 1.0), (pair.rejected, 0.0))
     ]
-    if not labelled and not paired:
+    if not labelled and not paired and not unusable:
         raise invalid("data", "holds no rewarded clips; give data.labelled (JSON) or data.pairs (Parquet)")
     return labelled, paired
 
 
-def read_pretraining(data: BatonData) -> list[LabelledClip]:
+def read_pretraining(data: BatonData, unusable: dict[str, str] | None = None) -> list[LabelledClip]:
     """Return pretraining data: those of the files, then scenes with a caption of the training split."""
     found = [
-        example for path in data.pretraining for example in read_labelled(path, data.audio_root, label=1.0)
+        example
+        for path in data.pretraining
+        for example in read_labelled(path, data.audio_root, label=1.0, unusable=unusable)
     ]
     for index in range(data.scenes):
         rng = np.random.default_rng([SCENES_SEED, index])

@@ -69,7 +69,8 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         ModelError: start or reference was refused.
         OutputError: `output` can't be written, or holds something else.
     """
-    pairs = config.data.read()
+    unusable: dict[str, str] = {}
+    pairs = config.data.read(unusable)
     session, report = open_session(
         config, output, config.data.files(), {"reference": config.reference}, fresh=fresh
     )
@@ -82,6 +83,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         lambda pair: pair.prompt,
         session,
         config.data.max_unreadable,
+        unusable,
     )
     content = report_content([(pair.chosen, pair.rejected) for pair in pairs], session.accelerator)
     loop = loop_of(config, len(pairs))
@@ -97,6 +99,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
     data = {
         "examples": len(pairs),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        "unusable_prompts": unusable,
         **content,
     }
     return finish_session(session, policy, "dpo", fitted.steps, data)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
 from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
 from services.weights.uri import ResolvedModel, resolve
-from training.data.examples import Clip, Pair, check_readable, read_pairs
+from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
 from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
@@ -110,9 +111,14 @@ class PairData:
             )
         return parquet_files(self.pairs)
 
-    def read(self) -> list[Pair]:
-        """Return every pair; clips are not read yet. Raises `InvalidInputError` if there is no pair."""
-        return [pair for path in self.files() for pair in read_pairs(path, self.audio_root)]
+    def read(self, unusable: dict[str, str] | None = None) -> list[Pair]:
+        """Return every pair; clips are not read yet. `unusable` is as in `read_pairs`.
+
+        Raises `InvalidInputError` if there is no pair.
+        """
+        return [
+            pair for path in self.files() for pair in read_pairs(path, self.audio_root, unusable=unusable)
+        ]
 
 
 class Predictions(NamedTuple):
@@ -374,14 +380,18 @@ def readable(
     prompt_of: Callable[[Example], str],
     session: Session,
     limit: float,
+    unusable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Example], dict[Clip, str]]:
     """Encode the examples; return those whose clips can be read, and the unreadable clips with the reason.
 
-    Raises `InvalidInputError` if too many clips can't be read, or no example is left.
+    `unusable` has the rows that were left out for their prompts. Raises `InvalidInputError` if their share or
+    that of unreadable clips exceeds `limit`, or no example is left.
     """
+    quiet = not session.accelerator.is_main_process
+    check_prompts(unusable, len(examples), limit, quiet=quiet)
     clips = dict.fromkeys(clip for example in examples for clip in clips_of(example))
     unreadable = session.latents.add(clips, map(prompt_of, examples))
-    check_readable(unreadable, len(clips), limit, quiet=not session.accelerator.is_main_process)
+    check_readable(unreadable, len(clips), limit, quiet=quiet)
     left = [example for example in examples if not any(clip in unreadable for clip in clips_of(example))]
     if not left:
         raise invalid("data", f"no example is left: none of {len(clips)} clips can be read")

@@ -59,12 +59,18 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         ModelError: the start was refused.
         OutputError: `output` can't be written, or holds something else.
     """
-    pairs = config.data.read()
+    unusable: dict[str, str] = {}
+    pairs = config.data.read(unusable)
     session, report = open_session(config, output, config.data.files(), {}, fresh=fresh)
     if report is not None:
         return report
     pairs, unreadable = readable(
-        pairs, lambda pair: [pair.chosen], lambda pair: pair.prompt, session, config.data.max_unreadable
+        pairs,
+        lambda pair: [pair.chosen],
+        lambda pair: pair.prompt,
+        session,
+        config.data.max_unreadable,
+        unusable,
     )
     content = report_content([(pair.chosen, None) for pair in pairs], session.accelerator)
     loop = loop_of(config, len(pairs))
@@ -81,6 +87,7 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
     data = {
         "examples": len(pairs),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        "unusable_prompts": unusable,
         **content,
     }
     return finish_session(session, policy, "sft", fitted.steps, data)

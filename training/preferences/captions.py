@@ -4,21 +4,19 @@ Writes ``captions.jsonl`` (the paper's T1: `caption`, `cluster`) and ``temporal.
 temporal order, for strategy 3).
 """
 
-import csv
-import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import invalid
 from services.files import write_atomically
+from services.lists import PROMPT_NAMES, caption_fault, read_list
 from services.weights.uri import ResolvedModel
 from training.data.store import (
     Row,
@@ -70,9 +68,9 @@ class CaptionsConfig:
     """The captions to select, and the number of each kind. The defaults are the paper's."""
 
     source: Path | None = None
-    """CSV, JSON lines, JSON or Parquet; none: the sound world."""
-    column: str = "caption"
-    """Column of the captions in `source`."""
+    """List of captions (`services.lists`): CSV, TSV, JSON or Parquet; none: the sound world."""
+    column: str | None = None
+    """Column of the captions in `source`; none: prompt, captions, caption or text."""
     soundworld: SoundworldCaptions = field(default_factory=SoundworldCaptions)
     """Used if `source` is none."""
     embedder: str = "sentence-transformers:thenlper/gte-large"
@@ -170,15 +168,14 @@ def temporal(folder: Path) -> list[str]:
 
 
 def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
-    """Return all captions of the source, each once, and how many were left out for which reason."""
-    texts = (
-        _soundworld(config.soundworld) if config.source is None else read_column(config.source, config.column)
-    )
+    """Return all captions of the source, each once, and how many were left out for which reason.
+
+    Raises `InvalidInputError` if the source can't be read, or has no such column.
+    """
     found: dict[str, None] = {}
     left_out = {"unusable": 0, "repeated": 0}
-    for text in texts:
-        caption = " ".join(text.split())
-        if prompt_fault(caption, MAX_PROMPT_CHARACTERS) is not None:
+    for caption, fault in _captions(config):
+        if fault is not None:
             left_out["unusable"] += 1
         elif caption in found:
             left_out["repeated"] += 1
@@ -187,20 +184,14 @@ def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
     return list(found), left_out
 
 
-def read_column(path: Path, column: str) -> Iterator[str]:
-    """The texts of one column of a CSV, JSON, JSON lines or Parquet file; missing values are empty.
-
-    Raises `InvalidInputError` for a file of another format, or without the column.
-    """
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
-    readers |= dict.fromkeys((".jsonl", ".json", ".ndjson"), _read_json)
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise invalid("source", f"{path} must end in one of {', '.join(readers)}")
-    try:
-        yield from ("" if text is None else str(text) for text in readers[suffix](path, column))
-    except (OSError, ValueError, csv.Error) as error:
-        raise invalid("source", f"{path} can't be read: {error}") from error
+def _captions(config: CaptionsConfig) -> Iterator[tuple[str, str | None]]:
+    """Yield the captions of the source, and why they are unusable."""
+    if config.source is None:
+        yield from map(caption_fault, _soundworld(config.soundworld))
+        return
+    names = PROMPT_NAMES if config.column is None else (config.column,)
+    for entry in read_list(config.source, "source", prompts=names, clips=(), keep_unusable=True):
+        yield entry.prompt, entry.fault
 
 
 def cluster(vectors_ND: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.int64]:
@@ -271,42 +262,3 @@ def _save(path: Path, vectors_BD: NDArray[np.float32]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, vectors_BD, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
-
-
-def _read_csv(path: Path, column: str) -> Iterable[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        _check_column(path, column, reader.fieldnames or ())
-        for row in reader:
-            yield row[column]
-
-
-def _read_json(path: Path, column: str) -> Iterable[Any]:
-    text = path.read_text(encoding="utf-8-sig")
-    lines = text.lstrip().startswith("[")
-    rows = json.loads(text) if lines else [json.loads(line) for line in text.splitlines() if line.strip()]
-    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
-    _check_column(path, column, tuple(names))
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is {type(row).__name__}, must be an object")
-        yield row.get(column)
-
-
-def _read_parquet(path: Path, column: str) -> Iterable[Any]:
-    from pyarrow import ArrowException  # type: ignore[import-untyped]
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
-    try:
-        with ParquetFile(path) as file:
-            _check_column(path, column, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=[column]):
-                yield from batch.column(0).to_pylist()
-    except ArrowException as error:
-        raise ValueError(str(error).partition("\n")[0]) from error
-
-
-def _check_column(path: Path, column: str, names: Sequence[str]) -> None:
-    if column not in names:
-        there = ", ".join(names) if names else "none"
-        raise invalid("column", f"is {column!r}, and {path} has no such column; it has: {there}")

@@ -19,6 +19,7 @@ from rich.table import Table
 from services.audio.encoding import encode_audio
 from services.errors import invalid
 from services.files import write_atomically
+from services.lists import caption_fault
 from training.data.content import report_content
 from training.data.examples import Clip, FileClip, decode, pair_rows
 from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
@@ -181,10 +182,13 @@ def print_table(table: Mapping[str, Row], console: Console | None = None) -> Non
 
 
 def _read_file(path: Path) -> Iterator[Preference]:
-    for row, chosen, rejected in pair_rows(path, "preferences", domain="generated"):
+    for number, (row, chosen, rejected) in enumerate(pair_rows(path, "preferences", domain="generated")):
+        prompt, fault = caption_fault(row["prompt"])
+        if fault is not None:
+            raise invalid(f"{path.name}, row {number}", fault)
         strategy = row.get("strategy")
         yield Preference(
-            prompt=str(row["prompt"]),
+            prompt=prompt,
             chosen=chosen,
             rejected=rejected,
             strategy="" if strategy is None else str(strategy),

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from services.errors import OutputError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
-from training.data.examples import Clip, Examples, read_labelled, read_pairs, short_message
+from training.data.examples import Clip, Examples, check_prompts, read_labelled, read_pairs, short_message
 from training.data.scenes import SPLITS, SoundworldData, soundworld_examples
 from training.loop.checks import check_share
 from training.loop.progress import progress
@@ -43,7 +43,7 @@ class DataConfig:
     """Sources of the examples."""
 
     labelled: tuple[Path, ...] = ()
-    """JSON files in BATON's format (`training.data.examples.read_labelled`)."""
+    """Lists with labels, as BATON's JSON (`training.data.examples.read_labelled`)."""
     pairs: tuple[Path, ...] = ()
     """Parquet files of preference pairs (`training.data.examples.read_pairs`)."""
     audio_root: Path | None = None
@@ -59,13 +59,18 @@ class DataConfig:
         check_share(self, "max_unreadable")
 
 
-def load_examples(config: DataConfig) -> dict[Split, Examples]:
+def load_examples(
+    config: DataConfig, unusable: dict[str, str], *, quiet: bool = False
+) -> dict[Split, Examples]:
     """Return the examples of all sources by split (90, 5 and 5 %, by the prompt's text).
 
-    Raises `InvalidInputError` if a file is missing or has another format.
+    `unusable` is as in `read_labelled`. Raises `InvalidInputError` if a file can't be read or has another
+    format, or too many prompts are unusable.
     """
-    labelled = [example for path in config.labelled for example in read_labelled(path, config.audio_root)]
-    pairs = [pair for path in config.pairs for pair in read_pairs(path, config.audio_root)]
+    root = config.audio_root
+    labelled = [one for path in config.labelled for one in read_labelled(path, root, unusable=unusable)]
+    pairs = [pair for path in config.pairs for pair in read_pairs(path, root, unusable=unusable)]
+    check_prompts(unusable, len(labelled) + len(pairs), config.max_unreadable, quiet=quiet)
     splits = {}
     for split in SPLITS:
         world = soundworld_examples(config.soundworld, split)

@@ -129,7 +129,8 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
 
     clap = load_clap_model(resolved, str(accelerator.device))
     tokens = ClapTokens(run, clap, resolved.digest, accelerator, workers=config.data.workers)
-    examples, unreadable = prepare_examples(config, tokens)
+    unusable: dict[str, str] = {}
+    examples, unreadable = prepare_examples(config, tokens, unusable)
     content = report_content(
         [(pair.chosen, pair.rejected) for pair in examples["train"].preference_pairs()], accelerator
     )
@@ -163,6 +164,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
             "steps": fitted.steps,
             "examples": {split: counts(examples[split]) for split in SPLITS},
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
+            "unusable_prompts": unusable,
             **content,
             "clap": {"uri": config.clap, "name": resolved.identity.name, "digest": resolved.digest},
             "settings": flatten(config),
@@ -175,19 +177,20 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
 
 
 def prepare_examples(
-    config: RewardTraining, tokens: ClapTokens
+    config: RewardTraining, tokens: ClapTokens, unusable: dict[str, str]
 ) -> tuple[dict[Split, Examples], dict[Clip, str]]:
     """Compute the tokens of all examples; return the examples of each split, and why clips were left out.
 
-    Raises `InvalidInputError` if too many clips can't be read, or a split lacks what the objective needs.
+    `unusable` gets the rows that are left out for their prompts. Raises `InvalidInputError` if too many clips
+    can't be read or too many prompts are unusable, or a split lacks what the objective needs.
     """
-    examples = load_examples(config.data)
+    quiet = not tokens.accelerator.is_main_process
+    examples = load_examples(config.data, unusable, quiet=quiet)
     check_enough(examples, config)
     unreadable: dict[Clip, str] = {}
     for split in SPLITS:
         unreadable |= tokens.add(examples[split].clips(), scored=split == "test")
     clips = {clip for split in SPLITS for clip in examples[split].clips()}
-    quiet = not tokens.accelerator.is_main_process
     check_readable(unreadable, len(clips), config.data.max_unreadable, quiet=quiet)
     examples = {split: examples[split].without(set(unreadable)) for split in SPLITS}
     check_enough(examples, config)

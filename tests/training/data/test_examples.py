@@ -10,14 +10,15 @@ import soundfile
 from pyarrow import parquet
 
 from services.errors import InvalidInputError
+from services.lists import find_audio
 from training.data.examples import (
     Examples,
     FileClip,
     LabelledClip,
     Pair,
+    check_prompts,
     counts,
     decode,
-    find_audio,
     read_labelled,
     read_pairs,
 )
@@ -79,22 +80,109 @@ def test_paths_of_another_machine_are_found_under_the_root(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", "can't be read"),
-        ("[]", "holds no examples"),
-        ("[3]", "example 0 is int, must be an object"),
+        ("[", r"x\.json:1: is no JSON"),
+        ("[]", r"data\.labelled: .*x\.json holds no prompts"),
+        ("[3]", r"x\.json:1: must be an object"),
         (
             '[{"captions": "x", "location": "y"}]',
-            "example 0 has none of label, score, reward; it has captions, l",
+            r"x\.json:1: label or score or reward is None, must be 0 to 1",
         ),
-        ('[{"captions": "x", "location": "y", "label": 2}]', "has the label 2, must be 0 to 1"),
-        ('[{"captions": "x", "location": "y", "label": "good"}]', "has the label 'good', must be 0 to 1"),
+        ('[{"captions": "x", "label": 1}]', r"x\.json:1: has no location; it has captions, label"),
+        ('{"captions": "x", "location": "y", "label": 2}', r"x\.json:1: label is 2, must be 0 to 1"),
+        (
+            '\n{"captions": "x", "location": "y", "score": "good"}',
+            r"x\.json:2: score is 'good', must be 0 to 1",
+        ),
     ],
 )
 def test_json_in_another_format_gives_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(InvalidInputError, match=r"data\.labelled: .*x\.json") as caught:
+    with pytest.raises(InvalidInputError, match=message) as caught:
         read_labelled(tmp_path / "x.json")
-    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl", "x.parquet"])
+def test_labelled_clips_are_read_from_every_list(name: str, tmp_path: Path) -> None:
+    rows = [{"caption": f"Rain {n}", "location": "a.wav", "label": n / 2} for n in range(3)]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    path = tmp_path / name
+    match path.suffix:
+        case ".parquet":
+            _write(path, columns)
+        case ".json":
+            path.write_text(json.dumps({"data": rows}))
+        case ".jsonl":
+            path.write_text("\r\n".join(map(json.dumps, rows)))
+        case _:
+            delimiter = "," if name == "x.csv" else "\t"
+            lines = [columns, *(map(str, row.values()) for row in rows)]
+            path.write_text("".join(delimiter.join(line) + "\n" for line in lines))
+    found = [(one.prompt, one.clip.name, one.label) for one in read_labelled(path)]
+    assert found == [(f"Rain {n}", str(tmp_path / "a.wav"), n / 2) for n in range(3)]
+
+
+UNUSABLE = [None, "", " \n", "Rain\0", "x" * 1_001]
+"""Prompts that nothing can be trained on."""
+
+
+def test_unusable_prompts_of_pairs_are_left_out_by_row(tmp_path: Path) -> None:
+    prompts = [*UNUSABLE[:2], "A dog\nbarks", *UNUSABLE[2:]]
+    clips = [{"bytes": wav(), "path": None}] * len(prompts)
+    _write(tmp_path / "x.parquet", {"prompt": prompts, "chosen": clips, "rejected": clips})
+    unusable: dict[str, str] = {}
+    (pair,) = read_pairs(tmp_path / "x.parquet", unusable=unusable)
+    assert pair.prompt == "A dog barks"
+    assert list(unusable) == [f"x.parquet, row {row}" for row in (0, 1, 3, 4, 5)]
+    assert "has no prompt" in unusable["x.parquet, row 0"]
+    assert "U+0000" in unusable["x.parquet, row 4"]
+    with pytest.raises(
+        InvalidInputError, match=r"x\.parquet, row 0: has no prompt; x\.parquet, row 1: prompt is"
+    ):
+        read_pairs(tmp_path / "x.parquet")
+
+
+def test_unusable_prompts_of_labelled_clips_are_left_out_by_line(tmp_path: Path) -> None:
+    rows = [{"captions": prompt, "location": "a.wav", "label": 1} for prompt in (*UNUSABLE, 7, "Rain")]
+    (tmp_path / "x.json").write_text("\n".join(map(json.dumps, rows)))
+    unusable: dict[str, str] = {}
+    (example,) = read_labelled(tmp_path / "x.json", unusable=unusable)
+    assert example.prompt == "Rain"
+    assert list(unusable) == [f"x.json:{line}" for line in range(1, 7)]
+    assert unusable["x.json:6"] == "prompt is 7, must be str"
+
+
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+@pytest.mark.parametrize("value", [b"A dog barks", 0, 1.5], ids=str)
+def test_columns_that_are_no_text_are_refused_with_their_type(value: Any, side: str, tmp_path: Path) -> None:
+    columns = {"prompt": ["Rain"], "chosen": ["a.wav"], "rejected": ["b.wav"], side: [value]}
+    _write(tmp_path / "x.parquet", columns)
+    kind = pyarrow.array([value]).type
+    with pytest.raises(
+        InvalidInputError, match=rf"data\.pairs: the column {side} of .* is {kind}, must be text"
+    ):
+        read_pairs(tmp_path / "x.parquet", unusable={})
+
+
+def test_clips_that_are_null_can_not_be_read(tmp_path: Path) -> None:
+    _write(
+        tmp_path / "x.parquet", {"prompt": ["a", "b"], "chosen": ["c.wav", None], "rejected": ["c.wav"] * 2}
+    )
+    with pytest.raises(ValueError, match="neither bytes nor a path"):
+        read_pairs(tmp_path / "x.parquet")[1].chosen.read()
+
+
+def test_unusable_prompts_count_under_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    unusable = {"x.parquet, row 3": "has no prompt"}
+    check_prompts(unusable, 9, 0.1)
+    assert (
+        "1 of 10 prompts are unusable and are left out:\n  x.parquet, row 3: has no"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        InvalidInputError, match=r"1 of 10 prompts are unusable, at most 5% may be: x\.parquet, row 3"
+    ):
+        check_prompts(unusable, 9, 0.05)
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:

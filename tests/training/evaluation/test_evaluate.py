@@ -289,7 +289,7 @@ def test_folders_with_other_prompts_or_counts_are_refused_in_one_line(
             evaluate(config, [str(path) for path in pair], tmp_path / "out")
         assert "\n" not in str(caught.value)
     (whole / "index.jsonl").write_text("{}\n")
-    with pytest.raises(InvalidInputError, match="must have captions and location"):
+    with pytest.raises(InvalidInputError, match=r"index\.jsonl:1: has no prompt"):
         evaluate(config, [str(whole)], tmp_path / "out")
 
 

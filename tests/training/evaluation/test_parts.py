@@ -46,7 +46,7 @@ def test_a_file_without_its_column_is_refused_in_one_line(tmp_path: Path) -> Non
     path = tmp_path / "a.csv"
     path.write_text("sentence,sound\nRain,a.wav\n")
     with pytest.raises(
-        InvalidInputError, match=r"has no column prompt or .*; it has sentence, sound"
+        InvalidInputError, match=r"has no column prompt, .*; it has sentence, sound"
     ) as caught:
         read_prompts(path)
     assert "\n" not in str(caught.value)
@@ -54,15 +54,27 @@ def test_a_file_without_its_column_is_refused_in_one_line(tmp_path: Path) -> Non
     assert found == (Prompt(text="Rain", reference=FileClip(path=tmp_path / "b" / "a.wav")),)
     with pytest.raises(InvalidInputError, match="has no column words"):
         read_prompts(path, caption_column="words")
+    with pytest.raises(InvalidInputError, match="has no column clip"):
+        read_prompts(path, caption_column="sentence", reference_column="clip")
+
+
+def test_each_caption_of_a_clip_is_a_prompt_with_its_reference(tmp_path: Path) -> None:
+    (tmp_path / "clotho.csv").write_text("file_name,caption_1,caption_2,caption_3\nx.wav,Rain,Birds,Rain\n")
+    reference = FileClip(path=tmp_path / "x.wav")
+    assert read_prompts(tmp_path / "clotho.csv") == tuple(
+        Prompt(text=text, reference=reference) for text in ("Rain", "Birds")
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", "", "holds no prompts"),
-        ("a.csv", "caption\nRain\n \n", "a.csv:3 has no text"),
-        ("a.jsonl", "[1]\n", "a.jsonl:1 is no JSON object"),
-        ("a.jsonl", "rain\n", "can't be read: Expecting value.*give CSV"),
+        ("a.csv", "caption\nRain\n \n", "a.csv:3: has no prompt"),
+        ("a.csv", 'caption,audio\n"Rain,a.wav\nBirds,b.wav\n', "a.csv:2: has a quote that is not closed"),
+        ("a.csv", "caption\nRa\0in\n", r"a.csv:2: prompt has the control character U\+0000"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: must be an object"),
+        ("a.jsonl", "rain\n", "a.jsonl:1: is no JSON: Expecting value"),
         ("b.jsonl", None, "can't be read: No such file"),
     ],
 )

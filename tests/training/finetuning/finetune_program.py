@@ -55,10 +55,12 @@ def clip(seed: int, seconds: float = 0.64, rate: int = 16_000) -> bytes:
     return file.getvalue()
 
 
-def write_pairs(path: Path, clips: Sequence[tuple[bytes, bytes]]) -> Path:
-    """Parquet with audio-alpaca's columns; a few rows per group."""
+def write_pairs(
+    path: Path, clips: Sequence[tuple[bytes, bytes]], prompts: Sequence[str | None] = PROMPTS
+) -> Path:
+    """Parquet with audio-alpaca's columns; a few rows per group. The prompts are repeated."""
     sides = [[{"bytes": pair[side], "path": None} for pair in clips] for side in (0, 1)]
-    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(clips))]
+    prompts = [prompts[number % len(prompts)] for number in range(len(clips))]
     table = pa.table(
         {"prompt": prompts, "chosen": sides[0], "rejected": sides[1], "strategy": ["1.2"] * len(clips)}
     )

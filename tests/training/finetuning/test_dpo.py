@@ -307,6 +307,23 @@ def test_equal_silent_and_cut_clips_are_in_the_report(
     assert "warning: 1 of 3 pairs have equal clips" in err and "warning: 1 of 3 clips to learn" in err
 
 
+def test_unusable_prompts_are_left_out_by_row_up_to_the_limit(start: Path, tmp_path: Path) -> None:
+    clips = [(clip(number), clip(100 + number)) for number in range(4)]
+    bad = write_pairs(tmp_path / "bad.parquet", clips, ["A dog barks", None, "A bell rings", "Birds sing"])
+    with pytest.raises(InvalidInputError, match=r"1 of 4 prompts are .*: bad\.parquet, row 1: has no"):
+        train_dpo(dpo(start, bad), tmp_path / "a")
+    data = PairData(pairs=(bad,), max_unreadable=0.25)
+    report = train_dpo(dpo(start, bad, data=data, loop=SHORT), tmp_path / "b")
+    assert report["data"]["examples"] == 3
+    assert report["data"]["unusable_prompts"] == {"bad.parquet, row 1": "has no prompt"}
+    none = write_pairs(tmp_path / "none.parquet", clips, [None, " "])
+    with pytest.raises(InvalidInputError, match="4 of 4 prompts are unusable"):
+        train_dpo(dpo(start, none), tmp_path / "c")
+    data = PairData(pairs=(none,), max_unreadable=1.0)
+    with pytest.raises(InvalidInputError, match="no example is left"):
+        train_dpo(dpo(start, none, data=data), tmp_path / "d")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -18,7 +18,6 @@ from training.preferences.captions import (
     is_temporal,
     pick,
     read_captions,
-    read_column,
     select_captions,
     selected,
     temporal,
@@ -45,22 +44,37 @@ def _write(path: Path) -> Path:
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
 def test_every_format_is_read_and_a_missing_column_is_told(tmp_path: Path, suffix: str) -> None:
     path = _write(tmp_path / f"captions.{suffix}")
-    assert list(read_column(path, "caption")) == TEXTS
-    with pytest.raises(InvalidInputError, match=r"'text'.*no such column; it has: id, caption"):
-        list(read_column(path, "text"))
+    for column in (None, "caption"):
+        found, left_out = read_captions(CaptionsConfig(source=path, column=column))
+        assert found == ["A dog barks", "Rain falls, then a bell rings", "Birds sing"]
+        assert left_out == {"unusable": 1, "repeated": 1}
+    with pytest.raises(InvalidInputError, match=r"source: .* has no column text; it has id, caption"):
+        read_captions(CaptionsConfig(source=path, column="text"))
+
+
+def test_every_caption_of_a_row_is_read_and_line_breaks_are_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "clotho.csv"
+    path.write_text(
+        'file_name,caption_1,caption_2,caption_3\nx.wav,Rain,"A dog\nbarks",Rain\ny.wav,Bi\0rds,,\n'
+    )
     found, left_out = read_captions(CaptionsConfig(source=path))
-    assert found == ["A dog barks", "Rain falls, then a bell rings", "Birds sing"]
+    assert found == ["Rain", "A dog barks"]
     assert left_out == {"unusable": 1, "repeated": 1}
 
 
 def test_what_is_no_list_of_captions_is_refused(tmp_path: Path) -> None:
-    for name, content in (("a.txt", "x"), ("a.jsonl", "{"), ("a.parquet", "PAR1")):
+    for name, content, says in (
+        ("a.txt", "x\ny\n", "source: .*has no column"),
+        ("a.jsonl", "{", "a.jsonl:1: is no JSON"),
+        ("a.parquet", "PAR1", "source: .*can't be read"),
+        ("a.csv", 'caption\n"Rain\nBirds\n', "a.csv:2: has a quote that is not closed"),
+    ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(InvalidInputError, match="source: "):
-            list(read_column(tmp_path / name, "caption"))
+        with pytest.raises(InvalidInputError, match=says):
+            read_captions(CaptionsConfig(source=tmp_path / name))
     missing = tmp_path / "none.csv"
     with pytest.raises(InvalidInputError, match="can't be read"):
-        list(read_column(missing, "caption"))
+        read_captions(CaptionsConfig(source=missing))
     with pytest.raises(InvalidInputError, match=r"^source: .*none\.csv can't be read: .*; give CSV, JSON"):
         captions_identity(CaptionsConfig(source=missing), None)
 
