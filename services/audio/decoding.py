@@ -211,7 +211,7 @@ class Mix:
                 )
         kept = float(np.vdot(waveform_N, waveform_N)) / max(self._energy, 1e-12)
         if self._energy > _SILENT * self.count and kept < _CANCELLED:
-            left = "silence" if kept < 1e-9 else f"{-10 * math.log10(kept):.0f} dB quieter than they are"
+            left = "silence" if kept < 1e-6 else f"{-10 * math.log10(kept):.0f} dB quieter than they are"
             warnings.append(
                 f"clip has channels that cancel each other: their mono mix is {left}; invert one, or send one"
             )

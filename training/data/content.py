@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ Content = tuple[str, bool, tuple[str, ...]]
 def report_content(
     pairs: Sequence[tuple[Clip, Clip | None]], accelerator: Accelerator | None = None
 ) -> dict[str, Any]:
-    """Examine readable clips; return the entries of a training's report on them, and print warnings.
+    """Examine clips; return the entries of a training's report on them, and print warnings.
 
-    Procedural clips are taken as they are.
+    Procedural clips are taken as they are, and unreadable ones left out.
 
     Args:
         pairs: a clip to learn from, and the one to learn to avoid, if any.
@@ -35,7 +36,7 @@ def report_content(
     silent = [a.name for a, _ in pairs if a in found and found[a][1]]
     warnings = {clip.name: "; ".join(content[2]) for clip, content in found.items() if content[2]}
     if accelerator is None or accelerator.is_main_process:
-        _warn(f"of {len(pairs)} pairs have equal clips, which teach nothing", equal)
+        _warn(f"of {len(pairs)} pairs have equal clips, so that nothing is preferred", equal)
         _warn(f"of {len(pairs)} clips to learn from are silent", silent)
         for name, warning in warnings.items():
             print(f"warning: {name}: {warning}", file=sys.stderr)
@@ -54,7 +55,8 @@ def _contents(clips: Iterable[Clip], accelerator: Accelerator | None) -> Mapping
     with progress(total=len(own), desc="content", unit="clip", disable=rank > 0) as bar:
         found: dict[int, Content] = {}
         for number in own:
-            found[number] = _content(encoded[number])
+            with suppress(OSError, ValueError):
+                found[number] = _content(encoded[number])
             bar.update()
     everywhere = gather_object([found]) if processes > 1 else [found]
     return {encoded[number]: content for there in everywhere for number, content in there.items()}

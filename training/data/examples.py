@@ -21,6 +21,9 @@ from training.soundworld.captions import CaptionTruth
 
 _LISTED = 5
 
+DECODER = 2
+"""Version of the decoder. Caches of clips are bound to it, so that a clip that it refuses is not used."""
+
 LABEL_NAMES = ("label", "score", "reward")
 """Field names of labels; the first that is present is used. BATON's README names scores."""
 

@@ -30,7 +30,7 @@ from services.models.clap.model import Waveform
 from services.models.folders import DTYPES
 from services.models.latent import Conditioning
 from services.models.manifest import read_manifest
-from training.data.examples import Clip, short_message
+from training.data.examples import DECODER, Clip, short_message
 from training.loop.progress import progress
 
 CLIPS = 16
@@ -169,7 +169,9 @@ class Latents:
         architecture, files = architecture_of(folder), read_manifest(folder).files
         self.seconds = config.duration or architecture.default_duration(folder)
         """Duration of every clip in seconds."""
-        audio = _cache_name(files, architecture.encoders, config.duration, config.normalise, config.dtype)
+        audio = _cache_name(
+            files, architecture.encoders, config.duration, config.normalise, config.dtype, DECODER
+        )
         self._clips = TensorCache(cache / f"latents-{audio}")
         self._prompts = TensorCache(
             cache / f"conditioning-{_cache_name(files, architecture.readers, config.dtype)}"

@@ -394,7 +394,7 @@ def readable(
     check_readable(unreadable, len(clips), limit, quiet=quiet)
     left = [example for example in examples if not any(clip in unreadable for clip in clips_of(example))]
     if not left:
-        raise invalid("data", f"no example is left: none of {len(clips)} clips can be read")
+        raise invalid("data", f"no example is left: {len(unreadable)} of {len(clips)} clips can't be read")
     return left, unreadable
 
 

@@ -72,7 +72,7 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         config.data.max_unreadable,
         unusable,
     )
-    content = report_content([(pair.chosen, None) for pair in pairs], session.accelerator)
+    content = report_content([(pair.chosen, pair.rejected) for pair in pairs], session.accelerator)
     loop = loop_of(config, len(pairs))
     policy = build_policy(config, session.start)
     fitted = fit(

@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from services.errors import OutputError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
-from training.data.examples import Clip, Examples, check_prompts, read_labelled, read_pairs, short_message
+from training.data.examples import (
+    DECODER,
+    Clip,
+    Examples,
+    check_prompts,
+    read_labelled,
+    read_pairs,
+    short_message,
+)
 from training.data.scenes import SPLITS, SoundworldData, soundworld_examples
 from training.loop.checks import check_share
 from training.loop.progress import progress
@@ -120,7 +128,7 @@ class ClapTokens:
     def __init__(
         self, folder: Path, clap: ClapModel, clap_digest: str, accelerator: Accelerator, *, workers: int = 0
     ) -> None:
-        self.folder = folder / f"tokens-{clap_digest.removeprefix('sha256:')[:16]}"
+        self.folder = folder / f"tokens-{clap_digest.removeprefix('sha256:')[:16]}-{DECODER}"
         self.clap, self.accelerator, self.workers = clap, accelerator, workers
         self._files: set[Path] = set()
         self._known: dict[str, _ClipTokens] = {}

@@ -45,7 +45,10 @@ def test_equal_silent_and_changed_clips_are_counted_and_warned_of(
         assert "channels that cancel each other" in report["warnings"][antiphase.name]
         assert "turned down as a whole" in report["warnings"][loud.name]
         err = capsys.readouterr().err
-        assert f"warning: 1 of 6 pairs have equal clips, which teach nothing; the first: {tone.name}" in err
+        assert (
+            f"warning: 1 of 6 pairs have equal clips, so that nothing is preferred; the first: {tone.name}"
+            in err
+        )
         assert f"warning: 2 of 6 clips to learn from are silent; the first: {silent.name}" in err
         assert f"warning: {loud.name}: clip has samples up to 1.2" in err
 
