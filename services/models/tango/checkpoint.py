@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError, OutputError
-from services.models.folders import cause, read_json, read_pickle
+from services.models.folders import cause, describe_weights, read_json, read_pickle
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
@@ -493,6 +493,10 @@ def _require_released(source: Path) -> None:
     missing = [name for name in RELEASED_FILES if not (source / name).is_file()]
     if missing:
         raise ModelNotFoundError(f"{source} is no released Tango checkpoint: {', '.join(missing)} missing")
+    # All at once, and before the first part is converted: a clone without LFS has nothing but pointers.
+    known = ((path, describe_weights(path)) for path in (source / MAIN, source / VAE, source / STFT))
+    if wrong := [f"{path} is {found}" for path, found in known if found]:
+        raise ModelFormatError("; ".join(wrong))
 
 
 @contextmanager

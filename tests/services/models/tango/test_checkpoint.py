@@ -282,6 +282,20 @@ def test_damaged_checkpoint_is_refused(
     assert not (source / "executed").exists()
 
 
+def test_every_pointer_of_a_clone_is_named_before_anything_is_converted(
+    released: Path, tmp_path: Path
+) -> None:
+    source = _copy(released, tmp_path)
+    for name in (tc.MAIN, tc.VAE, tc.STFT):
+        (source / name).write_bytes(POINTER)
+    stages: list[str] = []
+    with pytest.raises(ModelFormatError) as caught:
+        tc.convert_checkpoint(
+            source, tmp_path / "out", text_encoder=str(source / "flan-t5-tiny"), progress=stages.append
+        )
+    assert str(caught.value).count("is a Git LFS pointer") == 3 and not stages
+
+
 def test_missing_files_are_named(released: Path, tmp_path: Path) -> None:
     source = _copy(released, tmp_path)
     (source / "stft_config.json").unlink()
