@@ -27,7 +27,9 @@ async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> 
     from services.reward.servicer import RewardServicer
 
     loaded = model.load(settings, found)
-    return LoadedModel(model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close)
+    return LoadedModel(
+        model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close, watch=loaded.watch
+    )
 
 
 SERVABLE: Final = Servable(

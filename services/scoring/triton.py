@@ -13,7 +13,7 @@ from services.inference.pairs import INPUTS
 from services.inference.triton.backend import LoadedModel
 from services.inference.triton.serving import Servable
 from services.scoring.inference import ScoringInference, outputs_of
-from services.scoring.serve import close
+from services.scoring.serve import close, watch
 from services.scoring.settings import ScoringSettings, model_uris
 from services.weights.uri import ResolvedModel
 
@@ -31,7 +31,9 @@ async def load(settings: ScoringSettings, found: Mapping[str, ResolvedModel]) ->
 
     loaded = scorers.load(settings, found)
     return LoadedModel(
-        model=ScoringInference(ScoringServicer(loaded, settings)), close=partial(close, loaded)
+        model=ScoringInference(ScoringServicer(loaded, settings)),
+        close=partial(close, loaded),
+        watch=partial(watch, loaded),
     )
 
 

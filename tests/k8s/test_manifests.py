@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from k8s import lint
 from services.catalogue import CATALOGUE, GENERATION, ServiceEntry
 from services.cli.serve import service_of
+from services.runtime.server import CLOSE_SECONDS
 from services.runtime.settings import ENV_PREFIX, load_settings
 from services.weights.uri import served_uri
 from training.loop.config import override
@@ -199,7 +200,7 @@ def test_settings_are_the_services_own_and_load(
     named = {one["name"]: one["containerPort"] for one in container["ports"]}
     assert named == {"grpc": entry.port, "health": settings.health_port, "metrics": settings.metrics_port}
     grace = pod(deployment)["terminationGracePeriodSeconds"]
-    assert grace > settings.drain_delay_seconds + settings.grace_seconds
+    assert grace >= settings.drain_delay_seconds + settings.grace_seconds + CLOSE_SECONDS
     assert settings.drain_delay_seconds >= 5
     assert settings.max_connection_age_seconds is not None
     assert settings.log_format == "json"

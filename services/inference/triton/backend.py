@@ -10,6 +10,7 @@ only in Triton's processes for Python models, which provide `pb_utils`.
 
 import asyncio
 import json
+import os
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from services.inference import Model, ModelLease, Response, Tensors
 from services.inference.tensors import check_inputs
 from services.runtime import status
 from services.runtime.logs import configure_logs
+from services.runtime.server import FAILURE_GRACE_SECONDS
 
 log = structlog.get_logger()
 
@@ -41,6 +43,8 @@ class LoadedModel:
     model: Model
     close: Callable[[], Awaitable[None]]
     """Cancel running requests, and free the weights."""
+    watch: Callable[[Callable[[str], None]], None] = lambda _: None
+    """See `services.runtime.serving.Service.watch`."""
 
 
 OpenModel = Callable[[Path, Mapping[str, str]], Awaitable[LoadedModel]]
@@ -86,6 +90,7 @@ class PythonModel:
         self._thread.start()
         self._loaded: LoadedModel = self._run(self._open(folder, parameters))
         self._watch = self._run(self._start_watching())
+        self._loaded.watch(_end_process)
         self._decoupled = self._loaded.model.decoupled
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
@@ -219,6 +224,14 @@ class PythonModel:
                         task.cancel()
                 except Exception as error:  # from Triton; continue with the other requests
                     log.error("cancellation", exc_info=error)
+
+
+def _end_process(reason: str) -> None:
+    """End this process, after the requests have had their errors. The liveness probe then restarts Triton."""
+    log.critical("failed", reason=reason)
+    timer = threading.Timer(FAILURE_GRACE_SECONDS, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def python_model(open_model: OpenModel) -> type:
