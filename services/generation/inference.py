@@ -23,7 +23,7 @@ from services.api.generation import (
 )
 from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
-from services.generation.operator import TokenCheck, read_uri
+from services.generation.operator import read_uri
 from services.generation.servicer import run
 from services.inference import Response, Stages, Tensors, TensorSpec, spread, texts
 from services.inference.model import Caller, Parameter
@@ -215,11 +215,10 @@ class GenerationLease:
 
 
 class SlotOperator:
-    """Lets a caller with the token switch the model of a slot."""
+    """Changes what a slot serves. The interceptor admits only operators, and maps exceptions."""
 
-    def __init__(self, slot: "EngineSlot", token: str) -> None:
+    def __init__(self, slot: "EngineSlot") -> None:
         self._slot = slot
-        self.authorise = TokenCheck(token)
 
     async def load(self, uri: str) -> None:
         """Switch to the model of `uri`."""

@@ -65,12 +65,15 @@ def add_generation(
     )
     token = read_operator_token(settings)
     if token is not None:
-        switching = operator.OperatorServicer(slot, token)
+        server.access.allow_operator(token)
+    if server.access.has_operators:
+        switching = operator.OperatorServicer(slot)
         server.add(
             operator.SERVICE_NAME,
             lambda to: operator_pb2_grpc.add_OperatorServiceServicer_to_server(switching, to),
         )
-    add_inference(server, GenerationInference(slot), None if token is None else SlotOperator(slot, token))
+    loading = SlotOperator(slot) if server.access.has_operators else None
+    add_inference(server, GenerationInference(slot), loading)
 
 
 def describe(slot: "EngineSlot") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
 from services.api.generation import Clip, Event, Failed, Finished, GenerationRequest, Update
 from services.generation import convert
+from services.runtime.callers import current_caller
 from services.wire import write_version
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ async def run(
     try:
         for index, request in enumerate(requests):
             handles.append(submit(index, request))
+        # Only what the engine accepted. A caller without quota has its requests cancelled below.
+        units = (one.clip_count * one.num_inference_steps * one.duration for one in requests)
+        current_caller().charge(sum(units))
         left = len(requests)
         while left:
             index, event = await events.get()

@@ -7,8 +7,8 @@ from pydantic import SecretStr
 
 from services.api.engine import EngineConfig
 from services.catalogue import GENERATION
-from services.errors import invalid
 from services.runtime.settings import ModelText, ServerSettings
+from services.runtime.tokens import check_token, read_token
 from services.weights.uri import ModelURI, served_uri
 
 
@@ -45,18 +45,7 @@ def read_operator_token(settings: GenerationSettings) -> str | None:
     Raises:
         InvalidInputError: the file can't be read, or holds no token.
     """
-    field, token = "operator_token", settings.operator_token
-    text = "" if token is None else token.get_secret_value()
     if settings.operator_token_file is not None:
-        field, path = "operator_token_file", settings.operator_token_file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            raise invalid(field, f"is {path}, which can't be read: {reason}") from error
-    elif not text:
-        return None
-    text = text.strip()
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise invalid(field, "holds no token: give one line of printable ASCII without spaces")
-    return text
+        return read_token("operator_token_file", settings.operator_token_file)
+    text = "" if settings.operator_token is None else settings.operator_token.get_secret_value()
+    return check_token("operator_token", text) if text else None

@@ -117,10 +117,7 @@ class Model(Protocol):
 
 
 class Operator(Protocol):
-    """Loads other weights on behalf of an authorised caller."""
-
-    def authorise(self, context: Context) -> None:
-        """Raise `UnauthenticatedError` unless the caller has the operator's token."""
+    """Loads other weights, for callers with the role operator."""
 
     def load(self, uri: str) -> Awaitable[object]:
         """Load and serve the model at a model URI."""

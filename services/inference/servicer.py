@@ -109,7 +109,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         """Load other weights, as OperatorService.SwitchModel does. Does nothing without a model URI."""
-        operator = self._authorised_operator(context)
+        operator = self._require_operator()
         _check_repository(request.repository_name)
         if request.model_name != self._model.name:
             raise self._not_found(request.model_name)
@@ -122,7 +122,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         """Raise `UnsupportedError`: a service always serves a model."""
-        self._authorised_operator(context)
+        self._require_operator()
         if request.model_name != self._model.name:
             raise self._not_found(request.model_name)
         raise UnsupportedError(
@@ -239,13 +239,12 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         write_outputs(message, response.outputs, self._model.outputs, requested)
         return message
 
-    def _authorised_operator(self, context: Context) -> Operator:
+    def _require_operator(self) -> Operator:
         if self._operator is None:
             raise UnsupportedError(
                 "loading and unloading models is disabled: it needs a generation service with an operator's "
                 "token"
             )
-        self._operator.authorise(context)
         return self._operator
 
     def _check(self, name: str, version: str, lease: ModelLease[Any]) -> None:

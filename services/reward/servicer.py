@@ -10,6 +10,7 @@ from services.audio.decoding import AudioBounds, ReadClip
 from services.errors import FieldViolation, InvalidInputError
 from services.reward.model import Pair, RewardScorer
 from services.reward.settings import RewardSettings
+from services.runtime.callers import current_caller
 from services.runtime.offloading import OffLoop
 from services.wire import write_version
 
@@ -59,7 +60,9 @@ class RewardServicer(rpc.RewardServiceServicer):
         return list(map(Reward.of, await self.scorer.score(pairs), warnings))
 
     def _prepare(self, read: Sequence[tuple[str, ReadClip]]) -> tuple[list[Pair], list[tuple[str, ...]]]:
-        self.scorer.check(sum(clip.seconds for _, clip in read))
+        seconds = sum(clip.seconds for _, clip in read)
+        self.scorer.check(seconds)
+        current_caller().charge(seconds)
         return [self.scorer.prepare(*pair) for pair in read], [clip.warnings for _, clip in read]
 
 

@@ -1,4 +1,4 @@
-"""The interceptor of every service: map exceptions to statuses, count calls, log them."""
+"""The interceptor of every service: admit calls, read messages, map exceptions to statuses, count, log."""
 
 import asyncio
 import re
@@ -6,16 +6,20 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 
-from services.errors import MilongaError, invalid
+from services.errors import MilongaError, RequestCancelledError, TooLargeError, invalid
 from services.runtime import status
-from services.runtime.callers import Caller, Priority, calling, peer_host
+from services.runtime.access import Access
+from services.runtime.callers import Caller, calling
 from services.runtime.metrics import ServerMetrics
+from services.runtime.roles import OPEN
 
 log = structlog.get_logger()
 
@@ -25,22 +29,35 @@ CODES: dict[str, Mapping[type[MilongaError], grpc.StatusCode]] = {
     "/milonga.": status.STATUS_CODES,
     "/inference.": status.INFERENCE_STATUS_CODES,
 }
-"""Status codes by prefix of the method. Health and reflection are not intercepted: probes fill the log."""
-
-PROBES = ("ServerLive", "ServerReady", "ModelReady")
-"""Methods that are not intercepted either, since they are probes."""
+"""Status codes by prefix of the method. Health, reflection and probes (`OPEN`) are not intercepted."""
 
 REQUEST_ID_KEY = "x-request-id"
-PRIORITY_KEY = "x-milonga-priority"
-"""Key of the metadata with the priority class of a call: ``interactive`` (the default) or ``batch``."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_SLACK_SECONDS, _SLACK = 0.1, 0.02
+"""How long before the deadline a cancelled call counts as expired: seconds, or this share of its timeout."""
+
+_LENGTH_SECONDS = 1.0
+"""Within this time from the headers of a call, the length of its message has arrived."""
+
+_REFUSALS = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
+_REFUSALS_A_SECOND = 10
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Assigns a request id to each call, maps its exceptions to statuses, counts it, and logs one line."""
+    """Admits each call, assigns a request id, maps its exceptions to statuses, counts it, and logs one line.
 
-    def __init__(self, metrics: ServerMetrics) -> None:
-        self._metrics = metrics
+    Messages are read and parsed here: a call is refused before its message is received, and a message that
+    is too large or can't be parsed is a call like any other, with a status, a count and a line.
+    """
+
+    def __init__(self, metrics: ServerMetrics, access: Access) -> None:
+        self._metrics, self._access = metrics, access
+        self._lines = _Lines()
 
     async def intercept_service(
         self,
@@ -53,77 +70,173 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Quoted annotations: RpcMethodHandler takes type parameters in its stubs only.
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(tuple(CODES)) or method.endswith(PROBES):
+        if handler is None or not method.startswith(tuple(CODES)) or method in OPEN:
             return handler
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        # As streams, which read their messages themselves; on the wire a unary rpc is no different.
+        write = handler.response_serializer
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
+            call = self._stream(method, handler.stream_stream, partial(_messages, handler))
+            return grpc.stream_stream_rpc_method_handler(call, response_serializer=write)
         if handler.request_streaming:
             raise NotImplementedError(f"{method}: client-streaming rpcs are not supported")
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+            call = self._stream(method, handler.unary_stream, partial(_message, handler))
+            return grpc.stream_stream_rpc_method_handler(call, response_serializer=write)
+        call = self._unary(method, handler.unary_unary, partial(_message, handler))
+        return grpc.stream_unary_rpc_method_handler(call, response_serializer=write)
 
-    def _unary(self, method: str, behaviour: Any) -> Any:
-        async def call(request: Any, context: Context) -> Any:
-            async with _observed(method, context, self._metrics):
-                return await behaviour(request, context)
+    def _unary(self, method: str, behaviour: Any, read: Any) -> Any:
+        async def call(requests: object, context: Context) -> Any:
+            async with self._observed(method, context):
+                return await behaviour(await read(context), context)
 
         return call
 
-    def _stream(self, method: str, behaviour: Any) -> Any:
+    def _stream(self, method: str, behaviour: Any, read: Any) -> Any:
         # A coroutine with context.write, not a generator: when the caller disconnects, gRPC cancels a
         # coroutine at once, but leaves a generator to the garbage collector.
-        async def call(request: Any, context: Context) -> None:
+        async def call(requests: object, context: Context) -> None:
             async with (
-                _observed(method, context, self._metrics),
-                aclosing(behaviour(request, context)) as responses,
+                self._observed(method, context),
+                aclosing(behaviour(await read(context), context)) as responses,
             ):
                 async for response in responses:
                     await context.write(response)
 
         return call
 
+    @asynccontextmanager
+    async def _observed(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Admit, count and log one call; abort it with the status of an exception that it raises."""
+        rpc = method.rpartition("/")[2]
+        codes = next(codes for prefix, codes in CODES.items() if method.startswith(prefix))
+        request_id = _request_id(context)
+        clock = _Clock(context)
+        code = grpc.StatusCode.OK
+        error: BaseException | None = None
+        caller: Caller | None = None
+        self._metrics.in_flight.labels(rpc).inc()
+        with structlog.contextvars.bound_contextvars(request_id=request_id, rpc=rpc):
+            try:
+                caller = self._access.admit(method, context)
+                with calling(caller):
+                    yield
+            except asyncio.CancelledError as cancelled:
+                code, error = grpc.StatusCode.CANCELLED, cancelled
+                raise
+            except Exception as raised:
+                code, error = status.status_code(raised, codes), raised
+                await _abort(context, raised, request_id, codes)
+            finally:
+                code, seconds = clock.seen_by_the_caller(code), clock.seconds
+                self._metrics.in_flight.labels(rpc).dec()
+                self._metrics.requests.labels(rpc, code.name).inc()
+                self._metrics.latency.labels(rpc, code.name).observe(seconds)
+                self._lines.write(code, error, seconds, context.peer(), caller)
 
-@asynccontextmanager
-async def _observed(method: str, context: Context, metrics: ServerMetrics) -> AsyncIterator[None]:
-    """Count and log one call; abort it with the status of an exception that it raises."""
-    rpc = method.rpartition("/")[2]
-    codes = next(codes for prefix, codes in CODES.items() if method.startswith(prefix))
-    request_id = _request_id(context)
+
+async def _message(handler: Any, context: Context) -> Any:
+    """Read and parse the message of a unary call.
+
+    gRPC refuses a message over the limit as soon as it has read its length, and does not say so here. A
+    caller that gives up while it sends a message looks the same, except that it takes longer.
+
+    Raises:
+        InvalidInputError: it can't be parsed.
+        TooLargeError: gRPC did not accept it.
+        RequestCancelledError: the caller gave up before all of it had arrived.
+    """
     start = time.monotonic()
-    code = grpc.StatusCode.OK
-    error: BaseException | None = None
-    metrics.in_flight.labels(rpc).inc()
-    with structlog.contextvars.bound_contextvars(request_id=request_id, rpc=rpc):
-        try:
-            with calling(_caller(context)):
-                yield
-        except asyncio.CancelledError as cancelled:
-            code, error = _cancellation_code(context), cancelled
-            raise
-        except Exception as raised:
-            code, error = status.status_code(raised, codes), raised
-            await _abort(context, raised, request_id, codes)
-        finally:
-            seconds = time.monotonic() - start
-            metrics.in_flight.labels(rpc).dec()
-            metrics.requests.labels(rpc, code.name).inc()
-            metrics.latency.labels(rpc).observe(seconds)
-            _write_line(code, error, seconds, context)
+    raw = await context.read()
+    if raw is not grpc.aio.EOF:
+        return _parse(handler, raw)
+    if time.monotonic() - start > _LENGTH_SECONDS:
+        raise RequestCancelledError("the caller gave up before its message had arrived")
+    raise TooLargeError("the call has no message, or one over the size limit of this service")
 
 
-def _write_line(code: grpc.StatusCode, error: BaseException | None, seconds: float, context: Context) -> None:
-    facts = {"code": code.name, "seconds": round(seconds, 4), "peer": context.peer()}
-    if code is grpc.StatusCode.INTERNAL:
-        log.error("call", **facts, exc_info=error)
-    elif error is None or isinstance(error, asyncio.CancelledError):
-        log.info("call", **facts)
-    else:
-        log.info("call", **facts, reason=str(error)[: status.MAX_TEXT_CHARACTERS])
+async def _messages(handler: Any, context: Context) -> AsyncIterator[Any]:
+    """Return an iterator that parses the messages of a stream as they arrive."""
+
+    async def parsed() -> AsyncIterator[Any]:
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            yield _parse(handler, raw)
+
+    return parsed()
+
+
+def _parse(handler: Any, raw: Any) -> Any:
+    try:
+        return handler.request_deserializer(raw) if handler.request_deserializer else raw
+    except DecodeError as error:
+        raise invalid("request", f"can't be parsed as a protobuf message of this rpc: {error}") from error
+
+
+class _Clock:
+    """The time of one call, from its arrival."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._start = time.monotonic()
+        self._given = cast("float | None", context.time_remaining())  # the type stubs omit None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start
+
+    def seen_by_the_caller(self, code: grpc.StatusCode) -> grpc.StatusCode:
+        """Return DEADLINE_EXCEEDED for a call whose caller's deadline has passed, otherwise `code`.
+
+        The caller's clock ends before ours: the message took time, and its timeout was rounded up on its way.
+        So a call that is cancelled shortly before the deadline was not cancelled by anybody.
+        """
+        if self._given is None:
+            return code
+        slack = max(_SLACK_SECONDS, _SLACK * self._given) if code is grpc.StatusCode.CANCELLED else 0.0
+        return grpc.StatusCode.DEADLINE_EXCEEDED if self.seconds >= self._given - slack else code
+
+
+class _Lines:
+    """Writes the lines of calls to the log; of refusals at most `_REFUSALS_A_SECOND`, and how many others."""
+
+    def __init__(self) -> None:
+        self._second, self._written, self._left_out = 0, 0, 0
+
+    def write(
+        self,
+        code: grpc.StatusCode,
+        error: BaseException | None,
+        seconds: float,
+        peer: str,
+        caller: Caller | None,
+    ) -> None:
+        """Write the line of one call."""
+        facts: dict[str, Any] = {"code": code.name, "seconds": round(seconds, 4), "peer": peer}
+        if caller is not None and caller.name:
+            facts["caller"] = caller.name
+        if caller is not None and caller.priority != "interactive":
+            facts["priority"] = caller.priority
+        if code in _REFUSALS and not self._may_write(facts):
+            return
+        if code is grpc.StatusCode.INTERNAL:
+            log.error("call", **facts, exc_info=error)
+        elif error is None or isinstance(error, asyncio.CancelledError):
+            log.info("call", **facts)
+        else:
+            log.info("call", **facts, reason=str(error)[: status.MAX_TEXT_CHARACTERS])
+
+    def _may_write(self, facts: dict[str, Any]) -> bool:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._written = second, 0
+        if self._written >= _REFUSALS_A_SECOND:
+            self._left_out += 1
+            return False
+        self._written += 1
+        if self._left_out:
+            facts["refusals_not_logged"], self._left_out = self._left_out, 0
+        return True
 
 
 async def _abort(
@@ -135,26 +248,6 @@ async def _abort(
     rich = status.to_status(error, request_id, codes)
     metadata: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, rich.SerializeToString())]
     await context.abort(status.status_code(error, codes), rich.message, tuple(metadata))
-
-
-def _cancellation_code(context: Context) -> grpc.StatusCode:
-    """Return DEADLINE_EXCEEDED if the deadline has passed, otherwise CANCELLED: by the caller or a stop."""
-    left = cast("float | None", context.time_remaining())  # the type stubs omit None
-    expired = left is not None and left <= 0
-    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
-
-
-def _caller(context: Context) -> Caller:
-    return Caller(peer=peer_host(context.peer()), priority=_priority(context))
-
-
-def _priority(context: Context) -> Priority:
-    """Return the priority class in the caller's metadata. Raises `InvalidInputError` for any other word."""
-    match dict(context.invocation_metadata() or ()).get(PRIORITY_KEY, "interactive"):
-        case "interactive" | "batch" as priority:
-            return priority
-        case other:
-            raise invalid(PRIORITY_KEY, f"is {other[:80]!r}, must be interactive or batch")
 
 
 def _request_id(context: Context) -> str:

@@ -35,8 +35,8 @@ class ServerMetrics:
         )
         self.latency = Histogram(
             "milonga_request_seconds",
-            "Time from the arrival of a call to its end.",
-            ["rpc"],
+            "Time from the arrival of a call to its end, by rpc and status.",
+            ["rpc", "code"],
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )

@@ -22,6 +22,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.runtime.access import Access
 from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import ServerMetrics
@@ -66,7 +67,8 @@ class Server:
                 take. Ends the process after them in any case.
 
         Raises:
-            InvalidInputError: a port is in use, or a TLS file can't be read or is not PEM.
+            InvalidInputError: a port is in use, a TLS file can't be read or is not PEM, or `Access` refuses
+                the settings.
         """
         self._loop = asyncio.get_running_loop()
         self._stops: asyncio.Queue[signal.Signals | ServiceFailedError] = asyncio.Queue()
@@ -78,7 +80,11 @@ class Server:
         self._metrics = metrics
         self._names: list[str] = []
         self._health = HealthServicer()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(metrics)], options=_options(settings))
+        self.access = Access(settings)
+        interceptors = [CallInterceptor(metrics, self.access)]
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
+        if settings.callers_file is not None:
+            self.on_reload(self.access.reload)
         self._certificates = _read_certificates(settings, metrics)
         credentials = None
         if self._certificates is not None:
@@ -118,7 +124,8 @@ class Server:
 
     async def start(self) -> None:
         """Start serving, and report SERVING, unless the service has failed already."""
-        add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
+        if self._settings.reflection:
+            add_reflection((*self._names, "grpc.health.v1.Health"), self._server)
         if self._failure is None:
             self._health.serve(("", *self._names))
         await self._server.start()

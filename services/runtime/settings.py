@@ -4,6 +4,7 @@ A setting is read from an option of `milonga serve`, otherwise from the environm
 and their help are derived from the fields and their docstrings (`services.cli.options`).
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,14 @@ class ServerSettings(BaseSettings):
     """Private key (PEM)."""
     tls_client_ca_file: Path | None = None
     """CA certificates (PEM) to verify clients' certificates: mTLS."""
+    callers_file: Path | None = None
+    """File of callers (TOML): names, hashed tokens, certificate names, roles and quotas. Read again when it
+    changes. Default: callers have no names, except those of client certificates (`tls_client_ca_file`)."""
+    anonymous: Literal["auto", "allowed", "refused"] = "auto"
+    """Whether callers without a name are served. auto: only without `callers_file`, and on an address that
+    no other machine reaches."""
+    reflection: bool = True
+    """Serve gRPC reflection, by which tools list the rpcs."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of a second server with only the health service, always in plaintext (the kubelet's probes have
     no TLS), on the host of `listen`; 0: any free port. Default: no such server."""
@@ -75,6 +84,17 @@ class ServerSettings(BaseSettings):
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
         return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches `listen`."""
+        if self.listen.startswith(("unix:", "unix-abstract:")):
+            return True
+        host = self.host.strip("[]")
+        try:
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
 
     @property
     def host(self) -> str:

@@ -16,6 +16,7 @@ from milonga.v1 import scoring_pb2_grpc as rpc
 from services.audio.clips import read_clips, read_pairs, read_prompts, write_limits
 from services.audio.decoding import AudioBounds
 from services.errors import FieldViolation, InvalidInputError
+from services.runtime.callers import current_caller
 from services.runtime.offloading import OffLoop
 from services.scoring.scorers import Scorer, ScorerGroup, gather_or_cancel
 from services.scoring.settings import ScoringSettings
@@ -127,10 +128,11 @@ def prepare_pairs(
 
     Raises:
         InvalidInputError: a prompt or a clip is invalid, or `faults` is not empty; lists every violation.
-        QueueFullError: the queue of a scorer has no room.
+        QueueFullError: the queue of a scorer has no room, or the caller's quota is used up.
     """
     read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
     clips = [clip for _, clip in read]
+    current_caller().charge(sum(clip.seconds for clip in clips))
     return [prompt for prompt, _ in read], group.prepare(clips), [clip.warnings for clip in clips]
 
 
@@ -142,6 +144,7 @@ def prepare_clips(
 ) -> tuple[Prepared, Warnings]:
     """Return the windows of clips for each scorer, and their warnings. Raises what `prepare_pairs` raises."""
     read = _read(lambda: read_clips(clips, "clips", bounds), faults)
+    current_caller().charge(sum(clip.seconds for clip in read))
     return group.prepare(read), [clip.warnings for clip in read]
 
 

@@ -14,6 +14,7 @@ from services.engine import Engine, EngineConfig
 from services.generation.serve import SERVICE
 from services.generation.settings import GenerationSettings
 from services.generation.slot import EngineSlot, Served
+from services.runtime.metrics import ServerMetrics
 from services.runtime.server import Server
 from services.runtime.settings import load_settings
 from services.weights.uri import ResolvedModel
@@ -30,6 +31,7 @@ MODEL = ResolvedModel(
 class Serving:
     target: str
     server: Server
+    metrics: ServerMetrics
     engine: Engine
     slot: EngineSlot
     loop: asyncio.AbstractEventLoop
@@ -63,4 +65,7 @@ def serving(
     flags = {"listen": "127.0.0.1:0", "grace_seconds": 0, "operator_token": token, **settings}
     slot = EngineSlot(Served(engine, MODEL.folder), load)
     with hosting(SERVICE, slot, load_settings(GenerationSettings, **flags), close=False) as hosted:
-        yield Serving(target=hosted.target, server=hosted.server, engine=engine, slot=slot, loop=hosted.loop)
+        yield Serving(
+            target=hosted.target, server=hosted.server, metrics=hosted.metrics,
+            engine=engine, slot=slot, loop=hosted.loop,
+        )  # fmt: skip

@@ -15,10 +15,15 @@ def make_authority(folder: Path, name: str) -> Identity:
     return _make(folder, name, "-addext", "basicConstraints=critical,CA:TRUE")
 
 
-def make_identity(folder: Path, name: str, authority: Identity) -> Identity:
+def make_identity(
+    folder: Path,
+    name: str,
+    authority: Identity,
+    extension: str = "subjectAltName=DNS:localhost,IP:127.0.0.1",
+) -> Identity:
     return _make(
         folder, name, "-CA", str(authority.cert_file), "-CAkey", str(authority.key_file),
-        "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE",
+        "-addext", extension, "-addext", "basicConstraints=CA:FALSE",
     )  # fmt: skip
 
 

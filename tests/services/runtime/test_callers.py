@@ -1,21 +1,10 @@
 """Who makes a call: peers, and the context variable."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
 
-from services.runtime.callers import Caller, Priority, calling, current_caller, peer_host
-from services.runtime.interceptors import PRIORITY_KEY
-from services.runtime.metrics import ServerMetrics
-from services.runtime.server import Server
-from services.runtime.settings import ServerSettings, load_settings
-
-METHOD = "/milonga.v1.Test/Call"
+from services.runtime.callers import Caller, calling, current_caller, peer_host
 
 
 @pytest.mark.parametrize(
@@ -53,49 +42,3 @@ async def test_tasks_and_threads_inherit_the_caller_and_others_do_not() -> None:
 
     names = list(await asyncio.gather(start("one"), start("two"), name()))
     assert names == ["one", "two", ""]
-
-
-@asynccontextmanager
-async def answering(call: Callable[[bytes, object], Awaitable[bytes]]) -> AsyncIterator[Any]:
-    """Serve one unary rpc on a real server; yield a call of it."""
-    server = Server(load_settings(ServerSettings), ServerMetrics())
-    handler = grpc.method_handlers_generic_handler(
-        "milonga.v1.Test", {"Call": grpc.unary_unary_rpc_method_handler(call)}
-    )
-    server.add("milonga.v1.Test", lambda to: to.add_generic_rpc_handlers((handler,)))
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield channel.unary_unary(METHOD)
-    finally:
-        await server.stop(0)
-
-
-class _Who:
-    """Records the caller of each rpc."""
-
-    def __init__(self) -> None:
-        self.seen: list[Caller] = []
-
-    async def call(self, request: bytes, context: object) -> bytes:
-        self.seen.append(current_caller())
-        return request
-
-
-@pytest.mark.parametrize(
-    ("word", "priority"), [(None, "interactive"), ("batch", "batch"), ("interactive",) * 2]
-)
-async def test_a_call_has_its_peer_and_the_priority_of_its_metadata(
-    word: str | None, priority: Priority
-) -> None:
-    who = _Who()
-    async with answering(who.call) as rpc:
-        await rpc(b"x", metadata=((PRIORITY_KEY, word),) if word else ())
-    assert who.seen == [Caller(peer="ipv4:127.0.0.1", priority=priority)]
-
-
-async def test_an_unknown_priority_is_refused() -> None:
-    async with answering(_Who().call) as rpc:
-        with pytest.raises(grpc.aio.AioRpcError, match="is 'urgent', must be interactive or batch") as caught:
-            await rpc(b"x", metadata=((PRIORITY_KEY, "urgent"),))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

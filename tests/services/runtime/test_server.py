@@ -105,7 +105,7 @@ def test_metrics_are_scraped(engine: Engine) -> None:
     assert float(values["milonga_denoising_steps_total"]) >= 4
     assert float(values["milonga_audio_seconds_total"]) >= 0.64
     assert any(name.startswith('milonga_model_info{digest="sha256:') for name in values)
-    assert 'milonga_request_seconds_bucket{le="+Inf",rpc="GenerateAudio"}' in values
+    assert 'milonga_request_seconds_bucket{code="OK",le="+Inf",rpc="GenerateAudio"}' in values
     assert "process_resident_memory_bytes" in values
 
 

@@ -1,0 +1,137 @@
+"""What a call is counted as: malformed, oversized, expired and cancelled ones, on a real server."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from milonga.v1 import generation_pb2 as pb
+from services.engine import Engine
+from tests.services.generation.serving import serving, tiny_engine
+from tests.waiting import until
+
+SERVICE = "/milonga.v1.GenerationService"
+UNARY, STREAM = "GenerateAudio", "StreamGenerateAudio"
+SLOW = pb.GenerateAudioRequest(prompt="a dog barks", num_inference_steps=1000)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with tiny_engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def served(engine: Engine) -> Iterator[Any]:
+    with serving(engine, max_request_bytes=10_000) as served:
+        yield served
+
+
+def call(served: Any, rpc: str, message: bytes, **options: Any) -> grpc.StatusCode:
+    """Call an rpc with bytes; return the status."""
+    with grpc.insecure_channel(served.target) as channel:
+        multi: Any = channel.unary_stream if rpc == STREAM else channel.unary_unary
+        try:
+            answers = multi(f"{SERVICE}/{rpc}")(message, **options)
+            if rpc == STREAM:
+                list(answers)
+        except grpc.RpcError as error:
+            code: Any = getattr(error, "code", None)
+            return code()
+    return grpc.StatusCode.OK
+
+
+def message(rpc: str, inner: pb.GenerateAudioRequest) -> bytes:
+    return (pb.StreamGenerateAudioRequest(request=inner) if rpc == STREAM else inner).SerializeToString()
+
+
+def counts(served: Any, rpc: str) -> dict[str, float]:
+    """Return the number of calls by code."""
+    samples = next(iter(served.metrics.requests.collect())).samples
+    return {
+        sample.labels["code"]: sample.value
+        for sample in samples
+        if sample.name.endswith("_total") and sample.labels["rpc"] == rpc
+    }
+
+
+@pytest.mark.parametrize("rpc", [UNARY, STREAM])
+@pytest.mark.parametrize("rubbish", [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", b"\x07"])
+def test_a_malformed_message_is_the_callers_fault(served: Any, rpc: str, rubbish: bytes) -> None:
+    assert call(served, rpc, rubbish) is grpc.StatusCode.INVALID_ARGUMENT
+    until(lambda: counts(served, rpc) == {"INVALID_ARGUMENT": 1})
+
+
+@pytest.mark.parametrize("rpc", [UNARY, STREAM])
+def test_an_oversized_message_is_counted(served: Any, rpc: str) -> None:
+    big = message(rpc, pb.GenerateAudioRequest(prompt="a" * 10_001))
+    assert call(served, rpc, big) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    until(lambda: counts(served, rpc) == {"RESOURCE_EXHAUSTED": 1})
+
+
+@pytest.mark.parametrize("rpc", [UNARY, STREAM])
+def test_calls_that_expire_are_counted_as_their_callers_saw_them(served: Any, rpc: str) -> None:
+    async def expire() -> list[grpc.StatusCode]:
+        async with grpc.aio.insecure_channel(served.target) as channel:
+            multi: Any = channel.unary_stream if rpc == STREAM else channel.unary_unary
+
+            async def one(timeout: float) -> grpc.StatusCode:
+                running = multi(f"{SERVICE}/{rpc}")(message(rpc, SLOW), timeout=timeout)
+                return await running.code()
+
+            return await asyncio.gather(*(one(0.1 + 0.05 * number) for number in range(20)))
+
+    codes = asyncio.run(expire())
+    assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    until(lambda: sum(counts(served, rpc).values()) == 20)
+    assert counts(served, rpc) == {"DEADLINE_EXCEEDED": 20}
+
+
+@pytest.mark.parametrize("rpc", [UNARY, STREAM])
+def test_calls_that_are_cancelled_early_are_counted_as_cancelled(served: Any, rpc: str) -> None:
+    until(lambda: not served.engine.stats.running)
+
+    async def cancel() -> None:
+        async with grpc.aio.insecure_channel(served.target) as channel:
+            multi: Any = channel.unary_stream if rpc == STREAM else channel.unary_unary
+            running = [multi(f"{SERVICE}/{rpc}")(message(rpc, SLOW), timeout=60) for _ in range(5)]
+            while served.engine.stats.running < 5:
+                await asyncio.sleep(0.01)
+            for one in running:
+                one.cancel()
+
+    asyncio.run(cancel())
+    until(lambda: counts(served, rpc) == {"CANCELLED": 5})
+
+
+def test_a_caller_that_gives_up_while_it_sends_its_message_has_cancelled(served: Any) -> None:
+    async def give_up() -> None:
+        async def never() -> AsyncIterator[bytes]:
+            await asyncio.sleep(600)
+            yield b""
+
+        async with grpc.aio.insecure_channel(served.target) as channel:
+            rpc: Any = channel.stream_unary(f"{SERVICE}/{UNARY}")
+            running = rpc(never())
+            await asyncio.sleep(1.5)
+            running.cancel()
+
+    asyncio.run(give_up())
+    until(lambda: counts(served, UNARY) == {"CANCELLED": 1})
+
+
+def test_a_call_without_a_message_does_not_reach_the_servicer(served: Any) -> None:
+    with grpc.insecure_channel(served.target) as channel:
+        answer: Any = channel.stream_unary(f"{SERVICE}/{UNARY}")
+        with pytest.raises(grpc.RpcError, match="has no message"):
+            answer(iter(()))
+
+
+def test_the_histogram_of_durations_has_the_code(served: Any) -> None:
+    assert call(served, UNARY, b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+    labels = {"rpc": UNARY, "code": "INVALID_ARGUMENT"}
+    registry = served.metrics.registry
+    until(lambda: registry.get_sample_value("milonga_request_seconds_count", labels) == 1)
