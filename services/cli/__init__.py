@@ -5,6 +5,7 @@
     milonga serve generation --model mini --listen 127.0.0.1:50051
     milonga up
     milonga fetch models:/milonga-tango/7
+    milonga token studio --output studio.token >> callers.toml
     milonga triton export --model mini repository/
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
     milonga doctor
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import convert, doctor, fetch, generate, score, serve, triton, up
+from services.cli import convert, doctor, fetch, generate, score, serve, token, triton, up
 from services.environment import HUB_SCHEMES, quiet_libraries
 from services.errors import (
     AlreadyUnderWayError,
@@ -106,6 +107,7 @@ def build_app() -> typer.Typer:
     app.command("up", epilog=up.EPILOG)(up.up)
     app.command()(fetch.fetch)
     app.command()(convert.convert)
+    app.command()(token.token)
     app.add_typer(triton.app, name="triton")
     app.command()(doctor.doctor)
     for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):

@@ -170,7 +170,7 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         refuse("PROMPT", "give a prompt, or a file of them with --prompts; one of the two")
     if not connection.is_default and not (where.server or scorers.given("scoring", "reward_server")):
-        refuse("--tls, --timeout", "are for a connection; give --server as well")
+        refuse("--tls, --token-file, --timeout", "are for a connection; give --server as well")
     best_of = best_of_options(choice, scorers, clip_options.clips, where, connection)
     place = Place(
         model=where.model, device=where.device, dtype=where.dtype, server=where.server,

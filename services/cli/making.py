@@ -69,7 +69,7 @@ class Place:
     server: str | None
     """Address of a generation service; None: generate in this process."""
     connection: Connection
-    """TLS and timeout for services."""
+    """How to reach services."""
     best_of: BestOf | None = None
     """None: keep every clip."""
 
@@ -114,7 +114,7 @@ class Place:
 
     def _open_clip_maker(self, batch: int | None) -> StreamingClipMaker:
         if self.server is not None:
-            return client.AudioClient(self.server, tls=self.connection.files, timeout=self.connection.seconds)
+            return client.AudioClient(self.server, **self.connection.options())
         # Imported here: importing torch takes seconds, and only the engine needs it.
         from services.engine import EngineConfig
         from services.local import open_clip_maker

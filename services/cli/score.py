@@ -132,7 +132,9 @@ def score(
         pairs = read_pair_file(pair_file)
     sources = scorer_options.choose(connection, device=device, no_reward=no_reward)
     if not connection.is_default and not scorer_options.given("scoring", "reward_server"):
-        refuse("--tls, --timeout", "are for services; give --scoring or --reward-server as well")
+        refuse(
+            "--tls, --token-file, --timeout", "are for services; give --scoring or --reward-server as well"
+        )
     if device is not None and not sources.are_here:
         refuse("--device", "is set by the services; leave it out if no model runs in this process")
     report = _Report(as_json=as_json, with_prompts=pair_file is not None)

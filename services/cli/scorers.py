@@ -18,6 +18,7 @@ from services.api.scoring import CombinedScorers, Scorers
 from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS, reward_uri
 from services.cli.options import read_pairs
 from services.errors import FieldViolation, InvalidInputError, ModelError, invalid
+from services.runtime.tokens import read_token
 
 if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
@@ -37,7 +38,7 @@ def refuse(field: str, description: str) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """Options for reaching services: TLS and timeout."""
+    """Options for reaching services: TLS, token and timeout."""
 
     tls: Annotated[bool, typer.Option("--tls", help="Use TLS to reach the services.")] = False
     tls_ca: Annotated[
@@ -45,6 +46,19 @@ class Connection:
     ] = None
     tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the token that the services know this caller by.",
+            show_default=client.TOKEN_FILE_VARIABLE,
+        ),
+    ] = None
+    allow_insecure_token: Annotated[
+        bool,
+        typer.Option(
+            "--allow-insecure-token", help="Send the token to other machines in plaintext, without --tls."
+        ),
+    ] = False
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -62,17 +76,16 @@ class Connection:
         """Whether no option was given."""
         return self == Connection()
 
-    @property
-    def files(self) -> client.TLS | None:
-        """The TLS files; None for plaintext."""
-        if self == Connection(timeout=self.timeout):
-            return None
-        return client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
-
-    @property
-    def seconds(self) -> float:
-        """Timeout of a call in seconds."""
-        return client.DEFAULT_TIMEOUT_SECONDS if self.timeout is None else self.timeout
+    def options(self) -> client.ConnectionOptions:
+        """Return them by the client's names."""
+        options: client.ConnectionOptions = {"allow_insecure_token": self.allow_insecure_token}
+        if self.tls or any((self.tls_ca, self.tls_cert, self.tls_key)):
+            options["tls"] = client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
+        if self.token_file is not None:
+            options["token"] = read_token("--token-file", self.token_file)
+        if self.timeout is not None:
+            options["timeout"] = self.timeout
+        return options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +203,7 @@ class ScorerSources:
     device: str = "auto"
     """Device of the models in this process."""
     connection: Connection = Connection()
-    """TLS and timeout for the services."""
+    """How to reach the services."""
 
     @property
     def are_here(self) -> bool:
@@ -228,8 +241,7 @@ class ScorerSources:
             remote = client.AudioClient(
                 scoring=self.scoring,
                 reward=self.reward_server,
-                tls=self.connection.files,
-                timeout=self.connection.seconds,
+                **self.connection.options(),
             )
         return CombinedScorers(
             clap=remote if self.scoring is not None else local if self.by_clap else None,

@@ -32,6 +32,7 @@ from services.client.connection import (
     DEFAULT_TIMEOUT_SECONDS,
     MAX_RESPONSE_BYTES,
     TLS,
+    TOKEN_FILE_VARIABLE,
     ConnectionOptions,
 )
 from services.client.generation import MAX_TEXT_BYTES, build_request, read_response, read_update
@@ -43,6 +44,7 @@ __all__ = [
     "MAX_RESPONSE_BYTES",
     "MAX_TEXT_BYTES",
     "TLS",
+    "TOKEN_FILE_VARIABLE",
     "AsyncAudioClient",
     "AudioClient",
     "Best",

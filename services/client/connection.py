@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ import grpc
 import grpc.aio
 
 from services.errors import FieldViolation, InvalidInputError, invalid
+from services.runtime.callers import PRIORITY_KEY, Priority
 from services.runtime.tls import read_authorities, read_identity
+from services.runtime.tokens import read_token
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_RESPONSE_BYTES = 256 * 2**20
 """Default maximum size of a response: twenty minutes of float32 audio at 48 kHz."""
 MAX_RETRIES = 4
+TOKEN_FILE_VARIABLE = "MILONGA_TOKEN_FILE"
+"""Environment variable with the file of the default token."""
 
 _KEEPALIVE_MILLISECONDS = 60_000
 # A failed channel refuses calls until it reconnects: with gRPC's own 1 s, growing to 2 minutes, a call would
@@ -62,7 +67,14 @@ class ConnectionOptions(TypedDict, total=False):
     tls: TLS | None
     """Use TLS. None: plaintext."""
     token: str | None
-    """Sent as ``authorization: Bearer TOKEN``, for a gateway that requires one. Needs `tls`."""
+    """The caller's token, sent as ``authorization: Bearer TOKEN``. Default: the one in the file that
+    MILONGA_TOKEN_FILE names, if it is set; empty: none. Needs `tls`, unless all addresses are of this
+    machine."""
+    allow_insecure_token: bool
+    """Send the token in plaintext to other machines too, where whoever reads along can use it. Default
+    False."""
+    priority: Priority
+    """``batch`` for work that may wait while others' interactive calls are served. Default interactive."""
     timeout: float
     """Default of the seconds that a call may take, including retries and the waits between them. Default
     600."""
@@ -88,6 +100,8 @@ class Connection:
         *,
         tls: TLS | None = None,
         token: str | None = None,
+        allow_insecure_token: bool = False,
+        priority: Priority = "interactive",
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         retries: int = 3,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
@@ -98,25 +112,27 @@ class Connection:
 
         Args:
             addresses: addresses by argument of the client; ``target`` replaces those that are None.
-            tls, token, timeout, retries, max_response_bytes, health_check, channel_options: see
-                `ConnectionOptions`.
+            tls, token, allow_insecure_token, priority, timeout, retries, max_response_bytes, health_check,
+                channel_options: see `ConnectionOptions`.
 
         Raises:
-            InvalidInputError: an address is empty, a token is given without TLS, `retries` is out of range,
-            or
-                a TLS file can't be read.
+            InvalidInputError: an address is empty, the token would leave this machine in plaintext, `retries`
+                is out of range, or a file of TLS or of the token can't be read.
         """
-        if token is not None and tls is None:
-            raise invalid("token", "would travel in plaintext; give tls as well")
         if not 0 <= retries <= MAX_RETRIES:
             raise invalid("retries", f"is {retries}, must be between 0 and {MAX_RETRIES}")
         empty = [name for name, address in addresses.items() if address == ""]
         if empty:
             raise InvalidInputError(*(FieldViolation(name, "is empty; give HOST:PORT") for name in empty))
         self._addresses = dict(addresses)
+        self._may_leave = tls is not None or allow_insecure_token
         self.timeout = timeout
         self.retries = retries
-        self.metadata: Metadata = () if token is None else _authorization(token)
+        self._priority: Metadata = () if priority == "interactive" else ((PRIORITY_KEY, priority),)
+        token = _token_of_environment() if token is None else token
+        for address in filter(None, addresses.values() if token else ()):
+            self._check_plaintext(address)
+        self.metadata: Metadata = self._priority + (_authorization(token) if token else ())
         config = _SERVICE_CONFIG | _HEALTH_CHECK if health_check else _SERVICE_CONFIG
         self._options = _channel_options(max_response_bytes, config, tls, channel_options)
         self._credentials = None if tls is None else _credentials(tls)
@@ -143,9 +159,17 @@ class Connection:
         """
         if token is None:
             return self.metadata
-        if self._credentials is None and not _stays_here(address):
-            raise invalid("token", f"would travel to {address} in plaintext; give tls as well")
-        return _authorization(token)
+        self._check_plaintext(address)
+        return self._priority + _authorization(token)
+
+    def _check_plaintext(self, address: str) -> None:
+        """Raise `InvalidInputError` if a token would travel to `address` in plaintext."""
+        if not self._may_leave and not _stays_here(address):
+            raise invalid(
+                "token",
+                f"would travel to {address} in plaintext; give tls (--tls) as well, or allow_insecure_token "
+                "(--allow-insecure-token) where nobody can read along",
+            )
 
     def open_channel(self, address: str) -> grpc.Channel:
         """Return a channel for blocking calls. It connects at its first call."""
@@ -197,6 +221,11 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     if tls.cert_file is not None and tls.key_file is not None:
         chain, key = read_identity("tls.cert_file", tls.cert_file, "tls.key_file", tls.key_file)
     return grpc.ssl_channel_credentials(authorities, key, chain)
+
+
+def _token_of_environment() -> str | None:
+    path = os.environ.get(TOKEN_FILE_VARIABLE)
+    return read_token(TOKEN_FILE_VARIABLE, Path(path)) if path else None
 
 
 def _authorization(token: str) -> Metadata:

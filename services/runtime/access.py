@@ -15,7 +15,7 @@ from services.errors import (
     UnsupportedError,
     invalid,
 )
-from services.runtime.callers import Caller, Priority, Role, peer_host
+from services.runtime.callers import PRIORITY_KEY, Caller, Priority, Role, peer_host
 from services.runtime.callers_file import CallerTable, Known, read_callers
 from services.runtime.guesses import Guesses
 from services.runtime.quotas import Account, Quota
@@ -27,8 +27,6 @@ log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-PRIORITY_KEY: Final = "x-milonga-priority"
-"""Key of the metadata with the priority class of a call: ``interactive`` (the default) or ``batch``."""
 POLL_SECONDS: Final = 1.0
 """How often calls look whether the file of callers has changed."""
 OPERATOR: Final = "operator"
@@ -47,7 +45,8 @@ class Access:
         """
         self._path = settings.callers_file
         self._mutual = settings.tls_client_ca_file is not None
-        self._anonymous = allows_anonymous(settings)
+        self.anonymous = allows_anonymous(settings)
+        """Whether callers without a name are served."""
         self._operator: Known | None = None
         self._operator_digest = ""
         self._guesses = Guesses()
@@ -60,7 +59,7 @@ class Access:
 
     def allow_operator(self, token: str) -> None:
         """Let the bearer of `token` call the operator's methods."""
-        roles: frozenset[Role] = frozenset({"operator", "caller"} if self._anonymous else {"operator"})
+        roles: frozenset[Role] = frozenset({"operator", "caller"} if self.anonymous else {"operator"})
         self._operator = Known(roles=roles, account=Account(OPERATOR, Quota()))
         self._operator_digest = token_digest(token)
 
@@ -132,7 +131,7 @@ class Access:
             raise UnauthenticatedError(_WRONG_OPERATOR)
         if identities and self._path is None:
             return Known(roles=_ANONYMOUS.roles, account=Account(identities[0], Quota()))
-        if not self._anonymous:
+        if not self.anonymous:
             named = f"; the certificate's name {identities[0][:80]!r} is not known" if identities else ""
             raise UnauthenticatedError(f"{_MISSING}{named}")
         return _ANONYMOUS
@@ -191,7 +190,7 @@ def allows_anonymous(settings: ServerSettings) -> bool:
         raise invalid(
             "listen",
             f"is {settings.listen}, which other machines reach, and any of them could call; give "
-            "callers_file or tls_client_ca_file, or set anonymous to allowed",
+            "--callers-file or --tls-client-ca-file, or --anonymous allowed",
         )
     return True
 

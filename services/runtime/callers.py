@@ -14,6 +14,10 @@ from urllib.parse import unquote
 Role = Literal["caller", "batch", "operator", "observer"]
 Priority = Literal["interactive", "batch"]
 
+PRIORITY_KEY: Final = "x-milonga-priority"
+"""Key of the metadata with the priority class of a call: ``interactive`` (the default) or ``batch``."""
+NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Pattern of a caller's name."""
 LOCAL: Final = "local"
 """Peer of a call within the process."""
 

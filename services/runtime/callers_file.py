@@ -21,11 +21,10 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import FieldViolation, InvalidInputError, invalid
-from services.runtime.callers import Role
+from services.runtime.callers import NAME, Role
 from services.runtime.quotas import Account, Quota
 
 FIELD: Final = "callers_file"
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
 _SHOWN = 5
 """Faults of a file that an error shows; further ones are counted."""
@@ -128,7 +127,7 @@ def _faults(entries: Mapping[str, CallerEntry]) -> list[str]:
     faults = [
         f"callers.{name!r} is no name: letters, digits, dot, dash and underscore, at most 64"
         for name in entries
-        if not NAME.fullmatch(name)
+        if not re.fullmatch(NAME, name)
     ]
     for what in ("tokens", "identities"):
         owners: dict[str, str] = {}

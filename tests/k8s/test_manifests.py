@@ -14,8 +14,9 @@ import yaml  # type: ignore[import-untyped]
 from k8s import lint
 from services.catalogue import CATALOGUE, GENERATION, ServiceEntry
 from services.cli.serve import service_of
+from services.runtime.access import allows_anonymous
 from services.runtime.server import CLOSE_SECONDS
-from services.runtime.settings import ENV_PREFIX, load_settings
+from services.runtime.settings import ENV_PREFIX, ServerSettings, load_settings
 from services.weights.uri import served_uri
 from training.loop.config import override
 from training.preferences.pipeline import PREFERENCES
@@ -33,7 +34,7 @@ SERVICES: Final[dict[str, ServiceEntry]] = {**CATALOGUE, "challenger": GENERATIO
 """What serves, by its Deployment."""
 OTHERS: Final = {"MILONGA_CACHE", "MILONGA_RUN"}
 """Variables that are no setting of a service."""
-SECRETS: Final = {"mlflow-store", "milonga-tls"}
+SECRETS: Final = {"mlflow-store", "milonga-callers", "milonga-promoter-token", "milonga-tls"}
 """What the user makes, as docs/kubernetes.md says."""
 
 
@@ -94,6 +95,47 @@ def running() -> Iterator[tuple[str, Object]]:
         for one in load(place):
             if one["kind"] in ("Deployment", "Job"):
                 yield place, one
+
+
+# Callers
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_local_serves_anybody_and_production_only_callers_with_names(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(place: str) -> dict[str, str]:
+        objects = overlay(place)
+        return environment(objects, pod(of_kind(objects, "Deployment")[name])["containers"][0])
+
+    local, production = told("local"), told("production")
+    assert local["MILONGA_ANONYMOUS"] == "allowed"
+    assert "MILONGA_CALLERS_FILE" not in local
+    assert production["MILONGA_ANONYMOUS"] == "refused"
+    assert production["MILONGA_REFLECTION"] == "false"
+    (mount,) = (
+        one
+        for one in pod(of_kind(overlay("production"), "Deployment")[name])["containers"][0]["volumeMounts"]
+        if one["name"] == "callers"
+    )
+    assert production["MILONGA_CALLERS_FILE"] == f"{mount['mountPath']}/callers.toml"
+    assert "subPath" not in mount
+    for texts in (local, production):
+        for key, value in texts.items():
+            monkeypatch.setenv(key, value)
+        settings = load_settings(ServerSettings, listen="0.0.0.0:1")
+        assert allows_anonymous(settings) is (texts is local)
+
+
+def test_promotion_has_a_token_where_callers_have_names() -> None:
+    job = of_kind(overlay("production-jobs"), "Job")["promote"]
+    (container,) = pod(job)["containers"]
+    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    volumes = {one["name"]: one for one in pod(job)["volumes"]}
+    folder, _, key = environment([], container)["MILONGA_TOKEN_FILE"].rpartition("/")
+    assert volumes[mounts[folder]]["secret"]["secretName"] == "milonga-promoter-token"
+    assert key == "token"
+    assert "milonga-promoter-token" not in str(overlay("production-triton-jobs"))
 
 
 # The stack that is applied

@@ -169,7 +169,7 @@ def test_an_address_that_others_reach_needs_names_or_a_setting(listen: str, call
     def allowed(**values: Any) -> bool:
         return access.allows_anonymous(load_settings(ServerSettings, listen=listen, **values))
 
-    with pytest.raises(InvalidInputError, match="any of them could call; give callers_file"):
+    with pytest.raises(InvalidInputError, match="any of them could call; give --callers-file"):
         allowed()
     assert allowed(anonymous="allowed")
     assert not allowed(anonymous="refused")

@@ -84,7 +84,7 @@ class TritonClient:
             own_connection: don't share a connection with other clients of this process.
         """
         options = (("grpc.use_local_subchannel_pool", 1),) if own_connection else ()
-        connection = Connection({"target": address}, tls=tls, channel_options=options)
+        connection = Connection({"target": address}, tls=tls, token="", channel_options=options)
         self.address, self._timeout = address, timeout
         self._metadata: tuple[tuple[str, str], ...] = ()
         if token:
