@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "services/models/mini/README.md")
+PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "services/models/mini/README.md")
 """Pages outside of ``docs/`` and ``benchmarks/``."""
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".proto": "protobuf"}

@@ -40,7 +40,7 @@ def fenced_commands(text: str) -> Iterator[str]:
     """The commands of `milonga` in code blocks, one each, without continuation lines and comments."""
     for block in FENCE.findall(text):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
-            for command in re.split(r" \| | && |; ", line.strip()):
+            for command in re.split(r" \| | && |; | >>? ", line.strip()):
                 found = PROGRAM.match(command) or LAUNCHED.match(command)
                 if found:
                     yield command[found.end() :]
