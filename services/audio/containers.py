@@ -245,7 +245,7 @@ def _next_mp3_frame(audio: bytes, start: int) -> int | None:
 
 
 def _open_mp3(audio: bytes) -> bytes:
-    """Return an MP3 file whose header counts its frames; without one libsndfile guesses their number."""
+    """Return an MP3 file of its frames only, and with their number; without it libsndfile guesses one."""
     position, frames, sought = 0, 0, False
     while frames < _MAX_MP3_FRAMES:
         if size := _mp3_frame_size(audio, position):
@@ -253,10 +253,11 @@ def _open_mp3(audio: bytes) -> bytes:
         elif sought or (found := _next_mp3_frame(audio, position)) is None:
             break
         else:
-            position, sought = found, True
+            audio, sought = audio[:position] + audio[found:], True
     rest = audio[position : position + 4]
     if not frames or position > len(audio) or (0 < len(rest) < 4 and rest[0] == 0xFF):
         raise _cut(audio, "MP3")
+    audio = audio[:position]
     mono, mpeg1 = audio[3] >> 6 == 3, audio[1] >> 3 & 3 == 3
     tag = 4 + (17 if mpeg1 == mono else 32 if mpeg1 else 9)
     first = _mp3_frame_size(audio, 0)

@@ -156,6 +156,8 @@ def test_mp3_in_wav_is_read() -> None:
     inside = riff(MP3_FORMAT, chunk(b"fact", bytes(4)), chunk(b"data", MP3))
     for audio in (inside, b"RIFF" + inside[4:8] + b"RMP3" + chunk(b"data", MP3)):
         np.testing.assert_array_equal(read(audio).waveform, read(MP3).waveform)
+    late = riff(MP3_FORMAT, chunk(b"data", bytes(100) + MP3))
+    np.testing.assert_array_equal(read(late).waveform, read(MP3).waveform)
     assert "cut short" in refusal(inside[: len(inside) // 2])
 
 
