@@ -91,7 +91,9 @@ def is_whole(path: Path) -> bool:
     """Return whether a file exists and has audio, none of which is cut off."""
     try:
         _, content = open_container(path.read_bytes())
-        return bool(soundfile.info(io.BytesIO(content)).frames)
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            file.seek(max(0, file.frames - 1))
+            return len(file.read(1)) == 1
     except (OSError, ContainerError, RuntimeError):  # RuntimeError: libsndfile's
         return False
 

@@ -61,7 +61,9 @@ def open_container(audio: bytes) -> tuple[Container, bytes]:
     Raises:
         ContainerError: the file is truncated, or no sound file that is supported; says which, and the remedy.
     """
-    audio = audio[_id3_size(audio) :]
+    audio = audio[(tag := _id3_size(audio)) :]
+    if tag and not audio:
+        raise ContainerError("has an ID3 tag and no audio: it is cut short; get it again, whole")
     if audio[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and audio[8:12] in (b"WAVE", b"RMP3"):
         return "WAV", _open_wav(audio)
     if audio[:4] == b"fLaC":

@@ -227,6 +227,7 @@ def test_rubbish_between_mp3_frames_is_skipped() -> None:
         (b"", "is an empty file"),
         (b"\0\0\0\x1cftypM4A isomiso2", "is an MP4 or M4A file, which can't be read; convert it: ffmpeg"),
         (b"\xff\xf1\x50\x80" + bytes(99), "is an AAC file, which can't be read; convert it: ffmpeg"),
+        (ID3V2, "has an ID3 tag and no audio"),
         (ID3V2 + b"\xff\xf1\x50\x80" + bytes(99), "is an AAC file"),
         (b"\x1aE\xdf\xa3" + bytes(99), "is a WebM or Matroska file"),
         (b"RIFF\0\0\0\0AVI LIST", "is an AVI file"),
