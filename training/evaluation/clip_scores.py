@@ -14,7 +14,7 @@ from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.errors import invalid
 from services.local import LocalScorers
-from training.data.examples import Clip, FileClip, check_readable, short_message
+from training.data.examples import Clip, FileClip, check_readable, decode_clip, short_message
 from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
@@ -70,6 +70,8 @@ class ClipScores:
     readable_N: NDArray[np.bool_]
     unreadable: Mapping[str, str]
     """Reasons by name of the clip."""
+    warnings: tuple[str, ...]
+    """The decoder's, each after the name of the clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,6 +84,8 @@ class References:
     """For each clip of the plan, the row of its prompt's reference; -1 if it has none."""
     unreadable: Mapping[str, str]
     """Reasons by name of the clip."""
+    warnings: tuple[str, ...]
+    """The decoder's, each after the name of the clip."""
 
 
 def open_evaluators(
@@ -124,10 +128,11 @@ def embed_references(
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     rows: dict[Clip, int] = {}
     unreadable: dict[Clip, str] = {}
+    warnings: list[str] = []
     bar = progress(total=len(clips), desc="references", unit="clip")
     with bar:
         for batch in batches(clips, config.batch):
-            read = _read(batch, unreadable)
+            read = _read(batch, unreadable, warnings)
             for position, _ in read:
                 rows[batch[position]] = len(rows)
             _embed([clip for _, clip in read], evaluators, parts)
@@ -136,7 +141,10 @@ def embed_references(
     row_N = [rows.get(planned.prompt.reference, -1) if planned.prompt.reference else -1 for planned in plan]
     embeddings = {label: _concatenate(found) for label, found in parts.items() if found}
     return References(
-        embeddings=embeddings, row_N=np.array(row_N, dtype=np.int64), unreadable=_by_name(unreadable)
+        embeddings=embeddings,
+        row_N=np.array(row_N, dtype=np.int64),
+        unreadable=_by_name(unreadable),
+        warnings=tuple(warnings),
     )
 
 
@@ -158,10 +166,11 @@ def score_clips(
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
     unreadable: dict[Clip, str] = {}
+    warnings: list[str] = []
     bar = progress(total=len(plan), desc=f"scoring {name}", unit="clip")
     with bar:
         for numbers in batches(range(len(plan)), config.batch):
-            read = _read([FileClip(path=files[number]) for number in numbers], unreadable)
+            read = _read([FileClip(path=files[number]) for number in numbers], unreadable, warnings)
             rows, clips = [numbers[position] for position, _ in read], [clip for _, clip in read]
             readable += rows
             for metric, column in _score([plan[row].prompt for row in rows], clips, evaluators).items():
@@ -176,16 +185,25 @@ def score_clips(
     is_readable = np.zeros(len(plan), dtype=bool)
     is_readable[readable] = True
     return ClipScores(
-        values=values, embeddings=embeddings, readable_N=is_readable, unreadable=_by_name(unreadable)
+        values=values,
+        embeddings=embeddings,
+        readable_N=is_readable,
+        unreadable=_by_name(unreadable),
+        warnings=tuple(warnings),
     )
 
 
-def _read(clips: Sequence[Clip], unreadable: dict[Clip, str]) -> list[tuple[int, Sound]]:
+def _read(clips: Sequence[Clip], unreadable: dict[Clip, str], warnings: list[str]) -> list[tuple[int, Sound]]:
     """Return the position and waveform of each readable clip; add the others to `unreadable`."""
     found = []
     for position, clip in enumerate(clips):
         try:
-            waveform, rate = clip.read()
+            if isinstance(clip, FileClip):
+                decoded = decode_clip(clip.content())
+                warnings += [f"{clip.name}: {warning}" for warning in decoded.warnings]
+                waveform, rate = decoded.waveform, decoded.sampling_rate
+            else:
+                waveform, rate = clip.read()
         except (OSError, ValueError) as error:
             unreadable[clip] = short_message(error)
             continue

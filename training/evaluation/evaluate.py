@@ -12,6 +12,7 @@ generated clips. An interrupted evaluation is resumed by the same call.
 This module imports the independent judge, so no training stage may import it. Settings are in `config`.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -102,6 +103,8 @@ def evaluate(
         for source in opened[1:]
         if not same_seeds(source, plan)
     ]
+    of_clips = [references.warnings, *(found.warnings for found in scores.values())]
+    warnings += dict.fromkeys(itertools.chain.from_iterable(of_clips))
     report: dict[str, Any] = {
         "prompts": {
             "count": len({planned.prompt.text for planned in plan}),

@@ -316,9 +316,15 @@ def test_unreadable_clips_are_left_out_of_both_counted_and_listed(
 ) -> None:
     many = tuple(f"{prompt} {word}" for prompt in PROMPTS for word in ("a", "b", "c", "d", "e", "f"))
     first, second = (clip_folder(tmp_path / name, prompts=many, seed=7) for name in ("first", "second"))
-    (second / "3-0.wav").write_bytes(b"RIFF")
+    cut = (second / "3-0.wav").read_bytes()
+    (second / "3-0.wav").write_bytes(cut[: len(cut) // 2])
+    loud, rate = soundfile.read(second / "5-0.wav", dtype="float32")
+    soundfile.write(second / "5-0.wav", loud * (1.5 / np.abs(loud).max()), rate, subtype="FLOAT")
+    soundfile.write(first / "5-0.wav", loud / np.abs(loud).max(), rate, subtype="FLOAT")
     light = replace(config, embedders=(), reward=None, judge=None, sheet=0)
     report = evaluate(light, [str(first), str(second)], tmp_path / "out")
+    (warning,) = report["warnings"]
+    assert "5-0.wav: clip has samples up to 1.5, over full scale" in warning
     assert [len(model["unreadable"]) for model in report["models"]] == [0, 1]
     assert [model["figures"]["all"]["silent"]["count"] for model in report["models"]] == [23, 23]
     differences = report["comparisons"][0]["differences"]["all"].values()
