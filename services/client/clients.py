@@ -66,8 +66,8 @@ class _Rpcs:
         """Let the generation service load another model and serve it instead of its own; for operators.
 
         Returns when new requests use the new model. Running requests finish with the previous one. If the
-        call fails, the service keeps serving. After the deadline the switch continues, too; `get_model` shows
-        its outcome.
+        call fails, the service keeps serving. After the deadline, or when this call is cancelled, the
+        switch is abandoned; `get_model` shows what is served.
 
         Args:
             uri: model URI, resolved by the service; preferably pinned to a digest.

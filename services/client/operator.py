@@ -20,7 +20,7 @@ SERVICE = Service(
     name="generation",
     argument="target",
     stub=rpc.OperatorServiceStub,
-    remedy="the switch continues; ask get_model for its outcome",
+    remedy="ask get_model what is served: the switch was abandoned, unless it had just ended",
     absent="its operator rpc is off; start it with: milonga serve generation --operator-token-file FILE",
 )
 SWITCH_MODEL = Unary(service=SERVICE, method=lambda stub: stub.SwitchModel, read=read_switch)

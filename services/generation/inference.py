@@ -23,7 +23,7 @@ from services.api.generation import (
 )
 from services.catalogue import GENERATION
 from services.errors import FieldViolation, InvalidInputError
-from services.generation.operator import read_uri
+from services.generation.operator import Switcher
 from services.generation.servicer import run
 from services.inference import Response, Stages, Tensors, TensorSpec, spread, texts
 from services.inference.model import Caller, Parameter
@@ -215,14 +215,14 @@ class GenerationLease:
 
 
 class SlotOperator:
-    """Changes what a slot serves. The interceptor admits only operators, and maps exceptions."""
+    """Switches the model of a slot, for `RepositoryModelLoad`. The interceptor admits only operators."""
 
-    def __init__(self, slot: "EngineSlot") -> None:
-        self._slot = slot
+    def __init__(self, switcher: Switcher) -> None:
+        self._switcher = switcher
 
     async def load(self, uri: str) -> None:
         """Switch to the model of `uri`."""
-        await self._slot.switch(read_uri(uri))
+        await self._switcher.switch(uri)
 
 
 def _progress(row: int, event: Queued | Progress) -> Response:

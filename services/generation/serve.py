@@ -66,13 +66,14 @@ def add_generation(
     token = read_operator_token(settings)
     if token is not None:
         server.access.allow_operator(token)
+    loading = None
     if server.access.has_operators:
-        switching = operator.OperatorServicer(slot)
+        switcher = operator.Switcher(slot, settings)
+        switching, loading = operator.OperatorServicer(switcher), SlotOperator(switcher)
         server.add(
             operator.SERVICE_NAME,
             lambda to: operator_pb2_grpc.add_OperatorServiceServicer_to_server(switching, to),
         )
-    loading = SlotOperator(slot) if server.access.has_operators else None
     add_inference(server, GenerationInference(slot), loading)
 
 

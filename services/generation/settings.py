@@ -1,15 +1,18 @@
 """Settings of the generation service."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from services.api.engine import EngineConfig
 from services.catalogue import GENERATION
 from services.runtime.settings import ModelText, ServerSettings
 from services.runtime.tokens import check_token, read_token
 from services.weights.uri import ModelURI, served_uri
+
+_OPERATOR_URI = re.compile(r"mini|models:(/[\w .-]*)?|hf:[\w./-]*|file:/[^\x00-\x1f\x7f]*")
 
 
 class GenerationSettings(ServerSettings, EngineConfig):
@@ -30,8 +33,23 @@ class GenerationSettings(ServerSettings, EngineConfig):
     operator_token_file: Path | None = None
     """File with a token; its bearer may switch models while calls are served (OperatorService). Default:
     no operator, and no OperatorService."""
+    operator_uris: tuple[str, ...] = ("mini", "models:", "hf:", "file:/")
+    """Models that an operator may switch to: mini, or beginnings of model URIs, such as models:/milonga-tango
+    or file:/models. The path of a file: URI lies below one of these folders, with links resolved."""
+    switch_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Maximum time of a switch, fetching the model included."""
     operator_token: SecretStr | None = None
     """The token itself, if there is no file: from the environment, since others can list options."""
+
+    @field_validator("operator_uris")
+    @classmethod
+    def _check_operator_uris(cls, uris: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [uri for uri in uris if not _OPERATOR_URI.fullmatch(uri)]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0][:80]!r} must be mini, models:, models:/NAME, hf:, hf:OWNER or file:/FOLDER"
+            )
+        return uris
 
 
 def model_uris(settings: GenerationSettings) -> dict[str, ModelURI]:

@@ -9,6 +9,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,11 @@ from services.api.model import ModelSwitch, ModelVersion
 from services.engine import Engine, EngineStats
 from services.errors import (
     AlreadyUnderWayError,
+    DeadlineExceededError,
     MilongaError,
     ModelError,
     ModelFormatError,
+    RequestCancelledError,
     ServiceUnavailableError,
 )
 from services.generation.settings import GenerationSettings
@@ -62,6 +65,7 @@ class EngineSlot:
         self._current = served
         self._load = load
         self._switching: asyncio.Task[ModelSwitch] | None = None
+        self._abandoned = threading.Event()
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
         # Statistics of closed engines, and the open models. One attribute, so that threads read both at once.
@@ -89,13 +93,15 @@ class EngineSlot:
             served.calls -= 1
             self._let_go(served)
 
-    async def switch(self, uri: ModelURI) -> ModelSwitch:
+    async def switch(self, uri: ModelURI, timeout: float | None = None) -> ModelSwitch:
         """Load the model of `uri` alongside the served one, and use it for new calls.
 
-        Once begun, a switch is completed, even if its caller is cancelled.
+        If the caller is cancelled, or after `timeout` seconds, the switch is abandoned: its thread ends after
+        the step that it is in, and what it loaded is closed.
 
         Raises:
-            AlreadyUnderWayError: another switch is under way.
+            AlreadyUnderWayError: another switch is under way, or an abandoned one has not ended yet.
+            DeadlineExceededError: it took longer than `timeout` seconds.
             ServiceUnavailableError: the service is stopping; or `uri`'s registry does not answer.
             ModelError: the model was refused. The served model stays in use.
         """
@@ -103,13 +109,23 @@ class EngineSlot:
             raise ServiceUnavailableError("the service is stopping; try another, or later")
         if self._switching is not None:
             raise AlreadyUnderWayError("another switch is under way; try again when it has ended")
-        self._switching = asyncio.create_task(self._switch(uri))
+        self._abandoned = threading.Event()
+        self._switching = asyncio.create_task(self._switch(uri, self._abandoned))
         self._switching.add_done_callback(self._switch_ended)
-        return await asyncio.shield(self._switching)
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(self._switching)
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"the switch took longer than {timeout:g} s, and was abandoned; the served model stays"
+            ) from error
+        finally:
+            self._abandoned.set()  # unless it has ended
 
     async def close(self) -> None:
         """Close every engine; requests in progress fail."""
         self._closing = True
+        self._abandoned.set()
         if self._switching is not None:
             await asyncio.wait([self._switching])
         for served in self._counts[1]:
@@ -117,12 +133,16 @@ class EngineSlot:
         self._retire(self._current)
         await asyncio.gather(*self._leaving)
 
-    async def _switch(self, uri: ModelURI) -> ModelSwitch:
+    async def _switch(self, uri: ModelURI, abandoned: threading.Event) -> ModelSwitch:
         start = time.monotonic()
         previous = self._current
         model = await asyncio.to_thread(resolve, uri)
+        _check_wanted(abandoned)
         if model.identity != previous.version:
-            served = await asyncio.to_thread(self._open, model, previous.engine)
+            served = await asyncio.to_thread(self._open, model, previous.engine, abandoned)
+            if abandoned.is_set():
+                await asyncio.to_thread(served.engine.close)
+            _check_wanted(abandoned)
             closed, opened = self._counts
             self._counts = (closed, (*opened, served))
             self._current = served
@@ -148,11 +168,12 @@ class EngineSlot:
                 seconds=round(switch.seconds, 2),
             )
 
-    def _open(self, model: ResolvedModel, served: Engine) -> Served:
+    def _open(self, model: ResolvedModel, served: Engine, abandoned: threading.Event) -> Served:
         """Load a model that can replace that of `served`, and have it make a clip."""
         try:
             engine = self._load(model)
             try:
+                _check_wanted(abandoned)
                 _check_kind(model, engine, served)
                 _try_out(model, engine)
                 return Served(engine, model.folder)
@@ -188,6 +209,11 @@ class EngineSlot:
             torch.cuda.empty_cache()
         if not self._closing:
             log.info("unloaded", digest=digest)
+
+
+def _check_wanted(abandoned: threading.Event) -> None:
+    if abandoned.is_set():
+        raise RequestCancelledError("the switch was abandoned: its caller is gone, or its time is up")
 
 
 def _check_kind(model: ResolvedModel, found: Engine, served: Engine) -> None:

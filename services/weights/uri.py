@@ -44,7 +44,8 @@ _FORMS = (
     f"{', '.join(EMBEDDED)}, mini:NAME, file:PATH, hf:OWNER/NAME, laion:PATH, laion-clap:PATH, "
     "models:/NAME/VERSION or models:/NAME@ALIAS"
 )
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # No pickles: a file that is not fetched can't be loaded by mistake.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -67,6 +68,10 @@ class ModelURI:
         Raises:
             InvalidInputError: it is no model URI, or its pin is no digest.
         """
+        if not text.isprintable():
+            raise _invalid(f"is {text[:80]!r}, which has characters that no model URI has")
+        if _CONTROL.search(text):
+            raise _invalid(f"is {text[:80]!r}, which has control characters; leave them out")
         location, hash_sign, pin = text.partition("#")
         if hash_sign and not DIGEST.fullmatch(pin):
             raise _invalid(f"has the pin {pin[:80]!r}, must be sha256: and 64 lowercase hexadecimal digits")

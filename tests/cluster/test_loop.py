@@ -357,6 +357,7 @@ def test_production_is_scheduled_on_gpus_and_says_that_it_has_no_pin(cluster: Cl
     cluster.kubectl("label", "node", node, "nvidia.com/gpu.present=true", "--overwrite")
     make_store_secret(cluster)
     make_certificate(cluster)
+    make_callers(cluster)
     cluster.kubectl("apply", "-k", HERE / "production")
     cluster.ready("mlflow")
     end = time.monotonic() + 180
@@ -391,6 +392,15 @@ def make_store_secret(cluster: Cluster) -> None:
     }
     literals = [f"--from-literal={name}={value}" for name, value in secret.items()]
     cluster.kubectl("-n", NAMESPACE, "create", "secret", "generic", "mlflow-store", *literals)
+
+
+def make_callers(cluster: Cluster) -> None:
+    """What the component callers asks for: one caller, whose token nobody has."""
+    text = f"[callers.promoter]\ntokens = ['sha256:{'0' * 64}']\n"
+    cluster.kubectl(
+        *("-n", NAMESPACE, "create", "secret", "generic", "milonga-callers"),
+        f"--from-literal=callers.toml={text}",
+    )
 
 
 def make_certificate(cluster: Cluster) -> None:

@@ -82,7 +82,7 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 )
 def test_bad_connection_options_are_named(options: Any, field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        AudioClient("localhost:1", **options)
+        AudioClient("far.example:1", **options)
     assert [violation.field for violation in caught.value.violations] == [field]
 
 

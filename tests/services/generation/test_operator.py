@@ -1,6 +1,7 @@
 """Switching models under way: the operator's rpc, on a real server and tiny models."""
 
 import gc
+import os
 import shutil
 import threading
 import urllib.request
@@ -26,10 +27,12 @@ from services.errors import (
     ModelNotFoundError,
     UnauthenticatedError,
 )
+from services.generation.settings import GenerationSettings
 from services.models.manifest import write_manifest
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
 from services.models.vocoder import GriffinLimVocoder
+from services.runtime.settings import load_settings
 from services.weights.uri import ResolvedModel
 from tests.services.generation.serving import MODEL, Serving, serving, tiny_engine
 from tests.tiny import tiny_pipeline
@@ -264,15 +267,108 @@ def test_two_switches_at_once(client: AudioClient, loading: Loading, second: Pat
     assert done == ["second"]
 
 
-def test_a_caller_who_goes_away_does_not_stop_it(client: AudioClient, loading: Loading, second: Path) -> None:
+def test_a_caller_who_goes_away_abandons_it(client: AudioClient, loading: Loading, second: Path) -> None:
     loading.allowed.clear()
     with pytest.raises(DeadlineExceededError, match="ask get_model"):
         client.switch_model(f"file:{second}", token=TOKEN, timeout=1)
     assert loading.begun.wait(60)
-    assert client.get_model().model.name == "tiny"
+    with pytest.raises(AlreadyUnderWayError):
+        client.switch_model("mini", token=TOKEN)
     loading.allowed.set()
-    until(lambda: client.get_model().model.name == "second")
+    until(lambda: bool(loading.engines) and not loading.engines[0]._thread.is_alive())
+    assert client.get_model().model.name == "tiny"
+
+    def again() -> bool:
+        try:
+            return client.switch_model(f"file:{second}", token=TOKEN).current.name == "second"
+        except AlreadyUnderWayError:
+            return False
+
+    until(again)
     assert _clip(client)[0] == "second"
+
+
+def test_a_switch_has_a_time_limit(loading: Loading, second: Path) -> None:
+    loading.allowed.clear()
+    with (
+        tiny_engine() as engine,
+        serving(engine, token=TOKEN, load=loading, switch_timeout_seconds=0.5) as served,
+        AudioClient(served.target, retries=0) as client,
+    ):
+        with pytest.raises(DeadlineExceededError, match=r"took longer than 0\.5 s"):
+            client.switch_model(f"file:{second}", token=TOKEN, timeout=60)
+        assert client.get_model().model.name == "tiny"
+        loading.allowed.set()
+        served.run(served.slot.close())
+        assert not any(one._thread.is_alive() for one in loading.engines)
+
+
+NONSENSE = (
+    *("file:../models", "file:models", "file:~/models", "file:/models/../etc", "file:", "file:/a\0b"),
+    *("file:/dev", "file:/dev/zero", "file:/proc/self", "file:/sys", "file:/etc/passwd", "models:/a\n/1"),
+    *(
+        "laion:/dev/zero",
+        "laion-clap:/etc/passwd",
+        "mini:\0",
+        "http://host/model",
+        "hf:../../etc",
+        "hf:../etc",
+        "",
+    ),
+)
+
+
+@pytest.mark.parametrize("uri", NONSENSE)
+def test_nonsense_is_the_callers_fault(client: AudioClient, loading: Loading, uri: str) -> None:
+    with pytest.raises(InvalidInputError, match="model_uri: is "):
+        client.switch_model(uri, token=TOKEN)
+    assert not loading.begun.is_set()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.write_text("x"), lambda path: path.symlink_to("/dev")]
+)
+def test_what_is_no_folder_is_the_callers_fault(
+    client: AudioClient, loading: Loading, tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(InvalidInputError, match="model_uri: is "):
+        client.switch_model(f"file:{tmp_path}/model", token=TOKEN)
+
+
+def test_a_folder_without_a_model_is_not_hashed(client: AudioClient, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "milonga.json")  # opened, it would never end
+    with pytest.raises(ModelFormatError, match="is no model folder"):
+        client.switch_model(f"file:{tmp_path}", token=TOKEN)
+
+
+def test_operators_switch_to_what_the_settings_allow(loading: Loading, second: Path, tmp_path: Path) -> None:
+    root = second.parent
+    (root / "link").symlink_to(tmp_path)
+    allowed = [f"file:{root}", "models:/ours"]
+    with (
+        tiny_engine() as engine,
+        serving(engine, token=TOKEN, load=loading, operator_uris=allowed) as served,
+        AudioClient(served.target, retries=0) as client,
+    ):
+        for uri in (
+            *("mini", "mini:base", "hf:owner/name", "models:/others/1", "models:/ours-too/1"),
+            *(f"file:{root}-too/model", f"file:{root}/link", f"file:{tmp_path}", f"file:{root.parent}"),
+        ):
+            with pytest.raises(InvalidInputError, match=r"operators may not load here|must be mini"):
+                client.switch_model(uri, token=TOKEN)
+        with pytest.raises(ModelNotFoundError):
+            client.switch_model(f"file:{root}/absent", token=TOKEN)
+        assert client.switch_model(f"file:{second}", token=TOKEN).current.name == "second"
+        served.run(served.slot.close())
+
+
+@pytest.mark.parametrize(
+    "uris", [["file:models"], ["laion:/a"], ["/models"], [""], ["mini:base"], ["models:x"]]
+)
+def test_wrong_beginnings_are_refused_at_the_start(uris: list[str]) -> None:
+    with pytest.raises(InvalidInputError, match=r"operator_uris: .* must be mini, models:"):
+        load_settings(GenerationSettings, operator_uris=uris)
 
 
 def test_a_server_that_stops_ends_a_switch_first(loading: Loading, second: Path) -> None:
