@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError, invalid
@@ -70,7 +70,7 @@ def read_list(
     *,
     prompts: Sequence[str] = PROMPT_NAMES,
     clips: Sequence[str] = AUDIO_NAMES,
-    needs_clip: bool = False,
+    clip: Literal["needed", "optional", "ignored"] = "optional",
     keep_unusable: bool = False,
     checked: bool = True,
 ) -> list[Entry]:
@@ -81,7 +81,7 @@ def read_list(
         field: what errors about the whole file name.
         prompts: columns of captions, by preference; also followed by a number: ``caption_1``.
         clips: columns of clips, by preference; a single one must be there.
-        needs_clip: refuse rows without a clip.
+        clip: whether rows without a clip are refused, or Parquet that embeds its clips, which are not read.
         keep_unusable: return unusable captions, with their fault, instead of refusing the file.
         checked: blank and overlong captions, and those with control characters, are unusable. Otherwise only
             missing ones, and the caller checks the others.
@@ -90,13 +90,17 @@ def read_list(
         InvalidInputError: the file can't be read, has no rows or none of the columns, or rows are invalid:
             names the first few by line, counts the rest.
     """
-    rows = list(_rows(path, field, prompts, clips))
+    rows = list(_rows(path, field, prompts, () if clip == "ignored" else clips))
     columns = dict.fromkeys(name for row in rows if not isinstance(row.content, str) for name in row.content)
     numbered = re.compile(rf"({'|'.join(map(re.escape, prompts))})_?\d+")
-    if columns and not any(name in prompts or numbered.fullmatch(name) for name in columns):
-        raise invalid(field, f"{path} has no column {_or(prompts)}; it has {', '.join(columns)[:200]}")
-    if columns and len(clips) == 1 and clips[0] not in columns:
-        raise invalid(field, f"{path} has no column {clips[0]}; it has {', '.join(columns)[:200]}")
+    has_prompts = any(name in prompts or numbered.fullmatch(name) for name in columns)
+    needs_clips = clip == "needed" or len(clips) == 1
+    for names, is_there in (
+        (prompts, has_prompts),
+        (clips, not needs_clips or not columns.keys().isdisjoint(clips)),
+    ):
+        if columns and not is_there:
+            raise invalid(field, f"{path} has no column {_or(names)}; it has {', '.join(columns)[:200]}")
     faults: list[FieldViolation] = []
     entries: list[Entry] = []
     for place, row_number, content in rows:
@@ -114,7 +118,7 @@ def read_list(
             prompt, fault = caption_fault(caption, checked=checked)
             if fault is not None and not keep_unusable:
                 faults.append(FieldViolation(place, fault))
-            elif location is None and needs_clip:
+            elif location is None and clip == "needed":
                 faults.append(FieldViolation(place, f"has no location; it has {', '.join(content)[:200]}"))
             elif location is not None and not isinstance(location, str):
                 faults.append(FieldViolation(place, f"location is {str(location)[:40]!r}, must be str"))

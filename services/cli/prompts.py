@@ -77,7 +77,7 @@ def read_jobs(
     taken: set[str] = set()
     unused: dict[str, None] = {}
     # The model checks prompts, by its own limit; the others of the list are generated.
-    for entry in read_list(path, "--prompts", checked=False):
+    for entry in read_list(path, "--prompts", clip="ignored", checked=False):
         unused |= dict.fromkeys(name for name in entry.fields if name not in _TYPES)
         own, fault = _options(entry)
         job = None if fault else _job(entry, own, defaults, ranking)

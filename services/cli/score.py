@@ -174,7 +174,7 @@ def read_pair_file(path: Path) -> tuple[Pair, ...]:
             location=entry.location or "",
             place=entry.place,
         )
-        for entry in read_list(path, "--prompts", needs_clip=True, checked=False)
+        for entry in read_list(path, "--prompts", clip="needed", checked=False)
     )
 
 

@@ -174,8 +174,9 @@ def test_invalid_rows_are_named_by_their_lines(
 
 def test_rows_without_a_clip_are_refused_where_one_is_needed(tmp_path: Path) -> None:
     content = "caption,location\nA,a.wav\nB,\n"
-    found = faults(tmp_path / "a.csv", content, needs_clip=True)
+    found = faults(tmp_path / "a.csv", content, clip="needed")
     assert found == {"a.csv:3": "has no location; it has caption, location"}
+    assert "has no column audio," in faults(tmp_path / "b.csv", "caption\nA\n", clip="needed")["--prompts"]
     assert captions(read_list(tmp_path / "a.csv", "x", prompts=("caption",))) == [("A", "a.wav"), ("B", None)]
 
 
@@ -198,8 +199,8 @@ def test_a_parquet_column_that_is_no_text_is_refused_with_its_type(values: list[
 def test_parquet_that_embeds_its_clips_is_refused_where_clips_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["A"], "audio": [{"bytes": b"x"}]}), tmp_path / "a.parquet")
     with pytest.raises(InvalidInputError, match=r"column audio of .* embeds its clips"):
-        read_list(tmp_path / "a.parquet", "--prompts", needs_clip=True)
-    assert captions(read_list(tmp_path / "a.parquet", "--prompts", clips=())) == [("A", None)]
+        read_list(tmp_path / "a.parquet", "--prompts", clip="needed")
+    assert captions(read_list(tmp_path / "a.parquet", "--prompts", clip="ignored")) == [("A", None)]
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def read_labelled(
     """
     field = "data.labelled"
     root, examples, faults = audio_root or path.parent, list[LabelledClip](), list[FieldViolation]()
-    for entry in read_list(path, field, needs_clip=True, keep_unusable=unusable is not None):
+    for entry in read_list(path, field, clip="needed", keep_unusable=unusable is not None):
         if entry.fault is not None and unusable is not None:
             unusable[entry.place] = entry.fault
             continue

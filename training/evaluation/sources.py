@@ -214,7 +214,7 @@ def _open_folder(name: str, folder: Path) -> FolderSource:
         raise invalid(
             "SOURCE", f"{folder} has no {INDEX}; give a folder that `milonga generate --prompts` wrote"
         )
-    entries = read_list(path, "SOURCE", needs_clip=True, checked=False)
+    entries = read_list(path, "SOURCE", clip="needed", checked=False)
     clips: dict[str, list[tuple[int | None, Path]]] = {}
     for entry in entries:
         clip = (entry.fields.get("seed"), find_audio(entry.location or "", folder))

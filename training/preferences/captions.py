@@ -190,7 +190,7 @@ def _captions(config: CaptionsConfig) -> Iterator[tuple[str, str | None]]:
         yield from map(caption_fault, _soundworld(config.soundworld))
         return
     names = PROMPT_NAMES if config.column is None else (config.column,)
-    for entry in read_list(config.source, "source", prompts=names, clips=(), keep_unusable=True):
+    for entry in read_list(config.source, "source", prompts=names, clip="ignored", keep_unusable=True):
         yield entry.prompt, entry.fault
 
 
