@@ -128,6 +128,13 @@ class Certificates:
 
 
 def _read(settings: ServerSettings) -> _Files:
+    """Read and check the files, none of them while they are being replaced."""
+    while (files := _read_once(settings)) != _read_once(settings):
+        pass
+    return files
+
+
+def _read_once(settings: ServerSettings) -> _Files:
     assert settings.tls_cert_file is not None
     assert settings.tls_key_file is not None
     chain, key = read_identity("tls_cert_file", settings.tls_cert_file, "tls_key_file", settings.tls_key_file)

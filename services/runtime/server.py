@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,6 +122,8 @@ class Server:
     def on_reload(self, reload: Callable[[], None]) -> None:
         """Have `reload` called on SIGHUP, on the event loop. Without any, SIGHUP ends the process."""
         self._reloads.append(reload)
+        if threading.current_thread() is threading.main_thread():  # others can't handle signals
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     async def start(self) -> None:
         """Start serving, and report SERVING, unless the service has failed already."""
@@ -162,8 +165,6 @@ class Server:
         """
         for number in _SIGNALS:
             self._loop.add_signal_handler(number, self._stops.put_nowait, number)
-        if self._reloads:
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             cause = await self._stops.get()
             if isinstance(cause, signal.Signals):
@@ -176,7 +177,7 @@ class Server:
                 await self.stop(FAILURE_GRACE_SECONDS)
                 raise self._failure
         finally:
-            for number in (*_SIGNALS, signal.SIGHUP):
+            for number in _SIGNALS:
                 self._loop.remove_signal_handler(number)
 
     def _reload(self) -> None:

@@ -83,7 +83,7 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
 
 async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None:
     start = time.monotonic()
-    _set_early_handlers(settings)
+    _exit_on_sigterm()
     metrics = ServerMetrics()
     server = Server(settings, metrics, end_within=end_within)
     try:
@@ -121,14 +121,10 @@ def end_within(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
-def _set_early_handlers(settings: ServerSettings) -> None:
-    """Exit at once on SIGTERM while models load; `Server.serve_until_signal` replaces the handlers.
+def _exit_on_sigterm() -> None:
+    """Exit at once on SIGTERM while models load; `Server.serve_until_signal` replaces this handler.
 
     Needed in containers: the kernel ignores SIGTERM for a process with PID 1 and no handler.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    if settings.tls_cert_file is not None:
-        # Certificates that change meanwhile are read a minute after the start.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

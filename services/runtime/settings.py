@@ -32,8 +32,8 @@ class ServerSettings(BaseSettings):
     listen: str = "127.0.0.1:0"
     """Address of the service: HOST:PORT (port 0: any free one), or unix:/PATH."""
     tls_cert_file: Path | None = None
-    """Certificate chain (PEM). With `tls_key_file`, the service uses TLS, otherwise plaintext. Read at
-    start."""
+    """Certificate chain (PEM). With `tls_key_file`, the service uses TLS, otherwise plaintext. The files are
+    read again when they change, and on SIGHUP."""
     tls_key_file: Path | None = None
     """Private key (PEM)."""
     tls_client_ca_file: Path | None = None

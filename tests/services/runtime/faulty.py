@@ -1,13 +1,13 @@
 """The reward service as a program, with a model whose faults callers ask for by their prompts.
 
-python -m tests.services.runtime.faulty [a prompt that is a fault of the service's close]
+python -m tests.services.runtime.faulty [FAULT OF THE PROCESS]
 """
 
 import asyncio
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,8 +25,8 @@ HANG, EXIT, ERROR, BREAK, NAN, LARGE = "hang", "exit", "error", "break", "nan", 
 """Prompts of faults. After `BREAK` every call of the model fails, as after a sticky error of CUDA."""
 ROOM = 3
 """Pairs in a batch that fit into memory."""
-BLOCKED_LOOP, BLOCKED_THREAD = "blocked loop", "blocked thread"
-"""Faults of the service's close."""
+BLOCKED_LOOP, BLOCKED_THREAD, BLOCKED_FAILURE = "blocked loop", "blocked thread", "blocked failure"
+"""Faults of the process: what keeps it from closing; the event loop that is blocked while the model fails."""
 
 
 class Faulty(RewardModel):
@@ -60,6 +60,13 @@ def _load(settings: RewardSettings) -> RewardScorer:
     return RewardScorer(faulty(), MODEL, CLAP, settings)
 
 
+def _watch(scorer: RewardScorer, on_failure: Callable[[str], None]) -> None:
+    scorer.watch(on_failure)
+    if BLOCKED_FAILURE in sys.argv:
+        asyncio.get_running_loop().call_later(1.0, time.sleep, 3600)
+        threading.Timer(2.0, on_failure, ["a test"]).start()
+
+
 async def _close(scorer: RewardScorer) -> None:
     if BLOCKED_LOOP in sys.argv:
         time.sleep(3600)
@@ -69,4 +76,4 @@ async def _close(scorer: RewardScorer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(replace(SERVICE, load=_load, close=_close)))
+    sys.exit(main(replace(SERVICE, load=_load, watch=_watch, close=_close)))

@@ -1,8 +1,10 @@
 """The program `tests.services.runtime.faulty` as a process, with its log and a channel to it."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from tests.programs import environment
 from tests.services.reward.serving import float32, tone
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, until
 
 
 def request(*prompts: str) -> pb.BatchComputeRewardsRequest:
@@ -76,10 +78,25 @@ def score(channel: grpc.Channel, *prompts: str) -> Any:
     return rpc.RewardServiceStub(channel).BatchComputeRewards.future(request(*prompts), timeout=LIMIT)
 
 
-def watch_health(channel: grpc.Channel) -> Any:
-    """Start to watch the service's health; return the call, which iterates over responses."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthWatch:
+    call: Any
+    statuses: list[Any] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Read statuses until the call ends."""
+        with contextlib.suppress(grpc.RpcError):
+            for response in self.call:
+                self.statuses.append(response.status)
+
+
+def watch_health(channel: grpc.Channel) -> HealthWatch:
+    """Watch the service's health, on a thread: the last status is lost if nobody waits for it."""
     stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs know no rpc
-    return stub.Watch(health_pb2.HealthCheckRequest(service="milonga.v1.RewardService"))
+    watch = HealthWatch(call=stub.Watch(health_pb2.HealthCheckRequest(service="milonga.v1.RewardService")))
+    threading.Thread(target=watch.read, daemon=True).start()
+    until(lambda: len(watch.statuses) == 1)
+    return watch
 
 
 @contextmanager

@@ -1,18 +1,20 @@
 """Certificates that change while a service runs."""
 
 import asyncio
+import logging
 import shutil
 import signal
 import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from services.runtime import certificates
@@ -25,6 +27,15 @@ from tests.waiting import LIMIT
 
 EXPIRY = "milonga_tls_certificate_expiry_timestamp_seconds"
 PROMPT = "a dog barks"
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """Let every level be captured, whatever other tests have configured."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +102,7 @@ def test_sighup_changes_certificates_and_authorities_and_drops_no_connection(
     ours, theirs = _credentials(identities, "client"), _credentials(identities, "newcomer")
     with program(MILONGA_METRICS_PORT="0", **settings) as started, started.channel(ours) as channel:
         port, metrics = started.ready["port"], started.ready["metrics_port"]
-        open_call = watch_health(channel)
-        next(open_call)
+        open_call = watch_health(channel).call
         assert _served(port, identities)["name"] == "first"
 
         _replace(files, identities["second"])

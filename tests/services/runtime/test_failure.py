@@ -8,6 +8,7 @@ from grpc_health.v1 import health_pb2
 
 from tests.services.reward.serving import serving
 from tests.services.runtime.faulty import (
+    BLOCKED_FAILURE,
     BLOCKED_LOOP,
     BLOCKED_THREAD,
     BREAK,
@@ -35,9 +36,8 @@ def test_a_model_that_works_no_longer_ends_the_process_out_loud(fault: str, reas
     # One pair a batch, so that calls wait behind the faulty one.
     settings = {"MILONGA_MAX_BATCH_RUN_SECONDS": "2", "MILONGA_MAX_BATCH_SECONDS": "1"}
     with program(**settings) as started, started.channel() as channel:
-        statuses = watch_health(channel)
+        health = watch_health(channel)
         assert score(channel, PROMPT).result(LIMIT).rewards
-        assert next(statuses).status == SERVING
         calls = [score(channel, fault), *(score(channel, PROMPT, PROMPT) for _ in range(4))]
         errors = [error_of(call) for call in calls]
         assert (grpc.StatusCode.UNAVAILABLE, True) in {(code, reason in text) for code, text in errors}
@@ -45,7 +45,7 @@ def test_a_model_that_works_no_longer_ends_the_process_out_loud(fault: str, reas
         if fault is not BREAK:
             # Those that the broken model did run have its own error.
             assert {code for code, _ in errors} == {grpc.StatusCode.UNAVAILABLE}
-        assert next(statuses).status == NOT_SERVING
+        until(lambda: health.statuses == [SERVING, NOT_SERVING])
         code, lines = started.wait()
     assert code == 1
     assert [line for line in lines if line.startswith("error: ")] == [lines[-1]]
@@ -56,16 +56,23 @@ def test_a_model_that_works_no_longer_ends_the_process_out_loud(fault: str, reas
 def test_a_hung_call_does_not_keep_the_process_from_stopping() -> None:
     settings = {"MILONGA_MAX_BATCH_RUN_SECONDS": "0", "MILONGA_GRACE_SECONDS": "0.5"}
     with program(**settings) as started, started.channel() as channel:
-        statuses = watch_health(channel)
-        next(statuses)
+        health = watch_health(channel)
         call = score(channel, HANG)
         waiting = score(channel, PROMPT)
         until(lambda: call.running() or call.done())
         started.process.send_signal(signal.SIGTERM)
-        assert next(statuses).status == NOT_SERVING
+        until(lambda: health.statuses == [SERVING, NOT_SERVING])
         assert error_of(call)[0] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert error_of(waiting)[0] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         started.wait()
+
+
+def test_a_failure_while_the_event_loop_is_blocked_ends_the_process() -> None:
+    with program(BLOCKED_FAILURE) as started:
+        code, lines = started.wait()
+    assert code == 1
+    assert any('"reason": "a test"' in line for line in lines)
+    assert any("call_later" in line or "events.py" in line for line in lines)  # where it is blocked
 
 
 @pytest.mark.parametrize("fault", [BLOCKED_LOOP, BLOCKED_THREAD])
@@ -81,10 +88,9 @@ def test_what_can_not_be_closed_is_ended_and_shown(fault: str) -> None:
 def test_a_failure_while_draining_ends_the_drain() -> None:
     with program(MILONGA_DRAIN_DELAY_SECONDS="3600") as started, started.channel() as channel:
         assert score(channel, PROMPT).result(LIMIT).rewards
+        health = watch_health(channel)
         started.process.send_signal(signal.SIGTERM)
-        statuses = watch_health(channel)
-        while next(statuses).status != NOT_SERVING:
-            pass
+        until(lambda: health.statuses == [SERVING, NOT_SERVING])
         assert error_of(score(channel, EXIT))[0] is grpc.StatusCode.UNAVAILABLE
         assert started.wait()[0] == 1
 
