@@ -80,6 +80,22 @@ lint-protos:
 	  test -z "$${CI:-}"; \
 	fi
 
+# `uv audit` asks OSV, which has PyPI's own advisories, about every package of the lock, all extras included. Its exit
+# status is 1 where there is a known vulnerability, and 2 where it could not ask.
+AUDIT := build/audit
+AUDIT_ARGS ?=
+
+.PHONY: audit
+audit: $(READY) ## List the locked packages (CycloneDX, build/audit/sbom.json), and look for known vulnerabilities
+	@mkdir -p $(AUDIT)
+	@$(BIN)/uv export --quiet --frozen --extra dev --extra store --extra docs --no-emit-project --format cyclonedx1.5 -o $(AUDIT)/sbom.json
+	@echo "wrote $(AUDIT)/sbom.json: $$(grep -c '"purl"' $(AUDIT)/sbom.json) packages"
+	@status=0; $(BIN)/uv audit --frozen --preview-features audit-command $(AUDIT_ARGS) || status=$$?; \
+	if [ $$status = 2 ]; then \
+	  echo "NOT COMPARED with known vulnerabilities: their source can't be reached, see above"; \
+	  test -z "$${CI:-}"; \
+	else exit $$status; fi
+
 .PHONY: format
 format: $(READY) ## Format the Python files, and fix lint errors that ruff can fix
 	$(BIN)/ruff format .
