@@ -230,6 +230,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
         # The default allows two servers on one port, each with half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_request_bytes),
+        # Identity only: gRPC inflates a compressed request before it checks the limit, 300 KB to 300 MB.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         # Responses are bounded by the service's own limits.
         ("grpc.max_send_message_length", -1),
         # Detect a lost client within 40 seconds, so that its requests don't occupy the device.

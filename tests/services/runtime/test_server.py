@@ -11,6 +11,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from milonga.v1 import generation_pb2, generation_pb2_grpc
 from services.client import TLS, AudioClient
 from services.engine import Engine
 from services.errors import InvalidInputError, ServiceUnavailableError
@@ -210,6 +211,20 @@ def test_a_draining_server_is_not_ready_but_serves_on(engine: Engine) -> None:
         served.run(served.server.stop(5))
         with pytest.raises(ServiceUnavailableError):
             client.generate("a dog barks")
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_requests_are_refused_before_they_are_inflated(
+    engine: Engine, compression: grpc.Compression
+) -> None:
+    with serving(engine) as served, grpc.insecure_channel(served.target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = generation_pb2.GenerateAudioRequest(prompt="a dog barks" * 1_000_000)
+        with pytest.raises(grpc.RpcError, match="is disabled") as caught:
+            stub.GenerateAudio(request, compression=compression)
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert stub.GetModel(generation_pb2.GetModelRequest()).model.name == "tiny"
 
 
 def test_requests_over_the_size_limit_are_refused(engine: Engine) -> None:
