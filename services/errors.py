@@ -102,6 +102,18 @@ class NotFiniteError(MilongaError):
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory could not be allocated, on the device or the CPU.
+
+    Torch, which this module does not import, has a class for the device only.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+    )
+
+
 class RequestCancelledError(MilongaError):
     """The caller cancelled the request, or disconnected."""
 

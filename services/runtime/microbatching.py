@@ -20,8 +20,8 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError
-from services.runtime.model_thread import ModelThread, is_out_of_memory
+from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError, is_out_of_memory
+from services.runtime.model_thread import ModelThread
 
 log = structlog.get_logger()
 

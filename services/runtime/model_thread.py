@@ -1,7 +1,4 @@
-"""Call a model on one thread: an item's fault fails that item only, and a dead or hung thread is noticed.
-
-No torch: exceptions of its allocators are known by name.
-"""
+"""Call a model on one thread: an item's fault fails that item only, and a dead or hung thread is noticed."""
 
 import asyncio
 import queue
@@ -151,15 +148,6 @@ class ModelThread(Generic[Item, Result]):
         """Return what the thread is doing, without values."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory could not be allocated, on the device or the CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
-    )
 
 
 def _set(future: "asyncio.Future[Result]", value: Result) -> None:

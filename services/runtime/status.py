@@ -33,6 +33,7 @@ from services.errors import (
     TooLargeError,
     UnauthenticatedError,
     UnsupportedError,
+    is_out_of_memory,
 )
 
 STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
@@ -93,7 +94,7 @@ def status_code(
     error: BaseException, codes: Mapping[type[MilongaError], grpc.StatusCode] = STATUS_CODES
 ) -> grpc.StatusCode:
     """Return the status code of an exception: that of its nearest class in `codes`, otherwise INTERNAL."""
-    known = (codes[kind] for kind in type(error).__mro__ if kind in codes)
+    known = (codes[kind] for kind in type(_reported(error)).__mro__ if kind in codes)
     return next(known, grpc.StatusCode.INTERNAL)
 
 
@@ -111,6 +112,7 @@ def to_status(
         request_id: id of the request in the server's log.
         codes: status code of each exception class.
     """
+    error = _reported(error)
     code: int = status_code(error, codes).value[0]
     if not isinstance(error, MilongaError):
         message = f"internal error; find its cause in the service's log under request_id {request_id}"
@@ -164,6 +166,13 @@ def retry_delay(details: bytes | None) -> float | None:
         if detail.Is(retry.DESCRIPTOR):
             detail.Unpack(retry)
     return retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
+
+
+def _reported(error: BaseException) -> BaseException:
+    """Return the exception to report for `error`: `TooLargeError` wherever memory was short."""
+    if is_out_of_memory(error):
+        return TooLargeError("the request needs more memory than the service has; send less at a time")
+    return error
 
 
 def _rebuild(

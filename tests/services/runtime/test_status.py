@@ -2,6 +2,7 @@ import base64
 
 import grpc
 import pytest
+import torch
 from google.rpc import error_details_pb2
 
 from services import errors
@@ -53,6 +54,22 @@ def test_a_delay_of_zero_does_not_invite_hammering() -> None:
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in rich.details if detail.Is(retry.DESCRIPTOR))
     assert retry.retry_delay.ToMilliseconds() == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError("/secret"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_is_short_anywhere_is_no_internal_error(error: Exception) -> None:
+    rich = to_status(error, "id-1")
+    assert status_code(error) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    got = from_status(status_code(error), rich.message, rich.SerializeToString())
+    assert isinstance(got, errors.TooLargeError)
+    assert "secret" not in str(got)
+
+
+def test_memory_of_the_cpu_is_known_by_its_message() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert errors.is_out_of_memory(caught.value)
+    assert not errors.is_out_of_memory(RuntimeError("CUDA error"))
 
 
 def test_our_own_fault_tells_the_request_id_and_nothing_else() -> None:
