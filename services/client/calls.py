@@ -1,5 +1,6 @@
 """Deadlines, retries and errors of calls, for blocking and asyncio transports."""
 
+import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -113,7 +114,14 @@ class Calls:
         messages, message = await self._with_retries(rpc.service, address, deadline, begin)
         try:
             while message is not None:
-                yield rpc.read(message)
+                answer = rpc.read(message)
+                if isinstance(answer, rpc.last):
+                    # First the status: a caller who stops at the last value would cancel the call.
+                    with contextlib.suppress(grpc.RpcError):
+                        await messages.read()
+                    yield answer
+                    return
+                yield answer
                 message = await messages.read()
         except grpc.RpcError as error:
             raise _read_failure(error, rpc.service, address).error from error

@@ -164,7 +164,9 @@ SERVICE = Service(
     remedy="take fewer steps",
 )
 GENERATE = Unary(service=SERVICE, method=lambda stub: stub.GenerateAudio, read=read_response)
-STREAM = Stream(service=SERVICE, method=lambda stub: stub.StreamGenerateAudio, read=read_update)
+STREAM = Stream(
+    service=SERVICE, method=lambda stub: stub.StreamGenerateAudio, read=read_update, last=Finished
+)
 GET_MODEL = Unary(service=SERVICE, method=lambda stub: stub.GetModel, read=read_model)
 
 

@@ -67,6 +67,8 @@ class Stream(Generic[Stub, Request, Response, Answer]):
     """The rpc of a stub."""
     read: Callable[[Response], Answer]
     """Returns the value of a response."""
+    last: type[Any]
+    """Type of the last value of a stream that succeeds."""
 
 
 class Messages(Protocol[Response_co]):

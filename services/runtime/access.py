@@ -140,7 +140,8 @@ class Access:
         self._guesses.check(peer, digest)
         found = self._table.by_token(digest)
         if self._operator is not None and hmac.compare_digest(self._operator_digest, digest):
-            found = self._operator
+            both = () if found is None else found.roles
+            found = Known(roles=self._operator.roles.union(both), account=(found or self._operator).account)
         if found is not None:
             self._guesses.note_right(peer, digest)
         return found

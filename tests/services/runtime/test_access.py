@@ -152,6 +152,13 @@ async def test_the_operators_token_switches_and_calls_as_anybody() -> None:
         assert await service.code(GENERATE, "of-a-gateway") is OK
 
 
+async def test_a_token_that_is_the_operators_and_a_callers_has_the_roles_of_both(callers_file: Path) -> None:
+    async with answering(callers_file=callers_file, operator_token=TOKENS["studio"]) as service:
+        assert await service.code(SWITCH, TOKENS["studio"]) is OK
+        assert await service.code(GENERATE, TOKENS["studio"]) is OK
+    assert {caller.name for caller in service.callers} == {"studio"}
+
+
 async def test_anonymous_callers_next_to_known_ones_where_a_setting_allows_it(callers_file: Path) -> None:
     async with answering(callers_file=callers_file, anonymous="allowed") as service:
         assert [await service.code(), await service.code(token=TOKENS["studio"])] == [OK, OK]

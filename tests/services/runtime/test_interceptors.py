@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 
 from milonga.v1 import generation_pb2 as pb
+from services.client import AudioClient, Finished
 from services.engine import Engine
 from tests.services.generation.serving import serving, tiny_engine
 from tests.waiting import until
@@ -105,6 +106,15 @@ def test_calls_that_are_cancelled_early_are_counted_as_cancelled(served: Any, rp
 
     asyncio.run(cancel())
     until(lambda: counts(served, rpc) == {"CANCELLED": 5})
+
+
+def test_streams_that_callers_leave_at_the_last_value_have_succeeded(served: Any) -> None:
+    with AudioClient(served.target, retries=0) as client:
+        for _ in range(20):
+            for update in client.stream("a dog barks", num_inference_steps=1, duration=0.64):
+                if isinstance(update, Finished):
+                    break
+    until(lambda: counts(served, STREAM) == {"OK": 20})
 
 
 def test_a_caller_that_gives_up_while_it_sends_its_message_has_cancelled(served: Any) -> None:
