@@ -34,7 +34,7 @@ CODES: dict[str, Mapping[type[MilongaError], grpc.StatusCode]] = {
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_SLACK_SECONDS, _SLACK = 0.1, 0.02
+_SLACK_SECONDS, _SLACK = 0.25, 0.02
 """How long before the deadline a cancelled call counts as expired: seconds, or this share of its timeout."""
 
 _LENGTH_SECONDS = 1.0
