@@ -38,7 +38,11 @@ EPILOG: Final = (
 
 def _up(
     host: Annotated[
-        str, typer.Option(help="Interface to listen on; 0.0.0.0 for all interfaces. Without TLS.")
+        str,
+        typer.Option(
+            help="Interface to listen on; 0.0.0.0 for all interfaces, which needs MILONGA_CALLERS_FILE or "
+            "MILONGA_ANONYMOUS=allowed. Without TLS."
+        ),
     ] = "127.0.0.1",
     port: Annotated[
         int,

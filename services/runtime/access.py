@@ -191,7 +191,7 @@ def allows_anonymous(settings: ServerSettings) -> bool:
         raise invalid(
             "listen",
             f"is {settings.listen}, which other machines reach, and any of them could call; give "
-            "--callers-file or --tls-client-ca-file, or --anonymous allowed",
+            "--callers-file or --tls-client-ca-file, or --anonymous allowed (MILONGA_ANONYMOUS)",
         )
     return True
 
