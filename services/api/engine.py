@@ -16,8 +16,13 @@ class EngineConfig(BaseModel):
     Slower."""
     max_queue: int = Field(default=64, gt=0)
     """Clips that may wait for a place. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED)."""
-    max_lengths: int = Field(default=4, gt=0)
-    """Latent lengths that run at a time, each with its own places. Bounds the memory of what runs."""
+    max_queue_seconds: float = Field(default=900.0, gt=0)
+    """Estimated wait in seconds beyond which requests are refused at once (RESOURCE_EXHAUSTED)."""
+    max_previews: int = Field(default=32, gt=0)
+    """Most previews of a clip. Of a request for more, only every second, third, … is sent."""
+    max_turn_seconds: float = Field(default=600.0, gt=0)
+    """Seconds after which a denoising step, a decode or the encoding of a prompt counts as hung: the engine
+    fails, and the service exits."""
     max_clip_count: int = Field(default=8, gt=0)
     """Most clips in one request; never more than `max_queue`."""
     max_prompt_characters: int = Field(default=1000, gt=0)

@@ -1,102 +1,116 @@
 """The bounded, fair queue in front of the device, and the only state that threads share."""
 
-import bisect
 import itertools
+import random
 import threading
+from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final
 
-from services.engine.batching import queue_tag
+from services.api.engine import EngineConfig
+from services.engine.pace import Pace
 from services.engine.states import RequestState
-from services.errors import QueueFullError, ServiceUnavailableError
+from services.errors import DeadlineExceededError, QueueFullError, ServiceUnavailableError
+from services.fairness import WEIGHTS, Account, FairShares, Path, Rank
 
+_QUANTUM: Final = 1.25
+"""Quantum of fair queueing in clips of the default settings: one of them is not interrupted."""
 
-class Ticket(NamedTuple):
-    """One clip in the queue. Tickets sort by tag, then by arrival; requests are never compared."""
+_CALLER_SHARE: Final = 8
+"""A caller may hold this many times the free room: one caller up to 8/9 of the queue, two 8/17 each."""
 
-    tag: float
-    number: int
-    clip_index: int
-    state: RequestState
+_RETRY_SOONEST, _RETRY_LATEST = 0.1, 600.0
+"""Bounds of `QueueFullError.retry_after` in seconds."""
+_RETRY_JITTER: Final = 0.3
+"""Random share that is added to `retry_after`, so that refused callers do not come back at once."""
+_FIRST_GUESS: Final = 1.0
+"""`retry_after` before anything was measured."""
 
 
 class Admission:
-    """The queue of waiting clips, and the requests that have not ended."""
+    """The requests that have not ended, and whose turn it is."""
 
-    def __init__(self, max_clips: int) -> None:
-        self._max_clips = max_clips
+    def __init__(self, config: EngineConfig, pace: Pace, default_clip: Callable[[], float]) -> None:
+        """`default_clip` returns the work of a clip of the default settings, as far as known."""
+        self._places = config.batch_shapes[-1]
+        self._max_queue, self._max_wait = config.max_queue, config.max_queue_seconds
+        self._pace, self._default_clip = pace, default_clip
         self._changed = threading.Condition()
-        self._tickets: list[Ticket] = []
-        self._reserved = 0
-        self._now = 0.0
+        self._shares = FairShares()
         self._numbers = itertools.count()
         self._states: dict[int, RequestState] = {}
         self._closing = False
-        self._aborting = False
+        self._aborting: str | None = None
+        self._failure: str | None = None
+        self.refused_room = self.refused_time = 0
+        """See `EngineStats`."""
 
     @property
     def depth(self) -> int:
-        """Number of clips in the queue."""
+        """Clips that wait for a place in a denoiser call."""
         with self._changed:
-            return len(self._tickets) + self._reserved
+            return self._waiting()
 
     @property
-    def aborting(self) -> bool:
-        """Whether running requests are to be failed."""
+    def aborting(self) -> str | None:
+        """Why requests that have not ended are to be failed; None if they are not."""
         return self._aborting
 
-    def reserve(self, clip_count: int, retry_after: Callable[[int], float]) -> tuple[int, int]:
-        """Reserve room for `clip_count` clips; return the request's number and its position in the queue.
+    def reserve(
+        self, make: Callable[[Path], RequestState], account: Account, deadline_in: float | None
+    ) -> RequestState:
+        """Add the request that `make` returns for its place in the tree; `enter` must follow.
 
-        `enter` must follow. Raises `QueueFullError` without room; `retry_after` maps the number of waiting
-        clips to seconds.
+        `deadline_in`: seconds to its deadline.
+
+        Raises `QueueFullError` if there is no room or not the time, `DeadlineExceededError` if the request
+        takes longer than that even alone.
         """
         with self._changed:
             self._refuse_if_closing()
-            waiting = len(self._tickets) + self._reserved
-            if waiting + clip_count > self._max_clips:
-                raise QueueFullError(
-                    f"the queue is full: {waiting} of {self._max_clips} clips wait, "
-                    f"no room for {clip_count} more; try again later",
-                    retry_after=retry_after(waiting),
-                )
-            self._reserved += clip_count
-            number = next(self._numbers)
-            position = sum(ticket.tag <= self._now for ticket in self._tickets)
-            return number, position
+            state = make(Path(account.priority, account.caller, next(self._numbers)))
+            self._check_room(state, account)
+            self._check_time(state, deadline_in)
+            self._shares.enter(state.path)
+            rank = self._shares.rank(state.path)
+            state.position = sum(
+                not other.clips_started and self._shares.rank(other.path) < rank
+                for other in self._states.values()
+            )
+            self._states[state.path.number] = state
+            return state
 
     def enter(self, state: RequestState) -> None:
-        """Queue the clips of a request after `reserve`."""
+        """Let the worker run a reserved request."""
         with self._changed:
-            self._reserved -= state.request.clip_count
-            self._refuse_if_closing()
-            self._states[state.number] = state
-            for index in range(state.request.clip_count):
-                bisect.insort(self._tickets, Ticket(queue_tag(self._now, index), state.number, index, state))
+            state.entered = True
             self._changed.notify_all()
 
-    def tickets(self) -> list[Ticket]:
-        """Return the waiting clips, next first."""
+    def order(self) -> list[tuple[Rank, RequestState]]:
+        """Return the requests that have not ended, next first."""
         with self._changed:
-            return list(self._tickets)
+            ranked = [(self._shares.rank(state.path), state) for state in self._entered()]
+        return sorted(ranked, key=lambda pair: pair[0])
 
-    def take(self, ticket: Ticket) -> None:
-        """Remove the ticket of a clip that starts."""
+    def charge(self, state: RequestState, work: float) -> None:
+        """Charge work to a request and its caller."""
         with self._changed:
-            self._tickets.remove(ticket)
-            self._now = max(self._now, ticket.tag)
+            if state.path.number in self._states:
+                self._shares.charge(state.path, work / (_QUANTUM * self._default_clip()))
 
     def states(self) -> list[RequestState]:
         """Return the requests that have not ended, in order of arrival."""
         with self._changed:
-            return list(self._states.values())
+            return self._entered()
 
-    def remove(self, state: RequestState) -> None:
-        """Remove a request that has ended, and its queued clips."""
+    def remove(self, state: RequestState) -> bool:
+        """Remove a request that has ended; return whether it was there."""
         with self._changed:
-            del self._states[state.number]
-            self._tickets = [ticket for ticket in self._tickets if ticket.state is not state]
+            if self._states.pop(state.path.number, None) is None:
+                return False
+            self._shares.leave(state.path)
             self._changed.notify_all()
+            return True
 
     def wake(self) -> None:
         """Wake the worker, so that it checks its requests."""
@@ -106,7 +120,7 @@ class Admission:
     def wait_for_work(self) -> bool:
         """Block until there is a request; return False if the queue is closed and there is none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._states or self._closing)
+            self._changed.wait_for(lambda: self._entered() or (self._closing and not self._states))
             return bool(self._states)
 
     def close(self, drain_seconds: float) -> None:
@@ -115,10 +129,109 @@ class Admission:
             self._closing = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._states, drain_seconds)
-            self._aborting = True
+        self.abort("the engine stopped before the request was done; try another instance")
+
+    def abort(self, reason: str, *, failed: bool = False) -> None:
+        """Refuse new requests, and let those that have not ended fail for `reason`.
+
+        `failed`: it is the reason for which new ones are refused, too.
+        """
+        with self._changed:
+            self._closing = True
+            self._aborting = self._aborting or reason
+            self._failure = reason if failed else self._failure
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------------------------------- who is taken
+
+    def _check_room(self, state: RequestState, account: Account) -> None:
+        """Raise `QueueFullError` if there is no room for the clips of a request, or none for its caller."""
+        count = state.request.clip_count
+        held = {True: 0, False: 0}
+        for other in self._states.values():
+            held[other.path.caller == account.caller] += other.request.clip_count - other.clips_done
+        free = self._max_queue + self._places - held[True] - held[False]
+        waiting = f"{self._waiting()} of {self._max_queue} clips wait"
+        if count > free:
+            message = f"the queue is full: {waiting}, no room for {count} more; try again later"
+            raise self._full(state, message)
+        # Callers without a name are one program, whose own requests can't take room from others.
+        if account.caller and held[True] and held[True] + count > _CALLER_SHARE * free:
+            message = (
+                f"{waiting}; the caller has {held[True]} clips here, and the free room is for others; "
+                "try again later"
+            )
+            raise self._full(state, message)
+
+    def _check_time(self, state: RequestState, deadline_in: float | None) -> None:
+        """Raise an error if a request would wait too long, or could not be done before its deadline."""
+        wait = self._seconds_ahead(state)
+        if wait is None:
+            return
+        if wait > self._max_wait:
+            self.refused_time += 1
+            message = f"requests wait {wait:.0f} s, more than {self._max_wait:g}; try again later"
+            raise QueueFullError(message, retry_after=_retry_after(wait))
+        if deadline_in is None:
+            return
+        alone = self._pace.shortest(state)
+        if alone > deadline_in:
+            self.refused_time += 1
+            raise DeadlineExceededError(
+                f"the request takes {alone:.1f} s, and its deadline is in {deadline_in:.1f} s; "
+                "allow more time, take fewer steps or a shorter duration"
+            )
+        late = self._pace.finish(state, wait, deadline_in) - deadline_in
+        if late > 0:
+            self.refused_time += 1
+            message = (
+                f"the request would end {late:.1f} s after its deadline, since {wait:.1f} s of work are "
+                "before it; try again later"
+            )
+            raise QueueFullError(message, retry_after=_retry_after(late))
+
+    def _full(self, state: RequestState, message: str) -> QueueFullError:
+        self.refused_room += 1
+        wait = self._seconds_ahead(state)
+        return QueueFullError(message, retry_after=_retry_after(_FIRST_GUESS if wait is None else wait))
+
+    def _seconds_ahead(self, state: RequestState) -> float | None:
+        """Estimate the seconds that the device works for others before `state` ends; None if unknown.
+
+        Another caller is ahead with as much as the state's own caller has at most, in all.
+        """
+        if self._pace.unit is None:
+            return None
+        seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for other in self._states.values():
+            seconds[other.path.priority, other.path.caller] += self._pace.left(other)
+        priority, caller, _ = state.path
+        own = seconds.pop((priority, caller), 0.0)
+        mine = own + self._pace.left(state)
+        ahead = own + sum(min(left, mine) for (group, _), left in seconds.items() if group == priority)
+        for group, weight in WEIGHTS.items():
+            if group != priority:
+                share = (ahead + mine - own) * weight / WEIGHTS[priority]
+                ahead += min(share, sum(left for (its, _), left in seconds.items() if its == group))
+        return ahead
+
+    def _clips(self) -> int:
+        return sum(state.request.clip_count - state.clips_done for state in self._states.values())
+
+    def _waiting(self) -> int:
+        return max(0, self._clips() - self._places)
+
+    def _entered(self) -> list[RequestState]:
+        return [state for state in self._states.values() if state.entered]
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
             raise ServiceUnavailableError(
-                "the engine is stopping and takes no new requests; try another instance"
+                self._failure or "the engine is stopping and takes no new requests; try another instance"
             )
+
+
+def _retry_after(seconds: float) -> float:
+    """Return the seconds until a retry is of use, with jitter."""
+    jitter = 1 + _RETRY_JITTER * random.random()
+    return min(max(seconds * jitter, _RETRY_SOONEST), _RETRY_LATEST)

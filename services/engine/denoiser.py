@@ -103,6 +103,12 @@ class Denoiser:
         self._pace()
         return _guided(output_RX, clips), rows
 
+    def free(self) -> None:
+        """Free the memory of all buffers."""
+        self._buffers.clear()
+        if self._paced:
+            torch.cuda.empty_cache()
+
     def forget(self) -> None:
         """Drop the clips of the last calls, so that an idle engine holds no prompts or latents."""
         for buffers in self._buffers.values():

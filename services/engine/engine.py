@@ -1,11 +1,14 @@
 """`Engine`: submit requests from any thread, receive events, close."""
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import Unpack
+from typing import Final, Unpack
 
 from services.api.engine import EngineConfig
 from services.api.generation import (
@@ -23,13 +26,18 @@ from services.api.generation import (
 )
 from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
+from services.engine.batching import rows_of
+from services.engine.pace import Pace
 from services.engine.states import Handle, RequestState
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Worker
+from services.fairness import ANONYMOUS, Account, Path
 from services.models.latent import LatentPipeline
 
-# Bounds of `QueueFullError.retry_after` in seconds: neither a tight loop nor a wait that no caller accepts.
-_RETRY_SOONEST, _RETRY_LATEST = 0.1, 60.0
+_CLOSE_SECONDS: Final = 30.0
+"""Seconds that `Engine.close` waits for the present turn to end."""
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -46,11 +54,20 @@ class Engine:
         self.config = config or EngineConfig()
         self.pipeline = pipeline
         self.description = _describe(pipeline, self.config, model)
-        self._admission = Admission(self.config.max_queue)
-        self._meter = Meter()
-        worker = Worker(pipeline, model, self.config, self._admission, self._meter)
-        self._thread = threading.Thread(target=worker.run, name="engine", daemon=True)
+        self._meter, self._pace = Meter(), Pace()
+        defaults = self.description.defaults
+        default_clip = partial(
+            self._pace.clip,
+            frames=pipeline.latent_frames(defaults.duration),
+            steps=defaults.num_inference_steps,
+            rows=rows_of(defaults.guidance_scale),
+        )
+        self._admission = Admission(self.config, self._pace, default_clip)
+        self._worker = Worker(pipeline, model, self.config, self._admission, self._meter, self._pace)
+        self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
         self._thread.start()
+        watched = (self._thread, self._worker, self.config.max_turn_seconds)
+        threading.Thread(target=_watch, args=watched, name="engine-watchdog", daemon=True).start()
 
     @property
     def limits(self) -> Limits:
@@ -71,28 +88,34 @@ class Engine:
         on_event: Callable[[Event], None],
         *,
         deadline: float | None = None,
+        account: Account = ANONYMOUS,
     ) -> Handle:
         """Queue `request` and return at once.
 
         `on_event` gets the events in the order that `services.api.generation` states: the first `Queued` on
         this thread before `submit` returns, all others on the worker thread, which it must not keep waiting.
-        `deadline` is on the clock of `time.monotonic`.
+        `deadline` is on the clock of `time.monotonic`. `account` is whose share of the device it uses.
 
-        Raises `InvalidInputError`, `QueueFullError`, `ServiceUnavailableError`.
+        Raises `InvalidInputError`, `QueueFullError`, `DeadlineExceededError`, `ServiceUnavailableError`.
         """
         validate(request, self.limits)
-        number, position = self._admission.reserve(request.clip_count, self._retry_after)
-        state = RequestState(
-            number=number,
-            request=request,
-            frames=self.pipeline.latent_frames(request.duration),
-            position=position,
-            on_event=on_event,
-            deadline=deadline,
-            wake=self._admission.wake,
-        )
+        frames = self.pipeline.latent_frames(request.duration)
+
+        def make(path: Path) -> RequestState:
+            return RequestState(
+                path=path,
+                request=request,
+                frames=frames,
+                on_event=on_event,
+                deadline=deadline,
+                wake=self._admission.wake,
+                preview_interval=self._preview_interval(request),
+            )
+
+        left = None if deadline is None else deadline - time.monotonic()
+        state = self._admission.reserve(make, account, left)
         try:
-            on_event(Queued(position=position))
+            on_event(Queued(position=state.position))
         except BaseException:
             state.cancelled = True
             raise
@@ -113,14 +136,25 @@ class Engine:
         """Make the clips of `request`. Raises what `submit` raises, or the request's own error."""
         return collect(self.stream(request, deadline=deadline))
 
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have `on_failure` called with the reason if the engine ends for good, or has ended already.
+
+        It ends when its thread ends, when the device fails at every step, or when a turn takes more than
+        `max_turn_seconds`. Its requests then fail, and new ones are refused. Called on any thread.
+        """
+        self._worker.watch(on_failure)
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, fail those that have not ended after `drain_seconds`, and stop the thread.
 
-        Returns after at most `drain_seconds` and one more step or decode. Can be called twice.
+        Returns after at most `drain_seconds` and one more step or decode; half a minute if that hangs. Can be
+        called twice.
         """
         self._admission.close(drain_seconds)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)
+            if self._thread.is_alive():
+                _log.error("the engine's thread hangs; it is left behind")
 
     def __enter__(self) -> "Engine":
         """Return itself."""
@@ -136,15 +170,30 @@ class Engine:
     def stats(self) -> EngineStats:
         """The engine's counts so far."""
         return replace(
-            self._meter.totals, queue_depth=self._admission.depth, running=len(self._admission.states())
+            self._meter.totals,
+            queue_depth=self._admission.depth,
+            running=len(self._admission.states()),
+            refused_room=self._admission.refused_room,
+            refused_time=self._admission.refused_time,
         )
 
-    def _retry_after(self, waiting: int) -> float:
-        """Estimate the seconds until there is room again, when the next queued clip has started."""
-        states = self._admission.states()
-        steps = sum(state.steps_total - state.steps_done for state in states)
-        seconds = steps * (self._meter.step_seconds or 0.0) / max(waiting, 1)
-        return min(max(seconds, _RETRY_SOONEST), _RETRY_LATEST)
+    def _preview_interval(self, request: GenerationRequest) -> int:
+        """Return the least multiple of the interval that was asked for with no more than `max_previews`."""
+        every = request.preview_interval_steps
+        if not every:
+            return 0
+        previews = request.num_inference_steps // every
+        return every * max(1, -(-previews // self.config.max_previews))
+
+
+def _watch(thread: threading.Thread, worker: Worker, limit: float) -> None:
+    """Fail the engine if a turn of its worker takes more than `limit` seconds, until its thread ends."""
+    while thread.is_alive():
+        thread.join(min(1.0, limit / 4))
+        began = worker.turn_began
+        if began is not None and time.monotonic() - began > limit:
+            worker.fail(f"the engine hangs: a turn takes more than {limit:g} s")
+            return
 
 
 def _drain(events: "queue.SimpleQueue[Event]", handle: Handle) -> Iterator[Event]:

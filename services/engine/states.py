@@ -6,6 +6,7 @@ Shapes: X the model's own shape of latents. All of it belongs to the engine's wo
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from services.api.generation import Event, GenerationRequest, Progress, Timings
 from services.engine.batching import rows_of
 from services.engine.prompts import EncodedPrompt
+from services.fairness import Path
 from services.models.latent import LatentPipeline, clip_generator
 
 
@@ -31,21 +33,25 @@ class GroupKey(NamedTuple):
 class RequestState:
     """One request in progress."""
 
-    number: int
-    """Order of arrival."""
+    path: Path
+    """Whose share of the device it uses, and its number by arrival."""
     request: GenerationRequest
     """The complete request."""
     frames: int
     """Latent frames of each clip."""
-    position: int
-    """Position in the queue that was last sent to the caller."""
     on_event: Callable[[Event], None]
     """Called on the worker thread (for the first `Queued`: on the caller's)."""
     deadline: float | None
     """Deadline on the clock of `time.monotonic`."""
     wake: Callable[[], None]
     """Wakes the worker, so that it checks the request."""
+    preview_interval: int
+    """Steps between two previews; 0: none."""
+    position: int = 0
+    """Position in the queue that was last sent to the caller."""
     submitted_at: float = field(default_factory=time.monotonic)
+    entered: bool = False
+    """Whether it is in the queue: its caller has got the first `Queued`."""
     cancelled: bool = False
     ended: bool = False
     done: threading.Event = field(default_factory=threading.Event)
@@ -54,10 +60,33 @@ class RequestState:
     started_at: float | None = None
     first_step_at: float | None = None
     last_step_at: float = 0.0
+    previewed_at: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps_done: int = 0
     clips_done: int = 0
+    clips_started: int = 0
+    stepping: "list[ClipState]" = field(default_factory=list)
+    """Started clips with steps to go, by index."""
+    stepped: "deque[ClipState]" = field(default_factory=deque)
+    """Clips to decode."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of each clip in a denoiser call."""
+        return rows_of(self.request.guidance_scale)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps of the clip that has most of them to go."""
+        if self.clips_started < self.request.clip_count:
+            return self.request.num_inference_steps
+        return max((self.request.num_inference_steps - clip.step for clip in self.stepping), default=0)
+
+    @property
+    def undecoded(self) -> int:
+        """Clips that are not done."""
+        return self.request.clip_count - self.clips_done
 
     @property
     def steps_total(self) -> int:
@@ -76,17 +105,14 @@ class RequestState:
         assert self.negative_prompt is not None
         return max(self.prompt.conditioning.length, self.negative_prompt.conditioning.length)
 
-    def progress(self, clip_index: int, step: int, decode_seconds: float | None) -> Progress:
+    def progress(self, clip_index: int, step: int, decode_seconds: float) -> Progress:
         """Return the event for a denoiser call after which clip `clip_index` has made `step` steps.
 
-        `decode_seconds` is what decoding a clip takes, if a clip was decoded before.
+        `decode_seconds` is the time to decode a clip, 0 if it is not known yet.
         """
         assert self.first_step_at is not None
         pace = (self.last_step_at - self.first_step_at) / self.steps_done
-        undecoded = self.request.clip_count - self.clips_done
-        left = pace * (self.steps_total - self.steps_done)
-        if decode_seconds is not None:
-            left += decode_seconds * undecoded
+        left = pace * (self.steps_total - self.steps_done) + decode_seconds * self.undecoded
         return Progress(
             clip_index=clip_index,
             step=step,
@@ -123,7 +149,7 @@ class ClipState:
         request = state.request
         self.state = state
         self.index = index
-        self.rows = rows_of(request.guidance_scale)
+        self.rows = state.rows
         self.step = 0
         self.estimate_1X: Tensor | None = None
         self._generator = clip_generator(request.seed, index)
@@ -148,7 +174,7 @@ class ClipState:
         self.step += 1
 
     def _wants_preview(self) -> bool:
-        every = self.state.request.preview_interval_steps
+        every = self.state.preview_interval
         return every > 0 and self.index == 0 and (self.step + 1) % every == 0
 
 

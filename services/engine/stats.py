@@ -5,9 +5,6 @@ from dataclasses import dataclass, fields, replace
 from services.api.generation import Failed, Finished
 from services.errors import DeadlineExceededError, RequestCancelledError
 
-_SMOOTHING = 0.1
-"""Weight of the newest measurement in the running means."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
@@ -42,6 +39,11 @@ class EngineStats:
     failed: int = 0
     """Requests that failed otherwise."""
 
+    refused_room: int = 0
+    """Requests refused since the queue had no room for them, or for their caller."""
+    refused_time: int = 0
+    """Requests refused since they would have waited too long, or missed their deadline."""
+
     def __add__(self, other: "EngineStats") -> "EngineStats":
         """Return the sum of two engines' counts."""
         names = (field.name for field in fields(self))
@@ -53,15 +55,10 @@ class Meter:
 
     def __init__(self) -> None:
         self.totals = EngineStats()
-        self.step_seconds: float | None = None
-        """Running mean of the time of a step per clip; None before the first."""
-        self.decode_seconds: float | None = None
-        """Running mean of the time to decode a clip; None before the first."""
 
     def count_step(self, *, clips: int, used: int, rows: int, seconds: float) -> None:
         """Count one denoising step of `clips` clips in `used` of `rows` rows."""
         totals = self.totals
-        self.step_seconds = _mean(self.step_seconds, seconds / clips)
         self.totals = replace(
             totals,
             calls=totals.calls + 1,
@@ -74,7 +71,6 @@ class Meter:
     def count_clip(self, *, audio_seconds: float, seconds: float) -> None:
         """Count one decoded clip."""
         totals = self.totals
-        self.decode_seconds = _mean(self.decode_seconds, seconds)
         self.totals = replace(
             totals,
             clips=totals.clips + 1,
@@ -94,7 +90,3 @@ def _outcome(event: Finished | Failed) -> str:
     if isinstance(event.error, RequestCancelledError):
         return "cancelled"
     return "expired" if isinstance(event.error, DeadlineExceededError) else "failed"
-
-
-def _mean(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + _SMOOTHING * (value - mean)

@@ -102,6 +102,10 @@ def collect(slot: "EngineSlot") -> Iterator[Metric]:
     for outcome in OUTCOMES:
         ended.add_metric([outcome], getattr(stats, outcome))
     yield ended
+    refused = CounterMetricFamily("milonga_engine_refusals", "Requests refused at once.", labels=["reason"])
+    refused.add_metric(["room"], stats.refused_room)
+    refused.add_metric(["time"], stats.refused_time)
+    yield refused
     yield served_weights("milonga_model", "The served weights.", slot.current.version)
 
 
@@ -110,7 +114,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_generation,
-    watch=lambda slot, on_failure: None,
+    watch=lambda slot, on_failure: slot.watch(on_failure),
     describe=describe,
     close=lambda slot: slot.close(),
 )

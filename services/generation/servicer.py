@@ -12,6 +12,7 @@ import grpc.aio
 from milonga.v1 import generation_pb2 as pb
 from milonga.v1 import generation_pb2_grpc as rpc
 from services.api.generation import Clip, Event, Failed, Finished, GenerationRequest, Update
+from services.fairness import Account
 from services.generation import convert
 from services.runtime.callers import current_caller
 from services.wire import write_version
@@ -82,6 +83,8 @@ async def run(
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
     deadline = None if seconds_left is None else time.monotonic() + seconds_left
+    caller = current_caller()
+    account = Account(caller.key, caller.priority)
     handles: list[Handle] = []
 
     def submit(index: int, request: GenerationRequest) -> "Handle":
@@ -90,7 +93,7 @@ async def run(
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        return engine.submit(request, on_event, deadline=deadline)
+        return engine.submit(request, on_event, deadline=deadline, account=account)
 
     try:
         for index, request in enumerate(requests):

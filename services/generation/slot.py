@@ -25,6 +25,7 @@ from services.errors import (
     MilongaError,
     ModelError,
     ModelFormatError,
+    NotFiniteError,
     RequestCancelledError,
     ServiceUnavailableError,
 )
@@ -68,6 +69,7 @@ class EngineSlot:
         self._abandoned = threading.Event()
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._watchers: list[Callable[[str], None]] = []
         # Statistics of closed engines, and the open models. One attribute, so that threads read both at once.
         self._counts: tuple[EngineStats, tuple[Served, ...]] = (EngineStats(), (served,))
 
@@ -81,6 +83,12 @@ class EngineSlot:
         """Statistics of all engines since the start, closed ones included."""
         closed, opened = self._counts
         return sum((served.engine.stats for served in opened), closed)
+
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have `on_failure` called with the reason when an engine ends for good."""
+        self._watchers.append(on_failure)
+        for served in self._counts[1]:
+            served.engine.watch(on_failure)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Served]:
@@ -143,6 +151,8 @@ class EngineSlot:
             if abandoned.is_set():
                 await asyncio.to_thread(served.engine.close)
             _check_wanted(abandoned)
+            for on_failure in self._watchers:
+                served.engine.watch(on_failure)
             closed, opened = self._counts
             self._counts = (closed, (*opened, served))
             self._current = served
@@ -243,9 +253,9 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
     )
     try:
         engine.generate(request)
-    except MilongaError:
-        raise
     except Exception as error:
+        if isinstance(error, MilongaError) and not isinstance(error, NotFiniteError):
+            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelFormatError(f"model: {_named(model)} makes no sound: {reason}") from error
 

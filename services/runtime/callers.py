@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 from urllib.parse import unquote
 
+from services.fairness import Priority as Priority
+
 Role = Literal["caller", "batch", "operator", "observer"]
-Priority = Literal["interactive", "batch"]
 
 PRIORITY_KEY: Final = "x-milonga-priority"
 """Key of the metadata with the priority class of a call: ``interactive`` (the default) or ``batch``."""

@@ -1,15 +1,7 @@
 import pytest
 
 from services.engine import EngineConfig
-from services.engine.batching import (
-    choose_rows,
-    decodes_this_turn,
-    entry_work,
-    next_turn,
-    queue_tag,
-    row_shapes,
-    rows_of,
-)
+from services.engine.batching import choose_rows, row_shapes, rows_of, spare_rows
 
 
 def test_guidance_up_to_one_takes_one_row() -> None:
@@ -27,50 +19,12 @@ def test_the_smallest_shape_that_fits_is_chosen_and_with_exact_the_largest() -> 
     assert {choose_rows(rows, shapes, exact=True) for rows in range(1, 17)} == {16}
 
 
-def test_lengths_take_turns_by_the_work_of_each_clip() -> None:
-    work = {"short": 0.0, "long": 0.0}
-    turns = []
-    for _ in range(10):
-        key = next_turn(work)
-        work[key] += {"short": 16, "long": 64}[key]
-        turns.append(key)
-    assert turns.count("short") == 8
-    assert turns.count("long") == 2
-
-
-def test_a_length_that_comes_late_does_not_catch_up() -> None:
-    assert entry_work([640.0, 320.0]) == 320.0
-    assert entry_work([]) == 0.0
-
-
-def test_a_newcomer_goes_before_the_second_clip_of_those_who_wait() -> None:
-    first = [(queue_tag(0, index), 0) for index in range(3)]
-    second = [(queue_tag(0, index), 1) for index in range(2)]
-    assert sorted(first + second) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
-
-
-def test_nobody_waits_forever() -> None:
-    """However many newcomers there are, each pushes the clock on, and the old clip's tag comes up."""
-    last_of_first = (queue_tag(0, 7), 0)
-    now = 0.0
-    for number in range(1, 20):
-        newcomer = (queue_tag(now, 1), number)
-        if newcomer > last_of_first:
-            break
-        now = newcomer[0]
-    assert number < 10
-
-
-def test_decodes_do_not_pile_up_and_do_not_hold_up_the_others() -> None:
-    assert decodes_this_turn(8, stepping=False) == 8
-    assert decodes_this_turn(0, stepping=True) == 0
-    assert decodes_this_turn(8, stepping=True) == 4
-    assert decodes_this_turn(1, stepping=True) == 1
-    backlog = 0
-    for _ in range(100):
-        backlog += 3
-        backlog -= decodes_this_turn(backlog, stepping=True)
-    assert backlog <= 3
+def test_others_join_where_they_hardly_slow_the_call_down() -> None:
+    shapes = (1, 2, 4, 8, 16)
+    assert spare_rows(2, shapes, lambda rows: float(rows)) == 2, "twice the rows take twice as long"
+    assert spare_rows(3, shapes, lambda rows: float(rows)) == 4, "padding is free"
+    assert spare_rows(2, shapes, lambda rows: 1 + rows / 16) == 8, "1.125 and 1.5 s; 16 rows take 2 s"
+    assert spare_rows(16, shapes, lambda rows: float(rows)) == 16
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from tests.tiny import tiny_pipeline
 
 ONE = EngineConfig(threads=1)
 ONE_PLACE = EngineConfig(threads=1, batch_shapes=(1,))
-ONE_LENGTH = EngineConfig(threads=1, max_lengths=1)
 
 
 def steps_of(watch: Watch) -> list[int]:
@@ -220,20 +219,6 @@ def test_lengths_take_turns_and_each_clip_gets_its_share(pipeline: TangoPipeline
     assert {call.frames for call in calls} == {16, 64}
     assert behind <= 2 + 12 / 4 + 2, "a short clip takes four steps for one of a clip four times as long"
     assert steps_of(long) == list(range(1, 21))
-
-
-def test_a_length_too_many_waits_its_turn(pipeline: TangoPipeline) -> None:
-    with (
-        denoiser_calls(pipeline) as calls,
-        Engine(pipeline, ONE_LENGTH) as engine,
-    ):
-        others = [
-            engine.request("a cat", seed=2, num_inference_steps=2, duration=1.28),
-            engine.request("a bird", seed=3, num_inference_steps=2, duration=0.64),
-        ]
-        watches = together(engine, others, opener_steps=5)
-        assert all(isinstance(watch.wait(), Finished) for watch in watches)
-    assert [call.frames for call in calls] == [16] * 5 + [32] * 2 + [16] * 2
 
 
 def test_the_queue_reports_positions_and_lets_newcomers_before_second_clips(pipeline: TangoPipeline) -> None:
