@@ -147,18 +147,16 @@ class Admission:
     def _check_room(self, state: RequestState, account: Account) -> None:
         """Raise `QueueFullError` if there is no room for the clips of a request, or none for its caller."""
         count = state.request.clip_count
-        held = {True: 0, False: 0}
-        for other in self._states.values():
-            held[other.path.caller == account.caller] += other.request.clip_count - other.clips_done
-        free = self._max_queue + self._places - held[True] - held[False]
+        held = sum(state.undecoded for state in self._states.values() if state.path.caller == account.caller)
+        free = self._max_queue + self._places - self._clips()
         waiting = f"{self._waiting()} of {self._max_queue} clips wait"
         if count > free:
             message = f"the queue is full: {waiting}, no room for {count} more; try again later"
             raise self._full(state, message)
         # Callers without a name are one program, whose own requests can't take room from others.
-        if account.caller and held[True] and held[True] + count > _CALLER_SHARE * free:
+        if account.caller and held and held + count > _CALLER_SHARE * free:
             message = (
-                f"{waiting}; the caller has {held[True]} clips here, and the free room is for others; "
+                f"{waiting}; the caller has {held} clips here, and the free room is for others; "
                 "try again later"
             )
             raise self._full(state, message)
@@ -216,7 +214,7 @@ class Admission:
         return ahead
 
     def _clips(self) -> int:
-        return sum(state.request.clip_count - state.clips_done for state in self._states.values())
+        return sum(state.undecoded for state in self._states.values())
 
     def _waiting(self) -> int:
         return max(0, self._clips() - self._places)

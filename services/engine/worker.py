@@ -221,11 +221,13 @@ class Worker:
                 limit = limit if self._config.exact else self._spare_rows(leader.frames, rows)
             if joining and state.preview_interval:  # previews are not free
                 continue
+            fits = min(places - len(chosen), (limit - rows) // state.rows)
+            if not fits or not self._encode(state):
+                continue
+            if chosen and state.text_length != chosen[0].state.text_length:
+                continue
             if not joining:
                 paying.add(state.path.number)
-            if not self._encode(state) or (chosen and state.text_length != chosen[0].state.text_length):
-                continue
-            fits = min(places - len(chosen), (limit - rows) // state.rows)
             clips = self._runnable(state, fits)
             started = started or any(not clip.step for clip in clips)
             chosen += clips

@@ -251,6 +251,32 @@ def test_prompts_are_embedded_once(pipeline: TangoPipeline) -> None:
     assert len(embedded) == 4, "unconditional, dog, cat, and dog again, which the cat had pushed out"
 
 
+def test_prompts_are_encoded_when_their_clips_start(pipeline: TangoPipeline) -> None:
+    encoded: list[int] = []
+    hook = pipeline.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    try:
+        with Engine(pipeline, ONE_PLACE) as engine:
+            requests = [
+                engine.request(f"{word} then rain", num_inference_steps=1) for word in ("dog", "cat", "bird")
+            ]
+            before: list[int] = []
+
+            def count(event: Event) -> None:
+                if isinstance(event, Progress) and event.step == 2:
+                    before.append(len(encoded))
+
+            opener = Watch(count)
+            engine.submit(engine.request("a bell rings", seed=1, num_inference_steps=2), opener)
+            watches = [Watch() for _ in requests]
+            for request, watch in zip(requests, watches, strict=True):
+                engine.submit(request, watch)
+            assert all(isinstance(watch.wait(), Finished) for watch in (opener, *watches))
+            assert before == [2], "the opener's, and the empty one"
+            assert len(encoded) == 5
+    finally:
+        hook.remove()
+
+
 def test_what_the_model_cannot_read_is_said(pipeline: TangoPipeline) -> None:
     with Engine(pipeline, ONE) as engine:
         plain = engine.generate(engine.request("a dog barks", seed=1))
