@@ -26,6 +26,9 @@ from services.runtime.settings import ServerSettings, load_settings
 
 log = structlog.get_logger()
 
+_STDERR = 2
+"""Its file descriptor: `sys.stderr` may have none."""
+
 Settings = TypeVar("Settings", bound=ServerSettings)
 Loaded = TypeVar("Loaded")
 
@@ -118,7 +121,7 @@ def end_within(seconds: float) -> None:
     It then writes what each thread was doing. Needs neither the event loop nor the interpreter's lock, one of
     which may be what hangs. Each call replaces the one before.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
 def _exit_on_sigterm() -> None:
