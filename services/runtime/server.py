@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+FAILURE_DELAY_SECONDS: Final = 1.0
+"""Time after `Server.fail` in which calls still arrive, and get the reason. Later ones are reset by gRPC."""
+
 FAILURE_GRACE_SECONDS: Final = 3.0
-"""Seconds that calls may take to end after `Server.fail`, so that their errors reach the callers."""
+"""Seconds that calls may take to end after that, so that their errors reach the callers."""
 
 CLOSE_SECONDS: Final = 10.0
 """Maximum time from the end of the last call to the end of the process."""
@@ -145,13 +148,13 @@ class Server:
         """Stop the service for a fault that it can't recover from. Only the first reason counts.
 
         Thread-safe. The service reports NOT_SERVING, and `serve_until_signal` raises `ServiceFailedError`
-        within `FAILURE_GRACE_SECONDS`.
+        within `FAILURE_DELAY_SECONDS` and `FAILURE_GRACE_SECONDS`.
         """
         if self._failure is not None:
             return
         self._failure = failure = ServiceFailedError(f"the service has failed: {reason}")
         log.critical("failed", reason=reason)
-        self._end_within(FAILURE_GRACE_SECONDS + CLOSE_SECONDS)
+        self._end_within(FAILURE_DELAY_SECONDS + FAILURE_GRACE_SECONDS + CLOSE_SECONDS)
         # Without a loop the process is ending already.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._health.drain)
@@ -174,6 +177,7 @@ class Server:
                 )
                 await self._drain_unless_stopped()
             if self._failure is not None:
+                await asyncio.sleep(FAILURE_DELAY_SECONDS)
                 await self.stop(FAILURE_GRACE_SECONDS)
                 raise self._failure
         finally:

@@ -30,11 +30,11 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(EXIT, "thread has ended"), (HANG, "not ended within 2 s"), (BREAK, "last 3 batches")],
+    [(EXIT, "thread has ended"), (HANG, "not ended within 10 s"), (BREAK, "last 3 batches")],
 )
 def test_a_model_that_works_no_longer_ends_the_process_out_loud(fault: str, reason: str) -> None:
     # One pair a batch, so that calls wait behind the faulty one.
-    settings = {"MILONGA_MAX_BATCH_RUN_SECONDS": "2", "MILONGA_MAX_BATCH_SECONDS": "1"}
+    settings = {"MILONGA_MAX_BATCH_RUN_SECONDS": "10", "MILONGA_MAX_BATCH_SECONDS": "1"}
     with program(**settings) as started, started.channel() as channel:
         health = watch_health(channel)
         assert score(channel, PROMPT).result(LIMIT).rewards
@@ -43,8 +43,8 @@ def test_a_model_that_works_no_longer_ends_the_process_out_loud(fault: str, reas
         assert (grpc.StatusCode.UNAVAILABLE, True) in {(code, reason in text) for code, text in errors}
         assert all("mini" not in text for _, text in errors)
         if fault is not BREAK:
-            # Those that the broken model did run have its own error.
-            assert {code for code, _ in errors} == {grpc.StatusCode.UNAVAILABLE}
+            # Those that the broken model did run have its own error. Those that arrive late are reset.
+            assert {code for code, _ in errors} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
         until(lambda: health.statuses == [SERVING, NOT_SERVING])
         code, lines = started.wait()
     assert code == 1
