@@ -78,7 +78,9 @@ class Connection:
 
     def options(self) -> client.ConnectionOptions:
         """Return them by the client's names."""
-        options: client.ConnectionOptions = {"allow_insecure_token": self.allow_insecure_token}
+        options: client.ConnectionOptions = {}
+        if self.allow_insecure_token:
+            options["allow_insecure_token"] = True
         if self.tls or any((self.tls_ca, self.tls_cert, self.tls_key)):
             options["tls"] = client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
         if self.token_file is not None:

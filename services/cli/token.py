@@ -87,9 +87,9 @@ def _check(name: str, roles: list[str], quota: dict[str, float | None]) -> None:
         if one not in ROLES
     ]
     faults += [
-        FieldViolation(f"--{key.replace('_', '-')}", f"is {value:g}, must be a number above 0")
+        FieldViolation(f"--{key.replace('_', '-')}", f"is {value:g}, must be a number of at least 0.001")
         for key, value in quota.items()
-        if value is not None and not 0 < value < float("inf")
+        if value is not None and not 0.001 <= value < float("inf")
     ]
     if faults:
         raise InvalidInputError(*faults)

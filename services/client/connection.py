@@ -23,6 +23,8 @@ MAX_RESPONSE_BYTES = 256 * 2**20
 MAX_RETRIES = 4
 TOKEN_FILE_VARIABLE = "MILONGA_TOKEN_FILE"
 """Environment variable with the file of the default token."""
+ALLOW_INSECURE_TOKEN_VARIABLE = "MILONGA_ALLOW_INSECURE_TOKEN"
+"""Environment variable with the default of `allow_insecure_token`."""
 
 _KEEPALIVE_MILLISECONDS = 60_000
 # A failed channel refuses calls until it reconnects: with gRPC's own 1 s, growing to 2 minutes, a call would
@@ -70,9 +72,9 @@ class ConnectionOptions(TypedDict, total=False):
     """The caller's token, sent as ``authorization: Bearer TOKEN``. Default: the one in the file that
     MILONGA_TOKEN_FILE names, if it is set; empty: none. Needs `tls`, unless all addresses are of this
     machine."""
-    allow_insecure_token: bool
-    """Send the token in plaintext to other machines too, where whoever reads along can use it. Default
-    False."""
+    allow_insecure_token: bool | None
+    """Send the token in plaintext to other machines too, where whoever reads along can use it. Default:
+    whether MILONGA_ALLOW_INSECURE_TOKEN is 1 or true."""
     priority: Priority
     """``batch`` for work that may wait while others' interactive calls are served. Default interactive."""
     timeout: float
@@ -100,7 +102,7 @@ class Connection:
         *,
         tls: TLS | None = None,
         token: str | None = None,
-        allow_insecure_token: bool = False,
+        allow_insecure_token: bool | None = None,
         priority: Priority = "interactive",
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         retries: int = 3,
@@ -125,6 +127,8 @@ class Connection:
         if empty:
             raise InvalidInputError(*(FieldViolation(name, "is empty; give HOST:PORT") for name in empty))
         self._addresses = dict(addresses)
+        if allow_insecure_token is None:
+            allow_insecure_token = os.environ.get(ALLOW_INSECURE_TOKEN_VARIABLE, "") in ("1", "true")
         self._may_leave = tls is not None or allow_insecure_token
         self.timeout = timeout
         self.retries = retries

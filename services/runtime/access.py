@@ -78,25 +78,33 @@ class Access:
             InvalidInputError: the priority is none.
             UnsupportedError: `method` is the operator's, and nobody can be the operator.
         """
-        metadata: Mapping[str, Any] = dict(context.invocation_metadata() or ())
+        found = self.authorise(method, context)
+        found.account.count_call()
+        return Caller(
+            name=found.account.name,
+            peer=peer_host(context.peer()),
+            roles=found.roles,
+            priority=_priority(_metadata(context), found.roles),
+            charge=found.account.charge,
+        )
+
+    def authorise(self, method: str, context: Context) -> Known:
+        """Return who makes a call, without charging it: also for each further message of a stream.
+
+        Raises:
+            UnauthenticatedError, PermissionDeniedError, UnsupportedError: as `admit`.
+            QuotaExceededError: the host sent too many wrong tokens.
+        """
         allowed = ROLES.get(method, frozenset())
         if allowed == OPERATION and not self.has_operators:
             raise UnsupportedError(
                 "loading and unloading models is disabled: it needs a generation service with an operator's "
                 "token, or a caller with the role operator"
             )
-        peer = peer_host(context.peer())
-        found = self._identify(peer, metadata, context, for_operator=allowed == OPERATION)
+        found = self._identify(context, for_operator=allowed == OPERATION)
         if not allowed & found.roles:
             raise _denied(method, found)
-        found.account.count_call()
-        return Caller(
-            name=found.account.name,
-            peer=peer,
-            roles=found.roles,
-            priority=_priority(metadata, found.roles),
-            charge=found.account.charge,
-        )
+        return found
 
     def reload(self) -> None:
         """Read the file of callers again. If it is invalid, the callers stay, and the log has the reason."""
@@ -110,11 +118,9 @@ class Access:
             return
         log.info("callers reloaded", callers=len(self._table))
 
-    def _identify(
-        self, peer: str, metadata: Mapping[str, Any], context: Context, *, for_operator: bool
-    ) -> Known:
+    def _identify(self, context: Context, *, for_operator: bool) -> Known:
         self._reload_if_changed()
-        token = _bearer_token(metadata)
+        peer, token = peer_host(context.peer()), _bearer_token(_metadata(context))
         if token is not None and self.has_operators:
             found = self._by_token(peer, token_digest(token))
             if found is not None:
@@ -194,6 +200,10 @@ def allows_anonymous(settings: ServerSettings) -> bool:
             "--callers-file or --tls-client-ca-file, or --anonymous allowed (MILONGA_ANONYMOUS)",
         )
     return True
+
+
+def _metadata(context: Context) -> Mapping[str, Any]:
+    return dict(context.invocation_metadata() or ())
 
 
 def _bearer_token(metadata: Mapping[str, Any]) -> str | None:

@@ -75,7 +75,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # As streams, which read their messages themselves; on the wire a unary rpc is no different.
         write = handler.response_serializer
         if handler.request_streaming and handler.response_streaming:
-            call = self._stream(method, handler.stream_stream, partial(_messages, handler))
+            call = self._stream(method, handler.stream_stream, partial(self._messages, method, handler))
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=write)
         if handler.request_streaming:
             raise NotImplementedError(f"{method}: client-streaming rpcs are not supported")
@@ -104,6 +104,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     await context.write(response)
 
         return call
+
+    async def _messages(self, method: str, handler: Any, context: Context) -> AsyncIterator[Any]:
+        """Return an iterator that parses the messages of a stream as they arrive.
+
+        Each is authorised: a stream may last longer than its caller's token.
+        """
+
+        async def parsed() -> AsyncIterator[Any]:
+            while (raw := await context.read()) is not grpc.aio.EOF:
+                self._access.authorise(method, context)
+                yield _parse(handler, raw)
+
+        return parsed()
 
     @asynccontextmanager
     async def _observed(self, method: str, context: Context) -> AsyncIterator[None]:
@@ -153,16 +166,6 @@ async def _message(handler: Any, context: Context) -> Any:
     if time.monotonic() - start > _LENGTH_SECONDS:
         raise RequestCancelledError("the caller gave up before its message had arrived")
     raise TooLargeError("the call has no message, or one over the size limit of this service")
-
-
-async def _messages(handler: Any, context: Context) -> AsyncIterator[Any]:
-    """Return an iterator that parses the messages of a stream as they arrive."""
-
-    async def parsed() -> AsyncIterator[Any]:
-        while (raw := await context.read()) is not grpc.aio.EOF:
-            yield _parse(handler, raw)
-
-    return parsed()
 
 
 def _parse(handler: Any, raw: Any) -> Any:

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
+from tritonclient.grpc import service_pb2
 
 from services.client import TLS, AsyncAudioClient, AudioClient
 from services.engine import Engine
@@ -14,6 +17,7 @@ from services.errors import (
     QuotaExceededError,
     UnauthenticatedError,
 )
+from services.runtime import access
 from services.runtime.tokens import new_token, token_digest
 from tests.services.generation.serving import Serving, serving, tiny_engine
 
@@ -116,3 +120,37 @@ def test_the_priority_arrives(served: Serving, monkeypatch: pytest.MonkeyPatch) 
         with AudioClient(served.target, token=TOKEN, retries=0, **options) as client:  # type: ignore[arg-type]
             client.get_model()
     assert seen == ["interactive", "batch"]
+
+
+async def test_a_stream_ends_at_the_first_request_after_its_token_was_withdrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "POLL_SECONDS", 0.0)
+    path = tmp_path / "callers.toml"
+    path.write_text(f"[callers.studio]\ntokens = ['{token_digest(TOKEN)}']\ncalls_per_minute = 1\n")
+    with tiny_engine() as engine, serving(engine, callers_file=path) as served:
+        async with grpc.aio.insecure_channel(served.target) as channel:
+            rpc: Any = channel.stream_stream(
+                "/inference.GRPCInferenceService/ModelStreamInfer",
+                service_pb2.ModelInferRequest.SerializeToString,
+                service_pb2.ModelStreamInferResponse.FromString,
+            )
+            stream = rpc(metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=60)
+            for _ in range(3):
+                await stream.write(service_pb2.ModelInferRequest(model_name="absent"))
+                assert "unknown model" in (await stream.read()).error_message
+            path.write_text("")
+            await stream.write(service_pb2.ModelInferRequest(model_name="absent"))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_variable_lets_tokens_travel_in_plaintext(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILONGA_ALLOW_INSECURE_TOKEN", "1")
+    AudioClient("far.example:1", token=TOKEN).close()
+    with pytest.raises(InvalidInputError, match="in plaintext"):
+        AudioClient("far.example:1", token=TOKEN, allow_insecure_token=False)
+    monkeypatch.setenv("MILONGA_ALLOW_INSECURE_TOKEN", "0")
+    with pytest.raises(InvalidInputError, match="in plaintext"):
+        AudioClient("far.example:1", token=TOKEN)
