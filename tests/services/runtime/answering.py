@@ -1,5 +1,6 @@
-"""A real server with one unary rpc, whose message is bytes."""
+"""A real server whose messages are bytes: unary rpcs, and a stream."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from services.runtime.settings import ServerSettings, load_settings
 
 GENERATE = "/milonga.v1.GenerationService/GenerateAudio"
 GET_MODEL = "/milonga.v1.GenerationService/GetModel"
+STREAM = "/milonga.v1.GenerationService/StreamGenerateAudio"
 SWITCH = "/milonga.v1.OperatorService/SwitchModel"
 UNLISTED = "/milonga.v1.GenerationService/NotInTheTable"
 
@@ -44,17 +46,19 @@ class Answering:
             return error.code()
         return grpc.StatusCode.OK
 
-    def counted(self, method: str, code: str) -> float:
-        """Return how many calls were counted with a code."""
+    async def count(self, method: str, code: str) -> None:
+        """Wait until a call is counted with a code, which is when its status is on its way."""
         labels = {"rpc": method.rpartition("/")[2], "code": code}
-        return self.metrics.registry.get_sample_value("milonga_requests_total", labels) or 0.0
+        async with asyncio.timeout(60):
+            while not self.metrics.registry.get_sample_value("milonga_requests_total", labels):
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
 async def answering(
-    *, operator_token: str | None = None, credentials: Any = None, **settings: Any
+    *, operator_token: str | None = None, credentials: Any = None, seconds: float = 0.0, **settings: Any
 ) -> AsyncIterator[Answering]:
-    """Serve the methods above on a real server, with a channel to it."""
+    """Serve the methods above on a real server, with a channel to it. Each call takes `seconds`."""
     metrics = ServerMetrics()
     server = Server(load_settings(ServerSettings, **settings), metrics)
     if operator_token is not None:
@@ -63,11 +67,16 @@ async def answering(
 
     async def answer(request: bytes, context: object) -> bytes:
         callers.append(current_caller())
+        await asyncio.sleep(seconds)
         return request
+
+    async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
+        yield await answer(request, context)
 
     handler: Any = grpc.unary_unary_rpc_method_handler(answer)
     for name in ("GenerationService", "OperatorService"):
         rpcs = dict.fromkeys(("GenerateAudio", "GetModel", "SwitchModel", "NotInTheTable"), handler)
+        rpcs["StreamGenerateAudio"] = grpc.unary_stream_rpc_method_handler(stream)
         generic = grpc.method_handlers_generic_handler(f"milonga.v1.{name}", rpcs)
         server.add(f"milonga.v1.{name}", lambda to, generic=generic: to.add_generic_rpc_handlers((generic,)))  # type: ignore[misc]
     await server.start()

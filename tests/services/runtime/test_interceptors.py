@@ -12,11 +12,12 @@ from milonga.v1 import generation_pb2 as pb
 from services.client import AudioClient, Finished
 from services.engine import Engine
 from tests.services.generation.serving import serving, tiny_engine
+from tests.services.runtime import answering
+from tests.services.runtime.answering import Answering
 from tests.waiting import until
 
 SERVICE = "/milonga.v1.GenerationService"
 UNARY, STREAM = "GenerateAudio", "StreamGenerateAudio"
-SLOW = pb.GenerateAudioRequest(prompt="a dog barks", num_inference_steps=1000)
 
 
 @pytest.fixture(scope="module")
@@ -73,39 +74,41 @@ def test_an_oversized_message_is_counted(served: Any, rpc: str) -> None:
     until(lambda: counts(served, rpc) == {"RESOURCE_EXHAUSTED": 1})
 
 
-@pytest.mark.parametrize("rpc", [UNARY, STREAM])
-def test_calls_that_expire_are_counted_as_their_callers_saw_them(served: Any, rpc: str) -> None:
-    async def expire() -> list[grpc.StatusCode]:
-        async with grpc.aio.insecure_channel(served.target) as channel:
-            multi: Any = channel.unary_stream if rpc == STREAM else channel.unary_unary
-
-            async def one(timeout: float) -> grpc.StatusCode:
-                running = multi(f"{SERVICE}/{rpc}")(message(rpc, SLOW), timeout=timeout)
-                return await running.code()
-
-            return await asyncio.gather(*(one(0.1 + 0.05 * number) for number in range(20)))
-
-    codes = asyncio.run(expire())
-    assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    until(lambda: sum(counts(served, rpc).values()) == 20)
-    assert counts(served, rpc) == {"DEADLINE_EXCEEDED": 20}
+def start(service: Answering, method: str, timeout: float) -> Any:
+    """Start a call; return it."""
+    channel: Any = service.channel
+    rpc = channel.unary_stream if method == answering.STREAM else channel.unary_unary
+    return rpc(method)(b"x", timeout=timeout)
 
 
-@pytest.mark.parametrize("rpc", [UNARY, STREAM])
-def test_calls_that_are_cancelled_early_are_counted_as_cancelled(served: Any, rpc: str) -> None:
-    until(lambda: not served.engine.stats.running)
+async def counted(service: Answering, method: str, code: str, number: int) -> None:
+    """Wait until `number` calls are counted; all must have the code."""
+    rpc = method.rpartition("/")[2]
+    async with asyncio.timeout(60):
+        while sum(counts(service, rpc).values()) < number:
+            await asyncio.sleep(0.01)
+    assert counts(service, rpc) == {code: number}
 
-    async def cancel() -> None:
-        async with grpc.aio.insecure_channel(served.target) as channel:
-            multi: Any = channel.unary_stream if rpc == STREAM else channel.unary_unary
-            running = [multi(f"{SERVICE}/{rpc}")(message(rpc, SLOW), timeout=60) for _ in range(5)]
-            while served.engine.stats.running < 5:
+
+@pytest.mark.parametrize("method", [answering.GENERATE, answering.STREAM])
+async def test_calls_that_expire_are_counted_as_their_callers_saw_them(method: str) -> None:
+    async with answering.answering(seconds=600) as service:
+        calls = [start(service, method, 0.1 + 0.05 * number) for number in range(20)]
+        codes = await asyncio.gather(*(call.code() for call in calls))
+        assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        await counted(service, method, "DEADLINE_EXCEEDED", 20)
+
+
+@pytest.mark.parametrize("method", [answering.GENERATE, answering.STREAM])
+async def test_calls_that_are_cancelled_early_are_counted_as_cancelled(method: str) -> None:
+    async with answering.answering(seconds=600) as service:
+        calls = [start(service, method, 600) for _ in range(5)]
+        async with asyncio.timeout(60):
+            while len(service.callers) < 5:
                 await asyncio.sleep(0.01)
-            for one in running:
-                one.cancel()
-
-    asyncio.run(cancel())
-    until(lambda: counts(served, rpc) == {"CANCELLED": 5})
+        for call in calls:
+            call.cancel()
+        await counted(service, method, "CANCELLED", 5)
 
 
 def test_streams_that_callers_leave_at_the_last_value_have_succeeded(served: Any) -> None:
