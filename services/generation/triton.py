@@ -32,7 +32,7 @@ async def load(settings: GenerationSettings, found: Mapping[str, ResolvedModel])
 
     model = found[GENERATION.model]
     slot = EngineSlot(Served(load_engine(settings, model), model.folder), partial(load_engine, settings))
-    return LoadedModel(model=GenerationInference(slot), close=slot.close)
+    return LoadedModel(model=GenerationInference(slot), close=slot.close, watch=slot.watch)
 
 
 SERVABLE: Final = Servable(
