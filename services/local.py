@@ -32,6 +32,7 @@ from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
+from services.models.words import warnings_of
 from services.runtime.settings import BatchedSettings
 from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
@@ -133,7 +134,7 @@ class LocalScorers:
                 for name, scorer in chosen.items()
             ),
             values=np.stack(columns, axis=1).clip(-1.0, 1.0),
-            warnings=tuple(clip.warnings for clip in clips),
+            warnings=_warnings({name: one.model for name, one in chosen.items()}, prompts, clips),
         )
 
     def compute_rewards(self, pairs: Sequence[tuple[str, Sound]]) -> Rewards:
@@ -147,10 +148,8 @@ class LocalScorers:
         with self._lock:
             for part in _passes(sizes):
                 logits += model.reward(prompts[part], prepared[part]).tolist()
-        return Rewards(
-            rewards=tuple(map(Reward.of, logits, [clip.warnings for clip in clips])),
-            model=self._reward.version,
-        )
+        warnings = _warnings({REWARD: model}, prompts, clips)
+        return Rewards(rewards=tuple(map(Reward.of, logits, warnings)), model=self._reward.version)
 
     def close(self) -> None:
         """See `Scorers`."""
@@ -162,6 +161,14 @@ def _read(pairs: Sequence[tuple[str, Sound]]) -> tuple[list[str], list[ReadClip]
     messages = write.checked(BatchScoreAudioRequest(pairs=write.pairs(pairs, "pairs"))).pairs
     read = read_pairs(messages, "pairs", AudioBounds(max_batch_size=max(1, len(pairs))))
     return [prompt for prompt, _ in read], [clip for _, clip in read]
+
+
+def _warnings(
+    models: Mapping[str, EmbeddingModel | RewardModel], prompts: Sequence[str], clips: Sequence[ReadClip]
+) -> tuple[tuple[str, ...], ...]:
+    """Return each pair's warnings, on its clip and on its prompt."""
+    of_prompts = warnings_of({name: model.prompt_warnings for name, model in models.items()}, prompts)
+    return tuple((*clip.warnings, *found) for clip, found in zip(clips, of_prompts, strict=True))
 
 
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:

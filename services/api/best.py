@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from services.api.generation import Clip, Generation, GenerationOptions, Timings
 from services.api.model import ModelVersion
-from services.api.scoring import Rewards, Scores
+from services.api.scoring import Rewards, Scores, merge_warnings
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 
 RankBy = Literal["reward", "clap"]
@@ -31,6 +31,8 @@ class Candidate:
     """The reward (its logit), or the mean CLAP score."""
     details: Mapping[str, float]
     """`probability` of the reward, or the CLAP score by scorer."""
+    warnings: tuple[str, ...] = ()
+    """The scorers' warnings on the clip and the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,13 @@ class Best:
         """The candidates' clips, best first."""
         return tuple(candidate.clip for candidate in self.candidates)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The generation's warnings, and the scorers', which name the candidates unless they are on all."""
+        ordered = sorted(self.candidates, key=lambda candidate: candidate.number)
+        found = merge_warnings({f"candidate {one.number}": one.warnings for one in ordered})
+        return tuple(dict.fromkeys((*self.generation.warnings, *found)))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredClips:
@@ -56,6 +65,7 @@ class ScoredClips:
 
     values: Sequence[float]
     details: Sequence[Mapping[str, float]]
+    warnings: Sequence[tuple[str, ...]]
     scorers: tuple[ModelVersion, ...]
 
     @classmethod
@@ -64,6 +74,7 @@ class ScoredClips:
         return cls(
             values=[reward.logit for reward in rewards.rewards],
             details=[{"probability": reward.probability} for reward in rewards.rewards],
+            warnings=[reward.warnings for reward in rewards.rewards],
             scorers=(rewards.model,),
         )
 
@@ -74,6 +85,7 @@ class ScoredClips:
         return cls(
             values=scores.values.mean(axis=1).tolist(),
             details=[dict(zip(names, values_S.tolist(), strict=True)) for values_S in scores.values],
+            warnings=scores.warnings,
             scorers=tuple(scorer.model for scorer in scores.scorers),
         )
 
@@ -132,10 +144,11 @@ async def rank(
         start += size
     values = [value for part in scored for value in part.values]
     details = [detail for part in scored for detail in part.details]
+    warnings = [found for part in scored for found in part.warnings]
     candidates = [
-        Candidate(clip=clip, number=number, value=value, details=detail)
-        for number, (clip, value, detail) in enumerate(
-            zip(generation.clips, values, details, strict=True), start=1
+        Candidate(clip=clip, number=number, value=value, details=detail, warnings=found)
+        for number, (clip, value, detail, found) in enumerate(
+            zip(generation.clips, values, details, warnings, strict=True), start=1
         )
     ]
     # Sorting is stable: equal candidates stay in the order in which they were made.

@@ -105,6 +105,18 @@ class Ranking:
     model: ModelVersion
 
 
+def merge_warnings(warnings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the distinct warnings of several sources, by name: the names follow unless all agree."""
+    sources: dict[str, list[str]] = {}
+    for name, found in warnings.items():
+        for warning in dict.fromkeys(found):
+            sources.setdefault(warning, []).append(name)
+    return tuple(
+        warning if len(names) == len(warnings) else f"{warning} ({', '.join(names)})"
+        for warning, names in sources.items()
+    )
+
+
 def rank(rewards: Sequence[Reward]) -> list[RankedClip]:
     """Return the places of clips with these rewards, best first; equal ones stay in order."""
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index].logit)

@@ -113,6 +113,6 @@ class Folder:
             **record_of(made, job.files),
         }
         write_atomically(self.folder / f"{job.name}.json", (to_json(record) + "\n").encode())
-        warn(made.generation.warnings, f"{job.name}: ")
+        warn(made.warnings, f"{job.name}: ")
         if self.as_json:
             typer.echo(to_json({"id": job.name, "prompt": job.prompt, **record}))

@@ -217,7 +217,7 @@ def _generate_one(
         write_atomically(path, clip.audio)
     for clip, path in zip(made.clips, pictures, strict=False):
         _write_spectrogram(path, clip, prompt)
-    warn(made.generation.warnings)
+    warn(made.warnings)
     if as_json:
         record = record_of(made, paths)
         typer.echo(to_json({"prompt": prompt, **record, "spectrograms": [str(path) for path in pictures]}))

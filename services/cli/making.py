@@ -138,6 +138,11 @@ class GeneratedClips:
     best: Best | None = None
     """All candidates, best first; None without best-of-n."""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings of the generation and, with best-of-n, of the scorers."""
+        return self.generation.warnings if self.best is None else self.best.warnings
+
 
 class Maker:
     """Makes the clips of prompts, with best-of-n if `best_of` is given. Thread-safe."""
@@ -300,7 +305,7 @@ def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
             for clip, path in zip(made.clips, paths, strict=True)
         ],
         "model": dataclasses.asdict(made.generation.model),
-        "warnings": list(made.generation.warnings),
+        "warnings": list(made.warnings),
         "timings": {
             name: round(value, 4) for name, value in dataclasses.asdict(made.generation.timings).items()
         },

@@ -293,12 +293,13 @@ class _Report:
     def __init__(self, *, as_json: bool, with_prompts: bool) -> None:
         self._as_json, self._with_prompts = as_json, with_prompts
         self._aligned = is_terminal() and not as_json
+        self._warned: set[str] = set()
         self._header: list[str] = []
         self._rows: list[list[Cell]] = []
 
     def add(self, batch: Sequence[PairScores]) -> None:
         for scored in batch:
-            warn(scored.warnings, f"{scored.pair.place}: ")
+            self._warn(scored)
         if self._as_json:
             for scored in batch:
                 typer.echo(json.dumps(scored.record(), ensure_ascii=False))
@@ -316,6 +317,15 @@ class _Report:
         """Print the table on a terminal."""
         if self._rows:
             print_table(self._header, self._rows)
+
+    def _warn(self, scored: PairScores) -> None:
+        """Print a pair's warnings; of the only prompt, those on it once for all clips."""
+        for warning in scored.warnings:
+            if self._with_prompts or not warning.startswith("prompt "):
+                warn([warning], f"{scored.pair.place}: ")
+            elif warning not in self._warned:
+                self._warned.add(warning)
+                warn([warning])
 
     def _columns(self, scored: PairScores) -> list[str]:
         reward = [] if scored.reward is None else ["reward", "probability"]

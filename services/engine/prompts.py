@@ -16,7 +16,7 @@ class EncodedPrompt:
     conditioning: Conditioning
     """One row, on the model's device."""
     warnings: tuple[str, ...]
-    """Warnings on parts of the prompt that the model ignores."""
+    """What the model does not read of the prompt: predicates, to be put after the field's name."""
 
 
 class PromptCache:

@@ -134,9 +134,9 @@ class RequestState:
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """Return the distinct warnings on parts of the prompts that the model ignores."""
-        encoded = [prompt for prompt in (self.prompt, self.negative_prompt) if prompt is not None]
-        return tuple(dict.fromkeys(warning for prompt in encoded for warning in prompt.warnings))
+        """Return what the model does not read of the prompts: sentences that begin with the field."""
+        fields = (("prompt", self.prompt), ("negative_prompt", self.negative_prompt))
+        return tuple(f"{name} {one}" for name, text in fields if text is not None for one in text.warnings)
 
 
 class ClipState:

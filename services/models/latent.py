@@ -145,7 +145,7 @@ class LatentPipeline(Protocol):
         """Encode `prompts`, truncated or padded to `length` tokens."""
 
     def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
-        """Return warnings on parts of `prompt` that the model ignores, one sentence each."""
+        """Return what the model does not read of `prompt`: predicates, to be put after the field's name."""
 
     def noise(self, duration: float, generator: Generator) -> Tensor:
         """Draw the initial unit noise [1, X] of a clip of `duration` seconds, float32, on `device`."""

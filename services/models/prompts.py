@@ -3,7 +3,6 @@
 Shapes: B prompts, L text tokens, D text width.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from services.models.latent import Conditioning
+from services.models.words import prompt_warnings, token_count
 
 LONGEST_TEXT: Final = 512
 """FLAN-T5's context length in tokens: the limit if the tokenizer states none."""
@@ -61,21 +61,8 @@ class T5Prompts:
 
     def token_count(self, prompt: str) -> int:
         """Return the number of tokens of `prompt`, end of sequence included, before truncation."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
-
-    def unknown_words(self, prompt: str) -> tuple[str, ...]:
-        """Return the distinct words of `prompt` that the tokenizer has no token for, in order."""
-        unknown = self.tokenizer.unk_token_id
-        words = dict.fromkeys(re.findall(r"\w[\w'’-]*", prompt))
-        encoded = ((word, self.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
-        return tuple(word for word, ids in encoded if unknown in ids)
+        return token_count(self.tokenizer, prompt)
 
     def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
-        """Return warnings on parts of `prompt` that the model ignores, one sentence each."""
-        unknown, tokens, limit = self.unknown_words(prompt), self.token_count(prompt), self.max_prompt_tokens
-        found: list[str] = []
-        if unknown:
-            found.append(f"the model does not know these words and ignores them: {', '.join(unknown)}")
-        if tokens > limit:
-            found.append(f"the prompt has {tokens} tokens and the model reads the first {limit}; shorten it")
-        return tuple(found)
+        """Return what the model does not read of `prompt`: predicates, to be put after the field's name."""
+        return prompt_warnings(self.tokenizer, prompt, self.max_prompt_tokens)

@@ -12,6 +12,7 @@ from services.audio.decoding import ReadClip
 from services.catalogue import REWARD
 from services.errors import NotFiniteError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
+from services.models.words import warnings_of
 from services.reward.settings import CLAP, RewardSettings
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.weights.loading import load_clap_model
@@ -63,6 +64,10 @@ class RewardScorer:
     def prepare(self, prompt: str, clip: ReadClip) -> Pair:
         """Return a pair for `score`. Thread-safe; blocks for milliseconds."""
         return prompt, self._model.prepare(clip.waveform, clip.sampling_rate)
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return for each prompt what the model does not read of it: sentences that begin with ``prompt``."""
+        return warnings_of({self.version.name: self._model.prompt_warnings}, prompts)
 
     async def score(self, pairs: Sequence[Pair]) -> list[float]:
         """Return the rewards of `pairs`: calibrated logits, in order.

@@ -63,7 +63,9 @@ class RewardServicer(rpc.RewardServiceServicer):
         seconds = sum(clip.seconds for _, clip in read)
         self.scorer.check(seconds)
         current_caller().charge(seconds)
-        return [self.scorer.prepare(*pair) for pair in read], [clip.warnings for _, clip in read]
+        of_prompts = self.scorer.prompt_warnings([prompt for prompt, _ in read])
+        warnings = [(*clip.warnings, *found) for (_, clip), found in zip(read, of_prompts, strict=True)]
+        return [self.scorer.prepare(*pair) for pair in read], warnings
 
 
 def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> list[tuple[str, ReadClip]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from services.audio.decoding import ReadClip
 from services.errors import NotFiniteError
 from services.models.clap.model import EmbeddingModel, TextCache
+from services.models.words import warnings_of
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings
 from services.scoring.settings import ScoringSettings
@@ -89,6 +90,10 @@ class Scorer:
         """Return the windows [W, S] of a clip for `embed_audio`. Thread-safe; blocks for milliseconds."""
         return self._model.prepare(clip.waveform, clip.sampling_rate)
 
+    def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
+        """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
+        return self._model.prompt_warnings(prompt)
+
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
         return self._finite("clip", np.stack(await self._audio.submit(clips)))
@@ -139,6 +144,10 @@ class ScorerGroup:
             for scorer, windows in prepared.items():
                 windows.append(scorer.prepare(clip))
         return prepared
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return for each prompt what the scorers do not read of it, as `warnings_of`."""
+        return warnings_of({name: one.prompt_warnings for name, one in self.members.items()}, prompts)
 
     async def embed_audio(self, prepared: Mapping[Scorer, Sequence[Tensor]]) -> list[NDArray[np.float32]]:
         """Return embeddings [B, D], one array per member."""

@@ -77,9 +77,10 @@ class ScoringServicer(rpc.ScoringServiceServicer):
     ) -> pb.BatchEmbedTextResponse:
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
-        prompts = check_prompts(request.prompts, self.bounds, faults)
+        prompts, warnings = await self._off_loop(
+            lambda: prepare_prompts(request.prompts, group, self.bounds, faults)
+        )
         texts = await group.embed_text(prompts)
-        warnings: Warnings = [()] * len(prompts)
         return pb.BatchEmbedTextResponse(
             scorers=write_scorers(group.members), results=write_embeddings(texts, warnings)
         )
@@ -133,7 +134,9 @@ def prepare_pairs(
     read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
     clips = [clip for _, clip in read]
     current_caller().charge(sum(clip.seconds for clip in clips))
-    return [prompt for prompt, _ in read], group.prepare(clips), [clip.warnings for clip in clips]
+    prompts, prepared = [prompt for prompt, _ in read], group.prepare(clips)
+    found = zip(clips, group.prompt_warnings(prompts), strict=True)
+    return prompts, prepared, [(*clip.warnings, *of_prompt) for clip, of_prompt in found]
 
 
 def prepare_clips(
@@ -148,11 +151,15 @@ def prepare_clips(
     return group.prepare(read), [clip.warnings for clip in read]
 
 
-def check_prompts(
-    prompts: Sequence[str], bounds: AudioBounds, faults: Sequence[FieldViolation] = ()
-) -> list[str]:
-    """Return the prompts. Raises `InvalidInputError` as `prepare_pairs` does."""
-    return _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
+def prepare_prompts(
+    prompts: Sequence[str],
+    group: ScorerGroup,
+    bounds: AudioBounds,
+    faults: Sequence[FieldViolation] = (),
+) -> tuple[list[str], Warnings]:
+    """Return the prompts, and their warnings. Raises `InvalidInputError` as `prepare_pairs` does."""
+    read = _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
+    return read, group.prompt_warnings(read)
 
 
 def write_scores(

@@ -14,8 +14,10 @@ Workarounds for release 1.1.7, in effect only while a model is built:
   ``text_branch.embeddings.position_ids``: here `read_state` loads, and `check_weights` checks.
 """
 
+import copy
 import logging
 import sys
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -77,6 +79,8 @@ class LaionClap(ClapModel):
         self.extractor = extractor
         self.max_text_tokens = 77  # fixed upstream
         self.cache = TextCache(CACHED_TEXTS)
+        self.tokenizer = copy.deepcopy(self.laion.tokenize)  # the model's own belongs to its thread
+        self._tokenizing = threading.Lock()
 
     @property
     def dimension(self) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from services.audio.resampling import resample
 from services.models.state_dicts import quiet_loading
+from services.models.words import prompt_warnings
 
 Waveform = NDArray[np.float32]
 """Samples in [-1, 1]: [N], or [channels, N], whose channels are averaged."""
@@ -127,6 +128,9 @@ class EmbeddingModel(Protocol):
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings [B, D] of prompts."""
 
+    def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
+        """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
+
 
 class ClapModel(nn.Module):
     """Embeds prompts and clips, L2-normalised float32 [B, D].
@@ -157,6 +161,7 @@ class ClapModel(nn.Module):
         positions = clap.config.text_config.max_position_embeddings - clap.config.text_config.pad_token_id - 1
         self.max_text_tokens = min(max_text_tokens, positions)
         self.cache = TextCache(CACHED_TEXTS)
+        self._tokenizing = threading.Lock()
 
     @property
     def sampling_rate(self) -> int:
@@ -256,6 +261,12 @@ class ClapModel(nn.Module):
             found |= embedded
         return torch.stack([found[prompt] for prompt in prompts])
 
+    def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
+        """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
+        with self._tokenizing:
+            found = prompt_warnings(self.tokenizer, prompt, self.max_text_tokens)
+        return tuple(f"prompt {one}" for one in found)
+
     def score(self, prompts: Sequence[str], waveforms: Sequence[Waveform], sampling_rate: int) -> Tensor:
         """Return the CLAP scores [B]: cosine similarities of prompts and their clips, in [-1, 1]."""
         return (self.embed_text(prompts) * self.embed_audio(waveforms, sampling_rate)).sum(-1)
@@ -318,9 +329,15 @@ class ClapModel(nn.Module):
         return {"input_features": mel_W1TM.repeat(1, 4, 1, 1), "is_longer": longer}
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
-        )
+        # Truncation and padding are state of the tokenizer, which other threads must not change meanwhile.
+        with self._tokenizing:
+            tokens = self.tokenizer(
+                list(prompts),
+                padding=True,
+                truncation=True,
+                max_length=self.max_text_tokens,
+                return_tensors="pt",
+            )
         return {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
 
 

@@ -156,6 +156,10 @@ class RewardModel(nn.Module):
         windows = self.clap.prepare(waveform, sampling_rate, padding="pad")
         return RewardClip(windows_WS=windows, seconds=waveform.shape[-1] / sampling_rate)
 
+    def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
+        """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
+        return self.clap.prompt_warnings(prompt)
+
     def window_count(self, seconds: float) -> int:
         """Return the number of windows that cover a clip of `seconds`: its cost."""
         return self.clap.window_count(seconds)

@@ -145,6 +145,19 @@ def test_warnings_name_the_clip(
         assert told == [[], [], [warning.removeprefix("warning: odd.wav: ")]]
 
 
+def test_warnings_on_the_only_prompt_come_once(
+    models: Models, clips: list[str], capsys: pytest.CaptureFixture[str], services: Services
+) -> None:
+    served = ["--scoring", services.scoring, "--reward-server", services.reward]
+    for where in (models.judges, served):
+        assert cli.run(["score", "a zebra", *clips, *where, "--json"]) == 0
+        out, err = capsys.readouterr()
+        (warning,) = err.splitlines()
+        assert warning == "warning: prompt has words that the model does not know: zebra; use other words"
+        for line in out.splitlines():
+            assert json.loads(line)["warnings"] == [warning.removeprefix("warning: ")]
+
+
 def test_a_person_gets_an_aligned_table(
     models: Models,
     clips: list[str],

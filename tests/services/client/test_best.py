@@ -1,9 +1,13 @@
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from milonga.v1 import generation_pb2
-from services.api.best import next_seed, portions
+from services.api.best import ScoredClips, next_seed, portions, rank, run
+from services.api.generation import Clip, Generation, Timings
+from services.api.model import ModelVersion
+from services.api.scoring import Reward, Rewards
 from services.client import Best
 from services.errors import InvalidInputError, ServiceUnavailableError
 from tests.services.client.serving import Told, ask
@@ -74,6 +78,28 @@ def test_more_candidates_than_a_call_makes_come_from_several(face: str, told: To
     assert (best.generation.seed, best.generation.timings.total) == (11, 6.0)
     assert best.generation.warnings == ("told",)
     assert _best(face, target, candidates=8, seed=11) == best
+
+
+def test_warnings_of_the_scorers_name_their_candidates() -> None:
+    on_all, on_one = "prompt has words that the model does not know: zebra", "clip is silent"
+    model = ModelVersion(name="m", version="1", digest="", license="")
+    clips = tuple(
+        Clip(audio=b"", encoding="wav", sampling_rate=8_000, duration=1.0, index=index, seed=1)
+        for index in range(3)
+    )
+    timings = Timings(queued=0.0, encode=0.0, denoise=0.0, decode=0.0, total=0.0)
+    made = Generation(clips=clips, seed=1, model=model, warnings=("told",), timings=timings)
+    rewards = [
+        Reward.of(float(index), (on_all, on_one) if index == 1 else (on_all,)) for index in range(len(clips))
+    ]
+
+    async def score(some: Sequence[Clip]) -> ScoredClips:
+        chosen = tuple(rewards[clip.index] for clip in some)
+        return ScoredClips.by_reward(Rewards(rewards=chosen, model=model))
+
+    best = run(rank(made, "reward", 2, score))
+    assert [one.warnings for one in best.candidates] == [(on_all,), (on_all, on_one), (on_all,)]
+    assert best.warnings == ("told", on_all, f"{on_one} (candidate 2)")
 
 
 def test_without_a_seed_the_drawn_one_makes_them_again(face: str, told: Told, target: str) -> None:

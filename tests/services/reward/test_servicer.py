@@ -83,6 +83,19 @@ def test_warnings_come_with_the_reward_that_they_are_about(served: Served) -> No
         assert (first.startswith("clip has channels that cancel each other"), list(second)) == (True, [])
 
 
+def test_what_the_model_does_not_read_of_a_prompt_is_warned_of(served: Served) -> None:
+    clip, prompt = float32(tone()), "a zebra " * 20
+    pairs = [audio_pb2.PromptedClip(prompt=prompt, clip=clip), pair(clip)]
+    answer = served.stub.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=pairs))
+    ranking = served.stub.RankAudio(pb.RankAudioRequest(prompt=prompt, clips=[clip])).ranking
+    expected = [
+        "prompt has words that the model does not know: zebra; use other words",
+        "prompt has 42 tokens and the model reads the first 32; shorten it",
+    ]
+    assert [list(reward.warnings) for reward in answer.rewards] == [expected, []]
+    assert list(ranking[0].reward.warnings) == expected
+
+
 def test_clips_are_ranked_best_first(served: Served, model: RewardModel) -> None:
     clips = [tone(hertz=hertz) for hertz in (200, 900, 3_000, 6_000)]
     answer = served.stub.RankAudio(pb.RankAudioRequest(prompt=PROMPT, clips=[float32(c) for c in clips]))

@@ -76,6 +76,8 @@ def test_warnings_name_their_row(client: triton.InferenceServerClient) -> None:
     told = parameters(client.infer("clap", _files(file_of(TONES[0]), file_of(antiphase(0.5)))))
     assert told["warnings"].startswith("row 1: clip has channels that cancel each other")
     assert "warnings" not in parameters(client.infer("clap", _samples()))
+    told = parameters(client.infer("clap", _samples(["a dog", "a zebra"])))
+    assert told["warnings"].startswith("row 1: prompt has words that the model does not know: zebra;")
 
 
 def test_metadata_count_the_scorers(client: triton.InferenceServerClient) -> None:

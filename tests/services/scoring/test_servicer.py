@@ -92,6 +92,19 @@ def test_warnings_come_with_the_pair_or_clip_that_they_are_about(stub: rpc.Scori
         assert (list(first), second.startswith("clip has channels that cancel each other")) == ([], True)
 
 
+def test_what_the_scorers_do_not_read_of_a_prompt_is_warned_of(stub: rpc.ScoringServiceStub) -> None:
+    prompts = ["a dog barks", "a zebra barks 🐕", "a dog " * 20]
+    pairs = [_pair(prompt=prompt, clip=float32(tone())) for prompt in prompts]
+    scored = stub.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=pairs))
+    embedded = stub.BatchEmbedText(pb.BatchEmbedTextRequest(prompts=prompts))
+    for results in (scored.results, embedded.results):
+        assert [list(result.warnings) for result in results] == [
+            [],
+            ["prompt has words that the model does not know: zebra, 🐕; use other words"],
+            ["prompt has 42 tokens and the model reads the first 32; shorten it"],
+        ]
+
+
 def test_requests_pick_scorers_by_name_and_in_their_order(stub: rpc.ScoringServiceStub) -> None:
     every = stub.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=[_pair()])).results[0].scores
     some = stub.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=[_pair()], scorers=["b", "a"]))

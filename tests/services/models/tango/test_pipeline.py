@@ -86,13 +86,6 @@ def test_rows_may_have_their_own_timesteps(pipeline: TangoPipeline) -> None:
         torch.testing.assert_close(both[one], alone, rtol=0, atol=1e-5)
 
 
-def test_unknown_words_are_named_once_in_order(pipeline: TangoPipeline) -> None:
-    prompt = "A Zebra barks, then a zebra-like Zebra sings; rain."
-    assert pipeline.unknown_words(prompt) == ("Zebra", "zebra-like")
-    assert pipeline.unknown_words("a dog barks") == ()
-    assert pipeline.unknown_words("") == ()
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_seed_decides_the_clip(pipeline: TangoPipeline, name: str) -> None:
     first, again, other = (
