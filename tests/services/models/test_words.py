@@ -18,10 +18,10 @@ FRENCH, JAPANESE, EMOJI = "Le chien aboie", "犬が吠える", "a dog barks 🐕
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE as RoBERTa's, which merges the bytes of é but of no other character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first, second = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][0]
-    tokens = ["<pad>", "<unk>", *alphabet, first + second]
+    pair = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][0]
+    tokens = ["<pad>", "<unk>", *alphabet, pair]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(BPE(vocabulary, [(first, second)], unk_token="<unk>"))
+    tokenizer = Tokenizer(BPE(vocabulary, [(pair[0], pair[1])], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
