@@ -43,6 +43,7 @@ from services.errors import (
     UnauthenticatedError,
     UnsupportedError,
 )
+from services.runtime.telemetry import start as start_traces
 
 COMMAND_GROUP = "milonga.commands"
 EXIT_CODES: dict[type[BaseException], int] = {
@@ -130,6 +131,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries(online=_needs_hub(words))
     command = typer.main.get_command(build_app())
     try:
+        if words[:1] != ["serve"]:  # a service has its own name
+            start_traces("milonga")
         code = command.main(args=words, prog_name="milonga", standalone_mode=False)
     except typer.Exit as error:
         return error.exit_code

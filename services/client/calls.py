@@ -21,6 +21,7 @@ from services.client.transport import (
     Stub,
     Transport,
     Unary,
+    path_of,
 )
 from services.errors import (
     DeadlineExceededError,
@@ -31,6 +32,7 @@ from services.errors import (
     ServiceUnavailableError,
 )
 from services.runtime import status
+from services.runtime.call_spans import CallSpan, client_span
 
 T = TypeVar("T")
 
@@ -89,12 +91,15 @@ class Calls:
         deadline, address = self.deadline(timeout), self.address(rpc.service)
         metadata = self._connection.metadata_for(address, token)
         request = await self._transport.offload(build) if rpc.heavy else build()
-        response = await self._with_retries(
-            rpc.service,
-            address,
-            deadline,
-            lambda seconds: self._transport.unary(rpc, address, request, seconds, metadata),
-        )
+        with client_span(path_of(rpc)) as span:
+            traced = metadata + span.metadata
+            response = await self._with_retries(
+                rpc.service,
+                address,
+                deadline,
+                span,
+                lambda seconds: self._transport.unary(rpc, address, request, seconds, traced),
+            )
         return rpc.read(response)
 
     async def stream(
@@ -102,31 +107,34 @@ class Calls:
     ) -> AsyncGenerator[Answer, None]:
         """Call, and yield the responses. Retries only before the first response."""
         deadline, address = self.deadline(timeout), self.address(rpc.service)
+        with client_span(path_of(rpc)) as span:
+            metadata = self._connection.metadata + span.metadata
 
-        async def begin(seconds: float) -> tuple[Messages[Response], Response | None]:
-            messages = self._transport.stream(rpc, address, request, seconds)
+            async def begin(seconds: float) -> tuple[Messages[Response], Response | None]:
+                messages = self._transport.stream(rpc, address, request, seconds, metadata)
+                try:
+                    return messages, await messages.read()
+                except BaseException:
+                    messages.cancel()
+                    raise
+
+            messages, message = await self._with_retries(rpc.service, address, deadline, span, begin)
             try:
-                return messages, await messages.read()
-            except BaseException:
-                messages.cancel()
-                raise
-
-        messages, message = await self._with_retries(rpc.service, address, deadline, begin)
-        try:
-            while message is not None:
-                answer = rpc.read(message)
-                if isinstance(answer, rpc.last):
-                    # First the status: a caller who stops at the last value would cancel the call.
-                    with contextlib.suppress(grpc.RpcError):
-                        await messages.read()
+                while message is not None:
+                    answer = rpc.read(message)
+                    if isinstance(answer, rpc.last):
+                        # First the status: a caller who stops at the last value would cancel the call.
+                        with contextlib.suppress(grpc.RpcError):
+                            await messages.read()
+                        span.end(grpc.StatusCode.OK.name)
+                        yield answer
+                        return
                     yield answer
-                    return
-                yield answer
-                message = await messages.read()
-        except grpc.RpcError as error:
-            raise _read_failure(error, rpc.service, address).error from error
-        finally:
-            messages.cancel()
+                    message = await messages.read()
+            except grpc.RpcError as error:
+                raise _read_failure(error, rpc.service, address).error from error
+            finally:
+                messages.cancel()
 
     async def close(self) -> None:
         """Close the channels."""
@@ -137,6 +145,7 @@ class Calls:
         service: Service[Any],
         address: str,
         deadline: Deadline,
+        span: CallSpan,
         attempt: Callable[[float], Awaitable[T]],
     ) -> T:
         """Return the result of `attempt`, which takes the seconds left; retry while that can help."""
@@ -151,6 +160,7 @@ class Calls:
                 # If the wait exceeds the deadline, the refusal says more than a passed deadline would.
                 if wait is None or tries > self._connection.retries or wait >= deadline.left:
                     raise failure.error from error
+            span.retry(wait)
             await self._transport.pause(wait)
 
 

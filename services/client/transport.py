@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -101,7 +102,12 @@ class Transport(Protocol):
         ...
 
     def stream(
-        self, rpc: Stream[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Stream[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Messages[Response]:
         """Call once; return the stream of responses."""
         ...
@@ -149,11 +155,16 @@ class BlockingTransport:
         return call(request, min(timeout, _LONGEST_SECONDS), metadata)
 
     def stream(
-        self, rpc: Stream[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Stream[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Messages[Response]:
         """See `Transport`."""
         call = rpc.method(self._stub(rpc.service, address))
-        return _BlockingMessages(call(request, min(timeout, _LONGEST_SECONDS), self._connection.metadata))
+        return _BlockingMessages(call(request, min(timeout, _LONGEST_SECONDS), metadata))
 
     async def pause(self, seconds: float) -> None:
         """See `Transport`."""
@@ -215,12 +226,17 @@ class AsyncioTransport:
         return response
 
     def stream(
-        self, rpc: Stream[Stub, Request, Response, Any], address: str, request: Request, timeout: float
+        self,
+        rpc: Stream[Stub, Request, Response, Any],
+        address: str,
+        request: Request,
+        timeout: float,
+        metadata: Metadata,
     ) -> Messages[Response]:
         """See `Transport`."""
         call: Any = rpc.method(self._stub(rpc.service, address))
         return _AsyncioMessages(
-            call(request, timeout=min(timeout, _LONGEST_SECONDS), metadata=self._connection.metadata),
+            call(request, timeout=min(timeout, _LONGEST_SECONDS), metadata=metadata),
             self._while_open,
         )
 
@@ -266,6 +282,22 @@ class _AsyncioMessages(Generic[Response]):
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+class _Paths:
+    """A channel whose stubs hold the paths of their rpcs."""
+
+    def unary_unary(self, path: str, **_: object) -> str:
+        return path
+
+    unary_stream = unary_unary
+
+
+@lru_cache
+def path_of(rpc: "Unary[Any, Any, Any, Any] | Stream[Any, Any, Any, Any]") -> str:
+    """Return the path of an rpc: ``/PACKAGE.SERVICE/METHOD``."""
+    path: Any = rpc.method(rpc.service.stub(_Paths()))
+    return str(path)
 
 
 def whole(message: T) -> T:

@@ -7,7 +7,7 @@ Shapes: X the model's own shape of latents. All of it belongs to the engine's wo
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,16 @@ from services.engine.batching import rows_of
 from services.engine.prompts import EncodedPrompt
 from services.fairness import Path
 from services.models.latent import LatentPipeline, clip_generator
+
+
+class Stage(NamedTuple):
+    """A part of a request's time."""
+
+    name: str
+    """queue, encode_text, denoise, or decode: one per clip."""
+    start: float
+    """On the clock of `time.monotonic`."""
+    end: float
 
 
 class GroupKey(NamedTuple):
@@ -62,7 +72,11 @@ class RequestState:
     last_step_at: float = 0.0
     previewed_at: float = 0.0
     encode_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    decodes: list[Stage] = field(default_factory=list)
+    calls: int = 0
+    """Denoiser calls with its clips."""
+    clips_in_calls: int = 0
+    """Clips of all requests in these calls."""
     steps_done: int = 0
     clips_done: int = 0
     clips_started: int = 0
@@ -129,9 +143,18 @@ class RequestState:
             queued=self.started_at - self.submitted_at,
             encode=self.encode_seconds,
             denoise=self.last_step_at - self.first_step_at,
-            decode=self.decode_seconds,
+            decode=sum(stage.end - stage.start for stage in self.decodes),
             total=time.monotonic() - self.submitted_at,
         )
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages so far, in order."""
+        yield Stage("queue", self.submitted_at, self.started_at or time.monotonic())
+        if self.started_at is not None and self.encode_seconds:
+            yield Stage("encode_text", self.started_at, self.started_at + self.encode_seconds)
+        if self.first_step_at is not None:
+            yield Stage("denoise", self.first_step_at, self.last_step_at or time.monotonic())
+        yield from tuple(self.decodes)
 
     def warnings(self) -> tuple[str, ...]:
         """Return what the model does not read of the prompts: sentences that begin with the field."""
@@ -188,6 +211,15 @@ class Handle:
         """Cancel the request at the next step. Has no effect once it has ended."""
         self._state.cancelled = True
         self._state.wake()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the request's stages so far. All have ended if the request has."""
+        return tuple(self._state.stages())
+
+    @property
+    def batch(self) -> float:
+        """Mean number of clips, of all requests, in the denoiser calls of this one; 0 before the first."""
+        return self._state.clips_in_calls / max(1, self._state.calls)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most `timeout` seconds for the request's last event; return whether it was sent."""

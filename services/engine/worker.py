@@ -20,7 +20,7 @@ from services.engine.batching import row_shapes, spare_rows
 from services.engine.denoiser import Denoiser
 from services.engine.pace import SLACK, Pace
 from services.engine.prompts import PromptCache
-from services.engine.states import ClipState, GroupKey, RequestState
+from services.engine.states import ClipState, GroupKey, RequestState, Stage
 from services.engine.stats import Meter
 from services.errors import (
     DeadlineExceededError,
@@ -312,6 +312,8 @@ class Worker:
                 self._admission.charge(state, frames * clip.rows)
         decode = self._pace.decode(frames)
         for clip in first_clips:
+            clip.state.calls += 1
+            clip.state.clips_in_calls += len(done)
             if not clip.state.ended:
                 self._send(clip.state, clip.state.progress(clip.index, clip.step, decode))
         self._send_previews(first_clips)
@@ -376,7 +378,7 @@ class Worker:
         seconds = time.monotonic() - began
         self._pace.add_decode(state.frames, seconds)
         self._admission.charge(state, self._pace.work(seconds))
-        state.decode_seconds += seconds
+        state.decodes.append(Stage("decode", began, began + seconds))
         state.clips_done += 1
         self._faults = 0
         rate = self._sampling_rate

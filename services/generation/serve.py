@@ -110,6 +110,7 @@ def collect(slot: "EngineSlot") -> Iterator[Metric]:
 
 
 SERVICE: Final = Service(
+    name=GENERATION.name,
     settings=GenerationSettings,
     check=check,
     load=load,

@@ -14,10 +14,13 @@ from milonga.v1 import generation_pb2_grpc as rpc
 from services.api.generation import Clip, Event, Failed, Finished, GenerationRequest, Update
 from services.fairness import Account
 from services.generation import convert
+from services.runtime import tracing
 from services.runtime.callers import current_caller
 from services.wire import write_version
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context as TraceContext
+
     from services.engine import Engine, Handle
     from services.generation.slot import EngineSlot
 
@@ -44,7 +47,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             async with aclosing(run(served.engine, [request], context.time_remaining())) as events:
                 async for _, event in events:
                     if isinstance(event, Clip):
-                        clips.append(await asyncio.to_thread(convert.write_clip, event, request))
+                        with tracing.span("encode_audio"):
+                            clips.append(await asyncio.to_thread(convert.write_clip, event, request))
                     elif isinstance(event, Finished):
                         total = time.monotonic() - start
                         response.model.CopyFrom(write_version(event.model))
@@ -63,8 +67,13 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             async with aclosing(run(served.engine, [request], context.time_remaining())) as events:
                 async for _, event in events:
                     write = partial(convert.write_event, event, request, time.monotonic() - start)
+                    if not isinstance(event, Clip):
+                        yield write()
+                        continue
                     # Encoding ten seconds of sound takes tens of milliseconds: off the event loop.
-                    yield await asyncio.to_thread(write) if isinstance(event, Clip) else write()
+                    with tracing.span("encode_audio"):
+                        response = await asyncio.to_thread(write)
+                    yield response
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
@@ -85,6 +94,7 @@ async def run(
     deadline = None if seconds_left is None else time.monotonic() + seconds_left
     caller = current_caller()
     account = Account(caller.key, caller.priority)
+    trace = tracing.current()
     handles: list[Handle] = []
 
     def submit(index: int, request: GenerationRequest) -> "Handle":
@@ -111,3 +121,20 @@ async def run(
     finally:
         for handle in handles:
             handle.cancel()
+        if trace is not None:
+            digest = engine.description.model.digest
+            for handle, request in zip(handles, requests, strict=False):
+                _record(handle, request, digest, trace)
+
+
+def _record(handle: "Handle", request: GenerationRequest, digest: str, trace: "TraceContext") -> None:
+    """Record the stages of a request as children of `trace`."""
+    for stage in handle.stages():
+        tracing.record(
+            *stage,
+            trace,
+            steps=request.num_inference_steps,
+            clips=request.clip_count,
+            batch=handle.batch,
+            model_digest=digest,
+        )

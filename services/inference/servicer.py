@@ -176,7 +176,9 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def TraceSetting(self, request: Any, context: Context) -> Any:
         """Raise `UnsupportedError`."""
-        raise UnsupportedError("this service has no traces; its log has a line for each call")
+        raise UnsupportedError(
+            "traces can't be changed at run time; start the service with OTEL_EXPORTER_OTLP_ENDPOINT"
+        )
 
     async def LogSettings(self, request: Any, context: Context) -> Any:
         """Raise `UnsupportedError`."""

@@ -8,6 +8,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import reward_pb2_grpc as rpc
+from services.catalogue import REWARD
 from services.reward.settings import RewardSettings, find_models, model_uris
 from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
@@ -80,6 +81,7 @@ def collect(scorer: "RewardScorer") -> Iterator[Metric]:
 
 
 SERVICE: Final = Service(
+    name=REWARD.name,
     settings=RewardSettings,
     check=check,
     load=load,

@@ -10,6 +10,7 @@ from services.audio.decoding import AudioBounds, ReadClip
 from services.errors import FieldViolation, InvalidInputError
 from services.reward.model import Pair, RewardScorer
 from services.reward.settings import RewardSettings
+from services.runtime import tracing
 from services.runtime.callers import current_caller
 from services.runtime.offloading import OffLoop
 from services.wire import write_version
@@ -56,8 +57,10 @@ class RewardServicer(rpc.RewardServiceServicer):
 
     async def _reward(self, read: Callable[[], Sequence[tuple[str, ReadClip]]]) -> list[Reward]:
         """Return the rewards of the pairs that `read` decodes off the event loop, with their warnings."""
-        pairs, warnings = await self._off_loop(lambda: self._prepare(read()))
-        return list(map(Reward.of, await self.scorer.score(pairs), warnings))
+        with tracing.span("decode"):
+            pairs, warnings = await self._off_loop(lambda: self._prepare(read()))
+        with tracing.span("score", clips=len(pairs), model_digest=self.scorer.version.digest):
+            return list(map(Reward.of, await self.scorer.score(pairs), warnings))
 
     def _prepare(self, read: Sequence[tuple[str, ReadClip]]) -> tuple[list[Pair], list[tuple[str, ...]]]:
         seconds = sum(clip.seconds for _, clip in read)

@@ -1,4 +1,4 @@
-"""The interceptor of every service: admit calls, read messages, map exceptions to statuses, count, log."""
+"""The interceptor of every service: admit calls, read messages, map errors to statuses, count, log, trace."""
 
 import asyncio
 import re
@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from services.errors import MilongaError, RequestCancelledError, TooLargeError, invalid
 from services.runtime import status
 from services.runtime.access import Access
+from services.runtime.call_spans import CallSpan, server_span
 from services.runtime.callers import Caller, calling
 from services.runtime.metrics import ServerMetrics
 from services.runtime.roles import OPEN
@@ -129,9 +130,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         error: BaseException | None = None
         caller: Caller | None = None
         self._metrics.in_flight.labels(rpc).inc()
-        with structlog.contextvars.bound_contextvars(request_id=request_id, rpc=rpc):
+        with (
+            server_span(method, context.invocation_metadata()) as span,
+            structlog.contextvars.bound_contextvars(**_names(request_id, rpc, span)),
+        ):
             try:
                 caller = self._access.admit(method, context)
+                span.annotate(request_id=request_id, priority=caller.priority)
                 with calling(caller):
                     yield
             except asyncio.CancelledError as cancelled:
@@ -146,6 +151,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.requests.labels(rpc, code.name).inc()
                 self._metrics.latency.labels(rpc, code.name).observe(seconds)
                 self._lines.write(code, error, seconds, context.peer(), caller)
+                span.end(code.name)
 
 
 async def _message(handler: Any, context: Context) -> Any:
@@ -251,6 +257,12 @@ async def _abort(
     rich = status.to_status(error, request_id, codes)
     metadata: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, rich.SerializeToString())]
     await context.abort(status.status_code(error, codes), rich.message, tuple(metadata))
+
+
+def _names(request_id: str, rpc: str, span: CallSpan) -> dict[str, str]:
+    """Return the fields of all lines of a call in the log."""
+    names = {"request_id": request_id, "rpc": rpc}
+    return {**names, "trace_id": span.trace_id} if span.trace_id else names
 
 
 def _request_id(context: Context) -> str:

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError, is_out_of_memory
+from services.runtime import tracing
 from services.runtime.model_thread import ModelThread
 
 log = structlog.get_logger()
@@ -56,7 +57,8 @@ class _Call(Generic[Item, Result]):
     """The items of one `submit`."""
 
     def __init__(self, items: Sequence[Item], cost: Callable[[Item], float]) -> None:
-        self.arrived = time.monotonic()
+        self.arrived = self.queued_from = time.monotonic()
+        self.trace = tracing.current()
         self.waiting = deque((index, item, cost(item)) for index, item in enumerate(items))
         self.results: dict[int, Result] = {}
         self.size = len(items)
@@ -71,6 +73,12 @@ class _Call(Generic[Item, Result]):
         self.results[index] = result
         if len(self.results) == self.size and not self.done.done():
             self.done.set_result([self.results[index] for index in range(self.size)])
+
+    def record_batch(self, start: float, end: float, size: int) -> None:
+        """Record that some of its items were in a batch of `size`, and waited until then."""
+        tracing.record("queue", self.queued_from, start, self.trace)
+        tracing.record("model", start, end, self.trace, batch=size)
+        self.queued_from = end
 
     def fail(self, error: Exception) -> None:
         if not self.done.done():
@@ -167,6 +175,8 @@ class MicroBatcher(Generic[Item, Result]):
         try:
             return await call.done
         finally:
+            if call.waiting:
+                tracing.record("queue", call.queued_from, time.monotonic(), call.trace)
             self._leave(call)
             self._open.discard(call)
 
@@ -271,8 +281,11 @@ class MicroBatcher(Generic[Item, Result]):
             self._totals["calls"] += 1
             self._totals["items"] += len(taken)
             self._totals["cost"] += self._running_cost
-            self._totals["seconds"] += time.monotonic() - start
+            end = time.monotonic()
+            self._totals["seconds"] += end - start
             self._running_cost = 0.0
+            for call in dict.fromkeys(call for call, _, _ in taken):
+                call.record_batch(start, end, len(taken))
         for (call, index, _), outcome in zip(taken, outcomes, strict=True):
             if not isinstance(outcome, Exception):
                 call.deliver(index, outcome)

@@ -23,6 +23,7 @@ from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
 from services.runtime.server import CLOSE_SECONDS, Server
 from services.runtime.settings import ServerSettings, load_settings
+from services.runtime.telemetry import start as start_traces
 
 log = structlog.get_logger()
 
@@ -37,6 +38,8 @@ Loaded = TypeVar("Loaded")
 class Service(Generic[Settings, Loaded]):
     """The parts in which services differ. `Loaded` is the type of its models in memory."""
 
+    name: str
+    """Its name in `services.catalogue`."""
     settings: type[Settings]
     """Class of its settings."""
     check: Callable[[Settings], bool]
@@ -80,6 +83,7 @@ def run(service: Service[Settings, Any], settings: Settings) -> None:
     """
     quiet_libraries(online=service.check(settings))
     configure_logs(settings.log_format, settings.log_level)
+    start_traces(f"milonga-{service.name}")
     log.info("settings", **settings.model_dump(mode="json"))
     asyncio.run(_serve(service, settings))
 

@@ -18,6 +18,7 @@ from services.audio.decoding import ReadClip
 from services.errors import NotFiniteError
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.models.words import warnings_of
+from services.runtime import tracing
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings
 from services.scoring.settings import ScoringSettings
@@ -96,13 +97,15 @@ class Scorer:
 
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
-        return self._finite("clip", np.stack(await self._audio.submit(clips)))
+        with tracing.span("embed_audio", clips=len(clips), model_digest=self.version.digest):
+            return self._finite("clip", np.stack(await self._audio.submit(clips)))
 
     async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prompts; equal ones are embedded once. Raises `QueueFullError`."""
         unique = list(dict.fromkeys(prompts))
-        embeddings = dict(zip(unique, await self._text.submit(unique), strict=True))
-        return self._finite("prompt", np.stack([embeddings[prompt] for prompt in prompts]))
+        with tracing.span("embed_text", prompts=len(unique), model_digest=self.version.digest):
+            embeddings = dict(zip(unique, await self._text.submit(unique), strict=True))
+            return self._finite("prompt", np.stack([embeddings[prompt] for prompt in prompts]))
 
     async def close(self) -> None:
         """Refuse queued items, finish the running batches and stop the worker threads."""

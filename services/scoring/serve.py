@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import scoring_pb2_grpc as rpc
+from services.catalogue import SCORING
 from services.runtime.metrics import ServerMetrics, identity
 from services.runtime.server import Server
 from services.runtime.serving import Service
@@ -127,6 +128,7 @@ def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
 
 
 SERVICE: Final = Service(
+    name=SCORING.name,
     settings=ScoringSettings,
     check=check,
     load=load,

@@ -16,6 +16,7 @@ from milonga.v1 import scoring_pb2_grpc as rpc
 from services.audio.clips import read_clips, read_pairs, read_prompts, write_limits
 from services.audio.decoding import AudioBounds
 from services.errors import FieldViolation, InvalidInputError
+from services.runtime import tracing
 from services.runtime.callers import current_caller
 from services.runtime.offloading import OffLoop
 from services.scoring.scorers import Scorer, ScorerGroup, gather_or_cancel
@@ -52,9 +53,10 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        prompts, clips, warnings = await self._off_loop(
-            lambda: prepare_pairs(request.pairs, group, self.bounds, faults)
-        )
+        with tracing.span("decode", clips=len(request.pairs)):
+            prompts, clips, warnings = await self._off_loop(
+                lambda: prepare_pairs(request.pairs, group, self.bounds, faults)
+            )
         texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
         return write_scores(group, texts, sounds, warnings)
 
@@ -64,9 +66,10 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        clips, warnings = await self._off_loop(
-            lambda: prepare_clips(request.clips, group, self.bounds, faults)
-        )
+        with tracing.span("decode", clips=len(request.clips)):
+            clips, warnings = await self._off_loop(
+                lambda: prepare_clips(request.clips, group, self.bounds, faults)
+            )
         sounds = await group.embed_audio(clips)
         return pb.BatchEmbedAudioResponse(
             scorers=write_scorers(group.members), results=write_embeddings(sounds, warnings)
