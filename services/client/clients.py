@@ -26,6 +26,7 @@ from services.client import generation, operator, reward, scoring
 from services.client.calls import Calls
 from services.client.connection import Connection, ConnectionOptions
 from services.client.transport import AsyncioTransport, BlockingTransport, iterate
+from services.runtime import tracing
 from services.wire import read_version
 
 P = ParamSpec("P")
@@ -188,25 +189,26 @@ class _Rpcs:
             MilongaError: also if a service changed its weights between two calls.
         """
         check_arguments(candidates, rank_by, options.pop("clip_count", None))
-        deadline = self._calls.deadline(timeout)
-        # First, so that a missing service is not reported only after minutes of generation.
-        if rank_by == "reward":
-            limits = (await self.get_reward_model(timeout=deadline.left)).limits
-        else:
-            limits = (await self.list_scorers(timeout=deadline.left)).limits
-        most = (await self.get_model(timeout=deadline.left)).limits.max_clip_count
-
-        async def make(part: GenerationOptions) -> Generation:
-            return await self.generate(prompt, timeout=deadline.left, **part)
-
-        async def score(clips: Sequence[Clip]) -> ScoredClips:
-            pairs = [(prompt, clip) for clip in clips]
+        with tracing.span("generate_best", clips=candidates):
+            deadline = self._calls.deadline(timeout)
+            # First, so that a missing service is not reported only after minutes of generation.
             if rank_by == "reward":
-                return ScoredClips.by_reward(await self.compute_rewards(pairs, timeout=deadline.left))
-            return ScoredClips.by_clap(await self.score_audio(pairs, timeout=deadline.left))
+                limits = (await self.get_reward_model(timeout=deadline.left)).limits
+            else:
+                limits = (await self.list_scorers(timeout=deadline.left)).limits
+            most = (await self.get_model(timeout=deadline.left)).limits.max_clip_count
 
-        made = await generate_candidates(candidates, most, options, make)
-        return await rank(made, rank_by, limits.max_batch_size, score)
+            async def make(part: GenerationOptions) -> Generation:
+                return await self.generate(prompt, timeout=deadline.left, **part)
+
+            async def score(clips: Sequence[Clip]) -> ScoredClips:
+                pairs = [(prompt, clip) for clip in clips]
+                if rank_by == "reward":
+                    return ScoredClips.by_reward(await self.compute_rewards(pairs, timeout=deadline.left))
+                return ScoredClips.by_clap(await self.score_audio(pairs, timeout=deadline.left))
+
+            made = await generate_candidates(candidates, most, options, make)
+            return await rank(made, rank_by, limits.max_batch_size, score)
 
     async def close(self) -> None:
         """Close the channels; running calls are cancelled."""
