@@ -118,7 +118,8 @@ def lines(trace: Sequence[Received]) -> Iterator[str]:
 def start(collector: Collector, address: str) -> grpc.Server:
     """Start to receive. Raises RuntimeError if the address is in use."""
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    rpc.add_TraceServiceServicer_to_server(collector, server)
+    register: Any = rpc.add_TraceServiceServicer_to_server  # not typed
+    register(collector, server)
     server.add_insecure_port(address)
     server.start()
     return server

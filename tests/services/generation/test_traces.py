@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 
 from milonga.v1 import generation_pb2 as pb
-from services.client import AsyncAudioClient, AudioClient, Finished
+from services.client import AsyncAudioClient, AudioClient, Finished, GenerationOptions
 from services.errors import DeadlineExceededError, InvalidInputError
 from services.runtime import tracing
 from tests.services.generation.serving import MODEL, Serving
@@ -20,7 +20,7 @@ from tests.waiting import until
 
 UNARY = "milonga.v1.GenerationService/GenerateAudio"
 STREAM = "milonga.v1.GenerationService/StreamGenerateAudio"
-SHORT = {"duration": 0.64, "num_inference_steps": 3, "seed": 7}
+SHORT: GenerationOptions = {"duration": 0.64, "num_inference_steps": 3, "seed": 7}
 STAGES = ["queue", "encode_text", "denoise", "decode", "encode_audio"]
 PROMPT = "a secret prompt"
 
@@ -82,7 +82,8 @@ def test_a_stream_has_the_same_tree_when_it_is_left_at_its_last_value(
 
 
 def test_every_clip_is_decoded_and_encoded_in_a_span(client: AudioClient, traces: Traces) -> None:
-    client.generate(PROMPT, clip_count=3, **SHORT)
+    options: GenerationOptions = {**SHORT, "clip_count": 3}
+    client.generate(PROMPT, **options)
     traces.one(UNARY, "SERVER")
     assert len(traces.all("decode")) == len(traces.all("encode_audio")) == 3
     assert attributes(traces.one("denoise"))["milonga.clips"] == 3
