@@ -270,6 +270,8 @@ def _open_mp3(audio: bytes) -> bytes:
         if flags & 1 and stated >= frames - 1:
             return audio
         audio, frames = audio[first:], frames - 1
+        if not frames:
+            raise _cut(audio, "MP3")
     # The highest bitrate without padding: a frame with room for the count.
     header = bytes((0xFF, audio[1] | 1, audio[2] & 0x0C | 0xE0, audio[3]))
     count = header.ljust(tag, b"\0") + b"Xing" + struct.pack(">II", 1, frames)

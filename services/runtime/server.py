@@ -27,6 +27,7 @@ from services.runtime.access import Access
 from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import ServerMetrics
+from services.runtime.parsing import ParsingInterceptor
 from services.runtime.reflection import add_reflection
 from services.runtime.scraping import MetricsServer
 from services.runtime.settings import ServerSettings
@@ -85,7 +86,7 @@ class Server:
         self._names: list[str] = []
         self._health = HealthServicer()
         self.access = Access(settings)
-        interceptors = [CallInterceptor(metrics, self.access)]
+        interceptors = [ParsingInterceptor(), CallInterceptor(metrics, self.access)]
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         if settings.callers_file is not None:
             self.on_reload(self.access.reload)
@@ -99,7 +100,9 @@ class Server:
         self._health_server: grpc.aio.Server | None = None
         self.health_port: int | None = None
         if settings.health_port is not None:
-            self._health_server = grpc.aio.server(options=_options(settings))
+            self._health_server = grpc.aio.server(
+                interceptors=[ParsingInterceptor()], options=_options(settings)
+            )
             address = f"{settings.host}:{settings.health_port}"
             self.health_port = _bind(self._health_server, "health_port", address, None)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)

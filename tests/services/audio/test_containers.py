@@ -208,6 +208,13 @@ def test_an_mp3_file_without_a_count_is_read_whole() -> None:
     assert "cut short" in refusal(bare[: len(bare) // 3])
 
 
+def test_an_mp3_file_of_nothing_but_its_count_is_cut() -> None:
+    only_count = MP3[: -len(without_count(MP3))]
+    assert "is cut short" in refusal(only_count)
+    place = only_count.index(b"Xing") + 4
+    assert "is cut short" in refusal(only_count[:place] + bytes(4) + only_count[place + 4 :])
+
+
 def test_an_mp3_file_whose_count_is_too_small_is_read_whole() -> None:
     place = MP3.index(b"Xing") + 8
     frames = int.from_bytes(MP3[place : place + 4], "big")

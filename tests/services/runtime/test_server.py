@@ -64,6 +64,25 @@ def test_health_knows_the_service_by_name(engine: Engine) -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+PROBES = (
+    "grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch",
+    *(f"inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_malformed_message_of_a_probe_is_the_callers_fault(engine: Engine, probe: str) -> None:
+    with serving(engine, health_port=0) as served:
+        ports = [served.server.port, *([served.server.health_port] if "Health" in probe else [])]
+        for port in ports:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                call: Any = channel.unary_unary(f"/{probe}")
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(b"\xff", timeout=60)
+            assert isinstance(caught.value, grpc.Call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_reflection_lists_the_service_and_gives_its_file(engine: Engine) -> None:
     with serving(engine) as served, grpc.insecure_channel(served.target) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # its stubs know no rpc
