@@ -107,6 +107,21 @@ format: $(READY) ## Format the Python files, and fix lint errors that ruff can f
 test: protos $(KUBE)/.milonga-ready ## Run the tests (PYTEST_ARGS="-k engine" for some, "-n0" in one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
+# Faults of the network need toxiproxy-server, https://github.com/Shopify/toxiproxy: TOXIPROXY=/path/to/it.
+MINUTES ?= 10
+SEED ?=
+TOXIPROXY ?=
+
+.PHONY: soak
+soak: protos ## Load all services with faults at random (MINUTES, SEED, TOXIPROXY=PATH), into build/soak/report.md
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(SEED:%=--seed %) $(TOXIPROXY:%=--toxiproxy %)
+
+CASES ?= 100000
+
+.PHONY: fuzz
+fuzz: protos ## Give services, decoders and readers CASES malformed inputs each (SEED=N for others; an hour)
+	OMP_NUM_THREADS=1 FUZZ_CASES=$(CASES) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -v -n0 $(PYTEST_ARGS)
+
 .PHONY: demo
 demo: protos ## Start the services, send three prompts over gRPC, write clips and a page to listen to
 	@$(BIN)/python examples/demo.py
