@@ -9,6 +9,11 @@ import signal
 import threading
 
 
+def watch_parent() -> None:
+    """Have this process get SIGTERM when its standard input ends."""
+    threading.Thread(target=_watch, name="parent", daemon=True).start()
+
+
 def _watch() -> None:
     while os.read(0, 4096):
         pass
@@ -16,7 +21,7 @@ def _watch() -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_watch, name="parent", daemon=True).start()
+    watch_parent()
     from services.cli import main
 
     main()

@@ -19,10 +19,9 @@ from services.reward.serve import SERVICE
 from services.reward.settings import RewardSettings
 from services.runtime.serving import main
 from tests.services.reward.serving import CLAP, MODEL
+from tests.services.runtime.fault_prompts import BREAK, ERROR, EXIT, HANG, LARGE, NAN
 from tests.tiny import tiny_clap, tiny_reward
 
-HANG, EXIT, ERROR, BREAK, NAN, LARGE = "hang", "exit", "error", "break", "nan", "large"
-"""Prompts of faults. After `BREAK` every call of the model fails, as after a sticky error of CUDA."""
 ROOM = 3
 """Pairs in a batch that fit into memory."""
 BLOCKED_LOOP, BLOCKED_THREAD, BLOCKED_FAILURE = "blocked loop", "blocked thread", "blocked failure"

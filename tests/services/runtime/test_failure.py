@@ -7,19 +7,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from tests.services.reward.serving import serving
-from tests.services.runtime.faulty import (
-    BLOCKED_FAILURE,
-    BLOCKED_LOOP,
-    BLOCKED_THREAD,
-    BREAK,
-    ERROR,
-    EXIT,
-    HANG,
-    LARGE,
-    NAN,
-    ROOM,
-    faulty,
-)
+from tests.services.runtime.fault_prompts import BREAK, ERROR, EXIT, HANG, LARGE, NAN
+from tests.services.runtime.faulty import BLOCKED_FAILURE, BLOCKED_LOOP, BLOCKED_THREAD, ROOM, faulty
 from tests.services.runtime.programs import error_of, program, request, score, watch_health
 from tests.waiting import LIMIT, until
 

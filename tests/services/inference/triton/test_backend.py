@@ -20,7 +20,8 @@ from services.reward.settings import RewardSettings
 from services.runtime.settings import load_settings
 from services.reward.model import RewardScorer
 from tests.services.reward.serving import CLAP, MODEL, tone
-from tests.services.runtime.faulty import EXIT, faulty
+from tests.services.runtime.fault_prompts import EXIT
+from tests.services.runtime.faulty import faulty
 
 settings = load_settings(RewardSettings, model="mini")
 scorer = RewardScorer(faulty(), MODEL, CLAP, settings)

@@ -1,0 +1,139 @@
+"""A service as a program, on its embedded models, with faults that callers ask for by their prompts.
+
+    MILONGA_LISTEN=127.0.0.1:50051 MILONGA_MODEL=mini python -m tests.soak.faulty generation
+
+Its settings are those of the service, in the environment. It stops when its standard input ends.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from services.catalogue import GENERATION, REWARD, SCORING
+from services.cli.child import watch_parent
+from services.engine import Engine
+from services.engine.denoiser import Denoiser
+from services.engine.states import ClipState, GroupKey
+from services.generation import serve as generation
+from services.generation.settings import GenerationSettings, model_uris
+from services.generation.slot import EngineSlot, Served
+from services.models.architectures import load_generator
+from services.models.clap.model import ClapModel
+from services.models.latent import Conditioning
+from services.models.reward.model import load_reward
+from services.models.tango.pipeline import TangoPipeline
+from services.reward import serve as reward
+from services.reward.model import RewardScorer
+from services.reward.settings import CLAP, RewardSettings
+from services.reward.settings import find_models as find_reward
+from services.runtime.serving import Service, main
+from services.scoring import serve as scoring
+from services.scoring.scorers import Scorer
+from services.scoring.settings import ScoringSettings
+from services.scoring.settings import find_models as find_scorers
+from services.weights.loading import load_clap_model
+from services.weights.uri import ResolvedModel, resolve
+from tests.services.runtime.fault_prompts import BREAK, ERROR, HANG, LARGE, NAN
+from tests.services.runtime.faulty import Faulty
+
+
+class FaultyTango(TangoPipeline):
+    """A pipeline whose denoiser fails at every call once it is `broken`."""
+
+    broken = False
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, seconds: Tensor | None = None
+    ) -> Tensor:
+        """Denoise, or raise."""
+        _act({ERROR} if self.broken else set())
+        return super().predict(latents, timesteps, conditioning, seconds)
+
+
+class FaultyDenoiser(Denoiser):
+    """An engine's denoiser that does what the prompts of its clips ask for."""
+
+    def __call__(self, key: GroupKey, clips: Sequence[ClipState]) -> tuple[list[Tensor], int]:
+        """Raise, hang, or denoise: to NaN for the prompt `NAN`."""
+        prompts = [clip.state.request.prompt for clip in clips]
+        if BREAK in prompts:
+            assert isinstance(self._pipeline, FaultyTango)
+            self._pipeline.broken = True
+        _act(set(prompts))
+        outputs, rows = super().__call__(key, clips)
+        pairs = zip(prompts, outputs, strict=True)
+        return [output * torch.nan if prompt == NAN else output for prompt, output in pairs], rows
+
+
+class FaultyClap(ClapModel):
+    """A CLAP model that does what the prompts ask for."""
+
+    broken = False
+
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Raise, hang, or embed: NaN for the prompt `NAN`."""
+        self.broken = self.broken or BREAK in prompts
+        _act({*prompts, *([ERROR] if self.broken else [])})
+        embeddings_BD = super().embed_text(prompts)
+        nan_B1 = torch.tensor([[prompt == NAN] for prompt in prompts])
+        return torch.where(nan_B1, torch.nan, embeddings_BD)
+
+
+def _act(prompts: set[str]) -> None:
+    if HANG in prompts:
+        threading.Event().wait()
+    if ERROR in prompts:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if LARGE in prompts:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
+    pipeline: Any = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
+    pipeline.__class__ = FaultyTango
+    engine = Engine(pipeline, settings, model.identity)
+    engine._worker._denoiser.__class__ = FaultyDenoiser
+    return engine
+
+
+def _load_generation(settings: GenerationSettings) -> EngineSlot:
+    model = resolve(model_uris(settings)[GENERATION.model])
+    return EngineSlot(Served(_load_engine(settings, model), model.folder), partial(_load_engine, settings))
+
+
+def _load_scoring(settings: ScoringSettings) -> dict[str, Scorer]:
+    scorers: dict[str, Scorer] = {}
+    for name, version in find_scorers(settings).items():
+        model: Any = load_clap_model(version, settings.device)
+        model.__class__ = FaultyClap
+        scorers[name] = Scorer(model, version, settings)
+    return scorers
+
+
+def _load_reward(settings: RewardSettings) -> RewardScorer:
+    found = find_reward(settings)
+    version, clap = found[REWARD.model], found[CLAP]
+    model: Any = load_reward(version.folder, load_clap_model(clap, settings.device), clap.digest)
+    model.__class__ = Faulty
+    model.broken = False
+    return RewardScorer(model, version, clap, settings)
+
+
+SERVICES: Final[Mapping[str, Callable[[], Service[Any, Any]]]] = MappingProxyType(
+    {
+        GENERATION.name: lambda: replace(generation.SERVICE, load=_load_generation),
+        SCORING.name: lambda: replace(scoring.SERVICE, load=_load_scoring),
+        REWARD.name: lambda: replace(reward.SERVICE, load=_load_reward),
+    }
+)
+
+if __name__ == "__main__":
+    watch_parent()
+    sys.exit(main(SERVICES[sys.argv[1]]()))
