@@ -15,6 +15,7 @@
     ├── RequestCancelledError   the caller cancelled the request
     ├── DeadlineExceededError   the caller's deadline passed before the request was done
     ├── ServiceUnavailableError the service can't be reached, or is stopping
+    │   └── ConnectionOptionsError the address answers, but TLS, certificates or the port are wrong
     ├── UnauthenticatedError    the caller's token is missing or wrong
     ├── PermissionDeniedError   the caller is known, but has no role that may call the method
     ├── AlreadyUnderWayError    an operation that must not run twice at a time is already running
@@ -124,6 +125,10 @@ class DeadlineExceededError(MilongaError):
 
 class ServiceUnavailableError(MilongaError):
     """The service can't be reached, or is stopping."""
+
+
+class ConnectionOptionsError(ServiceUnavailableError):
+    """The address answers, but TLS, certificates or the port are wrong. A retry does not help."""
 
 
 class UnauthenticatedError(MilongaError):

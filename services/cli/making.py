@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import typer
 
-from services import client
 from services.api.best import Best, RankBy, ScoredClips, generate_candidates, rank, run
 from services.api.generation import (
     Clip,
@@ -24,7 +23,14 @@ from services.api.generation import (
     collect,
 )
 from services.api.scoring import Scorers
-from services.cli.scorers import MAX_BATCH, Connection, ScorerSources, name_clips, refuse
+from services.cli.scorers import (
+    MAX_BATCH,
+    Connection,
+    ScorerSources,
+    check_address,
+    name_clips,
+    refuse,
+)
 from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
 
 T = TypeVar("T")
@@ -74,8 +80,7 @@ class Place:
     """None: keep every clip."""
 
     def __post_init__(self) -> None:
-        if self.server == "":
-            refuse("--server", "is empty; give HOST:PORT")
+        check_address("--server", self.server)
         if self.server is not None and (self.model or self.device or self.dtype):
             refuse("--model, --device, --dtype", "are set by the service; leave them out with --server")
 
@@ -114,7 +119,7 @@ class Place:
 
     def _open_clip_maker(self, batch: int | None) -> StreamingClipMaker:
         if self.server is not None:
-            return client.AudioClient(self.server, **self.connection.options())
+            return self.connection.open(self.server)
         # Imported here: importing torch takes seconds, and only the engine needs it.
         from services.engine import EngineConfig
         from services.local import open_clip_maker

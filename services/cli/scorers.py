@@ -31,9 +31,26 @@ PANEL = "Scorers"
 _PATH = re.compile(r"pairs\[(\d+)\](?:\.clip)?\.(\w+)")
 
 
+_FLAGS: Mapping[str, str] = {
+    "tls": "--tls-cert, --tls-key",
+    "tls.ca_file": "--tls-ca",
+    "tls.cert_file": "--tls-cert",
+    "tls.key_file": "--tls-key",
+    "token": "--token-file",
+}
+"""Options of a connection, by the client's arguments."""
+
+
 def refuse(field: str, description: str) -> NoReturn:
     """Raise `InvalidInputError` for one option."""
     raise invalid(field, description)
+
+
+def check_address(flag: str, address: str | None) -> None:
+    """Raise `InvalidInputError` unless the address that an option gives is valid, or None."""
+    fault = None if address is None else client.address_fault(address)
+    if fault is not None:
+        refuse(flag, fault)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +93,19 @@ class Connection:
         """Whether no option was given."""
         return self == Connection()
 
-    def options(self) -> client.ConnectionOptions:
+    def open(self, target: str | None = None, **addresses: str | None) -> client.AudioClient:
+        """Return a client of services. Raises `InvalidInputError`, which names options."""
+        try:
+            return client.AudioClient(target, **addresses, **self._options())
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                *(
+                    FieldViolation(_FLAGS.get(fault.field, fault.field), fault.description)
+                    for fault in error.violations
+                )
+            ) from error
+
+    def _options(self) -> client.ConnectionOptions:
         """Return them by the client's names."""
         options: client.ConnectionOptions = {}
         if self.allow_insecure_token:
@@ -157,8 +186,7 @@ class ScorerOptions:
         """
         reward, is_local = self.reward, self.scoring is None and self.reward_server is None
         for flag, address in (("--scoring", self.scoring), ("--reward-server", self.reward_server)):
-            if address == "":
-                refuse(flag, "is empty; give HOST:PORT")
+            check_address(flag, address)
         if self.reward_server is not None and (reward is not None or no_reward):
             refuse("--reward-server", "can't be combined with --reward or --no-reward; leave them out")
         if no_reward and reward is not None:
@@ -240,11 +268,7 @@ class ScorerSources:
         local = self._open_local() if self.are_here else None
         remote = None
         if self.scoring is not None or self.reward_server is not None:
-            remote = client.AudioClient(
-                scoring=self.scoring,
-                reward=self.reward_server,
-                **self.connection.options(),
-            )
+            remote = self.connection.open(scoring=self.scoring, reward=self.reward_server)
         return CombinedScorers(
             clap=remote if self.scoring is not None else local if self.by_clap else None,
             reward=remote if self.reward_server is not None else local if self.by_reward else None,

@@ -27,6 +27,7 @@ from services.api.generation import (
 )
 from services.api.model import ModelSwitch, ModelVersion
 from services.api.scoring import Embeddings, RankedClip, Ranking, Reward, Rewards, Scorer, Scores, Sound
+from services.client.addresses import address_fault
 from services.client.clients import AsyncAudioClient, AudioClient
 from services.client.connection import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -71,6 +72,7 @@ __all__ = [
     "Sound",
     "Timings",
     "Update",
+    "address_fault",
     "build_request",
     "read_response",
     "read_update",

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -24,6 +25,7 @@ from services.client.transport import (
     path_of,
 )
 from services.errors import (
+    ConnectionOptionsError,
     DeadlineExceededError,
     FieldViolation,
     InvalidInputError,
@@ -156,6 +158,7 @@ class Calls:
                 return await attempt(deadline.left)
             except grpc.RpcError as error:
                 failure = _read_failure(error, service, address)
+                await self._check_connection(failure, address)
                 wait = failure.wait(tries)
                 # If the wait exceeds the deadline, the refusal says more than a passed deadline would.
                 if wait is None or tries > self._connection.retries or wait >= deadline.left:
@@ -163,12 +166,23 @@ class Calls:
             span.retry(wait)
             await self._transport.pause(wait)
 
+    async def _check_connection(self, failure: "_Failure", address: str) -> None:
+        """Raise `ConnectionOptionsError` if the call never reached a service, and never will."""
+        if isinstance(failure.error, ServiceUnavailableError) and not failure.answered:
+            look = partial(self._connection.fault, failure.text, address)
+            if fault := await self._transport.offload(look):
+                raise ConnectionOptionsError(fault) from failure.error
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Failure:
     """The error of a failed attempt, and the service's retry delay."""
 
     error: MilongaError
+    text: str
+    """gRPC's description."""
+    answered: bool
+    """Whether the error comes from a service of this product."""
     retry_after: float | None
     """Retry delay from the service in seconds; None without one."""
 
@@ -193,6 +207,8 @@ def _read_failure(error: grpc.RpcError, service: Service[Any], address: str) -> 
         code, text = grpc.StatusCode.UNAVAILABLE, "the service stopped, and reset the call"
     return _Failure(
         error=_explain(status.from_status(code, text, details), code, service, address),
+        text=text,
+        answered=details is not None,
         retry_after=status.retry_delay(details),
     )
 

@@ -294,8 +294,9 @@ class AudioClient:
             options: see `ConnectionOptions`.
 
         Raises:
-            InvalidInputError: an address is empty, a token is given without TLS, `retries` is out of range,
-                or a TLS file can't be read. A missing address is reported at the first call to its service.
+            InvalidInputError: an address is a URL or has no port, a token is given without TLS, `retries` is
+                out of range, or a TLS file can't be read. A missing address is reported at the first call to
+                its service, as is TLS on one side only.
         """
         connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
         self._rpcs = _Rpcs(Calls(connection, BlockingTransport(connection)))

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import grpc
 import grpc.aio
 
+from services.client.addresses import address_fault, connection_fault
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.runtime.callers import PRIORITY_KEY, Priority
 from services.runtime.tls import read_authorities, read_identity
@@ -118,14 +119,15 @@ class Connection:
                 channel_options: see `ConnectionOptions`.
 
         Raises:
-            InvalidInputError: an address is empty, the token would leave this machine in plaintext, `retries`
-                is out of range, or a file of TLS or of the token can't be read.
+            InvalidInputError: an address is a URL or has no port, the token would leave this machine in
+                plaintext, `retries` is out of range, or a file of TLS or of the token can't be read.
         """
         if not 0 <= retries <= MAX_RETRIES:
             raise invalid("retries", f"is {retries}, must be between 0 and {MAX_RETRIES}")
-        empty = [name for name, address in addresses.items() if address == ""]
-        if empty:
-            raise InvalidInputError(*(FieldViolation(name, "is empty; give HOST:PORT") for name in empty))
+        faults = {name: address_fault(given) for name, given in addresses.items() if given is not None}
+        violations = [FieldViolation(name, fault) for name, fault in faults.items() if fault]
+        if violations:
+            raise InvalidInputError(*violations)
         self._addresses = dict(addresses)
         if allow_insecure_token is None:
             allow_insecure_token = os.environ.get(ALLOW_INSECURE_TOKEN_VARIABLE, "") in ("1", "true")
@@ -140,6 +142,7 @@ class Connection:
         config = _SERVICE_CONFIG | _HEALTH_CHECK if health_check else _SERVICE_CONFIG
         self._options = _channel_options(max_response_bytes, config, tls, channel_options)
         self._credentials = None if tls is None else _credentials(tls)
+        self._tls = tls
 
     def address(self, argument: str, service: str) -> str:
         """Return the address of the `service` that the client's `argument` names.
@@ -154,6 +157,11 @@ class Connection:
     def has_address(self, argument: str) -> bool:
         """Return whether the client's `argument`, or ``target`` in its place, was given."""
         return bool(self._addresses.get(argument) or self._addresses.get("target"))
+
+    def fault(self, text: str, address: str) -> str | None:
+        """Return why these options can't work if gRPC describes the failure by `text`: `connection_fault`."""
+        identity = self._tls is not None and self._tls.cert_file is not None
+        return connection_fault(text, address, tls=self._tls is not None, identity=identity)
 
     def metadata_for(self, address: str, token: str | None) -> Metadata:
         """Return the metadata of a call to `address`: with `token`, or those of every call.

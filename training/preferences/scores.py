@@ -24,7 +24,7 @@ from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
 from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import check_addresses, check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
@@ -69,6 +69,7 @@ class ScoresConfig:
             raise ValueError(f"scorers names one twice: {', '.join(self.scorers)}")
         check_minimum(self, 1, "batch", "in_flight")
         check_share(self, "max_unreadable")
+        check_addresses(self, "server", "reward_server")
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout}, must be seconds above 0")
 

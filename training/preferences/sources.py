@@ -9,7 +9,7 @@ from services.api.model import ModelVersion
 from services.client import AudioClient
 from services.models.folders import DTYPES
 from services.weights.uri import resolve
-from training.loop.checks import check_minimum
+from training.loop.checks import check_addresses, check_minimum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch", "in_flight", "sampling_rate")
+        check_addresses(self, "server")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if not 0 < self.timeout < math.inf:

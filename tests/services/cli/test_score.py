@@ -319,6 +319,8 @@ def test_lists_of_clips_are_read_in_the_forms_that_data_sets_have(
         ([PROMPT, "CLIP", "--reward", "mini", "--no-reward"], "--no-reward"),
         ([PROMPT, "CLIP", "--reward", "mini", "--reward-server", "x:1"], "--reward-server"),
         ([PROMPT, "CLIP", "--scoring", ""], "--scoring"),
+        ([PROMPT, "CLIP", "--scoring", "grpc://x:1"], "--scoring: is 'grpc://x:1', a URL; give x:1"),
+        ([PROMPT, "CLIP", "--reward-server", "x"], "--reward-server: is 'x', which has no port;"),
         ([PROMPT, "CLIP", "--scoring", "x:1", "--scorer", "a=mini:clap-a"], "--scorer"),
         ([PROMPT, "CLIP", "--scoring", "x:1", "--device", "cpu"], "--device"),
         ([PROMPT, "CLIP", "--scoring", "x:1", "--timeout", "0"], "--timeout"),
