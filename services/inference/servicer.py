@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2_grpc as rpc
 from services.errors import MilongaError, ModelNotFoundError, UnsupportedError
 from services.inference import metadata
 from services.inference.model import Context, Model, ModelLease, Operator, Response
+from services.inference.options import LimitedCaller, read_options
 from services.inference.statistics import Statistics
 from services.inference.streams import interleave
 from services.inference.tensors import Tensors, read_inputs, read_requested_outputs, write_outputs
@@ -208,12 +209,16 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             self._check(request.model_name, request.model_version, lease)
             with self._statistics.measure(lease.version) as record:
                 requested = read_requested_outputs(request, self._model.outputs)
-                job = await self._off_loop(lambda: lease.read(self._read(request)))
-                async with aclosing(lease.run(job, context, stream=stream)) as responses:
-                    async for response in responses:
-                        record.add(response)
-                        if response.is_sent(requested):
-                            yield response.final, self._write(request, lease, response, requested)
+                options = read_options(request, self._model.inputs)
+                caller = LimitedCaller(context=context, options=options)
+                with options.calling():
+                    job = await self._off_loop(lambda: lease.read(self._read(request)))
+                    running = lease.run(job, caller, stream=stream)
+                    async with aclosing(running), aclosing(options.limited(running)) as responses:
+                        async for response in responses:
+                            record.add(response)
+                            if response.is_sent(requested):
+                                yield response.final, self._write(request, lease, response, requested)
 
     def _read(self, request: pb.ModelInferRequest) -> Tensors:
         return read_inputs(request, self._model.inputs, self._model.max_rows)

@@ -33,7 +33,8 @@ _NUMBERS: Final[Mapping[str, tuple[np.dtype[Any], str]]] = {
 _DATATYPES: Final = {kind: datatype for datatype, (kind, _) in _NUMBERS.items()}
 
 _MAX_NAME_CHARACTERS: Final = 80
-_SHARED_MEMORY: Final = "shared_memory_region"
+SHARED_MEMORY: Final = "shared_memory_"
+"""Prefix of the parameters of tensors in shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +129,7 @@ def read_requested_outputs(request: pb.ModelInferRequest, specs: Sequence[Tensor
     """
     known = {spec.name: spec for spec in specs}
     for output in request.outputs:
-        if _SHARED_MEMORY in output.parameters:
+        if _is_shared(output):
             raise _no_shared_memory(output.name)
         if "classification" in output.parameters:
             name = output.name[:_MAX_NAME_CHARACTERS]
@@ -194,10 +195,19 @@ def row_field(field: str, index: int, n: int) -> str:
     return field if n == 1 else f"{field}[{index}]"
 
 
+def shortened(name: str) -> str:
+    """Return a caller's name for a message."""
+    return name[:_MAX_NAME_CHARACTERS]
+
+
+def _is_shared(tensor: Any) -> bool:
+    return any(name.startswith(SHARED_MEMORY) for name in tensor.parameters)
+
+
 def _raw_contents(request: pb.ModelInferRequest) -> Sequence[bytes] | None:
     """Return the raw contents, one per input; None if contents are typed."""
     for tensor in request.inputs:
-        if _SHARED_MEMORY in tensor.parameters:
+        if _is_shared(tensor):
             raise _no_shared_memory(tensor.name)
     raw: Sequence[bytes] = request.raw_input_contents
     if not raw:

@@ -25,6 +25,7 @@ import structlog
 from services.environment import quiet_libraries
 from services.errors import MilongaError
 from services.inference import Model, ModelLease, Response, Tensors
+from services.inference.options import LimitedCaller, options_of
 from services.inference.tensors import check_inputs
 from services.runtime import status
 from services.runtime.logs import configure_logs
@@ -52,18 +53,6 @@ OpenModel = Callable[[Path, Mapping[str, str]], Awaitable[LoadedModel]]
 
 Raises `MilongaError`, whose message Triton reports as the reason why the version is not ready.
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Caller:
-    """The caller of a request to Triton."""
-
-    microseconds: int
-    """Timeout of the request; 0: none."""
-
-    def time_remaining(self) -> float | None:
-        """Return Triton's request timeout in seconds. Triton turns a gRPC deadline into a cancellation."""
-        return self.microseconds / 1e6 if self.microseconds else None
 
 
 class PythonModel:
@@ -166,13 +155,20 @@ class PythonModel:
 
     async def _responses(self, request: Any, lease: ModelLease[Any], *, stream: bool) -> Any:
         model = self._loaded.model
+        options = options_of(self._parameters(request), model.inputs)
         tensors = await asyncio.to_thread(self._read, request)
         check_inputs(tensors, model.inputs, model.max_rows)
-        job = await asyncio.to_thread(lease.read, tensors)
-        caller = _Caller(microseconds=request.timeout())
-        async with aclosing(lease.run(job, caller, stream=stream)) as responses:
-            async for response in responses:
-                yield response
+        with options.calling():
+            job = await asyncio.to_thread(lease.read, tensors)
+            running = lease.run(job, LimitedCaller(options=options), stream=stream)
+            async with aclosing(running), aclosing(options.limited(running)) as responses:
+                async for response in responses:
+                    yield response
+
+    def _parameters(self, request: Any) -> dict[str, Any]:
+        """Return a request's parameters. Triton keeps those that it knows apart; the priority is its own."""
+        given = json.loads(request.parameters() or "null") or {}
+        return {**given, "timeout": request.timeout(), "sequence_id": request.correlation_id()}
 
     def _read(self, request: Any) -> Tensors:
         # Copied: Triton reuses the memory after the last response.

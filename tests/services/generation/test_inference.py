@@ -441,6 +441,25 @@ def test_what_is_not_offered_says_so(client: triton.InferenceServerClient) -> No
         client.infer("tango", _inputs(), outputs=[triton.InferRequestedOutput("FOO")])
 
 
+def test_parameters_of_a_request_are_honoured_or_refused(client: triton.InferenceServerClient) -> None:
+    plain = client.infer("tango", _inputs(PROMPTS[:1], SEED=("INT64", [7])))
+    same = client.infer(
+        "tango", _inputs(PROMPTS[:1], SEED=("INT64", [7])), priority=2, timeout=100_000_000, sequence_id=0
+    )
+    np.testing.assert_array_equal(plain.as_numpy("AUDIO"), same.as_numpy("AUDIO"))
+    for options, says in (
+        ({"parameters": {"seed": 7}}, "parameters.seed: is '7', but this option is a tensor; send SEED"),
+        ({"parameters": {"temperature": 0.5}}, "parameters.temperature: is unknown"),
+        ({"priority": 9}, "parameters.priority: is '9', must be"),
+        ({"sequence_id": 7}, "parameters.sequence_id: is '7', but requests are independent"),
+    ):
+        status, message = refusal(partial(client.infer, "tango", _inputs(PROMPTS[:1]), **options))
+        assert (status, says in message) == ("INVALID_ARGUMENT", True), message
+    long = _inputs(PROMPTS[:1], NUM_INFERENCE_STEPS=("INT32", [1000]))
+    status, message = refusal(lambda: client.infer("tango", long, timeout=1))
+    assert (status, "its deadline is in" in message) == ("DEADLINE_EXCEEDED", True), message
+
+
 def test_statistics_count_rows_requests_and_failures() -> None:
     with (
         tiny_engine() as engine,

@@ -56,3 +56,74 @@ def test_a_model_that_works_no_longer_ends_its_process(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "failed: the service has failed: the model's thread has ended" in done.stdout
     assert '"level": "critical"' in done.stderr
+
+
+ASKING = """
+import asyncio, json
+from services.inference.triton.backend import LoadedModel, PythonModel
+from services.reward.inference import RewardInference
+from services.reward.model import RewardScorer
+from services.reward.servicer import RewardServicer
+from services.reward.settings import RewardSettings
+from services.runtime.settings import load_settings
+from tests.services.reward.serving import CLAP, MODEL
+from tests.tiny import tiny_clap, tiny_reward
+
+settings = load_settings(RewardSettings, model="mini")
+scorer = RewardScorer(tiny_reward(tiny_clap()), MODEL, CLAP, settings)
+
+async def open_model(folder, parameters):
+    model = RewardInference(RewardServicer(scorer, settings))
+    return LoadedModel(model=model, close=scorer.close, watch=scorer.watch)
+
+class Request:
+    def __init__(self, parameters="", correlation=0):
+        self._parameters, self._correlation = parameters, correlation
+    def parameters(self): return self._parameters
+    def correlation_id(self): return self._correlation
+    def timeout(self): return 0
+    def inputs(self): return []
+    def request_id(self): return "mine"
+    def requested_output_names(self): return ["REWARD"]
+
+model = PythonModel(open_model)
+model.initialize({"model_config": "{}", "model_repository": ".", "model_version": "1"})
+requests = [Request(), Request("{}"), Request(json.dumps({"PROMPT": "a", "x": 1})), Request(correlation=7)]
+for response in model.execute(requests):
+    print(response.error.code, response.error.message)
+model.finalize()
+"""
+
+ANSWERING = """
+class TritonError:
+    INVALID_ARG, NOT_FOUND, UNAVAILABLE, UNSUPPORTED, CANCELLED, INTERNAL = (
+        "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "UNSUPPORTED", "CANCELLED", "INTERNAL"
+    )
+    def __init__(self, message, code): self.message, self.code = message, code
+
+class InferenceResponse:
+    def __init__(self, tensors=(), error=None): self.tensors, self.error = tensors, error
+"""
+
+
+def test_parameters_that_are_not_honoured_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "triton_python_backend_utils.py").write_text(ANSWERING)
+    variables = environment()
+    variables["PYTHONPATH"] = f"{tmp_path}:{variables['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    none, empty, unknown, sequence = done.stdout.splitlines()
+    for line in (none, empty):
+        assert line.startswith("INVALID_ARG prompt: tensor PROMPT is missing")
+    assert unknown.startswith(
+        "INVALID_ARG parameters.PROMPT: is 'a', but this option is a tensor; send PROMPT,"
+    )
+    assert "parameters.x: is unknown; known parameters" in unknown
+    assert sequence.startswith("INVALID_ARG parameters.sequence_id: is '7', but requests are independent")
