@@ -23,11 +23,11 @@ from services.api.generation import (
     collect,
 )
 from services.api.scoring import Scorers
+from services.cli.options import check_address
 from services.cli.scorers import (
     MAX_BATCH,
     Connection,
     ScorerSources,
-    check_address,
     name_clips,
     refuse,
 )
@@ -111,6 +111,8 @@ class Place:
                 scorers = None if self.best_of is None else self.best_of.scorers.open()
                 if scorers is not None:
                     stack.callback(scorers.close)
+                    # Otherwise an absent service would be reported only after the candidates are made.
+                    scorers.versions()
                 clips = self._open_clip_maker(batch)
             except InvalidInputError as error:
                 raise in_flags(error, self.best_of) from None

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from services.catalogue import CATALOGUE, ServiceEntry, Weights
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
     from services.runtime.settings import ServerSettings
@@ -77,6 +77,15 @@ def _field_options(kind: type[Any]) -> list[inspect.Parameter]:
         )
         for field in fields(kind)
     ]
+
+
+def check_address(flag: str, address: str | None) -> None:
+    """Raise `InvalidInputError` unless an option's address of a service is valid, or None."""
+    from services.client import address_fault
+
+    fault = None if address is None else address_fault(address)
+    if fault is not None:
+        raise invalid(flag, fault)
 
 
 # Settings

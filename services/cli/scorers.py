@@ -16,7 +16,7 @@ import typer
 from services import client
 from services.api.scoring import CombinedScorers, Scorers
 from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS, reward_uri
-from services.cli.options import read_pairs
+from services.cli.options import check_address, read_pairs
 from services.errors import FieldViolation, InvalidInputError, ModelError, invalid
 from services.runtime.tokens import read_token
 
@@ -44,13 +44,6 @@ _FLAGS: Mapping[str, str] = {
 def refuse(field: str, description: str) -> NoReturn:
     """Raise `InvalidInputError` for one option."""
     raise invalid(field, description)
-
-
-def check_address(flag: str, address: str | None) -> None:
-    """Raise `InvalidInputError` unless the address that an option gives is valid, or None."""
-    fault = None if address is None else client.address_fault(address)
-    if fault is not None:
-        refuse(flag, fault)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

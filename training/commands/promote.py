@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli.options import grouped
+from services.cli.options import check_address, grouped
 from services.errors import FieldViolation, InvalidInputError, invalid
 from training.commands.targets import TargetOptions, TrackingURI, open_target, tls_of
 from training.exits import exit_codes, timed_lines
@@ -128,6 +128,8 @@ def run(
     target: TargetOptions,
 ) -> None:
     """Roll out a registered version if it passes the gates; roll back if the rollout fails."""
+    check_address("--scoring", scoring)
+    check_address("--reward-server", reward)
     with _promoter(target, alias) as promoter:
         from training.promotion import promote
         from training.promotion.gates.examination import ScorerServices

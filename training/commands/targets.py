@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.cli.options import check_address
 from services.errors import InvalidInputError, invalid
 from training.exits import timed_lines
 
@@ -121,6 +122,8 @@ class TargetOptions:
 def open_target(options: TargetOptions, registry: "Registry") -> "Target":
     """Return the target that `options` name. Raises `InvalidInputError` if they name none."""
     kind, tls = options.target, tls_of(options)
+    check_address("--generation-address", options.generation_address)
+    check_address("--challenger-address", options.challenger_address)
     if kind.startswith("triton://"):
         from services.inference.triton.repository import ModelRepository, open_storage
         from training.promotion.targets.triton import TritonTarget

@@ -563,6 +563,17 @@ def test_wrong_flags_of_candidates(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_absent_scorer_is_reported_before_any_clip_is_made(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.engine.Engine.stream", None)
+    address = f"127.0.0.1:{free_port()}"
+    words = ["--model", f"file:{models.sound}", "--candidates", "2", "--reward-server", address]
+    assert cli.run(["generate", PROMPT, *QUICK, *words, "-o", str(tmp_path / "a.wav")]) == 3
+    assert error_of(capsys).startswith(f"error: {address}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_of_candidates_are_named_as_flags(
     services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
