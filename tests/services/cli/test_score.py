@@ -23,6 +23,7 @@ from services.models.reward.model import load_reward
 from services.processes import free_port
 from tests.programs import Services
 from tests.services.audio.sounds import antiphase
+from tests.services.client.serving import Told, serving
 from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
 
 PROMPT = "a dog barks then a siren wails"
@@ -564,13 +565,14 @@ def test_wrong_flags_of_candidates(
 
 
 def test_an_absent_scorer_is_reported_before_any_clip_is_made(
-    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.engine.Engine.stream", None)
-    address = f"127.0.0.1:{free_port()}"
-    words = ["--model", f"file:{models.sound}", "--candidates", "2", "--reward-server", address]
-    assert cli.run(["generate", PROMPT, *QUICK, *words, "-o", str(tmp_path / "a.wav")]) == 3
+    address, told = f"127.0.0.1:{free_port()}", Told()
+    with serving(told) as target:
+        words = ["--server", target, "--candidates", "2", "--reward-server", address]
+        assert cli.run(["generate", PROMPT, *words, "-o", str(tmp_path / "a.wav")]) == 3
     assert error_of(capsys).startswith(f"error: {address}: ")
+    assert told.requests == []
     assert list(tmp_path.iterdir()) == []
 
 
