@@ -1,6 +1,4 @@
-"""Checks of a config's numbers and addresses, for its `__post_init__`."""
-
-from services.client.addresses import address_fault
+"""Checks of a config's numbers, for its `__post_init__`."""
 
 
 def check_minimum(config: object, minimum: int, *names: str) -> None:
@@ -15,11 +13,3 @@ def check_share(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {getattr(config, name)}, must lie in [0, 1]")
-
-
-def check_addresses(config: object, *names: str) -> None:
-    """Raise ValueError if a field of `config` is neither None nor the address of a service."""
-    for name in names:
-        address = getattr(config, name)
-        if address is not None and (fault := address_fault(address)):
-            raise ValueError(f"{name} {fault}")

@@ -24,10 +24,11 @@ from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
 from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
-from training.loop.checks import check_addresses, check_minimum, check_share
+from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
+from training.preferences.sources import check_addresses
 
 SCORES = "scores.jsonl"
 _CLAP: Final = "reward's CLAP model"

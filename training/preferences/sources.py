@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from services.api.generation import ClipMaker, GenerationOptions
 from services.api.model import ModelVersion
-from services.client import AudioClient
+from services.client import AudioClient, address_fault
 from services.models.folders import DTYPES
 from services.weights.uri import resolve
-from training.loop.checks import check_addresses, check_minimum
+from training.loop.checks import check_minimum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,3 +110,11 @@ def open_source(config: SourceConfig) -> ClipMaker:
         threads=config.threads,
     )
     return open_clip_maker(resolve(config.model), device=config.device, dtype=config.dtype, config=engine)
+
+
+def check_addresses(config: object, *names: str) -> None:
+    """Raise ValueError if a field of `config` is neither None nor the address of a service."""
+    for name in names:
+        address = getattr(config, name)
+        if address is not None and (fault := address_fault(address)):
+            raise ValueError(f"{name} {fault}")
