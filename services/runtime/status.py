@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from services.errors import (
     AlreadyUnderWayError,
+    ConnectionOptionsError,
     DeadlineExceededError,
     DigestMismatchError,
     FieldViolation,
@@ -49,6 +50,7 @@ STATUS_CODES: dict[type[MilongaError], grpc.StatusCode] = {
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    ConnectionOptionsError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     AlreadyUnderWayError: grpc.StatusCode.ABORTED,
