@@ -129,11 +129,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code = grpc.StatusCode.OK
         error: BaseException | None = None
         caller: Caller | None = None
-        self._metrics.in_flight.labels(rpc).inc()
         with (
             server_span(method, context.invocation_metadata()) as span,
             structlog.contextvars.bound_contextvars(**_names(request_id, rpc, span)),
         ):
+            self._metrics.in_flight.labels(rpc).inc()
             try:
                 caller = self._access.admit(method, context)
                 span.annotate(request_id=request_id, priority=caller.priority)

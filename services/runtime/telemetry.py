@@ -67,7 +67,7 @@ def start(name: str) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        _log.warning("traces are off: %s is not installed; pip install 'milonga[tracing]'", error.name)
+        _log.warning("traces are off: %s is missing; pip install 'milonga[tracing]'", error.name)
         return
     _started = TracerProvider(resource=_resource(name), shutdown_on_exit=False)
     for exporter in exporters:

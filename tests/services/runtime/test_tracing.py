@@ -4,12 +4,15 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 
-from examples.print_traces import Collector, lines, start
+from examples.print_traces import Collector, Received, lines, read, start
 from services.errors import InvalidInputError
 from services.processes import ServicePlan, free_port, running
 from services.runtime import call_spans, telemetry, tracing
@@ -138,6 +141,36 @@ def test_a_command_and_a_service_export_one_trace(
     log = next(tmp_path.glob("*.log")).read_text()
     calls = [json.loads(line) for line in log.splitlines() if '"trace_id"' in line]
     assert trace[0].trace_id.hex() in {call["trace_id"] for call in calls}
+
+
+def test_spans_are_sent_over_http_too() -> None:
+    received: list[Received] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            assert self.path == "/v1/traces"
+            received.extend(read(pb.ExportTraceServiceRequest.FromString(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    program = (
+        "from services.runtime import telemetry, tracing; telemetry.start('milonga-test')\n"
+        "with tracing.span('a', steps=3): pass"
+    )
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        settings = environment(
+            **{ENDPOINT: endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": "s"}
+        )
+        subprocess.run([sys.executable, "-c", program], env=settings, check=True, timeout=60)
+        server.shutdown()
+    (span,) = received
+    assert (span.name, span.service, span.attributes) == ("a", "s", {"milonga.steps": 3})
 
 
 def test_a_silent_collector_holds_up_neither_calls_nor_the_end() -> None:
