@@ -33,6 +33,9 @@ from typing import Self
 class MilongaError(Exception):
     """Root of the tree. The message is one line with the field, its value and the remedy."""
 
+    refusal: str | None = None
+    """Why the call was refused before any work was done for it, in one word for metrics; None: it was not."""
+
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
@@ -78,17 +81,24 @@ class DigestMismatchError(ModelError):
 class QueueFullError(MilongaError):
     """A bounded queue is full. `retry_after` estimates the seconds until it has room."""
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    refusal = "room"
+
+    def __init__(self, message: str, *, retry_after: float, refusal: str | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.refusal = refusal or self.refusal
 
 
 class QuotaExceededError(QueueFullError):
     """The caller has used up its quota. `retry_after` is the seconds until it may make this call."""
 
+    refusal = "quota"
+
 
 class TooLargeError(MilongaError):
     """One item of the request needs more memory than the service has, even alone. A retry would not help."""
+
+    refusal = "size"
 
 
 class NotFiniteError(MilongaError):
@@ -120,7 +130,11 @@ class RequestCancelledError(MilongaError):
 
 
 class DeadlineExceededError(MilongaError):
-    """The caller's deadline passed before the request was done."""
+    """The caller's deadline passed before the request was done, or would pass."""
+
+    def __init__(self, message: str, *, refusal: str | None = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class ServiceUnavailableError(MilongaError):
@@ -134,9 +148,13 @@ class ConnectionOptionsError(ServiceUnavailableError):
 class UnauthenticatedError(MilongaError):
     """The caller's token is missing or wrong."""
 
+    refusal = "token"
+
 
 class PermissionDeniedError(MilongaError):
     """The caller is known, but has no role that may call the method."""
+
+    refusal = "role"
 
 
 class AlreadyUnderWayError(MilongaError):

@@ -42,8 +42,6 @@ class Admission:
         self._closing = False
         self._aborting: str | None = None
         self._failure: str | None = None
-        self.refused_room = self.refused_time = 0
-        """See `EngineStats`."""
 
     @property
     def depth(self) -> int:
@@ -167,29 +165,26 @@ class Admission:
         if wait is None:
             return
         if wait > self._max_wait:
-            self.refused_time += 1
             message = f"requests wait {wait:.0f} s, more than {self._max_wait:g}; try again later"
-            raise QueueFullError(message, retry_after=_retry_after(wait))
+            raise QueueFullError(message, retry_after=_retry_after(wait), refusal="time")
         if deadline_in is None:
             return
         alone = self._pace.shortest(state)
         if alone > deadline_in:
-            self.refused_time += 1
             raise DeadlineExceededError(
                 f"the request takes {alone:.1f} s, and its deadline is in {deadline_in:.1f} s; "
-                "allow more time, take fewer steps or a shorter duration"
+                "allow more time, take fewer steps or a shorter duration",
+                refusal="time",
             )
         late = self._pace.finish(state, wait, deadline_in) - deadline_in
         if late > 0:
-            self.refused_time += 1
             message = (
                 f"the request would end {late:.1f} s after its deadline, since {wait:.1f} s of work are "
                 "before it; try again later"
             )
-            raise QueueFullError(message, retry_after=_retry_after(late))
+            raise QueueFullError(message, retry_after=_retry_after(late), refusal="time")
 
     def _full(self, state: RequestState, message: str) -> QueueFullError:
-        self.refused_room += 1
         wait = self._seconds_ahead(state)
         return QueueFullError(message, retry_after=_retry_after(_FIRST_GUESS if wait is None else wait))
 

@@ -24,6 +24,7 @@ from services.api.generation import (
     collect,
     validate,
 )
+from services.api.measurements import Observer
 from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
 from services.engine.batching import rows_of
@@ -144,6 +145,10 @@ class Engine:
         """
         self._worker.watch(on_failure)
 
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called with each measurement from now on, on the worker thread."""
+        self._meter.observe = observer
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, fail those that have not ended after `drain_seconds`, and stop the thread.
 
@@ -173,8 +178,6 @@ class Engine:
             self._meter.totals,
             queue_depth=self._admission.depth,
             running=len(self._admission.states()),
-            refused_room=self._admission.refused_room,
-            refused_time=self._admission.refused_time,
         )
 
     def _preview_interval(self, request: GenerationRequest) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from services.api.generation import Failed, Finished
+from services.api.measurements import Observer, ignore
 from services.errors import DeadlineExceededError, RequestCancelledError
 
 
@@ -39,11 +40,6 @@ class EngineStats:
     failed: int = 0
     """Requests that failed otherwise."""
 
-    refused_room: int = 0
-    """Requests refused since the queue had no room for them, or for their caller."""
-    refused_time: int = 0
-    """Requests refused since they would have waited too long, or missed their deadline."""
-
     def __add__(self, other: "EngineStats") -> "EngineStats":
         """Return the sum of two engines' counts."""
         names = (field.name for field in fields(self))
@@ -55,6 +51,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.totals = EngineStats()
+        self.observe: Observer = ignore
+        """Receives single measurements. Replaced by `Engine.observe`."""
 
     def count_step(self, *, clips: int, used: int, rows: int, seconds: float) -> None:
         """Count one denoising step of `clips` clips in `used` of `rows` rows."""
@@ -67,6 +65,8 @@ class Meter:
             padding_rows=totals.padding_rows + rows - used,
             denoise_seconds=totals.denoise_seconds + seconds,
         )
+        self.observe("step", seconds, str(rows))
+        self.observe("fill", used / rows)
 
     def count_clip(self, *, audio_seconds: float, seconds: float) -> None:
         """Count one decoded clip."""
@@ -77,6 +77,7 @@ class Meter:
             audio_seconds=totals.audio_seconds + audio_seconds,
             decode_seconds=totals.decode_seconds + seconds,
         )
+        self.observe("decode", seconds)
 
     def count_end(self, event: Finished | Failed) -> None:
         """Count one ended request by its last event."""

@@ -177,6 +177,8 @@ class Worker:
         if not self._admission.remove(state):
             return
         state.ended = True
+        if state.started_at is None:
+            self._observe_wait(state)
         self._meter.count_end(event)
         self._send(state, event)
         state.done.set()
@@ -263,6 +265,7 @@ class Worker:
         if state.started_at is not None:
             return not state.ended
         state.started_at = time.monotonic()
+        self._observe_wait(state)
         try:
             state.prompt = self._prompts.encode(state.request.prompt)
             state.negative_prompt = self._prompts.encode(state.request.negative_prompt)
@@ -271,6 +274,9 @@ class Worker:
             return False
         state.encode_seconds = time.monotonic() - state.started_at
         return True
+
+    def _observe_wait(self, state: RequestState) -> None:
+        self._meter.observe("queue_wait", time.monotonic() - state.submitted_at, state.path.priority)
 
     def _report_positions(self, order: Sequence[tuple[Rank, RequestState]]) -> None:
         """Send requests without a started clip their position among them, if it changed."""
@@ -303,6 +309,8 @@ class Worker:
         self._meter.count_step(clips=len(done), used=used, rows=rows, seconds=now - began)
         for clip, _ in done:
             state = clip.state
+            if not state.steps_done:
+                self._meter.observe("first_step", now - state.submitted_at, state.path.priority)
             state.steps_done += 1
             state.last_step_at = now
             if clip.finished:

@@ -23,10 +23,8 @@ COUNTERS: Final = {
     "clip_steps": ("milonga_denoising_steps", "Denoising steps, summed over clips."),
     "rows": ("milonga_denoiser_rows", "Rows computed in denoiser calls, padding included."),
     "padding_rows": ("milonga_denoiser_padding_rows", "Rows of padding in denoiser calls."),
-    "denoise_seconds": ("milonga_denoise_seconds", "Time in denoising steps."),
-    "decode_seconds": ("milonga_decode_seconds", "Time in decoding clips."),
     "clips": ("milonga_clips", "Clips made."),
-    "audio_seconds": ("milonga_audio_seconds", "Seconds of sound made."),
+    "audio_seconds": ("milonga_audio_seconds", "Seconds of audio made."),
 }
 """Name and help of each counter, by its field of `EngineStats`."""
 
@@ -58,6 +56,7 @@ def add_generation(
     from services.inference import add_inference
 
     metrics.add(partial(collect, slot))
+    slot.observe(metrics.observer("engine", "queue_wait", "first_step", "step", "decode", "fill"))
     generation = servicer.GenerationServicer(slot)
     server.add(
         servicer.SERVICE_NAME,
@@ -102,10 +101,6 @@ def collect(slot: "EngineSlot") -> Iterator[Metric]:
     for outcome in OUTCOMES:
         ended.add_metric([outcome], getattr(stats, outcome))
     yield ended
-    refused = CounterMetricFamily("milonga_engine_refusals", "Requests refused at once.", labels=["reason"])
-    refused.add_metric(["room"], stats.refused_room)
-    refused.add_metric(["time"], stats.refused_time)
-    yield refused
     yield served_weights("milonga_model", "The served weights.", slot.current.version)
 
 

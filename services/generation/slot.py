@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from services.api.measurements import Observer, ignore
 from services.api.model import ModelSwitch, ModelVersion
 from services.engine import Engine, EngineStats
 from services.errors import (
@@ -70,6 +71,7 @@ class EngineSlot:
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
         self._watchers: list[Callable[[str], None]] = []
+        self._observer: Observer = ignore
         # Statistics of closed engines, and the open models. One attribute, so that threads read both at once.
         self._counts: tuple[EngineStats, tuple[Served, ...]] = (EngineStats(), (served,))
 
@@ -89,6 +91,12 @@ class EngineSlot:
         self._watchers.append(on_failure)
         for served in self._counts[1]:
             served.engine.watch(on_failure)
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called with each measurement of every engine from now on."""
+        self._observer = observer
+        for served in self._counts[1]:
+            served.engine.observe(observer)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Served]:
@@ -153,6 +161,7 @@ class EngineSlot:
             _check_wanted(abandoned)
             for on_failure in self._watchers:
                 served.engine.watch(on_failure)
+            served.engine.observe(self._observer)
             closed, opened = self._counts
             self._counts = (closed, (*opened, served))
             self._current = served

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
+import grpc
 import structlog
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as rpc
@@ -19,6 +20,7 @@ from services.inference.statistics import Statistics
 from services.inference.streams import interleave
 from services.inference.tensors import Tensors, read_inputs, read_requested_outputs, write_outputs
 from services.runtime import status
+from services.runtime.metrics import ServerMetrics
 from services.runtime.offloading import OffLoop
 from services.runtime.server import Server
 
@@ -38,15 +40,17 @@ STATUS_HEADER: Final = "triton_grpc_error"
 
 def add_inference(server: Server, model: Model, operator: Operator | None = None) -> None:
     """Add the protocol for `model` to a server. Without an `operator`, no other weights can be loaded."""
-    servicer = InferenceServicer(model, operator, ready=lambda: server.ready)
+    servicer = InferenceServicer(model, operator, server.metrics, ready=lambda: server.ready)
     server.add(SERVICE_NAME, lambda to: rpc.add_GRPCInferenceServiceServicer_to_server(servicer, to))
 
 
 class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # a library without types
     """Serves one model. `CallInterceptor` maps exceptions to Triton's statuses."""
 
-    def __init__(self, model: Model, operator: Operator | None, *, ready: Callable[[], bool]) -> None:
-        self._model, self._operator, self._ready = model, operator, ready
+    def __init__(
+        self, model: Model, operator: Operator | None, metrics: ServerMetrics, *, ready: Callable[[], bool]
+    ) -> None:
+        self._model, self._operator, self._metrics, self._ready = model, operator, metrics, ready
         self._off_loop = OffLoop()
         self._statistics = Statistics()
 
@@ -191,15 +195,21 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self, request: pb.ModelInferRequest, context: Context, *, strict: bool
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         """Yield the responses to one request of a stream. Unless `strict`, an error is a response too."""
+        code = grpc.StatusCode.CANCELLED
         try:
             async with aclosing(self._infer(request, context, stream=True)) as responses:
                 async for final, response in responses:
                     response.parameters[FINAL].bool_param = final
                     yield pb.ModelStreamInferResponse(infer_response=response)
+            code = grpc.StatusCode.OK
         except Exception as error:
+            code = status.status_code(error, status.INFERENCE_STATUS_CODES)
             if strict:
                 raise
+            self._metrics.count_refusal("ModelStreamInfer", error)
             yield _failed(request, error)
+        finally:
+            self._metrics.streamed.labels(code.name).inc()
 
     async def _infer(
         self, request: pb.ModelInferRequest, context: Context, *, stream: bool

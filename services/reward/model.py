@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from services.api.measurements import Observer
 from services.audio.decoding import ReadClip
 from services.catalogue import REWARD
 from services.errors import NotFiniteError
@@ -56,6 +57,10 @@ class RewardScorer:
     def watch(self, on_failure: Callable[[str], None]) -> None:
         """Have `on_failure` called with a reason when the model can't work any longer."""
         self._batcher.watch(on_failure)
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called with each measurement of the queue and of the model from now on."""
+        self._batcher.observe = observer
 
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""

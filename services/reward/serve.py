@@ -21,9 +21,6 @@ COUNTERS: Final = {
     "items": ("milonga_reward_clips", "Clips evaluated."),
     "calls": ("milonga_reward_calls", "Calls of the model, each one batch."),
     "cost": ("milonga_reward_audio_seconds", "Seconds of audio evaluated, in whole windows."),
-    "seconds": ("milonga_reward_busy_seconds", "Time in calls of the model."),
-    "waited": ("milonga_reward_wait_seconds", "Time that clips spent in the queue, summed over clips."),
-    "refused": ("milonga_reward_refused", "Submissions refused because the queue was full."),
 }
 """Fields of `BatchStats`, each with its counter's name and help."""
 
@@ -52,6 +49,7 @@ def add_reward(
 
     servicer = RewardServicer(scorer, settings)
     metrics.add(partial(collect, scorer))
+    scorer.observe(metrics.observer("pairs", "queue_wait", "batch", "fill"))
     server.add(SERVICE_NAME, lambda to: rpc.add_RewardServiceServicer_to_server(servicer, to))
     add_inference(server, RewardInference(servicer))
 

@@ -150,6 +150,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.in_flight.labels(rpc).dec()
                 self._metrics.requests.labels(rpc, code.name).inc()
                 self._metrics.latency.labels(rpc, code.name).observe(seconds)
+                if (slack := clock.slack) is not None:
+                    self._metrics.slack.labels(rpc, code.name).observe(slack)
+                self._metrics.count_refusal(rpc, error)
                 self._lines.write(code, error, seconds, context.peer(), caller)
                 span.end(code.name)
 
@@ -193,6 +196,11 @@ class _Clock:
     def seconds(self) -> float:
         """Seconds so far."""
         return time.monotonic() - self._start
+
+    @property
+    def slack(self) -> float | None:
+        """Seconds to the caller's deadline, 0 if it has passed; None without one."""
+        return None if self._given is None else max(0.0, self._given - self.seconds)
 
     def seen_by_the_caller(self, code: grpc.StatusCode) -> grpc.StatusCode:
         """Return DEADLINE_EXCEEDED for a call whose caller's deadline has passed, otherwise `code`.

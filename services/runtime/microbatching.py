@@ -20,8 +20,10 @@ from typing import Generic, TypeVar
 
 import structlog
 
+from services.api.measurements import Observer, ignore
 from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError, is_out_of_memory
 from services.runtime import tracing
+from services.runtime.callers import current_caller
 from services.runtime.model_thread import ModelThread
 
 log = structlog.get_logger()
@@ -58,7 +60,7 @@ class _Call(Generic[Item, Result]):
 
     def __init__(self, items: Sequence[Item], cost: Callable[[Item], float]) -> None:
         self.arrived = self.queued_from = time.monotonic()
-        self.trace = tracing.current()
+        self.trace, self.priority = tracing.current(), current_caller().priority
         self.waiting = deque((index, item, cost(item)) for index, item in enumerate(items))
         self.results: dict[int, Result] = {}
         self.size = len(items)
@@ -124,6 +126,8 @@ class MicroBatcher(Generic[Item, Result]):
         self._closing = False
         self._failure: str | None = None
         self._on_failure: Callable[[str], None] = lambda _: None
+        self.observe: Observer = ignore
+        """Called on the event loop with each measurement; may be replaced."""
         self._running_cost = 0.0
         self._totals = {"calls": 0, "items": 0, "cost": 0.0, "seconds": 0.0, "waited": 0.0, "refused": 0}
         self._queue_cost = 0.0
@@ -262,6 +266,7 @@ class MicroBatcher(Generic[Item, Result]):
             taken.append((call, index, item))
             self._running_cost += cost
             self._totals["waited"] += now - call.arrived
+            self.observe("queue_wait", now - call.arrived, call.priority)
             self._calls.popleft()
             if call.waiting:
                 self._calls.append(call)
@@ -283,6 +288,8 @@ class MicroBatcher(Generic[Item, Result]):
             self._totals["cost"] += self._running_cost
             end = time.monotonic()
             self._totals["seconds"] += end - start
+            self.observe("batch", end - start)
+            self.observe("fill", min(1.0, self._running_cost / self._max_cost))
             self._running_cost = 0.0
             for call in dict.fromkeys(call for call, _, _ in taken):
                 call.record_batch(start, end, len(taken))
@@ -297,6 +304,8 @@ class MicroBatcher(Generic[Item, Result]):
         with suppress(ValueError):
             self._calls.remove(call)
             self._queue_cost = sum(call.cost for call in self._calls)
+            for _ in call.waiting:
+                self.observe("queue_wait", time.monotonic() - call.arrived, call.priority)
 
     def _seconds_left(self) -> float:
         """Estimate the seconds until the queued and running items are done, from the mean time per cost."""

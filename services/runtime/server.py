@@ -82,7 +82,7 @@ class Server:
         self._reloads: list[Callable[[], None]] = []
         self._watch: asyncio.Task[None] | None = None
         self._settings = settings
-        self._metrics = metrics
+        self.metrics = metrics
         self._names: list[str] = []
         self._health = HealthServicer()
         self.access = Access(settings)

@@ -19,6 +19,7 @@ import structlog
 
 from services.environment import quiet_libraries
 from services.errors import InvalidInputError, MilongaError, ModelError
+from services.runtime.gpu_memory import gpu_memory
 from services.runtime.logs import configure_logs
 from services.runtime.metrics import ServerMetrics
 from services.runtime.server import CLOSE_SECONDS, Server
@@ -97,6 +98,7 @@ async def _serve(service: Service[Settings, Loaded], settings: Settings) -> None
         loaded = await asyncio.to_thread(service.load, settings)
         service.add(server, metrics, loaded, settings)
         service.watch(loaded, server.fail)
+        metrics.add(gpu_memory)
     except BaseException:
         await server.stop(0)
         raise

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.api.measurements import Observer
 from services.audio.decoding import ReadClip
 from services.errors import NotFiniteError
 from services.models.clap.model import EmbeddingModel, TextCache
@@ -82,6 +83,10 @@ class Scorer:
         """Have `on_failure` called with a reason when the model can't work any longer."""
         for encoder, batcher in (("audio", self._audio), ("text", self._text)):
             batcher.watch(partial(_report, on_failure, f"{encoder} encoder of {self.version.name}"))
+
+    def observe(self, audio: Observer, text: Observer) -> None:
+        """Have `audio` and `text` called with each measurement of their queue and encoder from now on."""
+        self._audio.observe, self._text.observe = audio, text
 
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""

@@ -27,18 +27,6 @@ COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
         "Seconds of audio embedded, in whole windows.",
         lambda scorer: scorer.audio_stats.cost,
     ),
-    "milonga_scoring_audio_busy_seconds": (
-        "Time in calls of the audio encoder.",
-        lambda scorer: scorer.audio_stats.seconds,
-    ),
-    "milonga_scoring_audio_wait_seconds": (
-        "Time that clips spent in the queue, summed over clips.",
-        lambda scorer: scorer.audio_stats.waited,
-    ),
-    "milonga_scoring_refused": (
-        "Submissions refused because the queue was full.",
-        lambda scorer: scorer.audio_stats.refused + scorer.text_stats.refused,
-    ),
     "milonga_scoring_texts": (
         "Prompts embedded, or found in the cache.",
         lambda scorer: scorer.text_stats.items,
@@ -83,6 +71,10 @@ def add_scoring(
 
     servicer = ScoringServicer(scorers, settings)
     metrics.add(partial(collect, scorers))
+    for scorer, name in _first_names(scorers).items():
+        scorer.observe(
+            *(metrics.observer(f"{name}/{part}", "queue_wait", "batch", "fill") for part in ("audio", "text"))
+        )
     server.add(SERVICE_NAME, lambda to: rpc.add_ScoringServiceServicer_to_server(servicer, to))
     add_inference(server, ScoringInference(servicer))
 
@@ -107,9 +99,7 @@ async def close(scorers: "Mapping[str, Scorer]") -> None:
 
 def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
     """Yield the metrics of every scorer. A scorer with several names is reported once, under the first."""
-    first: dict[Scorer, str] = {}
-    for name, scorer in scorers.items():
-        first.setdefault(scorer, name)
+    first = _first_names(scorers)
     queue = GaugeMetricFamily(
         "milonga_scoring_queue_seconds", "Seconds of audio in the queue.", labels=["scorer"]
     )
@@ -125,6 +115,13 @@ def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
     for name, scorer in scorers.items():
         served.add_metric([name], identity(scorer.version))
     yield served
+
+
+def _first_names(scorers: "Mapping[str, Scorer]") -> "dict[Scorer, str]":
+    first: dict[Scorer, str] = {}
+    for name, scorer in scorers.items():
+        first.setdefault(scorer, name)
+    return first
 
 
 SERVICE: Final = Service(
