@@ -29,7 +29,7 @@ HEADER: Final = "# overlays/local, rendered by `make k8s`. Change that, not this
 VERSIONS: Final = ("1.34", "1.37")
 """Oldest and newest supported version of Kubernetes."""
 
-FOREIGN: Final = ("ServiceMonitor",)
+FOREIGN: Final = ("PrometheusRule", "ServiceMonitor")
 """Kinds of custom resources: no version of Kubernetes has a schema of them."""
 
 IMAGES: Final = ("milonga-services", "milonga-training")

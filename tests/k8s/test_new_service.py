@@ -90,7 +90,7 @@ def test_production_takes_in_a_new_service(k8s: Path) -> None:
 
 
 def test_policies_and_monitoring_select_a_new_service(k8s: Path) -> None:
-    objects = load("base", "networkpolicy", "servicemonitor")
+    objects = load("base", "networkpolicy", "monitoring")
     labels = labels_of(of_kind(objects, "Deployment")[NEW])
     policies = of_kind(objects, "NetworkPolicy")
     for name in ("services-from-clients", "registry"):

@@ -187,7 +187,7 @@ def test_services_find_the_pod_and_prometheus_its_metrics() -> None:
         for port in services[name]["spec"]["ports"]
         if "triton" in name
     )
-    (monitor,) = of_kind(load("base", "servicemonitor"), "ServiceMonitor").values()
+    (monitor,) = of_kind(load("base", "monitoring"), "ServiceMonitor").values()
     headless = services["triton-headless"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= headless["metadata"]["labels"].items()
     assert {one["port"] for one in monitor["spec"]["endpoints"]} & {

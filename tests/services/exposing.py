@@ -35,7 +35,7 @@ from tests.services.scoring.serving import serving as serving_scoring
 from tests.tiny import tiny_clap, tiny_reward
 from tests.waiting import until
 
-PREFIX: Final = "milonga_"
+PREFIXES: Final = ("milonga_", "process_")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def exposed() -> dict[str, Exposed]:
 
 def _merge(found: dict[str, Exposed], service: str, families: Iterable[Metric]) -> None:
     for family in families:
-        if not family.name.startswith(PREFIX) or family.name.endswith("_created"):
+        if not family.name.startswith(PREFIXES) or family.name.endswith("_created"):
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name
         known = found.setdefault(
