@@ -23,14 +23,10 @@ class EngineStats:
     """Rows computed in denoiser calls, padding included."""
     padding_rows: int = 0
     """Padding rows in denoiser calls."""
-    denoise_seconds: float = 0.0
-    """Time in denoising steps."""
     clips: int = 0
     """Clips made."""
     audio_seconds: float = 0.0
     """Seconds of audio in these clips."""
-    decode_seconds: float = 0.0
-    """Time in decoding these clips."""
     finished: int = 0
     """Requests that got all their clips."""
     cancelled: int = 0
@@ -63,7 +59,6 @@ class Meter:
             clip_steps=totals.clip_steps + clips,
             rows=totals.rows + rows,
             padding_rows=totals.padding_rows + rows - used,
-            denoise_seconds=totals.denoise_seconds + seconds,
         )
         self.observe("step", seconds, str(rows))
         self.observe("fill", used / rows)
@@ -75,7 +70,6 @@ class Meter:
             totals,
             clips=totals.clips + 1,
             audio_seconds=totals.audio_seconds + audio_seconds,
-            decode_seconds=totals.decode_seconds + seconds,
         )
         self.observe("decode", seconds)
 
