@@ -366,6 +366,8 @@ def test_metrics_count_by_scorer(uris: dict[str, str]) -> None:
         assert value("scoring_text_cache_hits_total") == 1
         assert value("scoring_text_cache_misses_total") == 1
         assert value("scoring_queue_seconds") == 0.0
-        assert value("scoring_refused_total") == 0
+        batches = served.hosted.metrics.registry.get_sample_value
+        assert batches("milonga_batch_seconds_count", {"queue": "a/audio"}) == 2
+        assert batches("milonga_batch_seconds_count", {"queue": "a2/audio"}) is None
         assert value("scoring_clips_total", "b") == 2
         assert value("scoring_clips_total", "a2") is None  # the same weights as a
