@@ -7,7 +7,9 @@ flows with equal rounds, those that have not used up a quantum since they became
 sparse flows of FQ-CoDel (RFC 8290).
 """
 
-from collections.abc import Hashable
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from typing import Final, Literal, NamedTuple
 
 Priority = Literal["interactive", "batch"]
@@ -15,6 +17,14 @@ PRIORITIES: Final[tuple[Priority, ...]] = ("interactive", "batch")
 """Priority classes: at equal rounds, the first goes first."""
 WEIGHTS: Final = {"interactive": 8.0, "batch": 1.0}
 """Shares of the device while both classes have work."""
+
+_CALLER_SHARE: Final = 8
+"""A caller may hold this many times the free room: one caller up to 8/9 of a queue, two 8/17 each."""
+
+_RETRY_SOONEST, _RETRY_LATEST = 0.1, 600.0
+"""Bounds of `retry_after` in seconds."""
+_RETRY_JITTER: Final = 0.3
+"""Random share that is added to `retry_after`, so that refused callers do not come back at once."""
 
 _MAX_IDLE: Final = 256
 """Idle flows of a parent that are remembered: the rounds of a caller who comes back at once."""
@@ -39,6 +49,11 @@ class Path(NamedTuple):
     caller: str
     number: int
     """Of the request, ascending by arrival."""
+
+    @property
+    def account(self) -> Account:
+        """Who its work is charged to."""
+        return Account(self.caller, self.priority)
 
 
 class Rank(NamedTuple):
@@ -143,3 +158,36 @@ class FairShares:
             ),
             path.number,
         )
+
+
+def work_ahead(account: Account, work: float, waiting: Iterable[tuple[Account, float]]) -> float:
+    """Estimate the work that is done for others before a new request with `work` ends.
+
+    `waiting` has the account and the remaining work of each request. An earlier request of the same account
+    is ahead with as much as the new one has at most, and another caller with as much as they all have.
+    """
+    own = 0.0
+    others: defaultdict[Account, float] = defaultdict(float)
+    for other, left in waiting:
+        if other == account:
+            own += min(left, work)
+        else:
+            others[other] += left
+    mine = own + work
+    ahead = own + sum(min(left, mine) for other, left in others.items() if other.priority == account.priority)
+    for priority, weight in WEIGHTS.items():
+        if priority != account.priority:
+            share = (ahead + work) * weight / WEIGHTS[account.priority]
+            ahead += min(share, sum(left for other, left in others.items() if other.priority == priority))
+    return ahead
+
+
+def leaves_room(held: float, more: float, free: float) -> bool:
+    """Return whether a caller that holds `held` of a queue leaves room for others if it gets `more`."""
+    return not held or held + more <= _CALLER_SHARE * free
+
+
+def retry_after(seconds: float) -> float:
+    """Return the seconds after which a retry is of use, with jitter, from the estimated wait."""
+    jitter = 1 + _RETRY_JITTER * random.random()
+    return min(max(seconds * jitter, _RETRY_SOONEST), _RETRY_LATEST)
