@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from services.audio.containers import Container, ContainerError, open_container
 from services.audio.prompt import MAX_PROMPT_CHARACTERS
+from services.audio.steps import Steps, finish
 from services.errors import FieldViolation, InvalidInputError, invalid
 
 MIN_SECONDS: Final = 0.1
@@ -62,8 +63,9 @@ class AudioBounds:
     max_channels: int = MAX_CHANNELS
     """Most channels of a clip."""
     max_decoded_bytes: int = 512 * 2**20
-    """Bytes of all clips of a call, decoded to mono float32: compressed silence can't fill the memory.
-    Any call of 16-bit samples fits that the usual maximum message of 256 MiB admits."""
+    """Bytes of all channels of all clips of a call as float32: a small message of compressed clips can't take
+    memory or minutes to decode. Any call of 16-bit samples fits that the usual maximum message of 256 MiB
+    admits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,6 +107,22 @@ def decode(
     Raises:
         InvalidInputError: it is no sound file that is supported, is truncated or damaged, or exceeds a limit.
     """
+    steps = decode_steps(
+        audio, field, bounds, expected=expected, stated_rate=stated_rate, keep_channels=keep_channels
+    )
+    return finish(steps)
+
+
+def decode_steps(
+    audio: bytes,
+    field: str,
+    bounds: AudioBounds,
+    *,
+    expected: Container | None = None,
+    stated_rate: int = 0,
+    keep_channels: bool = False,
+) -> Steps[ReadClip]:
+    """Do as `decode`, in steps of a block."""
     try:
         found, content = open_container(audio)
     except ContainerError as error:
@@ -114,12 +132,28 @@ def decode(
     try:
         with _ForwardFile(io.BytesIO(content)) as file:
             refuse(_header_faults(file, field, bounds, stated_rate))
-            return _read(file, field, found, bounds, keep_channels)
+            return (yield from _read(file, field, found, bounds, keep_channels))
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error)).strip().partition("\n")[0]
         raise invalid(
             field, f"can't be decoded as {found}, it is cut short or damaged: {reason} Get it again, whole"
         ) from error
+
+
+def measure(audio: bytes, bounds: AudioBounds) -> tuple[float, int]:
+    """Return the seconds of a file, and the samples of all its channels: `decode` reads no more.
+
+    (0, 0) if `decode` refuses the file before it reads samples.
+    """
+    try:
+        _, content = open_container(audio)
+        with _ForwardFile(io.BytesIO(content)) as file:
+            if any(_header_faults(file, "", bounds, 0)):
+                return 0.0, 0
+            frames = min(math.floor(bounds.max_seconds * file.samplerate) + 1, file.frames)
+            return frames / file.samplerate, frames * file.channels
+    except (ContainerError, soundfile.SoundFileError):
+        return 0.0, 0
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # a library without types
@@ -150,7 +184,7 @@ def _header_faults(
 
 def _read(
     file: soundfile.SoundFile, field: str, container: Container, bounds: AudioBounds, keep_channels: bool
-) -> ReadClip:
+) -> Steps[ReadClip]:
     """Decode block by block, up to the longest clip and one frame more: headers may lie."""
     # What follows the last of a known number of frames is no sound.
     limit = min(math.floor(bounds.max_seconds * file.samplerate) + 1, file.frames)
@@ -160,6 +194,7 @@ def _read(
         if not len(block_NC):
             break
         mix.add(block_NC)
+        yield
     if file.frames < _UNKNOWN_FRAMES and mix.count < file.frames:
         raise invalid(
             field,

@@ -5,6 +5,7 @@ The base class and the messages are tritonclient's, so that no proto file is cop
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -18,8 +19,9 @@ from services.inference.model import Context, Model, ModelLease, Operator, Respo
 from services.inference.options import LimitedCaller, read_options
 from services.inference.statistics import Statistics
 from services.inference.streams import interleave
-from services.inference.tensors import Tensors, read_inputs, read_requested_outputs, write_outputs
+from services.inference.tensors import read_inputs, read_requested_outputs, write_outputs
 from services.runtime import status
+from services.runtime.budget import current_hold
 from services.runtime.metrics import ServerMetrics
 from services.runtime.offloading import OffLoop
 from services.runtime.server import Server
@@ -210,6 +212,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             yield _failed(request, error)
         finally:
             self._metrics.streamed.labels(code.name).inc()
+            current_hold().release()
 
     async def _infer(
         self, request: pb.ModelInferRequest, context: Context, *, stream: bool
@@ -222,7 +225,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 options = read_options(request, self._model.inputs)
                 caller = LimitedCaller(context=context, options=options)
                 with options.calling():
-                    job = await self._off_loop(lambda: lease.read(self._read(request)))
+                    job = await self._off_loop(partial(self._read, lease, request))
                     running = lease.run(job, caller, stream=stream)
                     async with aclosing(running), aclosing(options.limited(running)) as responses:
                         async for response in responses:
@@ -230,8 +233,8 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                             if response.is_sent(requested):
                                 yield response.final, self._write(request, lease, response, requested)
 
-    def _read(self, request: pb.ModelInferRequest) -> Tensors:
-        return read_inputs(request, self._model.inputs, self._model.max_rows)
+    def _read(self, lease: ModelLease[Any], request: pb.ModelInferRequest) -> Any:
+        return lease.read(read_inputs(request, self._model.inputs, self._model.max_rows))
 
     def _write(
         self,

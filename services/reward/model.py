@@ -5,6 +5,7 @@ Shapes: B pairs of a prompt and a clip.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +22,15 @@ from services.weights.uri import ResolvedModel, naming
 
 Pair = tuple[str, RewardClip]
 """A prompt, and a clip resampled and cut into windows for the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedClip:
+    """A clip as the model takes it."""
+
+    clip: RewardClip
+    warnings: tuple[str, ...]
+    """See `ReadClip.warnings`."""
 
 
 class RewardScorer:
@@ -66,9 +76,14 @@ class RewardScorer:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._batcher.check(seconds)
 
-    def prepare(self, prompt: str, clip: ReadClip) -> Pair:
-        """Return a pair for `score`. Thread-safe; blocks for milliseconds."""
-        return prompt, self._model.prepare(clip.waveform, clip.sampling_rate)
+    def kept_bytes(self, seconds: float) -> int:
+        """Return the size of a prepared clip of this length."""
+        return 4 * self._model.window_count(seconds) * self._model.clap.window_samples
+
+    def prepare(self, clip: ReadClip) -> PreparedClip:
+        """Return a clip for `score`. Thread-safe; blocks for milliseconds."""
+        prepared = self._model.prepare(clip.waveform, clip.sampling_rate)
+        return PreparedClip(clip=prepared, warnings=clip.warnings)
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
         """Return for each prompt what the model does not read of it: sentences that begin with ``prompt``."""

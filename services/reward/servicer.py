@@ -1,18 +1,16 @@
 """The rpcs of RewardService: decode, score, encode."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from milonga.v1 import reward_pb2 as pb
 from milonga.v1 import reward_pb2_grpc as rpc
 from services.api.scoring import RankedClip, Reward, rank
-from services.audio.clips import check_prompt, read_clips, read_pairs, write_limits
-from services.audio.decoding import AudioBounds, ReadClip
-from services.errors import FieldViolation, InvalidInputError
-from services.reward.model import Pair, RewardScorer
+from services.audio.clips import check_prompt, write_limits
+from services.audio.decoding import AudioBounds
+from services.reward.model import PreparedClip, RewardScorer
 from services.reward.settings import RewardSettings
 from services.runtime import tracing
-from services.runtime.callers import current_caller
-from services.runtime.offloading import OffLoop
+from services.runtime.decoding import ClipDecoder
 from services.wire import write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
@@ -26,7 +24,7 @@ class RewardServicer(rpc.RewardServiceServicer):
 
     def __init__(self, scorer: RewardScorer, settings: RewardSettings) -> None:
         self.scorer, self.bounds = scorer, AudioBounds(max_batch_size=settings.max_batch_size)
-        self._off_loop = OffLoop()
+        self._decoder = ClipDecoder(self.bounds)
         self._version = write_version(scorer.version)
         self._description = pb.GetRewardModelResponse(
             model=self._version,
@@ -40,13 +38,18 @@ class RewardServicer(rpc.RewardServiceServicer):
     ) -> pb.BatchComputeRewardsResponse:
         """See reward.proto."""
         self.scorer.check()
-        rewards = await self._reward(lambda: read_pairs(request.pairs, "pairs", self.bounds))
+        pairs = await self._decoder.pairs(request.pairs, self.scorer)
+        del request  # its clips are no longer needed
+        rewards = await self._reward(pairs)
         return pb.BatchComputeRewardsResponse(rewards=map(write_reward, rewards), model=self._version)
 
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
         self.scorer.check()
-        places = rank(await self._reward(lambda: read_candidates(request, self.bounds)))
+        prompt, faults = request.prompt, check_prompt(request.prompt, "prompt", self.bounds)
+        clips = await self._decoder.clips(request.clips, self.scorer, faults)
+        del request
+        places = rank(await self._reward([(prompt, clip) for clip in clips]))
         return pb.RankAudioResponse(ranking=map(write_place, places), model=self._version)
 
     async def GetRewardModel(
@@ -55,37 +58,14 @@ class RewardServicer(rpc.RewardServiceServicer):
         """See reward.proto."""
         return self._description
 
-    async def _reward(self, read: Callable[[], Sequence[tuple[str, ReadClip]]]) -> list[Reward]:
-        """Return the rewards of the pairs that `read` decodes off the event loop, with their warnings."""
-        with tracing.span("decode"):
-            pairs, warnings = await self._off_loop(lambda: self._prepare(read()))
+    async def _reward(self, pairs: Sequence[tuple[str, PreparedClip]]) -> list[Reward]:
+        """Return the rewards of pairs, with the warnings of their clips and prompts."""
+        prompts = [prompt for prompt, _ in pairs]
+        of_prompts = await self._decoder.run(lambda: self.scorer.prompt_warnings(prompts))
+        warnings = [(*clip.warnings, *of) for (_, clip), of in zip(pairs, of_prompts, strict=True)]
         with tracing.span("score", clips=len(pairs), model_digest=self.scorer.version.digest):
-            return list(map(Reward.of, await self.scorer.score(pairs), warnings))
-
-    def _prepare(self, read: Sequence[tuple[str, ReadClip]]) -> tuple[list[Pair], list[tuple[str, ...]]]:
-        seconds = sum(clip.seconds for _, clip in read)
-        self.scorer.check(seconds)
-        current_caller().charge(seconds)
-        of_prompts = self.scorer.prompt_warnings([prompt for prompt, _ in read])
-        warnings = [(*clip.warnings, *found) for (_, clip), found in zip(read, of_prompts, strict=True)]
-        return [self.scorer.prepare(*pair) for pair in read], warnings
-
-
-def read_candidates(request: pb.RankAudioRequest, bounds: AudioBounds) -> list[tuple[str, ReadClip]]:
-    """Return the decoded clips of a RankAudio request, each with the prompt.
-
-    Raises:
-        InvalidInputError: the prompt or a clip is invalid; lists every violation.
-    """
-    faults: list[FieldViolation] = [*check_prompt(request.prompt, "prompt", bounds)]
-    clips: list[ReadClip] = []
-    try:
-        clips = read_clips(request.clips, "clips", bounds)
-    except InvalidInputError as error:
-        faults += error.violations
-    if faults:
-        raise InvalidInputError(*faults)
-    return [(request.prompt, clip) for clip in clips]
+            logits = await self.scorer.score([(prompt, prepared.clip) for prompt, prepared in pairs])
+        return list(map(Reward.of, logits, warnings))
 
 
 def write_reward(reward: Reward) -> pb.Reward:

@@ -3,7 +3,7 @@
 import hmac
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc.aio
 import structlog
@@ -85,6 +85,7 @@ class Access:
             peer=peer_host(context.peer()),
             roles=found.roles,
             priority=_priority(_metadata(context), found.roles),
+            deadline=_deadline(context),
             charge=found.account.charge,
         )
 
@@ -234,6 +235,11 @@ def _priority(metadata: Mapping[str, Any], roles: frozenset[Role]) -> Priority:
         raise invalid(PRIORITY_KEY, f"is {asked[:80]!r}, must be interactive or batch")
     only_batches = "batch" in roles and "caller" not in roles
     return "batch" if only_batches or asked == "batch" else "interactive"
+
+
+def _deadline(context: Context) -> float | None:
+    left = cast("float | None", context.time_remaining())  # the type stubs omit None
+    return None if left is None else time.monotonic() + left
 
 
 def _denied(method: str, found: Known) -> PermissionDeniedError:

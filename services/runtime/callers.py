@@ -39,6 +39,8 @@ class Caller:
     """Roles; `services.runtime.authentication` has the methods that each may call."""
     priority: Priority = "interactive"
     """Priority class of the call."""
+    deadline: float | None = field(default=None, compare=False)
+    """Deadline of the call on the clock of `time.monotonic`; None without one."""
     charge: Callable[[float], None] = field(default=_no_quota, repr=False, compare=False)
     """Charge work units to the caller's quota, before the work. Raises `QuotaExceededError`.
 

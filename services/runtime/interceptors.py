@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from services.errors import MilongaError, RequestCancelledError, TooLargeError, invalid
 from services.runtime import status
 from services.runtime.access import Access
+from services.runtime.budget import Budget, current_hold
 from services.runtime.call_spans import CallSpan, server_span
 from services.runtime.callers import Caller, calling
 from services.runtime.metrics import ServerMetrics
@@ -56,8 +57,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     is too large or can't be parsed is a call like any other, with a status, a count and a line.
     """
 
-    def __init__(self, metrics: ServerMetrics, access: Access) -> None:
-        self._metrics, self._access = metrics, access
+    def __init__(self, metrics: ServerMetrics, access: Access, budget: Budget) -> None:
+        self._metrics, self._access, self._budget = metrics, access, budget
         self._lines = _Lines()
 
     async def intercept_service(
@@ -81,9 +82,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             raise NotImplementedError(f"{method}: client-streaming rpcs are not supported")
         if handler.response_streaming:
-            call = self._stream(method, handler.unary_stream, partial(_message, handler))
+            call = self._stream(method, handler.unary_stream, partial(_message, handler, self._budget))
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=write)
-        call = self._unary(method, handler.unary_unary, partial(_message, handler))
+        call = self._unary(method, handler.unary_unary, partial(_message, handler, self._budget))
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=write)
 
     def _unary(self, method: str, behaviour: Any, read: Any) -> Any:
@@ -109,13 +110,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _messages(self, method: str, handler: Any, context: Context) -> AsyncIterator[Any]:
         """Return an iterator that parses the messages of a stream as they arrive.
 
-        Each is authorised: a stream may last longer than its caller's token.
+        Each is authorised: a stream may last longer than its caller's token. Each has a hold of its own. An
+        idle stream waits for its next message, so it can't wait for its turn to read it.
         """
+        holds = current_hold()
 
         async def parsed() -> AsyncIterator[Any]:
             while (raw := await context.read()) is not grpc.aio.EOF:
                 self._access.authorise(method, context)
-                yield _parse(handler, raw)
+                holds.part().resize(len(raw))
+                message = _parse(handler, raw)
+                del raw
+                yield message
+                del message
 
         return parsed()
 
@@ -137,7 +144,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 caller = self._access.admit(method, context)
                 span.annotate(request_id=request_id, priority=caller.priority)
-                with calling(caller):
+                with calling(caller), self._budget.holding():
                     yield
             except asyncio.CancelledError as cancelled:
                 code, error = grpc.StatusCode.CANCELLED, cancelled
@@ -157,8 +164,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 span.end(code.name)
 
 
-async def _message(handler: Any, context: Context) -> Any:
-    """Read and parse the message of a unary call.
+async def _message(handler: Any, budget: Budget, context: Context) -> Any:
+    """Read and parse the message of a unary call, when its turn has come and if there is memory for it.
 
     gRPC refuses a message over the limit as soon as it has read its length, and does not say so here. A
     caller that gives up while it sends a message looks the same, except that it takes longer.
@@ -166,12 +173,16 @@ async def _message(handler: Any, context: Context) -> Any:
     Raises:
         InvalidInputError: it can't be parsed.
         TooLargeError: gRPC did not accept it.
+        QueueFullError: requests hold too much memory.
         RequestCancelledError: the caller gave up before all of it had arrived.
     """
-    start = time.monotonic()
-    raw = await context.read()
-    if raw is not grpc.aio.EOF:
-        return _parse(handler, raw)
+    async with budget.reading() as charge:
+        start = time.monotonic()
+        raw = await context.read()
+        if raw is not grpc.aio.EOF:
+            charge(len(raw))
+            current_hold().resize(len(raw))
+            return _parse(handler, raw)
     if time.monotonic() - start > _LENGTH_SECONDS:
         raise RequestCancelledError("the caller gave up before its message had arrived")
     raise TooLargeError("the call has no message, or one over the size limit of this service")

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 from services.runtime.access import Access
+from services.runtime.budget import Budget
 from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import ServerMetrics
@@ -86,7 +87,8 @@ class Server:
         self._names: list[str] = []
         self._health = HealthServicer()
         self.access = Access(settings)
-        interceptors = [ParsingInterceptor(), CallInterceptor(metrics, self.access)]
+        self.budget = Budget(settings.held_bytes, settings.max_request_bytes)
+        interceptors = [ParsingInterceptor(), CallInterceptor(metrics, self.access, self.budget)]
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         if settings.callers_file is not None:
             self.on_reload(self.access.reload)

@@ -53,6 +53,10 @@ class ServerSettings(BaseSettings):
     """Port of Prometheus metrics (HTTP), on the host of `listen`; 0: any free port. Default: no metrics."""
     max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
     """Maximum size of a request message in bytes."""
+    max_held_bytes: int | None = Field(default=None, gt=0)
+    """Maximum bytes that all requests hold in memory: received messages, and the clips that they are decoded
+    to. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED) before they are parsed or decoded.
+    Default: three times `max_request_bytes`, and 64 MiB at least."""
     max_connection_age_seconds: float | None = Field(default=None, gt=0)
     """Age in seconds at which a connection is closed gracefully: its calls finish, and the client reconnects,
     possibly to another replica. Should be less than `drain_delay_seconds`, so that clients leave a draining
@@ -84,6 +88,11 @@ class ServerSettings(BaseSettings):
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
         return self
+
+    @property
+    def held_bytes(self) -> int:
+        """Maximum bytes that requests hold."""
+        return self.max_held_bytes or max(64 * 2**20, 3 * self.max_request_bytes)
 
     @property
     def is_local(self) -> bool:

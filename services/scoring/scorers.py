@@ -4,6 +4,7 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,11 @@ class Scorer:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._audio.check(seconds)
 
+    def window_bytes(self, seconds: float) -> int:
+        """Return the size of the windows of a clip of this length."""
+        windows = max(1, math.ceil(seconds * self.sampling_rate / self._model.window_samples))
+        return 4 * windows * self._model.window_samples
+
     def prepare(self, clip: ReadClip) -> Tensor:
         """Return the windows [W, S] of a clip for `embed_audio`. Thread-safe; blocks for milliseconds."""
         return self._model.prepare(clip.waveform, clip.sampling_rate)
@@ -132,35 +138,47 @@ def _report(on_failure: Callable[[str], None], part: str, reason: str) -> None:
     on_failure(f"{part}: {reason}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedClip:
+    """A clip as scorers take it."""
+
+    windows: Mapping[Scorer, Tensor]
+    """[W, S] by scorer."""
+    warnings: Sequence[str]
+    """See `ReadClip.warnings`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScorerGroup:
     """The scorers of one call, by name, in the order of the response. Two names may share one scorer."""
 
     members: Mapping[str, Scorer]
 
-    def check(self) -> None:
-        """Raise `QueueFullError` if the queue of any scorer is full."""
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise `QueueFullError` if `seconds` of audio don't fit into the queue of any scorer."""
         for scorer in self._distinct():
-            scorer.check()
+            scorer.check(seconds)
 
-    def prepare(self, clips: Sequence[ReadClip]) -> dict[Scorer, list[Tensor]]:
-        """Return the clips as windows for each scorer. Raises `QueueFullError` if any queue has no room."""
-        prepared: dict[Scorer, list[Tensor]] = {scorer: [] for scorer in self._distinct()}
-        for scorer in prepared:
-            scorer.check(sum(clip.seconds for clip in clips))
-        for clip in clips:
-            for scorer, windows in prepared.items():
-                windows.append(scorer.prepare(clip))
-        return prepared
+    def kept_bytes(self, seconds: float) -> int:
+        """Return the size of the windows of a clip of this length, for all scorers."""
+        return sum(scorer.window_bytes(seconds) for scorer in self._distinct())
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
         """Return for each prompt what the scorers do not read of it, as `warnings_of`."""
         return warnings_of({name: one.prompt_warnings for name, one in self.members.items()}, prompts)
 
-    async def embed_audio(self, prepared: Mapping[Scorer, Sequence[Tensor]]) -> list[NDArray[np.float32]]:
+    def prepare(self, clip: ReadClip) -> PreparedClip:
+        """Return the windows of a clip for each scorer."""
+        windows = {scorer: scorer.prepare(clip) for scorer in self._distinct()}
+        return PreparedClip(windows=windows, warnings=clip.warnings)
+
+    async def embed_audio(self, clips: Sequence[PreparedClip]) -> list[NDArray[np.float32]]:
         """Return embeddings [B, D], one array per member."""
-        results = await gather_or_cancel(*(scorer.embed_audio(clips) for scorer, clips in prepared.items()))
-        return self._by_member(dict(zip(prepared, results, strict=True)))
+        scorers = self._distinct()
+        results = await gather_or_cancel(
+            *(scorer.embed_audio([clip.windows[scorer] for clip in clips]) for scorer in scorers)
+        )
+        return self._by_member(dict(zip(scorers, results, strict=True)))
 
     async def embed_text(self, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return embeddings [B, D], one array per member."""

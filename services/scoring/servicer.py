@@ -3,35 +3,25 @@
 Shapes: B clips or prompts, D embedding width, P scorers.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from milonga.v1 import audio_pb2
 from milonga.v1 import scoring_pb2 as pb
 from milonga.v1 import scoring_pb2_grpc as rpc
-from services.audio.clips import read_clips, read_pairs, read_prompts, write_limits
+from services.audio.clips import read_prompts, write_limits
 from services.audio.decoding import AudioBounds
-from services.errors import FieldViolation, InvalidInputError
-from services.runtime import tracing
-from services.runtime.callers import current_caller
-from services.runtime.offloading import OffLoop
+from services.errors import FieldViolation
+from services.runtime.decoding import ClipDecoder, also
 from services.scoring.scorers import Scorer, ScorerGroup, gather_or_cancel
 from services.scoring.settings import ScoringSettings
 from services.wire import write_version
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ScoringService"].full_name
 
-Prepared = dict[Scorer, list[Tensor]]
-"""The windows of each clip, for each scorer."""
-
 Warnings = Sequence[Sequence[str]]
 """Sentences on each pair, clip or prompt."""
-
-Read = TypeVar("Read")
 
 Context = object
 """The rpcs read only their request, so any context will do."""
@@ -42,7 +32,7 @@ class ScoringServicer(rpc.ScoringServiceServicer):
 
     def __init__(self, scorers: Mapping[str, Scorer], settings: ScoringSettings) -> None:
         self.scorers, self.bounds = scorers, AudioBounds(max_batch_size=settings.max_batch_size)
-        self._off_loop = OffLoop()
+        self._decoder = ClipDecoder(self.bounds)
         self._listing = pb.ListScorersResponse(
             scorers=write_scorers(scorers), limits=write_limits(self.bounds, settings.max_request_bytes)
         )
@@ -53,11 +43,12 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        with tracing.span("decode", clips=len(request.pairs)):
-            prompts, clips, warnings = await self._off_loop(
-                lambda: prepare_pairs(request.pairs, group, self.bounds, faults)
-            )
+        pairs = await self._decoder.pairs(request.pairs, group, faults)
+        del request  # its clips are no longer needed
+        prompts, clips = [prompt for prompt, _ in pairs], [clip for _, clip in pairs]
+        of_prompts = await self._decoder.run(lambda: group.prompt_warnings(prompts))
         texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
+        warnings = [(*clip.warnings, *of) for clip, of in zip(clips, of_prompts, strict=True)]
         return write_scores(group, texts, sounds, warnings)
 
     async def BatchEmbedAudio(
@@ -66,11 +57,10 @@ class ScoringServicer(rpc.ScoringServiceServicer):
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
         group.check()
-        with tracing.span("decode", clips=len(request.clips)):
-            clips, warnings = await self._off_loop(
-                lambda: prepare_clips(request.clips, group, self.bounds, faults)
-            )
+        clips = await self._decoder.clips(request.clips, group, faults)
+        del request
         sounds = await group.embed_audio(clips)
+        warnings = [clip.warnings for clip in clips]
         return pb.BatchEmbedAudioResponse(
             scorers=write_scorers(group.members), results=write_embeddings(sounds, warnings)
         )
@@ -80,8 +70,8 @@ class ScoringServicer(rpc.ScoringServiceServicer):
     ) -> pb.BatchEmbedTextResponse:
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
-        prompts, warnings = await self._off_loop(
-            lambda: prepare_prompts(request.prompts, group, self.bounds, faults)
+        prompts, warnings = await self._decoder.run(
+            lambda: read_texts(request.prompts, group, self.bounds, faults)
         )
         texts = await group.embed_text(prompts)
         return pb.BatchEmbedTextResponse(
@@ -122,46 +112,15 @@ def choose(
     return ScorerGroup(chosen), tuple(faults)
 
 
-def prepare_pairs(
-    pairs: Sequence[audio_pb2.PromptedClip],
-    group: ScorerGroup,
-    bounds: AudioBounds,
-    faults: Sequence[FieldViolation] = (),
-) -> tuple[list[str], Prepared, Warnings]:
-    """Return the prompts, the windows of the clips for each scorer, and each pair's warnings.
-
-    Raises:
-        InvalidInputError: a prompt or a clip is invalid, or `faults` is not empty; lists every violation.
-        QueueFullError: the queue of a scorer has no room, or the caller's quota is used up.
-    """
-    read = _read(lambda: read_pairs(pairs, "pairs", bounds), faults)
-    clips = [clip for _, clip in read]
-    current_caller().charge(sum(clip.seconds for clip in clips))
-    prompts, prepared = [prompt for prompt, _ in read], group.prepare(clips)
-    found = zip(clips, group.prompt_warnings(prompts), strict=True)
-    return prompts, prepared, [(*clip.warnings, *of_prompt) for clip, of_prompt in found]
-
-
-def prepare_clips(
-    clips: Sequence[audio_pb2.Clip],
-    group: ScorerGroup,
-    bounds: AudioBounds,
-    faults: Sequence[FieldViolation] = (),
-) -> tuple[Prepared, Warnings]:
-    """Return the windows of clips for each scorer, and their warnings. Raises what `prepare_pairs` raises."""
-    read = _read(lambda: read_clips(clips, "clips", bounds), faults)
-    current_caller().charge(sum(clip.seconds for clip in read))
-    return group.prepare(read), [clip.warnings for clip in read]
-
-
-def prepare_prompts(
+def read_texts(
     prompts: Sequence[str],
     group: ScorerGroup,
     bounds: AudioBounds,
     faults: Sequence[FieldViolation] = (),
 ) -> tuple[list[str], Warnings]:
-    """Return the prompts, and their warnings. Raises `InvalidInputError` as `prepare_pairs` does."""
-    read = _read(lambda: read_prompts(prompts, "prompts", bounds), faults)
+    """Return the prompts, and their warnings. Raises `InvalidInputError` with every violation."""
+    with also(faults):
+        read = read_prompts(prompts, "prompts", bounds)
     return read, group.prompt_warnings(read)
 
 
@@ -201,13 +160,3 @@ def write_scorers(scorers: Mapping[str, Scorer]) -> list[pb.Scorer]:
         )
         for name, scorer in scorers.items()
     ]
-
-
-def _read(read: Callable[[], Read], faults: Sequence[FieldViolation]) -> Read:
-    try:
-        value = read()
-    except InvalidInputError as error:
-        raise InvalidInputError(*error.violations, *faults) from error
-    if faults:
-        raise InvalidInputError(*faults)
-    return value

@@ -116,6 +116,10 @@ class EmbeddingModel(Protocol):
         """Sampling rate of the windows, in hertz."""
 
     @property
+    def window_samples(self) -> int:
+        """Samples S of a window."""
+
+    @property
     def dimension(self) -> int:
         """Width D of an embedding."""
 

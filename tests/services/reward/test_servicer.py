@@ -49,6 +49,12 @@ def refusal(call: Any, request: Any) -> list[str]:
     return [violation.field for violation in bad.field_violations]
 
 
+def test_prompt_and_clips_are_refused_together(served: Served) -> None:
+    request = pb.RankAudioRequest(prompt=" ", clips=[float32(tone()), float32(NAN_N)])
+    assert refusal(served.stub.RankAudio, request) == ["prompt", "clips[1].audio"]
+    assert refusal(served.stub.RankAudio, pb.RankAudioRequest()) == ["prompt", "clips"]
+
+
 def test_each_clip_is_scored_for_its_own_prompt(served: Served, model: RewardModel) -> None:
     low, high, long = tone(hertz=300), tone(hertz=2_000), tone(3.3, hertz=700)
     answer = served.stub.BatchComputeRewards(
