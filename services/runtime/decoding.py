@@ -98,6 +98,6 @@ def also(faults: Sequence[FieldViolation]) -> Iterator[None]:
     try:
         yield
     except InvalidInputError as error:
-        raise InvalidInputError(*faults, *error.violations) from error
+        raise InvalidInputError(*error.violations, *faults) from error
     if faults:
         raise InvalidInputError(*faults)

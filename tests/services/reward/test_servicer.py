@@ -51,8 +51,8 @@ def refusal(call: Any, request: Any) -> list[str]:
 
 def test_prompt_and_clips_are_refused_together(served: Served) -> None:
     request = pb.RankAudioRequest(prompt=" ", clips=[float32(tone()), float32(NAN_N)])
-    assert refusal(served.stub.RankAudio, request) == ["prompt", "clips[1].audio"]
-    assert refusal(served.stub.RankAudio, pb.RankAudioRequest()) == ["prompt", "clips"]
+    assert refusal(served.stub.RankAudio, request) == ["clips[1].audio", "prompt"]
+    assert refusal(served.stub.RankAudio, pb.RankAudioRequest()) == ["clips", "prompt"]
 
 
 def test_each_clip_is_scored_for_its_own_prompt(served: Served, model: RewardModel) -> None:
@@ -177,7 +177,7 @@ def test_every_wrong_element_is_named_at_once(served: Served) -> None:
 
 def test_a_ranking_names_prompt_and_clips_at_once(served: Served) -> None:
     request = pb.RankAudioRequest(prompt=" ", clips=[float32(tone()), float32(NAN_N)])
-    assert refusal(served.stub.RankAudio, request) == ["prompt", "clips[1].audio"]
+    assert refusal(served.stub.RankAudio, request) == ["clips[1].audio", "prompt"]
 
 
 @pytest.mark.parametrize("count", [0, 65])
