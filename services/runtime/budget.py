@@ -13,6 +13,9 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Final
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
 from services.errors import DeadlineExceededError, QueueFullError
 from services.fairness import FairShares, Path, leaves_room, retry_after
 from services.runtime.callers import current_caller
@@ -129,6 +132,13 @@ class Budget:
         hold.size = size
         if more < 0:
             self._admit()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        yield GaugeMetricFamily("milonga_held_bytes", "Bytes that requests hold in memory.", self.held)
+        yield CounterMetricFamily(
+            "milonga_held_bytes_refusals", "Requests refused because too many bytes were held.", self.refused
+        )
 
     def _admit(self) -> None:
         """Let callers read, in turns, as long as there is memory for their messages.

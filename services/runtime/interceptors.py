@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -118,9 +119,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def parsed() -> AsyncIterator[Any]:
             while (raw := await context.read()) is not grpc.aio.EOF:
                 self._access.authorise(method, context)
-                holds.part().resize(len(raw))
-                message = _parse(handler, raw)
-                del raw
+                try:
+                    holds.part().resize(len(raw))
+                    message = _parse(handler, raw)
+                finally:
+                    del raw
                 yield message
                 del message
 
@@ -162,6 +165,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.count_refusal(rpc, error)
                 self._lines.write(code, error, seconds, context.peer(), caller)
                 span.end(code.name)
+                _clear_frames(error)
+                error = None
 
 
 async def _message(handler: Any, budget: Budget, context: Context) -> Any:
@@ -181,8 +186,11 @@ async def _message(handler: Any, budget: Budget, context: Context) -> Any:
         raw = await context.read()
         if raw is not grpc.aio.EOF:
             charge(len(raw))
-            current_hold().resize(len(raw))
-            return _parse(handler, raw)
+            try:
+                current_hold().resize(len(raw))
+                return _parse(handler, raw)
+            finally:
+                del raw  # errors keep this frame
     if time.monotonic() - start > _LENGTH_SECONDS:
         raise RequestCancelledError("the caller gave up before its message had arrived")
     raise TooLargeError("the call has no message, or one over the size limit of this service")
@@ -282,6 +290,16 @@ def _names(request_id: str, rpc: str, span: CallSpan) -> dict[str, str]:
     """Return the fields of all lines of a call in the log."""
     names = {"request_id": request_id, "rpc": rpc}
     return {**names, "trace_id": span.trace_id} if span.trace_id else names
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the local variables of frames that have ended, messages among them.
+
+    gRPC keeps the exception of an aborted call in a cycle, until the garbage collector finds it.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _request_id(context: Context) -> str:

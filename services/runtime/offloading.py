@@ -173,5 +173,6 @@ def _run_slice(task: _Task[Any]) -> tuple[float, _Outcome | None]:
     except StopIteration as end:
         outcome = _Outcome(value=end.value)
     except BaseException as error:
-        outcome = _Outcome(error=error)
+        # Without this frame, which has the outcome: in a cycle, the message would stay in memory.
+        outcome = _Outcome(error=error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
     return time.monotonic() - start, outcome

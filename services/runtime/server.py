@@ -88,6 +88,7 @@ class Server:
         self._health = HealthServicer()
         self.access = Access(settings)
         self.budget = Budget(settings.held_bytes, settings.max_request_bytes)
+        metrics.add(self.budget.collect)
         interceptors = [ParsingInterceptor(), CallInterceptor(metrics, self.access, self.budget)]
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         if settings.callers_file is not None:

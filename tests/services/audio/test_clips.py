@@ -246,6 +246,28 @@ def test_the_clips_of_a_call_share_a_budget() -> None:
     assert [v.field for v in caught.value.violations] == ["clips[3].audio"]
 
 
+def test_clips_beyond_the_budget_are_refused_by_their_headers() -> None:
+    """A few kilobytes of silence take long to decode. What was decoded would be refused as damaged."""
+    minute = silent_flac(1 / 60)[:-40]
+    with pytest.raises(InvalidInputError, match="damaged"):
+        read_clips([Clip(audio=minute)], "clips", BOUNDS)
+    with pytest.raises(InvalidInputError, match="in several calls") as caught:
+        read_clips([Clip(audio=minute)] * 64, "clips", AudioBounds(max_decoded_bytes=600 * 8_000 * 4))
+    assert [v.field for v in caught.value.violations] == ["clips[10].audio"]
+
+
+def test_all_channels_count_in_the_budget() -> None:
+    samples = np.stack([tone(), tone()], axis=1).astype("<f4").tobytes()
+    stereo = Clip(
+        audio=samples, encoding=audio_pb2.AUDIO_ENCODING_FLOAT32, sample_rate_hertz=RATE, channel_count=2
+    )
+    (read,) = read_clips([stereo], "clips", BOUNDS)
+    mono = read.waveform.nbytes
+    read_clips([stereo], "clips", AudioBounds(max_decoded_bytes=2 * mono))
+    with pytest.raises(InvalidInputError, match="in several calls"):
+        read_clips([stereo], "clips", AudioBounds(max_decoded_bytes=2 * mono - 1))
+
+
 def test_exactly_the_failing_elements_are_named() -> None:
     good, bad = Clip(audio=WAV), Clip(audio=b"noise")
     with pytest.raises(InvalidInputError) as caught:

@@ -21,6 +21,7 @@ from services.reward.model import RewardScorer
 from services.reward.serve import SERVICE
 from services.reward.settings import RewardSettings
 from services.runtime.metrics import ServerMetrics
+from services.runtime.server import Server
 from services.runtime.settings import load_settings
 from services.weights.uri import ResolvedModel
 from tests.services.hosting import hosting
@@ -42,6 +43,7 @@ class Served:
     stub: rpc.RewardServiceStub
     scorer: RewardScorer
     metrics: ServerMetrics
+    server: Server
 
 
 @contextmanager
@@ -56,7 +58,9 @@ def serving(model: RewardModel, **settings: Any) -> Iterator[Served]:
         grpc.insecure_channel(hosted.target, options=options) as channel,
     ):
         stub = rpc.RewardServiceStub(channel)
-        yield Served(target=hosted.target, stub=stub, scorer=scorer, metrics=hosted.metrics)
+        yield Served(
+            target=hosted.target, stub=stub, scorer=scorer, metrics=hosted.metrics, server=hosted.server
+        )
 
 
 def write_models(folder: Path) -> tuple[Path, Path]:

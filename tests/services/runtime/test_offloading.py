@@ -1,6 +1,12 @@
 import asyncio
 import threading
+import time
 
+import pytest
+
+from services.audio.steps import Steps
+from services.errors import DeadlineExceededError, QueueFullError
+from services.runtime.callers import Caller, calling
 from services.runtime.offloading import AT_ONCE, OffLoop
 
 
@@ -41,3 +47,75 @@ async def test_results_and_errors_come_through() -> None:
     except ZeroDivisionError:
         return
     raise AssertionError("the error was lost")
+
+
+async def test_work_is_done_in_turns_by_caller() -> None:
+    off_loop, order = OffLoop(), list[str]()
+
+    def steps(name: str, count: int) -> Steps[None]:
+        for _ in range(count):
+            time.sleep(0.06)  # more than a slice
+            order.append(name)
+            yield
+
+    async def one(name: str, count: int) -> None:
+        with calling(Caller(name=name)):
+            await off_loop.steps(steps(name, count))
+
+    greedy = [asyncio.create_task(one("greedy", 20)) for _ in range(10)]
+    while order.count("greedy") < 10:
+        await asyncio.sleep(0.01)
+    await one("modest", 2)
+    assert order.count("greedy") < 40
+    for task in greedy:
+        task.cancel()
+
+
+async def test_cancelled_work_ends_after_its_step_and_is_closed() -> None:
+    off_loop, closed, done = OffLoop(), threading.Event(), 0
+
+    def steps() -> Steps[None]:
+        nonlocal done
+        try:
+            while True:
+                done += 1
+                yield
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(off_loop.steps(steps()))
+    while not done:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    while not closed.is_set():
+        await asyncio.sleep(0.01)
+    before = done
+    await off_loop(lambda: None)
+    assert done == before
+
+
+async def test_work_that_can_not_be_done_before_the_deadline_is_refused_at_once() -> None:
+    off_loop, stop = OffLoop(), threading.Event()
+
+    def steps(seconds: float) -> Steps[None]:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not stop.is_set():
+            time.sleep(0.01)
+            yield
+
+    async def one(work: float, left: float | None) -> None:
+        deadline = None if left is None else time.monotonic() + left
+        with calling(Caller(name="a", deadline=deadline)):
+            await off_loop.steps(steps(work), work=work)
+
+    await one(0.1, None)  # a unit of work takes about a second
+    with pytest.raises(DeadlineExceededError, match="decoding the clips takes"):
+        await one(100.0, 5.0)
+    busy = [asyncio.create_task(one(1000.0, None)) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(QueueFullError, match="after the deadline") as caught:
+        await one(20.0, 25.0)
+    assert caught.value.retry_after > 0
+    stop.set()
+    await asyncio.gather(*busy)
