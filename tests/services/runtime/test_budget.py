@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import pytest
@@ -140,7 +141,7 @@ def test_the_message_of_a_refused_call_is_let_go(served: Served, clips: list[flo
     taken = hold(served.server.budget, "somebody else")
     taken.resize(MIB // 2)
     with grpc.insecure_channel(served.target) as channel:
-        call = channel.unary_unary("/milonga.v1.RewardService/RankAudio")
+        call: Any = channel.unary_unary("/milonga.v1.RewardService/RankAudio")
         message = pb.RankAudioRequest(prompt="a dog", clips=[float32(tone(one)) for one in clips])
         gc.collect()
         gc.disable()
