@@ -66,11 +66,8 @@ class Meter:
     def count_clip(self, *, audio_seconds: float, seconds: float) -> None:
         """Count one decoded clip."""
         totals = self.totals
-        self.totals = replace(
-            totals,
-            clips=totals.clips + 1,
-            audio_seconds=totals.audio_seconds + audio_seconds,
-        )
+        seconds_made = totals.audio_seconds + audio_seconds
+        self.totals = replace(totals, clips=totals.clips + 1, audio_seconds=seconds_made)
         self.observe("decode", seconds)
 
     def count_end(self, event: Finished | Failed) -> None:
