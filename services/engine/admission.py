@@ -1,9 +1,7 @@
 """The bounded, fair queue in front of the device, and the only state that threads share."""
 
 import itertools
-import random
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Final
 
@@ -11,18 +9,11 @@ from services.api.engine import EngineConfig
 from services.engine.pace import Pace
 from services.engine.states import RequestState
 from services.errors import DeadlineExceededError, QueueFullError, ServiceUnavailableError
-from services.fairness import WEIGHTS, Account, FairShares, Path, Rank
+from services.fairness import Account, FairShares, Path, Rank, leaves_room, retry_after, work_ahead
 
 _QUANTUM: Final = 1.25
 """Quantum of fair queueing in clips of the default settings: one of them is not interrupted."""
 
-_CALLER_SHARE: Final = 8
-"""A caller may hold this many times the free room: one caller up to 8/9 of the queue, two 8/17 each."""
-
-_RETRY_SOONEST, _RETRY_LATEST = 0.1, 600.0
-"""Bounds of `QueueFullError.retry_after` in seconds."""
-_RETRY_JITTER: Final = 0.3
-"""Random share that is added to `retry_after`, so that refused callers do not come back at once."""
 _FIRST_GUESS: Final = 1.0
 """`retry_after` before anything was measured."""
 
@@ -152,7 +143,7 @@ class Admission:
             message = f"the queue is full: {waiting}, no room for {count} more; try again later"
             raise self._full(state, message)
         # Callers without a name are one program, whose own requests can't take room from others.
-        if account.caller and held and held + count > _CALLER_SHARE * free:
+        if account.caller and not leaves_room(held, count, free):
             message = (
                 f"{waiting}; the caller has {held} clips here, and the free room is for others; "
                 "try again later"
@@ -166,7 +157,7 @@ class Admission:
             return
         if wait > self._max_wait:
             message = f"requests wait {wait:.0f} s, more than {self._max_wait:g}; try again later"
-            raise QueueFullError(message, retry_after=_retry_after(wait), refusal="time")
+            raise QueueFullError(message, retry_after=retry_after(wait), refusal="time")
         if deadline_in is None:
             return
         alone = self._pace.shortest(state)
@@ -182,31 +173,18 @@ class Admission:
                 f"the request would end {late:.1f} s after its deadline, since {wait:.1f} s of work are "
                 "before it; try again later"
             )
-            raise QueueFullError(message, retry_after=_retry_after(late), refusal="time")
+            raise QueueFullError(message, retry_after=retry_after(late), refusal="time")
 
     def _full(self, state: RequestState, message: str) -> QueueFullError:
         wait = self._seconds_ahead(state)
-        return QueueFullError(message, retry_after=_retry_after(_FIRST_GUESS if wait is None else wait))
+        return QueueFullError(message, retry_after=retry_after(_FIRST_GUESS if wait is None else wait))
 
     def _seconds_ahead(self, state: RequestState) -> float | None:
-        """Estimate the seconds that the device works for others before `state` ends; None if unknown.
-
-        Another caller is ahead with as much as the state's own caller has at most, in all.
-        """
+        """Estimate the seconds that the device works for others before `state` ends; None if unknown."""
         if self._pace.unit is None:
             return None
-        seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-        for other in self._states.values():
-            seconds[other.path.priority, other.path.caller] += self._pace.left(other)
-        priority, caller, _ = state.path
-        own = seconds.pop((priority, caller), 0.0)
-        mine = own + self._pace.left(state)
-        ahead = own + sum(min(left, mine) for (group, _), left in seconds.items() if group == priority)
-        for group, weight in WEIGHTS.items():
-            if group != priority:
-                share = (ahead + mine - own) * weight / WEIGHTS[priority]
-                ahead += min(share, sum(left for (its, _), left in seconds.items() if its == group))
-        return ahead
+        waiting = ((other.path.account, self._pace.left(other)) for other in self._states.values())
+        return work_ahead(state.path.account, self._pace.left(state), waiting)
 
     def _clips(self) -> int:
         return sum(state.undecoded for state in self._states.values())
@@ -222,9 +200,3 @@ class Admission:
             raise ServiceUnavailableError(
                 self._failure or "the engine is stopping and takes no new requests; try another instance"
             )
-
-
-def _retry_after(seconds: float) -> float:
-    """Return the seconds until a retry is of use, with jitter."""
-    jitter = 1 + _RETRY_JITTER * random.random()
-    return min(max(seconds * jitter, _RETRY_SOONEST), _RETRY_LATEST)
