@@ -7,9 +7,11 @@ flows with equal rounds, those that have not used up a quantum since they became
 sparse flows of FQ-CoDel (RFC 8290).
 """
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from heapq import heappop, heappush
 from typing import Final, Literal, NamedTuple
 
 Priority = Literal["interactive", "batch"]
@@ -28,6 +30,8 @@ _RETRY_JITTER: Final = 0.3
 
 _MAX_IDLE: Final = 256
 """Idle flows of a parent that are remembered: the rounds of a caller who comes back at once."""
+
+_numbers: Final = itertools.count()
 
 
 class Account(NamedTuple):
@@ -62,12 +66,25 @@ class Rank(NamedTuple):
     level: tuple[tuple[int, int], ...]
     """Of class, caller and request: the round, and what breaks ties."""
     number: int
+    exhausted: bool
+    """Whether its caller has used up a quantum since it became active."""
 
 
 class _Flow:
     """A class, a caller or a request, and its children."""
 
-    __slots__ = ("active", "busy", "children", "clock", "exhausted", "round", "used", "weight")
+    __slots__ = (
+        "active",
+        "busy",
+        "children",
+        "clock",
+        "exhausted",
+        "finish",
+        "finishes",
+        "round",
+        "used",
+        "weight",
+    )
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -79,8 +96,12 @@ class _Flow:
         self.active = 0
         """Requests in it that have not ended."""
         self.children: dict[Hashable, _Flow] = {}
+        self.finish: float | None = None
+        """Time of its parent until which it counts as busy, if it has ended before."""
+        self.finishes: list[tuple[float, int, Hashable]] = []
+        """Heap of the children's `finish`, each with a number and the name."""
         self.busy = 0.0
-        """Weight of the active children."""
+        """Weight of the children that are active, or would be if the device were shared evenly."""
         self.clock = 0.0
         """Virtual time of the children: the round that a child without a past starts with."""
 
@@ -88,7 +109,8 @@ class _Flow:
         """Count a request in the child `name`, and return the child."""
         child = self.children.setdefault(name, _Flow(weight))
         if not child.active:
-            self.busy += child.weight
+            self.busy += child.weight if child.finish is None else 0.0
+            child.finish = None
             child.exhausted = False
             if child.round < int(self.clock):
                 child.round, child.used = int(self.clock), 0.0
@@ -101,11 +123,17 @@ class _Flow:
         child.active -= 1
         if child.active:
             return
-        self.busy -= child.weight
         if forget:
+            self.busy -= child.weight
             del self.children[name]
-        elif len(self.children) > 2 * _MAX_IDLE:
-            idle = [name for name, child in self.children.items() if not child.active]
+            return
+        child.finish = child.round + child.used
+        heappush(self.finishes, (child.finish, next(_numbers), name))
+        self._finish()
+        if len(self.children) > 2 * _MAX_IDLE:
+            idle = [
+                name for name, child in self.children.items() if not child.active and child.finish is None
+            ]
             for name in sorted(idle, key=lambda name: self.children[name].round)[:_MAX_IDLE]:
                 del self.children[name]
 
@@ -115,12 +143,22 @@ class _Flow:
         # As in weighted fair queueing, time also passes with the work: flows that come all the time would
         # otherwise start in the present round for ever, and those of the next round never run.
         self.clock = max(self.clock + quanta / self.busy, child.round)
+        self._finish()
         child.used += quanta / child.weight
         if child.used >= 1:
             child.round += int(child.used)
             child.used -= int(child.used)
             child.exhausted = True
         return child
+
+    def _finish(self) -> None:
+        """Count children that have ended as idle once the clock has passed what they were given."""
+        while self.finishes and self.finishes[0][0] <= self.clock:
+            finish, _, name = heappop(self.finishes)
+            child = self.children.get(name)
+            if child is not None and child.finish == finish:
+                child.finish = None
+                self.busy -= child.weight
 
 
 class FairShares:
@@ -157,6 +195,7 @@ class FairShares:
                 (request.round, request.exhausted),
             ),
             path.number,
+            caller.exhausted,
         )
 
 
@@ -184,7 +223,7 @@ def work_ahead(account: Account, work: float, waiting: Iterable[tuple[Account, f
 
 def leaves_room(held: float, more: float, free: float) -> bool:
     """Return whether a caller that holds `held` of a queue leaves room for others if it gets `more`."""
-    return not held or held + more <= _CALLER_SHARE * free
+    return not held or held + more <= _CALLER_SHARE * (free - more)
 
 
 def retry_after(seconds: float) -> float:

@@ -6,13 +6,13 @@
     results = await batcher.submit(items)       # from many coroutines of one event loop
     await batcher.close()
 
+`services.runtime.batch_queue` decides whose items are next, and which calls are refused, by their caller.
 Whatever ends its work fails every call, and is reported once to the function that `watch` was given.
 """
 
 import asyncio
 import contextvars
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from typing import Generic, TypeVar
 import structlog
 
 from services.api.measurements import Observer, ignore
-from services.errors import QueueFullError, ServiceUnavailableError, TooLargeError, is_out_of_memory
+from services.errors import ServiceUnavailableError, TooLargeError, is_out_of_memory
 from services.runtime import tracing
+from services.runtime.batch_queue import BatchQueue, Call, Taken
 from services.runtime.callers import current_caller
 from services.runtime.model_thread import ModelThread
 
@@ -30,9 +31,6 @@ log = structlog.get_logger()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_FIRST_GUESS_SECONDS = 1.0
-"""`QueueFullError.retry_after` until the first call of the model has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,46 +50,15 @@ class BatchStats:
     queue_cost: float = 0.0
     """Cost of the items that are in the queue now."""
     refused: int = 0
-    """Submissions refused because the queue was full."""
-
-
-class _Call(Generic[Item, Result]):
-    """The items of one `submit`."""
-
-    def __init__(self, items: Sequence[Item], cost: Callable[[Item], float]) -> None:
-        self.arrived = self.queued_from = time.monotonic()
-        self.trace, self.priority = tracing.current(), current_caller().priority
-        self.waiting = deque((index, item, cost(item)) for index, item in enumerate(items))
-        self.results: dict[int, Result] = {}
-        self.size = len(items)
-        self.done: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
-
-    @property
-    def cost(self) -> float:
-        """Cost of the items that are still in the queue."""
-        return sum(cost for _, _, cost in self.waiting)
-
-    def deliver(self, index: int, result: Result) -> None:
-        self.results[index] = result
-        if len(self.results) == self.size and not self.done.done():
-            self.done.set_result([self.results[index] for index in range(self.size)])
-
-    def record_batch(self, start: float, end: float, size: int) -> None:
-        """Record that some of its items were in a batch of `size`, and waited until then."""
-        tracing.record("queue", self.queued_from, start, self.trace)
-        tracing.record("model", start, end, self.trace, batch=size)
-        self.queued_from = end
-
-    def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
+    """Calls refused because the queue had no room, or not the time before their deadline."""
+    dropped: int = 0
+    """Calls that left the queue since they could no longer be done before their deadline."""
 
 
 class MicroBatcher(Generic[Item, Result]):
     """Collects items of concurrent callers into batches, and runs each on one worker thread.
 
-    While a batch runs, new items collect. Callers take turns item by item, so that a call with one clip does
-    not wait for a call with 64. Belongs to one event loop.
+    While a batch runs, new items collect. Belongs to one event loop.
     """
 
     def __init__(
@@ -104,6 +71,7 @@ class MicroBatcher(Generic[Item, Result]):
         max_queue_cost: float,
         max_run_seconds: float = 0.0,
         initialize: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
         run: the model; returns one result per item, in order. Runs on the worker thread.
@@ -113,13 +81,16 @@ class MicroBatcher(Generic[Item, Result]):
         max_queue_cost: maximum cost of the items in the queue.
         max_run_seconds: time after which a call of the model counts as hung; 0: no limit.
         initialize: runs on the worker thread before the first batch.
+        clock: returns the time of the event loop.
         """
         self._run, self._cost = run, cost
-        self._max_cost, self._max_wait, self._max_queue_cost = max_cost, max_wait, max_queue_cost
-        self._max_run_seconds, self._initialize = max_run_seconds, initialize
-        self._open: set[_Call[Item, Result]] = set()
+        self._max_cost, self._max_wait = max_cost, max_wait
+        self._max_run_seconds, self._initialize, self._clock = max_run_seconds, initialize, clock
+        self._open: set[Call[Item, Result]] = set()
         """Every call that has not ended."""
-        self._calls: deque[_Call[Item, Result]] = deque()
+        self._queue: BatchQueue[Item, Result] = BatchQueue(
+            max_cost=max_cost, max_queue_cost=max_queue_cost, clock=clock
+        )
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._model: ModelThread[Item, Result] | None = None
@@ -128,14 +99,18 @@ class MicroBatcher(Generic[Item, Result]):
         self._on_failure: Callable[[str], None] = lambda _: None
         self.observe: Observer = ignore
         """Called on the event loop with each measurement; may be replaced."""
-        self._running_cost = 0.0
-        self._totals = {"calls": 0, "items": 0, "cost": 0.0, "seconds": 0.0, "waited": 0.0, "refused": 0}
-        self._queue_cost = 0.0
+        self._totals = {"calls": 0, "items": 0, "cost": 0.0, "seconds": 0.0, "waited": 0.0}
 
     @property
     def stats(self) -> BatchStats:
         """Totals since the start, and the queue's cost now. Thread-safe."""
-        return BatchStats(queue_cost=self._queue_cost, **self._totals)  # type: ignore[arg-type]
+        refusals = self._queue.totals
+        return BatchStats(
+            queue_cost=self._queue.cost,
+            refused=refusals.refused,
+            dropped=refusals.dropped,
+            **self._totals,  # type: ignore[arg-type]
+        )
 
     def watch(self, on_failure: Callable[[str], None]) -> None:
         """Have `on_failure` called with a reason when the batcher can't work any longer."""
@@ -144,17 +119,13 @@ class MicroBatcher(Generic[Item, Result]):
             on_failure(self._failure)
 
     def check(self, cost: float = 0.0) -> None:
-        """Raise what `submit` would raise for items of `cost` in all. Call it before preparing them."""
+        """Raise what `submit` would raise for items of `cost` in all. Call it before preparing them.
+
+        Thread-safe.
+        """
         if self._closing or self._failure is not None:
             raise self._unavailable()
-        full = self._queue_cost >= self._max_queue_cost or self._queue_cost + cost > self._max_queue_cost
-        if self._queue_cost > 0 and full:
-            self._totals["refused"] += 1
-            raise QueueFullError(
-                f"the queue is full: {self._queue_cost:.1f} of {self._max_queue_cost:g} are queued, "
-                f"no room for {cost:.1f} more; try again later",
-                retry_after=self._seconds_left(),
-            )
+        self._queue.check(cost, current_caller())
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Return the model's results for `items`, in order. The items may be split over several batches.
@@ -162,33 +133,36 @@ class MicroBatcher(Generic[Item, Result]):
         Cancelling it removes the items that have not run from the queue.
 
         Raises:
-            QueueFullError: the queue has no room; an empty queue accepts items of any cost.
+            QueueFullError: the queue has no room, or the call would end after its deadline. An empty queue
+                accepts items of any cost.
+            DeadlineExceededError: the call can no longer be done before its deadline.
             ServiceUnavailableError: the batcher is closing, or has failed.
             TooLargeError: one of `items` does not fit into memory, even in a batch of its own.
             Exception: the exception of `run` for one of `items` in a batch of its own.
         """
         if not items:
             return []
-        call: _Call[Item, Result] = _Call(items, self._cost)
-        self.check(call.cost)
+        if self._closing or self._failure is not None:
+            raise self._unavailable()
+        call = self._queue.add(items, self._cost, current_caller())
         self._start()
-        self._calls.append(call)
         self._open.add(call)
-        self._queue_cost += call.cost
         self._changed.set()
         try:
             return await call.done
         finally:
             if call.waiting:
-                tracing.record("queue", call.queued_from, time.monotonic(), call.trace)
-            self._leave(call)
+                tracing.record("queue", call.queued_from, self._clock(), call.trace)
+            for _ in call.waiting:
+                self.observe("queue_wait", self._clock() - call.arrived, call.path.priority)
+            self._queue.remove(call)
             self._open.discard(call)
 
     async def close(self) -> None:
         """Refuse queued items, finish the running batch if it is soon done, and stop the worker thread."""
         self._closing = True
-        for call in tuple(self._calls):
-            self._leave(call)
+        for call in self._queue.calls():
+            self._queue.remove(call)
             call.fail(self._unavailable())
         self._changed.set()
         if self._model is not None:
@@ -214,9 +188,9 @@ class MicroBatcher(Generic[Item, Result]):
     async def _work(self, model: ModelThread[Item, Result]) -> None:
         try:
             while not self._closing:
-                if self._calls:
+                if self._queue:
                     await self._gather()
-                    await self._call(model, self._take())
+                    await self._call(model, self._queue.take())
                 else:
                     self._changed.clear()
                     await self._changed.wait()
@@ -235,7 +209,7 @@ class MicroBatcher(Generic[Item, Result]):
             self._failure = reason
             self._on_failure(reason)
         for call in tuple(self._open):
-            self._leave(call)
+            self._queue.remove(call)
             call.fail(self._unavailable())
 
     def _unavailable(self) -> ServiceUnavailableError:
@@ -245,74 +219,39 @@ class MicroBatcher(Generic[Item, Result]):
 
     async def _gather(self) -> None:
         """Wait until the batch is full, or the oldest item has waited `max_wait`."""
-        due = min(call.arrived for call in self._calls) + self._max_wait
+        due = self._queue.oldest + self._max_wait
         with suppress(TimeoutError):
-            async with asyncio.timeout(due - time.monotonic()):
-                while 0 < self._queue_cost < self._max_cost and not self._closing:
+            async with asyncio.timeout(due - self._clock()):
+                while 0 < self._queue.cost < self._max_cost and not self._closing:
                     self._changed.clear()
                     await self._changed.wait()
 
-    def _take(self) -> list[tuple[_Call[Item, Result], int, Item]]:
-        """Take the next batch from the queue, one item of each caller in turn."""
-        taken: list[tuple[_Call[Item, Result], int, Item]] = []
-        now = time.monotonic()
-        self._running_cost = 0.0
-        while self._calls:
-            call = self._calls[0]
-            index, item, cost = call.waiting[0]
-            if taken and self._running_cost + cost > self._max_cost:
-                break
-            call.waiting.popleft()
-            taken.append((call, index, item))
-            self._running_cost += cost
-            self._totals["waited"] += now - call.arrived
-            self.observe("queue_wait", now - call.arrived, call.priority)
-            self._calls.popleft()
-            if call.waiting:
-                self._calls.append(call)
-        # Summed again: a running difference would accumulate rounding errors.
-        self._queue_cost = sum(call.cost for call in self._calls)
-        return taken
-
-    async def _call(
-        self, model: ModelThread[Item, Result], taken: Sequence[tuple[_Call[Item, Result], int, Item]]
-    ) -> None:
+    async def _call(self, model: ModelThread[Item, Result], taken: Sequence[Taken[Item, Result]]) -> None:
         if not taken:  # every caller was cancelled
             return
-        start = time.monotonic()
+        began, cost = self._clock(), sum(one.cost for one in taken)
+        for one in taken:
+            self.observe("queue_wait", began - one.call.arrived, one.call.path.priority)
         try:
-            outcomes = await model([item for _, _, item in taken])
+            outcomes = await model([one.item for one in taken])
         finally:
             self._totals["calls"] += 1
             self._totals["items"] += len(taken)
-            self._totals["cost"] += self._running_cost
-            end = time.monotonic()
-            self._totals["seconds"] += end - start
-            self.observe("batch", end - start)
-            self.observe("fill", min(1.0, self._running_cost / self._max_cost))
-            self._running_cost = 0.0
-            for call in dict.fromkeys(call for call, _, _ in taken):
-                call.record_batch(start, end, len(taken))
-        for (call, index, _), outcome in zip(taken, outcomes, strict=True):
+            self._totals["cost"] += cost
+            end = self._clock()
+            self._queue.end_batch()
+            self._totals["seconds"] += end - began
+            self._totals["waited"] += sum(began - one.call.arrived for one in taken)
+            self.observe("batch", end - began)
+            self.observe("fill", min(1.0, cost / self._max_cost))
+            for call in dict.fromkeys(one.call for one in taken):
+                call.record_batch(began, end, len(taken))
+        for (call, index, _, _), outcome in zip(taken, outcomes, strict=True):
             if not isinstance(outcome, Exception):
                 call.deliver(index, outcome)
                 continue
-            self._leave(call)
+            self._queue.remove(call)
             call.fail(_too_large(index) if is_out_of_memory(outcome) else outcome)
-
-    def _leave(self, call: _Call[Item, Result]) -> None:
-        with suppress(ValueError):
-            self._calls.remove(call)
-            self._queue_cost = sum(call.cost for call in self._calls)
-            for _ in call.waiting:
-                self.observe("queue_wait", time.monotonic() - call.arrived, call.priority)
-
-    def _seconds_left(self) -> float:
-        """Estimate the seconds until the queued and running items are done, from the mean time per cost."""
-        if not self._totals["cost"]:
-            return _FIRST_GUESS_SECONDS
-        pace = self._totals["seconds"] / self._totals["cost"]
-        return (self._queue_cost + self._running_cost) * pace
 
 
 def _too_large(index: int) -> TooLargeError:
