@@ -78,7 +78,7 @@ class Taken(NamedTuple, Generic[Item, Result]):
     """An item of a batch."""
 
     call: Call[Item, Result]
-    index: int
+    number: int
     """Of the item in its call."""
     item: Item
     cost: float
@@ -119,9 +119,9 @@ class BatchQueue(Generic[Item, Result]):
         self.cost = 0.0
         """Cost of the items in the queue."""
 
-    def __bool__(self) -> bool:
-        """Return whether calls wait."""
-        return bool(self._calls)
+    def __len__(self) -> int:
+        """Return the number of calls that wait."""
+        return len(self._calls)
 
     @property
     def oldest(self) -> float:

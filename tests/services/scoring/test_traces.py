@@ -78,7 +78,7 @@ def test_calls_that_share_a_batch_keep_their_own_traces(
         calls = [threads.submit(client.embed_audio, [FLAC], scorers=["a"])]
         assert entered.wait(20)
         calls += [threads.submit(client.embed_audio, [FLAC], scorers=["a"]) for _ in range(2)]
-        until(lambda: len(scorer._audio._calls) == 2)
+        until(lambda: len(scorer._audio._queue) == 2)
     for call in calls:
         call.result(20)
     batches = sorted(attributes(span)["milonga.batch"] for span in traces.all("model"))  # type: ignore[type-var]
