@@ -51,7 +51,7 @@ def test_a_score_decodes_then_embeds_both_by_every_scorer(client: AudioClient, t
     first, *embedded = traces.children(service)
     assert (first, sorted(embedded)) == ("decode", ["embed_audio", "embed_text"])
     for name in embedded:
-        assert traces.children(traces.one(name)) == ["queue", "model"]
+        assert set(traces.children(traces.one(name))) == {"queue", "model"}, "in one batch or several"
     assert attributes(traces.one("decode")) == {"milonga.clips": 2}
     assert {attributes(span)["milonga.batch"] for span in traces.all("model")} == {2}
     audio = attributes(traces.one("embed_audio"))
