@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from services.errors import DeadlineExceededError, QueueFullError
@@ -47,8 +47,6 @@ class Budget:
         self.limit, self._max_message = limit, max_message
         self.held = 0
         """Bytes that are held now."""
-        self.refused = 0
-        """Refusals so far."""
         self._held_by: Counter[str] = Counter()
         self._shares, self._numbers = FairShares(), itertools.count()
         self._reading: set[Path] = set()
@@ -136,9 +134,6 @@ class Budget:
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         yield GaugeMetricFamily("milonga_held_bytes", "Bytes that requests hold in memory.", self.held)
-        yield CounterMetricFamily(
-            "milonga_held_bytes_refusals", "Requests refused because too many bytes were held.", self.refused
-        )
 
     def _admit(self) -> None:
         """Let callers read, in turns, as long as there is memory for their messages.
@@ -158,12 +153,12 @@ class Budget:
                 turn.set_result(None)
 
     def _full(self, what: str, more: int) -> QueueFullError:
-        self.refused += 1
         # As fast as bytes were freed so far.
         seconds = self._busy / self._freed * max(0, self.held + more - self.limit) if self._freed else 0.0
         return QueueFullError(
             f"the service has no memory for the request: {what}; try again later, or send less at a time",
             retry_after=retry_after(seconds or _FIRST_GUESS),
+            refusal="memory",
         )
 
 

@@ -113,6 +113,7 @@ class OffLoop:
                 f"the clips would be decoded {late:.1f} s after the deadline, since {wait:.1f} s of work are "
                 "before them; try again later",
                 retry_after=retry_after(late),
+                refusal="time",
             )
 
     def _dispatch(self) -> None:

@@ -34,7 +34,7 @@ def test_a_request_alone_is_admitted_and_others_are_refused_beyond_the_limit() -
     with pytest.raises(QueueFullError, match="no room for") as caught:
         other.resize(1)
     assert caught.value.retry_after > 0
-    assert (budget.held, budget.refused) == (12, 1)
+    assert (budget.held, caught.value.refusal) == (12, "memory")
     alone.resize(9)
     other.resize(1)
     alone.release()
