@@ -128,7 +128,7 @@ demo: protos ## Start the services, send three prompts over gRPC, write clips an
 
 .PHONY: bench
 bench: protos ## Measure the engine and the service on this machine (ratios in one run)
-	set -e; for name in engine serving judging candidates training load; do $(BIN)/python -m benchmarks.$$name; done
+	set -e; for name in engine serving judging candidates training load overload; do $(BIN)/python -m benchmarks.$$name; done
 
 .PHONY: bench-triton
 bench-triton: protos $(TRITON)/.milonga-ready ## Compare the native API, the Open Inference Protocol and Triton on this machine
