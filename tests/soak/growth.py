@@ -11,11 +11,13 @@ from scipy import stats
 from tests.soak.processes import Sample
 
 WARM_UP_SECONDS: Final = 60.0
-"""Of each process: caches fill, and the allocator's pools take their size."""
+"""Least warm-up of a process: caches fill, and the allocator's pools take their size."""
+WARM_UP: Final = 0.4
+"""The same as a share of its life: that takes longer, ever more slowly."""
 _BLOCKS: Final = 20
 """Means of so many equal parts are fitted: neighbouring samples are not independent, these nearly are."""
 _CONFIDENCE: Final = 0.99
-NEGLIGIBLE: Final = 0.01
+NEGLIGIBLE: Final = 0.02
 """Growth over the whole time, as a share of the memory, that is taken for none."""
 
 
@@ -49,11 +51,13 @@ class Growth:
 
 def growth(samples: Sequence[Sample], start: float) -> Growth | None:
     """Return the growth of a process that started at `start`; None with too few samples after its warm-up."""
-    warm = [sample for sample in samples if sample.at - start >= WARM_UP_SECONDS]
+    end = samples[-1].at if samples else start
+    first = start + max(WARM_UP_SECONDS, WARM_UP * (end - start))
+    warm = [sample for sample in samples if sample.at >= first]
     if len(warm) < 2 * _BLOCKS:
         return None
     edges = np.linspace(0, len(warm), _BLOCKS + 1).round().astype(int)
-    blocks = [warm[first:last] for first, last in pairwise(edges)]
+    blocks = [warm[left:right] for left, right in pairwise(edges)]
     hours = [np.mean([sample.at for sample in block]) / 3600 for block in blocks]
     rss_mib = [np.mean([sample.rss for sample in block]) / 2**20 for block in blocks]
     line = stats.linregress(hours, rss_mib)

@@ -128,7 +128,16 @@ def explain(call: Call, line: Line | None, reasons: Iterable[Fault]) -> str | No
         return "the caller cancelled before it arrived" if line is None else "ended as its caller cancelled"
     if line is None:
         return "refused, not logged" if call.code in REFUSALS else during
+    if (
+        call.code == "RESOURCE_EXHAUSTED"
+        and line.code == "CANCELLED"
+        and call.attempt.rpc == "ModelStreamInfer"
+    ):
+        # The service does not learn why the stream ended.
+        return "a message of a stream over the size limit"
     if call.code == "DEADLINE_EXCEEDED" and call.attempt.timeout is not None:
+        if call.attempt.pause and line.code == "OK":
+            return "the answer was sent, and not read by its deadline"
         if line.seconds >= call.attempt.timeout - _LATE_SECONDS:
             return "ended as its deadline passed"
         return during

@@ -131,7 +131,7 @@ class Mix:
             reads = "Get" in attempt.rpc or "List" in attempt.rpc
             codes = attempt.codes if reads else frozenset({"PERMISSION_DENIED"})
             return replace(attempt, caller=WATCHER, codes=codes)
-        attempt = replace(attempt, caller=rng.choice((STUDIO, STUDIO, FARM, HURRIED)))
+        attempt = replace(attempt, caller=rng.choice((STUDIO, STUDIO, STUDIO, STUDIO, FARM, FARM, HURRIED)))
         if attempt.caller is HURRIED:
             attempt = replace(attempt, codes=attempt.codes | {"RESOURCE_EXHAUSTED"})
         if rng.random() < 0.4:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,6 +66,13 @@ _LEFT: Final = (
 )
 
 
+_ASKED: Final = re.compile(
+    "CUDA error: an illegal|CUDA out of memory|NotFiniteError|fails at every request|have all failed|hangs"
+    "|has not ended within|the model's thread does not end"
+    "|ExecuteBatchError"  # gRPC's own, for an answer to a caller who is gone
+)
+
+
 class Incarnation:
     """One process of a service, from its start to its end."""
 
@@ -117,6 +126,17 @@ class Incarnation:
                 elif sample.name in _LEFT:
                     left[sample.name] = left.get(sample.name, 0.0) + sample.value
         return Gauges(counts=counts, left={name: value for name, value in left.items() if value})
+
+    def faults(self) -> Counter[str]:
+        """Return the errors in its log that are none that callers asked its model for."""
+        found: Counter[str] = Counter()
+        for event in self.events():
+            if event.get("level") in ("error", "critical"):
+                causes = [f"{one['exc_type']}: {one['exc_value']}" for one in event.get("exception", [])]
+                text = f"{event.get('event')}: {causes[0] if causes else event.get('reason', '')}"
+                if not _ASKED.search(text):
+                    found[text[:200]] += 1
+        return found
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events of its log."""

@@ -54,6 +54,9 @@ class Outcome:
         self.faults += [
             f"{name}: left in the engine: {dict(left)}" for name, left in self.left.items() if left
         ]
+        for one in self.incarnations:
+            errors = one.faults().items()
+            self.faults += [f"{one.name}-{one.number} logged {count} times: {text}" for text, count in errors]
         if self.bits.different:
             self.faults.append(f"{self.bits.different} of {self.bits.compared} clips differ from the first")
 
@@ -61,7 +64,7 @@ class Outcome:
 def write(outcome: Outcome, folder: Path) -> None:
     """Write `report.md`, `report.json` and `rss.png`."""
     figures = _figures(outcome)
-    (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(figures) + "\n")
     plot(outcome, folder / "rss.png")
     (folder / "report.md").write_text(_page(outcome, figures))
 
@@ -95,6 +98,13 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
         "left": {name: dict(left) for name, left in outcome.left.items()},
         "same_bits": {"compared": outcome.bits.compared, "different": outcome.bits.different},
         "growth": {name: found and asdict(found) for name, found in outcome.growths.items()},
+        "memory": {
+            f"{one.name}-{one.number}": [
+                (round(sample.at - outcome.started, 1), round(sample.rss / 2**20, 1))
+                for sample in one.samples
+            ]
+            for one in outcome.incarnations
+        },
         "ledger": ledgers.as_json(outcome.ledger),
     }
 
@@ -181,7 +191,7 @@ def _page(outcome: Outcome, figures: Mapping[str, Any]) -> str:
         + _table(
             ("service", "memory", "slope, 99 % interval", "minutes fitted", "threads", "descriptors"), growths
         )
-        + "\nOf each service's last process, after its first minute; threads and descriptors are the maxima "
-        "of the first and the second half.\n\n![Memory of every process](rss.png)\n",
+        + "\nOf each service's last process, after the first two fifths of its life; threads and descriptors "
+        "are the maxima of the first and the second half.\n\n![Memory of every process](rss.png)\n",
     ]  # fmt: skip
     return "\n".join(sections)
