@@ -9,6 +9,7 @@ Shapes: N samples, C channels.
 import io
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -130,7 +131,7 @@ def decode_steps(
     if expected not in (None, found):
         raise invalid(field, f"begins as {found}, and encoding says {expected}; correct the one or the other")
     try:
-        with _ForwardFile(io.BytesIO(content)) as file:
+        with _ForwardFile(_Content(content)) as file:
             refuse(_header_faults(file, field, bounds, stated_rate))
             return (yield from _read(file, field, found, bounds, keep_channels))
     except soundfile.SoundFileError as error:
@@ -147,13 +148,22 @@ def measure(audio: bytes, bounds: AudioBounds) -> tuple[float, int]:
     """
     try:
         _, content = open_container(audio)
-        with _ForwardFile(io.BytesIO(content)) as file:
+        with _ForwardFile(_Content(content)) as file:
             if any(_header_faults(file, "", bounds, 0)):
                 return 0.0, 0
             frames = min(math.floor(bounds.max_seconds * file.samplerate) + 1, file.frames)
             return frames / file.samplerate, frames * file.channels
     except (ContainerError, soundfile.SoundFileError):
         return 0.0, 0
+
+
+class _Content(io.BytesIO):
+    """The bytes of a file. Damaged ones have libsndfile seek before the first, which then changes nothing."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with suppress(ValueError):
+            return super().seek(offset, whence)
+        return self.tell()
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # a library without types

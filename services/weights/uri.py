@@ -45,6 +45,8 @@ _FORMS = (
     "models:/NAME/VERSION or models:/NAME@ALIAS"
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_BYTES, _MAX_NAME = 4095, 255
+"""Limits of file systems for a path and for each name in it."""
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # No pickles: a file that is not fetched can't be loaded by mistake.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -70,6 +72,8 @@ class ModelURI:
         """
         if not text.isprintable():
             raise _invalid(f"is {text[:80]!r}, which has characters that no model URI has")
+        if len(text.encode()) > _MAX_BYTES or max(len(part.encode()) for part in text.split("/")) > _MAX_NAME:
+            raise _invalid(f"is {text[:80]!r}…, which is longer than a path or a name in it may be")
         if _CONTROL.search(text):
             raise _invalid(f"is {text[:80]!r}, which has control characters; leave them out")
         location, hash_sign, pin = text.partition("#")

@@ -2,8 +2,9 @@
 
 import random
 import struct
+import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ def test_an_mp3_file_whose_count_is_too_small_is_read_whole() -> None:
     frames = int.from_bytes(MP3[place : place + 4], "big")
     audio = MP3[:place] + (frames // 2).to_bytes(4, "big") + MP3[place + 4 :]
     assert len(read(audio).waveform) >= 40_000
+
+
+def test_a_damaged_file_writes_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    # libsndfile seeks before the first byte; an error in its callback would go to standard error.
+    written: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", written.append)
+    aiff = FILES["aiff"]
+    place = aiff.index(b"SSND") - 2
+    assert "can't be decoded as AIFF" in refusal(aiff[:place] + bytes(8) + aiff[place:])
+    assert written == []
 
 
 def test_rubbish_between_mp3_frames_is_skipped() -> None:

@@ -62,6 +62,9 @@ def test_a_uri_is_taken_apart(text: str, scheme: str, path: str, digest: str | N
         "models:tango@",
         "mini#sha256:12",
         "mini#md5:" + "0" * 64,
+        "file:/models/" + "é" * 128,
+        "file:/models" + "/tango" * 700,
+        "models:/" + "t" * 256 + "/3",
     ],
 )
 def test_what_is_no_model_uri_is_refused_in_one_line(text: str) -> None:
