@@ -109,10 +109,10 @@ def _samples(mib_per_hour: float, *, threads: int = 20) -> list[Sample]:
         Sample(
             at=float(at),
             rss=int((600 + mib_per_hour * at / 3600 + rng.normal(0, 2)) * 2**20),
-            threads=20 if at < 900 else threads,
+            threads=20 if at < 1800 else threads,
             descriptors=40,
         )
-        for at in range(1200)
+        for at in range(2400)
     ]
 
 
@@ -124,6 +124,9 @@ def test_noise_is_no_growth_and_growth_is_found() -> None:
     assert found is not None
     assert found.slope == pytest.approx(120.0, abs=15.0)
     assert "memory grows" in found.faults[0]
+    short = growth(_samples(120.0)[:900], 0.0)
+    assert short is not None
+    assert not short.faults, "of some minutes only much is growth"
     found = growth(_samples(0.0, threads=60), 0.0)
     assert isinstance(found, Growth)
     assert found.faults == ["threads grow from 20 to 60"]
