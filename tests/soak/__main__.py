@@ -168,6 +168,7 @@ class Soak:
     async def _watch(self) -> None:
         while await self._pause(_SAMPLE_SECONDS):
             await self._sample()
+            await self._faults.revive()
 
     async def _sample(self) -> None:
         for service in self._services.values():
@@ -191,6 +192,7 @@ class Soak:
     async def _quiet(self) -> dict[str, Mapping[str, float]]:
         """Wait until nothing is in progress; return what is left by service."""
         end = time.monotonic() + _QUIET_SECONDS
+        await self._faults.revive()
         while True:
             gauges = {
                 name: await asyncio.to_thread(service.current.read_gauges)

@@ -20,7 +20,7 @@ from tests.soak.schedule import RESTARTING, Event, Fault
 from tests.soak.toxiproxy import Toxiproxy
 from tests.soak.vanishing import READY
 
-LIMIT_SECONDS: Final = 15.0
+LIMIT_SECONDS: Final = 30.0
 """Settings `max_turn_seconds` and `max_batch_run_seconds`: after it a call of the model counts as hung."""
 GRACE_SECONDS: Final = 30.0
 """Setting `grace_seconds`."""
@@ -64,6 +64,27 @@ class Faults:
             self.windows.append(
                 Window(fault=event.fault, service=event.service, start=start, end=time.monotonic())
             )
+
+    async def revive(self) -> None:
+        """Start each service again that has ended without a fault, and note that something is wrong."""
+        for service in self._services.values():
+            code = service.current.process.poll()
+            if code is None or service.name in self._busy:
+                continue
+            self._busy.add(service.name)
+            one, start = service.current, time.monotonic()
+            one.ending = "by itself"
+            self.wrong.append(
+                f"{one.name}-{one.number} ended by itself, exit code {code}: {one.last_words()}"
+            )
+            try:
+                await asyncio.to_thread(service.end)
+                service.start()
+                await asyncio.to_thread(service.wait_until_serving)
+            finally:
+                self._busy.discard(service.name)
+                window = Window(fault=Fault.KILL, service=service.name, start=start, end=time.monotonic())
+                self.windows.append(window)
 
     async def _restart(self, event: Event) -> None:
         service, fault = self._services[event.service], event.fault

@@ -127,6 +127,10 @@ class Incarnation:
                     left[sample.name] = left.get(sample.name, 0.0) + sample.value
         return Gauges(counts=counts, left={name: value for name, value in left.items() if value})
 
+    def last_words(self) -> str:
+        """Return the last line of its log."""
+        return (self.log.read_text(errors="replace").splitlines() or ["nothing"])[-1][:300]
+
     def faults(self) -> Counter[str]:
         """Return the errors in its log that are none that callers asked its model for."""
         found: Counter[str] = Counter()
