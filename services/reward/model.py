@@ -5,6 +5,7 @@ Shapes: B pairs of a prompt and a clip.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,10 @@ class RewardScorer:
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._batcher.check(seconds)
+
+    def expect(self, clips: int) -> AbstractContextManager[None]:
+        """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
+        return self._batcher.expect(clips)
 
     def kept_bytes(self, seconds: float) -> int:
         """Return the size of a prepared clip of this length."""

@@ -37,19 +37,19 @@ class RewardServicer(rpc.RewardServiceServicer):
         self, request: pb.BatchComputeRewardsRequest, context: Context
     ) -> pb.BatchComputeRewardsResponse:
         """See reward.proto."""
-        self.scorer.check()
-        pairs = await self._decoder.pairs(request.pairs, self.scorer)
-        del request  # its clips are no longer needed
-        rewards = await self._reward(pairs)
+        with self.scorer.expect(len(request.pairs)):
+            pairs = await self._decoder.pairs(request.pairs, self.scorer)
+            del request  # its clips are no longer needed
+            rewards = await self._reward(pairs)
         return pb.BatchComputeRewardsResponse(rewards=map(write_reward, rewards), model=self._version)
 
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
-        self.scorer.check()
         prompt, faults = request.prompt, check_prompt(request.prompt, "prompt", self.bounds)
-        clips = await self._decoder.clips(request.clips, self.scorer, faults)
-        del request
-        places = rank(await self._reward([(prompt, clip) for clip in clips]))
+        with self.scorer.expect(len(request.clips)):
+            clips = await self._decoder.clips(request.clips, self.scorer, faults)
+            del request
+            places = rank(await self._reward([(prompt, clip) for clip in clips]))
         return pb.RankAudioResponse(ranking=map(write_place, places), model=self._version)
 
     async def GetRewardModel(

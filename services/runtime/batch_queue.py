@@ -10,8 +10,11 @@ import asyncio
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from services.errors import DeadlineExceededError, QueueFullError
@@ -32,6 +35,9 @@ _PLANNED: Final = 0.9
 _ROUNDING: Final = 1e-6
 _FIRST_GUESS_SECONDS: Final = 1.0
 """Wait before anything was measured."""
+
+_preparing: ContextVar[object | None] = ContextVar("preparing", default=None)
+"""The call that the current context prepares."""
 
 
 class Call(Generic[Item, Result]):
@@ -107,6 +113,8 @@ class BatchQueue(Generic[Item, Result]):
         self._shares = FairShares()
         self._numbers = itertools.count()
         self._calls: dict[int, Call[Item, Result]] = {}
+        self._expected: dict[object, tuple[Account, float]] = {}
+        """Calls that are being prepared, with a guess at their cost."""
         self._latest: Account | None = None
         self._latest_at = self._others_at = float("-inf")
         """When the latest call of that account, and of all others, arrived."""
@@ -133,18 +141,40 @@ class BatchQueue(Generic[Item, Result]):
 
         An empty queue accepts any cost, and an idle model any deadline.
         """
-        calls = tuple(self._calls.values())
         account = Account(caller.key, caller.priority)
         if self.cost > 0:
             free = self._max_queue_cost - self.cost
             if free <= 0 or cost > free:
-                self._refuse_room(calls, account, cost, "the queue is full")
+                self._refuse_room(account, cost, "the queue is full")
+            calls = tuple(self._calls.values())
             if not leaves_room(sum(call.cost for call in calls if call.path.account == account), cost, free):
-                self._refuse_room(calls, account, cost, "the room that the caller leaves is for others")
-        if caller.deadline is None or self.pace.unit is None or not (calls or self._running):
+                self._refuse_room(account, cost, "the room that the caller leaves is for others")
+        self._check_time(account, cost, caller.deadline)
+
+    @contextmanager
+    def expect(self, items: int, caller: Caller) -> Iterator[None]:
+        """Count a call of `items` as waiting while it is prepared: until it is added, or the context ends.
+
+        Raises what `check` raises.
+        """
+        account = Account(caller.key, caller.priority)
+        self.check(0.0, caller)
+        self._check_time(account, items * self._item, caller.deadline)
+        call = _preparing.get() or object()
+        before = _preparing.set(call)
+        self._expected[call] = (account, items * self._item)
+        try:
+            yield
+        finally:
+            self._expected.pop(call, None)
+            _preparing.reset(before)
+
+    def _check_time(self, account: Account, cost: float, deadline: float | None) -> None:
+        waiting = self._waiting()
+        if deadline is None or self.pace.unit is None or not (waiting or self._running):
             return
-        left = caller.deadline - self._clock()
-        late = self._seconds_to_end(calls, account, cost, left) - left
+        left = deadline - self._clock()
+        late = self._seconds_to_end(waiting, account, cost, left) - left
         if late > 0:
             self.totals.refused += 1
             raise QueueFullError(
@@ -159,6 +189,7 @@ class BatchQueue(Generic[Item, Result]):
         path = Path(caller.priority, caller.key, next(self._numbers))
         call: Call[Item, Result] = Call(items, cost, path, self._clock(), caller.deadline)
         self.check(call.cost, caller)
+        self._expected.pop(_preparing.get(), None)
         if call.deadline is not None:
             call.largest = self._largest(call.deadline - call.arrived)
         if self._latest != path.account:
@@ -273,26 +304,30 @@ class BatchQueue(Generic[Item, Result]):
                     )
                 )
 
-    def _refuse_room(
-        self, calls: Sequence[Call[Item, Result]], account: Account, cost: float, reason: str
-    ) -> None:
+    def _refuse_room(self, account: Account, cost: float, reason: str) -> None:
         self.totals.refused += 1
-        wait = self._seconds_to_end(calls, account, cost, float("inf"))
+        wait = self._seconds_to_end(self._waiting(), account, cost, float("inf"))
         raise QueueFullError(
             f"{reason}: {self.cost:.1f} of {self._max_queue_cost:g} are queued, no room for {cost:.1f} more; "
             "try again later",
             retry_after=retry_after(wait),
         )
 
+    def _waiting(self) -> list[tuple[Account, float]]:
+        """Return account and cost of each call that waits, or is being prepared since before the current."""
+        current, expected = _preparing.get(), tuple(self._expected.items())
+        earlier = takewhile(lambda one: one[0] is not current, expected)
+        waiting = [(call.path.account, call.cost) for call in tuple(self._calls.values())]
+        return waiting + [cost for _, cost in earlier]
+
     def _seconds_to_end(
-        self, calls: Sequence[Call[Item, Result]], account: Account, cost: float, within: float
+        self, waiting: Sequence[tuple[Account, float]], account: Account, cost: float, within: float
     ) -> float:
         """Estimate the seconds until a new call of `cost` ends, if it is to end `within` so many."""
         if self.pace.unit is None:
             return _FIRST_GUESS_SECONDS
         pace, cost = self.pace, cost or self._item
         running = pace.seconds(self._running) - (self._clock() - self._began) if self._running else 0.0
-        waiting = [(call.path.account, call.cost) for call in calls]
         total = sum(left for _, left in waiting) + cost
         batch = min(self._full(min(cost, self._item)), self._largest(within), total)
         batch = max(batch, min(cost, self._item))

@@ -14,7 +14,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -126,6 +126,14 @@ class MicroBatcher(Generic[Item, Result]):
         if self._closing or self._failure is not None:
             raise self._unavailable()
         self._queue.check(cost, current_caller())
+
+    def expect(self, items: int) -> AbstractContextManager[None]:
+        """Return a context that counts `items` as waiting while they are prepared for `submit`.
+
+        Raises what `check` raises; on entering what `submit` would raise for such items.
+        """
+        self.check()
+        return self._queue.expect(items, current_caller())
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Return the model's results for `items`, in order. The items may be split over several batches.

@@ -5,7 +5,8 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -93,6 +94,10 @@ class Scorer:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._audio.check(seconds)
 
+    def expect(self, clips: int) -> AbstractContextManager[None]:
+        """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
+        return self._audio.expect(clips)
+
     def window_bytes(self, seconds: float) -> int:
         """Return the size of the windows of a clip of this length."""
         windows = max(1, math.ceil(seconds * self.sampling_rate / self._model.window_samples))
@@ -158,6 +163,14 @@ class ScorerGroup:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue of any scorer."""
         for scorer in self._distinct():
             scorer.check(seconds)
+
+    @contextmanager
+    def expect(self, clips: int) -> Iterator[None]:
+        """Count clips as waiting for each scorer while they are decoded. Raises `QueueFullError`."""
+        with ExitStack() as stack:
+            for scorer in self._distinct():
+                stack.enter_context(scorer.expect(clips))
+            yield
 
     def kept_bytes(self, seconds: float) -> int:
         """Return the size of the windows of a clip of this length, for all scorers."""

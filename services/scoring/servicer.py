@@ -42,12 +42,12 @@ class ScoringServicer(rpc.ScoringServiceServicer):
     ) -> pb.BatchScoreAudioResponse:
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
-        group.check()
-        pairs = await self._decoder.pairs(request.pairs, group, faults)
-        del request  # its clips are no longer needed
-        prompts, clips = [prompt for prompt, _ in pairs], [clip for _, clip in pairs]
-        of_prompts = await self._decoder.run(lambda: group.prompt_warnings(prompts))
-        texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
+        with group.expect(len(request.pairs)):
+            pairs = await self._decoder.pairs(request.pairs, group, faults)
+            del request  # its clips are no longer needed
+            prompts, clips = [prompt for prompt, _ in pairs], [clip for _, clip in pairs]
+            of_prompts = await self._decoder.run(lambda: group.prompt_warnings(prompts))
+            texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
         warnings = [(*clip.warnings, *of) for clip, of in zip(clips, of_prompts, strict=True)]
         return write_scores(group, texts, sounds, warnings)
 
@@ -56,10 +56,10 @@ class ScoringServicer(rpc.ScoringServiceServicer):
     ) -> pb.BatchEmbedAudioResponse:
         """See scoring.proto."""
         group, faults = choose(request.scorers, self.scorers)
-        group.check()
-        clips = await self._decoder.clips(request.clips, group, faults)
-        del request
-        sounds = await group.embed_audio(clips)
+        with group.expect(len(request.clips)):
+            clips = await self._decoder.clips(request.clips, group, faults)
+            del request
+            sounds = await group.embed_audio(clips)
         warnings = [clip.warnings for clip in clips]
         return pb.BatchEmbedAudioResponse(
             scorers=write_scorers(group.members), results=write_embeddings(sounds, warnings)

@@ -104,6 +104,7 @@ class Simulation:
         *,
         clips: int = 1,
         cost: float = 1.0,
+        preparation: float = 0.0,
         timeout: float | None = None,
         priority: Priority = "interactive",
     ) -> Job:
@@ -114,8 +115,9 @@ class Simulation:
         with calling(Caller(name=caller, priority=priority, deadline=deadline)):
             try:
                 async with asyncio.timeout(timeout):
-                    self.batcher.check()
-                    await self.batcher.submit([cost] * clips)
+                    with self.batcher.expect(clips):
+                        await asyncio.sleep(preparation)
+                        await self.batcher.submit([cost] * clips)
             except (MilongaError, TimeoutError) as error:
                 job.error = error
         job.end = self.now

@@ -33,6 +33,11 @@ def virtually(times: Times, test: Callable[[Simulation], Awaitable[None]]) -> No
     run_virtually(run())
 
 
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 async def overload(simulation: Simulation, rate: float, seconds: float, **options: Any) -> list[Job]:
     """Calls at random times, each of a caller of its own."""
     random, end, number = Random(1), simulation.now + seconds, 0
@@ -125,6 +130,21 @@ def test_with_deadlines_the_device_does_what_can_be_done(device: Times, patience
     virtually(device, test)
 
 
+def test_calls_that_are_being_decoded_count_as_waiting(device: Times) -> None:
+    async def test(simulation: Simulation) -> None:
+        unloaded = (await simulation.call("alone")).seconds
+        simulation.jobs.clear()
+        most = MAX_BATCH / device(MAX_BATCH)
+        options = {"timeout": 8 * unloaded, "preparation": unloaded}
+        jobs = await overload(simulation, 3 * most, 100, **options)
+        good = [job for job in jobs if job.good]
+        assert len(good) >= 0.8 * 100 * most
+        refused = [job for job in jobs if isinstance(job.error, QueueFullError)]
+        assert sum(job.end == job.start for job in refused) >= 0.75 * len(refused), "before they are decoded"
+
+    virtually(device, test)
+
+
 def test_without_deadlines_the_queue_is_bounded_and_the_device_is_busy(device: Times) -> None:
     async def test(simulation: Simulation) -> None:
         most = MAX_BATCH / device(MAX_BATCH)
@@ -141,8 +161,7 @@ def test_the_time_to_come_back_is_the_wait(device: Times) -> None:
     async def test(simulation: Simulation) -> None:
         for number in range(500):
             simulation.start(simulation.call(f"caller {number}"))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await settled()
         error = simulation.jobs[-1].error
         assert isinstance(error, QueueFullError)
         start = simulation.now
@@ -156,7 +175,7 @@ def test_one_caller_leaves_room_for_others(device: Times) -> None:
     async def test(simulation: Simulation) -> None:
         for _ in range(10):
             simulation.start(simulation.call("greedy", clips=64))
-        await asyncio.sleep(0)
+        await settled()
         error = simulation.jobs[-1].error
         assert isinstance(error, QueueFullError)
         other = await simulation.call("caller", clips=8)
@@ -173,10 +192,10 @@ def test_a_call_that_can_no_longer_be_done_is_dropped_and_one_alone_is_tried(dev
         running = asyncio.create_task(simulation.call("running", clips=1))
         await asyncio.sleep(0.006)
         waiting = [asyncio.create_task(simulation.call("other", clips=8)) for _ in range(2)]
-        await asyncio.sleep(0)
+        await settled()
         simulation.batcher._queue.pace.unit, unit = None, simulation.batcher._queue.pace.unit
         late = asyncio.create_task(simulation.call("late", clips=2, timeout=seconds + 0.02))
-        await asyncio.sleep(0)
+        await settled()
         simulation.batcher._queue.pace.unit = unit
         job = await late
         assert isinstance(job.error, DeadlineExceededError)
