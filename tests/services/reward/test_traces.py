@@ -10,6 +10,7 @@ from opentelemetry.trace import StatusCode
 from services.client import AudioClient
 from services.errors import InvalidInputError
 from services.models.reward.model import RewardModel
+from services.runtime.batch_pace import BatchPace
 from tests.services.inference.asking import tensor
 from tests.services.reward.serving import MODEL, Served, serving, tone, wav
 from tests.services.traces import Traces, attributes, recording, seconds
@@ -22,6 +23,7 @@ WAV = wav(tone()).audio
 
 @pytest.fixture
 def client(served: Served) -> Iterator[AudioClient]:
+    served.scorer._batcher._queue.pace = BatchPace()  # batches are as large as they may be
     with AudioClient(reward=served.target, retries=0) as client:
         yield client
 
