@@ -222,8 +222,11 @@ def work_ahead(account: Account, work: float, waiting: Iterable[tuple[Account, f
 
 
 def leaves_room(held: float, more: float, free: float) -> bool:
-    """Return whether a caller that holds `held` of a queue leaves room for others if it gets `more`."""
-    return not held or held + more <= _CALLER_SHARE * (free - more)
+    """Return whether a caller that holds `held` of a queue leaves room for others if it gets `more`.
+
+    The last unit may be taken, so that a queue of one or two units can be used.
+    """
+    return not held or held + more <= _CALLER_SHARE * (free - more + 1)
 
 
 def retry_after(seconds: float) -> float:

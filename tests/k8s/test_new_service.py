@@ -27,8 +27,9 @@ def add_service(k8s: Path) -> None:
     path = k8s / "base" / "kustomization.yaml"
     base = yaml.safe_load(path.read_text(encoding="utf-8"))
     base["resources"].append(f"{NEW}.yaml")
-    settings = {"name": f"{NEW}-settings", "literals": [f"MILONGA_LISTEN=0.0.0.0:{PORTS[NEW]}"]}
-    base["configMapGenerator"].append(settings)
+    model = next(one for one in base["configMapGenerator"] if one["name"] == f"{MODEL}-settings")
+    literals = [literal.replace(PORTS[MODEL], PORTS[NEW]) for literal in model["literals"]]
+    base["configMapGenerator"].append({"name": f"{NEW}-settings", "literals": literals})
     path.write_text(yaml.safe_dump(base), encoding="utf-8")
 
 

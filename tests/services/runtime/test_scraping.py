@@ -59,7 +59,7 @@ def test_silent_connections_hold_no_threads_and_a_scrape_is_answered(server: Met
             for _ in range(3 * MAX_CONNECTIONS)
         ]
         assert "things_total 1.0" in _scrape(server)
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
         # The oldest have made room.
         with contextlib.suppress(ConnectionResetError):
             assert silent[0].recv(1) == b""

@@ -32,7 +32,7 @@ async def open_model(folder, parameters):
 
 model = PythonModel(open_model)
 model.initialize({"model_config": "{}", "model_repository": ".", "model_version": "1"})
-pair = scorer.prepare(EXIT, ReadClip(waveform=tone(), sampling_rate=16_000))
+pair = (EXIT, scorer.prepare(ReadClip(waveform=tone(), sampling_rate=16_000)).clip)
 try:
     model._run(scorer.score([pair]))
 except Exception as error:
