@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from services.audio.decoding import AudioBounds, decode
+from services.audio.decoding import AudioBounds, decode, measure
 from services.errors import InvalidInputError
 from services.generation.operator import read_uri
 from services.lists import read_list
@@ -82,11 +82,14 @@ def test_sound_files() -> None:
     def check(audio: object) -> None:
         assert isinstance(audio, bytes)
         clips = []
+        seconds, samples = measure(audio, AudioBounds(max_seconds=30.0))
+        assert 0.0 <= seconds <= 31.0
         if _reads_or_refuses(lambda: clips.append(decode(audio, "audio", AudioBounds(max_seconds=30.0)))):
             (clip,) = clips
             assert np.isfinite(clip.waveform).all()
             assert np.abs(clip.waveform).max(initial=0.0) <= 1.0
             assert clip.seconds <= 30.0
+            assert samples >= clip.waveform.size
             read.append(len(audio))
 
     for sound in SOUNDS:
