@@ -17,10 +17,8 @@ WARM_UP: Final = 0.4
 _BLOCKS: Final = 20
 """Means of so many equal parts are fitted: neighbouring samples are not independent, these nearly are."""
 _CONFIDENCE: Final = 0.99
-LONG_MINUTES: Final = 15.0
-NEGLIGIBLE, NEGLIGIBLE_SHORT = 0.02, 0.2
-"""Growth over the fitted time, as a share of the memory, that is taken for none: over `LONG_MINUTES`, and
-over less, in which the allocator still fills its pools: sixty switches of the model alone end level."""
+NEGLIGIBLE: Final = 0.01
+"""Growth over the fitted time, as a share of the memory, that is taken for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +41,7 @@ class Growth:
         """Say what grows."""
         faults = []
         least = (self.slope - self.error) * self.minutes / 60
-        share = NEGLIGIBLE if self.minutes >= LONG_MINUTES else NEGLIGIBLE_SHORT
-        if least > share * self.rss_mib:
+        if least > NEGLIGIBLE * self.rss_mib:
             faults.append(f"memory grows by {self.slope:.1f} ± {self.error:.1f} MiB an hour")
         for name, (before, after) in (("threads", self.threads), ("descriptors", self.descriptors)):
             if after > 1.2 * before + 4:

@@ -18,7 +18,7 @@ from milonga.v1 import generation_pb2
 from services.catalogue import GENERATION
 from tests.soak.mix import Attempt, Mix
 
-STUCK_SECONDS: Final = 300.0
+STUCK_SECONDS: Final = 120.0
 """Time after which a call without a deadline counts as stuck."""
 STUCK: Final = "STUCK"
 WORKERS: Final[Mapping[str, int]] = {"generation": 14, "scoring": 6, "reward": 6}

@@ -192,7 +192,6 @@ def _page(outcome: Outcome, figures: Mapping[str, Any]) -> str:
             ("service", "memory", "slope, 99 % interval", "minutes fitted", "threads", "descriptors"), growths
         )
         + "\nOf each service's last process, after the first two fifths of its life; threads and descriptors "
-        "are the maxima of the first and the second half. A slope over less than a quarter of an hour says "
-        "little: the allocator still fills its pools.\n\n![Memory of every process](rss.png)\n",
+        "are the maxima of the first and the second half.\n\n![Memory of every process](rss.png)\n",
     ]  # fmt: skip
     return "\n".join(sections)

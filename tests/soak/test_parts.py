@@ -126,7 +126,7 @@ def test_noise_is_no_growth_and_growth_is_found() -> None:
     assert "memory grows" in found.faults[0]
     short = growth(_samples(120.0)[:900], 0.0)
     assert short is not None
-    assert not short.faults, "of some minutes only much is growth"
+    assert "memory grows" in short.faults[0]
     found = growth(_samples(0.0, threads=60), 0.0)
     assert isinstance(found, Growth)
     assert found.faults == ["threads grow from 20 to 60"]
