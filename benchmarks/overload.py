@@ -1,11 +1,11 @@
-"""What a generation service does under more load than it can carry, and for one caller beside a greedy one.
+"""What a generation service does under more load than it can carry, and to one caller next to a greedy one.
 
     python -m benchmarks.overload [--seconds 60] [--model mini] [--output build/bench/overload.json]
 
 It starts a service on one thread, so that the clients have a core of their own, with three callers by token.
 Measured, as ratios in one run:
 
-* a caller's calls, one after another, alone and beside each kind of greedy caller;
+* a caller's calls, one after another, alone and next to each kind of greedy caller;
 * at three times the rate that the device can carry, with and without deadlines: the calls that end well per
   second, over those of callers who never stop (the capacity).
 """
@@ -75,7 +75,7 @@ async def call(client: AsyncAudioClient, timeout: float = 600.0, **options: Any)
 
 
 @asynccontextmanager
-async def beside(work: Callable[[], Awaitable[Any]], count: int) -> AsyncIterator[list[Any]]:
+async def repeating(work: Callable[[], Awaitable[Any]], count: int) -> AsyncIterator[list[Any]]:
     """Repeat `work` in `count` tasks within the context; yield its results."""
     results: list[Any] = []
 
@@ -105,7 +105,7 @@ async def one_after_another(client: AsyncAudioClient, count: int) -> list[float]
 
 async def capacity(client: AsyncAudioClient, seconds: float) -> float:
     """Return the calls per second of callers who never stop."""
-    async with beside(lambda: call(client), CAPACITY_CALLS) as done:
+    async with repeating(lambda: call(client), CAPACITY_CALLS) as done:
         await asyncio.sleep(seconds / 4)
         before, start = len(done), time.monotonic()
         await asyncio.sleep(seconds)
@@ -143,19 +143,19 @@ async def measure(clients: dict[str, AsyncAudioClient], seconds: float, calls: i
     """Return the report."""
     caller, greedy, others = (clients[name] for name in CALLERS)
     await one_after_another(caller, 4)
-    report: dict[str, Any] = {"beside": {}, "overload": {}}
+    report: dict[str, Any] = {"next_to_greedy": {}, "overload": {}}
     for name, (count, options) in GREEDY.items():
         alone = await one_after_another(caller, max(4, calls // 4))
         client = clients["batch"] if "batch" in name else greedy
-        async with beside(partial(call, client, **options), count):
+        async with repeating(partial(call, client, **options), count):
             await asyncio.sleep(3 * median(alone))
             busy = sorted(await one_after_another(caller, calls))
-        report["beside"][name] = {
+        report["next_to_greedy"][name] = {
             "alone": round(median(alone), 3),
             "median": round(median(busy) / median(alone), 2),
             "longest": round(busy[-1] / median(alone), 2),
         }
-        print(name, report["beside"][name], flush=True)
+        print(name, report["next_to_greedy"][name], flush=True)
         await asyncio.sleep(2)
     unloaded = median(await one_after_another(caller, 4))
     for name, timeout in (("with deadlines", DEADLINE * unloaded), ("without deadlines", 3600.0)):
@@ -175,7 +175,7 @@ def main() -> None:
     """Measure, print tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each overload")
-    parser.add_argument("--calls", type=int, default=20, help="beside each greedy caller")
+    parser.add_argument("--calls", type=int, default=20, help="next to each greedy caller")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--output", type=Path, default=Path("build/bench/overload.json"))
     arguments = parser.parse_args()
@@ -209,8 +209,8 @@ async def _measure(address: str, tokens: dict[str, str], seconds: float, calls: 
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("beside a greedy caller", "alone, s", "median", "longest")
-    for name, row in report["beside"].items():
+    table = Table("next to a greedy caller", "alone, s", "median", "longest")
+    for name, row in report["next_to_greedy"].items():
         table.add_row(name, f"{row['alone']:.2f}", f"{row['median']:.2f} ×", f"{row['longest']:.2f} ×")
     Console().print(table)
     table = Table("three times the load", "capacity, calls/s", "goodput", "errors")

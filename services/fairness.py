@@ -66,8 +66,11 @@ class Rank(NamedTuple):
     level: tuple[tuple[int, int], ...]
     """Of class, caller and request: the round, and what breaks ties."""
     number: int
-    exhausted: bool
-    """Whether its caller has used up a quantum since it became active."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether its caller has used up a quantum since it became active."""
+        return bool(self.level[1][1])
 
 
 class _Flow:
@@ -195,7 +198,6 @@ class FairShares:
                 (request.round, request.exhausted),
             ),
             path.number,
-            caller.exhausted,
         )
 
 

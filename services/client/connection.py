@@ -74,7 +74,7 @@ class ConnectionOptions(TypedDict, total=False):
     MILONGA_TOKEN_FILE names, if it is set; empty: none. Needs `tls`, unless all addresses are of this
     machine."""
     allow_insecure_token: bool | None
-    """Send the token in plaintext to other machines too, where whoever reads along can use it. Default:
+    """Send the token in plaintext to other machines too, where anyone who intercepts it can use it. Default:
     whether MILONGA_ALLOW_INSECURE_TOKEN is 1 or true."""
     priority: Priority
     """``batch`` for work that may wait while others' interactive calls are served. Default interactive."""

@@ -52,8 +52,8 @@ class Admission:
 
         `deadline_in`: seconds to its deadline.
 
-        Raises `QueueFullError` if there is no room or not the time, `DeadlineExceededError` if the request
-        takes longer than that even alone.
+        Raises `QueueFullError` if there is no room or not the time, `DeadlineExceededError` if the device is
+        busy and the request would take longer than that even alone.
         """
         with self._changed:
             self._refuse_if_closing()
@@ -151,7 +151,12 @@ class Admission:
             raise self._full(state, message)
 
     def _check_time(self, state: RequestState, deadline_in: float | None) -> None:
-        """Raise an error if a request would wait too long, or could not be done before its deadline."""
+        """Raise an error if a request would wait too long, or could not be done before its deadline.
+
+        An idle device takes any request: only requests that run can correct estimates that are wrong.
+        """
+        if not self._states:
+            return
         wait = self._seconds_ahead(state)
         if wait is None:
             return

@@ -66,7 +66,7 @@ class Worker:
         self._shapes = row_shapes(config.batch_shapes)
         self._denoiser = Denoiser(pipeline, self._shapes, exact=config.exact)
         self._places: dict[int, int] = {}
-        """Most clips in a call, by latent frames, where the device's memory ran out with more."""
+        """Most clips in a call by latent frames, after the device's memory ran out; kept until it is idle."""
         self._faults = 0
         self.turn_began: float | None = None
         """When the present turn began, on the clock of `time.monotonic`; None between turns."""
@@ -118,10 +118,12 @@ class Worker:
                     self._step(clips, paying, began)
             if not self._admission.states():
                 self._denoiser.forget()
+                self._places.clear()  # what took the memory may be gone
         except Exception as error:
             _log.exception("a turn of the engine failed; all its requests are failed with it")
             for state in self._admission.states():
                 self._end(state, Failed(error=error))
+            self._count_fault()
 
     def _count_fault(self) -> None:
         """Count a fault of the model; after several, end the engine if it can't make a trial clip either."""
@@ -148,19 +150,25 @@ class Worker:
 
     def _reap(self) -> None:
         """End requests that are cancelled or expired, or all of them if the engine is aborting."""
-        for state in self._admission.states():
-            error = self._verdict(state)
+        states = self._admission.states()
+        left = len(states)
+        for state in states:
+            error = self._verdict(state, last=left == 1)
             if error is not None:
                 self._end(state, Failed(error=error))
+                left -= 1
 
-    def _verdict(self, state: RequestState) -> Exception | None:
-        """Return the error that must end a request now; None if it may continue."""
+    def _verdict(self, state: RequestState, *, last: bool) -> Exception | None:
+        """Return the error that must end a request now; None if it may continue.
+
+        The `last` one is tried until its deadline: estimates may be wrong.
+        """
         if state.cancelled:
             return RequestCancelledError("the request was cancelled")
         done = f"after {state.steps_done} of {state.steps_total} steps"
         if state.expired:
             return DeadlineExceededError(f"the deadline passed {done}; allow more time or take fewer steps")
-        if state.deadline is not None:
+        if state.deadline is not None and not last:
             left = state.deadline - time.monotonic()
             if _HOPELESS * (shortest := self._pace.shortest(state)) > left:
                 return DeadlineExceededError(

@@ -18,7 +18,7 @@ from services.errors import (
 from services.runtime.callers import PRIORITY_KEY, Caller, Priority, Role, peer_host
 from services.runtime.callers_file import CallerTable, Known, read_callers
 from services.runtime.guesses import Guesses
-from services.runtime.quotas import Account, Quota
+from services.runtime.quotas import Quota, Usage
 from services.runtime.roles import OPERATION, ROLES
 from services.runtime.settings import ServerSettings
 from services.runtime.tokens import token_digest
@@ -60,7 +60,7 @@ class Access:
     def allow_operator(self, token: str) -> None:
         """Let the bearer of `token` call the operator's methods."""
         roles: frozenset[Role] = frozenset({"operator", "caller"} if self.anonymous else {"operator"})
-        self._operator = Known(roles=roles, account=Account(OPERATOR, Quota()))
+        self._operator = Known(roles=roles, usage=Usage(OPERATOR, Quota()))
         self._operator_digest = token_digest(token)
 
     @property
@@ -79,14 +79,14 @@ class Access:
             UnsupportedError: `method` is the operator's, and nobody can be the operator.
         """
         found = self.authorise(method, context)
-        found.account.count_call()
+        found.usage.count_call()
         return Caller(
-            name=found.account.name,
+            name=found.usage.name,
             peer=peer_host(context.peer()),
             roles=found.roles,
             priority=_priority(_metadata(context), found.roles),
             deadline=_deadline(context),
-            charge=found.account.charge,
+            charge=found.usage.charge,
         )
 
     def authorise(self, method: str, context: Context) -> Known:
@@ -137,7 +137,7 @@ class Access:
         if for_operator:
             raise UnauthenticatedError(_WRONG_OPERATOR)
         if identities and self._path is None:
-            return Known(roles=_ANONYMOUS.roles, account=Account(identities[0], Quota()))
+            return Known(roles=_ANONYMOUS.roles, usage=Usage(identities[0], Quota()))
         if not self.anonymous:
             named = f"; the certificate's name {identities[0][:80]!r} is not known" if identities else ""
             raise UnauthenticatedError(f"{_MISSING}{named}")
@@ -148,7 +148,7 @@ class Access:
         found = self._table.by_token(digest)
         if self._operator is not None and hmac.compare_digest(self._operator_digest, digest):
             both = () if found is None else found.roles
-            found = Known(roles=self._operator.roles.union(both), account=(found or self._operator).account)
+            found = Known(roles=self._operator.roles.union(both), usage=(found or self._operator).usage)
         if found is not None:
             self._guesses.note_right(peer, digest)
         return found
@@ -170,7 +170,7 @@ class Access:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-_ANONYMOUS: Final = Known(roles=frozenset({"caller"}), account=Account("", Quota()))
+_ANONYMOUS: Final = Known(roles=frozenset({"caller"}), usage=Usage("", Quota()))
 
 _MISSING: Final = (
     "this service takes calls only from callers that it knows; send authorization: Bearer TOKEN (token= of "
@@ -243,7 +243,7 @@ def _deadline(context: Context) -> float | None:
 
 
 def _denied(method: str, found: Known) -> PermissionDeniedError:
-    who = f"caller {found.account.name!r}" if found.account.name else "an anonymous caller"
+    who = f"caller {found.usage.name!r}" if found.usage.name else "an anonymous caller"
     roles = ROLES.get(method)
     needed = f"it needs the role {' or '.join(sorted(roles))}" if roles else "no role may call it"
     return PermissionDeniedError(

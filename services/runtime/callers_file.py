@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.runtime.callers import NAME, Role
-from services.runtime.quotas import Account, Quota
+from services.runtime.quotas import Quota, Usage
 
 FIELD: Final = "callers_file"
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
@@ -62,7 +62,7 @@ class Known:
     """A known caller."""
 
     roles: frozenset[Role]
-    account: Account
+    usage: Usage
 
 
 class CallerTable:
@@ -75,9 +75,9 @@ class CallerTable:
         self._identities: dict[str, Known] = {}
         for name, entry in entries.items():
             old = None if before is None else before._known.get(name)
-            kept = old is not None and old.account.quota == entry.quota
-            account = old.account if old is not None and kept else Account(name, entry.quota)
-            known = self._known[name] = Known(roles=frozenset(entry.roles), account=account)
+            kept = old is not None and old.usage.quota == entry.quota
+            usage = old.usage if old is not None and kept else Usage(name, entry.quota)
+            known = self._known[name] = Known(roles=frozenset(entry.roles), usage=usage)
             self._tokens += [(digest, known) for digest in entry.tokens]
             self._identities |= dict.fromkeys(entry.identities, known)
 

@@ -45,7 +45,7 @@ class Quota:
     """Work units: see `services.runtime.callers.Caller.charge`."""
 
 
-class Account:
+class Usage:
     """What is left of a caller's quota. Thread-safe."""
 
     def __init__(self, name: str, quota: Quota) -> None:

@@ -138,7 +138,7 @@ class Server:
         """Start serving, and report SERVING, unless the service has failed already."""
         if self.access.anonymous and not self._settings.is_local:
             log.warning(
-                "anonymous callers", listen=self._settings.listen, reason="whoever reaches it may call"
+                "anonymous callers", listen=self._settings.listen, reason="anyone who reaches it may call"
             )
         if self._settings.reflection:
             add_reflection((*self._names, "grpc.health.v1.Health"), self._server)

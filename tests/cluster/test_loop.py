@@ -77,7 +77,7 @@ def test_training_survives_the_loss_of_its_pod(cluster: Cluster, registry: str) 
     cluster.transcript.figure("training Job (smoke), one pod lost, s", time.monotonic() - start)
     _, _, after = done.output.partition("lost")
     steps = re.search(r"dpo dpo-smoke: +(\d+)%", after)
-    assert steps and int(steps[1]) > 0, "the second pod began anew"
+    assert steps and int(steps[1]) > 0, "the second pod started over"
 
 
 def test_shards_and_nodes_share_a_volume(cluster: Cluster, registry: str) -> None:

@@ -43,8 +43,8 @@ def test_it_writes_a_token_for_its_owner_and_prints_a_table(
         secret = read_token("token", Path(file))
         found = table.by_token(token_digest(secret))
         assert found is not None
-        assert (found.account.name, sorted(found.roles)) == (name, sorted(roles))
-        assert found.account.quota == quota
+        assert (found.usage.name, sorted(found.roles)) == (name, sorted(roles))
+        assert found.usage.quota == quota
         assert secret not in out + err
         assert file in err
 

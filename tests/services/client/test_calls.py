@@ -302,7 +302,7 @@ def test_a_cancelled_task_is_cancelled(told: Told, target: str) -> None:
     asyncio.run(run())
 
 
-def test_the_blocking_face_works_beside_a_running_loop(target: str) -> None:
+def test_the_blocking_client_works_next_to_a_running_loop(target: str) -> None:
     async def run() -> list[Any]:
         # As in a notebook: its cells run inside a loop.
         with AudioClient(target) as client:

@@ -73,6 +73,8 @@ class VirtualPipeline:
         """`decode`: seconds to decode one frame, and to preview it."""
         self.description = description
         self._clock, self._step, self._decode = clock, step, decode
+        self.slower = 1.0
+        """How many times longer everything takes."""
 
     def latent_frames(self, duration: float) -> int:
         return max(1, round(32 * duration))
@@ -96,15 +98,15 @@ class VirtualPipeline:
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, seconds: Tensor
     ) -> Tensor:
         rows, frames = latents.shape
-        self._clock.now += self._step(frames, rows)
+        self._clock.now += self.slower * self._step(frames, rows)
         return latents
 
     def decode(self, latents: Tensor, samples: int) -> Tensor:
-        self._clock.now += self._decode * latents.shape[1]
+        self._clock.now += self.slower * self._decode * latents.shape[1]
         return torch.zeros((1, 8))
 
     def preview(self, latents: Tensor, samples: int) -> Tensor:
-        self._clock.now += self._decode * latents.shape[1]
+        self._clock.now += self.slower * self._decode * latents.shape[1]
         return torch.zeros((1, 4, 4))
 
 
@@ -135,6 +137,7 @@ class Simulation:
 
     engine: Engine
     worker: Worker
+    pipeline: "VirtualPipeline"
     clock: Clock
     jobs: list[Job] = field(default_factory=list)
     _due: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -254,7 +257,7 @@ def simulate(step: Times, *, decode: float = 0.005, **config: Any) -> Iterator[S
         with pytest.MonkeyPatch.context() as without_threads:
             without_threads.setattr(threading.Thread, "start", lambda thread: None)
             engine = Engine(pipeline, EngineConfig(threads=1, **config))
-        simulation = Simulation(engine=engine, worker=engine._worker, clock=clock)
+        simulation = Simulation(engine=engine, worker=engine._worker, pipeline=pipeline, clock=clock)
         for clips in (1, 1, 1, 8, 8, 8):  # measures the pace
             simulation.submit("warm", clip_count=clips)
             simulation.run()

@@ -65,7 +65,7 @@ def overload(simulation: Simulation, rate: float, seconds: float, **options: Any
         ({"preview_interval_steps": 1}, 4),
     ],
 )
-def test_a_caller_beside_a_greedy_one_waits_three_times_as_long_at_most(
+def test_a_caller_next_to_a_greedy_one_waits_three_times_as_long_at_most(
     device: Simulation, greedy: dict[str, Any], count: int
 ) -> None:
     unloaded = alone(device)
@@ -102,7 +102,7 @@ def _states(simulation: Simulation, caller: str) -> list[Any]:
     return [state for state in simulation.engine._admission.states() if state.path.caller == caller]
 
 
-def test_batch_work_gets_its_share_beside_interactive_callers_who_never_stop(device: Simulation) -> None:
+def test_batch_work_gets_its_share_next_to_interactive_callers_who_never_stop(device: Simulation) -> None:
     unloaded = alone(device)
     start = device.clock.now
     for number in range(16):
@@ -158,14 +158,33 @@ def test_one_caller_leaves_room_for_others(device: Simulation) -> None:
 
 def test_a_request_that_takes_too_long_even_alone_is_refused_with_its_time(device: Simulation) -> None:
     unloaded = alone(device)
+    device.submit("other")
     job = device.submit("caller", timeout=unloaded / 2)
     assert isinstance(job.error, DeadlineExceededError)
     assert "allow more time, take fewer steps or a shorter duration" in str(job.error)
     assert job.end == job.start
 
 
+def test_a_device_that_was_slow_for_a_while_is_not_taken_for_slow_ever_after(device: Simulation) -> None:
+    unloaded = alone(device)
+    device.pipeline.slower = 20.0
+    for _ in range(3):
+        alone(device)
+    device.pipeline.slower = 1.0
+    jobs = []
+    for _ in range(40):
+        jobs.append(device.submit("caller", timeout=3 * unloaded))
+        device.run()
+    assert all(job.good for job in jobs), "an idle device tries, and measures again"
+    device.submit("other")
+    late = device.submit("caller", timeout=4 * unloaded)
+    device.run()
+    assert late.good
+
+
 def test_what_can_no_longer_be_done_is_dropped(device: Simulation) -> None:
     unloaded = alone(device)
+    device.submit("other", num_inference_steps=1000)
     slow = device.submit("slow", timeout=20 * unloaded, num_inference_steps=200)
     device.clock.now += 16 * unloaded  # something else had the device
     device.run()

@@ -500,7 +500,7 @@ def _config(uri: str) -> str:
     return json.dumps({"parameters": {"model_uri": {"string_value": uri}}})
 
 
-def test_load_switches_the_model_for_whoever_has_the_token(tmp_path: Path) -> None:
+def test_load_switches_the_model_for_the_bearer_of_the_token(tmp_path: Path) -> None:
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "second")
     digest = write_manifest(tmp_path / "second", name="second", version="2", license="Apache-2.0").digest
     config = _config(f"file:{tmp_path / 'second'}")

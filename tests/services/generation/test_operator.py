@@ -239,7 +239,7 @@ def test_what_is_refused_changes_nothing(
     assert _clip(client)[0] == "second"
 
 
-def test_a_model_too_large_to_lie_beside_the_served_one(
+def test_a_model_too_large_to_fit_next_to_the_served_one(
     client: AudioClient, loading: Loading, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any, **options: Any) -> Any:

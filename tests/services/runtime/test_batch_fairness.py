@@ -52,7 +52,7 @@ async def overload(simulation: Simulation, rate: float, seconds: float, **option
     ("greedy", "count"),
     [({}, 32), ({}, 200), ({"priority": "batch"}, 200), ({"clips": 64}, 1), ({"clips": 64}, 4)],
 )
-def test_a_caller_beside_a_greedy_one_waits_three_times_as_long_at_most(
+def test_a_caller_next_to_a_greedy_one_waits_three_times_as_long_at_most(
     device: Times, greedy: dict[str, Any], count: int
 ) -> None:
     async def test(simulation: Simulation) -> None:
@@ -86,7 +86,7 @@ def test_of_two_greedy_callers_each_gets_half_whatever_they_ask_for(device: Time
     virtually(device, test)
 
 
-def test_batch_work_gets_its_share_beside_interactive_callers_who_never_stop(device: Times) -> None:
+def test_batch_work_gets_its_share_next_to_interactive_callers_who_never_stop(device: Times) -> None:
     async def test(simulation: Simulation) -> None:
         for number in range(16):
             simulation.loop(f"interactive {number}", until=simulation.now + 300)

@@ -150,7 +150,7 @@ def test_the_message_of_a_refused_call_is_let_go(served: Served, clips: list[flo
             for _ in range(5):
                 with pytest.raises(grpc.RpcError):
                     call(message.SerializeToString())
-            until(lambda: _requests() <= alive)
+            until(lambda: _requests() == alive)
         finally:
             gc.enable()
             taken.release()

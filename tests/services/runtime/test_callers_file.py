@@ -34,8 +34,8 @@ def test_a_caller_has_roles_tokens_identities_and_a_quota(tmp_path: Path) -> Non
     assert found is not None
     assert found is callers.by_token(token_digest("other"))
     assert found is callers.by_identities(("unknown", "farm.example"))
-    assert found.account.name == "render-farm.1"
-    assert found.account.quota == Quota(calls_per_minute=60, work_per_minute=1000.5)
+    assert found.usage.name == "render-farm.1"
+    assert found.usage.quota == Quota(calls_per_minute=60, work_per_minute=1000.5)
     assert found.roles == {"batch", "observer"}
     assert callers.by_identities(()) is None
     assert len(callers) == 2

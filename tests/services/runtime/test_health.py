@@ -30,7 +30,7 @@ def _watch(channel: grpc.Channel, name: str) -> Any:
     return stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=60)
 
 
-def test_every_watcher_is_told_of_the_drain_whoever_left_before(engine: Engine) -> None:
+def test_every_watcher_is_notified_of_the_drain_although_others_left(engine: Engine) -> None:
     with serving(engine, grace_seconds=3600) as served, grpc.insecure_channel(served.target) as channel:
         first, second, third = (_watch(channel, "milonga.v1.GenerationService") for _ in range(3))
         assert [next(watch).status for watch in (first, second, third)] == [SERVING] * 3

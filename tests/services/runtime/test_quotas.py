@@ -8,7 +8,7 @@ import pytest
 from services.errors import QuotaExceededError
 from services.runtime import guesses
 from services.runtime.guesses import FIRST_WAIT_SECONDS, FREE, LONGEST_WAIT_SECONDS, Guesses
-from services.runtime.quotas import Account, Bucket, Quota
+from services.runtime.quotas import Bucket, Quota, Usage
 
 
 @dataclass
@@ -59,14 +59,14 @@ def test_threads_take_no_unit_twice() -> None:
 
 
 def test_an_account_without_a_quota_charges_nothing() -> None:
-    account = Account("free", Quota())
+    account = Usage("free", Quota())
     for _ in range(1000):
         account.count_call()
         account.charge(1e9)
 
 
 def test_an_account_charges_calls_and_work_separately() -> None:
-    account = Account("studio", Quota(calls_per_minute=1, work_per_minute=100))
+    account = Usage("studio", Quota(calls_per_minute=1, work_per_minute=100))
     account.count_call()
     with pytest.raises(QuotaExceededError, match="'studio' has used up its quota of 1 calls"):
         account.count_call()

@@ -130,7 +130,7 @@ def test_crpo_begins_at_log_2_plus_the_chosen_error_and_resumes(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_adapters_learn_beside_the_transformer_and_are_merged(
+def test_adapters_learn_alongside_the_transformer_and_are_merged(
     start: Path, pairs: Path, tmp_path: Path
 ) -> None:
     config = dpo(start, pairs, lora=LoraConfig(rank=2), loop=SHORT, noising=FLOW, gradient_checkpointing=True)

@@ -192,7 +192,7 @@ class TritonTarget:
         self._put(pin, number)
         self._first = self._first or before
         try:
-            self._serve_beside(before, number, end)
+            self._serve_alongside(before, number, end)
             poll_until(partial(self._fault, pinned_digest(pin), str(number)), seconds=self._verify)
             self._serve((number,), end)
         except BaseException:
@@ -267,7 +267,7 @@ class TritonTarget:
             except MilongaError as error:
                 raise _refused(f"version {_listed(versions)} of {MODEL} can't be served", error) from error
 
-    def _serve_beside(self, before: Collection[int], number: int, end: float) -> None:
+    def _serve_alongside(self, before: Collection[int], number: int, end: float) -> None:
         """Serve a version in addition to those of `before`, which may be broken or missing."""
         existing = {*before} & {*self._repository.versions(MODEL)}
         try:

@@ -52,7 +52,7 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.count("(there already)") == len(MODELS)
 
 
-def test_a_later_version_lies_beside_the_pinned_one(
+def test_a_later_version_is_next_to_the_pinned_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = ["triton", "export", "--only", "tango", str(tmp_path)]

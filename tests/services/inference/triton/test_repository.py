@@ -111,7 +111,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, bucket: Bucket) -> Sto
     return S3Storage("s3://models/triton/one" if request.param == "s3" else "s3://h:1/models", bucket)
 
 
-def test_versions_come_beside_each_other_and_the_pin_stays(place: Storage, tmp_path: Path) -> None:
+def test_versions_stay_next_to_each_other_and_the_pin_stays(place: Storage, tmp_path: Path) -> None:
     repository = ModelRepository(place)
     assert (repository.versions("tango"), repository.pinned("tango")) == ([], ())
     assert repository.config("tango") is None

@@ -152,7 +152,7 @@ def test_all_violations_are_reported_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_prompts_of_a_file_are_found_beside_it(tmp_path: Path) -> None:
+def test_prompts_of_a_file_are_found_next_to_it(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("prompt\nA dog barks\nA siren wails then rain falls\n")
     path = tmp_path / "gates.toml"
     path.write_text(

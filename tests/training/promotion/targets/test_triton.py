@@ -90,7 +90,7 @@ def test_its_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place("[2001:db8::1]") == "triton/[2001:db8::1]:8001"
 
 
-def test_a_version_is_loaded_beside_the_old_and_then_alone(world: World) -> None:
+def test_a_version_is_loaded_alongside_the_old_and_then_alone(world: World) -> None:
     target = world.target()
     target.check_setup(challenger=True)
     target.check_reach()
@@ -153,7 +153,7 @@ def test_a_rollback_from_broken_or_missing_weights(world: World) -> None:
     assert world.repository.pinned("tango") == (1,)
 
 
-def test_the_challenger_is_a_model_beside_it(world: World) -> None:
+def test_the_challenger_is_a_model_alongside_it(world: World) -> None:
     target = world.target()
     address = target.start_challenger(world.second.uri, 5.0)
     assert address == world.address
