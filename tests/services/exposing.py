@@ -118,5 +118,9 @@ def _generation() -> Iterator[ServerMetrics]:
         streaming.async_stream_infer("tango", [tensor("PROMPT", "BYTES", [b""])])
         assert answers.get(timeout=60) is not None
         streaming.stop_stream()
-        until(lambda: b"milonga_stream_requests_total{" in generate_latest(served.metrics.registry))
+        for name in (
+            b"milonga_stream_requests_total{",
+            b"milonga_refusals_total{",
+        ):  # counted after the answer
+            until(lambda name=name: name in generate_latest(served.metrics.registry))  # type: ignore[misc]
         yield served.metrics
