@@ -1,0 +1,58 @@
+"""A reader of the grammar's captions, derived from its tables.
+
+Several captions are right for one clip, so captions are compared by what they say, not word by word.
+"""
+
+import functools
+from string import Formatter
+
+from services.api.reading import EventReader, Reading, events_json
+from training.soundworld.captions import TEMPLATES, VOCABULARY, CaptionTruth
+
+Template = tuple[list[str], list[list[int]]]
+"""Links, and steps of places in the text."""
+
+
+def wordings() -> dict[str, list[str]]:
+    """Return all wordings of each event."""
+    return {
+        event: [f"{noun} {verb}" for noun in nouns for pair in verbs for verb in pair]
+        for event, (nouns, verbs) in VOCABULARY.items()
+    }
+
+
+def templates() -> list[Template]:
+    """Return the links of each template and its steps, without repetitions."""
+    found: dict[tuple[str, ...], Template] = {}
+    for (relation, _), texts in TEMPLATES.items():
+        for text in texts:
+            links, events = [], []
+            for link, field, _, _ in Formatter().parse(text):
+                links.append(link)
+                events += ["abc".index(field.lower())] if field else []
+            links += [""] * (len(events) + 1 - len(links))
+            order = sorted(range(len(events)), key=events.__getitem__)
+            steps = [order] if relation == "while" else [[place] for place in order]
+            found.setdefault(tuple(links), (links, steps))
+    return list(found.values())
+
+
+@functools.cache
+def grammar_reader() -> EventReader:
+    """Return the reader of the grammar."""
+    return EventReader.of(wordings(), templates())
+
+
+def grammar_events() -> str:
+    """Return the grammar as the file `events.json` of a captioner."""
+    return events_json(wordings(), templates())
+
+
+def truth_reading(truth: CaptionTruth) -> Reading:
+    """Return what every caption of `truth` says."""
+    steps = (
+        (frozenset(truth.classes),)
+        if truth.relation == "while"
+        else tuple(frozenset({event}) for event in truth.classes)
+    )
+    return Reading(events=truth.classes, steps=steps)
