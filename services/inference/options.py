@@ -6,7 +6,7 @@ No parameter is ignored: a caller would take an option that was never read for o
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -39,8 +39,15 @@ class RequestOptions:
     """On the clock of `time.monotonic`, from the request's own timeout; None without one."""
 
     def calling(self) -> AbstractContextManager[None]:
-        """Return a context with the request's priority class. No request is raised above its call's."""
-        return calling(replace(current_caller(), priority="batch")) if self.batch else nullcontext()
+        """Return a context with the request's priority class and deadline.
+
+        No request is raised above its call's class, or has more time than its call.
+        """
+        caller = current_caller()
+        deadline = min((one for one in (self.deadline, caller.deadline) if one is not None), default=None)
+        return calling(
+            replace(caller, priority="batch" if self.batch else caller.priority, deadline=deadline)
+        )
 
     def time_remaining(self, seconds: float | None) -> float | None:
         """Return the time left, of a call with `seconds` left; None without limit."""

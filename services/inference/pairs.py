@@ -23,8 +23,8 @@ INPUTS: Final = (PROMPT, AUDIO, SAMPLE_RATE, ENCODED_AUDIO)
 """Either AUDIO with SAMPLE_RATE, or ENCODED_AUDIO: files, which state their rate."""
 
 
-def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
-    """Return the pairs as messages of the native API, which decodes and checks them.
+def read_pairs(tensors: Tensors) -> Iterator[audio_pb2.PromptedClip]:
+    """Return the pairs as messages of the native API, which decodes and checks them: one at a time.
 
     Raises:
         InvalidInputError: a prompt is not UTF-8, there are no or two tensors of audio, or AUDIO is without
@@ -38,17 +38,17 @@ def read_pairs(tensors: Tensors) -> list[audio_pb2.PromptedClip]:
         raise InvalidInputError(*faults)
     if samples is not None:
         encoding = audio_pb2.AUDIO_ENCODING_FLOAT32
-        audio = [waveform.astype("<f4", copy=False).tobytes() for waveform in samples]
+        audio: Iterable[bytes] = (waveform.astype("<f4", copy=False).tobytes() for waveform in samples)
     else:
         assert files is not None
         encoding, audio = audio_pb2.AUDIO_ENCODING_UNSPECIFIED, files.flatten().tolist()
-    return [
+    return (
         audio_pb2.PromptedClip(
             prompt=prompt,
             clip=audio_pb2.Clip(audio=content, encoding=encoding, sample_rate_hertz=rate or 0),
         )
         for prompt, content, rate in zip(prompts, audio, spread(rates, len(prompts)), strict=True)
-    ]
+    )
 
 
 def warning_parameters(warnings: Iterable[Iterable[str]]) -> dict[str, str]:

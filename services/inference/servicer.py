@@ -33,6 +33,9 @@ SERVICE_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"
 MAX_STREAM_REQUESTS: Final = 64
 """Maximum number of requests of one stream that run at a time; further ones are not read yet."""
 
+_COPIES: Final = 3
+"""How many times the tensors of a request are in memory while they are read: as message, arrays and job."""
+
 FINAL: Final = "triton_final_response"
 """Parameter of each response of a stream: whether it is its request's last."""
 
@@ -139,7 +142,9 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Run one request; return its response."""
-        async with aclosing(self._infer(request, context, stream=False)) as responses:
+        running = self._infer(request, context, stream=False)
+        del request  # its tensors are not needed once they are read
+        async with aclosing(running) as responses:
             (response,) = [response async for _, response in responses]
         return response
 
@@ -198,8 +203,13 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         """Yield the responses to one request of a stream. Unless `strict`, an error is a response too."""
         code = grpc.StatusCode.CANCELLED
+        echo = pb.ModelInferResponse(
+            model_name=request.model_name, model_version=request.model_version, id=request.id
+        )
+        running = self._infer(request, context, stream=True)
+        del request  # its tensors are not needed once they are read
         try:
-            async with aclosing(self._infer(request, context, stream=True)) as responses:
+            async with aclosing(running) as responses:
                 async for final, response in responses:
                     response.parameters[FINAL].bool_param = final
                     yield pb.ModelStreamInferResponse(infer_response=response)
@@ -209,7 +219,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             if strict:
                 raise
             self._metrics.count_refusal("ModelStreamInfer", error)
-            yield _failed(request, error)
+            yield _failed(echo, error)
         finally:
             self._metrics.streamed.labels(code.name).inc()
             current_hold().release()
@@ -221,31 +231,34 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         with self._model.lease() as lease:
             self._check(request.model_name, request.model_version, lease)
             with self._statistics.measure(lease.version) as record:
-                requested = read_requested_outputs(request, self._model.outputs)
+                requested, identity = read_requested_outputs(request, self._model.outputs), request.id
                 options = read_options(request, self._model.inputs)
                 caller = LimitedCaller(context=context, options=options)
                 with options.calling():
+                    hold, message = current_hold(), current_hold().size
+                    hold.resize(_COPIES * message)
                     job = await self._off_loop(partial(self._read, lease, request))
+                    del request
+                    hold.resize(message)
                     running = lease.run(job, caller, stream=stream)
+                    del job  # its clips are not needed once they are decoded
                     async with aclosing(running), aclosing(options.limited(running)) as responses:
                         async for response in responses:
                             record.add(response)
                             if response.is_sent(requested):
-                                yield response.final, self._write(request, lease, response, requested)
+                                yield response.final, self._write(identity, lease, response, requested)
 
     def _read(self, lease: ModelLease[Any], request: pb.ModelInferRequest) -> Any:
         return lease.read(read_inputs(request, self._model.inputs, self._model.max_rows))
 
     def _write(
         self,
-        request: pb.ModelInferRequest,
+        identity: str,
         lease: ModelLease[Any],
         response: Response,
         requested: frozenset[str],
     ) -> pb.ModelInferResponse:
-        message = pb.ModelInferResponse(
-            model_name=self._model.name, model_version=lease.version, id=request.id
-        )
+        message = pb.ModelInferResponse(model_name=self._model.name, model_version=lease.version, id=identity)
         for name, value in {**lease.parameters, **response.parameters}.items():
             match value:
                 case bool():
@@ -280,14 +293,14 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         return ModelNotFoundError(f"Request for unknown model: {name[:80]!r}{which} is not found; {found}")
 
 
-def _failed(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """Return the response for an error in a stream that continues."""
+def _failed(response: pb.ModelInferResponse, error: Exception) -> pb.ModelStreamInferResponse:
+    """Return the response for an error in a stream that continues.
+
+    `response` has the name, version and id of the request.
+    """
     if not isinstance(error, MilongaError):
-        log.error("request of a stream", id=request.id[:80], exc_info=error)
+        log.error("request of a stream", id=response.id[:80], exc_info=error)
     request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
-    response = pb.ModelInferResponse(
-        model_name=request.model_name, model_version=request.model_version, id=request.id
-    )
     response.parameters[FINAL].bool_param = True
     return pb.ModelStreamInferResponse(
         error_message=status.to_status(error, request_id).message, infer_response=response

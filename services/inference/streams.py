@@ -24,7 +24,9 @@ async def interleave(
 
     async def run(request: Request) -> None:
         try:
-            async with aclosing(respond(request)) as stream:
+            responding = respond(request)
+            del request  # only as long in memory as `respond` needs it
+            async with aclosing(responding) as stream:
                 async for response in stream:
                     await responses.put(response)
         finally:
@@ -37,6 +39,7 @@ async def interleave(
                 async for request in requests:
                     await permits.acquire()
                     tasks.create_task(run(request))
+                    del request
         except ExceptionGroup as group:
             failure = group.exceptions[0]
         await responses.put(None)

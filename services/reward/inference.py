@@ -51,16 +51,18 @@ class RewardInference:
         self, job: pb.BatchComputeRewardsRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Call BatchComputeRewards and yield one response."""
-        start = time.monotonic()
-        answer = await self._servicer.BatchComputeRewards(job, caller)
+        start, rows = time.monotonic(), len(job.pairs)
+        running = self._servicer.BatchComputeRewards(job, caller)
+        del job  # its clips are not needed once they are decoded
+        answer = await running
         yield Response(
             outputs={
                 "REWARD": np.array([[one.logit] for one in answer.rewards], dtype=np.float32),
                 "PROBABILITY": np.array([[one.probability] for one in answer.rewards], dtype=np.float32),
-                "DIGEST": np.array([[self.parameters["digest"].encode()]] * len(job.pairs), dtype=object),
+                "DIGEST": np.array([[self.parameters["digest"].encode()]] * rows, dtype=object),
             },
             parameters=warning_parameters(one.warnings for one in answer.rewards),
-            rows=len(job.pairs),
+            rows=rows,
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,
         )

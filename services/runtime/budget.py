@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Final
 
@@ -51,6 +51,8 @@ class Budget:
         self._shares, self._numbers = FairShares(), itertools.count()
         self._reading: set[Path] = set()
         self._waiting: dict[Path, asyncio.Future[None]] = {}
+        self._less = asyncio.Event()
+        """Set when a request holds less, and replaced."""
         self._freed, self._busy, self._since = 0, 0.0, 0.0
 
     def hold(self) -> "Hold":
@@ -95,6 +97,13 @@ class Budget:
             self._shares.leave(path)
             self._admit()
 
+    async def room(self, hold: "Hold", size: int) -> None:
+        """Wait until `hold` may have `size` bytes in all, `_MAX_WAIT_SECONDS` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_MAX_WAIT_SECONDS):
+                while not self._has_room(hold, size):
+                    await self._less.wait()
+
     async def _turn(self, path: Path) -> None:
         if len(self._waiting) >= _MAX_WAITING:
             raise self._full(f"{len(self._waiting)} messages wait to be received", self._max_message)
@@ -110,15 +119,13 @@ class Budget:
     def resize(self, hold: "Hold", size: int) -> None:
         """Let `hold` have `size` bytes in all. Raises `QueueFullError` if there is no room for more."""
         more = size - hold.size
-        if more > 0 and self.held > hold.size:
-            free = self.limit - self.held - more
-            if free < 0 or not leaves_room(self._held_by[hold.caller] - hold.size, size, free):
-                held = f"requests hold {self.held / 2**20:.0f} of {self.limit / 2**20:.0f} MiB"
-                raise self._full(
-                    f"{held}, {self._held_by[hold.caller] / 2**20:.0f} of them this caller's; "
-                    f"there is no room for {more / 2**20:.1f} MiB more",
-                    more,
-                )
+        if not self._has_room(hold, size):
+            held = f"requests hold {self.held / 2**20:.0f} of {self.limit / 2**20:.0f} MiB"
+            raise self._full(
+                f"{held}, {self._held_by[hold.caller] / 2**20:.0f} of them this caller's; "
+                f"there is no room for {more / 2**20:.1f} MiB more",
+                more,
+            )
         now = time.monotonic()
         self._busy += now - self._since if self.held else 0.0
         self._since = now
@@ -130,6 +137,15 @@ class Budget:
         hold.size = size
         if more < 0:
             self._admit()
+            less, self._less = self._less, asyncio.Event()
+            less.set()
+
+    def _has_room(self, hold: "Hold", size: int) -> bool:
+        others = self.held - hold.size
+        if size <= hold.size or not others:
+            return True
+        free = self.limit - others
+        return size <= free and leaves_room(self._held_by[hold.caller] - hold.size, size, free)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""

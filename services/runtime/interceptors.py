@@ -112,7 +112,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Return an iterator that parses the messages of a stream as they arrive.
 
         Each is authorised: a stream may last longer than its caller's token. Each has a hold of its own. An
-        idle stream waits for its next message, so it can't wait for its turn to read it.
+        idle stream waits for its next message, so it can't wait for its turn to read it; one that has arrived
+        waits until there is room for it, and its caller meanwhile. gRPC does not say why no other message
+        follows, so one that is too large looks as if the caller had cancelled.
         """
         holds = current_hold()
 
@@ -120,7 +122,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             while (raw := await context.read()) is not grpc.aio.EOF:
                 self._access.authorise(method, context)
                 try:
-                    holds.part().resize(len(raw))
+                    part = holds.part()
+                    await self._budget.room(part, len(raw))
+                    part.resize(len(raw))
                     message = _parse(handler, raw)
                 finally:
                     del raw

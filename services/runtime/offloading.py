@@ -156,6 +156,8 @@ class _Outcome:
     error: BaseException | None = None
 
     def deliver(self, done: asyncio.Future[Any]) -> None:
+        if done.done():  # the caller has just left
+            return
         if self.error is None:
             done.set_result(self.value)
         else:

@@ -61,15 +61,17 @@ class ScoringInference:
         self, job: pb.BatchScoreAudioRequest, caller: Caller, *, stream: bool
     ) -> AsyncGenerator[Response, None]:
         """Call BatchScoreAudio and yield one response."""
-        start = time.monotonic()
-        answer = await self._servicer.BatchScoreAudio(job, caller)
+        start, rows = time.monotonic(), len(job.pairs)
+        running = self._servicer.BatchScoreAudio(job, caller)
+        del job  # its clips are not needed once they are decoded
+        answer = await running
         yield Response(
             outputs={
                 "SCORE": np.array([result.scores for result in answer.results], dtype=np.float32),
-                "DIGEST": np.array([self._digests] * len(job.pairs), dtype=object),
+                "DIGEST": np.array([self._digests] * rows, dtype=object),
             },
             parameters=warning_parameters(result.warnings for result in answer.results),
-            rows=len(job.pairs),
+            rows=rows,
             stages=Stages(compute_infer=time.monotonic() - start),
             final=True,
         )

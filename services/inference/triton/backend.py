@@ -160,7 +160,9 @@ class PythonModel:
         check_inputs(tensors, model.inputs, model.max_rows)
         with options.calling():
             job = await asyncio.to_thread(lease.read, tensors)
+            del tensors
             running = lease.run(job, LimitedCaller(options=options), stream=stream)
+            del job  # its clips are not needed once they are decoded
             async with aclosing(running), aclosing(options.limited(running)) as responses:
                 async for response in responses:
                     yield response

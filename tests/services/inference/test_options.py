@@ -105,6 +105,18 @@ def test_a_request_may_be_lowered_to_batch_but_not_raised() -> None:
     assert current_caller().priority == "interactive"
 
 
+def test_the_timeout_of_a_request_is_a_deadline_of_its_caller() -> None:
+    """Which the queues of scoring and reward admit by."""
+    soon, late = time.monotonic() + 1, time.monotonic() + 100
+    with RequestOptions(deadline=soon).calling():
+        assert current_caller().deadline == soon
+    for options, deadline in ((RequestOptions(deadline=late), soon), (RequestOptions(), soon)):
+        with calling(Caller(deadline=deadline)), options.calling():
+            assert current_caller().deadline == soon
+    with RequestOptions().calling():
+        assert current_caller().deadline is None
+
+
 async def test_values_after_the_deadline_are_not_waited_for() -> None:
     ended = asyncio.Event()
 

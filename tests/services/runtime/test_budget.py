@@ -10,11 +10,14 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tritonclient.grpc import service_pb2 as inference
 
+from milonga.v1 import audio_pb2
 from milonga.v1 import reward_pb2 as pb
 from services.errors import QueueFullError
 from services.runtime.budget import Budget, Hold, current_hold
 from services.runtime.callers import Caller, calling
+from tests.services.inference.asking import inference_request, tensor
 from tests.services.reward.serving import Served, float32, serving, tone
 from tests.tiny import tiny_clap, tiny_reward
 from tests.waiting import until
@@ -144,18 +147,80 @@ def test_the_message_of_a_refused_call_is_let_go(served: Served, clips: list[flo
         call: Any = channel.unary_unary("/milonga.v1.RewardService/RankAudio")
         message = pb.RankAudioRequest(prompt="a dog", clips=[float32(tone(one)) for one in clips])
         gc.collect()
-        alive = _requests()
+        alive = _alive(pb.RankAudioRequest)
         gc.disable()
         try:
             for _ in range(5):
                 with pytest.raises(grpc.RpcError):
                     call(message.SerializeToString())
-            until(lambda: _requests() == alive)
+            until(lambda: _alive(pb.RankAudioRequest) == alive)
         finally:
             gc.enable()
             taken.release()
 
 
-def _requests() -> int:
-    """Return the requests of this kind that are alive in this process."""
-    return sum(type(one) is pb.RankAudioRequest for one in gc.get_objects())
+def _alive(*kinds: type) -> int:
+    """Return the number of messages of these kinds that are alive in this process."""
+    return sum(type(one) in kinds for one in gc.get_objects())
+
+
+_HELD = (inference.ModelInferRequest, pb.BatchComputeRewardsRequest, audio_pb2.PromptedClip, audio_pb2.Clip)
+
+
+@pytest.mark.parametrize("rpc", ["BatchComputeRewards", "ModelInfer", "ModelStreamInfer"])
+def test_the_message_of_a_call_is_let_go_when_it_is_decoded(rpc: str) -> None:
+    """Not at its end. The call waits in the queue for others, which do not come."""
+    prompt, sound = "a dog barks", tone(1.0)
+    if rpc == "BatchComputeRewards":
+        pair = audio_pb2.PromptedClip(prompt=prompt, clip=float32(sound))
+        message = pb.BatchComputeRewardsRequest(pairs=[pair] * 4).SerializeToString()
+        method = f"/milonga.v1.RewardService/{rpc}"
+        del pair
+    else:
+        inputs = [
+            tensor("PROMPT", "BYTES", [[prompt]] * 4),
+            tensor("AUDIO", "FP32", [sound] * 4),
+            tensor("SAMPLE_RATE", "INT32", [[16_000]] * 4),
+        ]
+        message = inference_request("reward", inputs).SerializeToString()
+        method = f"/inference.GRPCInferenceService/{rpc}"
+    with (
+        serving(tiny_reward(tiny_clap()), max_wait_seconds=60) as served,
+        grpc.insecure_channel(served.target) as channel,
+    ):
+        gc.collect()
+        assert _alive(*_HELD) == 0
+        gc.disable()
+        try:
+            stream: Any = channel.stream_stream(method)
+            call = stream(iter([message]))
+            until(lambda: served.scorer.stats.queue_cost > 0)
+            assert _alive(*_HELD) == 0
+            call.cancel()
+            until(lambda: served.server.budget.held == 0)
+        finally:
+            gc.enable()
+
+
+def test_a_stream_is_read_as_far_as_there_is_room() -> None:
+    """A caller who sends faster than the service works is slowed down. No message ends the stream."""
+    sound, count = tone(1.0), 12
+    inputs = [
+        tensor("PROMPT", "BYTES", [["a dog barks"]] * 4),
+        tensor("AUDIO", "FP32", [sound] * 4),
+        tensor("SAMPLE_RATE", "INT32", [[16_000]] * 4),
+    ]
+    message = inference_request("reward", inputs).SerializeToString()
+    limits = {"max_request_bytes": len(message), "max_held_bytes": 4 * len(message)}
+    with (
+        serving(tiny_reward(tiny_clap()), max_wait_seconds=0.2, **limits) as served,
+        grpc.insecure_channel(served.target) as channel,
+    ):
+        stream: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        answers = [
+            inference.ModelStreamInferResponse.FromString(one) for one in stream(iter([message] * count))
+        ]
+        assert len(answers) == count
+        errors = {one.error_message[:42] for one in answers if one.error_message}
+        assert errors <= {"the service has no memory for the request:"}
+        assert served.server.budget.held == 0

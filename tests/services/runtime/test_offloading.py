@@ -95,6 +95,28 @@ async def test_cancelled_work_ends_after_its_step_and_is_closed() -> None:
     assert done == before
 
 
+async def test_a_thread_whose_caller_leaves_as_its_work_ends_takes_other_work() -> None:
+    off_loop, begun, ended, stop = OffLoop(), threading.Event(), threading.Event(), threading.Event()
+
+    def short() -> None:
+        begun.wait()
+        ended.set()
+
+    first = asyncio.create_task(off_loop(short))
+    second = asyncio.create_task(off_loop(stop.wait))
+    await asyncio.sleep(0)
+    third = asyncio.create_task(off_loop(lambda: None))
+    await asyncio.sleep(0)
+    begun.set()
+    ended.wait()
+    time.sleep(0.2)  # the thread has delivered its result to the loop, which is blocked
+    asyncio.get_running_loop().call_soon(first.cancel)
+    async with asyncio.timeout(60):
+        await third
+    stop.set()
+    await asyncio.gather(first, second, return_exceptions=True)
+
+
 async def test_work_that_can_not_be_done_before_the_deadline_is_refused_at_once() -> None:
     off_loop, stop = OffLoop(), threading.Event()
 
