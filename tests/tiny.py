@@ -18,6 +18,8 @@ from tokenizers.models import WordLevel
 from transformers import (
     ClapConfig,
     ClapFeatureExtractor,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -26,6 +28,9 @@ from transformers import (
 )
 from transformers import ClapModel as TransformersClapModel
 
+from services.models.captioner.config import CaptionerConfig
+from services.models.captioner.eat import EatConfig, EatEncoder
+from services.models.captioner.model import Captioner, make_projector
 from services.models.clap.model import ClapModel
 from services.models.reward.model import RewardConfig, RewardModel
 from services.models.state_dicts import quiet_loading
@@ -275,3 +280,52 @@ def tiny_reward(clap: ClapModel, digest: str = "sha256:" + "0" * 64, seed: int =
             feedforward=16,
         )
         return RewardModel(clap, config).eval()
+
+
+def tiny_caption_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tiny_tokenizer`, with Llama's special tokens: it begins with <s> and adds no end."""
+    special = ("<unk>", "<s>", "</s>")
+    words = (*special, *WORDS, *("USER", "ASSISTANT", ":", "Describe", "audio", "you", "hear"))
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tiny_captioner(seed: int = 0, *, config: CaptionerConfig | None = None) -> Captioner:
+    """Random weights that depend on `seed` alone: hears 0.64 s, beams 2 and 3, 8 tokens at most."""
+    config = config or CaptionerConfig(
+        prompt="USER: Describe the audio you hear. ASSISTANT:",
+        frames=64,
+        projector_width=16,
+        beams=(2, 3),
+        max_new_tokens=8,
+    )
+    eat = EatConfig(width=16, depth=1, heads=2, max_steps=8)
+    tokenizer = tiny_caption_tokenizer()
+    with torch.random.fork_rng(devices=[]), quiet_loading():
+        torch.manual_seed(seed)
+        language_model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                initializer_range=0.3,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=2,
+            )
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+        captioner = Captioner(
+            EatEncoder(eat), make_projector(config, eat, 24), language_model, tokenizer, config
+        )
+    return captioner.eval().requires_grad_(False)

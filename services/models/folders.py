@@ -3,18 +3,21 @@
 Folders are untrusted: nothing in them is executed, and every error names the file.
 """
 
+import inspect
 import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from services.errors import ModelFormatError, invalid
 from services.files import HEAD, describe_file, describe_path
+
+Config = TypeVar("Config")
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -114,6 +117,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelFormatError(f"{path} is not a JSON object")
     return data
+
+
+def build_dataclass(kind: type[Config], values: Mapping[str, Any], path: Path) -> Config:
+    """Return the dataclass `kind` with the `values` of the file `path`, which a `ModelFormatError` names."""
+    if unknown := sorted(values.keys() - inspect.signature(kind).parameters.keys()):
+        raise ModelFormatError(f"{path} has fields that this release does not know: {unknown}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ModelFormatError(f"{path} is not valid: {one_line(error)}") from error
+    except ModelFormatError as error:
+        raise ModelFormatError(f"{path}: {error}") from error
 
 
 def pick_dtype(field: str, name: str) -> torch.dtype:

@@ -36,15 +36,22 @@ def check_weights(part: str, module: nn.Module, shapes: Mapping[str, Sequence[in
         module: module that will load them; may be on the meta device.
         shapes: shapes of the tensors in the file, by key.
     """
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = {key: tuple(shape) for key, shape in shapes.items()}
+    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    found = dict(shapes)
     for alias, original in TIED.items():
         if alias in expected and original in expected and (alias in found) != (original in found):
             found[alias] = found[original] = found.get(alias, found.get(original, ()))
+    check_shapes(part, expected, found)
+
+
+def check_shapes(
+    part: str, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of the weights `found`."""
     misshapen = [
         f"{key} is {list(found[key])}, not {list(shape)}"
         for key, shape in expected.items()
-        if key in found and found[key] != shape
+        if key in found and tuple(found[key]) != tuple(shape)
     ]
     faults = (
         ("missing keys", [key for key in expected if key not in found]),

@@ -14,7 +14,7 @@ Shapes: B batch, L text tokens, A audio tokens, C width of CLAP's tokens, D the 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
-from services.models.folders import read_json, read_shapes
+from services.models.folders import build_dataclass, read_json, read_shapes
 from services.models.state_dicts import check_finite, check_weights, on_meta
 
 CONFIG_NAME: Final = "config.json"
@@ -210,15 +210,7 @@ def read_reward_config(folder: Path) -> RewardConfig:
         raise ModelFormatError(
             f"{folder} holds no reward model; give a folder that `milonga train reward` wrote"
         )
-    known = {field.name for field in fields(RewardConfig)}
-    if unknown := sorted(data.keys() - known):
-        raise ModelFormatError(
-            f"{folder / CONFIG_NAME} has fields that this release does not know: {unknown}"
-        )
-    try:
-        return RewardConfig(**data)
-    except TypeError as error:
-        raise ModelFormatError(f"{folder / CONFIG_NAME} is not valid: {error}") from error
+    return build_dataclass(RewardConfig, data, folder / CONFIG_NAME)
 
 
 def load_reward(folder: Path, clap: ClapModel, clap_digest: str) -> RewardModel:

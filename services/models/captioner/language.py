@@ -1,0 +1,283 @@
+"""The captioner's language model: transformers' causal language models, with LoRA by peft.
+
+Folders are untrusted: weights come only from safetensors, no code in them runs, and every key and shape is
+compared with the model before anything is loaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from services.errors import ModelFormatError, ModelNotFoundError
+from services.models.folders import cause, one_line, read_json, read_shapes
+from services.models.state_dicts import check_finite, check_shapes, check_weights, on_meta, quiet_loading
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+"""Files of a PEFT folder."""
+
+_KNOWN: Final = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out"),
+    *("auto_mapping", "base_model_name_or_path", "ephemeral_gpu_offload", "inference_mode", "task_type"),
+    *("init_lora_weights", "layers_pattern", "megatron_core", "peft_version", "qalora_group_size"),
+    *("revision", "runtime_config"),
+)
+"""Settings of an adapter that are read, or change nothing of what its weights do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """LoRA's settings; the defaults are SLAM-AAC's."""
+
+    rank: int = 8
+    alpha: float = 32
+    """The product of both matrices is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Of the input, in training."""
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """Linear layers with an adapter, by the end of their names."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ModelFormatError(f"LoRA rank is {self.rank!r}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ModelFormatError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not self.modules:
+            raise ModelFormatError("LoRA modules are empty; name the layers, such as q_proj and v_proj")
+
+
+# ------------------------------------------------------------------------------------ model and tokenizer
+
+
+def check_language_model(folder: Path) -> int:
+    """Return the width of the language model in `folder`, and of its embeddings. Loads no weights.
+
+    Raises `ModelNotFoundError` or `ModelFormatError` unless the folder is complete.
+    """
+    module = meta_language_model(folder)
+    check_weights(str(folder), module, _with_tied(module, read_shapes(folder)))
+    read_json(folder / "tokenizer_config.json")
+    return embedding_width(module)
+
+
+def meta_language_model(folder: Path) -> nn.Module:
+    """Return the model of a folder's `config.json` on the meta device.
+
+    Raises `ModelNotFoundError` or `ModelFormatError`.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is not a folder; it must hold the language model")
+    read_json(folder / "config.json")
+    try:
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            module: nn.Module = on_meta(
+                lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            )
+    except Exception as error:  # unknown classes and values that a class refuses raise several errors
+        raise ModelFormatError(
+            f"{folder}/config.json is not that of a causal language model: {one_line(error)}"
+        ) from error
+    return module
+
+
+def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a checked language model. Raises `ModelFormatError`."""
+    try:
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # any exception of the library means that the folder is invalid
+        raise ModelFormatError(f"{folder} can't be loaded: {cause(folder, error)}") from error
+    check_finite(str(folder), model.state_dict())
+    return model
+
+
+def load_caption_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in `folder` of a model with `vocabulary` embeddings.
+
+    Its padding token is the end token where it has none. Raises `ModelFormatError` if it has no end token, or
+    more tokens than the model: without its files, transformers creates a tokenizer of special tokens.
+    """
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # no files, broken files: several libraries' errors
+        raise ModelFormatError(f"{folder} holds no tokenizer: {cause(folder, error)}") from error
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(ordinary) < 2:
+        raise ModelFormatError(
+            f"{folder}: its tokenizer has an empty vocabulary; add tokenizer.json or tokenizer.model"
+        )
+    if len(tokenizer) > vocabulary:
+        raise ModelFormatError(
+            f"{folder} has {len(tokenizer)} tokens for {vocabulary} embeddings; tokenizer and weights belong "
+            "to different models"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelFormatError(f"{folder}: its tokenizer has no eos_token, with which captions end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_language_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a language model without its adapters, and its tokenizer: a transformers folder (safetensors).
+
+    `dtype` is the float type of the file; None: that of each parameter.
+    """
+    base = model.get_base_model() if is_adapted(model) else model
+    weights = {
+        key.replace(".base_layer.", "."): cast_tensor(value, dtype)
+        for key, value in base.state_dict().items()
+        if ".lora_" not in key
+    }
+    # Released ones may hold sampling settings that transformers refuses to save; the search reads none.
+    base.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_padding()  # the last call's would be saved
+        backend.no_truncation()
+    with quiet_loading():
+        base.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor for a file: contiguous, and in `dtype` if it has floats."""
+    floats = dtype is not None and tensor.is_floating_point()
+    return tensor.detach().to("cpu", dtype if floats else None).contiguous()
+
+
+def embedding_width(model: Any) -> int:
+    """Return the width of a language model's token embeddings."""
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def _with_tied(module: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return `shapes` with the tensors that a file leaves out because they are another one's."""
+    tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    return {**{alias: shapes[key] for alias, key in tied.items() if key in shapes}, **shapes}
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+def attach_lora(model: Any, lora: LoraSettings) -> Any:
+    """Return `model` with new adapters (peft's `PeftModel`), the only parameters that are trained.
+
+    Raises `ModelFormatError` if it has no such layers.
+    """
+    from peft import LoraConfig, get_peft_model  # slow to import, and needed for adapters only
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with quiet_loading():
+            return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelFormatError(
+            f"LoRA: the language model has no layers {', '.join(lora.modules)}: {one_line(error)}"
+        ) from error
+
+
+def is_adapted(model: object) -> bool:
+    """Return whether a language model has adapters."""
+    return hasattr(model, "peft_config")
+
+
+def merge_lora(model: Any) -> Any:
+    """Return the language model with its adapters added to its own weights."""
+    return model.merge_and_unload()
+
+
+def read_lora_settings(folder: Path) -> LoraSettings:
+    """Return the settings of the PEFT folder. Raises `ModelFormatError` unless it is plain LoRA."""
+    path = folder / ADAPTER_CONFIG
+    data = read_json(path)
+    if data.get("peft_type") != "LORA":
+        raise ModelFormatError(f"{path}: peft_type is {data.get('peft_type')!r}; only LORA is supported")
+    if data.get("bias", "none") != "none":
+        raise ModelFormatError(f"{path}: bias is {data['bias']!r}; only 'none' is supported")
+    if data.get("fan_in_fan_out"):
+        raise ModelFormatError(f"{path}: fan_in_fan_out is set; only linear layers are supported")
+    if used := sorted(key for key, value in data.items() if value and key not in _KNOWN):
+        raise ModelFormatError(
+            f"{path} sets {', '.join(f'{key}={data[key]!r}' for key in used)}, which is not supported"
+        )
+    modules = data.get("target_modules")
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ModelFormatError(f"{path}: target_modules is {modules!r}; a list of names is supported")
+    try:
+        return LoraSettings(
+            rank=data["r"],
+            alpha=float(data["lora_alpha"]),
+            dropout=float(data.get("lora_dropout") or 0.0),
+            modules=tuple(sorted(modules)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(f"{path} is not valid: {one_line(error)}") from error
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Return `model` with the adapters of a PEFT folder. Raises `ModelFormatError` unless every key fits."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ModelFormatError(f"{folder} has no {ADAPTER_WEIGHTS}; adapters must be safetensors")
+    read_shapes(folder)
+    return apply_adapter(model, read_lora_settings(folder), load_file(path), str(folder))
+
+
+def apply_adapter(model: Any, lora: LoraSettings, weights: dict[str, Tensor], part: str) -> Any:
+    """Return `model` with adapters of these weights, whose keys are those of a PEFT file.
+
+    `part` names the weights in the `ModelFormatError` that is raised unless every key and shape fits.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapted = attach_lora(model, lora)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_shapes(part, {k: v.shape for k, v in own.items()}, {k: v.shape for k, v in weights.items()})
+    check_finite(part, weights)
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def save_adapter(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the adapters of `model` as a PEFT folder (safetensors)."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({key: cast_tensor(value, dtype) for key, value in weights.items()}, folder / ADAPTER_WEIGHTS)
+    settings = model.peft_config["default"].to_dict()
+    settings |= {"base_model_name_or_path": "../language_model", "inference_mode": True}
+    settings["target_modules"] = sorted(settings["target_modules"])
+    text = json.dumps(
+        {key: value for key, value in settings.items() if value is not None}, indent=2, default=str
+    )
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
