@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from services.errors import MilongaError, ModelFormatError, ModelNotFoundError
 from services.models.folders import cause, one_line, pick_device, pick_dtype, read_json, read_shapes
 from services.models.latent import Conditioning, LatentPipeline
+from services.models.prompts import token_limit
 from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
+from services.models.words import load_tokenizer, prompt_warnings
 
 UPSTREAM_WEIGHTS: Final = "pytorch_model_main.bin"
 """File that only released Tango checkpoints have; `convert_checkpoint` converts those."""
@@ -138,8 +140,22 @@ class Architecture:
 
     def default_duration(self, folder: Path) -> float:
         """Return the default duration of the model in `folder`, in seconds."""
-        own = inspect.signature(self.pipeline.__init__).parameters["default_duration"].default
-        return float(read_index(folder).get("default_duration", own))
+        return float(self._setting(folder, "default_duration"))
+
+    def prompt_reader(self, folder: Path) -> Callable[[str], tuple[str, ...]]:
+        """Return `LatentPipeline.prompt_warnings` of the model in `folder`; only its tokenizer is loaded.
+
+        Its warnings are sentences that begin with ``prompt``.
+        """
+        vocabulary = int(read_json(folder / "text_encoder" / "config.json")["vocab_size"])
+        tokenizer = load_tokenizer(folder / "tokenizer", vocabulary)
+        most = token_limit(tokenizer, self._setting(folder, "text_length"))
+        return lambda prompt: tuple(f"prompt {one}" for one in prompt_warnings(tokenizer, prompt, most))
+
+    def _setting(self, folder: Path, name: str) -> Any:
+        """Return a setting of the model in `folder`, by default the pipeline's own."""
+        own = inspect.signature(self.pipeline.__init__).parameters[name].default
+        return read_index(folder).get(name, own)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

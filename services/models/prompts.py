@@ -19,6 +19,11 @@ TEXT_LENGTHS: Final = (64, 128, 256, LONGEST_TEXT)
 """Lengths in tokens to pad prompts to, if the model has no fixed length. AudioCaps' captions fit 64."""
 
 
+def token_limit(tokenizer: PreTrainedTokenizerBase, text_length: int | None) -> int:
+    """Return the maximum number of tokens of a prompt. `text_length` is the model's fixed one, or None."""
+    return int(text_length or min(tokenizer.model_max_length, LONGEST_TEXT))
+
+
 class T5Prompts:
     """Implements a `LatentPipeline`'s methods for prompts. `text_length` of its config is fixed, or None."""
 
@@ -29,7 +34,7 @@ class T5Prompts:
     @property
     def max_prompt_tokens(self) -> int:
         """Maximum number of tokens of a prompt; the rest is truncated."""
-        return int(self.config.text_length or min(self.tokenizer.model_max_length, LONGEST_TEXT))
+        return token_limit(self.tokenizer, self.config.text_length)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, length: int | None = None) -> Conditioning:

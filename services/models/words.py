@@ -1,17 +1,51 @@
-"""Warnings on parts of a prompt that a text encoder does not read, for generators and CLAP models."""
+"""Tokenizers, and warnings on parts of a prompt that a text encoder does not read."""
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from services.api.scoring import merge_warnings
+from services.errors import ModelFormatError, ModelNotFoundError
+from services.models.folders import cause
+from services.models.state_dicts import quiet_loading
 
 _INSIDE_WORDS: Final = "'’-"
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_WORDS, _MOST_CHARACTERS = 10, 40
 """Unknown words in a warning, and characters of each."""
+
+_SMALLEST_SHARE: Final = 0.9
+"""Share of the text encoder's vocabulary that its tokenizer must have: without its files, transformers
+creates a tokenizer with a handful of tokens and no error."""
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer in `folder`, for a text encoder with `vocabulary` tokens.
+
+    Raises:
+        ModelNotFoundError: there is no such folder.
+        ModelFormatError: the folder has no tokenizer, or one with another vocabulary.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is not a folder; give the folder of the text encoder's tokenizer")
+    try:
+        with quiet_loading():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # no files, broken files: several libraries' errors
+        raise ModelFormatError(f"{folder} holds no tokenizer: {cause(folder, error)}") from error
+    known = len(tokenizer)
+    if not _SMALLEST_SHARE * vocabulary <= known <= vocabulary:
+        raise ModelFormatError(
+            f"{folder}: its tokenizer has {known} tokens, but the text encoder has {vocabulary}; its files "
+            "(tokenizer.json, or vocab.json and merges.txt) are missing, or from another model"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelFormatError(f"{folder}: its tokenizer has no pad_token")
+    return tokenizer
 
 
 def prompt_warnings(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
-from training.data.examples import Clip, FileClip, ParquetClip, decode_clip
+from training.data.examples import Clip, FileClip, ParquetClip, decode_clip, shown
 from training.loop.progress import progress
 
 SILENT_MEAN_SQUARE = 1e-8
@@ -38,8 +38,8 @@ def report_content(
     if accelerator is None or accelerator.is_main_process:
         _warn(f"of {len(pairs)} pairs have equal clips, so that nothing is preferred", equal)
         _warn(f"of {len(pairs)} clips to learn from are silent", silent)
-        for name, warning in warnings.items():
-            print(f"warning: {name}: {warning}", file=sys.stderr)
+        for line in shown([f"{name}: {warning}" for name, warning in warnings.items()]):
+            print(f"warning: {line}", file=sys.stderr)
     return {"equal_pairs": len(equal), "silent_chosen": len(silent), "warnings": warnings}
 
 

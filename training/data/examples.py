@@ -7,8 +7,8 @@ import functools
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -123,6 +123,8 @@ class LabelledClip:
     """1 yes, 0 no; in between, the share of annotators."""
     truth: CaptionTruth | None = None
     """The events of the prompt, if known; the prompt may then be paraphrased."""
+    place: str = field(default="", compare=False)
+    """File and row, for messages; empty if it is of no list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +138,8 @@ class Pair:
     """Mistake in the rejected clip (swapped, missing, added, replaced, other), or origin of the pair."""
     truth: CaptionTruth | None = None
     """The events of the prompt, if known; the prompt may then be paraphrased."""
+    place: str = field(default="", compare=False)
+    """File and row, for messages; empty if it is of no list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +155,10 @@ class Examples:
         for pair in self.pairs:
             yield from (pair.chosen, pair.rejected)
 
-    def prompts(self) -> Iterator[str]:
-        """Yield the prompts that are never paraphrased, with repetitions."""
-        yield from (example.prompt for example in self.labelled if example.truth is None)
-        yield from (pair.prompt for pair in self.pairs if pair.truth is None)
+    def fixed(self) -> Iterator[LabelledClip | Pair]:
+        """Yield the examples whose prompts are never paraphrased."""
+        yield from (example for example in self.labelled if example.truth is None)
+        yield from (pair for pair in self.pairs if pair.truth is None)
 
     def without(self, clips: set[Clip]) -> "Examples":
         """Return the examples that contain none of `clips`."""
@@ -215,9 +219,9 @@ def read_labelled(
         label: the label of all examples; the list needs none, as Tango's. None: the list's `LABEL_NAMES`.
         unusable: gets the place of each unusable prompt, with the reason; None: they are refused.
     """
-    field = "data.labelled"
+    source = "data.labelled"
     root, examples, faults = audio_root or path.parent, list[LabelledClip](), list[FieldViolation]()
-    for entry in read_list(path, field, clip="needed", keep_unusable=unusable is not None):
+    for entry in read_list(path, source, clip="needed", keep_unusable=unusable is not None):
         if entry.fault is not None and unusable is not None:
             unusable[entry.place] = entry.fault
             continue
@@ -231,7 +235,7 @@ def read_labelled(
             name = names[0] if names else " or ".join(LABEL_NAMES)
             faults.append(FieldViolation(entry.place, f"{name} is {written!r}, must be 0 to 1"))
         clip = FileClip(path=find_audio(entry.location or "", root))
-        examples.append(LabelledClip(prompt=entry.prompt, clip=clip, label=value))
+        examples.append(LabelledClip(prompt=entry.prompt, clip=clip, label=value, place=entry.place))
     if faults:
         raise InvalidInputError(*shortened(faults))
     return examples
@@ -246,17 +250,18 @@ def read_pairs(
     `strategy` is optional. `unusable` gets the row of each unusable prompt, with the reason; None: they are
     refused. Raises `InvalidInputError`.
     """
-    field, pairs, found = "data.pairs", list[Pair](), dict[str, str]()
+    name, pairs, found = "data.pairs", list[Pair](), dict[str, str]()
     columns = ("prompt", "strategy")
-    for number, (row, chosen, rejected) in enumerate(pair_rows(path, field, audio_root, columns=columns)):
+    for number, (row, chosen, rejected) in enumerate(pair_rows(path, name, audio_root, columns=columns)):
         prompt, fault = caption_fault(row["prompt"])
         kind = f"strategy {row['strategy']}" if row.get("strategy") is not None else "preferred"
+        place = f"{path.name}, row {number}"
         if fault is None:
-            pairs.append(Pair(prompt=prompt, chosen=chosen, rejected=rejected, kind=kind))
+            pairs.append(Pair(prompt=prompt, chosen=chosen, rejected=rejected, kind=kind, place=place))
         else:
-            found[f"{path.name}, row {number}"] = fault
+            found[place] = fault
     if not pairs and not found:
-        raise invalid(field, f"{path} holds no pairs")
+        raise invalid(name, f"{path} holds no pairs")
     if found and unusable is None:
         raise InvalidInputError(*shortened([FieldViolation(*fault) for fault in found.items()]))
     if unusable is not None:
@@ -340,6 +345,12 @@ def short_message(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
 
 
+def shown(lines: Sequence[str]) -> list[str]:
+    """Return the first few lines, and how many more there are, so that a log stays short."""
+    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return [*lines[:_LISTED], *more]
+
+
 ClipOrRow = TypeVar("ClipOrRow", bound=Clip | str)
 
 
@@ -361,10 +372,9 @@ def check_readable(
     listed = [f"{one if isinstance(one, str) else one.name}: {reason}" for one, reason in unreadable.items()]
     found = f"{len(listed)} of {total} {what}"
     if len(listed) > limit * total:
-        more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-        raise invalid(field, f"{found}, at most {limit:.0%} may be: {'; '.join(listed[:_LISTED])}{more}")
+        raise invalid(field, f"{found}, at most {limit:.0%} may be: {'; '.join(shown(listed))}")
     if not quiet:
-        print(f"{found} and are left out:", *listed, sep="\n  ", file=sys.stderr)
+        print(f"{found} and are left out:", *shown(listed), sep="\n  ", file=sys.stderr)
 
 
 def check_prompts(unusable: Mapping[str, str], usable: int, limit: float, *, quiet: bool = False) -> None:

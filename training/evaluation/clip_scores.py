@@ -15,6 +15,7 @@ from services.api.scoring import REWARD, CombinedScorers, Scorers
 from services.errors import invalid
 from services.local import LocalScorers
 from training.data.examples import Clip, FileClip, check_readable, decode_clip, short_message
+from training.data.prompts import on_prompts
 from training.data.store import batches
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
@@ -72,6 +73,8 @@ class ClipScores:
     """Reasons by name of the clip."""
     warnings: tuple[str, ...]
     """The decoder's, each after the name of the clip."""
+    prompt_warnings: Mapping[str, Sequence[str]]
+    """Of scorers and reward model, by prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -167,13 +170,15 @@ def score_clips(
     readable: list[int] = []
     unreadable: dict[Clip, str] = {}
     warnings: list[str] = []
+    of_prompts: dict[str, list[str]] = {}
     bar = progress(total=len(plan), desc=f"scoring {name}", unit="clip")
     with bar:
         for numbers in batches(range(len(plan)), config.batch):
             read = _read([FileClip(path=files[number]) for number in numbers], unreadable, warnings)
             rows, clips = [numbers[position] for position, _ in read], [clip for _, clip in read]
             readable += rows
-            for metric, column in _score([plan[row].prompt for row in rows], clips, evaluators).items():
+            prompts = [plan[row].prompt for row in rows]
+            for metric, column in _score(prompts, clips, evaluators, of_prompts).items():
                 values[metric][rows] = column
             _embed(clips, evaluators, parts)
             bar.update(len(numbers))
@@ -190,6 +195,7 @@ def score_clips(
         readable_N=is_readable,
         unreadable=_by_name(unreadable),
         warnings=tuple(warnings),
+        prompt_warnings=of_prompts,
     )
 
 
@@ -217,9 +223,12 @@ def _by_name(unreadable: Mapping[Clip, str]) -> dict[str, str]:
 
 
 def _score(
-    prompts: Sequence[Prompt], clips: Sequence[Sound], evaluators: Evaluators
+    prompts: Sequence[Prompt],
+    clips: Sequence[Sound],
+    evaluators: Evaluators,
+    warnings: dict[str, list[str]],
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the metrics of a batch of clips by name, [B]."""
+    """Return the metrics of a batch of clips by name, [B]; add warnings on their prompts to `warnings`."""
     waveforms = [clip.waveform_N for clip in clips]
     found: dict[str, list[float]] = {
         "silent": [float(is_silent(waveform)) for waveform in waveforms],
@@ -232,9 +241,12 @@ def _score(
         scores = evaluators.scorers.score_audio(pairs, scorers=evaluators.clap_names)
         for index, scorer in enumerate(scores.scorers):
             found[f"clap.{scorer.name}"] = scores.values[:, index].tolist()
+        warnings |= {text: on_prompts(one) for text, one in zip(texts, scores.warnings, strict=True)}
     if pairs and REWARD in evaluators.versions:
         rewards = evaluators.scorers.compute_rewards(pairs).rewards
         found["reward"] = [reward.logit for reward in rewards]
+        for text, reward in zip(texts, rewards, strict=True):
+            warnings[text] = on_prompts(warnings.get(text, ()), reward.warnings)
     if evaluators.judge is not None and any(prompt.truth for prompt in prompts):
         rows: list[dict[str, float]] = [dict.fromkeys(EVENT_METRICS, float("nan")) for _ in clips]
         known = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]

@@ -23,11 +23,20 @@ from typing import Any
 
 import numpy as np
 
+from services.api.scoring import merge_warnings
 from services.errors import invalid
 from services.files import write_atomically
-from training.data.examples import Clip, FileClip
+from services.models.architectures import architecture_of
+from training.data.examples import Clip, FileClip, shown
+from training.data.prompts import on_prompts, report_prompts, warning_line
 from training.data.store import digest_of_value, write_rows
-from training.evaluation.clip_scores import ClipScores, embed_references, open_evaluators, score_clips
+from training.evaluation.clip_scores import (
+    ClipScores,
+    References,
+    embed_references,
+    open_evaluators,
+    score_clips,
+)
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.markdown import markdown_report
 from training.evaluation.plots import distribution_plot, spectrogram_sheet
@@ -97,14 +106,7 @@ def evaluate(
             for name, found in scores.items():
                 metrics[name][split] = compute_metrics(found, references, plan, indices, config)
                 bar.update()
-    warnings = sample_size_warnings(references, splits)
-    warnings += [
-        f"{source.name} has clips of other seeds than {opened[0].name}: they are paired by prompt alone"
-        for source in opened[1:]
-        if not same_seeds(source, plan)
-    ]
-    of_clips = [references.warnings, *(found.warnings for found in scores.values())]
-    warnings += dict.fromkeys(itertools.chain.from_iterable(of_clips))
+    inputs = _input_warnings(plan, opened, scores, references)
     report: dict[str, Any] = {
         "prompts": {
             "count": len({planned.prompt.text for planned in plan}),
@@ -135,13 +137,52 @@ def evaluate(
             for name, against in compared
         ],
         "unreadable_references": dict(references.unreadable),
-        "warnings": warnings,
+        **inputs,
+        "warnings": [
+            *sample_size_warnings(references, splits),
+            *_pairing_warnings(opened, plan),
+            *([warning_line(found)] if (found := inputs["prompt_warnings"])["with_warnings"] else []),
+            *shown(inputs["clip_warnings"]),
+        ],
         "heard_by": evaluators.digests(),
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()},
     }
     write_results(report, scores, clips, plan, config, output)
     print_warnings(report)
     return report
+
+
+def _pairing_warnings(sources: Sequence[Source], plan: Sequence[PlannedClip]) -> list[str]:
+    return [
+        f"{source.name} has clips of other seeds than {sources[0].name}: they are paired by prompt alone"
+        for source in sources[1:]
+        if not same_seeds(source, plan)
+    ]
+
+
+def _input_warnings(
+    plan: Sequence[PlannedClip],
+    sources: Sequence[Source],
+    scores: Mapping[str, ClipScores],
+    references: References,
+) -> dict[str, Any]:
+    """Return the report's entries: prompts that a model or a scorer does not read in full, the decoder's."""
+    places = {planned.prompt.text: planned.prompt.place for planned in plan}
+    readers = {
+        source.name: architecture_of(source.model.folder).prompt_reader(source.model.folder)
+        for source in sources
+        if isinstance(source, ModelSource)
+    }
+    found = {
+        text: [
+            *merge_warnings({name: reader(text) for name, reader in readers.items()}),
+            *on_prompts(*(one.prompt_warnings.get(text, ()) for one in scores.values())),
+        ]
+        for text in places
+    }
+    of_clips = itertools.chain(references.warnings, *(one.warnings for one in scores.values()))
+    prompts = report_prompts(places, found, "models and scorers", quiet=True)
+    return prompts | {"clip_warnings": list(dict.fromkeys(of_clips))}
 
 
 def finished_evaluation(
@@ -247,7 +288,8 @@ def print_warnings(report: Mapping[str, Any]) -> None:
     unreadable |= {f"reference: {clip}": r for clip, r in report["unreadable_references"].items()}
     if unreadable:
         print(f"can't be read and are left out: {len(unreadable)}", file=sys.stderr)
-        print(*(f"  {clip}: {reason}" for clip, reason in unreadable.items()), sep="\n", file=sys.stderr)
+        listed = [f"{clip}: {reason}" for clip, reason in unreadable.items()]
+        print(*(f"  {line}" for line in shown(listed)), sep="\n", file=sys.stderr)
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
 

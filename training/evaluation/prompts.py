@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ class Prompt:
     """Its events; None unless it is of the sound world."""
     reference: Clip | None = None
     """A real clip that matches it."""
+    place: str = field(default="", compare=False)
+    """Row of the list that it is from; empty if it is from none."""
 
 
 def is_temporal(prompt: Prompt) -> bool:
@@ -102,5 +104,5 @@ def read_prompts(
         reference = (
             FileClip(path=find_audio(entry.location, audio_root or path.parent)) if entry.location else None
         )
-        found.setdefault(entry.prompt, Prompt(text=entry.prompt, reference=reference))
+        found.setdefault(entry.prompt, Prompt(text=entry.prompt, reference=reference, place=entry.place))
     return tuple(found.values())

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def _open_folder(name: str, folder: Path) -> FolderSource:
 def _with_truth(prompt: Prompt, known: Prompt | None) -> Prompt:
     if known is None:
         return prompt
-    return Prompt(text=prompt.text, truth=known.truth, reference=prompt.reference or known.reference)
+    return replace(prompt, truth=known.truth, reference=prompt.reference or known.reference)
 
 
 def _check_prompts(folder: FolderSource, first: FolderSource, texts: Sequence[str], *, whole: bool) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from services.errors import invalid
 from services.models.reward.model import load_reward
 from services.weights.loading import load_clap_model
-from training.data.content import report_content
 from training.data.examples import Clip, Examples, LabelledClip, read_labelled, read_pairs
+from training.data.prompts import places_of, report_prompts
 from training.data.scenes import SceneClip, paraphrase
 from training.finetuning.session import (
     FineTuning,
@@ -35,6 +35,7 @@ from training.finetuning.session import (
     open_session,
     parquet_files,
     readable,
+    report_data,
 )
 from training.loop.checks import check_minimum, check_share
 from training.loop.fit import Positions, adamw, examples_at, fit
@@ -124,12 +125,18 @@ def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> 
         (chosen.clip, rejected.clip) for chosen, rejected in zip(paired[::2], paired[1::2], strict=True)
     ]
     liked += [(example.clip, None) for example in labelled if example.label > 0.5]
-    content = report_content([pair for pair in liked if not unreadable.keys() & {*pair}], session.accelerator)
+    content = report_data(
+        [*labelled, *paired, *pretraining],
+        [pair for pair in liked if not unreadable.keys() & {*pair}],
+        session,
+    )
     labelled, paired, pretraining = (
         [example for example in part if example.clip not in unreadable]
         for part in (labelled, paired, pretraining)
     )
-    rewarded = labelled + (rewards_as_labels(paired, config, session) if config.reward and paired else paired)
+    if config.reward and paired:
+        paired, content["reward_model"] = rewards_as_labels(paired, config, session)
+    rewarded = labelled + paired
     if not any(example.label > 0 for example in rewarded):
         raise invalid("data", f"none of {len(rewarded)} clips has a reward above 0: nothing to learn from")
     loop = loop_of(config, len(rewarded))
@@ -170,7 +177,7 @@ def read_rewarded(
     root = data.audio_root
     labelled = [one for path in data.labelled for one in read_labelled(path, root, unusable=unusable)]
     paired = [
-        LabelledClip(prompt=pair.prompt, clip=clip, label=label)
+        LabelledClip(prompt=pair.prompt, clip=clip, label=label, place=pair.place)
         for path in parquet_files(data.pairs)
         for pair in read_pairs(path, root, unusable=unusable)
         for clip, label in ((pair.chosen, 1.0), (pair.rejected, 0.0))
@@ -200,8 +207,8 @@ def read_pretraining(data: BatonData, unusable: dict[str, str] | None = None) ->
 
 def rewards_as_labels(
     examples: Sequence[LabelledClip], config: BatonTraining, session: Session
-) -> list[LabelledClip]:
-    """Return the examples with the reward model's probabilities as labels."""
+) -> tuple[list[LabelledClip], dict[str, Any]]:
+    """Return the examples with the reward model's probabilities as labels, and a report on their prompts."""
     found = session.models["clap"]
     clap = load_clap_model(found, str(session.accelerator.device))
     model = load_reward(session.models["reward"].folder, clap, found.digest)
@@ -211,7 +218,11 @@ def rewards_as_labels(
     tokens.add_prompts(example.prompt for example in examples)
     logits_B = evaluate_head(model.head, Examples(labelled=tuple(examples)), tokens).logits_B
     rewards_B = sigmoid(logits_B / model.config.temperature)
-    return [replace(example, label=float(r)) for example, r in zip(examples, rewards_B, strict=True)]
+    name, quiet = session.models["reward"].identity.name, not session.accelerator.is_main_process
+    return (
+        [replace(example, label=float(r)) for example, r in zip(examples, rewards_B, strict=True)],
+        report_prompts(places_of(examples), clap.prompt_warnings, name, quiet=quiet),
+    )
 
 
 def loss_of(

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.data.content import report_content
 from training.data.examples import Pair
 from training.finetuning.session import (
     FineTuning,
@@ -30,6 +29,7 @@ from training.finetuning.session import (
     loop_of,
     open_session,
     readable,
+    report_data,
 )
 from training.loop.checks import check_minimum
 from training.loop.fit import Positions, adamw, examples_at, fit
@@ -85,7 +85,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         config.data.max_unreadable,
         unusable,
     )
-    content = report_content([(pair.chosen, pair.rejected) for pair in pairs], session.accelerator)
+    content = report_data(pairs, [(pair.chosen, pair.rejected) for pair in pairs], session)
     loop = loop_of(config, len(pairs))
     fitted = fit(
         policy,

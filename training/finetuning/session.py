@@ -29,8 +29,10 @@ from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
 from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
 from services.weights.uri import ResolvedModel, resolve
-from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
+from training.data.content import report_content
+from training.data.examples import Clip, LabelledClip, Pair, check_prompts, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
+from training.data.prompts import places_of, report_prompts
 from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
@@ -396,6 +398,20 @@ def readable(
     if not left:
         raise invalid("data", f"no example is left: {len(unreadable)} of {len(clips)} clips can't be read")
     return left, unreadable
+
+
+def report_data(
+    examples: Iterable[Pair | LabelledClip], pairs: Sequence[tuple[Clip, Clip | None]], session: Session
+) -> dict[str, Any]:
+    """Return the entries of the report on prompts and clips that may be wrong, and print warnings.
+
+    `examples` have the prompts; `pairs` are as in `report_content`.
+    """
+    folder, accelerator = session.start.folder, session.accelerator
+    reader = architecture_of(folder).prompt_reader(folder)
+    name, quiet = session.start.identity.name, not accelerator.is_main_process
+    prompts = report_prompts(places_of(examples), reader, name, quiet=quiet)
+    return prompts | report_content(pairs, accelerator)
 
 
 def errors_of(

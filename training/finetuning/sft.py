@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.data.content import report_content
 from training.data.examples import Pair
 from training.finetuning.session import (
     FineTuning,
@@ -29,6 +28,7 @@ from training.finetuning.session import (
     loop_of,
     open_session,
     readable,
+    report_data,
 )
 from training.loop.checks import check_minimum
 from training.loop.fit import Positions, adamw, examples_at, fit
@@ -72,7 +72,7 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         config.data.max_unreadable,
         unusable,
     )
-    content = report_content([(pair.chosen, pair.rejected) for pair in pairs], session.accelerator)
+    content = report_data(pairs, [(pair.chosen, pair.rejected) for pair in pairs], session)
     loop = loop_of(config, len(pairs))
     policy = build_policy(config, session.start)
     fitted = fit(

@@ -3,7 +3,7 @@
 ``clips/`` holds a file per clip, named after all that determines it; ``manifest-I-of-N.jsonl`` a row for each
 clip of shard I: `id`, `number`, `strategy`, `caption` (to score it against), `prompt` (that generated it),
 `kind` (what is wrong with the prompt), `slot`, `seed`, `num_inference_steps`, `guidance_scale`, `duration`,
-`sampling_rate`, `file`, `model`. An existing clip is never generated again.
+`sampling_rate`, `file`, `model`, `warnings` (on the prompt). An existing clip is never generated again.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from services.api.generation import ClipMaker, Generation
 from services.api.model import ModelVersion
 from services.clip_folder import ClipFolder, generate_pinned
 from services.errors import OutputError, invalid
+from training.data.prompts import on_prompts, report_prompts
 from training.data.store import (
     REPORT,
     Row,
@@ -191,11 +192,14 @@ def make_candidates(
         "captions": len({row["caption"] for row in rows}),
         "seconds": round(sum(row["duration"] for row in rows), 3),
         "model": asdict(model),
+        **prompt_report(rows, model.name),
     }
     write_json(report, made)
-    if len(read_candidates(output, partly=True)) == len(candidates):
+    every = read_candidates(output, partly=True)
+    if len(every) == len(candidates):
+        prompts = prompt_report(every, model.name, quiet=True)
         try:
-            finish(output, {"clips": len(candidates), "model": asdict(model)})
+            finish(output, {"clips": len(candidates), "model": asdict(model), **prompts})
         except OutputError:
             # Two shards may end at the same moment, with the same report.
             if not (output / REPORT).exists():
@@ -221,8 +225,16 @@ def read_candidates(folder: Path, *, partly: bool = False) -> list[Row]:
 
 
 def candidates_digest(folder: Path) -> str:
-    """Return the SHA-256 in hex over the rows."""
-    return digest_of_value(read_candidates(folder))
+    """Return the SHA-256 in hex over the rows, without warnings: those of a clip are lost with its maker."""
+    rows = read_candidates(folder)
+    return digest_of_value([{name: row[name] for name in row if name != "warnings"} for row in rows])
+
+
+def prompt_report(rows: Sequence[Row], by: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Return the entry of a report on prompts that `by` does not read in full: `report_prompts`."""
+    places = {row["prompt"]: f"clip {row['id']}" for row in reversed(rows)}
+    warnings = {row["prompt"]: row["warnings"] for row in rows if row.get("warnings")}
+    return report_prompts(places, warnings, by, quiet=quiet)
 
 
 def _make(
@@ -242,8 +254,9 @@ def _make(
         by_identity = {_identity(candidate, model): candidate for candidate in candidates}
         rows = {row["id"]: row for row in log.rows if row["id"] in by_identity}
 
-        def add(candidate: Candidate) -> None:
+        def add(candidate: Candidate, warnings: Sequence[str] = ()) -> None:
             row = _row(candidate, _identity(candidate, model), model, folder.paths(candidate)[0], output)
+            row["warnings"] = on_prompts(warnings)
             log.append(row)
             rows[row["id"]] = row
 
@@ -265,8 +278,8 @@ def _make(
             return generate_pinned(maker, model.digest, candidate.prompt, **candidate.options(source))
 
         with progress(total=len(candidates), initial=len(rows), desc="candidates", unit="clip") as bar:
-            for candidate, _ in folder.make(missing, make, source.in_flight, stop=stop):
-                add(candidate)
+            for candidate, made in folder.make(missing, make, source.in_flight, stop=stop):
+                add(candidate, made.warnings)
                 bar.update()
     return sorted(rows.values(), key=lambda row: int(row["number"]))
 

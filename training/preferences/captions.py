@@ -4,10 +4,12 @@ Writes ``captions.jsonl`` (the paper's T1: `caption`, `cluster`) and ``temporal.
 temporal order, for strategy 3).
 """
 
+import functools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ from services.errors import invalid
 from services.files import write_atomically
 from services.lists import PROMPT_NAMES, caption_fault, read_list
 from services.weights.uri import ResolvedModel
+from training.data.prompts import report_prompts
 from training.data.store import (
     Row,
     batches,
@@ -114,14 +117,16 @@ def select_captions(config: CaptionsConfig, output: Path, *, model: ResolvedMode
     model = model or resolve_embedder(config.embedder)
     if report := claim(output, captions_identity(config, model), FREE):
         return report
-    captions, left_out = read_captions(config)
+    places, left_out = read_captions(config)
+    captions = list(places)
     if len(captions) < config.clusters:
         raise invalid(
             "clusters",
             f"is {config.clusters}, and there are {len(captions)} captions; give more captions, or fewer "
             "clusters",
         )
-    vectors_ND = _embed(captions, config, output / "embeddings", model)
+    embedder = functools.cache(partial(load_embedder, config.embedder, model, config.device))
+    vectors_ND = _embed(captions, embedder, config.batch, output / "embeddings")
     labels_N = cluster(vectors_ND, config.clusters, config.seed)
     picked = pick(labels_N, config.per_cluster, config.seed)
     temporal = [caption for caption in captions if is_temporal(caption)]
@@ -148,6 +153,7 @@ def select_captions(config: CaptionsConfig, output: Path, *, model: ResolvedMode
                 "largest": int(sizes.max()),
                 "short": int((sizes < config.per_cluster).sum()),
             },
+            **report_prompts(places, embedder().prompt_warnings, config.embedder),
         },
     )
 
@@ -167,31 +173,33 @@ def temporal(folder: Path) -> list[str]:
     return [row["caption"] for row in read_rows(folder / TEMPORAL)]
 
 
-def read_captions(config: CaptionsConfig) -> tuple[list[str], dict[str, int]]:
-    """Return all captions of the source, each once, and how many were left out for which reason.
+def read_captions(config: CaptionsConfig) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the place of each caption of the source, and how many were left out for which reason.
+
+    The place is the file and line of the first one of equal captions; empty for the sound world's.
 
     Raises `InvalidInputError` if the source can't be read, or has no such column.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     left_out = {"unusable": 0, "repeated": 0}
-    for caption, fault in _captions(config):
+    for caption, fault, place in _captions(config):
         if fault is not None:
             left_out["unusable"] += 1
         elif caption in found:
             left_out["repeated"] += 1
         else:
-            found[caption] = None
-    return list(found), left_out
+            found[caption] = place
+    return found, left_out
 
 
-def _captions(config: CaptionsConfig) -> Iterator[tuple[str, str | None]]:
-    """Yield the captions of the source, and why they are unusable."""
+def _captions(config: CaptionsConfig) -> Iterator[tuple[str, str | None, str]]:
+    """Yield the captions of the source, why they are unusable, and their places."""
     if config.source is None:
-        yield from map(caption_fault, _soundworld(config.soundworld))
+        yield from ((*caption_fault(caption), "") for caption in _soundworld(config.soundworld))
         return
     names = PROMPT_NAMES if config.column is None else (config.column,)
     for entry in read_list(config.source, "source", prompts=names, clip="ignored", keep_unusable=True):
-        yield entry.prompt, entry.fault
+        yield entry.prompt, entry.fault, entry.place
 
 
 def cluster(vectors_ND: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.int64]:
@@ -230,18 +238,16 @@ def _soundworld(config: SoundworldCaptions) -> Iterator[str]:
 
 
 def _embed(
-    captions: Sequence[str], config: CaptionsConfig, folder: Path, model: ResolvedModel | None
+    captions: Sequence[str], embedder: Callable[[], Embedder], batch: int, folder: Path
 ) -> NDArray[np.float32]:
     """Return embeddings [N, D]; those of each `_SHARD` captions are kept on disk."""
     parts = []
-    embedder: Embedder | None = None
     with progress(total=len(captions), desc="embeddings", unit="caption") as bar:
         for part in batches(captions, _SHARD):
             path = folder / f"{digest_of_value(part)[:24]}.npy"
             vectors_BD = _load(path, len(part))
             if vectors_BD is None:
-                embedder = embedder or load_embedder(config.embedder, model, config.device)
-                vectors_BD = np.concatenate([embedder.embed(piece) for piece in batches(part, config.batch)])
+                vectors_BD = np.concatenate([embedder().embed(piece) for piece in batches(part, batch)])
                 _save(path, vectors_BD)
             parts.append(vectors_BD)
             bar.update(len(part))

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from services.errors import invalid
-from services.models.architectures import check_generator
-from services.models.clap.loading import load_tokenizer
+from services.models.architectures import architecture_of, check_generator
 from services.models.folders import pick_device
 from services.models.state_dicts import check_finite, quiet_loading
+from services.models.words import load_tokenizer, prompt_warnings
 from services.weights.loading import load_embedding_model
 from services.weights.uri import ResolvedModel, resolve
 
@@ -25,6 +25,9 @@ class Embedder(Protocol):
 
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings [B, D] of length 1."""
+
+    def prompt_warnings(self, prompt: str) -> Sequence[str]:
+        """Return what the embedder does not read of a sentence: sentences that begin with ``prompt``."""
 
 
 def resolve_embedder(name: str) -> ResolvedModel | None:
@@ -84,6 +87,11 @@ class SentenceTransformersEmbedder:
         vectors = self._model.encode(list(sentences), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
+    def prompt_warnings(self, prompt: str) -> Sequence[str]:
+        """See `Embedder`."""
+        found = prompt_warnings(self._model.tokenizer, prompt, self._model.max_seq_length)
+        return [f"prompt {one}" for one in found]
+
 
 class TangoEmbedder:
     """The text encoder of a generator (FLAN-T5, or the mini family's): the mean over tokens."""
@@ -99,6 +107,7 @@ class TangoEmbedder:
         check_finite(f"{model.folder}/text_encoder", encoder.state_dict())
         self._model = encoder.to(pick_device(device)).float().eval()
         self._tokenizer = load_tokenizer(model.folder / "tokenizer", encoder.config.vocab_size)
+        self.prompt_warnings = architecture_of(model.folder).prompt_reader(model.folder)
 
     @torch.inference_mode()
     def embed(self, sentences: Sequence[str]) -> NDArray[np.float32]:
@@ -123,6 +132,10 @@ class ClapEmbedder:
         """See `Embedder`."""
         vectors: NDArray[np.float32] = self._model.embed_text(sentences).numpy()
         return vectors
+
+    def prompt_warnings(self, prompt: str) -> Sequence[str]:
+        """See `Embedder`."""
+        return self._model.prompt_warnings(prompt)
 
 
 _KINDS: Final[Mapping[str, Callable[[ResolvedModel, str], Embedder]]] = MappingProxyType(

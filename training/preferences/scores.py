@@ -1,6 +1,7 @@
 """Score every clip against its caption: by several CLAP models, and by a reward model if one is given.
 
-Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null). The clip of a
+Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null), `warnings` (on the
+caption, by those that do not read it in full; in the report, they are counted). The clip of a
 perturbed caption is scored against the original caption, as in the paper: for that it is the worse clip.
 Unreadable clips are left out, and listed in the report.
 """
@@ -23,6 +24,7 @@ from services.files import side_by_side
 from services.local import open_scorers
 from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
+from training.data.prompts import on_prompts, report_prompts
 from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
 from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
@@ -131,6 +133,9 @@ def score_candidates(
     refuse_unreadable(unreadable, len(rows), config.max_unreadable)
     ordered = [scored[row["id"]] for row in rows if row["id"] in scored]
     write_rows(path, ordered)
+    captions = {row["id"]: row["caption"] for row in rows}
+    places = {row["caption"]: f"clip {row['id']}" for row in reversed(rows)}
+    warnings = {captions[row["id"]]: row["warnings"] for row in ordered if row.get("warnings")}
     return finish(
         output,
         {
@@ -142,6 +147,7 @@ def score_candidates(
                 name: float(np.mean([row["scores"][name] for row in ordered])) for name in names if ordered
             },
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
+            **report_prompts(places, warnings, ", ".join(digests)),
         },
     )
 
@@ -179,21 +185,26 @@ def _score(
         return []
     pairs = [(row["caption"], sound) for row, sound in clips]
     columns: dict[str, list[float]] = {}
+    warnings: list[list[str]] = [[] for _ in clips]
     if names := [name for name in digests if name != REWARD]:
         scores = scorers.score_audio(pairs, scorers=names)
         for index, scorer in enumerate(scores.scorers):
             _check(digests, scorer.name, scorer.model)
             columns[scorer.name] = scores.values[:, index].tolist()
+        warnings = [on_prompts(found) for found in scores.warnings]
     rewards: list[float | None] = [None] * len(clips)
     if REWARD in digests:
         answer = scorers.compute_rewards(pairs)
         _check(digests, REWARD, answer.model)
         rewards = [reward.logit for reward in answer.rewards]
+        both = zip(warnings, answer.rewards, strict=True)
+        warnings = [on_prompts(found, reward.warnings) for found, reward in both]
     return [
         {
             "id": row["id"],
             "scores": {name: column[index] for name, column in columns.items()},
             "reward": rewards[index],
+            "warnings": warnings[index],
         }
         for index, (row, _) in enumerate(clips)
     ]

@@ -26,6 +26,7 @@ from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
 from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
+from training.data.prompts import places_of, report_prompts
 from training.data.scenes import SPLITS, paraphrase
 from training.loop.checks import check_minimum
 from training.loop.config import flatten
@@ -134,6 +135,8 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     content = report_content(
         [(pair.chosen, pair.rejected) for pair in examples["train"].preference_pairs()], accelerator
     )
+    places = places_of(example for split in SPLITS for example in examples[split].fixed())
+    content |= report_prompts(places, clap.prompt_warnings, resolved.identity.name, quiet=not main)
     torch.manual_seed(config.loop.seed)
     model = build_model(config, clap, resolved)
     validation = examples["validation"]
@@ -195,7 +198,7 @@ def prepare_examples(
     examples = {split: examples[split].without(set(unreadable)) for split in SPLITS}
     check_enough(examples, config)
     for split in SPLITS:
-        tokens.add_prompts(examples[split].prompts())
+        tokens.add_prompts(example.prompt for example in examples[split].fixed())
     return examples, unreadable
 
 

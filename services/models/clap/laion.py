@@ -19,10 +19,10 @@ import transformers
 from torch import Tensor
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.clap.loading import load_tokenizer
 from services.models.clap.model import QUANTISE, ClapModel
 from services.models.folders import one_line, pick_device, read_pickle
 from services.models.state_dicts import assign_weights, check_weights, on_meta, quiet_loading, report_faults
+from services.models.words import load_tokenizer
 
 Weights = Mapping[str, Tensor]
 """A state dictionary."""

@@ -15,15 +15,12 @@ from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.model import PADDINGS, ClapModel
 from services.models.folders import cause, one_line, pick_device, read_json, read_shapes
 from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
+from services.models.words import load_tokenizer
 
 ARCHITECTURE: Final = "ClapModel"
 
 BUFFERS: Final = ("text_model.embeddings.position_ids", "text_model.embeddings.token_type_ids")
 """Index buffers that old files may lack; they hold no weights."""
-
-_SMALLEST_SHARE: Final = 0.9
-"""Share of the text encoder's vocabulary that its tokenizer must have: without its files, transformers
-creates a tokenizer with a handful of tokens and no error."""
 
 
 def load_clap(folder: Path, *, device: str = "cpu") -> ClapModel:
@@ -124,28 +121,3 @@ def check_extractor(
         faults.append(f"a window has {frames} frames, but the model takes 2 to {most}")
     if faults:
         raise ModelFormatError(f"{folder}/preprocessor_config.json is not this model's: {'; '.join(faults)}")
-
-
-def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder`, for a text encoder with `vocabulary` tokens.
-
-    Raises:
-        ModelNotFoundError: there is no such folder.
-        ModelFormatError: the folder has no tokenizer, or one with another vocabulary.
-    """
-    if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder} is not a folder; give the folder of the text encoder's tokenizer")
-    try:
-        with quiet_loading():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # no files, broken files: several libraries' errors
-        raise ModelFormatError(f"{folder} holds no tokenizer: {cause(folder, error)}") from error
-    known = len(tokenizer)
-    if not _SMALLEST_SHARE * vocabulary <= known <= vocabulary:
-        raise ModelFormatError(
-            f"{folder}: its tokenizer has {known} tokens, but the text encoder has {vocabulary}; its files "
-            "(tokenizer.json, or vocab.json and merges.txt) are missing, or from another model"
-        )
-    if tokenizer.pad_token_id is None:
-        raise ModelFormatError(f"{folder}: its tokenizer has no pad_token")
-    return tokenizer

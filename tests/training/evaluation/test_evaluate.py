@@ -96,6 +96,23 @@ def clip_folder(folder: Path, *, prompts: tuple[str, ...] = PROMPTS, seed: int =
     return folder
 
 
+def test_prompts_that_models_or_scorers_do_not_read_are_counted_once(
+    config: EvaluationConfig, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("caption\na dog barks\nLe chien aboie\n")
+    small = replace(config, prompts=prompts, seeds=1, judge=None, set_resamples=0, sheet=0)
+    report = evaluate(small, [models["first"], f"other={models['second']}"], tmp_path / "report")
+    found = report["prompt_warnings"]
+    assert (found["prompts"], found["with_warnings"]) == (2, 1)
+    assert found["examples"][0]["row"] == "prompts.csv:3"
+    (line,) = [one for one in report["warnings"] if "not read in full" in one]
+    assert line.startswith(
+        "1 of 2 prompts are not read in full by models and scorers; the first: prompts.csv:3"
+    )
+    assert capsys.readouterr().err.count("not read in full") == 1
+
+
 def test_the_report_has_all_metrics_with_intervals(evaluated: tuple[Path, dict[str, Any]]) -> None:
     output, report = evaluated
     assert json.loads((output / "report.json").read_text()) == report

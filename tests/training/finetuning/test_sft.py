@@ -7,7 +7,15 @@ import torch
 
 from services.models.manifest import verify_manifest
 from services.weights.uri import resolve
-from tests.training.finetuning.finetune_program import LOOP, losses_of, rows_of, some_pairs, write_model
+from tests.training.finetuning.finetune_program import (
+    LOOP,
+    clip,
+    losses_of,
+    rows_of,
+    some_pairs,
+    write_model,
+    write_pairs,
+)
 from training.finetuning.session import LoraConfig, PairData, build_policy, open_session, readable
 from training.finetuning.sft import SftTraining, loss_of, train_sft
 from training.objectives.noising import NoisingConfig
@@ -37,6 +45,21 @@ def test_the_error_falls_and_what_it_writes_is_a_pipeline(config: SftTraining, t
     manifest = verify_manifest(tmp_path / "model")
     assert manifest.name == "sft-smoke" and "unet/config.json" in manifest.files
     assert rows_of(tmp_path / "model")[0]["chosen_error"] == pytest.approx(losses[0])
+
+
+def test_prompts_that_the_text_encoder_does_not_read_are_counted(
+    config: SftTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = [(clip(number), clip(1_000 + number)) for number in range(6)]
+    prompts = ("a dog barks", "Le chien aboie", "a dog barks 🐕", " ".join(["dog"] * 40), "rain", "犬")
+    pairs = write_pairs(tmp_path / "pairs.parquet", clips, prompts)
+    report = train_sft(replace(config, data=PairData(pairs=(pairs,))), tmp_path / "model")
+    found = report["data"]["prompt_warnings"]
+    assert (found["by"], found["prompts"], found["with_warnings"]) == ("tiny", 6, 4)
+    assert found["examples"][0]["row"] == "pairs.parquet, row 1"
+    assert "Le, chien, aboie" in found["examples"][0]["warnings"][0]
+    assert "has 41 tokens and the model reads the first 16" in found["examples"][2]["warnings"][0]
+    assert capsys.readouterr().err.count("not read in full") == 1
 
 
 def test_only_the_chosen_clips_are_read(config: SftTraining, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from services.errors import InvalidInputError
 from tests.training.preferences.conftest import Models, Stages
 from training.data.store import read_json, read_rows
-from training.preferences import captions as stage
 from training.preferences.captions import (
     CaptionsConfig,
     captions_identity,
@@ -22,7 +21,12 @@ from training.preferences.captions import (
     selected,
     temporal,
 )
-from training.preferences.embedders import embedder_identity, load_embedder, resolve_embedder
+from training.preferences.embedders import (
+    TangoEmbedder,
+    embedder_identity,
+    load_embedder,
+    resolve_embedder,
+)
 from training.soundworld.scenes import split_of
 
 TEXTS = ["A dog barks", "Rain falls, then a bell rings", "A dog barks", "", "Birds sing"]
@@ -46,7 +50,7 @@ def test_every_format_is_read_and_a_missing_column_is_told(tmp_path: Path, suffi
     path = _write(tmp_path / f"captions.{suffix}")
     for column in (None, "caption"):
         found, left_out = read_captions(CaptionsConfig(source=path, column=column))
-        assert found == ["A dog barks", "Rain falls, then a bell rings", "Birds sing"]
+        assert list(found) == ["A dog barks", "Rain falls, then a bell rings", "Birds sing"]
         assert left_out == {"unusable": 1, "repeated": 1}
     with pytest.raises(InvalidInputError, match=r"source: .* has no column text; it has id, caption"):
         read_captions(CaptionsConfig(source=path, column="text"))
@@ -58,7 +62,7 @@ def test_every_caption_of_a_row_is_read_and_line_breaks_are_spaces(tmp_path: Pat
         'file_name,caption_1,caption_2,caption_3\nx.wav,Rain,"A dog\nbarks",Rain\ny.wav,Bi\0rds,,\n'
     )
     found, left_out = read_captions(CaptionsConfig(source=path))
-    assert found == ["Rain", "A dog barks"]
+    assert found == {"Rain": "clotho.csv:2", "A dog barks": "clotho.csv:2"}
     assert left_out == {"unusable": 1, "repeated": 1}
 
 
@@ -117,13 +121,27 @@ def test_what_was_embedded_is_not_embedded_again(
     (output / "report.json").unlink()
     wanted = (output / "captions.jsonl").read_bytes()
     (output / "captions.jsonl").unlink()
-    monkeypatch.setattr(stage, "load_embedder", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(TangoEmbedder, "embed", lambda *_: pytest.fail("embedded again"))
     select_captions(stages.captions_config, output)
     assert (
         (output / "captions.jsonl").read_bytes()
         == wanted
         == (stages.captions / "captions.jsonl").read_bytes()
     )
+
+
+def test_captions_that_the_embedder_does_not_read_are_counted(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "captions.csv"
+    source.write_text("caption\na dog barks\nLe chien aboie\nrain falls\na dog barks 🐕\nLe chien aboie\n")
+    for embedder in (f"tango:{models.tango}", f"clap:{models.clap_a}"):
+        config = CaptionsConfig(source=source, embedder=embedder, clusters=1, device="cpu")
+        report = select_captions(config, tmp_path / embedder.partition(":")[0])["prompt_warnings"]
+        assert (report["prompts"], report["with_warnings"]) == (4, 2)
+        assert [one["row"] for one in report["examples"]] == ["captions.csv:3", "captions.csv:5"]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(lines) == 1 and "2 of 4 prompts are not read in full" in lines[0]
 
 
 def test_too_few_captions_are_an_error(stages: Stages, tmp_path: Path) -> None:

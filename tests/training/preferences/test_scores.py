@@ -14,7 +14,8 @@ from tests.services.scoring.serving import serving
 from tests.training.preferences.conftest import Models, Stages
 from training.data.store import read_json, read_rows
 from training.preferences import scores as stage
-from training.preferences.candidates import read_candidates
+from training.preferences.candidates import make_candidates, read_candidates
+from training.preferences.captions import select_captions
 from training.preferences.scores import ScoresConfig, read_scores, score_candidates
 
 
@@ -40,6 +41,29 @@ def test_clips_are_judged_against_the_caption(stages: Stages, models: Models) ->
     report = read_json(stages.scores / "report.json")
     assert set(report["judges"]) == {"clap-a", "clap-b", "reward"}
     assert [scorer["name"] for scorer in report["scorers"]] == ["clap-a", "clap-b"]
+
+
+def test_prompts_that_models_do_not_read_are_counted_in_every_stage(
+    stages: Stages, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "captions.csv"
+    source.write_text("caption\na dog barks\nLe chien aboie\n")
+    captions = replace(stages.captions_config, source=source, clusters=1)
+    select_captions(captions, tmp_path / "captions")
+    capsys.readouterr()
+    config = replace(stages.candidates_config, strategies=("1.2",))
+    made = make_candidates(config, tmp_path / "captions", None, tmp_path / "candidates")
+    scored = score_candidates(stages.scores_config, tmp_path / "candidates", tmp_path / "scores")
+    whole = read_json(tmp_path / "candidates" / "report.json")
+    for report, reader in ((made, "tiny-tango"), (whole, "tiny-tango"), (scored, "clap-a, clap-b, reward")):
+        found = report["prompt_warnings"]
+        assert (found["by"], found["prompts"], found["with_warnings"]) == (reader, 2, 1)
+        (example,) = found["examples"]
+        assert example["prompt"] == "Le chien aboie"
+        assert example["warnings"] == [
+            "prompt has words that the model does not know: Le, chien, aboie; use other words"
+        ]
+    assert capsys.readouterr().err.count("not read in full") == 2
 
 
 def test_a_service_gives_the_same(stages: Stages, models: Models, tmp_path: Path) -> None:
