@@ -340,7 +340,7 @@ def test_unreadable_clips_are_left_out_of_both_counted_and_listed(
     soundfile.write(first / "5-0.wav", loud / np.abs(loud).max(), rate, subtype="FLOAT")
     light = replace(config, embedders=(), reward=None, judge=None, sheet=0)
     report = evaluate(light, [str(first), str(second)], tmp_path / "out")
-    (warning,) = report["warnings"]
+    (warning,) = report["clip_warnings"]
     assert "5-0.wav: clip has samples up to 1.5, over full scale" in warning
     assert [len(model["unreadable"]) for model in report["models"]] == [0, 1]
     assert [model["figures"]["all"]["silent"]["count"] for model in report["models"]] == [23, 23]

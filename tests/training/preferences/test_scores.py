@@ -48,7 +48,7 @@ def test_prompts_that_models_do_not_read_are_counted_in_every_stage(
 ) -> None:
     source = tmp_path / "captions.csv"
     source.write_text("caption\na dog barks\nLe chien aboie\n")
-    captions = replace(stages.captions_config, source=source, clusters=1)
+    captions = replace(stages.captions_config, source=source, clusters=1, per_cluster=2)
     select_captions(captions, tmp_path / "captions")
     capsys.readouterr()
     config = replace(stages.candidates_config, strategies=("1.2",))
