@@ -1,57 +1,101 @@
-"""Bootstrap confidence intervals of metrics, and of the difference of two models, over prompts.
+"""Confidence intervals of the difference of two models, and of metrics of whole sets, over prompts.
 
-Two models are compared on the same prompts and seeds, and each resample takes the same prompts for both, so
-that the difficulty of a prompt cancels. Clips of one prompt are resampled together, since they are dependent.
+Two models are compared on the same prompts and seeds, so that the difficulty of a prompt cancels. Clips of
+one prompt are taken together, since they are dependent. Differences of rates have a score interval, others a
+bootstrap's.
 
 Shape legend: N clips, P prompts, R resamples.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from training.objectives.statistics import Interval, bootstrap_mean
+from training.objectives.statistics import NORMAL_QUANTILE, Interval, is_rate, rate_interval
 
 RESAMPLES = 2_000
 """Resamples for metrics that are means over clips."""
-NORMAL_QUANTILE = 1.959964
-"""97.5 % quantile of the standard normal distribution."""
 SEED = 0
 
+NOTHING = Interval(value=math.nan, low=math.nan, high=math.nan, count=0)
+"""The interval of no values."""
 
-def mean_interval(values_N: ArrayLike, prompts: Sequence[str]) -> Interval:
-    """Return the mean with its 95 % interval over prompts; NaN values are ignored."""
-    values = np.asarray(values_N, dtype=float)
-    valid = np.flatnonzero(~np.isnan(values))
-    return bootstrap_mean(values[valid], [prompts[i] for i in valid.tolist()], resamples=RESAMPLES)
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PromptSums:
+    """A metric of one model, summed over the clips of each prompt."""
+
+    sums_P: NDArray[np.float64]
+    counts_P: NDArray[np.int64]
+    """Number of clips whose value is not NaN."""
+
+    @property
+    def mean(self) -> float:
+        """Mean over clips; NaN without any."""
+        return float(self.sums_P.sum() / self.counts_P.sum()) if self.counts_P.any() else math.nan
 
 
 def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence[str]) -> Interval:
     """Return the mean of the second model minus that of the first, with its 95 % interval over prompts.
 
-    NaN values are ignored for each model separately: order_given_presence, for instance, is defined only for
+    The interval of rates is that of `rate_difference`, of other means that of `bootstrap_difference`. NaN
+    values are ignored for each model separately: order_given_presence, for instance, is defined only for
     clips with all events. `count` is the number of prompts.
     """
+    sides = [np.asarray(side, dtype=float) for side in (first_N, second_N)]
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     prompt_N = np.array([numbers[prompt] for prompt in prompts], dtype=int)
-    sums, counts = [], []
-    for side in (first_N, second_N):
-        values = np.asarray(side, dtype=float)
-        valid = ~np.isnan(values)
-        sums.append(np.bincount(prompt_N, np.where(valid, values, 0.0), minlength=len(numbers)))
-        counts.append(np.bincount(prompt_N, valid, minlength=len(numbers)))
-    if not all(count.sum() for count in counts):
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"), count=0)
-    rng = np.random.default_rng(SEED)
-    picks_RP = rng.integers(0, len(numbers), (RESAMPLES, len(numbers)))
+    first, second = (_sums(side, prompt_N, len(numbers)) for side in sides)
+    if not (first.counts_P.any() and second.counts_P.any()):
+        return NOTHING
+    rates = all(is_rate(side[~np.isnan(side)]) for side in sides)
+    return rate_difference(first, second) if rates else bootstrap_difference(first, second)
+
+
+def bootstrap_difference(first: PromptSums, second: PromptSums) -> Interval:
+    """Return the difference of the means with its percentile bootstrap interval.
+
+    Each resample takes the same prompts for both models.
+    """
+    prompts = len(first.sums_P)
+    picks_RP = np.random.default_rng(SEED).integers(0, prompts, (RESAMPLES, prompts))
     with np.errstate(invalid="ignore"):  # a resample may have NaN values only
-        means = [
-            total[picks_RP].sum(1) / count[picks_RP].sum(1) for total, count in zip(sums, counts, strict=True)
-        ]
+        means = [side.sums_P[picks_RP].sum(1) / side.counts_P[picks_RP].sum(1) for side in (first, second)]
     low, high = np.nanquantile(means[1] - means[0], [0.025, 0.975])
-    value = sums[1].sum() / counts[1].sum() - sums[0].sum() / counts[0].sum()
-    return Interval(value=float(value), low=float(low), high=float(high), count=len(numbers))
+    return Interval(value=second.mean - first.mean, low=float(low), high=float(high), count=prompts)
+
+
+def rate_difference(first: PromptSums, second: PromptSums, quantile: float = NORMAL_QUANTILE) -> Interval:
+    """Return the difference of two rates with its score interval, paired by prompt.
+
+    It combines the intervals of the two rates (`rate_interval`) by their correlation over prompts: Newcombe's
+    method 10 (1998, Statistics in Medicine 17, 2635), as generalised by Zou and Donner (2008). The quantiles
+    of a bootstrap know of no uncertainty where two models never differ, and too little where they hardly do:
+    two models that are right on all of 80 prompts differ by 0.000 [-0.046, 0.046], not [0.000, 0.000].
+
+    `quantile` is of the standard normal distribution; 1.96 for 95 % confidence.
+    """
+    (low1, high1), (low2, high2) = (
+        rate_interval(side.sums_P[side.counts_P > 0], side.counts_P[side.counts_P > 0], quantile)
+        for side in (first, second)
+    )
+    residual1_P, residual2_P = (side.sums_P - side.mean * side.counts_P for side in (first, second))
+    scale = math.sqrt(float(residual1_P @ residual1_P) * float(residual2_P @ residual2_P))
+    correlation = float(residual1_P @ residual2_P) / scale if scale else 0.0
+
+    def distance(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 + other**2 - 2 * correlation * one * other))
+
+    value = second.mean - first.mean
+    return Interval(
+        value=value,
+        low=value - distance(second.mean - low2, high1 - first.mean),
+        high=value + distance(high2 - second.mean, first.mean - low1),
+        count=len(first.sums_P),
+    )
 
 
 def prompt_resamples(prompts: int, resamples: int) -> Iterator[NDArray[np.int64]]:
@@ -71,3 +115,11 @@ def normal_interval(value: float, resampled_R: ArrayLike, count: int) -> Interva
     resampled = resampled[np.isfinite(resampled)]
     margin = NORMAL_QUANTILE * float(resampled.std(ddof=1)) if len(resampled) > 1 else float("nan")
     return Interval(value=value, low=value - margin, high=value + margin, count=count)
+
+
+def _sums(values_N: NDArray[np.float64], prompt_N: NDArray[np.int64], prompts: int) -> PromptSums:
+    known = ~np.isnan(values_N)
+    return PromptSums(
+        sums_P=np.bincount(prompt_N, np.where(known, values_N, 0.0), minlength=prompts),
+        counts_P=np.bincount(prompt_N[known], minlength=prompts),
+    )

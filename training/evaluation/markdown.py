@@ -57,8 +57,8 @@ def markdown_report(report: Mapping[str, Any]) -> str:
         "# Evaluation",
         "",
         f"{prompts['count']} prompts, {prompts['clips']} clips per model, {prompts['references']} "
-        "references. Mean [95 % interval] by a bootstrap over prompts; differences are paired by prompt and "
-        "seed.",
+        "references. Mean [95 % interval] over prompts: score intervals of rates, a bootstrap for other "
+        "means. Differences are paired by prompt and seed.",
         "",
         *(f"* {_model_line(model)}" for model in report["models"]),
     ]

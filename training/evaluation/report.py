@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.bootstrap import mean_interval, normal_interval, paired_difference, prompt_resamples
+from training.evaluation.bootstrap import normal_interval, paired_difference, prompt_resamples
 from training.evaluation.clip_scores import ClipScores, References
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.distances import (
@@ -27,7 +27,7 @@ from training.evaluation.distances import (
 from training.evaluation.divergence import inception_score
 from training.evaluation.prompts import SPLITS
 from training.evaluation.sources import PlannedClip
-from training.objectives.statistics import Interval
+from training.objectives.statistics import Interval, mean_interval
 
 Metrics = dict[str, Interval]
 """Metrics with their intervals, by name."""

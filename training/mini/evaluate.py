@@ -32,7 +32,7 @@ from training.evaluation.events import (
 )
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
-from training.objectives.statistics import bootstrap_mean
+from training.objectives.statistics import mean_interval
 from training.soundworld.scenes import DURATIONS, make_scene
 from training.soundworld.synthesis import CLASSES
 
@@ -40,9 +40,9 @@ BATCH = 8
 
 
 def interval(values: list[list[float]]) -> tuple[float, float, float]:
-    """Mean over clips with a 95 % bootstrap interval over prompts (each a list of its clips' values)."""
+    """Mean over clips with its 95 % interval over prompts (each a list of its clips' values)."""
     groups = [number for number, prompt in enumerate(values) for _ in prompt]
-    found = bootstrap_mean([value for prompt in values for value in prompt], groups)
+    found = mean_interval([value for prompt in values for value in prompt], groups)
     return found.value, found.low, found.high
 
 

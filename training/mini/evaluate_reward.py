@@ -74,13 +74,13 @@ def values(score: Score, prompts: Sequence[str], clips: Sequence[Waveform]) -> T
 def pair_accuracy(
     score: Score, pairs: Sequence[tuple[str, Waveform, Waveform]]
 ) -> tuple[float, float, float] | None:
-    """Share of (prompt, chosen, rejected) with the chosen above the rejected, with a bootstrap interval."""
+    """Share of (prompt, chosen, rejected) with the chosen above the rejected, with its interval."""
     if not pairs:
         return None
     prompts = [prompt for prompt, _, _ in pairs]
     chosen = values(score, prompts, [clip for _, clip, _ in pairs])
     rejected = values(score, prompts, [clip for _, _, clip in pairs])
-    # The bootstrap is over prompts: several pairs of one prompt are not independent.
+    # The interval is over prompts: several pairs of one prompt are not independent.
     hits: dict[str, list[float]] = {}
     for prompt, hit in zip(prompts, (chosen > rejected).tolist(), strict=True):
         hits.setdefault(prompt, []).append(float(hit))

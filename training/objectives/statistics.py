@@ -1,14 +1,18 @@
-"""Means with bootstrap confidence intervals, and the area under the ROC curve.
+"""Means with confidence intervals, and the area under the ROC curve.
 
-Shape legend: N values.
+Shape legend: N values, G groups of values that depend on each other.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+
+NORMAL_QUANTILE = 1.959964
+"""97.5 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,25 +29,63 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.count}"
 
 
-def bootstrap_mean(
+def mean_interval(
     values_N: ArrayLike, groups: Sequence[object] | None = None, *, resamples: int = 2_000
 ) -> Interval:
-    """Return the mean of `values_N` with its percentile bootstrap interval; all NaN if N is 0.
+    """Return the mean of `values_N` with its interval; NaN values are ignored, all NaN if none is left.
 
-    Whole groups are resampled (say, all clips of a prompt), since their values depend on each other. The
-    random numbers are fixed: the same values give the same interval.
+    Values of a group (say, all clips of a prompt) depend on each other. A rate has the interval of
+    `rate_interval`. Other means have a percentile bootstrap interval, for which whole groups are resampled.
+    The random numbers are fixed: the same values give the same interval.
     """
-    values = np.asarray(values_N, dtype=float)
-    if not values.size:
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"), count=0)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or range(values.size)))}
-    group_N = np.array([numbers[group] for group in groups or range(values.size)])
-    sums, counts = np.bincount(group_N, weights=values), np.bincount(group_N)
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(numbers), (resamples, len(numbers)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    given = np.asarray(values_N, dtype=float)
+    known = np.flatnonzero(~np.isnan(given))
+    if not known.size:
+        return Interval(value=math.nan, low=math.nan, high=math.nan, count=0)
+    values, keys = given[known], [groups[i] if groups else i for i in known.tolist()]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    group_N = np.array([numbers[key] for key in keys])
+    sums_G, counts_G = np.bincount(group_N, weights=values), np.bincount(group_N)
+    if is_rate(values):
+        low, high = rate_interval(sums_G, counts_G)
+    else:
+        picks = np.random.default_rng(0).integers(0, len(numbers), (resamples, len(numbers)))
+        low, high = np.quantile(sums_G[picks].sum(1) / counts_G[picks].sum(1), [0.025, 0.975])
     return Interval(value=float(values.mean()), low=float(low), high=float(high), count=values.size)
+
+
+def is_rate(values_N: NDArray[np.float64]) -> bool:
+    """Return whether the mean of the values is a rate: all are 0 or 1, or 1/2 for a tie."""
+    return bool(np.isin(values_N, (0.0, 0.5, 1.0)).all())
+
+
+def rate_interval(
+    sums_G: NDArray[np.float64], counts_G: NDArray[np.int64], quantile: float = NORMAL_QUANTILE
+) -> tuple[float, float]:
+    """Return Wilson's score interval of a rate, of the effective number of values.
+
+    It contains more than one value where all are equal: 80 prompts of 80 are 1.000 [0.954, 1.000]; their
+    resamples are all 1, so that a bootstrap knows of no uncertainty. The effective number is N over the
+    design effect, the variance of the rate over that of N independent values (Kish 1965), by linearisation
+    and 1 or more. Two groups of ones and two of zeros are added to compute it, as Agresti and Coull (1998)
+    add values: where hardly any value differs, groups don't show how dependent their values are, and each
+    counts as one value, as if they were wholly so.
+
+    Args:
+        sums_G: sum of the values, each from 0 to 1, of each group.
+        counts_G: number of values of each group.
+        quantile: of the standard normal distribution; 1.96 for 95 % confidence.
+    """
+    total, size = float(counts_G.sum()), float(counts_G.mean())
+    rate = float(sums_G.sum()) / total
+    sums, counts = np.r_[sums_G, 0.0, 0.0, size, size], np.r_[counts_G, [size] * 4]
+    shrunk = float(sums.sum() / counts.sum())
+    independent = shrunk * (1 - shrunk) * float(counts.sum())
+    effective = total / max(1.0, float(np.square(sums - shrunk * counts).sum()) / independent)
+    z = quantile**2 / effective
+    half = math.sqrt(z * (rate * (1 - rate) + z / 4))
+    low, high = (rate + z / 2 - half) / (1 + z), (rate + z / 2 + half) / (1 + z)
+    return (0.0 if rate == 0 else low), (1.0 if rate == 1 else high)
 
 
 def area_under_curve(scores_N: ArrayLike, labels_N: ArrayLike) -> float:

@@ -25,7 +25,7 @@ from training.objectives.calibration import (
     reliability,
     sigmoid,
 )
-from training.objectives.statistics import area_under_curve, bootstrap_mean
+from training.objectives.statistics import area_under_curve, mean_interval
 from training.reward.data import ClapTokens
 
 EVALUATION = "evaluation.json"
@@ -118,7 +118,7 @@ def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: flo
         correct_B = ((logits_B > 0) == (labels_B > 0.5)).double()
         report["labelled"] = {
             "auc": outputs.validation_metrics().get("auc"),
-            "accuracy": asdict(bootstrap_mean(correct_B, [example.prompt for example in outputs.labelled])),
+            "accuracy": asdict(mean_interval(correct_B, [example.prompt for example in outputs.labelled])),
         }
     return report
 
@@ -229,7 +229,7 @@ def _pair_accuracy(pairs: Sequence[Pair], correct_B: Tensor) -> dict[str, dict[s
         names = [grouping(pair) for pair in pairs]
         for name in sorted(set(names)):
             rows = [row for row, other in enumerate(names) if other == name]
-            accuracy[name] = asdict(bootstrap_mean(correct_B[rows], [prompts[row] for row in rows]))
+            accuracy[name] = asdict(mean_interval(correct_B[rows], [prompts[row] for row in rows]))
     return accuracy
 
 
@@ -260,8 +260,8 @@ the share of liked clips in the held-out data.
     milonga serve reward --model file:THIS-FOLDER --clap {report["clap"]["uri"]}
 
 Version {manifest.version}, `{manifest.digest}`.
-Results on the held-out prompts of the test split, with 95 % bootstrap intervals over prompts; pair accuracy
-by the mistake in the rejected clip, and by the kind of recording:
+Results on the held-out prompts of the test split, with 95 % intervals over prompts (Wilson's, of the
+effective number of pairs); pair accuracy by the mistake in the rejected clip, and by the kind of recording:
 
 {lines}
 
