@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from training.objectives.statistics import NORMAL_QUANTILE, Interval, is_rate, rate_interval
 
+Array = NDArray[np.float64]
+
 RESAMPLES = 2_000
 """Resamples for metrics that are means over clips."""
 SEED = 0
@@ -28,14 +30,14 @@ NOTHING = Interval(value=math.nan, low=math.nan, high=math.nan, count=0)
 class PromptSums:
     """A metric of one model, summed over the clips of each prompt."""
 
-    sums_P: NDArray[np.float64]
+    sums_P: Array
     counts_P: NDArray[np.int64]
     """Number of clips whose value is not NaN."""
 
     @property
-    def mean(self) -> float:
-        """Mean over clips; NaN without any."""
-        return float(self.sums_P.sum() / self.counts_P.sum()) if self.counts_P.any() else math.nan
+    def mean(self) -> Array:
+        """Mean over clips."""
+        return np.asarray(self.sums_P.sum(-1) / self.counts_P.sum(-1))
 
 
 def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence[str]) -> Interval:
@@ -65,36 +67,52 @@ def bootstrap_difference(first: PromptSums, second: PromptSums) -> Interval:
     with np.errstate(invalid="ignore"):  # a resample may have NaN values only
         means = [side.sums_P[picks_RP].sum(1) / side.counts_P[picks_RP].sum(1) for side in (first, second)]
     low, high = np.nanquantile(means[1] - means[0], [0.025, 0.975])
-    return Interval(value=second.mean - first.mean, low=float(low), high=float(high), count=prompts)
+    return Interval(value=float(second.mean - first.mean), low=float(low), high=float(high), count=prompts)
 
 
 def rate_difference(first: PromptSums, second: PromptSums, quantile: float = NORMAL_QUANTILE) -> Interval:
-    """Return the difference of two rates with its score interval, paired by prompt.
+    """Return the difference of two rates with its score interval, paired by prompt: `rate_difference_ends`.
+
+    Two models that are right on all of 80 prompts differ by 0.000 [-0.046, 0.046]; the quantiles of a
+    bootstrap, 0.000 [0.000, 0.000], know of no uncertainty where two models never differ, and of too little
+    where they hardly do.
+    """
+    low, high = rate_difference_ends(first, second, quantile)
+    return Interval(
+        value=float(second.mean - first.mean), low=float(low), high=float(high), count=len(first.sums_P)
+    )
+
+
+def rate_difference_ends(
+    first: PromptSums, second: PromptSums, quantile: float = NORMAL_QUANTILE
+) -> tuple[Array, Array]:
+    """Return the two ends of the score interval of the difference of two rates.
 
     It combines the intervals of the two rates (`rate_interval`) by their correlation over prompts: Newcombe's
-    method 10 (1998, Statistics in Medicine 17, 2635), as generalised by Zou and Donner (2008). The quantiles
-    of a bootstrap know of no uncertainty where two models never differ, and too little where they hardly do:
-    two models that are right on all of 80 prompts differ by 0.000 [-0.046, 0.046], not [0.000, 0.000].
+    method 10 (1998, Statistics in Medicine 17, 2635), as generalised by Zou and Donner (2008).
 
-    `quantile` is of the standard normal distribution; 1.96 for 95 % confidence.
+    Args:
+        first: one model; dimensions before P are kept.
+        second: the other, in the same shape.
+        quantile: of the standard normal distribution; 1.96 for 95 % confidence.
     """
     (low1, high1), (low2, high2) = (
-        rate_interval(side.sums_P[side.counts_P > 0], side.counts_P[side.counts_P > 0], quantile)
-        for side in (first, second)
+        rate_interval(side.sums_P, side.counts_P, quantile) for side in (first, second)
     )
-    residual1_P, residual2_P = (side.sums_P - side.mean * side.counts_P for side in (first, second))
-    scale = math.sqrt(float(residual1_P @ residual1_P) * float(residual2_P @ residual2_P))
-    correlation = float(residual1_P @ residual2_P) / scale if scale else 0.0
+    residual1_P, residual2_P = (
+        side.sums_P - side.mean[..., None] * side.counts_P for side in (first, second)
+    )
+    product = (residual1_P * residual2_P).sum(-1)
+    scale = np.sqrt(np.square(residual1_P).sum(-1) * np.square(residual2_P).sum(-1))
+    correlation = np.divide(product, scale, out=np.zeros_like(scale), where=scale > 0)
 
-    def distance(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one**2 + other**2 - 2 * correlation * one * other))
+    def distance(one: Array, other: Array) -> Array:
+        return np.sqrt(np.maximum(0.0, one**2 + other**2 - 2 * correlation * one * other))
 
     value = second.mean - first.mean
-    return Interval(
-        value=value,
-        low=value - distance(second.mean - low2, high1 - first.mean),
-        high=value + distance(high2 - second.mean, first.mean - low1),
-        count=len(first.sums_P),
+    return (
+        value - distance(second.mean - low2, high1 - first.mean),
+        value + distance(high2 - second.mean, first.mean - low1),
     )
 
 
@@ -120,6 +138,6 @@ def normal_interval(value: float, resampled_R: ArrayLike, count: int) -> Interva
 def _sums(values_N: NDArray[np.float64], prompt_N: NDArray[np.int64], prompts: int) -> PromptSums:
     known = ~np.isnan(values_N)
     return PromptSums(
-        sums_P=np.bincount(prompt_N, np.where(known, values_N, 0.0), minlength=prompts),
+        sums_P=np.bincount(prompt_N, np.where(known, values_N, 0.0), minlength=prompts).astype(float),
         counts_P=np.bincount(prompt_N[known], minlength=prompts),
     )

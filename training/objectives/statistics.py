@@ -6,6 +6,7 @@ Shape legend: N values, G groups of values that depend on each other.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,9 +61,9 @@ def is_rate(values_N: NDArray[np.float64]) -> bool:
 
 
 def rate_interval(
-    sums_G: NDArray[np.float64], counts_G: NDArray[np.int64], quantile: float = NORMAL_QUANTILE
-) -> tuple[float, float]:
-    """Return Wilson's score interval of a rate, of the effective number of values.
+    sums_G: NDArray[Any], counts_G: NDArray[Any], quantile: float = NORMAL_QUANTILE
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return Wilson's score interval of a rate, of the effective number of values: its two ends.
 
     It contains more than one value where all are equal: 80 prompts of 80 are 1.000 [0.954, 1.000]; their
     resamples are all 1, so that a bootstrap knows of no uncertainty. The effective number is N over the
@@ -72,20 +73,20 @@ def rate_interval(
     counts as one value, as if they were wholly so.
 
     Args:
-        sums_G: sum of the values, each from 0 to 1, of each group.
-        counts_G: number of values of each group.
+        sums_G: sum of the values, each from 0 to 1, of each group. Dimensions before G are kept.
+        counts_G: number of values of each group, in the same shape.
         quantile: of the standard normal distribution; 1.96 for 95 % confidence.
     """
-    total, size = float(counts_G.sum()), float(counts_G.mean())
-    rate = float(sums_G.sum()) / total
-    sums, counts = np.r_[sums_G, 0.0, 0.0, size, size], np.r_[counts_G, [size] * 4]
-    shrunk = float(sums.sum() / counts.sum())
-    independent = shrunk * (1 - shrunk) * float(counts.sum())
-    effective = total / max(1.0, float(np.square(sums - shrunk * counts).sum()) / independent)
-    z = quantile**2 / effective
-    half = math.sqrt(z * (rate * (1 - rate) + z / 4))
+    total, successes = counts_G.sum(-1), sums_G.sum(-1)
+    size = total / (counts_G > 0).sum(-1)
+    rate, shrunk = successes / total, (successes + 2 * size) / (total + 4 * size)
+    residual = np.square(sums_G - shrunk[..., None] * counts_G).sum(-1)
+    residual += 2 * size**2 * (shrunk**2 + (1 - shrunk) ** 2)
+    independent = shrunk * (1 - shrunk) * (total + 4 * size)
+    z = quantile**2 / total * np.maximum(1.0, residual / independent)
+    half = np.sqrt(z * (rate * (1 - rate) + z / 4))
     low, high = (rate + z / 2 - half) / (1 + z), (rate + z / 2 + half) / (1 + z)
-    return (0.0 if rate == 0 else low), (1.0 if rate == 1 else high)
+    return np.where(rate == 0, 0.0, low), np.where(rate == 1, 1.0, high)
 
 
 def area_under_curve(scores_N: ArrayLike, labels_N: ArrayLike) -> float:

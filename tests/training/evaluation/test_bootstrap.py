@@ -90,8 +90,8 @@ def test_the_interval_of_rates_is_the_bootstraps_where_rates_are_moderate() -> N
     hard = random.rand(400)
     first, second = ((random.rand(400) < 0.5 * hard + shift).astype(float) for shift in (0.3, 0.4))
     counts = np.ones(400, dtype=np.int64)
-    sides = [PromptSums(sums_P=side, counts_P=counts) for side in (first, second)]
-    score, resampled = rate_difference(*sides), bootstrap_difference(*sides)
+    one, other = (PromptSums(sums_P=side, counts_P=counts) for side in (first, second))
+    score, resampled = rate_difference(one, other), bootstrap_difference(one, other)
     assert score == paired_difference(first, second, [str(number) for number in range(400)])
     assert score.value == resampled.value
     assert score.low == pytest.approx(resampled.low, abs=0.005)
