@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -321,12 +322,10 @@ def one_clip(bench: Bench) -> Figures:
         latents_BX = torch.randn_like(call.latents_RX[:1])
         parts = {
             "denoiser_call_ms": 1e3 * bench.seconds(call),
-            "encode_ms": 1e3 * bench.seconds(lambda p=pipeline: p.encode([PROMPT], length=TEXT_TOKENS)),
-            "decode_ms": 1e3 * bench.seconds(lambda p=pipeline, x=latents_BX: p.decode(x)),
+            "encode_ms": 1e3 * bench.seconds(partial(pipeline.encode, [PROMPT], length=TEXT_TOKENS)),
+            "decode_ms": 1e3 * bench.seconds(partial(pipeline.decode, latents_BX)),
         }
-        clips = {
-            f"seconds_{steps}_steps": bench.seconds(lambda c=call, n=steps: render(c, n)) for steps in STEPS
-        }
+        clips = {f"seconds_{steps}_steps": bench.seconds(partial(render, call, steps)) for steps in STEPS}
         yield name, {**parts, **clips, "peak_gib": bench.memory_gib()}
 
 
@@ -337,7 +336,7 @@ def saturation(bench: Bench) -> Figures:
         call = Call(pipeline, rows, graphed=bench.graphs)
         latents_BX = torch.randn_like(call.latents_RX[: rows // 2])
         seconds = bench.seconds(call, rounds=3)
-        decode = bench.seconds(lambda x=latents_BX: pipeline.decode(x), rounds=3)
+        decode = bench.seconds(partial(pipeline.decode, latents_BX), rounds=3)
         rates = {
             f"clips_per_second_{steps}_steps": (rows // 2) / (steps * seconds + decode) for steps in STEPS
         }
@@ -447,11 +446,15 @@ def _latencies(arrivals: Sequence[float], server: tuple[Submit, Callable[[], Non
     for index, arrival in enumerate(arrivals):
         time.sleep(max(0.0, began + arrival - time.perf_counter()))
         # From when it was due: a late sender hides no wait.
-        submit(index, lambda due=began + arrival: latencies.put(time.perf_counter() - due))
+        submit(index, partial(_note, latencies, began + arrival))
     found = [latencies.get() for _ in arrivals]
     close()
     p50, p95, p99 = np.quantile(found, (0.5, 0.95, 0.99))
     return {"requests": len(found), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def _note(latencies: "queue.SimpleQueue[float]", due: float) -> None:
+    latencies.put(time.perf_counter() - due)
 
 
 def _engine_server(engine: Engine, request: GenerationRequest) -> tuple[Submit, Callable[[], None]]:
@@ -521,7 +524,11 @@ def dpo_step(bench: Bench) -> Figures:
 
 
 def _dpo_figures(
-    bench: Bench, policy: nn.Module, reference: nn.Module, pairs: int, per_row: float
+    bench: Bench,
+    policy: UNet2DConditionModel,
+    reference: UNet2DConditionModel,
+    pairs: int,
+    per_row: float,
 ) -> dict[str, Any]:
     """Return speed and memory of a step of `pairs` pairs; memory that is short is a figure too.
 
@@ -529,7 +536,7 @@ def _dpo_figures(
     """
     learning = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=bench.graphs)
-    width = policy.config.cross_attention_dim
+    width: int = policy.config.cross_attention_dim
     frames = 32 if bench.tiny else 256
     rows = 2 * pairs
     noisy = torch.randn(rows, 8, frames, 16, device=bench.device)
