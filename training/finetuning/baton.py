@@ -244,7 +244,7 @@ def loss_of(
     streams = range(len(picked) // len(positions))
     parts = [session.noising(positions, clean_BX, batch, stream) for stream in streams]
     prompts = [example.prompt for example in picked]
-    errors_B, _ = errors_of(policy, clean_BX, prompts, Noising.joined(parts), session)
+    errors_B = errors_of(policy, clean_BX, prompts, Noising.joined(parts), session).policy_B
     rewards_B = torch.tensor([example.label for example in picked[: len(positions)]], device=errors_B.device)
     rewarded_B, *pretraining_B = errors_B.split(len(positions))
     loss = reward_weighted(

@@ -5,7 +5,8 @@
 
 Its journal has, for each step: loss, implicit reward margin and accuracy, the denoising errors of chosen and
 rejected clips and how far each has drifted from the reference's. Implicit accuracy misleads: it rises while
-the model gets worse. Both drifts rising is the collapse that it does not show.
+the model gets worse. Both drifts rising is the collapse that it does not show; `safeguard` and
+`chosen_weight` are against it.
 
 Shape legend: B pairs, X a family's own shape of latents.
 """
@@ -31,9 +32,9 @@ from training.finetuning.session import (
     readable,
     report_data,
 )
-from training.loop.checks import check_minimum
+from training.loop.checks import check_minimum, check_share
 from training.loop.fit import Positions, adamw, examples_at, fit
-from training.objectives.diffusion import diffusion_dpo
+from training.objectives.diffusion import diffusion_dpo, safe_scales
 from training.objectives.noising import Noising
 
 
@@ -49,12 +50,18 @@ class DpoTraining(FineTuning):
     chosen_weight: float = 0.0
     """Weight of the plain denoising loss of the chosen clip, added to DPO's to keep its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
+    safeguard: float | None = None
+    """Diffusion-SDPO (arXiv 2511.03317): scale the rejected clip's gradient so that the chosen clip's error
+    falls, to first order, by at least this share of what it would fall by without the rejected clip
+    (`safe_scales`). 0: the error does not rise; 1: the rejected clip is hardly used. None: plain DPO."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, must be above 0")
         check_minimum(self, 0, "chosen_weight")
+        if self.safeguard is not None:
+            check_share(self, "safeguard")
 
 
 def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -120,13 +127,22 @@ def loss_of(
     clean_BX = session.latents.clips(clips)
     noising = session.noising(positions, clean_BX, batch)
     prompts = [pair.prompt for pair in picked] * 2
-    errors_B, reference_B = errors_of(policy, clean_BX, prompts, Noising.joined([noising] * 2), session)
-    assert reference_B is not None
-    chosen_B, rejected_B = errors_B.chunk(2)
+    errors = errors_of(policy, clean_BX, prompts, Noising.joined([noising] * 2), session)
+    assert errors.reference_B is not None
+    chosen_B, rejected_B = errors.policy_B.chunk(2)
+    scales_B = None
+    if config.safeguard is not None:
+        scales_B = safe_scales(*errors.residuals_BX.chunk(2), margin=config.safeguard)
     preference = diffusion_dpo(
-        chosen_B, rejected_B, *reference_B.chunk(2), beta=config.beta, chosen_weight=config.chosen_weight
+        chosen_B,
+        rejected_B,
+        *errors.reference_B.chunk(2),
+        beta=config.beta,
+        chosen_weight=config.chosen_weight,
+        rejected_scales_B=scales_B,
     )
-    return preference.loss, {
+    figures = {} if scales_B is None else {"rejected_scale": scales_B.mean()}
+    return preference.loss, figures | {
         "margin": preference.margins_B.mean(),
         "accuracy": preference.accuracy,
         "chosen_error": chosen_B.detach().mean(),

@@ -37,7 +37,7 @@ from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
 from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
-from training.objectives.noising import Noising, NoisingConfig, draw_noising
+from training.objectives.noising import Noising, NoisingConfig, draw_noising, mean_products, residuals
 from training.objectives.objective import OBJECTIVES, Objective
 
 TRAINING = "training.json"
@@ -129,6 +129,16 @@ class Predictions(NamedTuple):
     policy_BX: Tensor
     reference_BX: Tensor | None
     """The reference's prediction, without gradients."""
+
+
+class Errors(NamedTuple):
+    """Denoising errors of one batch."""
+
+    policy_B: Tensor
+    reference_B: Tensor | None
+    """The reference's, if there is one."""
+    residuals_BX: Tensor
+    """The policy's predictions minus their targets, without gradients."""
 
 
 class Policy(nn.Module):
@@ -416,8 +426,8 @@ def report_data(
 
 def errors_of(
     policy: nn.Module, clean_BX: Tensor, prompts: Sequence[str], noising: Noising, session: Session
-) -> tuple[Tensor, Tensor | None]:
-    """Return denoising errors [B] of the policy, and of the reference if there is one."""
+) -> Errors:
+    """Return denoising errors: the mean square of each prediction's difference from its target."""
     noising, objective = noising.to(clean_BX.device), session.objective
     dropped = noising.unconditional_B.tolist()
     conditioning = session.latents.text(
@@ -426,10 +436,12 @@ def errors_of(
     noisy_BX = objective.noised(clean_BX, noising)
     seconds_B = torch.full((len(clean_BX),), session.latents.seconds, device=clean_BX.device)
     predicted: Predictions = policy(noisy_BX, noising.timesteps_B, conditioning, seconds_B)
-    errors_B = objective.errors(predicted.policy_BX, clean_BX, noising)
-    if predicted.reference_BX is None:
-        return errors_B, None
-    return errors_B, objective.errors(predicted.reference_BX, clean_BX, noising)
+    target_BX = objective.target(clean_BX, noising)
+    ours_BX, reference_B = residuals(predicted.policy_BX, target_BX), None
+    if predicted.reference_BX is not None:
+        theirs_BX = residuals(predicted.reference_BX, target_BX)
+        reference_B = mean_products(theirs_BX, theirs_BX)
+    return Errors(mean_products(ours_BX, ours_BX), reference_B, ours_BX.detach())
 
 
 def finish_session(

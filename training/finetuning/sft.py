@@ -106,7 +106,7 @@ def loss_of(
     picked = [pairs[index] for index in examples_at(positions, len(pairs), config.loop.seed)]
     clean_BX = session.latents.clips([pair.chosen for pair in picked])
     noising = session.noising(positions, clean_BX, batch)
-    errors_B, _ = errors_of(policy, clean_BX, [pair.prompt for pair in picked], noising, session)
+    errors_B = errors_of(policy, clean_BX, [pair.prompt for pair in picked], noising, session).policy_B
     weights_B = (
         session.objective.min_snr_weights(noising.timesteps_B.to(errors_B.device), config.min_snr)
         if config.min_snr

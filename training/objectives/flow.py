@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.objectives.noising import TIMESTEPS, Noising, by_row, mean_squares
+from training.objectives.noising import TIMESTEPS, Noising, by_row
 
 
 class FlowObjective:
@@ -26,9 +26,9 @@ class FlowObjective:
         """See `Objective`."""
         return noising.blanked(flow_position(clean_BX, noising.noise_BX, noising.timesteps_B))
 
-    def errors(self, predicted_BX: Tensor, clean_BX: Tensor, noising: Noising) -> Tensor:
-        """See `flow_errors`."""
-        return flow_errors(predicted_BX, clean_BX, noising.noise_BX)
+    def target(self, clean_BX: Tensor, noising: Noising) -> Tensor:
+        """Return the velocity ``noise - clean``, the same at every timestep."""
+        return noising.noise_BX - clean_BX
 
     def min_snr_weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
         """See `flow_min_snr_weights`."""
@@ -39,19 +39,6 @@ def flow_position(clean_BX: Tensor, noise_BX: Tensor, timesteps_B: Tensor) -> Te
     """Return the point ``(1 - s) clean + s noise`` of each clip's straight path, s the timestep / 1000."""
     share_B = by_row(timesteps_B / TIMESTEPS, clean_BX)
     return (1 - share_B) * clean_BX + share_B * noise_BX
-
-
-def flow_errors(predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor) -> Tensor:
-    """Return the mean squared error of the predicted velocity of each clip: float32 [B].
-
-    The target is ``noise - clean``, the same at every timestep.
-
-    Args:
-        predicted_BX: the denoiser's output, of any float type.
-        clean_BX: the clips' latents.
-        noise_BX: the noise that was added.
-    """
-    return mean_squares(predicted_BX, noise_BX - clean_BX)
 
 
 def flow_min_snr_weights(timesteps_B: Tensor, gamma: float) -> Tensor:

@@ -85,9 +85,14 @@ def by_row(values_B: Tensor, like_BX: Tensor) -> Tensor:
     return values_B.reshape(-1, *[1] * (like_BX.ndim - 1))
 
 
-def mean_squares(predicted_BX: Tensor, target_BX: Tensor) -> Tensor:
-    """Return the mean squared difference of each row: float32 [B]."""
-    return (predicted_BX.float() - target_BX.float()).square().mean(tuple(range(1, target_BX.ndim)))
+def residuals(predicted_BX: Tensor, target_BX: Tensor) -> Tensor:
+    """Return predictions, of any float type, minus their targets, in float32."""
+    return predicted_BX.float() - target_BX.float()
+
+
+def mean_products(first_BX: Tensor, second_BX: Tensor) -> Tensor:
+    """Return the mean of the products of each row [B]; of residuals with themselves it is the error."""
+    return (first_BX * second_BX).mean(tuple(range(1, first_BX.ndim)))
 
 
 def draw_noising(

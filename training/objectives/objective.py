@@ -23,11 +23,11 @@ class Objective(Protocol):
     def noised(self, clean_BX: Tensor, noising: Noising) -> Tensor:
         """Return clips with noise added, [B, X]: the denoiser's input."""
 
-    def errors(self, predicted_BX: Tensor, clean_BX: Tensor, noising: Noising) -> Tensor:
-        """Return the mean squared error of the prediction for each clip, float32 [B]."""
+    def target(self, clean_BX: Tensor, noising: Noising) -> Tensor:
+        """Return what the denoiser ought to predict, [B, X]; its error is the mean square of the residual."""
 
     def min_snr_weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Return the min-SNR weights [B] of `errors`."""
+        """Return the min-SNR weights [B] of the errors."""
 
 
 OBJECTIVES: Final[Mapping[str, Callable[[Path], Objective]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from services.errors import ModelFormatError
 from services.models.folders import read_json
 from services.models.tango.schedulers import make_scheduler
-from training.objectives.noising import Noising, mean_squares
+from training.objectives.noising import Noising
 
 
 class VelocityObjective:
@@ -33,32 +33,14 @@ class VelocityObjective:
         noisy_BX = self._scheduler.add_noise(clean_BX, noising.noise_BX, noising.timesteps_B)
         return noising.blanked(noisy_BX)
 
-    def errors(self, predicted_BX: Tensor, clean_BX: Tensor, noising: Noising) -> Tensor:
-        """See `velocity_errors`."""
-        return velocity_errors(predicted_BX, clean_BX, noising.noise_BX, noising.timesteps_B, self._scheduler)
+    def target(self, clean_BX: Tensor, noising: Noising) -> Tensor:
+        """Return v (arXiv 2202.00512); a is the share of the signal's power left at the timestep."""
+        velocity_BX: Tensor = self._scheduler.get_velocity(clean_BX, noising.noise_BX, noising.timesteps_B)
+        return velocity_BX
 
     def min_snr_weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
         """See `min_snr_weights`."""
         return min_snr_weights(timesteps_B, self._scheduler, gamma)
-
-
-def velocity_errors(
-    predicted_BX: Tensor, clean_BX: Tensor, noise_BX: Tensor, timesteps_B: Tensor, scheduler: Any
-) -> Tensor:
-    """Return the mean squared error of the predicted v of each clip: float32 [B].
-
-    The target is ``v = sqrt(a) noise - sqrt(1 - a) clean`` (arXiv 2202.00512), a the remaining share of the
-    signal's power at the timestep.
-
-    Args:
-        predicted_BX: the denoiser's output, of any float type.
-        clean_BX: the clips' latents.
-        noise_BX: the noise that was added.
-        timesteps_B: int64.
-        scheduler: a diffusers scheduler, for its noise schedule.
-    """
-    target_BX = scheduler.get_velocity(clean_BX, noise_BX, timesteps_B)
-    return mean_squares(predicted_BX, target_BX)
 
 
 def min_snr_weights(timesteps_B: Tensor, scheduler: Any, gamma: float) -> Tensor:

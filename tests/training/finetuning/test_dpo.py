@@ -33,6 +33,7 @@ from training.data.latents import LatentConfig
 from training.finetuning.dpo import train_dpo
 from training.finetuning.session import LoraConfig, PairData, Policy, build_policy
 from training.loop.fit import LoopConfig
+from training.objectives.noising import NoisingConfig
 
 LAUNCHER: tuple[str, ...] = (
     "-m",
@@ -155,6 +156,32 @@ def test_a_batch_in_parts_gives_the_curve_of_a_whole_one(
 ) -> None:
     train_dpo(dpo(start, pairs, loop=replace(SHORT, accumulation=4)), tmp_path / "parts")
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(trained)[: SHORT.steps], rel=1e-5)
+
+
+def test_of_equal_clips_the_safeguard_leaves_the_chosen_ones_share(start: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.parquet", [(clip(number), clip(number)) for number in range(4)])
+    loop = replace(LOOP, steps=10, batch=4, ema=0.0, checkpoint_seconds=1e9)
+    plain = dpo(start, pairs, loop=loop, noising=NoisingConfig())
+    train_dpo(plain, tmp_path / "plain")
+    train_dpo(replace(plain, safeguard=0.5), tmp_path / "safe")
+    before, after = rows_of(tmp_path / "plain"), rows_of(tmp_path / "safe")
+    # Their gradients cancel up to rounding. Half of the rejected clip's leaves half of the chosen one's.
+    assert "rejected_scale" not in before[0] and abs(before[-1]["chosen_drift"]) < 0.02
+    assert [row["rejected_scale"] for row in after] == pytest.approx([0.5] * len(after))
+    assert after[0]["loss"] == pytest.approx(math.log(2)) and after[-1]["chosen_drift"] < -0.05
+
+
+def test_a_safeguarded_batch_in_parts_gives_the_curve_of_a_whole_one(
+    start: Path, pairs: Path, tmp_path: Path
+) -> None:
+    config = dpo(start, pairs, safeguard=0.2, loop=SHORT)
+    train_dpo(config, tmp_path / "whole")
+    train_dpo(replace(config, loop=replace(SHORT, accumulation=4)), tmp_path / "parts")
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
+    whole, parts = (rows_of(tmp_path / name)[-1] for name in ("whole", "parts"))
+    assert parts["rejected_scale"] == pytest.approx(whole["rejected_scale"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"safeguard is 1\.5"):
+        replace(config, safeguard=1.5)
 
 
 def test_checkpointed_activations_and_latents_made_online_change_nothing(

@@ -1,12 +1,16 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from training.objectives.diffusion import denoising_loss, diffusion_dpo, reward_weighted
-from training.objectives.velocity import min_snr_weights, velocity_errors
+from services.errors import ModelFormatError
+from training.objectives.diffusion import denoising_loss, diffusion_dpo, reward_weighted, safe_scales
+from training.objectives.noising import Noising, mean_products, residuals
+from training.objectives.velocity import VelocityObjective, min_snr_weights
 
 # Shares of the signal's power left at timesteps 0 and 1: 0.64 and 0.36.
 SCHEDULE = DDPMScheduler(
@@ -19,33 +23,57 @@ def _filled(value: float) -> Tensor:
     return torch.full((1, 2, 3, 2), value)
 
 
+@pytest.fixture
+def objective(tmp_path: Path) -> VelocityObjective:
+    """The objective of a model with `SCHEDULE`."""
+    SCHEDULE.save_pretrained(tmp_path / "scheduler")
+    return VelocityObjective(tmp_path)
+
+
+def _noising(noise: Tensor, timesteps: list[int]) -> Noising:
+    never = torch.zeros(len(noise), dtype=torch.bool)
+    return Noising(timesteps_B=torch.tensor(timesteps), noise_BX=noise, blank_B=never, unconditional_B=never)
+
+
+def _errors(predicted: Tensor, target: Tensor) -> Tensor:
+    differences = residuals(predicted, target)
+    return mean_products(differences, differences)
+
+
 def _log_sigmoid(x: float) -> float:
     return -math.log(1 + math.exp(-x))
 
 
-def test_the_velocity_error_by_hand() -> None:
+def test_the_velocity_error_by_hand(objective: VelocityObjective) -> None:
     # v = 0.8 · 2 - 0.6 · 1 = 1.0 at timestep 0; 0.6 · 2 - 0.8 · 1 = 0.4 at timestep 1.
     clean, noise = _filled(1.0).repeat(2, 1, 1, 1), _filled(2.0).repeat(2, 1, 1, 1)
     predicted = torch.cat([_filled(1.5), _filled(1.0)])
-    errors = velocity_errors(predicted, clean, noise, torch.tensor([0, 1]), SCHEDULE)
+    noising = _noising(noise, [0, 1])
+    errors = _errors(predicted, objective.target(clean, noising))
     assert errors.tolist() == pytest.approx([0.25, 0.36])
-    noisy = SCHEDULE.add_noise(clean, noise, torch.tensor([0, 1]))
+    noisy = objective.noised(clean, noising)
     assert noisy[:, 0, 0, 0].tolist() == pytest.approx([0.8 + 0.6 * 2, 0.6 + 0.8 * 2])
 
 
-def test_the_true_velocity_gives_back_the_clip() -> None:
-    clean, noise, timesteps = torch.randn(3, 2, 4, 2), torch.randn(3, 2, 4, 2), torch.tensor([0, 1, 1])
-    velocity = SCHEDULE.get_velocity(clean, noise, timesteps)
-    assert velocity_errors(velocity, clean, noise, timesteps, SCHEDULE).tolist() == [0, 0, 0]
-    noisy = SCHEDULE.add_noise(clean, noise, timesteps)
-    left = SCHEDULE.alphas_cumprod[timesteps][:, None, None, None]
+def test_the_true_velocity_gives_back_the_clip(objective: VelocityObjective) -> None:
+    clean, noising = torch.randn(3, 2, 4, 2), _noising(torch.randn(3, 2, 4, 2), [0, 1, 1])
+    velocity, noisy = objective.target(clean, noising), objective.noised(clean, noising)
+    left = SCHEDULE.alphas_cumprod[noising.timesteps_B][:, None, None, None]
     torch.testing.assert_close(left.sqrt() * noisy - (1 - left).sqrt() * velocity, clean)
 
 
 def test_errors_are_computed_in_float32() -> None:
     predicted = torch.randn(2, 2, 3, 2, dtype=torch.bfloat16)
-    errors = velocity_errors(predicted, _filled(0.1), _filled(0.2), torch.tensor([0, 0]), SCHEDULE)
-    assert errors.dtype is torch.float32
+    target = predicted.float() + 1e-3
+    assert _errors(predicted, target).tolist() == pytest.approx([1e-6] * 2, rel=1e-2)
+
+
+def test_a_model_that_predicts_noise_is_refused(tmp_path: Path) -> None:
+    SCHEDULE.save_pretrained(tmp_path / "scheduler")
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    with pytest.raises(ModelFormatError, match="predicts 'epsilon'; only v_prediction can be trained"):
+        VelocityObjective(tmp_path)
 
 
 def test_min_snr_weights_by_hand() -> None:
@@ -93,16 +121,18 @@ def test_dpo_of_equal_policy_and_reference_is_log_2_and_has_opposite_gradients()
     assert rejected.grad.tolist() == pytest.approx([-600 / 2 * 0.5 / 3] * 3)
 
 
-def test_a_step_along_dpos_gradient_makes_the_chosen_clip_likelier_and_the_rejected_one_less_so() -> None:
+def test_a_step_along_dpos_gradient_makes_the_chosen_clip_likelier_and_the_rejected_one_less_so(
+    objective: VelocityObjective,
+) -> None:
     torch.manual_seed(0)
     denoiser, reference = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
     reference.load_state_dict(denoiser.state_dict())
     clips, noise = torch.randn(2, 2, 8, 4), torch.randn(1, 2, 8, 4).repeat(2, 1, 1, 1)
-    timesteps = torch.tensor([1, 1])
-    noisy = SCHEDULE.add_noise(clips, noise, timesteps)
+    noising = _noising(noise, [1, 1])
+    noisy, target = objective.noised(clips, noising), objective.target(clips, noising)
 
     def errors(model: nn.Module) -> tuple[Tensor, Tensor]:
-        chosen, rejected = velocity_errors(model(noisy), clips, noise, timesteps, SCHEDULE).chunk(2)
+        chosen, rejected = _errors(model(noisy), target).chunk(2)
         return chosen, rejected
 
     with torch.no_grad():
@@ -146,6 +176,52 @@ def test_crpo_is_dpo_plus_the_chosen_clips_error() -> None:
     sigmoids = [1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(0.5))]
     assert chosen.grad is not None
     assert chosen.grad.tolist() == pytest.approx([2 * (1 - s) / 2 + 1 / 2 for s in sigmoids])
+
+
+def test_the_safeguards_scales_by_hand() -> None:
+    # <c, c> is 5 in all rows; <c, r> is 10, 4, 0, -5 and 5 · 1.25.
+    chosen = torch.tensor([[1.0, 2.0]]).repeat(5, 1)
+    rejected = torch.tensor([[2.0, 4.0], [0.0, 2.0], [2.0, -1.0], [-1.0, -2.0], [1.25, 2.5]])
+    assert safe_scales(chosen, rejected).tolist() == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8])
+    assert safe_scales(chosen, rejected, margin=0.6).tolist() == pytest.approx([0.2, 0.5, 1.0, 1.0, 0.32])
+    assert safe_scales(chosen, rejected, margin=1.0).tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
+    assert safe_scales(torch.zeros(1, 2), torch.zeros(1, 2)).tolist() == [1.0]
+
+
+def test_the_safeguards_scales_are_those_of_the_outputs_gradients() -> None:
+    """As the released code computes them, by differentiating the errors of one pair."""
+    torch.manual_seed(0)
+    chosen = torch.randn(1, 3, 4, requires_grad=True)
+    rejected = (chosen.detach() * 2 + torch.randn(1, 3, 4)).requires_grad_()
+    target = torch.randn(1, 3, 4)
+    first, second = (
+        torch.autograd.grad(_errors(one, target).sum(), one)[0].flatten() for one in (chosen, rejected)
+    )
+    assert first @ second > first @ first
+    scales = safe_scales(residuals(chosen, target).detach(), residuals(rejected, target).detach(), margin=0.9)
+    assert scales.item() == pytest.approx((0.1 * (first @ first) / (first @ second)).item())
+
+
+@pytest.mark.parametrize(
+    ("margin", "factor"),
+    # The chosen clip asks for 1, the rejected one for 3, and the bias is 0: their gradients are -2 and -6.
+    # DPO's direction is -(-2 + 6) = -4, away from both. With 6 · 1/3 it is 0; with 6 · 1/6 it is +1.
+    [(None, -4.0), (0.0, 0.0), (0.5, 1.0), (1.0, 2.0)],
+)
+def test_the_safeguard_keeps_the_chosen_clips_error_from_rising(margin: float | None, factor: float) -> None:
+    bias = torch.zeros(1, requires_grad=True)
+    targets = torch.tensor([[1.0], [3.0]])
+    ours = residuals(bias.expand(2, 1), targets)
+    chosen, rejected = mean_products(ours, ours).chunk(2)
+    scales = None if margin is None else safe_scales(*ours.detach().chunk(2), margin=margin)
+    reference = chosen.detach(), rejected.detach()
+    preference = diffusion_dpo(chosen, rejected, *reference, beta=4.0, rejected_scales_B=scales)
+    assert preference.loss.item() == pytest.approx(LOG_2)
+    preference.loss.backward()
+    # beta / 2 · (1 - sigmoid(0)) is 1.
+    assert bias.grad is not None and bias.grad.item() == pytest.approx(-factor)
+    moved = -0.01 * bias.grad.item()
+    assert ((moved - 1) ** 2 > 1) == (factor < 0)
 
 
 def test_dpo_is_finite_for_large_margins() -> None:

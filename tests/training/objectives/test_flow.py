@@ -1,14 +1,25 @@
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from training.objectives.flow import FlowObjective, flow_errors, flow_min_snr_weights, flow_position
-from training.objectives.noising import Noising
+from training.objectives.flow import FlowObjective, flow_min_snr_weights, flow_position
+from training.objectives.noising import Noising, mean_products, residuals
 
 
 def _filled(value: float) -> Tensor:
     return torch.full((1, 3, 2), value)
+
+
+def _target(clean: Tensor, noise: Tensor) -> Tensor:
+    """The objective's, which does not depend on the timesteps."""
+    never = torch.zeros(len(clean), dtype=torch.bool)
+    noising = Noising(
+        timesteps_B=torch.zeros(len(clean)), noise_BX=noise, blank_B=never, unconditional_B=never
+    )
+    return FlowObjective(Path()).target(clean, noising)
 
 
 def test_position_and_error_by_hand() -> None:
@@ -17,15 +28,14 @@ def test_position_and_error_by_hand() -> None:
     position = flow_position(clean, noise, torch.tensor([250.0, 1000.0]))
     assert position[:, 0, 0].tolist() == pytest.approx([1.5, 3.0])
     # The velocity is 3 - 1 = 2 everywhere: 1.5 is off by 0.5, 2 by nothing.
-    predicted = torch.cat([_filled(1.5), _filled(2.0)])
-    assert flow_errors(predicted, clean, noise).tolist() == pytest.approx([0.25, 0.0])
+    off = residuals(torch.cat([_filled(1.5), _filled(2.0)]), _target(clean, noise))
+    assert mean_products(off, off).tolist() == pytest.approx([0.25, 0.0])
 
 
 def test_the_true_velocity_leads_from_any_point_back_to_the_clip() -> None:
     clean, noise = torch.randn(4, 5, 2), torch.randn(4, 5, 2)
     timesteps = torch.tensor([0.0, 123.4, 500.0, 999.0])
-    velocity = noise - clean
-    assert flow_errors(velocity, clean, noise).tolist() == [0, 0, 0, 0]
+    velocity = _target(clean, noise)
     position = flow_position(clean, noise, timesteps)
     torch.testing.assert_close(position - timesteps[:, None, None] / 1000 * velocity, clean)
 
@@ -56,13 +66,7 @@ def test_blank_rows_are_pure_noise(tmp_path: object) -> None:
     noisy = objective.noised(clean, noising)
     assert torch.equal(noisy[0], noising.noise_BX[0])
     torch.testing.assert_close(noisy[1], 0.1 * clean[1] + 0.9 * noising.noise_BX[1])
-    errors = objective.errors(torch.zeros(2, 5, 2), clean, noising)
-    torch.testing.assert_close(errors, (noising.noise_BX - clean).square().mean((1, 2)))
-
-
-def test_errors_are_computed_in_float32() -> None:
-    predicted = torch.randn(2, 3, 2, dtype=torch.bfloat16)
-    assert flow_errors(predicted, _filled(0.1), _filled(0.2)).dtype is torch.float32
+    torch.testing.assert_close(objective.target(clean, noising), noising.noise_BX - clean)
 
 
 def test_min_snr_weights_by_hand() -> None:
