@@ -1,4 +1,4 @@
-"""The whole loop: reward ▸ captions ▸ candidates ▸ scores ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
+"""The whole loop: reward ▸ captions ▸ candidates ▸ scores ▸ pairs ▸ SFT, DPO ▸ evaluation ▸ register.
 
     milonga train run --recipe mini
 
@@ -17,7 +17,9 @@ from services.local import open_clip_maker
 from services.weights.registry import RegisteredVersion
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 from training.evaluation.evaluate import comparison_pairs
+from training.finetuning.dpo import DpoTraining
 from training.finetuning.session import PairData
+from training.finetuning.sft import SftTraining
 from training.loop.config import flatten
 from training.loop.run_folder import claim_folder
 from training.preferences.scores import ScoresConfig
@@ -124,14 +126,15 @@ def align(
     suffix = "" if config.rounds == 1 else f"-{number + 1}"
     pairs = preferences_stage(f"preferences{suffix}", preferences, folder / "preferences", tracker)
     data = PairData(pairs=(pairs,))
-    start = policy
-    if config.with_sft:
-        sft = replace(config.sft, start=policy, data=data)
-        finetuning_stage(f"sft{suffix}", "sft", sft, folder / "sft", config.processes, tracker)
-        start = f"file:{folder / 'sft'}"
-    dpo = replace(config.dpo, start=start, reference=policy if config.with_sft else None, data=data)
-    finetuning_stage(f"dpo{suffix}", "dpo", dpo, folder / "dpo", config.processes, tracker)
-    return f"file:{folder / 'dpo'}", data_digest(pairs)
+    model = policy
+    for stage in config.trainings:
+        training: SftTraining | DpoTraining = replace(config.sft, start=model, data=data)
+        if stage == "dpo":
+            reference = None if model == policy else policy
+            training = replace(config.dpo, start=model, reference=reference, data=data)
+        finetuning_stage(f"{stage}{suffix}", stage, training, folder / stage, config.processes, tracker)
+        model = f"file:{folder / stage}"
+    return model, data_digest(pairs)
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:

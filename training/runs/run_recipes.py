@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from training.evaluation.config import (
     EvaluationConfig,
@@ -52,11 +52,12 @@ class LoopRun:
     """URI of the model to align. An alias means the version that it points to when the run begins."""
     with_reward: bool = True
     """Train the reward model; otherwise `preferences.scores` chooses the scorers."""
-    with_sft: bool = False
-    """Fine-tune on the chosen clips before DPO, whose reference is then the model before SFT (Tango 2)."""
+    trainings: tuple[Literal["sft", "dpo"], ...] = ("dpo",)
+    """Trainings of a round, in order, each from the model of the one before. DPO's reference is the model
+    that the round began with, so that ``sft,dpo`` is Tango 2's order."""
     rounds: int = 1
-    """Rounds of alignment: each samples from the policy of the one before, ranks and trains again (CRPO,
-    arXiv 2412.21037)."""
+    """Rounds of alignment: each samples from the policy of the one before, ranks and trains again. With dpo,
+    CRPO's rounds (arXiv 2412.21037); with sft, RAFT (arXiv 2304.06767)."""
     processes: int = 1
     """Processes of each training program, one per accelerator; more than one: by ``accelerate launch``."""
     alias: str = "challenger"
@@ -66,6 +67,8 @@ class LoopRun:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "rounds", "processes")
+        if not self.trainings or len(set(self.trainings)) < len(self.trainings):
+            raise ValueError(f"trainings is {','.join(self.trainings) or 'empty'}, must name each once")
 
 
 def ranked_mini(per_cluster: int) -> PreferencesConfig:
@@ -109,6 +112,29 @@ def run_align() -> LoopRun:
     return replace(run_mini(), name="align")
 
 
+def run_mini_sft_dpo() -> LoopRun:
+    """`mini` in Tango 2's order: SFT on the chosen clips, then DPO, with `mini-base` as its reference."""
+    return replace(run_mini(), name="mini-sft-dpo", trainings=("sft", "dpo"))
+
+
+def run_mini_raft() -> LoopRun:
+    """`mini-base` learns online from rewards: RAFT (arXiv 2304.06767), three rounds of SFT on the best of 4.
+
+    Each round samples from the policy, and learns from the clip of the highest reward of each caption. A
+    policy gradient as Flow-GRPO's (arXiv 2505.05470) passes each clip through the denoiser with gradients at
+    every step of inference: for 8 steps, 8 times RAFT's training, and it needs a stochastic solver.
+    """
+    mini = run_mini()
+    return replace(
+        mini,
+        name="mini-raft",
+        preferences=replace(mini.preferences, pairs=replace(mini.preferences.pairs, margin=0.0)),
+        sft=replace(mini.sft, loop=replace(mini.sft.loop, steps=75)),
+        trainings=("sft",),
+        rounds=3,
+    )
+
+
 def run_smoke() -> LoopRun:
     """Every stage in as few steps as possible. It learns nothing."""
     return LoopRun(
@@ -122,7 +148,7 @@ def run_smoke() -> LoopRun:
         sft=sft_smoke(),
         dpo=dpo_smoke(),
         evaluation=evaluation_smoke(),
-        with_sft=True,
+        trainings=("sft", "dpo"),
         samples=("A dog barks",),
     )
 
@@ -142,7 +168,7 @@ def run_tango2() -> LoopRun:
         evaluation=evaluation_tango2(),
         start="file:tango-full-ft-audiocaps",
         with_reward=False,
-        with_sft=True,
+        trainings=("sft", "dpo"),
         processes=2,
         samples=("A dog barks and then a siren wails in the distance",),
     )
@@ -151,6 +177,8 @@ def run_tango2() -> LoopRun:
 RUNS: Final[Mapping[str, Callable[[], LoopRun]]] = {
     "align": run_align,
     "mini": run_mini,
+    "mini-raft": run_mini_raft,
+    "mini-sft-dpo": run_mini_sft_dpo,
     "smoke": run_smoke,
     "tango2": run_tango2,
 }

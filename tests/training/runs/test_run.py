@@ -1,5 +1,6 @@
 """The whole loop, from candidates to a registered version: `milonga train run --recipe smoke`."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from services.models.mini import mini_folder
 from services.weights.registry import LOCAL_STORE
 from services.weights.uri import resolve
 from tests.training.runs.counting import Counts, counting
-from training.loop.config import differences, flatten
+from training.loop.config import differences, flatten, override
 from training.runs.run import LoopResult, headline, outcome, run_loop, settled_start
 from training.runs.run_recipes import RUNS, run_align, run_mini, run_smoke
 from training.runs.stages import launch
@@ -83,7 +84,36 @@ def test_a_launched_program_that_fails_says_which(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_every_recipe_of_the_loop_is_a_whole_config(name: str) -> None:
     config = RUNS[name]()
-    assert config.rounds == 1 and config.samples
+    assert config.samples
+    assert config.trainings == {"mini-raft": ("sft",)}.get(name, config.trainings)
+    assert (config.rounds > 1) == (name == "mini-raft")
+
+
+@pytest.mark.parametrize("trainings", ["", "sft,sft", "ppo"])
+def test_trainings_that_can_not_be_are_refused(trainings: str) -> None:
+    with pytest.raises(InvalidInputError, match="trainings"):
+        override(run_smoke(), [f"trainings={trainings}"])
+
+
+def test_rounds_of_sft_each_sample_from_the_model_before(store: str, tmp_path: Path) -> None:
+    config = run_smoke()
+    scores = replace(config.preferences.scores, reward="mini:reward")
+    preferences = replace(config.preferences, scores=scores)
+    config = replace(config, preferences=preferences, trainings=("sft",), rounds=2, with_reward=False)
+    run_loop(config, tmp_path / "run")
+    reports = [
+        json.loads((tmp_path / "run" / f"round-{number}" / "sft" / "training.json").read_text())
+        for number in (1, 2)
+    ]
+    first = resolve(f"file:{tmp_path / 'run' / 'round-1' / 'sft'}")
+    assert [report["stage"] for report in reports] == ["sft", "sft"]
+    assert reports[0]["parent"]["name"] == "mini-base"
+    assert reports[1]["parent"]["digest"] == first.digest
+    (manifest,) = (tmp_path / "run" / "round-2" / "preferences").glob("candidates-*/manifest-*.jsonl")
+    assert {json.loads(line)["model"]["digest"] for line in manifest.read_text().splitlines()} == {
+        first.digest
+    }
+    assert not (tmp_path / "run" / "round-1" / "dpo").exists()
 
 
 def test_the_training_job_runs_mini_and_needs_neither_a_service_nor_the_network() -> None:
