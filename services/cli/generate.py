@@ -11,10 +11,11 @@ from services import client
 from services.cli import prompts
 from services.cli.folder import Folder
 from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
-from services.cli.options import URI_FORMS, grouped
+from services.cli.options import URI_FORMS, given_options, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, numbered, print_table
 from services.cli.progress import ProgressView
-from services.cli.scorers import PANEL, Connection, ScorerOptions, refuse
+from services.cli.scorers import PANEL, ScorerOptions, refuse
+from services.client import ServiceOptions
 from services.errors import InvalidInputError
 from services.files import write_atomically
 
@@ -159,7 +160,7 @@ def generate(
     *,
     clip_options: ClipOptions,
     where: ModelOptions,
-    connection: Connection,
+    connection: ServiceOptions,
     choice: CandidateOptions,
     scorers: ScorerOptions,
 ) -> None:
@@ -169,8 +170,8 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         refuse("PROMPT", "give a prompt, or a file of them with --prompts; one of the two")
-    if not connection.is_default and not (where.server or scorers.given("scoring", "reward_server")):
-        refuse("--tls, --token-file, --timeout", "are for a connection; give --server as well")
+    if connection.given and not (where.server or scorers.given("scoring", "reward_server")):
+        refuse(given_options(connection), "is for calls to a service; give --server as well")
     best_of = best_of_options(choice, scorers, clip_options.clips, where, connection)
     place = Place(
         model=where.model, device=where.device, dtype=where.dtype, server=where.server,
@@ -271,7 +272,7 @@ def best_of_options(
     scorers: ScorerOptions,
     clips: int | None,
     where: ModelOptions,
-    connection: Connection,
+    connection: ServiceOptions,
 ) -> BestOf | None:
     """Return how the best of several candidates are chosen; None if all clips are kept.
 

@@ -26,11 +26,11 @@ from services.api.scoring import Scorers
 from services.cli.options import check_address
 from services.cli.scorers import (
     MAX_BATCH,
-    Connection,
     ScorerSources,
     name_clips,
     refuse,
 )
+from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError, QueueFullError, RequestCancelledError
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Place:
     dtype: str | None
     server: str | None
     """Address of a generation service; None: generate in this process."""
-    connection: Connection
+    connection: ServiceOptions
     """How to reach services."""
     best_of: BestOf | None = None
     """None: keep every clip."""

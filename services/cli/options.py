@@ -17,11 +17,14 @@ from services.catalogue import CATALOGUE, ServiceEntry, Weights
 from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
+    from services.client import ServiceOptions
     from services.runtime.settings import ServerSettings
 
 URI_FORMS: Final = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also with #sha256:HEX"
 NAME_URI: Final = "NAME=URI"
 
+CONNECTION_PANEL: Final = "Connection"
+"""Panel of options that say how services are reached."""
 _MODEL_PANEL: Final = "Device, batches and limits"
 _SERVER_PANEL: Final = "Health, metrics, TLS and shutdown"
 
@@ -45,7 +48,8 @@ def with_options(function: Callable[..., Any], options: Iterable[inspect.Paramet
 def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` as a typer command: dataclass parameters become one option per field.
 
-    The fields are annotated like parameters of a command: ``Annotated[TYPE, typer.Option(...)]``.
+    The fields are annotated like parameters of a command: ``Annotated[TYPE, typer.Option(...)]``, or with
+    their help only: ``Annotated[TYPE, "help"]``.
     """
     hints = get_type_hints(function, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
@@ -53,7 +57,12 @@ def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(**values: Any) -> Any:
         for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            given = {field.name: values.pop(field.name) for field in fields(kind)}
+            try:
+                values[name] = kind(**given)
+            except ValueError as error:  # begins with the name of the field
+                field, _, fault = str(error).partition(" ")
+                raise invalid(_flag(field), fault) from error
         return function(**values)
 
     options: list[inspect.Parameter] = []
@@ -73,10 +82,28 @@ def _field_options(kind: type[Any]) -> list[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
+            annotation=_documented(field.name, hints[field.name]),
         )
         for field in fields(kind)
     ]
+
+
+def _documented(name: str, hint: Any) -> Any:
+    """Return the annotation of an option whose field may have its help only."""
+    metadata = getattr(hint, "__metadata__", ())
+    if not metadata or not isinstance(metadata[0], str):
+        return hint
+    option = typer.Option(_flag(name), help=metadata[0], show_default=False, rich_help_panel=CONNECTION_PANEL)
+    return Annotated[hint.__origin__, option]
+
+
+def given_options(options: "ServiceOptions") -> str:
+    """Return the options of a connection that were given, as typed; an empty string if none was."""
+    return ", ".join(map(_flag, options.given))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_address(flag: str, address: str | None) -> None:

@@ -16,18 +16,18 @@ from services.api.scoring import Scorers
 from services.audio.clips import check_prompt
 from services.audio.decoding import AudioBounds, decode
 from services.cli.making import warn
-from services.cli.options import grouped
+from services.cli.options import given_options, grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
 from services.cli.progress import ProgressView
 from services.cli.scorers import (
     MAX_BATCH,
     PANEL,
-    Connection,
     ScorerOptions,
     ScorerSources,
     name_clips,
     refuse,
 )
+from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.lists import find_audio, read_list, shortened
 
@@ -109,7 +109,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per clip on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     *,
-    connection: Connection,
+    connection: ServiceOptions,
     scorer_options: ScorerOptions,
 ) -> None:
     """Score how well clips match their prompts.
@@ -131,9 +131,10 @@ def score(
             refuse("PROMPT, CLIP", "come from the file with --prompts; leave one of the two out")
         pairs = read_pair_file(pair_file)
     sources = scorer_options.choose(connection, device=device, no_reward=no_reward)
-    if not connection.is_default and not scorer_options.given("scoring", "reward_server"):
+    if connection.given and not scorer_options.given("scoring", "reward_server"):
         refuse(
-            "--tls, --token-file, --timeout", "are for services; give --scoring or --reward-server as well"
+            given_options(connection),
+            "is for calls to a service; give --scoring or --reward-server as well",
         )
     if device is not None and not sources.are_here:
         refuse("--device", "is set by the services; leave it out if no model runs in this process")

@@ -4,21 +4,18 @@ Used by `milonga score` and `milonga generate --candidates`. Imports torch only 
 """
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from services import client
 from services.api.scoring import CombinedScorers, Scorers
 from services.catalogue import EMBEDDED_CLAP, EMBEDDED_REWARD, EMBEDDED_SCORERS, reward_uri
 from services.cli.options import check_address, read_pairs
+from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError, ModelError, invalid
-from services.runtime.tokens import read_token
 
 if TYPE_CHECKING:
     from services.weights.uri import ResolvedModel
@@ -31,85 +28,9 @@ PANEL = "Scorers"
 _PATH = re.compile(r"pairs\[(\d+)\](?:\.clip)?\.(\w+)")
 
 
-_FLAGS: Mapping[str, str] = {
-    "tls": "--tls-cert, --tls-key",
-    "tls.ca_file": "--tls-ca",
-    "tls.cert_file": "--tls-cert",
-    "tls.key_file": "--tls-key",
-    "token": "--token-file",
-}
-"""Options of a connection, by the client's arguments."""
-
-
 def refuse(field: str, description: str) -> NoReturn:
     """Raise `InvalidInputError` for one option."""
     raise invalid(field, description)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Connection:
-    """Options for reaching services: TLS, token and timeout."""
-
-    tls: Annotated[bool, typer.Option("--tls", help="Use TLS to reach the services.")] = False
-    tls_ca: Annotated[
-        Path | None, typer.Option(help="CA certificates (PEM) to verify the servers' certificates.")
-    ] = None
-    tls_cert: Annotated[Path | None, typer.Option(help="Client certificate (PEM), for mTLS.")] = None
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with the token that the services know this caller by.",
-            show_default=client.TOKEN_FILE_VARIABLE,
-        ),
-    ] = None
-    allow_insecure_token: Annotated[
-        bool,
-        typer.Option(
-            "--allow-insecure-token", help="Send the token to other machines in plaintext, without --tls."
-        ),
-    ] = False
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            help="With a service: seconds that a call may take, queueing included.",
-            show_default=f"{client.DEFAULT_TIMEOUT_SECONDS:g}",
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            refuse("--timeout", f"is {self.timeout:g}, must be a number of seconds above 0")
-
-    @property
-    def is_default(self) -> bool:
-        """Whether no option was given."""
-        return self == Connection()
-
-    def open(self, target: str | None = None, **addresses: str | None) -> client.AudioClient:
-        """Return a client of services. Raises `InvalidInputError`, which names options."""
-        try:
-            return client.AudioClient(target, **addresses, **self._options())
-        except InvalidInputError as error:
-            raise InvalidInputError(
-                *(
-                    FieldViolation(_FLAGS.get(fault.field, fault.field), fault.description)
-                    for fault in error.violations
-                )
-            ) from error
-
-    def _options(self) -> client.ConnectionOptions:
-        """Return them by the client's names."""
-        options: client.ConnectionOptions = {}
-        if self.allow_insecure_token:
-            options["allow_insecure_token"] = True
-        if self.tls or any((self.tls_ca, self.tls_cert, self.tls_key)):
-            options["tls"] = client.TLS(ca_file=self.tls_ca, cert_file=self.tls_cert, key_file=self.tls_key)
-        if self.token_file is not None:
-            options["token"] = read_token("--token-file", self.token_file)
-        if self.timeout is not None:
-            options["timeout"] = self.timeout
-        return options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +88,7 @@ class ScorerOptions:
         return next(options, "")
 
     def choose(
-        self, connection: Connection, *, device: str | None = None, no_reward: bool = False
+        self, connection: ServiceOptions, *, device: str | None = None, no_reward: bool = False
     ) -> "ScorerSources":
         """Return the scorers and the reward model to use.
 
@@ -225,7 +146,7 @@ class ScorerSources:
     """Address of the reward service."""
     device: str = "auto"
     """Device of the models in this process."""
-    connection: Connection = Connection()
+    connection: ServiceOptions = field(default_factory=ServiceOptions)
     """How to reach the services."""
 
     @property

@@ -37,6 +37,7 @@ from services.client.connection import (
     ConnectionOptions,
 )
 from services.client.generation import MAX_TEXT_BYTES, build_request, read_response, read_update
+from services.client.options import OPTION_NAMES, ServiceOptions
 from services.client.sounds import MAX_REQUEST_BYTES
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "MAX_REQUEST_BYTES",
     "MAX_RESPONSE_BYTES",
     "MAX_TEXT_BYTES",
+    "OPTION_NAMES",
     "TLS",
     "TOKEN_FILE_VARIABLE",
     "AsyncAudioClient",
@@ -69,6 +71,7 @@ __all__ = [
     "Rewards",
     "Scorer",
     "Scores",
+    "ServiceOptions",
     "Sound",
     "Timings",
     "Update",

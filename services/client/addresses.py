@@ -111,7 +111,7 @@ def connection_fault(text: str, address: str, *, tls: bool, identity: bool) -> s
     if _OTHER_NAME in text:
         return (
             f"the certificate of {address} is for another name; give the address by that name, or that name "
-            "as tls.server_name"
+            "as tls.server_name (--tls-server-name)"
         )
     if any(sign in text for sign in _NO_HTTP2):
         return (

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from services.cli.options import grouped
+from services.client import ServiceOptions
 from services.errors import invalid
-from training.commands.options import Recipe, Settings, Show
+from training.commands.options import Recipe, Settings, Show, check_connection
 
 
+@grouped
 def preferences(
     recipe: Recipe = "mini",
     settings: Settings = None,
@@ -27,15 +30,25 @@ def preferences(
         str, typer.Option(help="Last stage: captions, perturb, candidates, scores, pairs or dataset.")
     ] = "dataset",
     show: Show = False,
+    *,
+    connection: ServiceOptions,
 ) -> None:
     """Make preference pairs as Audio-alpaca was made: captions, candidates, scores, pairs, Parquet."""
     from training.data.store import Row
     from training.loop.config import describe, override
     from training.preferences.dataset import print_table
-    from training.preferences.pipeline import PREFERENCES, STAGES, Stage, make_preferences
+    from training.preferences.pipeline import (
+        PREFERENCES,
+        STAGES,
+        Stage,
+        connected,
+        make_preferences,
+        uses_services,
+    )
     from training.runs import recipes
 
-    config = override(recipes.recipe(PREFERENCES, recipe), settings or [])
+    config = override(connected(recipes.recipe(PREFERENCES, recipe), connection), settings or [])
+    check_connection(connection, uses_services(config))
     if until not in STAGES:
         raise invalid("--until", f"is {until!r}, must be one of {', '.join(STAGES)}")
     share = read_shard(shard)

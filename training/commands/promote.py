@@ -19,8 +19,9 @@ import typer
 from typer.core import TyperGroup
 
 from services.cli.options import check_address, grouped
+from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError, invalid
-from training.commands.targets import TargetOptions, TrackingURI, open_target, tls_of
+from training.commands.targets import TargetOptions, TrackingURI, open_target
 from training.exits import exit_codes, timed_lines
 from training.promotion.errors import EXIT_CODES
 
@@ -126,25 +127,26 @@ def run(
         ),
     ] = None,
     target: TargetOptions,
+    connection: ServiceOptions,
 ) -> None:
     """Roll out a registered version if it passes the gates; roll back if the rollout fails."""
     check_address("--scoring", scoring)
     check_address("--reward-server", reward)
-    with _promoter(target, alias) as promoter:
+    with _promoter(target, connection, alias) as promoter:
         from training.promotion import promote
         from training.promotion.gates.examination import ScorerServices
         from training.promotion.gates.gates import DEFAULT_GATES, read_gates
 
         config = read_gates(gates or DEFAULT_GATES)
-        services = ScorerServices(scoring=scoring, reward=reward, tls=tls_of(target))
+        services = ScorerServices(scoring=scoring, reward=reward, connection=connection)
         typer.echo(promote.promote(promoter, config, model=model, version=version, services=services))
 
 
 @promote.command(epilog=EPILOG)
 @grouped
-def rollback(*, alias: Alias = "champion", target: TargetOptions) -> None:
+def rollback(*, alias: Alias = "champion", target: TargetOptions, connection: ServiceOptions) -> None:
     """Serve what was served before the last promotion, without gates."""
-    with _promoter(target, alias) as promoter:
+    with _promoter(target, connection, alias) as promoter:
         from training.promotion import promote
 
         typer.echo(promote.roll_back(promoter))
@@ -167,9 +169,9 @@ def history(
 
 @promote.command(epilog=EPILOG)
 @grouped
-def resume(*, target: TargetOptions) -> None:
+def resume(*, target: TargetOptions, connection: ServiceOptions) -> None:
     """Finish or undo a promotion whose promoter died."""
-    with _promoter(target) as promoter:
+    with _promoter(target, connection) as promoter:
         from training.promotion import promote
 
         typer.echo(promote.resume(promoter))
@@ -190,16 +192,19 @@ def bootstrap(
     model: Model = "milonga-tango",
     alias: Alias = "champion",
     target: TargetOptions,
+    connection: ServiceOptions,
 ) -> None:
     """Pin the first version of a target that has no pin."""
-    with _promoter(target, alias) as promoter:
+    with _promoter(target, connection, alias) as promoter:
         from training.promotion import promote
 
         typer.echo(promote.bootstrap(promoter, _version_or_model(source, promoter.registry), model))
 
 
 @contextmanager
-def _promoter(options: TargetOptions, alias: str = "champion") -> Iterator["Promoter"]:
+def _promoter(
+    options: TargetOptions, connection: ServiceOptions, alias: str = "champion"
+) -> Iterator["Promoter"]:
     """Yield what a promotion works with. Errors inside end the command with their exit codes."""
     with exit_codes(EXIT_CODES), _termination_interrupts():
         from training.promotion.ledger import Ledger
@@ -208,7 +213,7 @@ def _promoter(options: TargetOptions, alias: str = "champion") -> Iterator["Prom
 
         registry = Registry(options.tracking_uri)
         yield Promoter(
-            target=open_target(options, registry),
+            target=open_target(options, connection, registry),
             registry=registry,
             ledger=Ledger(registry),
             report=timed_lines(),

@@ -5,17 +5,21 @@ milonga train run --recipe tango2 --set preferences.captions.source=audiocaps.cs
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.commands.options import Settings, Show
+from services.cli.options import grouped
+from services.client import ServiceOptions
+from training.commands.options import Settings, Show, check_connection
 
 if TYPE_CHECKING:
     from training.runs.run_recipes import LoopRun
 
 
+@grouped
 def run(
     recipe: Annotated[str, typer.Option("--recipe", help="align, mini, smoke or tango2.")] = "mini",
     settings: Settings = None,
@@ -24,6 +28,8 @@ def run(
         typer.Option("--output", "-o", help="Folder of all stages.", show_default="build/run/NAME"),
     ] = None,
     show: Show = False,
+    *,
+    connection: ServiceOptions,
 ) -> None:
     """Run the whole loop: reward ▸ captions ▸ candidates ▸ pairs ▸ SFT ▸ DPO ▸ evaluation ▸ register.
 
@@ -31,7 +37,7 @@ def run(
     """
     from training.loop.config import describe
 
-    config = configured(recipe, settings or [])
+    config = configured(recipe, settings or [], connection)
     typer.echo(describe(config))
     if show:
         return
@@ -41,10 +47,17 @@ def run(
     typer.echo("\n".join(["", *lines]))
 
 
-def configured(recipe: str, settings: Sequence[str]) -> "LoopRun":
-    """Return the whole config. Raises `InvalidInputError` for an unknown recipe or a wrong setting."""
+def configured(recipe: str, settings: Sequence[str], connection: ServiceOptions | None = None) -> "LoopRun":
+    """Return the whole config, whose services are reached by the options of `connection` that were given.
+
+    Raises `InvalidInputError` for an unknown recipe or a wrong setting.
+    """
     from training.loop.config import override
+    from training.preferences.pipeline import connected, uses_services
     from training.runs.recipes import recipe as named
     from training.runs.run_recipes import RUNS
 
-    return override(named(RUNS, recipe), settings)
+    options, config = connection or ServiceOptions(), named(RUNS, recipe)
+    config = override(replace(config, preferences=connected(config.preferences, options)), settings)
+    check_connection(options, uses_services(config.preferences))
+    return config

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.options import check_address
+from services.cli.options import CONNECTION_PANEL, check_address
+from services.client import ServiceOptions
 from services.errors import InvalidInputError, invalid
 from training.exits import timed_lines
 
 if TYPE_CHECKING:
-    from services.client import TLS
     from training.promotion.registry import Registry
     from training.promotion.target import Target
-
-CONNECTION = "Connection"
-"""Title of the flags that say how target and registry are reached."""
 
 TrackingURI = Annotated[
     str | None,
@@ -26,7 +23,7 @@ TrackingURI = Annotated[
         "--tracking-uri",
         help="MLflow server or database.",
         show_default="MLFLOW_TRACKING_URI, else ./mlflow.db",
-        rich_help_panel=CONNECTION,
+        rich_help_panel=CONNECTION_PANEL,
     ),
 ]
 
@@ -54,7 +51,7 @@ class TargetOptions:
     ] = 600.0
     namespace: Annotated[
         str,
-        typer.Option("--namespace", "-n", help="Kubernetes namespace.", rich_help_panel=CONNECTION),
+        typer.Option("--namespace", "-n", help="Kubernetes namespace.", rich_help_panel=CONNECTION_PANEL),
     ] = "milonga"
     context: Annotated[
         str | None,
@@ -62,7 +59,7 @@ class TargetOptions:
             "--context",
             help="Context of kubeconfig.",
             show_default="the pod's own cluster, else the current one",
-            rich_help_panel=CONNECTION,
+            rich_help_panel=CONNECTION_PANEL,
         ),
     ] = None
     generation_address: Annotated[
@@ -72,7 +69,7 @@ class TargetOptions:
             help="Address of the generation service. Kubernetes: verified in addition to each pod.",
             metavar="ADDR",
             show_default="in a pod the Service; local: 127.0.0.1:50051",
-            rich_help_panel=CONNECTION,
+            rich_help_panel=CONNECTION_PANEL,
         ),
     ] = None
     challenger_address: Annotated[
@@ -82,7 +79,7 @@ class TargetOptions:
             help="Address of the challenger on Kubernetes.",
             metavar="ADDR",
             show_default="its pod, from outside through the API server",
-            rich_help_panel=CONNECTION,
+            rich_help_panel=CONNECTION_PANEL,
         ),
     ] = None
     operator_token_file: Annotated[
@@ -91,37 +88,15 @@ class TargetOptions:
             "--operator-token-file",
             help="Operator token of the local service, or of a Triton that restricts loading.",
             show_default="local: MILONGA_OPERATOR_TOKEN_FILE, MILONGA_OPERATOR_TOKEN",
-            rich_help_panel=CONNECTION,
-        ),
-    ] = None
-    tls: Annotated[bool, typer.Option("--tls", help="Use TLS.", rich_help_panel=CONNECTION)] = False
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="Certificate authorities (PEM) that sign the servers' certificates.",
-            rich_help_panel=CONNECTION,
-        ),
-    ] = None
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Client certificate (PEM), for mTLS.", rich_help_panel=CONNECTION)
-    ] = None
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(help="Private key (PEM) of the client certificate.", rich_help_panel=CONNECTION),
-    ] = None
-    tls_server_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Name in the servers' certificates, since pods are reached by IP address.",
-            rich_help_panel=CONNECTION,
+            rich_help_panel=CONNECTION_PANEL,
         ),
     ] = None
     tracking_uri: TrackingURI = None
 
 
-def open_target(options: TargetOptions, registry: "Registry") -> "Target":
+def open_target(options: TargetOptions, connection: ServiceOptions, registry: "Registry") -> "Target":
     """Return the target that `options` name. Raises `InvalidInputError` if they name none."""
-    kind, tls = options.target, tls_of(options)
+    kind = options.target
     check_address("--generation-address", options.generation_address)
     check_address("--challenger-address", options.challenger_address)
     if kind.startswith("triton://"):
@@ -133,14 +108,15 @@ def open_target(options: TargetOptions, registry: "Registry") -> "Target":
         file = options.operator_token_file
         token = "" if file is None else _operator_token(file)
         models = ModelRepository(open_storage(options.repository))
-        return TritonTarget(_triton_address(kind), models, registry, tls=tls, token=token)
+        return TritonTarget(_triton_address(kind), models, registry, tls=connection.files, token=token)
     if options.repository is not None:
         raise invalid("--repository", f"is for Triton, and --target is {kind}; give triton://HOST:PORT")
     if kind == "local":
         from training.promotion.targets.local import LocalTarget
 
         address = options.generation_address or "127.0.0.1:50051"
-        return LocalTarget(address, registry, token=_operator_token(options.operator_token_file), tls=tls)
+        token = _operator_token(options.operator_token_file)
+        return LocalTarget(address, registry, token=token, connection=connection)
     if kind != "kubernetes":
         raise _no_target(kind)
     from training.cluster.namespace import in_cluster
@@ -151,23 +127,10 @@ def open_target(options: TargetOptions, registry: "Registry") -> "Target":
         connect_cluster(options.namespace, options.context),
         report=timed_lines(),
         inside=options.context is None and in_cluster(),
-        tls=tls,
+        connection=connection,
         generation_address=options.generation_address,
         challenger_address=options.challenger_address,
     )
-
-
-def tls_of(options: TargetOptions) -> "TLS | None":
-    """Return the TLS settings; None for plaintext."""
-    from services.client import TLS
-
-    tls = TLS(
-        ca_file=options.tls_ca,
-        cert_file=options.tls_cert,
-        key_file=options.tls_key,
-        server_name=options.tls_server_name,
-    )
-    return tls if options.tls or tls != TLS() else None
 
 
 def _triton_address(target: str) -> str:

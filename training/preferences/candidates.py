@@ -18,6 +18,7 @@ import soundfile
 
 from services.api.generation import ClipMaker, Generation
 from services.api.model import ModelVersion
+from services.client import OPTION_NAMES
 from services.clip_folder import ClipFolder, generate_pinned
 from services.errors import OutputError, invalid
 from training.data.prompts import on_prompts, report_prompts
@@ -41,7 +42,7 @@ from training.preferences.perturb import PERTURBED
 from training.preferences.sources import Candidate, SourceConfig, model_of, open_source
 
 CLIPS = "clips"
-FREE: Final = ("source.device", "source.threads", "source.in_flight", "source.timeout", "source.server")
+FREE: Final = tuple(f"source.{name}" for name in ("device", "threads", "in_flight", "server", *OPTION_NAMES))
 
 STRATEGIES: Final = ("1.1", "1.2", "2", "3")
 """The strategies of section 4.1.1 of the paper."""

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from services.client import ServiceOptions
 from training.data.store import REPORT, Row, digest_of_value
 from training.loop.config import Plain
 from training.preferences.candidates import (
@@ -135,6 +136,22 @@ def make_preferences(
             partial(write_dataset, config.dataset, candidates, scores, pairs),
         )
     return run.folders
+
+
+def connected(config: PreferencesConfig, options: ServiceOptions) -> PreferencesConfig:
+    """Return `config` whose services are reached by the `options` that were given."""
+    source = replace(config.candidates.source, **options.given)
+    return replace(
+        config,
+        candidates=replace(config.candidates, source=source),
+        scores=replace(config.scores, **options.given),
+    )
+
+
+def uses_services(config: PreferencesConfig) -> bool:
+    """Return whether a stage calls a service."""
+    scores = config.scores
+    return any((config.candidates.source.server, scores.server, scores.reward_server))
 
 
 class _Run:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
-from services.client import AudioClient
+from services.client import OPTION_NAMES, ServiceOptions
 from services.errors import MilongaError, invalid
 from services.files import side_by_side
 from services.local import open_scorers
@@ -34,14 +34,17 @@ from training.preferences.sources import check_addresses
 
 SCORES = "scores.jsonl"
 _CLAP: Final = "reward's CLAP model"
-FREE: Final = ("device", "batch", "in_flight", "timeout", "server", "reward_server", "max_unreadable")
+FREE: Final = ("device", "batch", "in_flight", "server", "reward_server", "max_unreadable", *OPTION_NAMES)
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoresConfig:
-    """The scorers. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order."""
+class ScoresConfig(ServiceOptions):
+    """The scorers. The paper's ensemble is LAION's 630k-audioset-best and 630k-best, in this order.
+
+    The settings of a connection are those of `server` and `reward_server`.
+    """
 
     scorers: tuple[str, ...] = ("mini:clap-a", "mini:clap-b")
     """CLAP models in this process: URIs, each under its model's name, or NAME=URI; of a service, the names of
@@ -60,12 +63,11 @@ class ScoresConfig:
     """Clips scored at once."""
     in_flight: int = 4
     """Concurrent batches to services."""
-    timeout: float = 600.0
-    """Seconds that a service may take for a batch."""
     max_unreadable: float = 0.05
     """Share of clips that may be unreadable before the stage is refused."""
 
     def __post_init__(self) -> None:
+        ServiceOptions.__post_init__(self)
         if not self.scorers and self.reward is None and self.reward_server is None:
             raise ValueError("scorers is empty; name one at least, or a reward model")
         if len(set(self.scorers)) < len(self.scorers):
@@ -73,8 +75,6 @@ class ScoresConfig:
         check_minimum(self, 1, "batch", "in_flight")
         check_share(self, "max_unreadable")
         check_addresses(self, "server", "reward_server")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}, must be seconds above 0")
 
 
 def scores_identity(config: ScoresConfig, candidates: Path, digests: Mapping[str, str]) -> dict[str, Plain]:
@@ -244,13 +244,13 @@ def scorer_digests(config: ScoresConfig, models: Mapping[str, ResolvedModel]) ->
     """Return the digests of the weights that score, by the scorer's name; of the reward model by `REWARD`."""
     found = {name: model.digest for name, model in models.items() if name not in (REWARD, _CLAP)}
     if config.server is not None:
-        with AudioClient(scoring=config.server, timeout=config.timeout) as client:
+        with config.open(scoring=config.server) as client:
             served = client.versions()
         if unknown := [name for name in config.scorers if name not in served]:
             raise invalid("scorers", f"{', '.join(unknown)}: {config.server} serves {', '.join(served)}")
         found = {name: served[name].digest for name in config.scorers}
     if config.reward_server is not None:
-        with AudioClient(reward=config.reward_server, timeout=config.timeout) as client:
+        with config.open(reward=config.reward_server) as client:
             found[REWARD] = client.versions()[REWARD].digest
     elif REWARD in models:
         found[REWARD] = models[REWARD].digest
@@ -268,9 +268,7 @@ def _open(config: ScoresConfig, models: Mapping[str, ResolvedModel]) -> Scorers:
             device=config.device,
         )
     if config.server is not None or config.reward_server is not None:
-        there = AudioClient(
-            scoring=config.server, reward=config.reward_server, timeout=config.timeout, retries=4
-        )
+        there = config.open(scoring=config.server, reward=config.reward_server, retries=4)
     return CombinedScorers(
         clap=here if config.server is None else there,
         reward=here if config.reward_server is None else there,

@@ -1,20 +1,19 @@
 """The generator of the candidates: an engine in this process, or a generation service."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from services.api.generation import ClipMaker, GenerationOptions
 from services.api.model import ModelVersion
-from services.client import AudioClient, address_fault
+from services.client import ServiceOptions, address_fault
 from services.models.folders import DTYPES
 from services.weights.uri import resolve
 from training.loop.checks import check_minimum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """A generator of clips, and the load on it."""
+class SourceConfig(ServiceOptions):
+    """A generator of clips, and the load on it. The settings of a connection are those of `server`."""
 
     model: str = "mini"
     """URI of the model, for an engine in this process."""
@@ -34,16 +33,13 @@ class SourceConfig:
     """Sampling rate of the clips in hertz."""
     encoding: Literal["flac", "wav"] = "flac"
     """Encoding of the clips. Both keep all bits of 16-bit samples."""
-    timeout: float = 600.0
-    """Seconds that a service may take for one clip."""
 
     def __post_init__(self) -> None:
+        ServiceOptions.__post_init__(self)
         check_minimum(self, 1, "batch", "in_flight", "sampling_rate")
         check_addresses(self, "server")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout is {self.timeout}, must be seconds above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,14 +88,14 @@ def model_of(config: SourceConfig) -> ModelVersion:
     """Return the version of the weights that make the clips, without loading them."""
     if config.server is None:
         return resolve(config.model).identity
-    with AudioClient(config.server, timeout=config.timeout) as client:
+    with config.open(config.server) as client:
         return client.get_model().model
 
 
 def open_source(config: SourceConfig) -> ClipMaker:
     """Load the engine's model, or connect to the service."""
     if config.server is not None:
-        return AudioClient(config.server, timeout=config.timeout, retries=4)
+        return config.open(config.server, retries=4)
     from services.engine import EngineConfig
     from services.local import open_clip_maker
 

@@ -22,13 +22,19 @@ from training.finetuning.session import PairData
 from training.finetuning.sft import SftTraining
 from training.loop.config import flatten
 from training.loop.run_folder import claim_folder
+from training.preferences.candidates import FREE as CANDIDATES_FREE
+from training.preferences.scores import FREE as SCORES_FREE
 from training.preferences.scores import ScoresConfig
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
 from training.tracking.register import Provenance, register
 from training.tracking.runs import Tracker, data_digest
 
-FREE = ("processes", "alias", "samples")
+FREE = (
+    *("processes", "alias", "samples"),
+    *(f"preferences.candidates.{name}" for name in CANDIDATES_FREE),
+    *(f"preferences.scores.{name}" for name in SCORES_FREE),
+)
 """Settings that may change when a run is resumed."""
 PRIMARY = "present_and_in_order"
 """The primary figure, if the truth of the prompts is known."""

@@ -8,7 +8,7 @@ Shapes: N clips, B elements of a call, W windows, S samples, D width.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from services.api.generation import ClipMaker
-from services.client import TLS, AudioClient
+from services.client import ServiceOptions
 from services.weights.registry import RegisteredVersion
 from training.data.store import digest_of_value
 from training.evaluation.clip_scores import (
@@ -42,8 +42,8 @@ class ScorerServices:
     """Address of a scoring service; None: in this process."""
     reward: str | None = None
     """Address of a reward service; None: in this process."""
-    tls: TLS | None = None
-    """TLS settings of both; None: plaintext."""
+    connection: ServiceOptions = field(default_factory=ServiceOptions)
+    """How both are reached."""
 
 
 class Examination:
@@ -162,8 +162,9 @@ class Examination:
     def _open_evaluators(self) -> Evaluators:
         """Open what the config names, with the services in place of its scorers and its reward model."""
         services = self._services
-        scoring = AudioClient(scoring=services.scoring, tls=services.tls) if services.scoring else None
-        reward = AudioClient(reward=services.reward, tls=services.tls) if services.reward else None
+        connection = services.connection
+        scoring = connection.open(scoring=services.scoring) if services.scoring else None
+        reward = connection.open(reward=services.reward) if services.reward else None
         return open_evaluators(self.config.evaluation, scoring=scoring, reward=reward)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from services.client import TLS, AudioClient, ModelVersion
+from services.client import AudioClient, ModelVersion, ServiceOptions
 from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training.cluster.namespace import Json
 from training.promotion.errors import RolloutError
@@ -51,7 +51,7 @@ class KubernetesTarget:
         *,
         report: Report,
         inside: bool,
-        tls: TLS | None = None,
+        connection: ServiceOptions | None = None,
         generation_address: str | None = None,
         challenger_address: str | None = None,
         poll_seconds: float = POLL_SECONDS,
@@ -65,7 +65,7 @@ class KubernetesTarget:
             report: prints what is waited for.
             inside: whether this process can connect to pods and to the Service directly. Otherwise pods are
                 reached through the API server.
-            tls: TLS settings for pods and Service; None: plaintext.
+            connection: how pods and Service are reached.
             generation_address: address of the Service from here. None: inside its name; outside the Service
                 is not verified, only each pod.
             challenger_address: address of the challenger from here. None: its pod.
@@ -73,7 +73,8 @@ class KubernetesTarget:
             verify_seconds: see `VERIFY_SECONDS`.
             lease_seconds: see `LEASE_SECONDS`.
         """
-        self._cluster, self._report, self._tls, self._inside = cluster, report, tls, inside
+        self._cluster, self._report, self._inside = cluster, report, inside
+        self._connection = connection or ServiceOptions()
         self._generation_address, self._challenger_address = generation_address, challenger_address
         self._poll, self._verify, self._lease_seconds = poll_seconds, verify_seconds, lease_seconds
         self._forwarding: Forwarding | None = None
@@ -129,7 +130,7 @@ class KubernetesTarget:
         try:
             poll_until(lambda: self._query_error(address), seconds=self._verify)
         except RolloutError as error:
-            check_tls(address, self._tls, f"the Service at {address}")
+            check_tls(address, self._connection.files, f"the Service at {address}")
             raise ServiceUnavailableError(
                 f"the Service at {address} does not answer, and its pods do: {error}; correct "
                 "--generation-address"
@@ -154,7 +155,7 @@ class KubernetesTarget:
 
     def clip_client(self, address: str, timeout: float) -> AudioClient:
         """See `Target`."""
-        return AudioClient(address, tls=self._tls, timeout=timeout, retries=4)
+        return self._connection.open(address, timeout=timeout, retries=4)
 
     def stop_challenger(self) -> None:
         """See `Target`."""
@@ -199,7 +200,7 @@ class KubernetesTarget:
             except CALLER_ERRORS:
                 raise
             except MilongaError:
-                check_tls(address, self._tls, _name(pod))
+                check_tls(address, self._connection.files, _name(pod))
                 return False
         return True
 
@@ -225,7 +226,7 @@ class KubernetesTarget:
     def _query(self, address: str, forwarding: Forwarding | None = None) -> ModelVersion:
         """Return what is served. Raises the cluster's error where the forwarding failed."""
         try:
-            return served_model(address, self._tls)
+            return served_model(address, self._connection)
         except MilongaError as error:
             if forwarding is not None and isinstance(forwarding.error, CALLER_ERRORS):
                 raise forwarding.error from error

@@ -5,7 +5,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
-from services.client import TLS, AudioClient
+from services.client import AudioClient, ServiceOptions
 from services.errors import (
     AlreadyUnderWayError,
     DeadlineExceededError,
@@ -38,16 +38,19 @@ _POLL_SECONDS: Final = 0.5
 class LocalTarget:
     """A generation service at an address, usually of this machine. Implements `Target`."""
 
-    def __init__(self, address: str, registry: Registry, *, token: str, tls: TLS | None = None) -> None:
+    def __init__(
+        self, address: str, registry: Registry, *, token: str, connection: ServiceOptions | None = None
+    ) -> None:
         """Make no call yet.
 
         Args:
             address: address of the service, whose operator rpcs must be enabled.
             registry: registry of the versions that it serves.
             token: the service's operator token.
-            tls: TLS settings; None: plaintext.
+            connection: how the service is reached.
         """
-        self._address, self._registry, self._token, self._tls = address, registry, token, tls
+        self._address, self._registry, self._token = address, registry, token
+        self._connection = connection or ServiceOptions()
         self._challenger: tuple[Pin, str, ExitStack] | None = None
 
     @property
@@ -75,7 +78,7 @@ class LocalTarget:
 
     def check_reach(self) -> None:
         """See `Target`: whether the service accepts the token."""
-        with AudioClient(self._address, tls=self._tls, retries=0) as client:
+        with self._connection.open(self._address, retries=0) as client:
             try:
                 # Without a model nothing changes: refused for that, where the token is right.
                 client.switch_model("", token=self._token, timeout=CALL_SECONDS)
@@ -91,7 +94,7 @@ class LocalTarget:
 
     def current_pin(self) -> Pin | None:
         """See `Target`: the pin of the served weights; None if they are in no registry."""
-        served = served_model(self._address, self._tls)
+        served = served_model(self._address, self._connection)
         return self._registry.pin_of(served.name, served.version, served.digest)
 
     def start_challenger(self, pin: Pin, seconds: float) -> str:
@@ -144,12 +147,12 @@ class LocalTarget:
         """See `Target`."""
         service = f"the service at {self._address}"
         poll_until(
-            lambda: probe(lambda: served_model(self._address, self._tls), digest, service), calls=CALLS
+            lambda: probe(lambda: served_model(self._address, self._connection), digest, service), calls=CALLS
         )
 
     def _switch(self, pin: Pin, seconds: float) -> None:
         end = time.monotonic() + seconds
-        with AudioClient(self._address, tls=self._tls, retries=0) as client:
+        with self._connection.open(self._address, retries=0) as client:
             while True:
                 try:
                     client.switch_model(pin, token=self._token, timeout=max(1.0, end - time.monotonic()))

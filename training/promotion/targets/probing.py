@@ -5,9 +5,9 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from services.client import TLS, AudioClient, ModelVersion
+from services.client import TLS, ModelVersion, ServiceOptions
 from services.errors import InvalidInputError, MilongaError, invalid
 from training.cluster.namespace import ForbiddenError, RequestRefusedError
 from training.promotion.errors import RolloutError
@@ -40,10 +40,12 @@ def place_of(kind: str, address: str) -> str:
     return f"{kind}/{address}"
 
 
-def served_model(address: str, tls: TLS | None = None, *, timeout: float = CALL_SECONDS) -> ModelVersion:
+def served_model(
+    address: str, connection: ServiceOptions | None = None, *, timeout: float = CALL_SECONDS
+) -> ModelVersion:
     """Return the weights served at `address`, by a new connection. Raises what `AudioClient` raises."""
-    options: Any = {"timeout": timeout, "retries": 0, "channel_options": _OWN_CONNECTION}
-    with AudioClient(address, tls=tls, **options) as client:
+    options = connection or ServiceOptions()
+    with options.open(address, timeout=timeout, retries=0, channel_options=_OWN_CONNECTION) as client:
         return client.get_model().model
 
 

@@ -13,7 +13,7 @@ import pytest
 from kubernetes import client
 
 from milonga.v1 import generation_pb2_grpc
-from services.client import TLS
+from services.client import ServiceOptions
 from services.errors import InvalidInputError, MilongaError, ServiceUnavailableError
 from tests.training.promotion.targets.api import Api, Json, Weights, api_served, weights_served
 from training.cluster import namespace
@@ -186,8 +186,8 @@ def image(api: Api, name: str, text: str) -> None:
     api.deployments[name]["spec"]["template"]["spec"]["containers"][0]["image"] = text
 
 
-def outside(cluster: Cluster, tls: TLS | None = None) -> KubernetesTarget:
-    return KubernetesTarget(cluster, report=lambda line: None, inside=False, tls=tls, verify_seconds=0.2)
+def outside(cluster: Cluster) -> KubernetesTarget:
+    return KubernetesTarget(cluster, report=lambda line: None, inside=False, verify_seconds=0.2)
 
 
 def test_a_missing_right_to_reach_pods_is_an_error_before_any_change(cluster: Cluster, api: Api) -> None:
@@ -211,8 +211,10 @@ def test_missing_or_unsupported_tls_is_an_error(
     cluster: Cluster, api: Api, weights: tuple[Weights, int], tmp_path: Path
 ) -> None:
     key, certificate = self_signed(tmp_path)
-    tls = TLS(ca_file=certificate, server_name="generation")
-    target = KubernetesTarget(cluster, report=lambda line: None, inside=True, tls=tls, verify_seconds=0.2)
+    tls = ServiceOptions(tls_ca=certificate, tls_server_name="generation")
+    target = KubernetesTarget(
+        cluster, report=lambda line: None, inside=True, connection=tls, verify_seconds=0.2
+    )
     with pytest.raises(
         InvalidInputError, match=r"--tls: the handshake with pod generation-0 failed: .*plaintext"
     ):
@@ -228,14 +230,18 @@ def test_missing_or_unsupported_tls_is_an_error(
             cluster,
             report=lambda line: None,
             inside=True,
-            tls=tls,
+            connection=tls,
             generation_address=f"127.0.0.1:{api.port}",
             verify_seconds=0.2,
         ).check_reach()
         with pytest.raises(InvalidInputError, match="--tls: is missing, and pod generation-0 uses TLS"):
             KubernetesTarget(cluster, report=lambda line: None, inside=True).check_reach()
         other = KubernetesTarget(
-            cluster, report=lambda line: None, inside=True, tls=TLS(ca_file=certificate), verify_seconds=0.2
+            cluster,
+            report=lambda line: None,
+            inside=True,
+            connection=ServiceOptions(tls_ca=certificate),
+            verify_seconds=0.2,
         )
         with pytest.raises(
             InvalidInputError, match=r"--tls: the handshake with pod generation-0 failed: .*127.0.0.1"
