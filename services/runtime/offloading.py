@@ -133,7 +133,8 @@ class OffLoop:
         seconds, outcome = slice_.result()
         task.seconds += seconds
         self._shares.charge(task.path, seconds / _QUANTUM_SECONDS)
-        if task.is_cancelled:
+        # The future is cancelled some turns of the loop before its caller wakes up and sets `is_cancelled`.
+        if task.is_cancelled or task.done.done():
             self._forget(task)
         elif outcome is not None:
             if task.work and outcome.error is None:

@@ -130,10 +130,10 @@ def explain(call: Call, line: Line | None, reasons: Iterable[Fault]) -> str | No
         return "refused, not logged" if call.code in REFUSALS else during
     if (
         call.code == "RESOURCE_EXHAUSTED"
-        and line.code == "CANCELLED"
+        and line.code in ("CANCELLED", "OK")
         and call.attempt.rpc == "ModelStreamInfer"
     ):
-        # The service does not learn why the stream ended.
+        # The service does not learn why the stream ended: to some calls it looks like its regular end.
         return "a message of a stream over the size limit"
     if call.code == "DEADLINE_EXCEEDED" and call.attempt.timeout is not None:
         if call.attempt.pause and line.code == "OK":
@@ -142,7 +142,9 @@ def explain(call: Call, line: Line | None, reasons: Iterable[Fault]) -> str | No
             return "ended as its deadline passed"
         return during
     if call.code == "OK":
-        return None
+        timeout = call.attempt.timeout
+        is_late = timeout is not None and call.end - call.start >= timeout - _LATE_SECONDS
+        return "answered as its deadline passed" if is_late and line.code == "DEADLINE_EXCEEDED" else None
     # An answer that was given in vain: the connection broke, or the process died before it was sent.
     ends = {*RESTARTING, *TOXIC} - {Fault.DRAIN}
     return during if line.code != "OK" or ends.intersection(faults) else None

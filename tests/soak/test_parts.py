@@ -56,6 +56,7 @@ def _line(code: str, seconds: float = 1.0) -> Line:
     [
         (_call("OK"), _line("CANCELLED"), Fault.KILL),
         (_call("OK"), None, None),
+        (_call("OK", timeout=9.0), _line("DEADLINE_EXCEEDED"), None),
         (_call("UNAVAILABLE"), None, None),
         (_call("UNAVAILABLE"), _line("OK"), None),
         (_call("UNAVAILABLE"), _line("OK"), Fault.DRAIN),
@@ -88,6 +89,7 @@ def test_differences_without_a_reason_are_not_explained(
             "the answer was sent, and not read by its deadline",
         ),
         (_call("PERMISSION_DENIED"), None, None, "refused, not logged"),
+        (_call("OK", timeout=2.0), _line("DEADLINE_EXCEEDED"), None, "answered as its deadline passed"),
     ],
 )
 def test_differences_with_a_reason(

@@ -39,6 +39,23 @@ async def test_no_more_run_at_once_and_what_was_cancelled_before_its_turn_is_not
     assert runs == AT_ONCE + 1
 
 
+async def test_a_caller_may_leave_as_its_work_ends() -> None:
+    """The next work then gets the thread, and the loop reports no error."""
+    off_loop, go_on, errors = OffLoop(), threading.Event(), list[dict[str, object]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    leaving = [asyncio.ensure_future(off_loop(lambda: go_on.wait(30))) for _ in range(AT_ONCE)]
+    waiting = asyncio.ensure_future(off_loop(lambda: 7))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    time.sleep(0.1)  # the work ends, and the loop learns of it in its next turn
+    await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    assert await waiting == 7
+    assert await asyncio.gather(*leaving, return_exceptions=True)
+    assert errors == []
+
+
 async def test_results_and_errors_come_through() -> None:
     off_loop = OffLoop()
     assert await off_loop(lambda: 7) == 7
