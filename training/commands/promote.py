@@ -4,6 +4,7 @@ milonga promote bootstrap mini-base
 milonga promote run --model milonga-tango --version 7
 milonga promote rollback
 milonga promote history --json
+milonga promote gates --power
 milonga promote resume
 """
 
@@ -46,6 +47,15 @@ _MOVED = {
 }
 """Sub-command by the flag that selected it until 0.1."""
 
+GatesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--gates",
+        help="File of gates.",
+        show_default="gates/mini.toml, for the mini family",
+        rich_help_panel="Gates",
+    ),
+]
 Alias = Annotated[
     str,
     typer.Option("--alias", help="Alias of the version that is served."),
@@ -98,15 +108,7 @@ def run(
             "--version", help="Version to promote.", show_default="the one with the alias challenger"
         ),
     ] = None,
-    gates: Annotated[
-        Path | None,
-        typer.Option(
-            "--gates",
-            help="File of gates.",
-            show_default="gates/mini.toml, for the mini family",
-            rich_help_panel="Gates",
-        ),
-    ] = None,
+    gates: GatesFile = None,
     alias: Alias = "champion",
     scoring: Annotated[
         str | None,
@@ -165,6 +167,59 @@ def history(
 
         entries = Ledger(Registry(tracking_uri)).entries()
         typer.echo(history_json(entries) if as_json else "\n".join(history_lines(entries)))
+
+
+@promote.command("gates")
+def print_gates(
+    *,
+    gates: GatesFile = None,
+    power: Annotated[
+        bool, typer.Option("--power", help="Print the chance to pass, by the true difference of two models.")
+    ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", help="The champion's rate.", min=0, max=1, show_default="several"),
+    ] = None,
+    discordant: Annotated[
+        float | None,
+        typer.Option(
+            "--discordant",
+            help="Share of clips on which two equally good models differ.",
+            min=0,
+            max=1,
+            show_default="as if they erred independently",
+        ),
+    ] = None,
+    dependence: Annotated[
+        float,
+        typer.Option(
+            "--dependence", help="Share of prompts whose clips of all seeds are alike.", min=0, max=1
+        ),
+    ] = 0.5,
+    deviation: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--deviation",
+            help="Standard deviation over prompts of challenger - champion, for a figure that is no rate; "
+            "can be repeated.",
+            metavar="FIGURE=SD",
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option("--trials", help="Simulated promotions per chance.", min=100, max=100_000)
+    ] = 2_000,
+) -> None:
+    """Check a file of gates and print its gates; with --power, how likely they are to pass."""
+    with exit_codes(EXIT_CODES):
+        from training.promotion.gates.gates import DEFAULT_GATES, read_gates
+        from training.promotion.gates.power import Assumptions, gate_lines, power_lines, read_deviations
+
+        config = read_gates(gates or DEFAULT_GATES)
+        deviations = read_deviations(deviation or [], config)
+        assumptions = Assumptions(
+            rate=rate, discordant=discordant, dependence=dependence, deviations=deviations, trials=trials
+        )
+        typer.echo("\n".join(power_lines(config, assumptions) if power else gate_lines(config)))
 
 
 @promote.command(epilog=EPILOG)

@@ -40,12 +40,15 @@ class PromptSums:
         return np.asarray(self.sums_P.sum(-1) / self.counts_P.sum(-1))
 
 
-def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence[str]) -> Interval:
-    """Return the mean of the second model minus that of the first, with its 95 % interval over prompts.
+def paired_difference(
+    first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence[str], quantile: float = NORMAL_QUANTILE
+) -> Interval:
+    """Return the mean of the second model minus that of the first, with its interval over prompts.
 
     The interval of rates is that of `rate_difference`, of other means that of `bootstrap_difference`. NaN
     values are ignored for each model separately: order_given_presence, for instance, is defined only for
-    clips with all events. `count` is the number of prompts.
+    clips with all events. `count` is the number of prompts. `quantile` is of the standard normal
+    distribution; the default gives 95 % confidence.
     """
     sides = [np.asarray(side, dtype=float) for side in (first_N, second_N)]
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -54,13 +57,16 @@ def paired_difference(first_N: ArrayLike, second_N: ArrayLike, prompts: Sequence
     if not (first.counts_P.any() and second.counts_P.any()):
         return NOTHING
     rates = all(is_rate(side[~np.isnan(side)]) for side in sides)
-    return rate_difference(first, second) if rates else bootstrap_difference(first, second)
+    return (rate_difference if rates else bootstrap_difference)(first, second, quantile)
 
 
-def bootstrap_difference(first: PromptSums, second: PromptSums) -> Interval:
+def bootstrap_difference(
+    first: PromptSums, second: PromptSums, quantile: float = NORMAL_QUANTILE
+) -> Interval:
     """Return the difference of the means with its percentile bootstrap interval.
 
-    Each resample takes the same prompts for both models.
+    Each resample takes the same prompts for both models. For another `quantile` than that of 95 % the
+    distances of the two ends are scaled: the resamples are too few to determine rarer percentiles.
     """
     prompts = len(first.sums_P)
     picks_RP = np.random.default_rng(SEED).integers(0, prompts, (RESAMPLES, prompts))
@@ -123,7 +129,9 @@ def prompt_resamples(prompts: int, resamples: int) -> Iterator[NDArray[np.int64]
         yield rng.integers(0, prompts, prompts)
 
 
-def normal_interval(value: float, resampled_R: ArrayLike, count: int) -> Interval:
+def normal_interval(
+    value: float, resampled_R: ArrayLike, count: int, quantile: float = NORMAL_QUANTILE
+) -> Interval:
     """Return the interval of a set metric (FAD, KAD, IS): ``value ± 1.96`` standard deviations of resamples.
 
     Quantiles would be biased: a resample contains clips twice, which shifts such metrics, so the quantiles
@@ -131,7 +139,7 @@ def normal_interval(value: float, resampled_R: ArrayLike, count: int) -> Interva
     """
     resampled = np.asarray(resampled_R, dtype=float)
     resampled = resampled[np.isfinite(resampled)]
-    margin = NORMAL_QUANTILE * float(resampled.std(ddof=1)) if len(resampled) > 1 else float("nan")
+    margin = quantile * float(resampled.std(ddof=1)) if len(resampled) > 1 else float("nan")
     return Interval(value=value, low=value - margin, high=value + margin, count=count)
 
 

@@ -76,6 +76,26 @@ class ClipScores:
     prompt_warnings: Mapping[str, Sequence[str]]
     """Of scorers and reward model, by prompt."""
 
+    @classmethod
+    def joined(cls, parts: "Sequence[ClipScores]") -> "ClipScores":
+        """Return the scores of consecutive parts of a plan as those of the whole."""
+        names = list(dict.fromkeys(name for part in parts for name in part.values))
+
+        def column(part: ClipScores, name: str) -> NDArray[np.float64]:
+            return part.values.get(name, np.full(len(part.readable_N), np.nan))
+
+        return cls(
+            values={name: np.concatenate([column(part, name) for part in parts]) for name in names},
+            embeddings={
+                label: _concatenate([part.embeddings[label] for part in parts])
+                for label in parts[0].embeddings
+            },
+            readable_N=np.concatenate([part.readable_N for part in parts]),
+            unreadable={name: reason for part in parts for name, reason in part.unreadable.items()},
+            warnings=tuple(warning for part in parts for warning in part.warnings),
+            prompt_warnings={text: found for part in parts for text, found in part.prompt_warnings.items()},
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class References:

@@ -27,7 +27,7 @@ from training.evaluation.distances import (
 from training.evaluation.divergence import inception_score
 from training.evaluation.prompts import SPLITS
 from training.evaluation.sources import PlannedClip
-from training.objectives.statistics import Interval, mean_interval
+from training.objectives.statistics import NORMAL_QUANTILE, Interval, mean_interval
 
 Metrics = dict[str, Interval]
 """Metrics with their intervals, by name."""
@@ -94,19 +94,23 @@ def metric_intervals(metrics: SplitMetrics) -> Metrics:
     return {name: interval for name, interval in intervals.items() if interval.count}
 
 
-def metric_differences(first: SplitMetrics, second: SplitMetrics) -> Metrics:
+def metric_differences(
+    first: SplitMetrics, second: SplitMetrics, quantile: float = NORMAL_QUANTILE
+) -> Metrics:
     """Return each metric of `second` minus that of `first`, paired by clip and by resample.
 
-    `count` is the number of prompts.
+    `count` is the number of prompts; `quantile` is of the standard normal distribution, by default that of
+    95 % intervals.
     """
     intervals = {
-        name: paired_difference(values, second.values[name], first.prompts)
+        name: paired_difference(values, second.values[name], first.prompts, quantile)
         for name, values in first.values.items()
     }
     for name, metric in first.sets.items():
         other = second.sets[name]
         difference, prompts = other.value - metric.value, len(set(first.prompts))
-        intervals[name] = normal_interval(difference, other.resampled_R - metric.resampled_R, prompts)
+        resampled_R = other.resampled_R - metric.resampled_R
+        intervals[name] = normal_interval(difference, resampled_R, prompts, quantile)
     return {name: interval for name, interval in intervals.items() if interval.count}
 
 

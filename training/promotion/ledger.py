@@ -21,6 +21,8 @@ from training.tracking.register import experiment_id
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+    from training.promotion.gates.examination import Look
+
 EXPERIMENT: Final = "milonga-promotions"
 EVIDENCE: Final = "evidence.json"
 """Artifact: the gates' measurements with confidence intervals, and their verdicts."""
@@ -69,6 +71,8 @@ class LedgerEntry:
     """User and host of the promoter."""
     started: datetime.datetime
     phase: Phase = "begun"
+    look: str = ""
+    """The last look of the gates and its outcome."""
     outcome: Outcome | None = None
     """None: unfinished."""
     reason: str = ""
@@ -79,6 +83,12 @@ class LedgerEntry:
         """Record that `phase` starts."""
         self.phase, self.reason = phase, reason or self.reason
         self.ledger.set_tags(self.run_id, {"phase": phase} | ({"reason": reason} if reason else {}))
+
+    def look_at(self, look: "Look") -> None:
+        """Record a look of the gates: its outcome as a tag, its verdicts as a file."""
+        self.look = str(look)
+        self.ledger.set_tags(self.run_id, {"look": self.look})
+        self.attach(f"look-{look.number}.json", json.dumps(look.row(), indent=1, allow_nan=False))
 
     def attach(self, name: str, text: str) -> None:
         """Attach a file to the entry."""
@@ -220,6 +230,7 @@ class Ledger:
             who=tags.get("who", ""),
             started=_time(run.info.start_time),
             phase=phase,
+            look=tags.get("look", ""),
             outcome=outcome,
             reason=tags.get("reason", ""),
             ended=_time(run.info.end_time) if run.info.end_time else None,
@@ -263,6 +274,7 @@ def history_json(entries: Sequence[LedgerEntry]) -> str:
                 "from": entry.from_pin,
                 "to": entry.to_pin,
                 "phase": entry.phase,
+                "look": entry.look,
                 "outcome": entry.outcome,
                 "reason": entry.reason,
                 "who": entry.who,

@@ -101,7 +101,9 @@ def promote(
             entry.attach(GATES, gates.text)
             entry.enter("gates")
             verdicts, evidence = examination.examine(
-                *(champion, candidate, target, promoter.deadline, report), check=lock.check
+                *(champion, candidate, target, promoter.deadline, report),
+                check=lock.check,
+                record=entry.look_at,
             )
             entry.attach(EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False))
             for verdict in verdicts:

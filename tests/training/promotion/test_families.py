@@ -1,5 +1,6 @@
 """A second family through evaluation, registry, gates and promotion, with real models."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from services.errors import ModelFormatError
 from services.local import open_clip_maker
 from services.models.manifest import write_manifest
 from services.models.mini.tagger import EventTagger
+from services.weights.registry import RegisteredVersion
 from services.weights.uri import resolve
 from tests.tiny import tiny_pipeline, tiny_tangoflux
 from tests.training.promotion.fixtures import MemoryTarget, make_promoter
 from training.evaluation.config import EvaluationConfig, Sampling, WorldPrompts
 from training.evaluation.evaluate import evaluate
+from training.promotion.errors import GatesRefusedError
+from training.promotion.gates.examination import Examination, Look
 from training.promotion.gates.gates import Gate, GatesConfig
+from training.promotion.ledger import EVIDENCE
 from training.promotion.promote import promote
 from training.promotion.registry import Registry
 from training.soundworld.synthesis import CLASSES
@@ -101,6 +106,76 @@ def test_registered_versions_generate_pass_gates_and_are_promoted(
     )
     assert target.served == candidate.uri
     assert any("challenger: 4 of 4 clips generated" in line for line in reported)
+
+
+@pytest.fixture
+def two_versions(store: str, tmp_path: Path) -> tuple[RegisteredVersion, RegisteredVersion]:
+    champion, _ = register(_flux(tmp_path / "base", 0), alias="champion")
+    candidate, _ = register(_flux(tmp_path / "tuned", 1))
+    return champion, candidate
+
+
+def looking(config: EvaluationConfig, margin: float) -> GatesConfig:
+    """Gates of untrained models, none of whose clips is silent: the difference is 0, its interval is wide."""
+    return GatesConfig(
+        evaluation=replace(config, seeds=1),
+        gates=(Gate(metric="silent", margin=margin),),
+        independent=("judge",),
+        looks=2,
+    )
+
+
+def test_more_prompts_are_evaluated_where_the_gates_are_undecided(
+    two_versions: tuple[RegisteredVersion, RegisteredVersion], config: EvaluationConfig
+) -> None:
+    champion, candidate = two_versions
+    target = ServingTarget(champion.uri)
+    promoter, reported = make_promoter(target, Registry())
+    with pytest.raises(GatesRefusedError, match=r"silent: no worse by 0.2 or more, found"):
+        promote(promoter, looking(config, 0.2), model="milonga-tango", version="2")
+    assert "look 1 of 2, 2 prompts: undecided by silent" in reported
+    assert "look 2 of 2, 4 prompts: refused by silent" in reported
+    (entry,) = promoter.ledger.entries()
+    assert entry.look == "look 2 of 2, 4 prompts: refused by silent"
+    first = json.loads(promoter.ledger.read_text(entry.run_id, "look-1.json"))
+    evidence = json.loads(promoter.ledger.read_text(entry.run_id, EVIDENCE))
+    assert (first["prompts"], first["outcome"]) == (2, "undecided")
+    assert evidence["looks"][0] == first
+    assert [look["quantile"] for look in evidence["looks"]] == pytest.approx([2.498, 2.018], abs=1e-3)
+    assert evidence["prompts"]["clips"] == evidence["prompts"]["budget"] == 4
+    assert evidence["challenger"]["clips_made"] == 4
+
+    # The first look is enough for a wide margin, and its clips are there already.
+    target, reported = ServingTarget(champion.uri), []
+    promoter = replace(promoter, target=target, report=reported.append)
+    promote(promoter, looking(config, 0.9), model="milonga-tango", version="2")
+    assert target.served == candidate.uri
+    assert "challenger: 0 of 2 clips generated, the others were cached" in reported
+    assert "look 1 of 2, 2 prompts: passed" in reported
+    assert not any("look 2" in line for line in reported)
+
+
+def test_an_interrupted_promotion_repeats_its_looks(
+    two_versions: tuple[RegisteredVersion, RegisteredVersion], config: EvaluationConfig
+) -> None:
+    """The clips of a look are kept, so another start decides by the same evidence."""
+    champion, candidate = two_versions
+    target = ServingTarget(champion.uri)
+    gates = looking(config, 0.2)
+
+    def die(look: Look) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Examination(gates).examine(champion, candidate, target, 5.0, print, record=die)
+    looks: list[Look] = []
+    _, evidence = Examination(gates).examine(champion, candidate, target, 5.0, print, record=looks.append)
+    assert [(look.number, look.prompts, look.outcome) for look in looks] == [
+        (1, 2, "undecided"),
+        (2, 4, "refused"),
+    ]
+    assert (evidence["champion"]["clips_made"], evidence["challenger"]["clips_made"]) == (2, 2)
+    assert target.challenger == candidate.uri  # left running on the candidate
 
 
 def test_a_version_of_another_family_is_not_promoted(

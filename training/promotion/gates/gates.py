@@ -1,17 +1,19 @@
 """Gates: bounds on the figures of an evaluation, from a file, and their verdicts.
 
+    looks = 4                          # after a quarter of the prompts, a half, …: more where undecided
+
     [evaluation]                       # training.evaluation.config.EvaluationConfig, by its field names
     recipe = "mini"
     seeds = 1
+    world = { count = 640 }            # the budget
 
     [[gate]]
-    metric = "clap"
-    scorer = "clap-b"
-    split = "temporal"
-    minimum_difference = -0.01         # challenger - champion: lower end of the confidence interval
+    metric = "present_and_in_order"
+    margin = 0.05                      # the challenger may be worse by less than this: non-inferiority
 
-Differences are paired: prompts and seeds are the same, and resampled together in the bootstrap. A bound holds
-at 97.5 % confidence, since the intervals are of 95 %.
+Differences are paired: prompts and seeds are the same for both models. A margin or a bound of a difference
+holds at 97.5 % confidence: it is compared with the end of a two-sided 95 % interval, at each look with that
+of `training.promotion.gates.looks`.
 """
 
 import math
@@ -28,7 +30,7 @@ from services.errors import FieldViolation, InvalidInputError, invalid
 from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
 from training.evaluation.events import EVENT_METRICS
 from training.evaluation.prompts import SPLITS
-from training.evaluation.report import Metrics
+from training.evaluation.report import LOWER_IS_BETTER, UNDIRECTED, Metrics
 from training.evaluation.sources import PlannedClip, make_plan
 from training.loop.config import validated
 from training.objectives.statistics import Interval
@@ -40,7 +42,7 @@ LATENCY: Final = "latency"
 JUDGE: Final = "judge"
 """Name of the tagger in ``independent``."""
 
-BOUNDS: Final = ("minimum_difference", "maximum_difference", "minimum", "maximum", "maximum_ratio")
+BOUNDS: Final = ("margin", "minimum_difference", "maximum_difference", "minimum", "maximum", "maximum_ratio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +55,15 @@ class Gate:
     """Scorer of ``clap``, or embedding space of ``fad``, ``kad``, ``kl`` and ``inception``."""
     split: str = "all"
     """Split of the prompts, one of `training.evaluation.prompts.SPLITS`."""
+    margin: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    """Loss that is tolerated: the whole interval of challenger - champion must be better than a loss of this
+    size. The figure's own direction decides what a loss is."""
     minimum_difference: FiniteFloat | None = None
     """Lower bound of challenger - champion, compared with the lower end of its interval."""
     maximum_difference: FiniteFloat | None = None
     """Upper bound of challenger - champion, compared with the upper end of its interval."""
     minimum: FiniteFloat | None = None
-    """Lower bound of the challenger's figure. Not of its interval, which a rate of 0 does not have."""
+    """Lower bound of the challenger's figure itself, not of its interval: no test, at whichever look."""
     maximum: FiniteFloat | None = None
     """Upper bound of the challenger's figure."""
     maximum_ratio: FiniteFloat | None = None
@@ -74,6 +79,21 @@ class Gate:
         """Name and value of the bound."""
         return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lower and upper bound of challenger - champion, each infinite if there is none.
+
+        The bounds of latency are those of the logarithm of the ratio.
+        """
+        name, limit = self.bound
+        if name == "margin":
+            lower_is_better = self.figure.startswith(LOWER_IS_BETTER)
+            return (-math.inf, limit) if lower_is_better else (-limit, math.inf)
+        if name == "maximum_ratio":
+            return -math.inf, math.log(limit)
+        low = limit if name == "minimum_difference" else -math.inf
+        return low, (limit if name == "maximum_difference" else math.inf)
+
     def __post_init__(self) -> None:
         given = [name for name in BOUNDS if getattr(self, name) is not None]
         found = []
@@ -81,6 +101,8 @@ class Gate:
             found.append(f"has {' and '.join(given) or 'no bound'}; give one of {', '.join(BOUNDS)}")
         if ("maximum_ratio" in given) != (self.metric == LATENCY):
             found.append(f"maximum_ratio is for the metric {LATENCY}, whose only bound it is")
+        if self.margin is not None and self.figure.startswith(UNDIRECTED):
+            found.append(f"margin needs a figure with a better end, which {self.metric} has not; give bounds")
         if self.split not in SPLITS:
             found.append(f"has the split {self.split!r}, must be one of {', '.join(SPLITS)}")
         if found:
@@ -96,6 +118,9 @@ class GatesConfig:
     gates: Annotated[tuple[Gate, ...], Field(alias="gate")] = ()
     independent: tuple[str, ...] = ()
     """Names of scorers, or ``judge``, that training has never used."""
+    looks: Annotated[int, Field(ge=1, le=10)] = 1
+    """Times that the gates are decided, at equal shares of the prompts: the next share is evaluated only if
+    the gates are undecided. The prompts of the evaluation are the budget."""
     in_flight: PositiveInt = 4
     """Concurrent requests, the same for champion and challenger."""
     timeout: Annotated[FiniteFloat, Field(gt=0)] = 600.0
@@ -116,13 +141,16 @@ class Verdict:
     champion: Interval | None
     challenger: Interval | None
     difference: Interval | None
-    """Challenger - champion; for latency the ratio."""
+    """Challenger - champion, with the interval of its look; for latency the ratio."""
     passed: bool
+    hopeless: bool = False
+    """Whether the whole interval is beyond the bound: more prompts would not help."""
 
     def __str__(self) -> str:
         name, limit = self.gate.bound
         split = "" if self.gate.split == "all" else f" ({self.gate.split})"
         words = {
+            "margin": f"no worse by {limit:g} or more",
             "minimum_difference": f"difference at least {limit:+g}",
             "maximum_difference": f"difference at most {limit:+g}",
             "minimum": f"at least {limit:g}",
@@ -206,19 +234,35 @@ def decide(
         old, new, difference = (
             figures.get(gate.split, {}).get(gate.figure) for figures in (champion, challenger, differences)
         )
-        name, limit = gate.bound
-        if name == "maximum_ratio":
+        low, high = gate.limits
+        passed = _passes(gate, new, difference)
+        hopeless = difference is not None and (difference.high < low or difference.low > high)
+        if gate.metric == LATENCY:
             old, new, difference = map(_exponential, (old, new, difference))
-        seen = math.nan  # passes no bound
-        if name in ("minimum", "maximum"):
-            seen = math.nan if new is None else new.value
-        elif difference is not None:
-            seen = difference.low if name == "minimum_difference" else difference.high
-        passed = seen >= limit if name.startswith("minimum") else seen <= limit
         verdicts.append(
-            Verdict(gate=gate, champion=old, challenger=new, difference=difference, passed=passed)
+            Verdict(
+                gate=gate,
+                champion=old,
+                challenger=new,
+                difference=difference,
+                passed=passed,
+                hopeless=hopeless,
+            )
         )
     return verdicts
+
+
+def _passes(gate: Gate, challenger: Interval | None, difference: Interval | None) -> bool:
+    name, limit = gate.bound
+    if name in ("minimum", "maximum"):
+        value = math.nan if challenger is None else challenger.value
+        return value >= limit if name == "minimum" else value <= limit
+    if difference is None:
+        return False
+    low, high = gate.limits
+    if name == "margin":
+        return difference.low > low and difference.high < high
+    return difference.low >= low and difference.high <= high
 
 
 def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:

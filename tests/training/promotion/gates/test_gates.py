@@ -32,6 +32,11 @@ BETTER, WORSE = interval(0.1, 0.02, 0.2), interval(0.1, -0.02, 0.2)
             False,
         ),
         (Gate(metric="presence", minimum_difference=0.0), None, None, False),
+        (Gate(metric="presence", margin=0.05), WORSE, None, True),
+        (Gate(metric="presence", margin=0.02), WORSE, None, False),  # exactly the margin
+        (Gate(metric="silent", margin=0.1), BETTER, None, False),  # of which lower is better
+        (Gate(metric="silent", margin=0.3), BETTER, None, True),
+        (Gate(metric="presence", margin=0.05), None, None, False),
         (Gate(metric="kad", scorer="clap-b", maximum_difference=0.2), BETTER, None, True),
         (Gate(metric="kad", scorer="clap-b", maximum_difference=0.1), BETTER, None, False),
         (Gate(metric="silent", maximum=0.02), None, interval(0.02, 0.0, 0.2), True),
@@ -53,6 +58,23 @@ def test_a_bound_holds_or_not(
     assert gate.figure in str(verdict)
 
 
+@pytest.mark.parametrize(
+    ("gate", "hopeless"),
+    [
+        (Gate(metric="presence", margin=0.05), True),
+        (Gate(metric="presence", margin=0.15), False),
+        (Gate(metric="presence", minimum_difference=-0.05), True),
+        (Gate(metric="silent", margin=0.05), False),
+        (Gate(metric="kad", scorer="clap-b", maximum_difference=-0.35), True),
+        (Gate(metric="presence", minimum=0.9), False),
+    ],
+)
+def test_a_gate_is_hopeless_if_the_whole_interval_is_beyond_its_bound(gate: Gate, hopeless: bool) -> None:
+    difference = {"all": {gate.figure: interval(-0.2, -0.3, -0.1)}}
+    (verdict,) = decide([gate], {}, {"all": {gate.figure: interval(0.5, 0.4, 0.6)}}, difference)
+    assert verdict.hopeless is hopeless
+
+
 def test_a_gate_measures_its_own_split() -> None:
     gate = Gate(metric="presence", split="temporal", minimum_difference=0.0)
     differences = {"all": {"presence": BETTER}, "temporal": {"presence": WORSE}}
@@ -69,6 +91,7 @@ def test_the_default_gates_use_independent_scorers() -> None:
     }
     assert config.independent == ("judge", "clap-b")
     assert (config.evaluation.seeds, config.evaluation.world.split) == (1, "validation")
+    assert (config.looks, config.evaluation.world.count) == (4, 640)
     assert config.text == DEFAULT_GATES.read_text()
 
 
@@ -81,18 +104,27 @@ GOOD = '[[gate]]\nmetric = "presence"\nminimum_difference = 0\n'
     [
         ("gate = [", "can't be read"),
         (HEAD, r"has no \[\[gate\]\]"),
-        ("colour = 1\n" + HEAD + GOOD, "colour: is not known; known: evaluation, gate, in_flight"),
+        (
+            "colour = 1\n" + HEAD + GOOD,
+            "colour: is not known; known: evaluation, gate, in_flight, independent, looks",
+        ),
         (
             HEAD + GOOD + '[[gate]]\nmetric = "loudness"\nmaximum = 1\n',
             r"gate 2: has the metric 'loudness', which this evaluation lacks; known: clap.clap-a, clap",
         ),
         (HEAD + GOOD + '[[gate]]\nmetric = "clap"\nscorer = "x"\nminimum = 1\n', "has the metric 'clap.x'"),
-        (HEAD + '[[gate]]\nmetric = "presence"\n', "gate 1: has no bound; give one of minimum_difference"),
+        (HEAD + '[[gate]]\nmetric = "presence"\n', "gate 1: has no bound; give one of margin, minimum_diff"),
+        (HEAD + '[[gate]]\nmetric = "presence"\nmargin = 0\n', "gate 1.margin: is 0, must be greater than 0"),
+        (
+            HEAD + '[[gate]]\nmetric = "loudness_db"\nmargin = 1\n',
+            "gate 1: margin needs a figure with a better end, which loudness_db has not; give bounds",
+        ),
+        ("looks = 0\n" + HEAD + GOOD, "looks: is 0, must be greater than or equal to 1"),
         (HEAD + GOOD + "maximum = 1\n", "has minimum_difference and maximum; give one"),
         (HEAD + GOOD + 'split = "long"\n', "has the split 'long', must be one of all, temporal"),
         (
             HEAD + GOOD + "colour = 1\n",
-            r"gate 1.colour: is not known; known: maximum, maximum_difference, .*, metric, minimum",
+            r"gate 1.colour: is not known; known: margin, maximum, maximum_difference, .*, metric, minimum",
         ),
         (
             HEAD + '[[gate]]\nmetric = "presence"\nminimum = "x"\n',
