@@ -329,14 +329,19 @@ class Captioner(nn.Module):
             raise invalid("max_new_tokens", f"is {tokens}; it must be from 1 to {MAX_TOKENS}")
         if not len(audio_BAD):
             return []
-        prompt_LD = self._embed(torch.tensor(self.prompt_ids(), device=self.device))
-        prompts_BLD = torch.cat(
-            [audio_BAD.to(prompt_LD.dtype), prompt_LD.expand(len(audio_BAD), -1, -1)], dim=1
-        )
         found = search(
-            self.language_model, prompts_BLD, beams, end=self.tokenizer.eos_token_id, max_new_tokens=tokens
+            self.language_model,
+            self.prompts(audio_BAD),
+            beams,
+            end=self.tokenizer.eos_token_id,
+            max_new_tokens=tokens,
         )
         return [[self._candidate(one, size) for one, size in zip(row, beams, strict=True)] for row in found]
+
+    def prompts(self, audio_BAD: Tensor) -> Tensor:
+        """Return the embeddings [B, A + L, D] that the language model continues: audio, then the prompt."""
+        prompt_LD = self._embed(torch.tensor(self.prompt_ids(), device=self.device))
+        return torch.cat([audio_BAD.to(prompt_LD.dtype), prompt_LD.expand(len(audio_BAD), -1, -1)], dim=1)
 
     def _candidate(self, found: Hypothesis, size: int) -> Candidate:
         with self._tokenizing:

@@ -9,17 +9,12 @@ reproduce: declare-lab/tango at 34ecd38 (``tango.py``, ``models.py``, ``audioldm
 Shapes: C channels, K spectrum bins, M mel bins.
 """
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -30,7 +25,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from services.errors import ModelFormatError, ModelNotFoundError, OutputError
+from services.errors import ModelFormatError, ModelNotFoundError
+from services.models.conversion import folder_or_hub, new_folder
 from services.models.folders import cause, describe_weights, read_json, read_pickle
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
@@ -144,14 +140,14 @@ def convert_checkpoint(
     """
     report = progress or (lambda _: None)
     _require_released(source)
-    text_folder = text_encoder_folder(text_encoder)
+    text_folder = folder_or_hub("text encoder", text_encoder, "google/flan-t5-large", _TEXT_ENCODER_FILES)
     main_config = read_json(source / "main_config.json")
     vae_config = read_json(source / "vae_config.json")
     stft_config = read_json(source / "stft_config.json")
     check_main_config(main_config)
     with quiet_loading():
         tokenizer, text_config = load_text_config(text_folder)
-    with _new_folder(target) as folder, quiet_loading():
+    with new_folder(target) as folder, quiet_loading():
         report("mel filters")
         check_stft(stft_config, read_weights(source / STFT))
 
@@ -240,28 +236,6 @@ def unet_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"main_config.json names {named}, which is unknown; put that file into {source}"
         )
     return dict(embedded)
-
-
-def text_encoder_folder(text_encoder: str) -> Path:
-    """Return the folder of FLAN-T5's config and tokenizer for ``DIR`` or ``hf:OWNER/NAME``."""
-    if not text_encoder.startswith("hf:"):
-        folder = Path(text_encoder).expanduser()
-        if not folder.is_dir():
-            raise ModelNotFoundError(
-                f"text encoder: {folder} is not a folder; give one, or hf:google/flan-t5-large"
-            )
-        return folder
-    from huggingface_hub import snapshot_download  # imported only for the hub
-
-    repository = text_encoder.removeprefix("hf:")
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(_TEXT_ENCODER_FILES)))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelNotFoundError(
-            f"text encoder: {text_encoder} can't be fetched ({reason}); set HF_HUB_OFFLINE=0 if it is 1, "
-            "or download it and give its folder"
-        ) from error
 
 
 def load_text_config(folder: Path) -> tuple[PreTrainedTokenizerBase, T5Config]:
@@ -497,25 +471,3 @@ def _require_released(source: Path) -> None:
     known = ((path, describe_weights(path)) for path in (source / MAIN, source / VAE, source / STFT))
     if wrong := [f"{path} is {found}" for path, found in known if found]:
         raise ModelFormatError("; ".join(wrong))
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `target`; rename it to `target` on success, remove it on failure."""
-    if target.exists():
-        raise OutputError(f"{target} exists already; remove it or choose another folder")
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        yield temporary
-        # mkdtemp's 0700 and safetensors' 0600 would make the model unreadable for a service's user.
-        temporary.chmod(0o755)
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.rename(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{target} can't be written: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
