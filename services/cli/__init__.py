@@ -8,6 +8,7 @@
     milonga token studio --output studio.token >> callers.toml
     milonga triton export --model mini repository/
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
+    milonga convert-captioner EAT.pt MODEL.pt PEFT_FOLDER slam-aac/ --language-model DIR
     milonga doctor
 
 Importing this module does not import torch: each command imports what it needs when it runs. Training adds
@@ -108,6 +109,7 @@ def build_app() -> typer.Typer:
     app.command("up", epilog=up.EPILOG)(up.up)
     app.command()(fetch.fetch)
     app.command()(convert.convert)
+    app.command("convert-captioner")(convert.convert_captioner)
     app.command()(token.token)
     app.add_typer(triton.app, name="triton")
     app.command()(doctor.doctor)

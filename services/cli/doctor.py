@@ -28,7 +28,7 @@ Status = Literal["ok", "note", "missing"]
 
 _MARKERS = {
     "serving": "torch",
-    "training": "accelerate",
+    "training": "datasets",
     "triton": "tritonclient",
     "laion-clap": "laion-clap",
     "dev": "pytest",
