@@ -19,12 +19,12 @@ from typing import Any, Final, Literal, NamedTuple
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError, invalid
 
-PROMPT_NAMES: Final = ("prompt", "captions", "caption", "text")
+PROMPT_NAMES: Final = ("prompt", "captions", "caption", "text", "target")
 AUDIO_NAMES: Final = (
-    "audio", "location", "audio_path", "path", "wav", "file", "file_name", "filename",
+    "audio", "location", "audio_path", "path", "wav", "file", "file_name", "filename", "source",
 )  # fmt: skip
 """Names of columns; the first that a row has is used. AudioCaps has `caption`, Tango `location` and
-`captions`, WavCaps `audio` and `caption`, Clotho `file_name`."""
+`captions`, WavCaps `audio` and `caption`, Clotho `file_name`, SLAM-AAC `source` and `target`."""
 
 STANDARD_INPUT: Final = Path("-")
 

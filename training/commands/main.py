@@ -7,6 +7,7 @@ import typer
 from rich.progress import track
 
 from services.errors import OutputError, invalid
+from training.commands import captioning as captioning_commands
 from training.commands import evaluate as evaluate_command
 from training.commands import finetune as finetune_commands
 from training.commands import run as run_command
@@ -105,6 +106,8 @@ train.command()(finetune_commands.sft)
 train.command()(finetune_commands.dpo)
 train.command()(finetune_commands.baton)
 train.command()(evaluate_command.evaluate)
+train.command()(captioning_commands.paraphrase)
+train.command()(captioning_commands.evaluate_captions)
 train.command()(tracking_cli.register)
 train.command()(tracking_cli.sync)
 train.command()(run_command.run)

@@ -30,13 +30,13 @@ from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
 from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
-from training.data.examples import Clip, LabelledClip, Pair, check_prompts, check_readable, read_pairs
+from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
-from training.data.prompts import places_of, report_prompts
+from training.data.prompts import HasPrompt, places_of, report_prompts
 from training.loop.checks import check_minimum, check_share
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
-from training.loop.run_folder import JOURNAL, claim_folder, finished_report, read_journal
+from training.loop.run_folder import JOURNAL, check_output, claim_folder, finished_report, read_journal
 from training.objectives.noising import Noising, NoisingConfig, draw_noising, mean_products, residuals
 from training.objectives.objective import OBJECTIVES, Objective
 
@@ -267,7 +267,7 @@ def open_session(
         ModelError: the start is no generator, or predicts what its family can't be trained for.
         OutputError: `output` can't be written, or holds something else.
     """
-    check_output(output)
+    check_output(output, TRAINING)
     accelerator = make_accelerator(config.loop)
     run = output.with_name(f"{output.name}.run")
     start = resolve(config.start)
@@ -411,7 +411,7 @@ def readable(
 
 
 def report_data(
-    examples: Iterable[Pair | LabelledClip], pairs: Sequence[tuple[Clip, Clip | None]], session: Session
+    examples: Iterable[HasPrompt], pairs: Sequence[tuple[Clip, Clip | None]], session: Session
 ) -> dict[str, Any]:
     """Return the entries of the report on prompts and clips that may be wrong, and print warnings.
 
@@ -484,20 +484,6 @@ def last_figures(journal: Path, share: float = 0.1) -> dict[str, float]:
     timed = ("step", "seconds", "samples_per_second", "time")
     names = [name for name in last[-1] if name not in timed] if last else []
     return {name: sum(row[name] for row in last) / len(last) for name in names}
-
-
-def check_output(output: Path) -> None:
-    """Raise `OutputError` if `output` can't become the model's folder, or holds something else."""
-    if (
-        output.exists()
-        and (not output.is_dir() or any(output.iterdir()))
-        and not (output / TRAINING).exists()
-    ):
-        raise OutputError(f"{output} is there and was not made by a training; give another --output")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output.parent} can't be made: {error.strerror}; write elsewhere") from error
 
 
 def write_pipeline(

@@ -1,6 +1,7 @@
-"""Fine-tune a denoiser on the chosen clips of preference pairs: the plain denoising loss.
+"""Fine-tune a denoiser on the chosen clips of pairs, or on clips with captions: the plain denoising loss.
 
     milonga train sft --recipe mini --set data.pairs=pairs.parquet
+    milonga train sft --recipe mini --set captions=captions.jsonl
     accelerate launch -m services.cli train sft --recipe tango2 …
 
 `milonga serve generation --model file:…` serves what it writes, and `train_dpo` can start from it. It is the
@@ -17,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.data.examples import Pair
+from training.data.captions import CaptionExample, list_files, read_examples
+from training.data.examples import Clip
 from training.finetuning.session import (
     FineTuning,
     PairData,
@@ -40,12 +42,24 @@ class SftTraining(FineTuning):
     """One supervised fine-tuning. Each pair's chosen clip is an example, as often as it was chosen."""
 
     data: PairData = field(default_factory=PairData)
+    captions: tuple[Path, ...] = ()
+    """Lists or folders of clips with captions (`training.data.captions`), with pairs or without."""
     min_snr: float = 0.0
     """Gamma of min-SNR weights (upstream takes 5 in pretraining); 0: all timesteps weigh the same."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
         check_minimum(self, 0, "min_snr")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Return whether pairs are read; without captions they must be there."""
+        return bool(self.data.pairs) or not self.captions
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the files of pairs and of captions. Raises `InvalidInputError` if there is none."""
+        pairs = self.data.files() if self.has_pairs else ()
+        return (*pairs, *(file for path in self.captions for file in list_files(path)))
 
 
 def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -60,32 +74,39 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         OutputError: `output` can't be written, or holds something else.
     """
     unusable: dict[str, str] = {}
-    pairs = config.data.read(unusable)
-    session, report = open_session(config, output, config.data.files(), {}, fresh=fresh)
+    pairs = config.data.read(unusable) if config.has_pairs else []
+    root = config.data.audio_root
+    captioned = [one for path in config.captions for one in read_examples(path, root, unusable)]
+    chosen = [CaptionExample(clip=one.chosen, caption=one.prompt, place=one.place) for one in pairs]
+    examples = chosen + captioned
+    session, report = open_session(config, output, config.files(), {}, fresh=fresh)
     if report is not None:
         return report
-    pairs, unreadable = readable(
-        pairs,
-        lambda pair: [pair.chosen],
-        lambda pair: pair.prompt,
+    examples, unreadable = readable(
+        examples,
+        lambda example: [example.clip],
+        lambda example: example.caption,
         session,
         config.data.max_unreadable,
         unusable,
     )
-    content = report_data(pairs, [(pair.chosen, pair.rejected) for pair in pairs], session)
-    loop = loop_of(config, len(pairs))
+    left = {example.clip for example in examples}
+    clips: list[tuple[Clip, Clip | None]] = [(pair.chosen, pair.rejected) for pair in pairs]
+    clips += [(example.clip, None) for example in captioned]
+    content = report_data(examples, [one for one in clips if one[0] in left], session)
+    loop = loop_of(config, len(examples))
     policy = build_policy(config, session.start)
     fitted = fit(
         policy,
         adamw(policy, loop),
-        partial(loss_of, config=config, batch=loop.batch, pairs=pairs, session=session),
+        partial(loss_of, config=config, batch=loop.batch, examples=examples, session=session),
         loop,
         session.run,
         accelerator=session.accelerator,
         title=f"sft {config.name}",
     )
     data = {
-        "examples": len(pairs),
+        "examples": len(examples),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
         "unusable_prompts": unusable,
         **content,
@@ -99,14 +120,15 @@ def loss_of(
     *,
     config: SftTraining,
     batch: int,
-    pairs: Sequence[Pair],
+    examples: Sequence[CaptionExample],
     session: Session,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the denoising loss of the chosen clips at `positions`."""
-    picked = [pairs[index] for index in examples_at(positions, len(pairs), config.loop.seed)]
-    clean_BX = session.latents.clips([pair.chosen for pair in picked])
+    """Return the denoising loss of the clips at `positions`."""
+    picked = [examples[index] for index in examples_at(positions, len(examples), config.loop.seed)]
+    clean_BX = session.latents.clips([example.clip for example in picked])
     noising = session.noising(positions, clean_BX, batch)
-    errors_B = errors_of(policy, clean_BX, [pair.prompt for pair in picked], noising, session).policy_B
+    captions = [example.caption for example in picked]
+    errors_B = errors_of(policy, clean_BX, captions, noising, session).policy_B
     weights_B = (
         session.objective.min_snr_weights(noising.timesteps_B.to(errors_B.device), config.min_snr)
         if config.min_snr

@@ -66,6 +66,8 @@ class LoopConfig:
     """Steps of linear warm-up."""
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate decays linearly to zero (1: from the start)."""
+    horizon: int = 0
+    """Step at which the rate is zero, if the training may end before; 0: its end."""
     weight_decay: float = 0.01
     """AdamW's weight decay, as a multiple of the learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -85,12 +87,15 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "steps", "batch", "accumulation")
-        check_minimum(self, 0, "seed", "learning_rate", "warmup", "weight_decay", "clip", "threads")
+        check_minimum(
+            self, 0, "seed", "learning_rate", "warmup", "horizon", "weight_decay", "clip", "threads"
+        )
         check_share(self, "decay", "ema")
 
     def rate_at(self, step: int) -> float:
         """Return the factor of the learning rate at `step`: warm-up, constant, linear decay to zero."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        end = self.horizon or self.steps
+        left = max(0.0, (end - step) / max(1.0, self.decay * end))
         return min(1.0, (step + 1) / max(1, self.warmup), left)
 
 
@@ -138,6 +143,8 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """Return an accelerator on the configured device. It replaces an earlier one of this process."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.mixed_precision == "fp16" and (config.device == "cpu" or not torch.accelerator.is_available()):
+        raise invalid("loop.mixed_precision", "is fp16, which needs a GPU; give bf16 or no")
     # Without this a second stage in one process could not have another mixed precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)

@@ -80,6 +80,16 @@ def claim_folder(
         raise OutputError(f"{folder} can't be used: {error}; write elsewhere, or give --fresh") from error
 
 
+def check_output(output: Path, marker: str) -> None:
+    """Raise `OutputError` if `output` can't become a model's folder, or holds anything without `marker`."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / marker).exists():
+        raise OutputError(f"{output} is there and was not made by a training; give another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output.parent} can't be made: {error.strerror}; write elsewhere") from error
+
+
 def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> None:
     """Write ``step-…/state.pt`` into `folder`, whole or not at all, and drop all but the last `KEPT`.
 

@@ -1,6 +1,6 @@
-"""Perturb captions by a large language model, through any endpoint for OpenAI's chat completions.
+"""Captions by a large language model: any endpoint for OpenAI's chat completions, or a model in this process.
 
-Address, model and key come from the config or from the environment (``MILONGA_LLM_URL``,
+Address, model and key of an endpoint come from the config or from the environment (``MILONGA_LLM_URL``,
 ``MILONGA_LLM_MODEL``, ``MILONGA_LLM_KEY``); the key is never part of a config, a file or a message. Answers
 are structured output (JSON schema), checked, and cached on disk under a digest of the whole request.
 """
@@ -12,6 +12,7 @@ import os
 import random
 import time
 import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,6 +23,7 @@ from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training.data.store import Row, digest_of_value, write_json
 from training.loop.checks import check_minimum
+from training.preferences.local_chat import LocalChat
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
 
 URL_VARIABLE: Final = "MILONGA_LLM_URL"
@@ -70,6 +72,8 @@ _SHORTER, _LONGER = 0.3, 3.0
 class LLMConfig:
     """Model, endpoint and retries."""
 
+    folder: Path | None = None
+    """Folder of an instruction model of transformers, with a chat template, to use instead of an endpoint."""
     base_url: str | None = None
     """Address without ``/chat/completions``: https://api.openai.com/v1. None: MILONGA_LLM_URL."""
     model: str | None = None
@@ -100,22 +104,28 @@ class LLMConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be seconds above 0")
 
 
-class LLMPerturber:
-    """Perturbs captions by a language model. Thread-safe."""
+class ChatModel:
+    """A language model that answers with captions. Thread-safe."""
 
     def __init__(self, config: LLMConfig, cache: Path) -> None:
-        """Raises `InvalidInputError` if address or model are missing."""
+        """Raises `InvalidInputError` if address or model are missing, `ModelError` if a folder is refused."""
+        self._config, self._cache = config, cache
+        if config.folder is not None:
+            self._local: LocalChat | None = LocalChat(config.folder)
+            self._model = str(config.folder)
+            return
+        self._local = None
         base = config.base_url or os.environ.get(URL_VARIABLE)
         model = config.model or os.environ.get(MODEL_VARIABLE)
         if not base or urllib.parse.urlsplit(base).scheme not in ("http", "https"):
             raise invalid(
                 "llm.base_url",
                 f"is {base!r}, must be the http(s) address of an OpenAI-compatible endpoint; set it, or "
-                f"{URL_VARIABLE}",
+                f"{URL_VARIABLE}, or llm.folder",
             )
         if not model:
             raise invalid("llm.model", f"is missing; set it, or {MODEL_VARIABLE}")
-        self._config, self._model, self._cache = config, model, cache
+        self._model = model
         self._url = f"{base.rstrip('/')}/chat/completions"
         key = os.environ.get(config.key_variable)
         self._headers: dict[str, str | openai.Omit] = {} if key else {"Authorization": openai.omit}
@@ -128,46 +138,73 @@ class LLMPerturber:
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
-    def perturb(self, caption: str, strategy: Strategy, count: int) -> list[Perturbation]:
-        """See `Perturber`.
+    def captions(
+        self,
+        system: str,
+        task: str,
+        subject: str,
+        properties: Mapping[str, Row],
+        usable: Callable[[Sequence[Row]], list[Row]],
+    ) -> list[Row]:
+        """Return what `usable` makes of the captions of an answer, which is cached.
+
+        Args:
+            system: the system message.
+            task: what is to be written.
+            subject: what it is about: the end of the user's message.
+            properties: JSON schemas of the fields of a caption other than its `text`.
+            usable: returns the rows to keep. Raises `BadAnswerError`, KeyError, TypeError or ValueError if
+                the answer is useless.
 
         Raises:
             BadAnswerError: no usable answer after all retries.
             ServiceUnavailableError: the endpoint can't be reached, or refuses after all retries.
             MilongaError: the endpoint refuses the request itself.
         """
-        body = self._body(caption, strategy, count)
+        body = self._body(system, task, subject, {"text": {"type": "string"}, **properties})
         path = self._cache / f"{digest_of_value(body)}.json"
         if (kept := _kept(path)) is not None:
             return kept
         fault = ""
-        for _ in range(1 + self._config.bad_answers):
+        for attempt in range(1 + self._config.bad_answers):
             try:
-                found = _read_answer(self._ask(body), caption, count)
+                found = usable(_captions(self._answer(body, attempt)))
             except BadAnswerError as error:
                 fault = str(error)
                 continue
-            write_json(path, [{"text": one.text, "kind": one.kind} for one in found])
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                fault = f"the answer does not fit the schema: {type(error).__name__}: {error}"
+                continue
+            write_json(path, found)
             return found
         raise BadAnswerError(fault)
 
-    def _body(self, caption: str, strategy: Strategy, count: int) -> Row:
-        task = _TASKS[strategy].format(count=count) + _CHANGES
+    def _body(self, system: str, task: str, subject: str, properties: Mapping[str, Row]) -> Row:
         if self._config.structured != "json_schema":
-            task += ' Answer with JSON alone: {"captions": [{"text": "…", "change": "…"}]}'
+            example = dict.fromkeys(properties, "…")
+            answer = json.dumps({"captions": [example]}, ensure_ascii=False)
+            task += f" Answer with JSON alone: {answer}"
         body: Row = {
             "model": self._model,
             "temperature": self._config.temperature,
             "messages": [
-                {"role": "system", "content": _SYSTEM},
-                {"role": "user", "content": f"{task}\n\nCaption: {json.dumps(caption, ensure_ascii=False)}"},
+                {"role": "system", "content": system},
+                {"role": "user", "content": f"{task}\n\n{subject}"},
             ],
         }
         if self._config.structured == "json_schema":
-            body["response_format"] = {"type": "json_schema", "json_schema": _SCHEMA}
+            body["response_format"] = {"type": "json_schema", "json_schema": _schema(properties)}
         elif self._config.structured == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body
+
+    def _answer(self, body: Row, attempt: int) -> Any:
+        """Return the answer in the form of an endpoint's."""
+        if self._local is None:
+            return self._ask(body)
+        seed = int(digest_of_value([body, attempt])[:8], 16)
+        text = self._local.answer(body["messages"], body["temperature"], seed)
+        return {"choices": [{"message": {"content": text}}]}
 
     def _ask(self, body: Row) -> Any:
         """Return the endpoint's answer, after up to `attempts` requests."""
@@ -202,49 +239,59 @@ class LLMPerturber:
             raise BadAnswerError(f"the endpoint answered no JSON: {content[:80]!r}") from error
 
 
-_SCHEMA: Final[Row] = {
-    "name": "captions",
-    "strict": True,
-    "schema": {
+class LLMPerturber:
+    """Perturbs captions by a language model. Thread-safe."""
+
+    def __init__(self, config: LLMConfig, cache: Path) -> None:
+        """Raises as `ChatModel`."""
+        self._chat = ChatModel(config, cache)
+
+    def perturb(self, caption: str, strategy: Strategy, count: int) -> list[Perturbation]:
+        """See `Perturber`. Raises as `ChatModel.captions`."""
+
+        def usable(rows: Sequence[Row]) -> list[Row]:
+            found: dict[str, Row] = {}
+            for row in rows:
+                text, kind = " ".join(str(row["text"]).split()), _kind(row["change"])
+                same = text.casefold().rstrip(". ")
+                if same != caption.casefold().rstrip(". ") and same not in found and _is_fit(text, caption):
+                    found[same] = {"text": text, "kind": kind}
+            if len(found) < count:
+                raise BadAnswerError(f"{len(found)} of {count} captions are usable")
+            return list(found.values())[:count]
+
+        task = _TASKS[strategy].format(count=count) + _CHANGES
+        subject = f"Caption: {json.dumps(caption, ensure_ascii=False)}"
+        change: Row = {"type": "string", "enum": list(KINDS)}
+        rows = self._chat.captions(_SYSTEM, task, subject, {"change": change}, usable)
+        return [Perturbation(text=row["text"], kind=_kind(row["kind"])) for row in rows]
+
+
+def _schema(properties: Mapping[str, Row]) -> Row:
+    """Return the schema of an answer whose captions have these fields."""
+    caption = {
         "type": "object",
-        "properties": {
-            "captions": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {
-                        "text": {"type": "string"},
-                        "change": {"type": "string", "enum": list(KINDS)},
-                    },
-                    "required": ["text", "change"],
-                    "additionalProperties": False,
-                },
-            }
-        },
-        "required": ["captions"],
+        "properties": dict(properties),
+        "required": list(properties),
         "additionalProperties": False,
-    },
-}
+    }
+    return {
+        "name": "captions",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"captions": {"type": "array", "items": caption}},
+            "required": ["captions"],
+            "additionalProperties": False,
+        },
+    }
 
 
-def _read_answer(answer: Any, caption: str, count: int) -> list[Perturbation]:
-    """Return the first `count` valid captions of an answer. Raises `BadAnswerError` if there are fewer."""
-    try:
-        content = answer["choices"][0]["message"]["content"]
-        rows = json.loads(_unfenced(content))["captions"]
-        pairs = [(" ".join(str(row["text"]).split()), _kind(row["change"])) for row in rows]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadAnswerError(
-            f"the answer does not fit the schema: {type(error).__name__}: {error}"
-        ) from error
-    found: dict[str, Perturbation] = {}
-    for text, kind in pairs:
-        same = text.casefold().rstrip(". ")
-        if same != caption.casefold().rstrip(". ") and same not in found and _is_fit(text, caption):
-            found[same] = Perturbation(text=text, kind=kind)
-    if len(found) < count:
-        raise BadAnswerError(f"{len(found)} of {count} captions are usable")
-    return list(found.values())[:count]
+def _captions(answer: Any) -> list[Row]:
+    """Return the captions of an answer. Raises as `ChatModel.captions` says of `usable`."""
+    content = answer["choices"][0]["message"]["content"]
+    rows: list[Row] = json.loads(_unfenced(content))["captions"]
+    return rows
 
 
 def _is_fit(text: str, caption: str) -> bool:
@@ -265,10 +312,10 @@ def _unfenced(content: str) -> str:
     return text.partition("\n")[2].rpartition("```")[0] if text.startswith("```") else text
 
 
-def _kept(path: Path) -> list[Perturbation] | None:
+def _kept(path: Path) -> list[Row] | None:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [Perturbation(text=row["text"], kind=row["kind"]) for row in rows]
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+        return rows if all(isinstance(row["text"], str) for row in rows) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -7,7 +7,7 @@ import functools
 from string import Formatter
 
 from services.api.reading import EventReader, Reading, events_json
-from training.soundworld.captions import TEMPLATES, VOCABULARY, CaptionTruth
+from training.soundworld.captions import TEMPLATES, VOCABULARY, CaptionTruth, Relation
 
 Template = tuple[list[str], list[list[int]]]
 """Links, and steps of places in the text."""
@@ -46,6 +46,18 @@ def grammar_reader() -> EventReader:
 def grammar_events() -> str:
     """Return the grammar as the file `events.json` of a captioner."""
     return events_json(wordings(), templates())
+
+
+def truth_of(reading: Reading) -> CaptionTruth | None:
+    """Return the truth that a caption of the grammar states; None if it is no whole caption of it."""
+    if reading.unread or not reading.steps:
+        return None
+    if len(reading.steps) == 1:
+        relation: Relation = "single" if len(reading.events) == 1 else "while"
+        return CaptionTruth(classes=reading.events, relation=relation)
+    if any(len(step) > 1 for step in reading.steps):
+        return None
+    return CaptionTruth(classes=tuple(next(iter(step)) for step in reading.steps), relation="then")
 
 
 def truth_reading(truth: CaptionTruth) -> Reading:

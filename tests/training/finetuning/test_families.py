@@ -17,6 +17,7 @@ from services.models.manifest import verify_manifest, write_manifest
 from services.weights.uri import resolve
 from tests.tiny import tiny_tangoflux
 from tests.training.finetuning.finetune_program import LOOP, dpo, losses_of, rows_of, some_pairs, write_model
+from training.data.captions import CaptionExample
 from training.finetuning import sft as sft_module
 from training.finetuning.baton import BatonData, train_baton
 from training.finetuning.dpo import train_dpo
@@ -77,20 +78,21 @@ def test_sft_lowers_the_flow_error_and_writes_a_generator(
 
 def test_the_loss_is_the_flow_error_worked_out_from_the_definition(sft: SftTraining, tmp_path: Path) -> None:
     session, _ = open_session(sft, tmp_path / "model", sft.data.files(), {}, fresh=False)
-    pairs, _ = readable(sft.data.read(), lambda pair: [pair.chosen], lambda pair: pair.prompt, session, 0.0)
+    read = [CaptionExample(clip=pair.chosen, caption=pair.prompt) for pair in sft.data.read()]
+    examples, _ = readable(read, lambda one: [one.clip], lambda one: one.caption, session, 0.0)
     policy = build_policy(sft, session.start)
     positions = np.arange(8)
     unweighted = replace(sft, noising=replace(FLOW, condition_dropout=0.0))
     session = replace(session, config=unweighted)
     with torch.no_grad():
         loss, _ = sft_module.loss_of(
-            policy, positions, config=unweighted, batch=8, pairs=pairs, session=session
+            policy, positions, config=unweighted, batch=8, examples=examples, session=session
         )
-        picked = [pairs[index] for index in examples_at(positions, len(pairs), sft.loop.seed)]
-        clean = session.latents.clips([pair.chosen for pair in picked])
+        picked = [examples[index] for index in examples_at(positions, len(examples), sft.loop.seed)]
+        clean = session.latents.clips([example.clip for example in picked])
         drawn = session.noising(positions, clean, 8)
         share = drawn.timesteps_B[:, None, None] / 1000
-        text = session.latents.text([pair.prompt for pair in picked])
+        text = session.latents.text([example.caption for example in picked])
         predicted = policy.denoiser(
             (1 - share) * clean + share * drawn.noise_BX,
             drawn.timesteps_B,

@@ -1,8 +1,10 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from services.models.manifest import verify_manifest
@@ -16,6 +18,7 @@ from tests.training.finetuning.finetune_program import (
     write_model,
     write_pairs,
 )
+from training.data.captions import CaptionExample
 from training.finetuning.session import LoraConfig, PairData, build_policy, open_session, readable
 from training.finetuning.sft import SftTraining, loss_of, train_sft
 from training.objectives.noising import NoisingConfig
@@ -72,15 +75,35 @@ def test_only_the_chosen_clips_are_read(config: SftTraining, tmp_path: Path) -> 
         session.latents.clips([pairs[0].rejected])
 
 
+def test_clips_with_captions_are_examples_too(config: SftTraining, tmp_path: Path) -> None:
+    rows = []
+    for number in range(3):
+        samples = np.random.default_rng(number).uniform(-0.3, 0.3, 8_000)
+        soundfile.write(tmp_path / f"{number}.wav", samples, 16_000)
+        rows.append({"key": str(number), "source": f"{number}.wav", "target": "A dog barks"})
+    rows.append({"key": "x", "source": "0.wav", "target": ""})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    captions = (tmp_path / "captions.jsonl",)
+    data = PairData(max_unreadable=0.3)
+    alone = train_sft(replace(config, data=data, captions=captions), tmp_path / "alone")
+    assert alone["data"]["examples"] == 3
+    assert list(alone["data"]["files"]) == ["captions.jsonl"]
+    assert list(alone["data"]["unusable_prompts"]) == ["captions.jsonl:4"]
+    pairs = replace(config.data, max_unreadable=0.3)
+    both = train_sft(replace(config, data=pairs, captions=captions), tmp_path / "both")
+    assert both["data"]["examples"] == 13
+
+
 def test_min_snr_weighs_the_errors(config: SftTraining, tmp_path: Path) -> None:
     weighted = replace(config, min_snr=5.0, noising=NoisingConfig())
     session, _ = open_session(weighted, tmp_path / "model", weighted.data.files(), {}, fresh=False)
-    pairs, _ = readable(
-        weighted.data.read(), lambda pair: [pair.chosen], lambda pair: pair.prompt, session, 0.0
-    )
+    read = [CaptionExample(clip=pair.chosen, caption=pair.prompt) for pair in weighted.data.read()]
+    examples, _ = readable(read, lambda one: [one.clip], lambda one: one.caption, session, 0.0)
     policy = build_policy(weighted, resolve(weighted.start))
     with torch.no_grad():
-        loss, figures = loss_of(policy, np.arange(8), config=weighted, batch=8, pairs=pairs, session=session)
+        loss, figures = loss_of(
+            policy, np.arange(8), config=weighted, batch=8, examples=examples, session=session
+        )
     assert 0 < loss < figures["chosen_error"]
 
 

@@ -1,0 +1,1 @@
+"""Training of captioners: SLAM-AAC's programs."""
