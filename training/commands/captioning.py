@@ -1,5 +1,6 @@
-"""`milonga train paraphrase`, `evaluate-captions`. Light: they import what they need at call.
+"""`milonga train captioning`, `paraphrase`, `evaluate-captions`. Light: they import what they need at call.
 
+milonga train captioning --recipe mini
 milonga train paraphrase captions.jsonl --set paraphraser=grammar -o build/paraphrases
 milonga train evaluate-captions captions.jsonl references.jsonl
 """
@@ -10,7 +11,52 @@ from typing import Annotated
 
 import typer
 
-from training.commands.options import Settings, Show
+from training.commands.options import Resume, Settings, Show, is_first_process
+
+
+def captioning(
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", help="mini, smoke, slam-aac-pretrain, slam-aac-audiocaps, slam-aac-clotho."),
+    ] = "mini",
+    settings: Settings = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the model.", show_default="build/captioning/NAME"),
+    ] = None,
+    resume: Resume = True,
+    track: Annotated[bool, typer.Option("--track", help="Send settings and curves to MLflow.")] = False,
+    show: Show = False,
+) -> None:
+    """Train a captioner: its projector, and adapters of its language model, on clips with captions."""
+    from training.loop.config import describe, flatten, override
+    from training.runs import recipes
+
+    config = override(recipes.recipe(recipes.CAPTIONING, recipe), settings or [])
+    main = is_first_process()
+    if main:
+        typer.echo(describe(config))
+    if show:
+        return
+    from training.captioning.folder import summary
+    from training.captioning.train import train_captioner
+
+    target = output or Path("build/captioning") / config.name
+    if track and main:
+        from training.loop.run_folder import JOURNAL
+        from training.tracking.runs import Tracker
+
+        run = target.with_name(f"{target.name}.run")
+        tracker = Tracker(config.name, run / "tracking", params=flatten(config))
+        with tracker, tracker.stage("captioning") as stage:
+            stage.follow(run / JOURNAL)
+            report = train_captioner(config, target, fresh=not resume)
+            stage.log_metrics(report["figures"])
+    else:
+        report = train_captioner(config, target, fresh=not resume)
+    if main:
+        typer.echo("\n".join(["", *summary(report)]))
+        typer.echo(f"{target}: milonga serve captioning --model file:{target}")
 
 
 def paraphrase(

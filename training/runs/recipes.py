@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from services.errors import invalid
+from training.captioning.data import CaptionData, WorldClips
+from training.captioning.train import CaptionerTraining
 from training.data.latents import LatentConfig
 from training.data.scenes import SoundworldData
 from training.finetuning.baton import BatonData, BatonTraining
@@ -78,6 +80,98 @@ REWARD: Final[Mapping[str, Callable[[], RewardTraining]]] = {
     "baton": reward_baton,
 }
 """Recipes of `milonga train reward`."""
+
+
+def captioning_mini() -> CaptionerTraining:
+    """The embedded captioner's projector and new adapters, on scenes: minutes on two cores."""
+    return CaptionerTraining(
+        name="captioner",
+        start="mini:captioner",
+        data=CaptionData(world=WorldClips(scenes=1_024, held_out=128, rebuilt=0.25)),
+        loop=LoopConfig(
+            steps=300, batch=16, learning_rate=5e-4, warmup=30, decay=0.9, device="cpu", threads=1
+        ),
+        evaluate_every=50,
+    )
+
+
+def captioning_smoke() -> CaptionerTraining:
+    """Seconds, for tests: a few steps on a few scenes. It learns nothing."""
+    return CaptionerTraining(
+        name="captioner-smoke",
+        start="mini:captioner",
+        data=CaptionData(world=WorldClips(scenes=8, held_out=4, long=0.0, rebuilt=0.0), workers=1),
+        loop=LoopConfig(steps=6, batch=4, warmup=2, device="cpu", threads=1),
+        evaluate_every=3,
+    )
+
+
+def captioning_slam_aac_pretrain() -> CaptionerTraining:
+    """SLAM-AAC's pre-training (SLAM-LLM at a68e78f, ``slam_aac``): AudioCaps, Clotho, WavCaps and MACS.
+
+    Give ``start``, a folder of `milonga convert-captioner` with EAT and Vicuna, and ``data.train``. Projector
+    and adapters are new; nothing is validated, and the last weights are kept. Three epochs are the source's
+    default; its released weights are of the fourth. Gradients are not clipped.
+    """
+    return CaptionerTraining(
+        name="slam-aac-pretrained",
+        start="file:slam-aac",
+        scratch=True,
+        epochs=3.0,
+        data=CaptionData(),
+        loop=LoopConfig(
+            steps=1,
+            batch=16,
+            seed=666,
+            learning_rate=1e-4,
+            warmup=1_000,
+            horizon=100_000,
+            decay=0.99,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            clip=0.0,
+            mixed_precision="fp16",
+            checkpoint_seconds=900.0,
+        ),
+        evaluate_every=0,
+        dtype="float16",
+    )
+
+
+def captioning_slam_aac_audiocaps() -> CaptionerTraining:
+    """SLAM-AAC's fine-tuning on AudioCaps, from what `captioning_slam_aac_pretrain` made.
+
+    Give ``data.train`` and ``data.validation``. The weights with the lowest loss on validation are kept.
+    """
+    pretraining = captioning_slam_aac_pretrain()
+    return replace(
+        pretraining,
+        name="slam-aac-audiocaps",
+        start="file:build/captioning/slam-aac-pretrained",
+        scratch=False,
+        loop=replace(pretraining.loop, batch=4, seed=42, learning_rate=8e-6),
+        evaluate_every=500,
+    )
+
+
+def captioning_slam_aac_clotho() -> CaptionerTraining:
+    """SLAM-AAC's fine-tuning on Clotho with paraphrased captions; all else as for AudioCaps.
+
+    Give ``data.train``, with the list of `milonga train paraphrase` too, and
+    ``data.validation``.
+    """
+    audiocaps = captioning_slam_aac_audiocaps()
+    return replace(audiocaps, name="slam-aac-clotho", loop=replace(audiocaps.loop, seed=10_086))
+
+
+CAPTIONING: Final[Mapping[str, Callable[[], CaptionerTraining]]] = {
+    "mini": captioning_mini,
+    "smoke": captioning_smoke,
+    "slam-aac-pretrain": captioning_slam_aac_pretrain,
+    "slam-aac-audiocaps": captioning_slam_aac_audiocaps,
+    "slam-aac-clotho": captioning_slam_aac_clotho,
+}
+"""Recipes of `milonga train captioning`."""
 
 
 def recipe(recipes: Mapping[str, Callable[[], Recipe]], name: str) -> Recipe:

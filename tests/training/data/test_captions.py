@@ -6,10 +6,8 @@ import pytest
 import soundfile
 
 from services.errors import InvalidInputError
-from training.data.captions import CaptionData, CaptionExample, WorldClips, load_examples, read_examples
+from training.data.captions import CaptionExample, read_examples
 from training.data.examples import FileClip
-from training.soundworld.reading import grammar_reader, truth_reading
-from training.soundworld.scenes import split_of
 
 
 def write_clip(path: Path, seconds: float = 0.1) -> Path:
@@ -98,42 +96,3 @@ def test_unusable_captions_are_refused_or_collected_with_their_place(tmp_path: P
     unusable: dict[str, str] = {}
     assert len(read_examples(tmp_path / "list.jsonl", unusable=unusable)) == 1
     assert list(unusable) == ["list.jsonl:2"]
-
-
-def test_all_captions_of_a_clip_are_in_one_split(tmp_path: Path) -> None:
-    rows = [
-        {"source": f"{n}.wav", "target": f"{word} sound number {n}"}
-        for n in range(200)
-        for word in ("A", "Another")
-    ]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = load_examples(CaptionData(train=(tmp_path / "list.jsonl",), held_out=0.2), {})
-    train, held = ({e.clip for e in part} for part in (splits.train, splits.validation))
-    assert not train & held
-    assert len(train | held) == 200
-    assert 20 < len(held) < 60
-    assert len(splits.train) == 2 * len(train)
-
-
-def test_a_validation_list_must_have_other_clips(tmp_path: Path) -> None:
-    for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text('{"source": "a.wav", "target": "A dog barks"}\n')
-    data = CaptionData(train=(tmp_path / "train.jsonl",), validation=(tmp_path / "validation.jsonl",))
-    with pytest.raises(InvalidInputError, match=r"has 1 clips of data\.train"):
-        load_examples(data, {})
-    with pytest.raises(InvalidInputError, match="has no example for train"):
-        load_examples(CaptionData(), {})
-
-
-def test_scenes_of_the_world_have_true_captions_of_their_split() -> None:
-    config = WorldClips(scenes=12, held_out=6, rebuilt=0.5)
-    splits = load_examples(CaptionData(world=config), {})
-    assert (len(splits.train), len(splits.validation)) == (12, 6)
-    assert splits == load_examples(CaptionData(world=config), {})
-    for split, part in (("train", splits.train), ("validation", splits.validation)):
-        for example in part:
-            assert example.truth is not None
-            assert split_of(example.caption) == split
-            reading, wanted = grammar_reader().read(example.caption), truth_reading(example.truth)
-            assert (set(reading.events), reading.steps) == (set(wanted.events), wanted.steps)
-    assert {example.clip.domain for example in splits.train} == {"real", "rebuilt"}
