@@ -5,7 +5,7 @@ five captions a clip, AudioCaps' CSV, whose clips are found by ``youtube_id``. A
 text file next to each clip (``dog.wav``, ``dog.txt``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,13 @@ class CaptionExample:
     caption: str
     truth: CaptionTruth | None = None
     """The events of the clip, if known; the grammar then words it in other ways."""
+    place: str = field(default="", compare=False)
+    """File and row, for messages; empty if it is of no list."""
+
+    @property
+    def prompt(self) -> str:
+        """The caption, where it is the prompt of a generator."""
+        return self.caption
 
 
 def read_examples(
@@ -53,7 +60,8 @@ def read_examples(
         if entry.fault is not None and unusable is not None:
             unusable[entry.place] = entry.fault
             continue
-        examples.append(CaptionExample(clip=FileClip(path=find_clip(entry, root)), caption=entry.prompt))
+        clip = FileClip(path=find_clip(entry, root))
+        examples.append(CaptionExample(clip=clip, caption=entry.prompt, place=entry.place))
     return examples
 
 
