@@ -13,7 +13,7 @@ Shape legend: B batch, T mel frames, M mel bins.
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -97,7 +97,7 @@ class Learner(nn.Module):
         self.captioner.encoder.eval()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the parameters that learn."""
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         whole = super().state_dict(*args, **kwargs)
@@ -262,7 +262,7 @@ class Mels:
 
     def __init__(self, captioner: Captioner, threads: ThreadPoolExecutor, kept: int) -> None:
         self.captioner, self.threads = captioner, threads
-        self._mel = functools.lru_cache(maxsize=kept)(self._compute)
+        self._mel: Callable[[Clip], Tensor] = functools.lru_cache(maxsize=kept)(self._compute)  # type: ignore[assignment]
 
     def of(self, clips: Sequence[Clip]) -> Tensor:
         """Return normalised mels [B, T, M] on the captioner's device. Raises as `fault` describes."""

@@ -33,9 +33,9 @@ from services.errors import MilongaError, invalid
 from services.weights.uri import resolve
 from training.data.captions import CaptionExample, read_examples
 from training.data.examples import FileClip
-from training.evaluation.bootstrap import mean_interval, normal_interval, prompt_resamples
+from training.evaluation.bootstrap import normal_interval, prompt_resamples
 from training.evaluation.markdown import format_interval
-from training.objectives.statistics import Interval
+from training.objectives.statistics import Interval, mean_interval
 
 TEXT: Final = ("cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 JAVA: Final = ("meteor", "spice", "spider")
@@ -262,7 +262,7 @@ def _metric_module(name: str) -> Any:
             raise _refused("every metric", "aac-metrics", None)
         sys.modules[package] = importlib.util.module_from_spec(spec)
     try:
-        module = importlib.import_module(
+        module: Any = importlib.import_module(
             f"aac_metrics.{'utils' if name == 'tokenization' else 'functional'}.{name}"
         )
     except ImportError as error:

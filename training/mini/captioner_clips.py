@@ -88,7 +88,7 @@ def _sound(
 ) -> Sound:
     names = [CLASSES[i] for i in classes if i >= 0]
     return Sound(
-        waveform_N=waveform_N.astype(np.float32) / 32767,
+        waveform_N=(waveform_N / 32767).astype(np.float32),
         truth=CaptionTruth(classes=tuple(names), relation=RELATIONS[relation]),
         events=tuple(
             Event(event_class=name, onset=onset, offset=offset, level=0.0)

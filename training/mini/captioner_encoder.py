@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from services.models.captioner.config import CaptionerConfig
-from services.models.captioner.eat import PATCH, EatConfig, EatEncoder
+from services.models.captioner.config import PATCH, CaptionerConfig
+from services.models.captioner.eat import EatConfig, EatEncoder
 from services.models.captioner.filterbank import FRAME_SHIFT, FilterBank
 from services.models.captioner.model import fit_frames
 from training.loop.fit import LoopConfig

@@ -21,8 +21,8 @@ from services.api.reading import Reading, compare, read_events
 from services.models.captioner.model import Captioner
 from services.models.mini import mini_folder
 from training.data.store import batches
-from training.evaluation.bootstrap import mean_interval
 from training.evaluation.caption_metrics import TEXT, CaptionSet, score_captions
+from training.objectives.statistics import mean_interval
 from training.soundworld.captions import write_caption
 from training.soundworld.reading import truth_reading
 from training.soundworld.scenes import Scene, SceneConfig, make_scene

@@ -16,7 +16,7 @@ from services.models.captioner.model import Captioner
 from services.models.manifest import verify_manifest, write_manifest
 from tests.tiny import tiny_captioner
 from training.captioning import train as train_module
-from training.captioning.data import CaptionData, WorldClips
+from training.captioning.data import CaptionData, WorldClips, load_examples
 from training.captioning.train import CaptionerTraining, Learner, train_captioner
 from training.commands.main import train as train_app
 from training.loop.fit import Positions
@@ -220,7 +220,7 @@ def test_the_command_trains_and_shows(start: Path, tmp_path: Path) -> None:
 
 def test_world_captions_are_worded_in_many_ways() -> None:
     data = CaptionData(world=WorldClips(scenes=1, held_out=1, rebuilt=0.0))
-    example = train_module.load_examples(data, {}).train[0]
+    example = load_examples(data, {}).train[0]
     captions = {train_module.worded(example, 3, position) for position in range(40)}
     assert len(captions) > 5
     assert captions == {train_module.worded(example, 3, position) for position in range(40)}
