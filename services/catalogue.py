@@ -18,12 +18,23 @@ EMBEDDED_REWARD: Final = "mini:reward"
 """Model URI of the embedded reward model."""
 EMBEDDED_CLAP: Final = "mini:clap-a"
 """Model URI of the CLAP model that `EMBEDDED_REWARD` was trained on."""
+EMBEDDED_CAPTIONER: Final = "mini:captioner"
+"""Model URI of the embedded captioner."""
 
 
 def reward_uri(text: str) -> str:
     """Return `text`, the model URI of a reward model, with the family ``mini`` as `EMBEDDED_REWARD`."""
+    return _of_family(text, EMBEDDED_REWARD)
+
+
+def captioner_uri(text: str) -> str:
+    """Return `text`, the model URI of a captioner, with the family ``mini`` as `EMBEDDED_CAPTIONER`."""
+    return _of_family(text, EMBEDDED_CAPTIONER)
+
+
+def _of_family(text: str, embedded: str) -> str:
     family, *pin = text.partition("#")
-    return "".join((EMBEDDED_REWARD, *pin)) if family == "mini" else text
+    return "".join((embedded, *pin)) if family == "mini" else text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +49,8 @@ class Weights:
     """Option of those commands, without dashes; unique among all services."""
     export_option: str = ""
     """Option of `milonga triton export`, if it differs."""
+    optional: bool = False
+    """Whether an empty value means none."""
     help: str
     """Help of these options."""
 
@@ -122,6 +135,25 @@ REWARD: Final = ServiceEntry(
         ),
     ),
     example="milonga score 'A dog barks' clip.wav --reward-server {}",
+)
+
+CAPTIONING: Final = ServiceEntry(
+    name="captioning",
+    summary="Serve a captioner: clips in, sentences out (milonga.v1.CaptioningService).",
+    port=50054,
+    rpc="milonga.v1.CaptioningService",
+    model="caption",
+    weights=(
+        Weights(setting="model", embedded=EMBEDDED_CAPTIONER, option="captioner", help="Captioner."),
+        Weights(
+            setting="clap",
+            embedded=EMBEDDED_CLAP,
+            option="captioner-clap",
+            optional=True,
+            help="CLAP model that chooses among the captioner's candidates; empty: none.",
+        ),
+    ),
+    example="milonga caption clip.wav --server {}",
 )
 
 CATALOGUE: Final[Mapping[str, ServiceEntry]] = MappingProxyType(

@@ -146,7 +146,7 @@ class LocalScorers:
         sizes = [clip.windows_WS.numel() / model.clap.sampling_rate for clip in prepared]
         logits: list[float] = []
         with self._lock:
-            for part in _passes(sizes):
+            for part in passes(sizes):
                 logits += model.reward(prompts[part], prepared[part]).tolist()
         warnings = _warnings({REWARD: model}, prompts, clips)
         return Rewards(rewards=tuple(map(Reward.of, logits, warnings)), model=self._reward.version)
@@ -174,17 +174,17 @@ def _warnings(
 def _cosines(model: EmbeddingModel, prompts: Sequence[str], clips: Sequence[ReadClip]) -> NDArray[np.float32]:
     """Return the CLAP scores [B]."""
     prepared = [model.prepare(clip.waveform, clip.sampling_rate) for clip in clips]
-    parts = _passes([windows_WS.numel() / model.sampling_rate for windows_WS in prepared])
+    parts = passes([windows_WS.numel() / model.sampling_rate for windows_WS in prepared])
     audio_BD = np.concatenate([model.embed_windows(prepared[part]).numpy() for part in parts])
     cosines_B: NDArray[np.float32] = (model.embed_text(prompts).numpy() * audio_BD).sum(-1)
     return cosines_B
 
 
-def _passes(sizes: Sequence[float]) -> Iterator[slice]:
-    """Yield slices of clips, whose windows last `sizes` seconds, with at most `_MAX_BATCH_SECONDS` each."""
+def passes(sizes: Sequence[float], most: float = _MAX_BATCH_SECONDS) -> Iterator[slice]:
+    """Yield slices of clips, whose windows last `sizes` seconds, with at most `most` each."""
     start, total = 0, 0.0
     for index, size in enumerate(sizes):
-        if index > start and total + size > _MAX_BATCH_SECONDS:
+        if index > start and total + size > most:
             yield slice(start, index)
             start, total = index, 0.0
         total += size

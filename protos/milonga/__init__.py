@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from services.client import AsyncAudioClient as AsyncAudioClient
     from services.client import AudioClient as AudioClient
     from services.client import Best as Best
+    from services.client import Captions as Captions
     from services.client import Clip as Clip
     from services.client import Generation as Generation
     from services.client import GenerationModel as GenerationModel
@@ -35,6 +36,7 @@ _HOMES = {
     "AsyncAudioClient": "services.client",
     "AudioClient": "services.client",
     "Best": "services.client",
+    "Captions": "services.client",
     "Clip": "services.client",
     "Generation": "services.client",
     "GenerationModel": "services.client",

@@ -262,7 +262,7 @@ def _read_samples(clip: audio_pb2.Clip, field: str, bounds: AudioBounds, kind: "
         samples_NC = np.maximum(samples_NC / np.float32(32767), np.float32(-1.0))
     mix = Mix(f"{field}.audio")
     mix.add(samples_NC)
-    return mix.clip(rate)
+    return mix.clip(rate, may_be_silent=bounds.may_be_silent)
 
 
 def _read_file(clip: audio_pb2.Clip, field: str, bounds: AudioBounds) -> Steps[ReadClip]:

@@ -42,7 +42,7 @@ _AUDIBLE_PEAK: Final = 1.01
 _CANCELLED: Final = 0.05
 """Share of the channels' energy in the mono mix (-13 dB) below which they cancel; independent: half."""
 _SILENT: Final = 1e-8
-"""Mean square of a clip in which nothing can cancel: -80 dB."""
+"""Mean square of a silent clip, in which nothing can cancel either: -80 dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,8 @@ class AudioBounds:
     """Highest sampling rate in hertz."""
     max_channels: int = MAX_CHANNELS
     """Most channels of a clip."""
+    may_be_silent: bool = True
+    """Whether a clip may be silent."""
     max_decoded_bytes: int = 512 * 2**20
     """Bytes of all channels of all clips of a call as float32: a small message of compressed clips can't take
     memory or minutes to decode. Any call of 16-bit samples fits that the usual maximum message of 256 MiB
@@ -212,7 +214,7 @@ def _read(
             "it is cut short or damaged: get it again, whole",
         )
     refuse(length_faults(field, mix.count / file.samplerate, bounds))
-    return mix.clip(file.samplerate)
+    return mix.clip(file.samplerate, may_be_silent=bounds.may_be_silent)
 
 
 class Mix:
@@ -237,11 +239,12 @@ class Mix:
         self._energy += float(np.vdot(samples_NC, samples_NC)) / self._channels
         self._blocks.append(samples_NC if self._keep else samples_NC.mean(axis=1, dtype=np.float32))
 
-    def clip(self, rate: int) -> ReadClip:
+    def clip(self, rate: int, *, may_be_silent: bool = True) -> ReadClip:
         """Return the clip, turned down as a whole if it exceeds full scale.
 
         Raises:
-            InvalidInputError: the samples are integers that were written as floats.
+            InvalidInputError: the samples are integers that were written as floats; or their mono mix is
+                silent and must not be.
         """
         waveform, peak = np.concatenate(self._blocks), self._peak
         waveform_N = waveform.mean(axis=1, dtype=np.float32) if self._keep else waveform
@@ -254,7 +257,10 @@ class Mix:
                     f"clip has samples up to {peak:.3g}, over full scale, and was turned down as a whole by "
                     f"{20 * math.log10(peak):.1f} dB; send samples in [-1, 1]"
                 )
-        kept = float(np.vdot(waveform_N, waveform_N)) / max(self._energy, 1e-12)
+        energy = float(np.vdot(waveform_N, waveform_N))
+        if not may_be_silent and energy <= _SILENT * self.count:
+            raise invalid(self._path, _silence_fault(self._energy > _SILENT * self.count))
+        kept = energy / max(self._energy, 1e-12)
         if self._energy > _SILENT * self.count and kept < _CANCELLED:
             left = "silence" if kept < 1e-6 else f"{-10 * math.log10(kept):.0f} dB quieter than they are"
             warnings.append(
@@ -265,6 +271,13 @@ class Mix:
         return ReadClip(
             waveform=np.ascontiguousarray(waveform.T), sampling_rate=rate, warnings=tuple(warnings)
         )
+
+
+def _silence_fault(cancels: bool) -> str:
+    """Return what is wrong with a clip without sound, of channels that cancel or of silence."""
+    if cancels:
+        return "is silent: its channels cancel each other; invert one, or send one"
+    return "is silent: nothing in it is above -80 dB; send a clip with sound, or leave it out"
 
 
 def _integer_fault(peak: float) -> str:

@@ -2,6 +2,7 @@
 
     milonga generate "A dog barks then a siren wails" -o clip.wav --seed 7
     milonga score "A dog barks then a siren wails" clip.wav other.flac
+    milonga caption clip.wav other.flac
     milonga serve generation --model mini --listen 127.0.0.1:50051
     milonga up
     milonga fetch models:/milonga-tango/7
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import convert, doctor, fetch, generate, score, serve, token, triton, up
+from services.cli import caption, convert, doctor, fetch, generate, score, serve, token, triton, up
 from services.environment import HUB_SCHEMES, quiet_libraries
 from services.errors import (
     AlreadyUnderWayError,
@@ -88,7 +89,7 @@ def build_app() -> typer.Typer:
     """Return the `milonga` app: its own commands and those of the entry-point group."""
     app = typer.Typer(
         name="milonga",
-        help="Text to audio: generate and score clips, serve models, convert released weights.",
+        help="Text to audio: generate, score and describe clips, serve models, convert released weights.",
         epilog=_EPILOG,
         no_args_is_help=True,
         rich_markup_mode="rich",
@@ -105,6 +106,7 @@ def build_app() -> typer.Typer:
 
     app.command()(generate.generate)
     app.command()(score.score)
+    app.command()(caption.caption)
     app.add_typer(serve.app, name="serve")
     app.command("up", epilog=up.EPILOG)(up.up)
     app.command()(fetch.fetch)

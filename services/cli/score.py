@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from services import client
 from services.api.scoring import Scorers
 from services.audio.clips import check_prompt
 from services.audio.decoding import AudioBounds, decode
+from services.cli.audio_files import AudioFile, batches, printable
 from services.cli.making import warn
 from services.cli.options import given_options, grouped
 from services.cli.outputs import Cell, is_terminal, print_lines, print_table
@@ -28,52 +28,16 @@ from services.cli.scorers import (
     refuse,
 )
 from services.client import ServiceOptions
-from services.errors import FieldViolation, InvalidInputError, invalid
+from services.errors import FieldViolation, InvalidInputError
 from services.lists import find_audio, read_list, shortened
-
-_MAX_BATCH_BYTES = 128 * 2**20
-"""Maximum bytes of the clips in one call, as files or decoded; a single larger clip is a call of its own."""
-_MAX_FILE_BYTES = 192 * 2**20
-"""Largest file that is read: a minute in the widest format. It also fits into a message to a service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class Pair(AudioFile):
     """A prompt, and the audio file to score for it."""
 
     prompt: str
     """The prompt."""
-    path: Path
-    """Path of the file."""
-    location: str
-    """The file as the user named it; the results use this name."""
-    place: str
-    """The field in errors: the file, or the line of the pair file."""
-
-    def read(self) -> bytes:
-        """Return the file's content.
-
-        Raises:
-            InvalidInputError: the path can't be read, is no file, or the file is too large.
-        """
-        try:
-            if self.path.exists() and not self.path.is_file():
-                refuse(self.place, self._about("is no file; give an audio file"))
-            size = self.path.stat().st_size
-            if size > _MAX_FILE_BYTES:
-                refuse(
-                    self.place,
-                    self._about(
-                        f"has {size / 2**20:.0f} MiB, the limit is {_MAX_FILE_BYTES / 2**20:.0f}; shorten it"
-                    ),
-                )
-            return self.path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-            reason = getattr(error, "strerror", None) or error
-            raise invalid(self.place, self._about(f"can't be read: {reason}")) from error
-
-    def _about(self, description: str) -> str:
-        return description if self.place == self.location else f"location {self.location} {description}"
 
 
 @grouped
@@ -124,7 +88,7 @@ def score(
             refuse("PROMPT, CLIP", "give a prompt and its clips, or a file of them with --prompts")
         pairs = tuple(
             Pair(prompt=prompt, path=Path(clip), location=name, place=name)
-            for clip, name in zip(clips, map(_printable, clips), strict=True)
+            for clip, name in zip(clips, map(printable, clips), strict=True)
         )
     else:
         if prompt is not None:
@@ -146,18 +110,13 @@ def score(
             view.stage("loading the models" if sources.are_here else "connecting")
             with contextlib.closing(sources.open()) as scorers:
                 view.stage("scoring")
-                for batch in batches(pairs, sizes):
+                for batch in batches(pairs, sizes, MAX_BATCH):
                     report.add(score_batch(batch, sources, scorers))
                     for pair in batch:
                         view.done(pair.location)
     finally:
         # After the progress bar has gone. Scores are printed even if a later batch failed.
         report.close()
-
-
-def _printable(name: str) -> str:
-    """Return a file name with bytes that are not UTF-8 replaced."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def read_pair_file(path: Path) -> tuple[Pair, ...]:
@@ -205,17 +164,6 @@ def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:
     if faults:
         raise InvalidInputError(*(faults if single_prompt else shortened(faults)))
     return sizes
-
-
-def batches(pairs: Sequence[Pair], sizes: Sequence[int]) -> Iterator[Sequence[Pair]]:
-    """Yield `pairs` in batches of at most `MAX_BATCH` clips and `_MAX_BATCH_BYTES`."""
-    start, total = 0, 0
-    for index, size in enumerate(sizes):
-        if index > start and (index - start == MAX_BATCH or total + size > _MAX_BATCH_BYTES):
-            yield pairs[start:index]
-            start, total = index, 0
-        total += size
-    yield pairs[start:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

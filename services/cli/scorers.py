@@ -200,7 +200,7 @@ class ScorerSources:
         faults: list[FieldViolation] = []
         for flag, text in texts.items():
             try:
-                with _naming(flag):
+                with naming_option(flag):
                     uris[flag] = ModelURI.parse(text)
             except InvalidInputError as error:
                 faults += error.violations
@@ -212,19 +212,19 @@ class ScorerSources:
             )
         models: dict[str, ResolvedModel] = {}
         for flag, uri in uris.items():
-            with _naming(flag):
+            with naming_option(flag):
                 models[flag] = resolve(uri)
         return open_scorers(
             {name: models[f"--scorer {name}"] for name in self.scorers},
             reward=models.get("--reward"),
             clap=models.get("--clap"),
             device=self.device,
-            naming=lambda role: _naming(f"--scorer {role}" if role in self.scorers else f"--{role}"),
+            naming=lambda role: naming_option(f"--scorer {role}" if role in self.scorers else f"--{role}"),
         )
 
 
 @contextlib.contextmanager
-def _naming(flag: str) -> Iterator[None]:
+def naming_option(flag: str) -> Iterator[None]:
     """Put `flag` into errors about its model: as the field, or in front of the message."""
     try:
         yield

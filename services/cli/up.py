@@ -141,7 +141,9 @@ def _check_models(settings: Mapping[str, Mapping[str, str | Mapping[str, str]]])
         for weights in entry.weights:
             value = settings[entry.name][weights.setting]
             try:
-                parse_uris({"": value} if isinstance(value, str) else value, field=f"--{option_of(weights)}")
+                texts = {"": value} if isinstance(value, str) else value
+                given = {name: text for name, text in texts.items() if text or not weights.optional}
+                parse_uris(given, field=f"--{option_of(weights)}")
             except InvalidInputError as error:
                 faults += error.violations
     if faults:

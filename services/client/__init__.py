@@ -8,11 +8,15 @@
         client.score_audio([("A dog barks then a siren wails", generation.clips[0])]).values
         best = client.generate_best("A dog barks then a siren wails", candidates=4)
 
+    with AudioClient(captioning="localhost:50054") as client:
+        client.caption_audio([Path("clip.wav")]).captions[0].text
+
 Needs the light base install only: no torch. Values are those of `services.api`, errors those of
 `services.errors`.
 """
 
 from services.api.best import Best, Candidate, RankBy
+from services.api.captioning import Caption, CaptionCandidate, CaptionOptions, Captions, CaptionTimings
 from services.api.generation import (
     Clip,
     Finished,
@@ -52,6 +56,11 @@ __all__ = [
     "AudioClient",
     "Best",
     "Candidate",
+    "Caption",
+    "CaptionCandidate",
+    "CaptionOptions",
+    "CaptionTimings",
+    "Captions",
     "Clip",
     "ConnectionOptions",
     "Embeddings",

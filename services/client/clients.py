@@ -9,7 +9,7 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from milonga.v1 import generation_pb2, operator_pb2, reward_pb2, scoring_pb2
+from milonga.v1 import captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
 from services.api.best import (
     Best,
     RankBy,
@@ -19,10 +19,11 @@ from services.api.best import (
     rank,
     run,
 )
+from services.api.captioning import CaptionOptions, Captions
 from services.api.generation import Clip, Generation, GenerationModel, GenerationOptions, Update
 from services.api.model import ModelSwitch, ModelVersion
 from services.api.scoring import REWARD, Embeddings, Ranking, Rewards, Scores, Sound
-from services.client import generation, operator, reward, scoring
+from services.client import captioning, generation, operator, reward, scoring
 from services.client.calls import Calls
 from services.client.connection import Connection, ConnectionOptions
 from services.client.transport import AsyncioTransport, BlockingTransport, iterate
@@ -158,6 +159,17 @@ class _Rpcs:
         """Return the served reward model, its CLAP model, and the limits of a call."""
         return await self._calls.unary(reward.GET_REWARD_MODEL, reward_pb2.GetRewardModelRequest, timeout)
 
+    async def caption_audio(
+        self, clips: Sequence[Sound], *, timeout: float | None = None, **options: Unpack[CaptionOptions]
+    ) -> Captions:
+        """Return a caption of each sound, with the candidates that it was chosen from."""
+        build = partial(captioning.caption_request, clips, **options)
+        return await self._calls.unary(captioning.CAPTION_AUDIO, build, timeout)
+
+    async def get_captioner(self, *, timeout: float | None = None) -> captioning_pb2.GetCaptionerResponse:
+        """Return the served captioner, its defaults, and the limits of a call."""
+        return await self._calls.unary(captioning.GET_CAPTIONER, captioning_pb2.GetCaptionerRequest, timeout)
+
     async def generate_best(
         self,
         prompt: str,
@@ -227,10 +239,12 @@ class AsyncAudioClient(_Rpcs):
         *,
         scoring: str | None = None,
         reward: str | None = None,
+        captioning: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
         """Check the arguments; they are those of `AudioClient`."""
-        connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
+        addresses = {"target": target, "scoring": scoring, "reward": reward, "captioning": captioning}
+        connection = Connection(addresses, **options)
         super().__init__(Calls(connection, AsyncioTransport(connection)))
 
     async def __aenter__(self) -> Self:
@@ -281,6 +295,7 @@ class AudioClient:
         *,
         scoring: str | None = None,
         reward: str | None = None,
+        captioning: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
         """Check the arguments. Channels open at the first call to each address.
@@ -291,6 +306,7 @@ class AudioClient:
                 gateway. Calls are balanced round robin over a name's addresses.
             scoring: address of the scoring service.
             reward: address of the reward service.
+            captioning: address of the captioning service.
             options: see `ConnectionOptions`.
 
         Raises:
@@ -298,7 +314,8 @@ class AudioClient:
                 out of range, or a TLS file can't be read. A missing address is reported at the first call to
                 its service, as is TLS on one side only.
         """
-        connection = Connection({"target": target, "scoring": scoring, "reward": reward}, **options)
+        addresses = {"target": target, "scoring": scoring, "reward": reward, "captioning": captioning}
+        connection = Connection(addresses, **options)
         self._rpcs = _Rpcs(Calls(connection, BlockingTransport(connection)))
 
     generate = _blocking(_Rpcs.generate)
@@ -313,6 +330,8 @@ class AudioClient:
     compute_rewards = _blocking(_Rpcs.compute_rewards)
     rank_audio = _blocking(_Rpcs.rank_audio)
     get_reward_model = _blocking(_Rpcs.get_reward_model)
+    caption_audio = _blocking(_Rpcs.caption_audio)
+    get_captioner = _blocking(_Rpcs.get_captioner)
     generate_best = _blocking(_Rpcs.generate_best)
     close = _blocking(_Rpcs.close)
 

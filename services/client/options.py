@@ -75,6 +75,7 @@ class ServiceOptions:
         *,
         scoring: str | None = None,
         reward: str | None = None,
+        captioning: str | None = None,
         **others: Unpack[ConnectionOptions],
     ) -> AudioClient:
         """Return a client of services. `others` take the place of these options.
@@ -92,7 +93,7 @@ class ServiceOptions:
             options["timeout"] = self.timeout
         options.update(others)
         try:
-            return AudioClient(target, scoring=scoring, reward=reward, **options)
+            return AudioClient(target, scoring=scoring, reward=reward, captioning=captioning, **options)
         except InvalidInputError as error:
             raise _by_options(error) from error
 

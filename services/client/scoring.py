@@ -49,7 +49,7 @@ def read_scores(response: pb.BatchScoreAudioResponse) -> Scores:
     """Read the answer of BatchScoreAudio."""
     values_BS = np.array([result.scores for result in response.results], dtype=np.float32)
     return Scores(
-        scorers=_read_scorers(response.scorers),
+        scorers=tuple(map(read_scorer, response.scorers)),
         values=values_BS.reshape(len(response.results), len(response.scorers)),
         warnings=tuple(tuple(result.warnings) for result in response.results),
     )
@@ -58,7 +58,7 @@ def read_scores(response: pb.BatchScoreAudioResponse) -> Scores:
 def read_embeddings(response: pb.BatchEmbedAudioResponse | pb.BatchEmbedTextResponse) -> Embeddings:
     """Read the answer of BatchEmbedAudio, or of BatchEmbedText."""
     return Embeddings(
-        scorers=_read_scorers(response.scorers),
+        scorers=tuple(map(read_scorer, response.scorers)),
         vectors=tuple(
             _stack(result.embeddings[index] for result in response.results)
             for index in range(len(response.scorers))
@@ -71,15 +71,13 @@ def _stack(embeddings: Iterable[pb.Embedding]) -> NDArray[np.float32]:
     return np.array([embedding.values for embedding in embeddings], dtype=np.float32)
 
 
-def _read_scorers(scorers: Iterable[pb.Scorer]) -> tuple[Scorer, ...]:
-    return tuple(
-        Scorer(
-            name=scorer.name,
-            model=read_version(scorer.model),
-            dimension=scorer.dimension,
-            sampling_rate=scorer.sample_rate_hertz,
-        )
-        for scorer in scorers
+def read_scorer(scorer: pb.Scorer) -> Scorer:
+    """Read the message of a scorer."""
+    return Scorer(
+        name=scorer.name,
+        model=read_version(scorer.model),
+        dimension=scorer.dimension,
+        sampling_rate=scorer.sample_rate_hertz,
     )
 
 

@@ -4,6 +4,7 @@ Shapes: N samples.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +71,14 @@ class RequestWriter:
             self._refuse(field, str(error))
             return ""
         return text
+
+    @contextmanager
+    def refusing(self, field: str, value: object) -> Iterator[None]:
+        """Note a violation of `field` if protobuf refuses its value in the context."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            self._refuse(field, f"is {str(value)[:40]!r}, which the wire can't carry: {error}")
 
     def sound(self, sound: Sound, field: str) -> audio_pb2.Clip:
         """Return the message of a sound."""

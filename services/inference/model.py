@@ -91,7 +91,7 @@ class Model(Protocol):
 
     @property
     def inputs(self) -> Sequence[TensorSpec]:
-        """Input tensors. The first determines the number of rows."""
+        """Input tensors. The first, or the first given of optional ones, determines the number of rows."""
 
     @property
     def outputs(self) -> Sequence[TensorSpec]:

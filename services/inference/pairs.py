@@ -1,4 +1,4 @@
-"""Input tensors of scoring and reward: prompts and clips.
+"""Input tensors with clips: of scoring and reward with prompts, of captioning alone.
 
 Shapes: n pairs of a prompt and a clip.
 """
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from milonga.v1 import audio_pb2
-from services.audio.decoding import AudioBounds
-from services.errors import FieldViolation, InvalidInputError
+from services.audio.decoding import AudioBounds, refuse
+from services.errors import FieldViolation
 from services.inference.tensors import Tensors, TensorSpec, spread, texts
+from services.runtime.decoding import also
 
 PROMPT: Final = TensorSpec(name="PROMPT", field="prompt", datatype="BYTES", dims=("n", 1))
 AUDIO: Final = TensorSpec(name="AUDIO", field="audio", datatype="FP32", dims=("n", "samples"), optional=True)
@@ -19,35 +20,45 @@ SAMPLE_RATE: Final = TensorSpec(
 ENCODED_AUDIO: Final = TensorSpec(
     name="ENCODED_AUDIO", field="audio", datatype="BYTES", dims=("n", 1), optional=True
 )
-INPUTS: Final = (PROMPT, AUDIO, SAMPLE_RATE, ENCODED_AUDIO)
+CLIPS: Final = (AUDIO, SAMPLE_RATE, ENCODED_AUDIO)
 """Either AUDIO with SAMPLE_RATE, or ENCODED_AUDIO: files, which state their rate."""
+INPUTS: Final = (PROMPT, *CLIPS)
 
 
 def read_pairs(tensors: Tensors) -> Iterator[audio_pb2.PromptedClip]:
     """Return the pairs as messages of the native API, which decodes and checks them: one at a time.
 
     Raises:
-        InvalidInputError: a prompt is not UTF-8, there are no or two tensors of audio, or AUDIO is without
-            SAMPLE_RATE.
+        InvalidInputError: a prompt is not UTF-8; or as `read_clips`.
     """
     prompts, faults = texts(tensors, PROMPT)
     assert prompts is not None
-    samples, rates, files = (tensors.get(spec.name) for spec in (AUDIO, SAMPLE_RATE, ENCODED_AUDIO))
-    faults += _faults(samples is not None, rates is not None, files is not None)
-    if faults:
-        raise InvalidInputError(*faults)
+    with also(faults):
+        clips = read_clips(tensors)
+    return (
+        audio_pb2.PromptedClip(prompt=prompt, clip=clip) for prompt, clip in zip(prompts, clips, strict=True)
+    )
+
+
+def read_clips(tensors: Tensors) -> Iterator[audio_pb2.Clip]:
+    """Return the clips of the tensors `CLIPS` as messages of the native API: one at a time.
+
+    Raises:
+        InvalidInputError: there are no or two tensors of audio, or AUDIO is without SAMPLE_RATE.
+    """
+    samples, rates, files = (tensors.get(spec.name) for spec in CLIPS)
+    refuse(_faults(samples is not None, rates is not None, files is not None))
     if samples is not None:
         encoding = audio_pb2.AUDIO_ENCODING_FLOAT32
         audio: Iterable[bytes] = (waveform.astype("<f4", copy=False).tobytes() for waveform in samples)
+        n = len(samples)
     else:
         assert files is not None
         encoding, audio = audio_pb2.AUDIO_ENCODING_UNSPECIFIED, files.flatten().tolist()
+        n = len(files)
     return (
-        audio_pb2.PromptedClip(
-            prompt=prompt,
-            clip=audio_pb2.Clip(audio=content, encoding=encoding, sample_rate_hertz=rate or 0),
-        )
-        for prompt, content, rate in zip(prompts, audio, spread(rates, len(prompts)), strict=True)
+        audio_pb2.Clip(audio=content, encoding=encoding, sample_rate_hertz=rate or 0)
+        for content, rate in zip(audio, spread(rates, n), strict=True)
     )
 
 

@@ -69,7 +69,7 @@ class TensorSpec:
 def read_inputs(
     request: pb.ModelInferRequest, specs: Sequence[TensorSpec], max_rows: int
 ) -> dict[str, NDArray[Any]]:
-    """Return the tensors of a request. The first of `specs`, which is required, determines n.
+    """Return the tensors of a request. The first of `specs` determines n; if it is optional, the first given.
 
     A tensor with more than `max_rows` rows is refused before its contents are read. Blocks for milliseconds
     if contents are large.
@@ -275,14 +275,15 @@ def _split(raw: bytes, count: int, refuse: Any) -> list[bytes]:
 
 def _row_faults(read: Tensors, specs: Sequence[TensorSpec]) -> Iterator[FieldViolation]:
     """Yield the violations of tensors whose number of rows differs from the first tensor's."""
-    first = read.get(specs[0].name)
+    leading = next((spec for spec in specs if spec.name in read or not spec.optional), specs[0])
+    first = read.get(leading.name)
     for spec in specs:
         rows = len(read[spec.name]) if spec.name in read else None
         if rows is None or first is None or rows == len(first) or (spec.one_for_all and rows == 1):
             continue
         yield FieldViolation(
             spec.field,
-            f"tensor {spec.name} has {rows} rows, expected {len(first)}, as many as {specs[0].name}"
+            f"tensor {spec.name} has {rows} rows, expected {len(first)}, as many as {leading.name}"
             + (", or 1" if spec.one_for_all else ""),
         )
 

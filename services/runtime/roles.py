@@ -26,6 +26,7 @@ _METHODS: Final[Mapping[str, Mapping[Set[Role], tuple[str, ...]]]] = {
         WORK: ("BatchComputeRewards", "RankAudio"),
         READING: ("GetRewardModel",),
     },
+    "milonga.v1.CaptioningService": {WORK: ("CaptionAudio",), READING: ("GetCaptioner",)},
     "milonga.v1.OperatorService": {OPERATION: ("SwitchModel",)},
     "inference.GRPCInferenceService": {
         WORK: ("ModelInfer", "ModelStreamInfer"),

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from services.catalogue import ServiceEntry
+from services.catalogue import ServiceEntry, Weights
 from services.errors import InvalidInputError, ModelFormatError, invalid
 from services.inference.triton.backend import LoadedModel
 from services.inference.triton.repository import SERVED, WEIGHTS, parse_served
@@ -38,10 +38,14 @@ class Servable(Generic[Settings]):
         found = served_models(folder)
         files = {part: file_uri(model) for part, model in found.items()}
         values: dict[str, Any] = {
-            one.setting: files if isinstance(one.embedded, Mapping) else files[self.entry.part(one)]
+            one.setting: files if isinstance(one.embedded, Mapping) else self._file(files, one)
             for one in self.entry.weights
         }
         return await self.load(read_settings(self.settings, parameters, **values), found)
+
+    def _file(self, files: Mapping[str, str], weights: Weights) -> str:
+        part = self.entry.part(weights)
+        return files.get(part, "") if weights.optional else files[part]
 
 
 def served_models(folder: Path) -> dict[str, ResolvedModel]:

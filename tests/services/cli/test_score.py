@@ -15,7 +15,8 @@ import soundfile
 
 from services import cli, client
 from services.cli import score as score_command
-from services.cli.score import Pair, batches, read_pair_file
+from services.cli.audio_files import batches
+from services.cli.score import Pair, read_pair_file
 from services.errors import InvalidInputError
 from services.models.clap.loading import load_clap
 from services.models.manifest import read_manifest, write_manifest
@@ -230,7 +231,7 @@ def test_more_clips_than_a_call_takes(
 def test_calls_are_bounded_in_clips_and_bytes() -> None:
     def cut(*sizes: int) -> list[int]:
         pairs = [Pair(prompt="", path=Path(), location="", place="")] * len(sizes)
-        return [len(batch) for batch in batches(pairs, sizes)]
+        return [len(batch) for batch in batches(pairs, sizes, 16)]
 
     mebibyte = 2**20
     assert cut(*[1] * 33) == [16, 16, 1]

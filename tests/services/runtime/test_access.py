@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from services.catalogue import CATALOGUE
+from services.catalogue import CAPTIONING, CATALOGUE
 from services.errors import InvalidInputError
 from services.runtime import access, guesses
 from services.runtime.callers import Caller, Priority
@@ -309,7 +309,7 @@ def test_every_rpc_of_every_service_is_in_the_table() -> None:
 
     from milonga.v1 import generation_pb2, operator_pb2, reward_pb2, scoring_pb2  # noqa: F401
 
-    names = [entry.rpc for entry in CATALOGUE.values()]
+    names = [entry.rpc for entry in (*CATALOGUE.values(), CAPTIONING)]
     names += ["milonga.v1.OperatorService", "inference.GRPCInferenceService"]
     pool = descriptor_pool.Default()
     methods = {f"/{name}/{method.name}" for name in names for method in pool.FindServiceByName(name).methods}

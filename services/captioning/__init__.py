@@ -1,0 +1,1 @@
+"""The captioning service: describe clips in sentences."""
