@@ -5,7 +5,8 @@ sampling, length penalty 1, repetition penalty 1, ``early_stopping=False``; one 
 rounding: the sizes share the pass over the prompt, and each step is one pass over the beams of all searches
 that are not done.
 
-Shapes: B clips, L tokens of a prompt, D width, n beams, K candidates, V vocabulary, S generated tokens.
+Shapes: B clips, A clips whose search is not done, L tokens of a prompt, D width, n beams, K candidates
+(2 n), V vocabulary, S generated tokens, R rows of a pass.
 """
 
 from collections.abc import Sequence
@@ -44,26 +45,22 @@ def search(
         max_new_tokens: most tokens of a hypothesis, 1 or more.
     """
     cache = DynamicCache()
-    logits_BV = _last_logits(model, cache, inputs_embeds=prompts_BLD)
-    searches = [_Search(len(prompts_BLD), size, end, max_new_tokens, logits_BV) for size in beams]
-    running = list(searches)
-    first = True
-    while True:
-        parents: list[Tensor] = []
-        tokens: list[Tensor] = []
-        start = 0
-        for one, logits in zip(running, _split(logits_BV, running, first=first), strict=True):
-            count = one.rows
-            chosen, parent = one.step(logits)
-            parents.append(parent // one.size if first else parent + start)
-            tokens.append(chosen)
-            start += count
+    logits_RV = _last_logits(model, cache, inputs_embeds=prompts_BLD)
+    clips_B = torch.arange(len(prompts_BLD), device=prompts_BLD.device)
+    searches = [_Search(clips_B, size, end, max_new_tokens) for size in beams]
+    # The rows of the pass that each search continues; at first all beams of a clip have its prompt's.
+    running, rows = searches, [clips_B.repeat_interleave(one.size) for one in searches]
+    while running:
+        steps = [one.step(logits_RV[own]) for one, own in zip(running, rows, strict=True)]
         running = [one for one in running if one.rows]
-        if not running:
-            break
-        first = False
-        cache.batch_select_indices(torch.cat(parents))
-        logits_BV = _last_logits(model, cache, input_ids=torch.cat(tokens)[:, None])
+        if running:
+            cache.batch_select_indices(
+                torch.cat([own[step[1]] for own, step in zip(rows, steps, strict=True)])
+            )
+            tokens_R1 = torch.cat([step[0] for step in steps])[:, None]
+            logits_RV = _last_logits(model, cache, input_ids=tokens_R1)
+            places_R = torch.arange(len(tokens_R1), device=clips_B.device)
+            rows = list(torch.split(places_R, [one.rows for one in running]))
     return [[one.best(clip) for one in searches] for clip in range(len(prompts_BLD))]
 
 
@@ -73,25 +70,19 @@ def _last_logits(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Tensor
     return logits
 
 
-def _split(logits: Tensor, running: Sequence["_Search"], *, first: bool) -> list[Tensor]:
-    """Return the logits of each search [rows, V]; the first ones, of the prompts, are shared by all."""
-    if first:
-        return [logits.repeat_interleave(one.size, dim=0) for one in running]
-    return list(torch.split(logits, [one.rows for one in running]))
-
-
 class _Search:
     """The searches of one beam size for all clips: A of them are active."""
 
-    def __init__(self, clips: int, size: int, end: int, max_new_tokens: int, like: Tensor) -> None:
+    def __init__(self, clips_B: Tensor, size: int, end: int, max_new_tokens: int) -> None:
+        count, device = len(clips_B), clips_B.device
         self.size, self._end, self._max = size, end, max_new_tokens
-        self._active = torch.arange(clips, device=like.device)
-        self._running = torch.empty(clips, size, 0, dtype=torch.long, device=like.device)
-        self._scores = torch.zeros(clips, size, device=like.device)
+        self._active = clips_B
+        self._running = torch.empty(count, size, 0, dtype=torch.long, device=device)
+        self._scores = torch.zeros(count, size, device=device)
         self._scores[:, 1:] = _NEVER  # all beams begin with the same prompt
-        self._finished = torch.full((clips, size), -torch.inf, device=like.device)
+        self._finished = torch.full((count, size), -torch.inf, device=device)
         """Scores per token of finished hypotheses, the best first; -inf where there is none yet."""
-        self._best: list[Hypothesis | None] = [None] * clips
+        self._best: list[Hypothesis | None] = [None] * count
 
     @property
     def rows(self) -> int:
