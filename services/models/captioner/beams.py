@@ -9,6 +9,7 @@ Shapes: B clips, A clips whose search is not done, L tokens of a prompt, D width
 (2 n), V vocabulary, S generated tokens, R rows of a pass.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,7 +29,7 @@ class Hypothesis:
     tokens: tuple[int, ...]
     """Generated tokens, the end token included if it was reached."""
     log_probability: float
-    """Sum of the tokens' log probabilities."""
+    """Sum of the tokens' log probabilities; NaN, without tokens, if the model returned NaN."""
 
 
 @torch.inference_mode()
@@ -91,9 +92,7 @@ class _Search:
 
     def best(self, clip: int) -> Hypothesis:
         """Return the result of a clip, after the search."""
-        found = self._best[clip]
-        assert found is not None
-        return found
+        return self._best[clip] or Hypothesis(tokens=(), log_probability=math.nan)
 
     def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the next tokens by logits [A × n, V].

@@ -109,7 +109,7 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
 def load_caption_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder` of a model with `vocabulary` embeddings.
 
-    Its padding token is the end token where it has none. Raises `ModelFormatError` if it has no end token, or
+    Its padding token is the end token, as in upstream. Raises `ModelFormatError` if it has no end token, or
     more tokens than the model: without its files, transformers creates a tokenizer of special tokens.
     """
     try:
@@ -129,8 +129,7 @@ def load_caption_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizer
         )
     if tokenizer.eos_token_id is None:
         raise ModelFormatError(f"{folder}: its tokenizer has no eos_token, with which captions end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

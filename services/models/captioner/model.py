@@ -107,7 +107,8 @@ class Candidate:
 
     text: str
     log_probability: float
-    """Natural logarithm of the language model's probability of the caption, its end included."""
+    """Natural logarithm of the language model's probability of the caption, its end included; NaN if the
+    model returned NaN for the clip."""
     beams: int
     """Beam size that found it."""
 

@@ -1,5 +1,7 @@
 """Beam search, compared with transformers' own for each clip and size alone."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,11 +78,10 @@ def test_a_pass_has_no_rows_of_searches_that_are_done(model: LlamaForCausalLM) -
         found = search(model, prompts(0), (1, 2), end=END, max_new_tokens=30)
     finally:
         handle.remove()
-    assert rows[0] == 3 and rows[1] <= 9  # one pass over the prompts, however many beams
+    assert rows[:2] == [3, 9]  # one pass over the prompts, however many beams
     assert rows[1:] == sorted(rows[1:], reverse=True)
-    assert len(rows) <= 30
-    if all(one.tokens[-1] == END for row in found for one in row):
-        assert rows[-1] < 9
+    assert rows[-1] < 9
+    assert len(rows) >= max(len(one.tokens) for row in found for one in row)
 
 
 def test_the_order_of_sizes_and_clips_does_not_matter(model: LlamaForCausalLM) -> None:
@@ -92,3 +93,14 @@ def test_the_order_of_sizes_and_clips_does_not_matter(model: LlamaForCausalLM) -
         return [[one.tokens for one in row] for row in found]
 
     assert tokens(forward) == [row[::-1] for row in tokens(backward)[::-1]]
+
+
+def test_nan_of_one_clip_leaves_the_others(model: LlamaForCausalLM) -> None:
+    embeddings = prompts(0)
+    alone = search(model, embeddings[[0, 2]], (1, 3), end=END, max_new_tokens=10)
+    embeddings[1, 4] = torch.nan
+    first, broken, last = search(model, embeddings, (1, 3), end=END, max_new_tokens=10)
+    assert [[one.tokens for one in row] for row in (first, last)] == [
+        [one.tokens for one in row] for row in alone
+    ]
+    assert all(one.tokens == () and math.isnan(one.log_probability) for one in broken)
