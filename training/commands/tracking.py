@@ -21,7 +21,10 @@ def register(
     ],
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the registered model.", show_default="milonga-tango or milonga-reward"),
+        typer.Option(
+            help="Name of the registered model.",
+            show_default="milonga-tango, milonga-reward or milonga-captioner",
+        ),
     ] = None,
     alias: Annotated[
         str, typer.Option(help="Alias to point to the version, e.g. challenger or champion.")

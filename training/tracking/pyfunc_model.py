@@ -13,6 +13,11 @@
     )
     verdict["logit"], verdict["probability"]
 
+    [row] = mlflow.pyfunc.load_model("models:/milonga-captioner@challenger").predict(
+        {"audio": waveform, "sampling_rate": 16_000}
+    )
+    row["caption"]           # of the largest number of beams, without CLAP-Refine
+
 `predict` takes one row (a dict) or many (a list of dicts, a DataFrame) and returns a list of dicts, one for
 each. A row of `milonga-tango` may be a prompt alone (a string), or have `negative_prompt`, `seed`,
 `num_inference_steps`, `guidance_scale` and `duration` (seconds). Missing values are taken from `params`, then
@@ -32,6 +37,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from numpy.typing import NDArray
 
 from services.environment import quiet_libraries
 
@@ -41,6 +47,8 @@ from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault  # noqa: E
 from services.engine import Engine  # noqa: E402
 from services.errors import invalid  # noqa: E402
 from services.models.architectures import load_generator  # noqa: E402
+from services.models.captioner.config import CLASS_NAME  # noqa: E402
+from services.models.captioner.model import Captioner  # noqa: E402
 from services.models.clap.laion import load_laion  # noqa: E402
 from services.models.clap.loading import load_clap  # noqa: E402
 from services.models.reward.model import MODEL_TYPE, RewardModel, load_reward, read_reward_config  # noqa: E402
@@ -50,15 +58,17 @@ SEEDS = 2**63
 
 
 class MilongaModel(PythonModel):
-    """A text-to-audio or a reward model, by its folder."""
+    """A text-to-audio model, a reward model or a captioner, by its folder."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the artifact `model`, and the artifact `clap` of a reward model."""
         folder = Path(context.artifacts["model"])
         config = folder / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
-        self.model: Engine | RewardModel
-        if kind == MODEL_TYPE:
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.model: Engine | RewardModel | Captioner
+        if settings.get("_class_name") == CLASS_NAME:
+            self.model = Captioner.from_pretrained(folder, "auto")
+        elif settings.get("model_type") == MODEL_TYPE:
             path = Path(context.artifacts["clap"])
             clap = load_laion(path, device="auto") if path.is_file() else load_clap(path, device="auto")
             # The registration checked that this is its CLAP model.
@@ -72,14 +82,20 @@ class MilongaModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """Return a clip or a reward for each row. Raises `InvalidInputError` if a row is invalid."""
+        """Return a clip, a reward or a caption for each row. Raises `InvalidInputError`."""
         if model_input.columns.empty:
             raise invalid("prompt", "is missing; give a string, a list of strings, or rows with `prompt`")
         rows = [completed(row, params or {}) for row in model_input.to_dict("records")]
-        return [
-            rewarded(self.model, row) if isinstance(self.model, RewardModel) else generated(self.model, row)
-            for row in rows
-        ]
+        return [self._answer(row) for row in rows]
+
+    def _answer(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        match self.model:
+            case RewardModel():
+                return rewarded(self.model, row)
+            case Captioner():
+                return captioned(self.model, row)
+            case _:
+                return generated(self.model, row)
 
 
 def completed(row: Mapping[Any, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,14 +128,24 @@ def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the reward of one row."""
-    prompt, rate = sentence(row), whole(row, "sampling_rate")
-    waveform_N = np.asarray(row["audio"], dtype=np.float32)
+    logit = model.reward([sentence(row)], [model.prepare(*sound(row))]).item()
+    return {"logit": logit, "probability": 1 / (1 + math.exp(-logit))}
+
+
+def captioned(model: Captioner, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Caption the clip of one row."""
+    ((candidate,),) = model.generate(model.encode([model.prepare(*sound(row))]), [max(model.config.beams)])
+    return {"caption": candidate.text}
+
+
+def sound(row: Mapping[str, Any]) -> tuple[NDArray[np.float32], int]:
+    """Return the samples of a row and their rate in hertz."""
+    rate, waveform_N = whole(row, "sampling_rate"), np.asarray(row["audio"], dtype=np.float32)
     if waveform_N.ndim != 1 or not len(waveform_N) or not np.isfinite(waveform_N).all():
         raise invalid("audio", f"has the shape {waveform_N.shape}, must be finite mono samples")
     if rate is None or rate < 1:
         raise invalid("sampling_rate", f"is {rate}, must be a number of hertz")
-    logit = model.reward([prompt], [model.prepare(waveform_N, rate)]).item()
-    return {"logit": logit, "probability": 1 / (1 + math.exp(-logit))}
+    return waveform_N, rate
 
 
 def sentence(row: Mapping[str, Any]) -> str:

@@ -31,6 +31,8 @@ from services.errors import (
     invalid,
 )
 from services.models.architectures import check_generator
+from services.models.captioner.config import CLASS_NAME
+from services.models.captioner.model import check_captioner
 from services.models.folders import read_json
 from services.models.manifest import MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
@@ -50,10 +52,14 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
-Kind = Literal["tango", "reward"]
+Kind = Literal["tango", "reward", "captioner"]
 """Kind of a registered model."""
 
-NAMES: Final[Mapping[Kind, str]] = {"tango": "milonga-tango", "reward": "milonga-reward"}
+NAMES: Final[Mapping[Kind, str]] = {
+    "tango": "milonga-tango",
+    "reward": "milonga-reward",
+    "captioner": "milonga-captioner",
+}
 """Names of the registered models."""
 
 CHALLENGER: Final = "challenger"
@@ -67,6 +73,7 @@ _CODE = Path(__file__).with_name("pyfunc_model.py")
 _EXAMPLES: Final[Mapping[Kind, Mapping[str, Any]]] = {
     "tango": {"prompt": "A dog barks then a siren wails", "seed": 7},
     "reward": {"prompt": "A dog barks", "audio": [0.0] * 16, "sampling_rate": 16_000},
+    "captioner": {"audio": [0.0] * 16, "sampling_rate": 16_000},
 }
 
 
@@ -162,6 +169,9 @@ def kind_of(folder: Path) -> Kind:
     if config.exists() and read_json(config).get("model_type") == MODEL_TYPE:
         read_reward_config(folder)
         return "reward"
+    if config.exists() and read_json(config).get("_class_name") == CLASS_NAME:
+        check_captioner(folder)
+        return "captioner"
     check_generator(folder)
     return "tango"
 
@@ -355,13 +365,12 @@ def signature_of(kind: Kind) -> "ModelSignature":
     outputs: list[ColSpec | TensorSpec]
     params: list[ParamSpec] = []
     text, whole = DataType.string, DataType.long
+    clip: list[ColSpec | TensorSpec] = [ColSpec(Array(AnyType()), "audio"), ColSpec(whole, "sampling_rate")]
     if kind == "reward":
-        inputs = [
-            ColSpec(text, "prompt"),
-            ColSpec(Array(AnyType()), "audio"),
-            ColSpec(whole, "sampling_rate"),
-        ]
+        inputs = [ColSpec(text, "prompt"), *clip]
         outputs = [ColSpec(DataType.double, "logit"), ColSpec(DataType.double, "probability")]
+    elif kind == "captioner":
+        inputs, outputs = clip, [ColSpec(text, "caption")]
     else:
         options = {
             "negative_prompt": text,

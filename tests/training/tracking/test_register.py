@@ -25,7 +25,7 @@ from services.models.latent import clip_generator
 from services.models.manifest import Manifest, verify_manifest, write_manifest
 from services.weights import registry
 from services.weights.uri import resolve
-from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
+from tests.tiny import tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward
 from tests.training.tracking.mlflow_server import MLflowServer
 from training.commands import tracking as tracking_cli
 from training.tracking.register import CHAMPION, Provenance, register
@@ -191,6 +191,23 @@ def test_a_reward_model_is_registered_with_the_clap_model_that_it_stands_on(
     assert model.predict(rows)[1]["logit"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(InvalidInputError, match="audio"):
         model.predict({"prompt": PROMPT, "audio": [], "sampling_rate": 16_000})
+
+
+def test_a_captioner_is_registered_and_describes_clips(store: str, tmp_path: Path) -> None:
+    folder, captioner = tmp_path / "captioner", tiny_captioner()
+    captioner.save_pretrained(folder)
+    write_manifest(folder, name="tiny-captioner", version="1", license="Apache-2.0")
+    with pytest.raises(InvalidInputError, match="milonga-captioner"):
+        register(folder, "milonga-tango")
+    done, _ = register(folder)
+    assert (done.name, done.version) == ("milonga-captioner", "1")
+    model = loaded("models:/milonga-captioner@challenger", store)
+    waveform = np.sin(np.arange(16_000) / 20).astype(np.float32)
+    [row] = model.predict({"audio": waveform, "sampling_rate": 16_000})
+    clip = captioner.prepare(waveform, 16_000)
+    assert row == {"caption": captioner.generate(captioner.encode([clip]), (3,))[0][0].text}
+    with pytest.raises(InvalidInputError, match="audio"):
+        model.predict({"audio": [], "sampling_rate": 16_000})
 
 
 def test_the_same_files_are_registered_once_and_an_alias_moves(store: str, model: Path) -> None:
