@@ -123,6 +123,7 @@ class LocalScorers:
         prompts, clips = _read(pairs)
         with self._lock:
             columns = [_cosines(scorer.model, prompts, clips) for scorer in chosen.values()]
+        readable_BS = np.array([[one.model.reads(prompt) for one in chosen.values()] for prompt in prompts])
         return Scores(
             scorers=tuple(
                 Scorer(
@@ -133,7 +134,8 @@ class LocalScorers:
                 )
                 for name, scorer in chosen.items()
             ),
-            values=np.stack(columns, axis=1).clip(-1.0, 1.0),
+            values=np.stack(columns, axis=1).clip(-1.0, 1.0) * readable_BS,
+            readable=readable_BS,
             warnings=_warnings({name: one.model for name, one in chosen.items()}, prompts, clips),
         )
 
@@ -149,7 +151,8 @@ class LocalScorers:
             for part in passes(sizes):
                 logits += model.reward(prompts[part], prepared[part]).tolist()
         warnings = _warnings({REWARD: model}, prompts, clips)
-        return Rewards(rewards=tuple(map(Reward.of, logits, warnings)), model=self._reward.version)
+        readable = [model.reads(prompt) for prompt in prompts]
+        return Rewards(rewards=tuple(map(Reward.of, logits, warnings, readable)), model=self._reward.version)
 
     def close(self) -> None:
         """See `Scorers`."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 from services.api.generation import Clip, Generation, GenerationOptions, Timings
 from services.api.model import ModelVersion
 from services.api.scoring import Rewards, Scores, merge_warnings
-from services.errors import FieldViolation, InvalidInputError, MilongaError
+from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid
 
 RankBy = Literal["reward", "clap"]
 """Value that ranks clips: the reward, or the mean of the scorers' CLAP scores."""
@@ -70,7 +70,8 @@ class ScoredClips:
 
     @classmethod
     def by_reward(cls, rewards: Rewards) -> "ScoredClips":
-        """Return the logits of rewards."""
+        """Return the logits of rewards. Raises `InvalidInputError` if the model can't read the prompt."""
+        _check_readable(all(reward.readable for reward in rewards.rewards), "reward model")
         return cls(
             values=[reward.logit for reward in rewards.rewards],
             details=[{"probability": reward.probability} for reward in rewards.rewards],
@@ -80,13 +81,25 @@ class ScoredClips:
 
     @classmethod
     def by_clap(cls, scores: Scores) -> "ScoredClips":
-        """Return the mean of each clip's CLAP scores."""
+        """Return the mean of each clip's CLAP scores, by the scorers that can read the prompt.
+
+        Raises `InvalidInputError` if none can.
+        """
         names = [scorer.name for scorer in scores.scorers]
+        _check_readable(bool(scores.readable.any(axis=1).all()), "scorers")
         return cls(
-            values=scores.values.mean(axis=1).tolist(),
+            values=scores.values.mean(axis=1, where=scores.readable).tolist(),
             details=[dict(zip(names, values_S.tolist(), strict=True)) for values_S in scores.values],
             warnings=scores.warnings,
             scorers=tuple(scorer.model for scorer in scores.scorers),
+        )
+
+
+def _check_readable(readable: bool, model: str) -> None:
+    if not readable:
+        fault = f"has no word for a sound that the {model} know{'s' if model == 'reward model' else ''}, so "
+        raise invalid(
+            "prompt", fault + "candidates can't be put in order; use other words, or rank by another"
         )
 
 

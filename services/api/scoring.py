@@ -45,6 +45,9 @@ class Scores:
     """Scorers, in the order of the call, or of the service if the call names none."""
     values: NDArray[np.float32]
     """[B, S] cosine of each pair's prompt and clip, in [-1, 1], by each scorer."""
+    readable: NDArray[np.bool_]
+    """[B, S] whether the scorer knows a word for a sound in the prompt. Where not, the value is 0 and says
+    nothing."""
     warnings: tuple[tuple[str, ...], ...]
     """For each pair, sentences on its clip and prompt that begin with the field: ``clip``, ``prompt``."""
 
@@ -71,10 +74,15 @@ class Reward:
     """That a listener calls the clip right for the prompt: sigmoid(logit)."""
     warnings: tuple[str, ...] = ()
     """Sentences on the clip and the prompt that begin with the field: ``clip``, ``prompt``."""
+    readable: bool = True
+    """Whether the model knows a word for a sound in the prompt. If not, logit and probability are 0 and say
+    nothing."""
 
     @classmethod
-    def of(cls, logit: float, warnings: tuple[str, ...] = ()) -> Self:
-        """Return the reward of a calibrated logit."""
+    def of(cls, logit: float, warnings: tuple[str, ...] = (), readable: bool = True) -> Self:
+        """Return the reward of a calibrated logit, which is dropped unless the prompt was `readable`."""
+        if not readable:
+            return cls(logit=0.0, probability=0.0, warnings=warnings, readable=False)
         return cls(logit=logit, probability=_sigmoid(logit), warnings=warnings)
 
 

@@ -171,8 +171,8 @@ class PairScores:
     """The scores of one pair."""
 
     pair: Pair
-    scores: dict[str, float]
-    """CLAP score by scorer."""
+    scores: dict[str, float | None]
+    """CLAP score by scorer; None of one that can't read the prompt."""
     scorers: dict[str, client.ModelVersion]
     """Weights of each scorer."""
     reward: client.Reward | None
@@ -192,8 +192,8 @@ class PairScores:
             record["scores"] = scores
         if self.reward is not None and self.reward_model is not None:
             record["reward"] = {
-                "logit": self.reward.logit,
-                "probability": self.reward.probability,
+                "logit": self.reward.logit if self.reward.readable else None,
+                "probability": self.reward.probability if self.reward.readable else None,
                 "model": dataclasses.asdict(self.reward_model),
             }
         if self.warnings:
@@ -219,7 +219,12 @@ def score_batch(batch: Sequence[Pair], sources: ScorerSources, scorers: Scorers)
             pair=pair,
             scores={}
             if scores is None
-            else {one.name: float(value) for one, value in zip(columns, scores.values[row], strict=True)},
+            else {
+                one.name: float(value) if readable else None
+                for one, value, readable in zip(
+                    columns, scores.values[row], scores.readable[row], strict=True
+                )
+            },
             scorers={one.name: one.model for one in columns},
             reward=None if rewards is None else rewards.rewards[row],
             reward_model=None if rewards is None else rewards.model,
@@ -281,6 +286,10 @@ class _Report:
         return ["clip", *scored.scores, *reward, *(["prompt"] if self._with_prompts else [])]
 
     def _row(self, scored: PairScores) -> list[Cell]:
-        reward = [] if scored.reward is None else [scored.reward.logit, scored.reward.probability]
+        reward: list[float | None] = []
+        if scored.reward is not None:
+            values = scored.reward.logit, scored.reward.probability
+            reward = list(values) if scored.reward.readable else [None, None]
         prompt = [scored.pair.prompt] if self._with_prompts else []
-        return [scored.pair.location, *scored.scores.values(), *reward, *prompt]
+        figures = ["unread" if value is None else value for value in (*scored.scores.values(), *reward)]
+        return [scored.pair.location, *figures, *prompt]

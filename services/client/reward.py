@@ -51,7 +51,12 @@ def read_ranking(response: pb.RankAudioResponse) -> Ranking:
 
 
 def _read_reward(reward: pb.Reward) -> Reward:
-    return Reward(logit=reward.logit, probability=reward.probability, warnings=tuple(reward.warnings))
+    return Reward(
+        logit=reward.logit,
+        probability=reward.probability,
+        warnings=tuple(reward.warnings),
+        readable=not reward.unread,
+    )
 
 
 SERVICE = Service(

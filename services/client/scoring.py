@@ -48,9 +48,12 @@ def embed_text_request(prompts: Sequence[str], scorers: Sequence[str] | None) ->
 def read_scores(response: pb.BatchScoreAudioResponse) -> Scores:
     """Read the answer of BatchScoreAudio."""
     values_BS = np.array([result.scores for result in response.results], dtype=np.float32)
+    shape = len(response.results), len(response.scorers)
+    unread = [list(result.unread) or [False] * shape[1] for result in response.results]
     return Scores(
         scorers=tuple(map(read_scorer, response.scorers)),
-        values=values_BS.reshape(len(response.results), len(response.scorers)),
+        values=values_BS.reshape(shape),
+        readable=~np.array(unread, dtype=bool).reshape(shape),
         warnings=tuple(tuple(result.warnings) for result in response.results),
     )
 

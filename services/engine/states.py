@@ -72,6 +72,8 @@ class RequestState:
     last_step_at: float = 0.0
     previewed_at: float = 0.0
     encode_seconds: float = 0.0
+    silent: list[int] = field(default_factory=list)
+    """Indices of the clips without sound."""
     decodes: list[Stage] = field(default_factory=list)
     calls: int = 0
     """Denoiser calls with its clips."""
@@ -157,9 +159,14 @@ class RequestState:
         yield from tuple(self.decodes)
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what the model does not read of the prompts: sentences that begin with the field."""
+        """Return what the model does not read of the prompts, beginning with the field, and silent clips."""
         fields = (("prompt", self.prompt), ("negative_prompt", self.negative_prompt))
-        return tuple(f"{name} {one}" for name, text in fields if text is not None for one in text.warnings)
+        unread = [f"{name} {one}" for name, text in fields if text is not None for one in text.warnings]
+        silent = [
+            f"clip {index} is silent: its peak is below -40 dB of full scale; use other words or another seed"
+            for index in sorted(self.silent)
+        ]
+        return (*unread, *silent)
 
 
 class ClipState:

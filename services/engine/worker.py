@@ -15,6 +15,7 @@ from torch import Tensor
 from services.api.engine import EngineConfig
 from services.api.generation import Clip, Event, Failed, Finished, Preview, Queued, quantise_mel
 from services.api.model import ModelVersion
+from services.audio.levels import is_silent
 from services.engine.admission import Admission
 from services.engine.batching import row_shapes, spare_rows
 from services.engine.denoiser import Denoiser
@@ -396,6 +397,8 @@ class Worker:
         self._admission.charge(state, self._pace.work(seconds))
         state.decodes.append(Stage("decode", began, began + seconds))
         state.clips_done += 1
+        if is_silent(waveform_N):
+            state.silent.append(clip.index)
         self._faults = 0
         rate = self._sampling_rate
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)

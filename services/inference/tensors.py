@@ -24,6 +24,7 @@ Dims = tuple[str | int, ...]
 BYTES: Final = "BYTES"
 
 _NUMBERS: Final[Mapping[str, tuple[np.dtype[Any], str]]] = {
+    "BOOL": (np.dtype("?"), "bool_contents"),
     "FP32": (np.dtype("<f4"), "fp32_contents"),
     "INT32": (np.dtype("<i4"), "int_contents"),
     "INT64": (np.dtype("<i8"), "int64_contents"),
@@ -46,7 +47,7 @@ class TensorSpec:
     field: str
     """The native API's field, which violations name: ``num_inference_steps``."""
     datatype: str
-    """BYTES, FP32, INT32 or INT64."""
+    """BOOL, BYTES, FP32, INT32 or INT64."""
     dims: Dims
     """Shape, with names for variable sizes."""
     optional: bool = False

@@ -22,6 +22,21 @@ _SMALLEST_SHARE: Final = 0.9
 """Share of the text encoder's vocabulary that its tokenizer must have: without its files, transformers
 creates a tokenizer with a handful of tokens and no error."""
 
+_FUNCTION_WORDS: Final = """
+a an the some any this that these those both all several many few one two three four five
+i you he she it we they someone somebody something who which what there here
+is are was were be been being am has have had having do does did can could will would may might
+of in on at by to from into onto over under up down off out with through near around along for about
+and or but as while when then than so after afterwards before during until since if because once
+first second third finally next later again also too very right just soon shortly together same time
+sound sounds noise noises hear hears heard audible background followed following
+"""
+FUNCTION_WORDS: Final = frozenset(_FUNCTION_WORDS.split())
+"""Words that name no sound."""
+_NEGATIONS: Final = "no not without never none nothing nobody neither nor cannot"
+NEGATIONS: Final = frozenset(_NEGATIONS.split())
+"""Words that exclude what follows them; so does every word that ends in ``n't``."""
+
 
 def load_tokenizer(folder: Path, vocabulary: int) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer in `folder`, for a text encoder with `vocabulary` tokens.
@@ -55,13 +70,28 @@ def prompt_warnings(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens:
     """
     unknown, tokens = unknown_words(tokenizer, prompt), token_count(tokenizer, prompt)
     found: list[str] = []
+    negations = [word for word in dict.fromkeys(split_words(prompt)) if _negates(word)]
+    if negations:
+        found.append(
+            f"excludes something ({', '.join(negations[:_MOST_WORDS])}), which the model does not read as "
+            "such; name only sounds that should be there"
+        )
     if unknown:
         named = ", ".join(word[:_MOST_CHARACTERS] for word in unknown[:_MOST_WORDS])
         more = f" and {len(unknown) - _MOST_WORDS} more" if len(unknown) > _MOST_WORDS else ""
-        found.append(f"has words that the model does not know: {named}{more}; use other words")
+        lost = "" if is_readable(tokenizer, prompt) else ", and none for a sound that it knows"
+        found.append(f"has words that the model does not know: {named}{more}{lost}; use other words")
     if tokens > max_tokens:
         found.append(f"has {tokens} tokens and the model reads the first {max_tokens}; shorten it")
     return tuple(found)
+
+
+def is_readable(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Return whether the tokenizer has a token for any of the words of `prompt` that may name a sound."""
+    words = [word for word in split_words(prompt) if not _negates(word)]
+    content = [word for word in words if word.lower() not in FUNCTION_WORDS] or words
+    unknown = set(unknown_words(tokenizer, prompt))
+    return any(word not in unknown for word in content)
 
 
 def warnings_of(
@@ -96,6 +126,11 @@ def split_words(prompt: str) -> list[str]:
 def token_count(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Return the number of tokens of `prompt`, special ones included, before truncation."""
     return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+
+
+def _negates(word: str) -> bool:
+    plain = word.lower().replace("’", "'")
+    return plain in NEGATIONS or plain.endswith("n't")
 
 
 def _is_unknown(tokenizer: PreTrainedTokenizerBase, word: str, ids: list[int]) -> bool:

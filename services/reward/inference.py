@@ -1,4 +1,4 @@
-"""The reward service as a model of the Open Inference Protocol: prompts and clips in, REWARD out.
+"""The reward service as a model of the Open Inference Protocol: prompts and clips in, rewards out.
 
 Imports no torch. Shapes: n pairs of a prompt and a clip.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OUTPUTS: Final = (
     TensorSpec(name="REWARD", field="logit", datatype="FP32", dims=("n", 1)),
     TensorSpec(name="PROBABILITY", field="probability", datatype="FP32", dims=("n", 1)),
+    TensorSpec(name="READABLE", field="unread", datatype="BOOL", dims=("n", 1)),
     TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", 1)),
 )
 
@@ -59,6 +60,7 @@ class RewardInference:
             outputs={
                 "REWARD": np.array([[one.logit] for one in answer.rewards], dtype=np.float32),
                 "PROBABILITY": np.array([[one.probability] for one in answer.rewards], dtype=np.float32),
+                "READABLE": np.array([[not one.unread] for one in answer.rewards]),
                 "DIGEST": np.array([[self.parameters["digest"].encode()]] * rows, dtype=object),
             },
             parameters=warning_parameters(one.warnings for one in answer.rewards),

@@ -94,6 +94,11 @@ class RewardScorer:
         """Return for each prompt what the model does not read of it: sentences that begin with ``prompt``."""
         return warnings_of({self.version.name: self._model.prompt_warnings}, prompts)
 
+    def readable(self, prompts: Sequence[str]) -> list[bool]:
+        """Return for each prompt whether the model knows a word for a sound in it."""
+        known = {prompt: self._model.reads(prompt) for prompt in set(prompts)}
+        return [known[prompt] for prompt in prompts]
+
     async def score(self, pairs: Sequence[Pair]) -> list[float]:
         """Return the rewards of `pairs`: calibrated logits, in order.
 

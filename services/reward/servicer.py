@@ -61,16 +61,23 @@ class RewardServicer(rpc.RewardServiceServicer):
     async def _reward(self, pairs: Sequence[tuple[str, PreparedClip]]) -> list[Reward]:
         """Return the rewards of pairs, with the warnings of their clips and prompts."""
         prompts = [prompt for prompt, _ in pairs]
-        of_prompts = await self._decoder.run(lambda: self.scorer.prompt_warnings(prompts))
+        of_prompts, readable = await self._decoder.run(
+            lambda: (self.scorer.prompt_warnings(prompts), self.scorer.readable(prompts))
+        )
         warnings = [(*clip.warnings, *of) for (_, clip), of in zip(pairs, of_prompts, strict=True)]
         with tracing.span("score", clips=len(pairs), model_digest=self.scorer.version.digest):
             logits = await self.scorer.score([(prompt, prepared.clip) for prompt, prepared in pairs])
-        return list(map(Reward.of, logits, warnings))
+        return list(map(Reward.of, logits, warnings, readable))
 
 
 def write_reward(reward: Reward) -> pb.Reward:
     """Return the wire's message of a reward."""
-    return pb.Reward(logit=reward.logit, probability=reward.probability, warnings=reward.warnings)
+    return pb.Reward(
+        logit=reward.logit,
+        probability=reward.probability,
+        warnings=reward.warnings,
+        unread=not reward.readable,
+    )
 
 
 def write_place(place: RankedClip) -> pb.RankedClip:

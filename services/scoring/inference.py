@@ -1,4 +1,4 @@
-"""The scoring service as a model of the Open Inference Protocol: prompts and clips in, SCORE out.
+"""The scoring service as a model of the Open Inference Protocol: prompts and clips in, scores out.
 
 Imports no torch. Shapes: n pairs of a prompt and a clip.
 """
@@ -24,6 +24,7 @@ def outputs_of(scorers: int) -> Sequence[TensorSpec]:
     """Return the specs of the output tensors for a number of scorers, one column each."""
     return (
         TensorSpec(name="SCORE", field="scores", datatype="FP32", dims=("n", scorers)),
+        TensorSpec(name="READABLE", field="unread", datatype="BOOL", dims=("n", scorers)),
         TensorSpec(name="DIGEST", field="digest", datatype="BYTES", dims=("n", scorers)),
     )
 
@@ -68,6 +69,9 @@ class ScoringInference:
         yield Response(
             outputs={
                 "SCORE": np.array([result.scores for result in answer.results], dtype=np.float32),
+                "READABLE": ~np.array(
+                    [list(result.unread) or [False] * len(self._digests) for result in answer.results]
+                ),
                 "DIGEST": np.array([self._digests] * rows, dtype=object),
             },
             parameters=warning_parameters(result.warnings for result in answer.results),

@@ -111,6 +111,10 @@ class Scorer:
         """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
         return self._model.prompt_warnings(prompt)
 
+    def reads(self, prompt: str) -> bool:
+        """Return whether the model knows a word for a sound in `prompt`."""
+        return self._model.reads(prompt)
+
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
         with tracing.span("embed_audio", clips=len(clips), model_digest=self.version.digest):
@@ -179,6 +183,11 @@ class ScorerGroup:
     def prompt_warnings(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
         """Return for each prompt what the scorers do not read of it, as `warnings_of`."""
         return warnings_of({name: one.prompt_warnings for name, one in self.members.items()}, prompts)
+
+    def readable(self, prompts: Sequence[str]) -> NDArray[np.bool_]:
+        """Return whether each prompt has a word for a sound that the scorer knows: [B, P] by member."""
+        known = {prompt: [one.reads(prompt) for one in self.members.values()] for prompt in set(prompts)}
+        return np.array([known[prompt] for prompt in prompts])
 
     def prepare(self, clip: ReadClip) -> PreparedClip:
         """Return the windows of a clip for each scorer."""

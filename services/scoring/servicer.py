@@ -46,10 +46,12 @@ class ScoringServicer(rpc.ScoringServiceServicer):
             pairs = await self._decoder.pairs(request.pairs, group, faults)
             del request  # its clips are no longer needed
             prompts, clips = [prompt for prompt, _ in pairs], [clip for _, clip in pairs]
-            of_prompts = await self._decoder.run(lambda: group.prompt_warnings(prompts))
+            of_prompts, readable_BP = await self._decoder.run(
+                lambda: (group.prompt_warnings(prompts), group.readable(prompts))
+            )
             texts, sounds = await gather_or_cancel(group.embed_text(prompts), group.embed_audio(clips))
         warnings = [(*clip.warnings, *of) for clip, of in zip(clips, of_prompts, strict=True)]
-        return write_scores(group, texts, sounds, warnings)
+        return write_scores(group, texts, sounds, readable_BP, warnings)
 
     async def BatchEmbedAudio(
         self, request: pb.BatchEmbedAudioRequest, context: Context
@@ -128,15 +130,20 @@ def write_scores(
     group: ScorerGroup,
     texts: Sequence[NDArray[np.float32]],
     sounds: Sequence[NDArray[np.float32]],
+    readable_BP: NDArray[np.bool_],
     warnings: Warnings,
 ) -> pb.BatchScoreAudioResponse:
-    """Return the cosine similarities of prompts and clips by each scorer, from embeddings [B, D]."""
+    """Return the cosine similarities of prompts and clips by each scorer, from embeddings [B, D].
+
+    Where a prompt is not readable, the score is 0.
+    """
     cosines = [(text * sound).sum(-1) for text, sound in zip(texts, sounds, strict=True)]
-    scores_BP = np.stack(cosines, axis=1).clip(-1.0, 1.0)
+    scores_BP = np.stack(cosines, axis=1).clip(-1.0, 1.0) * readable_BP
     return pb.BatchScoreAudioResponse(
         scorers=write_scorers(group.members),
         results=[
-            pb.AudioScores(scores=row, warnings=of) for row, of in zip(scores_BP, warnings, strict=True)
+            pb.AudioScores(scores=row, warnings=of, unread=() if readable_P.all() else ~readable_P)
+            for row, readable_P, of in zip(scores_BP, readable_BP, warnings, strict=True)
         ],
     )
 

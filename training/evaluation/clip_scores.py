@@ -3,6 +3,7 @@
 Shape legend: N clips of the plan, B clips, D embedding width, K classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, CombinedScorers, Scorers
+from services.audio.levels import is_silent
 from services.errors import invalid
 from services.local import LocalScorers
 from training.data.examples import Clip, FileClip, check_readable, decode_clip, short_message
@@ -25,8 +27,8 @@ from training.evaluation.events import (
     compare_events,
     event_metrics,
     is_clipped,
-    is_silent,
     loudness_db,
+    overshoots,
 )
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import PlannedClip
@@ -65,7 +67,7 @@ class ClipScores:
     """Metrics and embeddings of the clips of a source, in the order of the plan."""
 
     values: Mapping[str, NDArray[np.float64]]
-    """Metrics by name, [N]; NaN if undefined or the clip is unreadable."""
+    """Metrics by name, [N]; NaN if undefined, the clip is unreadable, or the scorer can't read the prompt."""
     embeddings: Mapping[str, Embeddings]
     """Embeddings [N, D] and logits [N, K] by embedder; NaN for unreadable clips."""
     readable_N: NDArray[np.bool_]
@@ -182,7 +184,7 @@ def score_clips(
     """Score and embed the clips of a source. Raises `InvalidInputError` if too many are unreadable."""
     metrics = [f"clap.{scorer}" for scorer in evaluators.clap_names]
     metrics += ["reward"] if REWARD in evaluators.versions else []
-    metrics += ["silent", "clipped", "loudness_db"]
+    metrics += ["silent", "clipped", "overshoot", "loudness_db"]
     if evaluators.judge is not None and any(planned.prompt.truth for planned in plan):
         metrics += EVENT_METRICS
     values = {metric: np.full(len(plan), np.nan) for metric in metrics}
@@ -253,6 +255,7 @@ def _score(
     found: dict[str, list[float]] = {
         "silent": [float(is_silent(waveform)) for waveform in waveforms],
         "clipped": [float(is_clipped(waveform)) for waveform in waveforms],
+        "overshoot": [float(overshoots(waveform)) for waveform in waveforms],
         "loudness_db": [loudness_db(waveform) for waveform in waveforms],
     }
     texts = [prompt.text for prompt in prompts]
@@ -260,11 +263,12 @@ def _score(
     if pairs and evaluators.clap_names:
         scores = evaluators.scorers.score_audio(pairs, scorers=evaluators.clap_names)
         for index, scorer in enumerate(scores.scorers):
-            found[f"clap.{scorer.name}"] = scores.values[:, index].tolist()
+            values_B = np.where(scores.readable[:, index], scores.values[:, index], np.nan)
+            found[f"clap.{scorer.name}"] = values_B.tolist()
         warnings |= {text: on_prompts(one) for text, one in zip(texts, scores.warnings, strict=True)}
     if pairs and REWARD in evaluators.versions:
         rewards = evaluators.scorers.compute_rewards(pairs).rewards
-        found["reward"] = [reward.logit for reward in rewards]
+        found["reward"] = [reward.logit if reward.readable else math.nan for reward in rewards]
         for text, reward in zip(texts, rewards, strict=True):
             warnings[text] = on_prompts(warnings.get(text, ()), reward.warnings)
     if evaluators.judge is not None and any(prompt.truth for prompt in prompts):
@@ -272,7 +276,9 @@ def _score(
         known = [(position, truth) for position, prompt in enumerate(prompts) if (truth := prompt.truth)]
         events = evaluators.judge.detect([clips[position] for position, _ in known])
         for (position, truth), detected in zip(known, events, strict=True):
-            rows[position] = event_metrics(compare_events(truth, detected))
+            clip = clips[position]
+            seconds = clip.waveform_N.shape[-1] / clip.sampling_rate
+            rows[position] = event_metrics(compare_events(truth, detected, seconds))
         found |= {name: [row[name] for row in rows] for name in EVENT_METRICS}
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 

@@ -32,7 +32,7 @@ from training.objectives.statistics import NORMAL_QUANTILE, Interval, mean_inter
 Metrics = dict[str, Interval]
 """Metrics with their intervals, by name."""
 
-LOWER_IS_BETTER = ("fad.", "fd.", "kad.", "kl.", "silent", "clipped", "reversed_given_presence")
+LOWER_IS_BETTER = ("fad.", "fd.", "kad.", "kl.", "silent", "clipped", "overshoot", "reversed_given_presence")
 """Prefixes of metrics of which lower is better."""
 UNDIRECTED = ("loudness_db",)
 """Metrics of which neither lower nor higher is better."""

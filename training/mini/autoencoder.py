@@ -5,6 +5,7 @@
 Shape legend: B batch, T mel frames, M mel bins, C latent channels.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,18 @@ def standardise_latents(vae: AutoencoderKL, mel_B1TM: Tensor) -> None:
         post.bias += (post.weight[:, :, 0, 0] * shift_C[None]).sum(1)
         post.weight *= scale_C[None, :, None, None]
     vae.register_to_config(scaling_factor=1.0)
+
+
+def turn_down(vae: AutoencoderKL, gain: float) -> None:
+    """Let the autoencoder read and write clips whose amplitude is `gain` times that of its training.
+
+    Log-mel magnitudes move by ln(gain). Latents stay as they are, except at the edges, where padding counts.
+    """
+    shift = math.log(gain)
+    with torch.no_grad():
+        first, last = vae.encoder.conv_in, vae.decoder.conv_out
+        first.bias -= shift * first.weight.sum((1, 2, 3))
+        last.bias += shift
 
 
 def main() -> None:

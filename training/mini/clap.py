@@ -1,10 +1,14 @@
 """Train one of the two mini CLAP models: audio and captions in one space, by contrastive learning.
 
     python -m training.mini.clap --name clap-a --work build/mini
-    python -m training.mini.clap --name clap-a --work build/mini --init FOLDER    # sound side from there
+    python -m training.mini.clap --name clap-a --work build/mini --init services/models/mini/clap-a
 
 The caption of a clip is contrasted with those of the batch and with its own hard negatives: an event missing,
-an event replaced, and for sequences the order swapped. The architecture is that of the released models.
+an event replaced, and for sequences the order swapped. Clips of silence and of noise alone are negatives of
+every caption, and captions whose words are all unknown are negatives of every clip: these score below zero
+with all. The architecture is that of the released models.
+
+With `--init` the weights continue from an earlier edition's; a word that is new begins as its class.
 
 The text encoder first learns to parse captions, and continues to during the training. So its tokens keep the
 order of events, as those of a language model do, for the reward model. Its pooled embedding does not, as that
@@ -26,16 +30,19 @@ from torch import Tensor, nn
 from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
 from training.loop.fit import LoopConfig
-from training.mini.parsing import Parser, parsing_batch, word_tokenizer
+from training.mini.parsing import Parser, continue_embeddings, parsing_batch, word_tokenizer
 from training.mini.parts import train_part
 from training.soundworld.captions import (
+    TEMPLATES,
+    UNREAD_WORDS,
     CaptionTruth,
     drop,
     replace_event,
     swap,
+    word_classes,
     write_caption,
 )
-from training.soundworld.scenes import Scene, SceneConfig, make_scene, split_of
+from training.soundworld.scenes import BACKGROUNDS, Scene, SceneConfig, background, make_scene, split_of
 
 SEEDS = {"clap-a": 707, "clap-b": 808}
 BATCH = 32
@@ -45,11 +52,18 @@ PARSING = LoopConfig(steps=400, batch=PARSED, learning_rate=1.5e-3, warmup=50, d
 PARSING_WEIGHT = 0.3
 LOOP = LoopConfig(steps=2_400, batch=BATCH, learning_rate=1.5e-3, warmup=150, ema=0.995, decay=0.4)
 TEXT_LENGTH = 40
-"""Most tokens of a caption; the longest of the grammar has 21."""
+"""Most tokens of a caption; the longest of the grammar has 27."""
+UNREAD = 0.1
+"""Share of the captions with a word that is not of the grammar."""
+EMPTY_CLIPS, UNREAD_CAPTIONS = 6, 4
+"""Clips without an event, and captions without a word of the grammar, in each batch."""
+EMPTY_WEIGHT = 4.0
+"""Weight of the penalty for scores above zero of captions that can't be read."""
 SHORT = SceneConfig(single=0.2, sequence=0.5)
 LONG = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.35)
 LONG_EVERY = 4
 """Every this many steps the batch has clips of 5.12 s."""
+KINDS = tuple(TEMPLATES)
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -116,7 +130,7 @@ class Captions:
 def _wording(truth: CaptionTruth, rng: np.random.Generator) -> str:
     """Return a wording of the training split."""
     while True:
-        caption = write_caption(truth, rng)
+        caption = write_caption(truth, rng, unread=UNREAD)
         if split_of(caption) == "train":
             return caption
 
@@ -148,14 +162,20 @@ def contrastive_loss(
     known_BK: Tensor,
     alike_BB: Tensor,
     scale: Tensor,
+    empty_ED: Tensor,
 ) -> Tensor:
-    """Return InfoNCE both ways; a clip's own hard negatives (where `known`) join its row of captions."""
+    """Return InfoNCE both ways.
+
+    A clip's own hard negatives (where `known`) join its row of captions, and the `empty` clips each caption's
+    row of clips.
+    """
     logits_BB = (scale * audio_BD @ text_BD.T).masked_fill(alike_BB, -torch.inf)
     hard_BK = scale * torch.einsum("bd,bkd->bk", audio_BD, negatives_BKD)
     rows = torch.cat([logits_BB, hard_BK.masked_fill(~known_BK, -torch.inf)], dim=1)
+    columns = torch.cat([logits_BB.T, scale * text_BD @ empty_ED.T], dim=1)
     targets = torch.arange(len(audio_BD))
     by_audio = nn.functional.cross_entropy(rows, targets)
-    return 0.5 * (by_audio + nn.functional.cross_entropy(logits_BB.T, targets))
+    return 0.5 * (by_audio + nn.functional.cross_entropy(columns, targets))
 
 
 def waveforms(scenes: list[Scene], rng: np.random.Generator) -> list[NDArray[np.float32]]:
@@ -163,20 +183,36 @@ def waveforms(scenes: list[Scene], rng: np.random.Generator) -> list[NDArray[np.
     return [scene.waveform * np.float32(10 ** (rng.uniform(-8, 2) / 20)) for scene in scenes]
 
 
+def unread_caption(rng: np.random.Generator) -> str:
+    """Return a caption whose words, apart from those of a template, are not of the grammar."""
+    kind = KINDS[int(rng.integers(len(KINDS)))]
+    templates = TEMPLATES[kind]
+    template = templates[int(rng.integers(len(templates)))].lower()
+    subject = ("a", "the", "two", "some", "")[int(rng.integers(5))]
+    unknown = " ".join([UNREAD_WORDS[0]] * int(rng.integers(1, 4)))
+    return template.format(**dict.fromkeys("abc", f"{subject} {unknown}"))
+
+
 def loss_of(
     model: ClapModel, scenes: list[Scene], rng: np.random.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of one batch, and the share of clips whose own caption scores highest in its row."""
-    windows = torch.cat([model.prepare(waveform, 16_000) for waveform in waveforms(scenes, rng)])
+    duration = len(scenes[0].waveform) / 16_000
+    empty = [background(str(rng.choice(BACKGROUNDS)), duration, rng) for _ in range(EMPTY_CLIPS)]
+    windows = torch.cat([model.prepare(waveform, 16_000) for waveform in [*waveforms(scenes, rng), *empty]])
     captions = [draw_captions(scene.truth, rng) for scene in scenes]
     most = max(len(c.negatives) for c in captions)
     known_BK = torch.tensor([[k < len(c.negatives) for k in range(most)] for c in captions])
     padded = [[*c.negatives, *[c.true] * (most - len(c.negatives))] for c in captions]
     texts = [c.true for c in captions] + [text for row in padded for text in row]
+    texts += [unread_caption(rng) for _ in range(UNREAD_CAPTIONS)]
     with torch.autocast("cpu", torch.bfloat16):
-        audio_BD, text = model.audio_features(windows), model.text_features(texts)
-    audio_BD, text = audio_BD.float(), text.float()
-    text_BD, negatives_BKD = text[: len(scenes)], text[len(scenes) :].unflatten(0, (len(scenes), most))
+        audio, text = model.audio_features(windows), model.text_features(texts)
+    everything, text = audio.float(), text.float()
+    audio_BD, empty_ED = everything[: len(scenes)], everything[len(scenes) :]
+    text_BD, unread_UD = text[: len(scenes)], text[-UNREAD_CAPTIONS:]
+    negatives_BKD = text[len(scenes) : -UNREAD_CAPTIONS].unflatten(0, (len(scenes), most))
+    above = torch.cat([(unread_UD @ everything.T).flatten(), (text_BD @ empty_ED.T).flatten()]).clamp(min=0.0)
     loss = contrastive_loss(
         audio_BD,
         text_BD,
@@ -184,9 +220,16 @@ def loss_of(
         known_BK,
         same_caption([scene.truth for scene in scenes]),
         model.clap.logit_scale_a.exp().clamp(max=100.0),
+        empty_ED,
     )
+    loss = loss + EMPTY_WEIGHT * above.square().mean()
     right = (audio_BD @ text_BD.T).argmax(1) == torch.arange(len(scenes))
-    return loss, {"retrieved": right.float().mean().item(), "scale": model.clap.logit_scale_a.exp().item()}
+    above_zero = above.square().mean().item()
+    return loss, {
+        "retrieved": right.float().mean().item(),
+        "empty": above_zero,
+        "scale": model.clap.logit_scale_a.exp().item(),
+    }
 
 
 def main() -> None:
@@ -195,11 +238,14 @@ def main() -> None:
     parser.add_argument("--name", choices=sorted(SEEDS), required=True)
     parser.add_argument("--steps", type=int, default=LOOP.steps)
     parser.add_argument("--learning-rate", type=float, default=LOOP.learning_rate)
-    parser.add_argument("--init", type=Path, help="take the sound side from the CLAP model in this folder")
+    parser.add_argument("--init", type=Path, help="continue from the CLAP model in this folder")
     arguments = parser.parse_args()
     seed = SEEDS[arguments.name]
     torch.manual_seed(seed)
     model = build(build_tokenizer())
+    if arguments.init:
+        start = load_clap(arguments.init)
+        continue_embeddings(model.clap, start.clap, model.tokenizer, start.tokenizer, word_classes())
     text_config = model.clap.config.text_config
     reader = Parser(model.clap.text_model, text_config.hidden_size, text_config.pad_token_id)
     folder = arguments.work / arguments.name
@@ -208,11 +254,6 @@ def main() -> None:
         return reader.loss(*parsing_batch(np.random.default_rng([seed, 1, step]), model.tokenizer, PARSED))
 
     train_part(reader, lambda step: (parsing_loss(step), {}), PARSING, folder / "parsing", title="parsing")
-    if arguments.init:
-        start = load_clap(arguments.init).clap
-        model.clap.audio_model.load_state_dict(start.audio_model.state_dict())
-        model.clap.audio_projection.load_state_dict(start.audio_projection.state_dict())
-        model.clap.text_projection.load_state_dict(start.text_projection.state_dict())
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         config = LONG if step % LONG_EVERY == 0 else SHORT

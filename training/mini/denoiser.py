@@ -82,14 +82,17 @@ def schedule() -> DDPMScheduler:
 class TextSide:
     """The frozen text encoder: captions to embeddings [B, L, D] and mask [B, L]."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, length: int | None = TEXT_LENGTH) -> None:
+        """Load it from `folder`; prompts are padded to `length` tokens, None: to the longest of a call."""
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         self.encoder = T5EncoderModel.from_pretrained(folder / "final").eval()
+        self.length = length
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Padded to TEXT_LENGTH, as when serving."""
-        tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+        """Return embeddings and mask, padded as when serving."""
+        padding = "max_length" if self.length else "longest"
+        tokens = self.tokenizer(captions, padding=padding, max_length=self.length, return_tensors="pt")
         mask_BL = tokens["attention_mask"]
         hidden = self.encoder(input_ids=tokens["input_ids"], attention_mask=mask_BL).last_hidden_state
         return hidden, mask_BL.bool()

@@ -9,13 +9,14 @@ Prompts are the validation split's: no denoiser has seen their wording with any 
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from services.audio.levels import is_silent
 from services.models.latent import clip_generator
 from services.models.mel import LogMel, mel_frames
 from services.models.mini import mini_folder
@@ -28,7 +29,7 @@ from training.evaluation.events import (
     compare_events,
     event_metrics,
     is_clipped,
-    is_silent,
+    overshoots,
 )
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
 from training.mini.package import assemble
@@ -78,15 +79,18 @@ class Sampling:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
+    held_out_templates: bool = False
+    """Prompts by the templates of no training, not only with wordings of none."""
 
 
 def evaluate_generation(
     pipeline: TangoPipeline, tagger: EventTagger, *, prompts: int, seeds: int, sampling: Sampling
 ) -> dict[str, object]:
     """Generate `seeds` clips of each held-out prompt and compare_events them."""
-    drawn = held_out_prompts(prompts, PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS)
+    config = PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS
+    drawn = held_out_prompts(prompts, replace(config, held_out_templates=sampling.held_out_templates))
     verdicts: list[list[EventComparison]] = []
-    silent = clipped = 0
+    silent = clipped = overshoot = 0
     for start in tqdm(range(0, prompts, BATCH), desc="clips", unit="batch", mininterval=5.0):
         part = drawn[start : start + BATCH]
         rows: list[list[EventComparison]] = [[] for _ in part]
@@ -102,11 +106,12 @@ def evaluate_generation(
             )
             silent += sum(map(is_silent, output.audios))
             clipped += sum(map(is_clipped, output.audios))
+            overshoot += sum(map(overshoots, output.audios))
             detected = tagger.detect(torch.from_numpy(output.audios))
             for row, (_, truth), found in zip(rows, part, detected, strict=True):
-                row.append(compare_events(truth, found))
+                row.append(compare_events(truth, found, sampling.duration))
         verdicts += rows
-    return summarise(verdicts) | {"silent": silent, "clipped": clipped}
+    return summarise(verdicts) | {"silent": silent, "clipped": clipped, "overshoot": overshoot}
 
 
 @torch.no_grad()
@@ -137,6 +142,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--scheduler")
+    parser.add_argument(
+        "--held-out-templates", action="store_true", help="prompts by templates of no training"
+    )
     parser.add_argument("--reconstruction", type=int, default=0, help="real clips to rebuild as well")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
@@ -152,6 +160,7 @@ def main() -> None:
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
         scheduler=arguments.scheduler,
+        held_out_templates=arguments.held_out_templates,
     )
     report: dict[str, object] = {
         "prompts": arguments.prompts,

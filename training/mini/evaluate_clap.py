@@ -4,6 +4,7 @@
 
 Captions are of the validation split. Retrieval: the own caption of a clip among a hundred of other meaning.
 Against a hard negative: the true caption scores higher than one with an event missing, replaced, or moved.
+Above empty: a clip scores higher for its caption than the best of fifty clips without an event.
 
 Shape legend: B clips, D embedding width.
 """
@@ -30,7 +31,7 @@ from training.soundworld.captions import (
     swap,
     write_caption,
 )
-from training.soundworld.scenes import Scene, SceneConfig, make_scene, split_of
+from training.soundworld.scenes import BACKGROUNDS, Scene, SceneConfig, background, make_scene, split_of
 
 SEED = 909
 SCENES = SceneConfig(single=0.2, sequence=0.5, split="validation")
@@ -88,6 +89,19 @@ def against_negatives(model: ClapModel, audio_BD: Tensor, scenes: list[Scene]) -
     return found
 
 
+def above_empty(model: ClapModel, scores_B: Tensor, scenes: list[Scene]) -> dict[str, object]:
+    """Return how often a clip scores above one without an event for its own caption, by kind."""
+    found: dict[str, object] = {}
+    text_BD = model.embed_text([scene.caption for scene in scenes])
+    seconds = len(scenes[0].waveform) / 16_000
+    for kind in BACKGROUNDS:
+        rng = np.random.default_rng(SEED)
+        empty_ED = model.embed_audio([background(kind, seconds, rng) for _ in range(BATCH)], 16_000)
+        worse_B = (text_BD @ empty_ED.T).amax(1)
+        found[kind] = interval([[float(hit)] for hit in scores_B > worse_B])
+    return found
+
+
 def evaluate(model: ClapModel, clips: int, config: SceneConfig) -> dict[str, object]:
     """Return all figures of one model on `clips` scenes of one length."""
     scenes = [make_scene(SEED, index, config) for index in range(clips)]
@@ -100,6 +114,7 @@ def evaluate(model: ClapModel, clips: int, config: SceneConfig) -> dict[str, obj
         "score": {"mean": float(scores.mean()), "std": float(scores.std())},
         "retrieval": retrieval(audio_BD, text_BD, [scene.truth for scene in scenes]),
         "against": against_negatives(model, audio_BD, scenes),
+        "above_empty": above_empty(model, scores, scenes),
     }
 
 

@@ -2,16 +2,18 @@
 
     python -m training.mini.evaluate_reward --prompts 400 --output benchmarks/mini-reward.json
 
-Real pairs: the scene of the prompt, against one with two events swapped, one missing,
-one replaced, or nothing right.
+Real pairs: the scene of the prompt, against one with two events swapped, one missing, one replaced, both at
+the same time, or nothing right; for prompts of events at the same time, against one after the other; and
+against clips without an event (`BACKGROUNDS`).
 Generated pairs: clips of `mini-base` by the tagger's detections: in order against reversed, all events
 against one missing. The tagger is the judge, and no training used it.
+Calibration: the probabilities of all these clips against the share that is right, with a plot (`--plot`).
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,10 @@ from training.evaluation.events import EventComparison, compare_events
 from training.evaluation.prompts import PROMPTS, held_out_prompts
 from training.mini.evaluate import interval
 from training.mini.evaluate_clap import NEGATIVES
-from training.soundworld.captions import CaptionTruth
-from training.soundworld.scenes import draw_truth, render
+from training.objectives.calibration import expected_calibration_error, reliability, sigmoid
+from training.objectives.reliability_plot import reliability_figure
+from training.soundworld.captions import CaptionTruth, Relation
+from training.soundworld.scenes import BACKGROUNDS, background, draw_truth, render
 
 Waveform = NDArray[np.float32]
 Score = Callable[[Sequence[str], Sequence[Waveform]], Tensor]
@@ -41,6 +45,7 @@ Score = Callable[[Sequence[str], Sequence[Waveform]], Tensor]
 SEED = 1_010
 BATCH = 32
 SEQUENCES = replace(PROMPTS, single=0.0, sequence=1.0)
+TOGETHER = replace(PROMPTS, single=0.0, sequence=0.0)
 
 
 def another(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth:
@@ -51,8 +56,15 @@ def another(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth:
             return other
 
 
-MISTAKES = NEGATIVES | {"other": another}
-"""What may be wrong with a clip, by name."""
+def other_relation(truth: CaptionTruth, rng: np.random.Generator) -> CaptionTruth:
+    """Return the events at the same time if they follow each other, and in any order if not."""
+    relation: Relation = "then" if truth.relation == "while" else "while"
+    classes = [truth.classes[i] for i in rng.permutation(len(truth.classes))]
+    return CaptionTruth(classes=tuple(classes), relation=relation)
+
+
+MISTAKES = NEGATIVES | {"other": another, "together": other_relation, "apart": other_relation}
+"""What may be wrong with a clip, by name. `apart`: of prompts of events at the same time."""
 
 
 def reward_score(model: RewardModel) -> Score:
@@ -90,12 +102,36 @@ def pair_accuracy(
 def real_pairs(kind: str, count: int) -> list[tuple[str, Waveform, Waveform]]:
     """Return prompts of sequences, each with its scene and one that is wrong in one way."""
     pairs = []
-    for index, (caption, truth) in enumerate(held_out_prompts(count, SEQUENCES)):
+    for index, (caption, truth) in enumerate(
+        held_out_prompts(count, TOGETHER if kind == "apart" else SEQUENCES)
+    ):
         rng = np.random.default_rng([SEED, index])
-        wrong = MISTAKES[kind](truth, rng)
-        chosen, rejected = (render(scene, SEQUENCES.duration, rng)[0] for scene in (truth, wrong))
+        chosen = render(truth, SEQUENCES.duration, rng)[0]
+        if kind in BACKGROUNDS:
+            rejected = background(kind, SEQUENCES.duration, rng)
+        else:
+            rejected = render(MISTAKES[kind](truth, rng), SEQUENCES.duration, rng)[0]
         pairs.append((caption, chosen, rejected))
     return pairs
+
+
+def calibration(
+    score: Score, pairs: Mapping[str, Sequence[tuple[str, Waveform, Waveform]]]
+) -> tuple[dict[str, object], NDArray[np.float64], NDArray[np.float64]]:
+    """Return expected calibration error and bins over the clips of all pairs; probabilities and labels."""
+    rows: dict[tuple[str, bytes], tuple[Waveform, float]] = {}
+    for found in pairs.values():
+        for prompt, chosen, rejected in found:
+            rows[prompt, chosen.tobytes()] = (chosen, 1.0)
+            rows[prompt, rejected.tobytes()] = (rejected, 0.0)
+    logits = values(score, [prompt for prompt, _ in rows], [clip for clip, _ in rows.values()])
+    probabilities, labels = sigmoid(logits), np.array([label for _, label in rows.values()])
+    figures: dict[str, object] = {
+        "clips": len(labels),
+        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+        "bins": [asdict(part) for part in reliability(probabilities, labels, 10)],
+    }
+    return figures, probabilities, labels
 
 
 def generated_clips(count: int, seeds: int) -> list[list[tuple[EventComparison, Waveform]]]:
@@ -111,7 +147,7 @@ def generated_clips(count: int, seeds: int) -> list[list[tuple[EventComparison, 
             clips = pipeline([caption for caption, _ in part], generator=generators).audios
             detected = tagger.detect(torch.from_numpy(clips))
             for i, (_, truth) in enumerate(part):
-                rows[start + i].append((compare_events(truth, detected[i]), clips[i]))
+                rows[start + i].append((compare_events(truth, detected[i], SEQUENCES.duration), clips[i]))
     return rows
 
 
@@ -139,13 +175,15 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=120, help="prompts of the generated pairs")
     parser.add_argument("--seeds", type=int, default=6, help="clips of a prompt")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--plot", type=Path, help="write the reliability of the probabilities here as PNG")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     claps = {name: load_clap(mini_folder(name)) for name in ("clap-a", "clap-b")}
     digest = verify_manifest(mini_folder("clap-a")).digest
     reward = load_reward(arguments.reward, claps["clap-a"], digest)
     scores = {"reward": reward_score(reward)} | {name: clap_score(clap) for name, clap in claps.items()}
-    pairs = {f"real, {kind}": real_pairs(kind, arguments.prompts) for kind in MISTAKES}
+    kinds = (*MISTAKES, *BACKGROUNDS)
+    pairs = {f"real, {kind}": real_pairs(kind, arguments.prompts) for kind in kinds}
     rows = generated_clips(arguments.generated, arguments.seeds)
     prompts = [caption for caption, _ in held_out_prompts(arguments.generated, SEQUENCES)]
     pairs["generated, reversed"] = generated_pairs(
@@ -160,6 +198,9 @@ def main() -> None:
         report[kind] = {"pairs": len(found), "prompts": len({prompt for prompt, _, _ in found})} | {
             name: pair_accuracy(score, found) for name, score in scores.items()
         }
+    report["calibration"], probabilities, labels = calibration(scores["reward"], pairs)
+    if arguments.plot:
+        arguments.plot.write_bytes(reliability_figure({"reward": probabilities}, labels))
     text = json.dumps(report, indent=1)
     if arguments.output:
         arguments.output.write_text(text + "\n")

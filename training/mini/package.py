@@ -12,6 +12,7 @@ To continue from the shipped parts in a fresh clone, in float32 and without the 
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ from services.models.vocoder import GriffinLimVocoder
 from training.mini.text_encoder import TEXT_LENGTH
 
 DENOISERS = ("mini", "mini-base")
-VERSION = "1"
+VERSION = "2"
 LICENSE = "Apache-2.0"
 
 
@@ -69,6 +70,10 @@ def package_pipeline(work: Path, name: str, target: Path) -> None:
     """Package the text-to-audio model of the denoiser `name` and the shared parts."""
     pipeline = assemble(work, work / name / "final")
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
+    for path in target.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where the part was trained
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def package_clap(work: Path, name: str, target: Path) -> None:

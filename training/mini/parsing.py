@@ -6,14 +6,14 @@ from language models; these start from this. Audio alone does not teach them wor
 Shape legend: B batch, L text tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.soundworld.captions import MAX_EVENTS, CaptionTruth, caption_parts, words
 from training.soundworld.scenes import SceneConfig, draw_truth, split_of
@@ -24,10 +24,14 @@ ROLES = MAX_EVENTS + 2
 """First, second, third; alone; together with others."""
 LABELS = len(CLASSES) * ROLES
 IGNORED = -100
+UNREAD = 0.15
+"""Share of the training captions with a word that is not of the grammar."""
 
 
 def word_tokenizer(special: Sequence[str], length: int) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token a word of the grammar, lower case.
+    """Build a tokenizer with one token a word of the grammar. Case and kind of punctuation don't matter.
+
+    Within a sentence every run of punctuation is a comma, except inside words; at its ends there is none.
 
     Args:
         special: the first tokens of the vocabulary. A sentence ends with ``</s>`` and begins with ``<s>``, if
@@ -36,7 +40,15 @@ def word_tokenizer(special: Sequence[str], length: int) -> PreTrainedTokenizerFa
     """
     vocabulary = {token: i for i, token in enumerate([*special, *words()])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[\"'’‘“”(){}\[\]<>*_`]"), " "),
+            normalizers.Replace(Regex(r"(?<=\w)-(?=\w)"), " "),
+            normalizers.Replace(Regex(r"^[^\w]+|[^\w]+$"), ""),
+            normalizers.Replace(Regex(r"\s*[^\w\s]([^\w]*[^\w\s])?\s*"), " , "),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if "<s>" in special else "$A </s>",
@@ -53,6 +65,45 @@ def word_tokenizer(special: Sequence[str], length: int) -> PreTrainedTokenizerFa
     )
 
 
+@torch.no_grad()
+def continue_embeddings(
+    model: PreTrainedModel,
+    old: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    known: PreTrainedTokenizerBase,
+    classes: Mapping[str, str],
+) -> None:
+    """Give `model` the weights of `old`, an earlier edition with another vocabulary.
+
+    Args:
+        model: written in place; its sizes are those of `old`, except the vocabulary's.
+        old: the earlier edition.
+        tokenizer: of `model`.
+        known: tokenizer of `old`.
+        classes: class of words (`word_classes`). A word that `known` lacks begins with the mean embedding of
+            its class's words, or of all words without a class.
+    """
+
+    def embeddings(of: PreTrainedModel) -> nn.Embedding:
+        return (
+            of.get_submodule("text_model.embeddings.word_embeddings")
+            if hasattr(of, "text_model")
+            else of.get_input_embeddings()
+        )
+
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    weights = {name: value for name, value in old.state_dict().items() if value.shape == shapes.get(name)}
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+    taken_VD, own_VD = embeddings(old).weight.float(), embeddings(model).weight
+    rows: dict[str, list[Tensor]] = {}
+    for word, index in known.get_vocab().items():
+        rows.setdefault(classes.get(word, ""), []).append(taken_VD[index])
+    for word, index in tokenizer.get_vocab().items():
+        place = known.get_vocab().get(word)
+        alike = rows.get(classes.get(word, ""), rows[""])
+        own_VD[index] = torch.stack(alike).mean(0) if place is None else taken_VD[place]
+
+
 def role_of(truth: CaptionTruth, event: int) -> int:
     """Return the label of an event's place: its rank in a sequence, or alone, or together."""
     return event if truth.relation == "then" else MAX_EVENTS if truth.relation == "single" else MAX_EVENTS + 1
@@ -64,22 +115,24 @@ def labelled_caption(
     """Return the token ids of a caption and their labels: class x role of the event, or IGNORED.
 
     The token of the whole sentence (RoBERTa's first, T5's last) has the label of the first event, so that it
-    too depends on all of it.
+    too depends on all of it. With `held_out`, the template too is one of no training.
     """
     while True:
         truth = draw_truth(rng, SCENES)
-        parts = caption_parts(truth, rng)
+        parts = caption_parts(truth, rng, held_out=held_out, unread=0.0 if held_out else UNREAD)
         if (split_of("".join(text for text, _ in parts)) != "train") == held_out:
             break
-    ids: list[int] = []
-    labels: list[int] = []
-    for text, event in parts:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += tokens
-        label = (
-            IGNORED if event is None else CLASSES.index(truth.classes[event]) * ROLES + role_of(truth, event)
-        )
-        labels += [label] * len(tokens)
+    encoded = tokenizer(
+        "".join(text for text, _ in parts), add_special_tokens=False, return_offsets_mapping=True
+    )
+    ids: list[int] = encoded["input_ids"]
+    events = [event for text, event in parts for _ in text]
+    labels = [
+        IGNORED
+        if (event := events[start]) is None or token == tokenizer.unk_token_id
+        else CLASSES.index(truth.classes[event]) * ROLES + role_of(truth, event)
+        for token, (start, _) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
     first = CLASSES.index(truth.classes[0]) * ROLES + role_of(truth, 0)
     whole = IGNORED if truth.relation == "while" else first
     if tokenizer.bos_token_id is None:

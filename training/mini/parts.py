@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from training.loop.fit import Evaluation, LoopConfig, adamw, fit, make_accelerator
 
 
-def part_arguments(description: str | None, steps: int) -> argparse.Namespace:
-    """Parse the flags that every part's program takes: `work`, `steps`."""
+def part_parser(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """Return a parser of the flags that every part's program takes: `work`, `steps`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--steps", type=int, default=steps)
-    return parser.parse_args()
+    return parser
+
+
+def part_arguments(description: str | None, steps: int) -> argparse.Namespace:
+    """Parse the flags of a program that takes no others."""
+    return part_parser(description, steps).parse_args()
 
 
 def train_part(

@@ -8,7 +8,6 @@ It knows no grammar beyond that: a clause without a subject of its own ("and lau
 parts without a verb ("a man" in "a man and a woman speak") are no events.
 """
 
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from training.data.store import digest_of_value
 from training.preferences.perturbation import Kind, Perturbation, Strategy
-from training.soundworld.captions import VOCABULARY
+from training.soundworld.captions import cut_caption, event_clauses, event_phrases
 
 Form = Literal["finite", "gerund", "phrase"]
 """What an event's words are: "a dog barks", "a dog barking", "loud music"."""
@@ -30,7 +29,7 @@ _LINK = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(r"(before|after|while|as)\s+", re.IGNORECASE)
-_FORWARD: Final = frozenset({"followed by", "and then", "then", "before"})
+_FORWARD: Final = ("followed by", "then", "before", "afterwards", "after that", "finally")
 _WEAK: Final = frozenset({"and", "with", "as well as", ""})
 """Links that also occur inside an event."""
 _FUNCTION_WORDS = frozenset(
@@ -86,13 +85,13 @@ class Parsed:
     """A caption in parts: ``lead`` event link event link event ``end``."""
 
     lead: str
-    """``after``, ``before``, ``while``, ``as``, or nothing."""
+    """``after``, ``before``, ``while``, ``as``, or nothing; in the sound world also ``first`` and more."""
     events: tuple[str, ...]
     """Events, in the order of the text."""
     links: tuple[str, ...]
     """Links with their commas and spaces, one fewer than events."""
     end: str
-    """Full stop and the like."""
+    """Full stop and the like; in the sound world also ``at the same time``."""
 
     def text(self) -> str:
         """Return the sentence."""
@@ -108,6 +107,13 @@ def parse(caption: str) -> Parsed:
     found = re.fullmatch(r"(.*?)([.!?\s]*)", caption.strip(), re.DOTALL)
     assert found is not None
     body, end = found[1], found[2].strip()
+    if world := cut_caption(body):
+        return Parsed(
+            lead=world.links[0].strip().lower(),
+            events=world.events,
+            links=world.links[1:-1],
+            end=world.links[-1] + end,
+        )
     lead = ""
     if led := _LEAD.match(body):
         rest = body[led.end() :]
@@ -128,6 +134,8 @@ def parse(caption: str) -> Parsed:
 
 def form_of(event: str) -> Form:
     """Return the grammatical form of an event, by its words' endings."""
+    if world_class(event):
+        return "finite" if event.lower() in event_clauses() else "gerund"
     words = event.lower().split()
     if any(word in ("is", "are", "was", "were") for word in words):
         return "finite"
@@ -141,21 +149,9 @@ def form_of(event: str) -> Form:
     return form
 
 
-@functools.cache
-def _world_phrases() -> dict[str, str]:
-    """Return the class of each event that the sound world's grammar can write."""
-    return {
-        f"{noun} {verb}": name
-        for name, (nouns, verbs) in VOCABULARY.items()
-        for noun in nouns
-        for pair in verbs
-        for verb in pair
-    }
-
-
 def world_class(event: str) -> str | None:
     """Return the sound world's class of an event, where it is one of its phrases."""
-    return _world_phrases().get(event.lower())
+    return event_clauses().get(event.lower()) or event_phrases().get(event.lower())
 
 
 class RulePerturber:
@@ -277,7 +273,8 @@ def _removals(parsed: Parsed) -> Iterator[str]:
         led = bool(parsed.lead) and index < 2
         gone = 0 if led or index == 0 else index - 1
         links = (*parsed.links[:gone], *parsed.links[gone + 1 :])
-        yield replace(parsed, lead="" if led else parsed.lead, events=events, links=links).text()
+        end = parsed.end if not re.search(r"\w", parsed.end) else ""
+        yield replace(parsed, lead="" if led else parsed.lead, events=events, links=links, end=end).text()
 
 
 def _rewordings(caption: str, parsed: Parsed) -> Iterator[str]:
@@ -309,7 +306,9 @@ def _joined(events: list[str], links: list[str], *, led: bool) -> tuple[list[str
 
 def _is_bare(parsed: Parsed, index: int) -> bool:
     """Return whether an event has no subject, but the one before it has."""
-    return 0 < index < len(parsed.events) and _is_verb(parsed.events[index])
+    if not 0 < index < len(parsed.events) or world_class(parsed.events[index]):
+        return False
+    return _is_verb(parsed.events[index])
 
 
 def _is_verb(event: str) -> bool:
@@ -324,9 +323,9 @@ def _is_verb(event: str) -> bool:
 
 def _order(parsed: Parsed, index: int) -> bool:
     """Return whether the events on both sides of a link follow each other in time."""
-    if index == 0 and parsed.lead:
+    if index == 0 and parsed.lead in ("while", "as", "during", "before", "after"):
         return parsed.lead in ("before", "after")
-    return _core(parsed.links[index]) in _FORWARD | {"after"}
+    return _core(parsed.links[index]).endswith((*_FORWARD, "after"))
 
 
 def _core(link: str) -> str:

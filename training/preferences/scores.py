@@ -3,7 +3,7 @@
 Writes ``scores.jsonl``: `id` of the clip, `scores` by scorer, `reward` (a logit, or null), `warnings` (on the
 caption, by those that do not read it in full; in the report, they are counted). The clip of a
 perturbed caption is scored against the original caption, as in the paper: for that it is the worse clip.
-Unreadable clips are left out, and listed in the report.
+Unreadable clips are left out, and so are clips whose caption a scorer can't read; the report lists them.
 """
 
 import re
@@ -112,13 +112,17 @@ def score_candidates(
         return report
     rows = read_candidates(candidates)
     unreadable: dict[FileClip, str] = {}
+    unread: list[str] = []
     path = output / SCORES
     with RowLog(path) as log, closing(_open(config, models)) as scorers:
         known = {row["id"] for row in log.rows}
         missing = [row for row in rows if row["id"] not in known]
 
         def work(part: Sequence[Row]) -> list[Row]:
-            return _score(scorers, digests, _read(part, candidates, unreadable))
+            clips = _read(part, candidates, unreadable)
+            found = _score(scorers, digests, clips)
+            unread.extend(row["caption"] for (row, _), one in zip(clips, found, strict=True) if one is None)
+            return [row for row in found if row is not None]
 
         services = config.server is not None or config.reward_server is not None
         with progress(total=len(rows), initial=len(rows) - len(missing), desc="scores", unit="clip") as bar:
@@ -127,10 +131,16 @@ def score_candidates(
                 for row in found:
                     log.append(row)
                 bar.update(len(part))
-                if len(unreadable) > config.max_unreadable * len(rows):
+                if max(len(unreadable), len(unread)) > config.max_unreadable * len(rows):
                     break
         scored = {row["id"]: row for row in log.rows}
     refuse_unreadable(unreadable, len(rows), config.max_unreadable)
+    if len(unread) > config.max_unreadable * len(rows):
+        raise invalid(
+            "scorers",
+            f"know no word for a sound in {len(unread)} captions, as {unread[0]!r}, of {len(rows)} clips; at "
+            f"most {config.max_unreadable:.0%} may be left out; give other scorers or captions",
+        )
     ordered = [scored[row["id"]] for row in rows if row["id"] in scored]
     write_rows(path, ordered)
     captions = {row["id"]: row["caption"] for row in rows}
@@ -148,6 +158,7 @@ def score_candidates(
             },
             "unreadable": {clip.name: reason for clip, reason in unreadable.items()},
             **report_prompts(places, warnings, ", ".join(digests)),
+            "unread_captions": sorted(set(unread)),
         },
     )
 
@@ -179,10 +190,11 @@ def _read(
 
 def _score(
     scorers: Scorers, digests: Mapping[str, str], clips: Sequence[tuple[Row, tuple[NDArray[np.float32], int]]]
-) -> list[Row]:
-    """Return the row of each clip."""
+) -> list[Row | None]:
+    """Return the row of each clip; None where a scorer can't read the caption."""
     if not clips:
         return []
+    readable = [True] * len(clips)
     pairs = [(row["caption"], sound) for row, sound in clips]
     columns: dict[str, list[float]] = {}
     warnings: list[list[str]] = [[] for _ in clips]
@@ -192,6 +204,7 @@ def _score(
             _check(digests, scorer.name, scorer.model)
             columns[scorer.name] = scores.values[:, index].tolist()
         warnings = [on_prompts(found) for found in scores.warnings]
+        readable = [bool(row_S.all()) for row_S in scores.readable]
     rewards: list[float | None] = [None] * len(clips)
     if REWARD in digests:
         answer = scorers.compute_rewards(pairs)
@@ -199,8 +212,11 @@ def _score(
         rewards = [reward.logit for reward in answer.rewards]
         both = zip(warnings, answer.rewards, strict=True)
         warnings = [on_prompts(found, reward.warnings) for found, reward in both]
+        readable = [a and reward.readable for a, reward in zip(readable, answer.rewards, strict=True)]
     return [
-        {
+        None
+        if not readable[index]
+        else {
             "id": row["id"],
             "scores": {name: column[index] for name, column in columns.items()},
             "reward": rewards[index],

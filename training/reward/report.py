@@ -3,7 +3,6 @@
 Shape legend: B examples.
 """
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from services.errors import MilongaError, OutputError
@@ -22,16 +20,15 @@ from training.data.examples import Clip, Examples, LabelledClip, Pair
 from training.objectives.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
-    reliability,
     sigmoid,
 )
+from training.objectives.reliability_plot import reliability_figure
 from training.objectives.statistics import area_under_curve, mean_interval
 from training.reward.data import ClapTokens
 
 EVALUATION = "evaluation.json"
 RELIABILITY = "reliability.png"
 BATCH = 64
-DPI = 120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,26 +121,13 @@ def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: flo
 
 
 def reliability_plot(outputs: HeadOutputs, temperature: float) -> bytes:
-    """Return a PNG: predicted probability against the share of positives, before and after calibration.
-
-    Below it are the numbers of examples. The same outputs give the same bytes.
-    """
+    """Return a PNG: predicted probability against the share of positives, before and after calibration."""
     logits_B, labels_B = outputs.calibration_data()
-    figure = Figure(figsize=(5, 6))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    figure.subplots_adjust(left=0.14, right=0.96, top=0.94, bottom=0.09, hspace=0.08)
-    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    for name, divisor in (("before", 1.0), (f"temperature {temperature:.2f}", temperature)):
-        bins = reliability(sigmoid(logits_B / divisor), labels_B)
-        probabilities = [part.probability for part in bins]
-        upper.plot(probabilities, [part.share for part in bins], marker="o", markersize=4, label=name)
-        lower.plot(probabilities, [part.count for part in bins], marker="o", markersize=3)
-    upper.set(title="held-out prompts", ylabel="share of positive examples", xlim=(0, 1), ylim=(0, 1))
-    upper.legend(loc="upper left")
-    lower.set(xlabel="probability", ylabel="examples", yscale="log")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+    calibrated = {
+        "before": sigmoid(logits_B),
+        f"temperature {temperature:.2f}": sigmoid(logits_B / temperature),
+    }
+    return reliability_figure(calibrated, labels_B)
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

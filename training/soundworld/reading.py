@@ -4,10 +4,19 @@ Several captions are right for one clip, so captions are compared by what they s
 """
 
 import functools
+import itertools
 from string import Formatter
 
 from services.api.reading import EventReader, Reading, events_json
-from training.soundworld.captions import TEMPLATES, VOCABULARY, CaptionTruth, Relation
+from training.soundworld.captions import (
+    HELD_OUT_TEMPLATES,
+    TEMPLATES,
+    VOCABULARY,
+    CaptionTruth,
+    Relation,
+    event_clauses,
+    event_phrases,
+)
 
 Template = tuple[list[str], list[list[int]]]
 """Links, and steps of places in the text."""
@@ -15,16 +24,16 @@ Template = tuple[list[str], list[list[int]]]
 
 def wordings() -> dict[str, list[str]]:
     """Return all wordings of each event."""
-    return {
-        event: [f"{noun} {verb}" for noun in nouns for pair in verbs for verb in pair]
-        for event, (nouns, verbs) in VOCABULARY.items()
-    }
+    found: dict[str, list[str]] = {event: [] for event in VOCABULARY}
+    for wording, event in itertools.chain(event_clauses().items(), event_phrases().items()):
+        found[event].append(wording)
+    return found
 
 
 def templates() -> list[Template]:
     """Return the links of each template and its steps, without repetitions."""
     found: dict[tuple[str, ...], Template] = {}
-    for (relation, _), texts in TEMPLATES.items():
+    for (relation, _), texts in itertools.chain(TEMPLATES.items(), HELD_OUT_TEMPLATES.items()):
         for text in texts:
             links, events = [], []
             for link, field, _, _ in Formatter().parse(text):

@@ -1,6 +1,9 @@
 """Scenes: events laid out in time, mixed to a clip, with caption and ground truth."""
 
 import hashlib
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +16,12 @@ from training.soundworld.synthesis import CLASSES, SAMPLING_RATE, synthesise
 Split = Literal["train", "validation", "test"]
 DURATIONS = (2.56, 5.12)
 """Clip lengths in seconds."""
+HEADROOM = 0.5
+"""Highest peak of a scene. Autoencoder, vocoder and guidance together raise peaks by up to 6 dB."""
+
+
+BACKGROUNDS = ("silence", "near silence", "noise")
+"""Kinds of clip without an event."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +63,8 @@ class SceneConfig:
     """Share of the sequences that have three events (only at 5.12 s is there room for it)."""
     split: Split = "train"
     """Captions are divided by a hash of their text: 90 % train, 5 % validation, 5 % test."""
+    held_out_templates: bool = False
+    """Write captions by the templates of no training; give a `split` other than train too."""
 
     def __post_init__(self) -> None:
         if self.duration not in DURATIONS:
@@ -68,9 +79,15 @@ SHORT = SceneConfig(single=0.2, sequence=0.55)
 """Scenes of the shorter duration, as the denoisers are trained on."""
 
 
+def overlap_share(events: Sequence[Event]) -> float:
+    """Return how long all `events` sound at once, as a share of the shortest one's length."""
+    together = min(event.offset for event in events) - max(event.onset for event in events)
+    return max(0.0, together) / min(event.offset - event.onset for event in events)
+
+
 def split_of(caption: str) -> Split:
-    """Return the split that a caption's text belongs to, whatever the seed that drew it."""
-    normalised = " ".join(caption.lower().replace(",", " ").split())
+    """Return the split that a caption's text belongs to, whatever its case and punctuation."""
+    normalised = " ".join(re.sub(r"[^\w\s'’-]", " ", caption.lower()).split())
     bucket = int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:4]) % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
 
@@ -93,7 +110,7 @@ def draw_caption(rng: np.random.Generator, config: SceneConfig) -> tuple[str, Ca
     """Draw until the caption falls into the configured split."""
     while True:
         truth = draw_truth(rng, config)
-        caption = write_caption(truth, rng)
+        caption = write_caption(truth, rng, held_out=config.held_out_templates)
         if split_of(caption) == config.split:
             return caption, truth
 
@@ -116,16 +133,16 @@ def _layout(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> l
             spans.append((start, start + length))
             start += length + gap
         return spans
-    length_range = (0.9, 1.7) if truth.relation == "while" else (0.7, 1.5)
-    first = rng.uniform(*length_range) * stretch
-    start = rng.uniform(0.05, duration - first - 0.05)
-    spans = [(start, start + first)]
-    for _ in truth.classes[1:]:
-        # Together: begins within 0.15 s of the first, so that neither precedes the other.
-        length = rng.uniform(*length_range) * stretch
-        onset = min(max(0.05, start + rng.uniform(-0.15, 0.15)), duration - 0.6)
-        spans.append((onset, min(onset + length, duration - 0.05)))
-    return spans
+    if truth.relation == "single":
+        length = rng.uniform(0.7, 1.5) * stretch
+        start = rng.uniform(0.05, duration - length - 0.05)
+        return [(start, start + length)]
+    # Together: onsets within 0.15 s, so that neither precedes the other, and at least 1.1 s of each.
+    lengths = rng.uniform(1.1, 1.8, len(truth.classes)) * stretch
+    start = rng.uniform(0.05, duration - 0.2 - lengths.min())
+    onsets = start + rng.uniform(0.0, 0.15, len(lengths))
+    ends = np.minimum(onsets + lengths, duration - 0.05)
+    return list(zip(onsets.tolist(), ends.tolist(), strict=True))
 
 
 def render(
@@ -140,6 +157,7 @@ def render(
         start, stop = int(onset * SAMPLING_RATE), int(offset * SAMPLING_RATE)
         level = rng.uniform(-25, -19)
         mix[start:stop] += synthesise(event_class, rng, stop - start) * 10 ** (level / 20)
+        level += 20 * math.log10(HEADROOM)
         events.append(Event(event_class=event_class, onset=onset, offset=offset, level=level))
     peak = float(np.abs(mix).max())
     if peak > 0.97:
@@ -147,7 +165,20 @@ def render(
         mix = np.where(
             np.abs(mix) > 0.8, np.sign(mix) * (0.8 + 0.19 * np.tanh((np.abs(mix) - 0.8) / 0.19)), mix
         )
-    return mix.astype(np.float32), events
+    return (HEADROOM * mix).astype(np.float32), events
+
+
+def background(kind: str, duration: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return a clip without an event: one of `BACKGROUNDS`, at a random level."""
+    n = round(duration * SAMPLING_RATE)
+    if kind == "silence":
+        return np.zeros(n, np.float32)
+    low, high = (-100.0, -60.0) if kind == "near silence" else (-50.0, -20.0)
+    spectrum = np.fft.rfft(rng.standard_normal(n))
+    # White to brown noise: power falls with frequency to the 0th to 2nd power.
+    spectrum /= np.maximum(1.0, np.arange(len(spectrum))) ** rng.uniform(0.0, 1.0)
+    noise = np.fft.irfft(spectrum, n)
+    return (noise / noise.std() * 10 ** (rng.uniform(low, high) / 20)).astype(np.float32)
 
 
 def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:

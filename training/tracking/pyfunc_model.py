@@ -128,7 +128,10 @@ def generated(engine: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def rewarded(model: RewardModel, row: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the reward of one row."""
-    logit = model.reward([sentence(row)], [model.prepare(*sound(row))]).item()
+    prompt = sentence(row)
+    if not model.reads(prompt):
+        raise invalid("prompt", "has no word for a sound that the reward model knows; use other words")
+    logit = model.reward([prompt], [model.prepare(*sound(row))]).item()
     return {"logit": logit, "probability": 1 / (1 + math.exp(-logit))}
 
 

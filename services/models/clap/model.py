@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from services.audio.resampling import resample
 from services.models.state_dicts import quiet_loading
-from services.models.words import prompt_warnings
+from services.models.words import is_readable, prompt_warnings
 
 Waveform = NDArray[np.float32]
 """Samples in [-1, 1]: [N], or [channels, N], whose channels are averaged."""
@@ -134,6 +134,9 @@ class EmbeddingModel(Protocol):
 
     def prompt_warnings(self, prompt: str) -> tuple[str, ...]:
         """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
+
+    def reads(self, prompt: str) -> bool:
+        """Return whether the model knows a word for a sound in `prompt`; else its score means nothing."""
 
 
 class ClapModel(nn.Module):
@@ -270,6 +273,11 @@ class ClapModel(nn.Module):
         with self._tokenizing:
             found = prompt_warnings(self.tokenizer, prompt, self.max_text_tokens)
         return tuple(f"prompt {one}" for one in found)
+
+    def reads(self, prompt: str) -> bool:
+        """Return whether the model knows a word for a sound in `prompt`; else its score means nothing."""
+        with self._tokenizing:
+            return is_readable(self.tokenizer, prompt)
 
     def score(self, prompts: Sequence[str], waveforms: Sequence[Waveform], sampling_rate: int) -> Tensor:
         """Return the CLAP scores [B]: cosine similarities of prompts and their clips, in [-1, 1]."""

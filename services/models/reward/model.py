@@ -160,6 +160,10 @@ class RewardModel(nn.Module):
         """Return what the model does not read of `prompt`: sentences that begin with ``prompt``."""
         return self.clap.prompt_warnings(prompt)
 
+    def reads(self, prompt: str) -> bool:
+        """Return whether the model knows a word for a sound in `prompt`; else its reward means nothing."""
+        return self.clap.reads(prompt)
+
     def window_count(self, seconds: float) -> int:
         """Return the number of windows that cover a clip of `seconds`: its cost."""
         return self.clap.window_count(seconds)

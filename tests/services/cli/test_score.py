@@ -155,7 +155,8 @@ def test_warnings_on_the_only_prompt_come_once(
         assert cli.run(["score", "a zebra", *clips, *where, "--json"]) == 0
         out, err = capsys.readouterr()
         (warning,) = err.splitlines()
-        assert warning == "warning: prompt has words that the model does not know: zebra; use other words"
+        lost = "zebra, and none for a sound that it knows; use other words"
+        assert warning == f"warning: prompt has words that the model does not know: {lost}"
         for line in out.splitlines():
             assert json.loads(line)["warnings"] == [warning.removeprefix("warning: ")]
 

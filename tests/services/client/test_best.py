@@ -1,13 +1,15 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from milonga.v1 import generation_pb2
 from services.api.best import ScoredClips, next_seed, portions, rank, run
 from services.api.generation import Clip, Generation, Timings
 from services.api.model import ModelVersion
-from services.api.scoring import Reward, Rewards
+from services.api.scoring import Reward, Rewards, Scorer, Scores
 from services.client import Best
 from services.errors import InvalidInputError, ServiceUnavailableError
 from tests.services.client.serving import Told, ask
@@ -78,6 +80,19 @@ def test_more_candidates_than_a_call_makes_come_from_several(face: str, told: To
     assert (best.generation.seed, best.generation.timings.total) == (11, 6.0)
     assert best.generation.warnings == ("told",)
     assert _best(face, target, candidates=8, seed=11) == best
+
+
+def test_what_can_not_be_read_is_not_ranked() -> None:
+    version = ModelVersion(name="m", version="1", digest="sha256:0", license="")
+    rewards = Rewards(rewards=(Reward.of(3.0), Reward.of(2.0, (), False)), model=version)
+    with pytest.raises(InvalidInputError, match="no word for a sound that the reward model knows"):
+        ScoredClips.by_reward(rewards)
+    scorers = tuple(Scorer(name=n, model=version, dimension=2, sampling_rate=16_000) for n in "ab")
+    values = np.array([[0.5, 0.0], [0.25, 0.0]], dtype=np.float32)
+    scores = Scores(scorers=scorers, values=values, readable=np.array([[True, False]] * 2), warnings=((), ()))
+    assert list(ScoredClips.by_clap(scores).values) == [0.5, 0.25]
+    with pytest.raises(InvalidInputError, match="no word for a sound that the scorers know"):
+        ScoredClips.by_clap(replace(scores, readable=np.zeros((2, 2), dtype=bool)))
 
 
 def test_warnings_of_the_scorers_name_their_candidates() -> None:

@@ -155,12 +155,17 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
     ]
     optional = ["AUDIO", "SAMPLE_RATE", "ENCODED_AUDIO"]
     assert described["clap"] == (
-        *(sound, [("SCORE", "FP32", [-1, 2]), ("DIGEST", "BYTES", [-1, 2])]),
+        *(sound, [("SCORE", "FP32", [-1, 2]), ("READABLE", "BOOL", [-1, 2]), ("DIGEST", "BYTES", [-1, 2])]),
         *(optional, 64, False),
     )
     assert described["reward"] == (
         sound,
-        [("REWARD", "FP32", [-1, 1]), ("PROBABILITY", "FP32", [-1, 1]), ("DIGEST", "BYTES", [-1, 1])],
+        [
+            ("REWARD", "FP32", [-1, 1]),
+            ("PROBABILITY", "FP32", [-1, 1]),
+            ("READABLE", "BOOL", [-1, 1]),
+            ("DIGEST", "BYTES", [-1, 1]),
+        ],
         *(optional, 64, False),
     )
     assert described["tango"] == (

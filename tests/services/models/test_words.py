@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from services.models.words import prompt_warnings, split_words, unknown_words, warnings_of
+from services.models.words import is_readable, prompt_warnings, split_words, unknown_words, warnings_of
 from tests.tiny import tiny_clap, tiny_clap_tokenizer, tiny_tokenizer
 
 FRENCH, JAPANESE, EMOJI = "Le chien aboie", "犬が吠える", "a dog barks 🐕"
@@ -69,9 +69,9 @@ def test_a_long_list_of_unknown_words_is_cut() -> None:
     prompt = " ".join([f"q{number}" for number in range(25)] + ["z" * 100])
     (warning, _) = prompt_warnings(tiny_clap_tokenizer(), prompt, 8)
     assert warning.startswith("has words that the model does not know: q0, q1, ")
-    assert warning.endswith("q9 and 16 more; use other words")
+    assert "q9 and 16 more, and none for a sound that it knows; use" in warning
     (long,) = prompt_warnings(tiny_clap_tokenizer(), "z" * 100, 8)
-    assert f": {'z' * 40}; use" in long
+    assert f": {'z' * 40}, and none" in long
 
 
 def test_a_truncated_prompt_is_warned_of_from_the_first_token_that_is_not_read() -> None:
@@ -108,3 +108,46 @@ def test_warnings_and_embeddings_on_several_threads_do_not_change_each_other() -
     for (warnings, embedding), (right, features) in zip(found, expected * 5, strict=True):
         assert warnings == right
         torch.testing.assert_close(embedding, features)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "readable"),
+    [
+        ("a dog barks", True),
+        ("a loud dog", True),
+        ("A zebra brays", False),
+        ("the sound of two zebras in the background", False),
+        ("no zebra", False),
+        ("then", True),
+        ("...", False),
+    ],
+)
+def test_a_prompt_is_readable_if_a_word_for_a_sound_is_known(prompt: str, readable: bool) -> None:
+    assert is_readable(tiny_clap_tokenizer(), prompt) == readable
+    found = prompt_warnings(tiny_clap_tokenizer(), prompt, 40)
+    assert any("none for a sound that it knows" in one for one in found) == (not readable and prompt != "...")
+
+
+def test_a_tokenizer_of_bytes_reads_all_words_but_those_that_it_splits(
+    byte_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert is_readable(byte_tokenizer, "A zebra brays")
+    assert not is_readable(byte_tokenizer, JAPANESE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("No dog barks, not even rain without a siren", "No, not, without"),
+        ("A dog doesn't bark", "doesn't"),
+        ("nobody isn’t there", "nobody, isn’t"),
+    ],
+)
+def test_negations_are_warned_of(prompt: str, words: str) -> None:
+    (warning, *_) = prompt_warnings(tiny_clap_tokenizer(), prompt, 40)
+    assert warning.startswith(f"excludes something ({words}), which the model does not read as such;")
+
+
+def test_words_that_only_look_like_negations_are_not() -> None:
+    warnings = prompt_warnings(tiny_clap_tokenizer(), "A knot in an annotated tent", 40)
+    assert not any("excludes" in one for one in warnings)

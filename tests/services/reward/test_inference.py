@@ -53,6 +53,7 @@ def test_the_server_says_what_it_serves(client: triton.InferenceServerClient) ->
     assert [(one.name, list(one.shape)) for one in outputs] == [
         ("REWARD", [-1, 1]),
         ("PROBABILITY", [-1, 1]),
+        ("READABLE", [-1, 1]),
         ("DIGEST", [-1, 1]),
     ]
     client.infer("reward", _inputs(PROMPTS, "FP32", TONES, 16_000, 16_000))

@@ -95,11 +95,24 @@ def test_what_the_model_does_not_read_of_a_prompt_is_warned_of(served: Served) -
     answer = served.stub.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=pairs))
     ranking = served.stub.RankAudio(pb.RankAudioRequest(prompt=prompt, clips=[clip])).ranking
     expected = [
-        "prompt has words that the model does not know: zebra; use other words",
+        "prompt has words that the model does not know: zebra, and none for a sound that it knows; "
+        "use other words",
         "prompt has 42 tokens and the model reads the first 32; shorten it",
     ]
     assert [list(reward.warnings) for reward in answer.rewards] == [expected, []]
     assert list(ranking[0].reward.warnings) == expected
+
+
+def test_a_prompt_without_a_known_word_has_no_reward(served: Served) -> None:
+    clips = [float32(tone()), float32(tone(hertz=880.0))]
+    pairs = [pair(clips[0], prompt) for prompt in ("a zebra brays", PROMPT)]
+    unread, read = served.stub.BatchComputeRewards(pb.BatchComputeRewardsRequest(pairs=pairs)).rewards
+    assert (unread.unread, unread.logit, unread.probability) == (True, 0.0, 0.0)
+    assert "none for a sound that it knows" in unread.warnings[0]
+    assert not read.unread and 0 < read.probability < 1
+    ranked = served.stub.RankAudio(pb.RankAudioRequest(prompt="a zebra brays", clips=clips)).ranking
+    assert [place.clip_index for place in ranked] == [0, 1]
+    assert all(place.reward.unread for place in ranked)
 
 
 def test_clips_are_ranked_best_first(served: Served, model: RewardModel) -> None:

@@ -76,14 +76,20 @@ def test_warnings_name_their_row(client: triton.InferenceServerClient) -> None:
     told = parameters(client.infer("clap", _files(file_of(TONES[0]), file_of(antiphase(0.5)))))
     assert told["warnings"].startswith("row 1: clip has channels that cancel each other")
     assert "warnings" not in parameters(client.infer("clap", _samples()))
-    told = parameters(client.infer("clap", _samples(["a dog", "a zebra"])))
-    assert told["warnings"].startswith("row 1: prompt has words that the model does not know: zebra;")
+    result = client.infer("clap", _samples(["a dog", "a zebra"]))
+    assert result.as_numpy("READABLE").tolist() == [[True] * 3, [False] * 3]
+    assert not result.as_numpy("SCORE")[1].any()
+    told = parameters(result)
+    assert told["warnings"].startswith(
+        "row 1: prompt has words that the model does not know: zebra, and none"
+    )
 
 
 def test_metadata_count_the_scorers(client: triton.InferenceServerClient) -> None:
     metadata = client.get_model_metadata("clap")
     assert [(one.name, one.datatype, list(one.shape)) for one in metadata.outputs] == [
         ("SCORE", "FP32", [-1, 3]),
+        ("READABLE", "BOOL", [-1, 3]),
         ("DIGEST", "BYTES", [-1, 3]),
     ]
     assert {one.name: one.datatype for one in metadata.inputs} == {

@@ -67,6 +67,13 @@ def _held(scorer: Scorer) -> Iterator[threading.Event]:
         del model.embed_windows
 
 
+def test_a_prompt_without_a_known_word_has_no_score(stub: rpc.ScoringServiceStub) -> None:
+    response = stub.BatchScoreAudio(pb.BatchScoreAudioRequest(pairs=[_pair("a zebra brays"), _pair()]))
+    unread, read = response.results
+    assert (list(unread.scores), list(unread.unread)) == ([0.0] * 3, [True] * 3)
+    assert all(read.scores) and not read.unread
+
+
 def test_scores_are_those_of_the_models(stub: rpc.ScoringServiceStub, folders: dict[str, Path]) -> None:
     clips = [tone(0.5), tone(2.5, hertz=880.0)]
     prompts = [PROMPT, "a bell rings"]

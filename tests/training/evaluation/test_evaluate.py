@@ -119,9 +119,19 @@ def test_the_report_has_all_metrics_with_intervals(evaluated: tuple[Path, dict[s
     assert [model["name"] for model in report["models"]] == ["first", "other"]
     assert report["prompts"]["clips"] == 12
     figures = report["models"][0]["figures"]["all"]
-    expected = {"clap.tiny", "reward", "silent", "clipped", "loudness_db", "kl.tagger", *EVENT_METRICS}
+    expected = {
+        "clap.tiny",
+        "reward",
+        "silent",
+        "clipped",
+        "overshoot",
+        "loudness_db",
+        "kl.tagger",
+        *EVENT_METRICS,
+    }
     expected |= {"fad.tagger", "kad.tagger", "inception.tagger", "fad.clap", "kad.clap"}
-    assert expected - figures.keys() <= {"order_given_presence", "reversed_given_presence"}  # none present
+    undefined = {"order_given_presence", "reversed_given_presence", "simultaneous_given_presence"}
+    assert expected - figures.keys() <= undefined  # none present
     assert figures.keys() <= expected
     assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values())
     assert figures["inception.tagger"]["value"] >= 1

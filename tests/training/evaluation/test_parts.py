@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from services.audio.levels import is_silent
 from services.errors import InvalidInputError, ModelFormatError, ModelNotFoundError
 from services.models.mini.tagger import EventTagger
 from services.models.state_dicts import on_meta
@@ -15,7 +16,7 @@ from training.data.examples import FileClip
 from training.evaluation import panns
 from training.evaluation.config import EvaluationConfig, WorldPrompts, label_of
 from training.evaluation.embedders import ClapEmbedder, PannsEmbedder, Sound, TaggerEmbedder
-from training.evaluation.events import is_clipped, is_silent, loudness_db
+from training.evaluation.events import is_clipped, loudness_db, overshoots
 from training.evaluation.prompts import SPLITS, Prompt, read_prompts, world_prompts
 from training.soundworld.scenes import split_of
 
@@ -126,6 +127,9 @@ def test_silence_and_clipping() -> None:
     assert not is_clipped(sound)
     sound[:2] = -1.0
     assert is_clipped(sound)
+    turned_down = np.array([0.5, -1.0, 0.5], dtype=np.float32)
+    assert overshoots(turned_down) and not is_clipped(turned_down)
+    assert not overshoots(turned_down * np.float32(0.99))
     assert loudness_db(np.full(10, 0.1, dtype=np.float32)) == pytest.approx(-20.0, abs=1e-4)
     assert loudness_db(np.zeros(10, dtype=np.float32)) == -100.0
 

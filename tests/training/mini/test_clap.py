@@ -13,12 +13,15 @@ from services.models.mini import mini_folder
 from training.mini import clap, evaluate_clap, parsing
 from training.mini.clap import TEXT_LENGTH, build_tokenizer
 from training.mini.evaluate_reward import pair_accuracy, real_pairs
-from training.soundworld.captions import CaptionTruth, words
+from training.soundworld.captions import CaptionTruth, word_classes, words
 from training.soundworld.scenes import SceneConfig, make_scene, split_of
 
 THEN = CaptionTruth(classes=("dog", "siren"), relation="then")
 WHILE = CaptionTruth(classes=("dog", "siren"), relation="while")
 SINGLE = CaptionTruth(classes=("rain",), relation="single")
+
+
+NO_CLIPS = torch.zeros(0, 2)
 
 
 def unit(*rows: tuple[float, float]) -> torch.Tensor:
@@ -29,7 +32,7 @@ def test_the_loss_of_two_clips_without_negatives_is_the_cross_entropy_worked_by_
     same = unit((1.0, 0.0), (0.0, 1.0))
     none = torch.zeros(2, 0, dtype=torch.bool)
     alike = torch.zeros(2, 2, dtype=torch.bool)
-    loss = clap.contrastive_loss(same, same, torch.zeros(2, 0, 2), none, alike, torch.tensor(3.0))
+    loss = clap.contrastive_loss(same, same, torch.zeros(2, 0, 2), none, alike, torch.tensor(3.0), NO_CLIPS)
     # Each row: own 3, other 0.
     assert float(loss) == pytest.approx(math.log(1 + math.exp(-3.0)), rel=1e-6)
 
@@ -39,10 +42,31 @@ def test_hard_negatives_join_the_clips_row_alone_and_only_where_they_are_known()
     negatives = torch.stack([same, same])  # [B, K, D]: one equal to the true caption, one unlike it
     alike = torch.zeros(2, 2, dtype=torch.bool)
     known = torch.tensor([[True, False], [False, False]])
-    loss = clap.contrastive_loss(same, same, negatives, known, alike, torch.tensor(3.0))
+    loss = clap.contrastive_loss(same, same, negatives, known, alike, torch.tensor(3.0), NO_CLIPS)
     plain = math.log(1 + math.exp(-3.0))
     with_twin = math.log(2 + math.exp(-3.0))  # own 3, its twin 3, the other clip's 0
     assert float(loss) == pytest.approx(0.5 * ((with_twin + plain) / 2 + plain), rel=1e-6)
+
+
+def test_clips_without_events_join_each_captions_row_of_clips() -> None:
+    same = unit((1.0, 0.0), (0.0, 1.0))
+    none = torch.zeros(2, 0, dtype=torch.bool)
+    alike = torch.zeros(2, 2, dtype=torch.bool)
+    empty = unit((1.0, 0.0))
+    loss = clap.contrastive_loss(same, same, torch.zeros(2, 0, 2), none, alike, torch.tensor(3.0), empty)
+    plain = math.log(1 + math.exp(-3.0))
+    twin = math.log(2 + math.exp(-3.0))  # the first caption scores 3 with its clip and with the empty one
+    other = math.log(1 + 2 * math.exp(-3.0))
+    assert float(loss) == pytest.approx(0.5 * (plain + (twin + other) / 2), rel=1e-6)
+
+
+def test_a_caption_that_can_not_be_read_has_words_of_templates_and_unknown_ones_only() -> None:
+    tokenizer = build_tokenizer()
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        caption = clap.unread_caption(rng)
+        assert tokenizer.unk_token_id in tokenizer(caption)["input_ids"]
+        assert not set(caption.split()) & set(word_classes())
 
 
 def test_clips_that_one_caption_describes_are_no_negatives_of_each_other() -> None:

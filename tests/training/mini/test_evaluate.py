@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from services.models.mini.tagger import Detection, EventTagger, detections
-from training.evaluation.events import compare_events
+from training.evaluation.events import compare_events, event_metrics
 from training.evaluation.prompts import held_out_prompts
 from training.mini.evaluate import interval, summarise
 from training.soundworld.captions import CaptionTruth
@@ -12,9 +12,11 @@ from training.soundworld.scenes import split_of
 THEN = CaptionTruth(classes=("dog", "siren"), relation="then")
 
 
-def heard(**centres: float) -> dict[str, Detection]:
+def heard(seconds: float = 0.6, **centres: float) -> dict[str, Detection]:
+    half = seconds / 2
     return {
-        name: Detection(onset=c - 0.3, offset=c + 0.3, centre=c, seconds=0.6) for name, c in centres.items()
+        name: Detection(onset=c - half, offset=c + half, centre=c, seconds=seconds)
+        for name, c in centres.items()
     }
 
 
@@ -35,9 +37,32 @@ def test_a_sequence_is_judged_by_presence_and_order(
     assert (verdict.present, verdict.in_order, verdict.reversed) == (present, in_order, reversed_)
 
 
-def test_events_at_the_same_time_have_no_order() -> None:
+@pytest.mark.parametrize(
+    ("seconds", "duration", "present"),
+    [(0.42, 2.56, True), (0.40, 2.56, False), (0.80, 5.12, False), (0.84, 5.12, True)],
+)
+def test_an_event_is_present_for_half_of_its_usual_length(
+    seconds: float, duration: float, present: bool
+) -> None:
+    found = heard(seconds, dog=0.5, siren=1.5)
+    assert compare_events(THEN, found, duration).present == present
+
+
+@pytest.mark.parametrize(
+    ("seconds", "siren", "simultaneous"),
+    [(1.2, 1.0, True), (1.2, 1.6, True), (1.2, 1.7, False), (0.6, 1.0, None)],
+)
+def test_events_at_the_same_time_have_no_order_and_must_overlap(
+    seconds: float, siren: float, simultaneous: bool | None
+) -> None:
     together = CaptionTruth(classes=("dog", "siren"), relation="while")
-    assert compare_events(together, heard(dog=1.5, siren=0.5)).in_order is None
+    verdict = compare_events(together, heard(seconds, dog=1.0, siren=siren))
+    assert verdict.in_order is None
+    assert verdict.present == (simultaneous is not None)
+    assert verdict.simultaneous == simultaneous
+    figures = event_metrics(verdict)
+    assert figures["several_as_described"] == figures["as_described"] == float(simultaneous is True)
+    assert figures["present_and_in_order"] == float(simultaneous is not None)
 
 
 def test_figures_by_hand() -> None:
@@ -51,6 +76,7 @@ def test_figures_by_hand() -> None:
     assert figures["order_given_presence"][0] == 4 / 5  # type: ignore[index]
     assert figures["reversed_given_presence"][0] == 1 / 5  # type: ignore[index]
     assert figures["present_and_in_order"][0] == 4 / 8  # type: ignore[index]
+    assert figures["several_as_described"][0] == 4 / 8  # type: ignore[index]
     by_class = figures["by_class"]
     assert isinstance(by_class, dict)
     assert {name: row["heard"] for name, row in by_class.items()} == {"dog": 5 / 8, "siren": 1.0}

@@ -1,11 +1,15 @@
 """The mini family's programs: their pure parts, on the smallest real thing."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from services.errors import InvalidInputError
 from services.models.mel import LogMel
@@ -13,11 +17,12 @@ from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
 from training.loop.fit import LoopConfig
 from training.loop.run_folder import JOURNAL, read_journal
-from training.mini import autoencoder, denoiser, parsing, text_encoder, vocoder
+from training.mini import autoencoder, denoiser, distillation, parsing, text_encoder, vocoder
 from training.mini.latents import LatentSet, load_shards
 from training.mini.package import assemble, restore
 from training.mini.parts import train_part
 from training.soundworld.captions import WEB_CAPTIONS, CaptionTruth
+from training.soundworld.reading import grammar_reader, truth_reading
 from training.soundworld.scenes import SHORT, split_of
 from training.soundworld.synthesis import CLASSES
 
@@ -29,11 +34,41 @@ def test_each_word_is_labelled_with_its_event_and_rank() -> None:
         ids, labels = parsing.labelled_caption(rng, tokenizer)
         assert len(ids) == len(labels) <= text_encoder.TEXT_LENGTH
         assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.unk_token_id not in ids
+        assert all(labels[i] == parsing.IGNORED for i, one in enumerate(ids) if one == tokenizer.unk_token_id)
         roles = {label % parsing.ROLES for label in labels if label != parsing.IGNORED}
         classes = {label // parsing.ROLES for label in labels if label != parsing.IGNORED}
         assert roles in ({0, 1}, {0, 1, 2}, {3}, {4})
         assert max(classes) < len(CLASSES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A DOG barks; after that, a bell rings!",
+        "“A dog barks”… after that – a bell rings.",
+        "a dog barks,after that,a bell rings",
+    ],
+)
+def test_case_and_kind_of_punctuation_make_no_difference(text: str) -> None:
+    tokenizer = text_encoder.build_tokenizer()
+    words = ["a", "dog", "barks", ",", "after", "that", ",", "a", "bell", "rings"]
+    assert tokenizer.tokenize(text) == words
+
+
+def test_an_earlier_text_encoder_is_continued_and_new_words_begin_as_their_class() -> None:
+    tokenizer = text_encoder.build_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    known = {word: i for i, word in enumerate(w for w in vocabulary if w not in ("dogs", "hounds"))}
+    earlier = text_encoder.build(len(known))
+    old = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(known, unk_token="<unk>")))
+    encoder = text_encoder.build(len(tokenizer))
+    classes = {"dogs": "dog", "dog": "dog", "barks": "dog"}
+    parsing.continue_embeddings(encoder, earlier, tokenizer, old, classes)
+    taken, found = earlier.shared.weight, encoder.shared.weight
+    torch.testing.assert_close(found[vocabulary["siren"]], taken[known["siren"]])
+    torch.testing.assert_close(found[vocabulary["dogs"]], (taken[known["dog"]] + taken[known["barks"]]) / 2)
+    deep = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    torch.testing.assert_close(encoder.state_dict()[deep], earlier.state_dict()[deep])
 
 
 def test_standardised_latents_decode_to_what_they_did_before() -> None:
@@ -51,6 +86,48 @@ def test_standardised_latents_decode_to_what_they_did_before() -> None:
     torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-4)
     torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(16), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(posterior.var, variance / std[None, :, None, None] ** 2, rtol=1e-3, atol=1e-3)
+
+
+def test_an_autoencoder_that_is_turned_down_writes_the_same_at_another_level() -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.build().eval()
+    mel = torch.randn(2, 1, 64, 64) * 2 - 7
+    shift = math.log(0.5)
+    with torch.no_grad():
+        latents = vae.encode(mel).latent_dist.mean
+        before = vae.decode(latents).sample
+        autoencoder.turn_down(vae, 0.5)
+        torch.testing.assert_close(vae.decode(latents).sample, before + shift)
+        again = vae.encode(mel + shift).latent_dist.mean
+    inside = slice(3, -3)
+    torch.testing.assert_close(
+        again[:, :, inside, inside], latents[:, :, inside, inside], rtol=0.02, atol=0.02
+    )
+
+
+def test_captions_for_an_earlier_text_encoder_have_its_words_only() -> None:
+    known = {
+        "a",
+        "dog",
+        "siren",
+        "barks",
+        "barking",
+        "wails",
+        "wailing",
+        "then",
+        "followed",
+        "by",
+        "after",
+        "before",
+        "and",
+    }
+    truth = CaptionTruth(classes=("dog", "siren"), relation="then")
+    rng = np.random.default_rng(0)
+    captions = {distillation.first_caption(truth, rng, known) for _ in range(60)}
+    assert "a dog barks then a siren wails" in captions
+    for caption in captions:
+        assert set(caption.replace(",", "").split()) <= known
+        assert grammar_reader().read(caption).steps == truth_reading(truth).steps
 
 
 def test_a_quarter_of_a_batch_is_blank_a_quarter_late_and_the_rest_spread() -> None:
@@ -135,7 +212,11 @@ def test_shipped_parts_come_apart_and_go_together_again(tmp_path: Path) -> None:
             assert value.dtype == torch.float32
             assert torch.equal(value, wanted[name]), name
     assert again.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
-    assert denoiser.TextSide(tmp_path / "text_encoder")(["A dog barks"])[0].shape == (1, 24, 128)
+    assert denoiser.TextSide(tmp_path / "text_encoder")(["A dog barks"])[0].shape == (
+        1,
+        text_encoder.TEXT_LENGTH,
+        128,
+    )
 
 
 def test_a_part_is_trained_step_by_step_and_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from services.models.manifest import write_manifest
-from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
+from tests.tiny import WORDS, tiny_clap, tiny_pipeline, tiny_reward
 from training.preferences.candidates import CandidatesConfig, make_candidates
-from training.preferences.captions import CaptionsConfig, SoundworldCaptions, select_captions
+from training.preferences.captions import CaptionsConfig, select_captions
 from training.preferences.pairs import PairsConfig, Quantiles, make_pairs
 from training.preferences.perturb import PerturbConfig, perturb_captions
 from training.preferences.scores import ScoresConfig, score_candidates
 from training.preferences.sources import SourceConfig
+from training.soundworld.scenes import SceneConfig, draw_caption
 
 WIDE = Quantiles(alpha=0.0, beta=0.0, delta_min=0.0, delta_max=1.0)
 """Quantiles that remove nothing but what the scorers disagree on."""
@@ -86,8 +88,13 @@ def stages(
     models: Models, candidates_config: CandidatesConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Stages:
     root = tmp_path_factory.mktemp("stages")
+    # Of words that the tiny scorers know.
+    known = set(WORDS)
+    drawn = (draw_caption(np.random.default_rng([4, i]), SceneConfig(sequence=0.6))[0] for i in range(2_000))
+    captions = [one for one in drawn if set(one.lower().replace(",", "").split()) <= known]
+    (root / "captions.csv").write_text("".join(f'"{one}"\n' for one in ["caption", *captions[:40]]))
     captions_config = CaptionsConfig(
-        soundworld=SoundworldCaptions(count=40),
+        source=root / "captions.csv",
         embedder=f"tango:{models.tango}",
         clusters=3,
         per_cluster=1,

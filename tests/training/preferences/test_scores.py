@@ -47,7 +47,7 @@ def test_prompts_that_models_do_not_read_are_counted_in_every_stage(
     stages: Stages, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "captions.csv"
-    source.write_text("caption\na dog barks\nLe chien aboie\n")
+    source.write_text("caption\na dog barks\nLe siren aboie\n")
     captions = replace(stages.captions_config, source=source, clusters=1, per_cluster=2)
     select_captions(captions, tmp_path / "captions")
     capsys.readouterr()
@@ -59,11 +59,30 @@ def test_prompts_that_models_do_not_read_are_counted_in_every_stage(
         found = report["prompt_warnings"]
         assert (found["by"], found["prompts"], found["with_warnings"]) == (reader, 2, 1)
         (example,) = found["examples"]
-        assert example["prompt"] == "Le chien aboie"
+        assert example["prompt"] == "Le siren aboie"
         assert example["warnings"] == [
-            "prompt has words that the model does not know: Le, chien, aboie; use other words"
+            "prompt has words that the model does not know: Le, aboie; use other words"
         ]
     assert capsys.readouterr().err.count("not read in full") == 2
+
+
+def test_captions_without_a_known_word_are_left_out_and_too_many_refused(
+    stages: Stages, tmp_path: Path
+) -> None:
+    source = tmp_path / "captions.csv"
+    source.write_text("caption\na dog barks\nLe chien aboie\n")
+    captions = replace(stages.captions_config, source=source, clusters=1, per_cluster=2)
+    select_captions(captions, tmp_path / "captions")
+    config = replace(stages.candidates_config, strategies=("1.2",))
+    make_candidates(config, tmp_path / "captions", None, tmp_path / "candidates")
+    with pytest.raises(
+        InvalidInputError, match="know no word for a sound in 2 captions, as 'Le chien aboie'"
+    ):
+        score_candidates(stages.scores_config, tmp_path / "candidates", tmp_path / "scores")
+    half = replace(stages.scores_config, max_unreadable=0.5)
+    report = score_candidates(half, tmp_path / "candidates", tmp_path / "half")
+    assert (report["clips"], report["scored"], report["unread_captions"]) == (4, 2, ["Le chien aboie"])
+    assert len(read_scores(tmp_path / "half")) == 2
 
 
 def test_a_service_gives_the_same(stages: Stages, models: Models, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,20 +8,33 @@ import pytest
 import soundfile
 
 from training.soundworld.captions import (
+    HELD_OUT_TEMPLATES,
     TEMPLATES,
+    UNREAD_WORDS,
     VOCABULARY,
     CaptionNoise,
     CaptionTruth,
-    caption_parts,
+    Relation,
     corrupt,
+    cut_caption,
     drop,
     replace_event,
     swap,
+    word_classes,
     words,
     write_caption,
 )
 from training.soundworld.export import INDEX, export_scenes
-from training.soundworld.scenes import SceneConfig, make_scene, split_of
+from training.soundworld.reading import grammar_reader, truth_reading
+from training.soundworld.scenes import (
+    BACKGROUNDS,
+    HEADROOM,
+    SceneConfig,
+    background,
+    make_scene,
+    overlap_share,
+    split_of,
+)
 from training.soundworld.synthesis import CLASSES, SAMPLING_RATE, synthesise
 
 DOG_THEN_SIREN = CaptionTruth(classes=("dog", "siren"), relation="then")
@@ -29,9 +43,9 @@ DOG_THEN_SIREN = CaptionTruth(classes=("dog", "siren"), relation="then")
 def test_there_are_at_least_fourteen_classes_and_each_has_words() -> None:
     assert len(CLASSES) >= 14
     assert set(CLASSES) == set(VOCABULARY)
-    for nouns, verbs in VOCABULARY.values():
-        assert len(nouns) >= 2
-        assert len(verbs) >= 2
+    for groups in VOCABULARY.values():
+        assert len(groups[0].nouns) >= 2
+        assert all(len(words.verbs) >= 2 for words in groups)
 
 
 @pytest.mark.parametrize("event_class", CLASSES)
@@ -80,20 +94,108 @@ def test_an_event_is_louder_where_the_truth_says_than_where_it_is_silent() -> No
         assert inside > 10 * outside
 
 
-def test_every_wording_tells_the_events_in_the_order_of_time() -> None:
-    earlier_later = {"after": -1, "then": 1, "followed": 1, "before": 1}
+ALL_TEMPLATES = [(kind, held_out) for kind in TEMPLATES for held_out in (False, True)]
+
+
+def _truths(kind: tuple[Relation, int], count: int, rng: np.random.Generator) -> list[CaptionTruth]:
+    relation, events = kind
+    return [
+        CaptionTruth(classes=tuple(map(str, rng.permutation(CLASSES)[:events])), relation=relation)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "held_out"), ALL_TEMPLATES)
+def test_every_wording_is_read_back_as_what_it_says(kind: tuple[Relation, int], held_out: bool) -> None:
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        parts = caption_parts(DOG_THEN_SIREN, rng)
-        told = [event for _, event in parts if event is not None]
-        links = " ".join(text for text, event in parts if event is None).replace(",", " ").split()
-        direction = next(d for word, d in earlier_later.items() if word in links)
-        starts_with_link = parts[0][1] is None
-        assert told == ([0, 1] if direction * (-1 if starts_with_link else 1) > 0 else [1, 0])
+    for truth in _truths(kind, 150, rng):
+        caption = write_caption(truth, rng, held_out=held_out)
+        for text in (caption, caption.upper() + "!", caption.replace(",", ";").lower() + "."):
+            read, wanted = grammar_reader().read(text), truth_reading(truth)
+            assert (set(read.events), read.steps, read.unread) == (set(wanted.events), wanted.steps, ""), text
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("A siren wails, after a dog barks", ("dog", "siren")),
+        ("a siren wails after a dog barks.", ("dog", "siren")),
+        ("Church bells, then footsteps", ("bell", "footsteps")),
+        ("After several dogs bark birds sing", ("dog", "bird")),
+        ("First a barking dog, followed by falling rain", ("dog", "rain")),
+        ("A taxi honks after glass breaks and before kittens are meowing", ("glass", "horn", "cat")),
+    ],
+)
+def test_sequences_are_read_in_the_order_of_time(text: str, classes: tuple[str, ...]) -> None:
+    assert grammar_reader().read(text).steps == tuple(frozenset({name}) for name in classes)
+
+
+@pytest.mark.parametrize("text", ["", "A toilet flushes", "No dog barks", "A dog barks without rain falling"])
+def test_what_is_not_of_the_grammar_is_not_cut(text: str) -> None:
+    assert cut_caption(text) is None
+
+
+def test_a_caption_is_cut_at_its_events() -> None:
+    cut = cut_caption("First several dogs are barking, followed by FALLING RAIN.")
+    assert cut is not None
+    assert (cut.events, cut.classes) == (("several dogs are barking", "falling rain"), ("dog", "rain"))
+    assert cut.links == ("First ", ", followed by ", ".")
+
+
+def test_held_out_templates_are_of_no_training_but_all_their_words_are() -> None:
+    for kind in TEMPLATES:
+        assert not set(TEMPLATES[kind]) & set(HELD_OUT_TEMPLATES[kind])
+    trained = {w for texts in TEMPLATES.values() for text in texts for w in text.replace(",", " ").split()}
+    held_out = {
+        w for texts in HELD_OUT_TEMPLATES.values() for text in texts for w in text.replace(",", " ").split()
+    }
+    assert held_out <= trained
+
+
+def test_a_word_that_is_not_of_the_grammar_is_added_at_the_stated_rate() -> None:
+    rng = np.random.default_rng(0)
+    captions = [write_caption(DOG_THEN_SIREN, rng, unread=0.3) for _ in range(1000)]
+    assert not set(UNREAD_WORDS) & set(words())
+    strange = [
+        bool(set(UNREAD_WORDS) & set(caption.lower().replace(",", "").split())) for caption in captions
+    ]
+    assert np.mean(strange) == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_word_of_one_class_is_known_as_that() -> None:
+    found = word_classes()
+    assert (found["dogs"], found["barking"], found["church"]) == ("dog", "dog", "bell")
+    assert "the" not in found
+
+
+def test_events_at_the_same_time_are() -> None:
+    config = SceneConfig(single=0.0, sequence=0.0)
+    shares = [overlap_share(make_scene(2, index, config).events) for index in range(60)]
+    assert min(shares) > 0.8
+    sequences = replace(config, sequence=1.0)
+    assert max(overlap_share(make_scene(2, index, sequences).events) for index in range(20)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("silence", 0.0, 0.0), ("near silence", 1e-6, 2e-3), ("noise", 1e-3, 0.2)]
+)
+def test_a_background_is_a_clip_of_its_level(kind: str, low: float, high: float) -> None:
+    rng = np.random.default_rng(0)
+    assert kind in BACKGROUNDS
+    for _ in range(20):
+        clip = background(kind, 2.56, rng)
+        assert clip.shape == (40_960,) and clip.dtype == np.float32
+        assert low <= float(np.sqrt(np.square(clip, dtype=np.float64).mean())) <= high
+
+
+def test_scenes_leave_headroom() -> None:
+    scenes = [make_scene(5, index, SceneConfig()) for index in range(60)]
+    assert max(float(np.abs(scene.waveform).max()) for scene in scenes) <= HEADROOM
 
 
 def test_splits_divide_captions_by_text_alone() -> None:
     assert split_of("A dog barks, then a bell rings") == split_of("a dog barks then a bell rings")
+    assert split_of("A DOG barks; then a bell rings!") == split_of("a dog barks then a bell rings")
     for split in ("train", "validation", "test"):
         scene = make_scene(0, 0, SceneConfig(split=split))
         assert split_of(scene.caption) == split
@@ -126,13 +228,13 @@ def test_impossible_rates_are_refused(rates: dict[str, float]) -> None:
         CaptionNoise(**rates)
 
 
-def test_the_vocabulary_covers_every_caption() -> None:
+@pytest.mark.parametrize(("kind", "held_out"), ALL_TEMPLATES)
+def test_the_vocabulary_covers_every_caption(kind: tuple[Relation, int], held_out: bool) -> None:
     known = set(words())
     rng = np.random.default_rng(0)
-    for relation, count in TEMPLATES:
-        for _ in range(50):
-            truth = CaptionTruth(classes=tuple(rng.permutation(CLASSES)[:count]), relation=relation)
-            assert set(write_caption(truth, rng).lower().replace(",", " , ").split()) <= known
+    for truth in _truths(kind, 50, rng):
+        caption = write_caption(truth, rng, held_out=held_out)
+        assert set(caption.lower().replace(",", " , ").split()) <= known
 
 
 def test_an_export_is_wav_files_and_a_list_that_names_them(tmp_path: Path) -> None:

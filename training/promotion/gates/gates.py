@@ -209,7 +209,7 @@ def known_figures(config: EvaluationConfig, plan: Sequence[PlannedClip]) -> tupl
     """Return the names of the figures that an evaluation of `plan` computes."""
     found = [f"clap.{scorer.partition('=')[0]}" for scorer in config.scorers]
     found += ["reward"] if config.reward else []
-    found += ["silent", "clipped", "loudness_db", LATENCY]
+    found += ["silent", "clipped", "overshoot", "loudness_db", LATENCY]
     if config.judge is not None and any(planned.prompt.truth for planned in plan):
         found += EVENT_METRICS
     has_references = any(planned.prompt.reference for planned in plan)
