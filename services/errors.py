@@ -62,6 +62,16 @@ def invalid(field: str, description: str) -> InvalidInputError:
     return InvalidInputError(FieldViolation(field, description))
 
 
+def shown_value(value: object) -> str:
+    """Return how a message names a value of a caller: text and numbers literally, in 40 characters at most.
+
+    Other objects are named by their type: their text may be an address (``<_io.BytesIO object at 0x…>``).
+    """
+    if value is None or isinstance(value, str | int | float):
+        return repr(value[:40] if isinstance(value, str) else value)[:42]
+    return f"of type {type(value).__name__}"
+
+
 class ModelError(MilongaError):
     """Weights or a model folder were refused."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 from services.api.generation import Clip, Generation, GenerationOptions, Timings
 from services.api.model import ModelVersion
 from services.api.scoring import Rewards, Scores, merge_warnings
-from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid
+from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid, shown_value
 
 RankBy = Literal["reward", "clap"]
 """Value that ranks clips: the reward, or the mean of the scorers' CLAP scores."""
@@ -110,7 +110,9 @@ def check_arguments(candidates: int, rank_by: str, clip_count: int | None) -> No
         faults.append(FieldViolation("candidates", f"is {candidates!r}, must be at least 1"))
     if rank_by not in get_args(RankBy):
         faults.append(
-            FieldViolation("rank_by", f"is {rank_by!r}, must be one of {', '.join(get_args(RankBy))}")
+            FieldViolation(
+                "rank_by", f"is {shown_value(rank_by)}, must be one of {', '.join(get_args(RankBy))}"
+            )
         )
     if clip_count is not None:
         faults.append(

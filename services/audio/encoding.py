@@ -11,6 +11,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from services.audio.resampling import resample
+from services.errors import invalid
 
 Waveform = NDArray[np.float32]
 
@@ -57,12 +58,19 @@ def encode_audio(
 
 
 def decode_audio(audio: bytes, encoding: str, sampling_rate: int) -> tuple[Waveform, int]:
-    """Return ([N] samples in [-1, 1], sampling rate in hertz) of mono sound that `encode_audio` made."""
+    """Return ([N] samples in [-1, 1], sampling rate in hertz) of mono sound that `encode_audio` made.
+
+    Raises `InvalidInputError` if it is damaged.
+    """
     if encoding == "float32":
         return np.frombuffer(audio, dtype="<f4").astype(np.float32), sampling_rate
     if encoding == "linear16":
         return (np.frombuffer(audio, dtype="<i2") / np.float32(32767)).astype(np.float32), sampling_rate
-    waveform_N, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
+    try:
+        waveform_N, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
+    except soundfile.SoundFileError as error:  # whose own text begins with the object that was read
+        reason = str(getattr(error, "error_string", error)).strip()
+        raise invalid("audio", f"can't be decoded as {encoding}, it is damaged: {reason}") from error
     return waveform_N, rate
 
 

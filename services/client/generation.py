@@ -1,5 +1,6 @@
 """The rpcs of generation.proto: build requests, read responses."""
 
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -22,7 +23,7 @@ from services.api.generation import (
     Update,
 )
 from services.client.transport import Service, Stream, Unary
-from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid
+from services.errors import FieldViolation, InvalidInputError, MilongaError, invalid, shown_value
 from services.wire import WIRE_ENCODINGS, encoding_name, read_duration, read_version, write_duration
 
 MAX_TEXT_BYTES = 2**18
@@ -47,23 +48,27 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
             raise TypeError(f"there is no generation option {name!r}")
         try:
             setattr(request, name, value)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             faults.append(
-                FieldViolation(name, f"is {str(value)[:40]!r}, which the wire can't carry: {error}")
+                FieldViolation(name, f"is {shown_value(value)}, which the wire can't carry: {error}")
             )
-    if isinstance(seconds, int | float):
+        except TypeError:  # its message may have the text of any object
+            faults.append(FieldViolation(name, f"is {shown_value(value)}, must be {_kind_of(request, name)}"))
+    if seconds is not None:
         try:
-            request.duration.CopyFrom(write_duration(seconds))
-        except (ValueError, OverflowError):
+            if not isinstance(seconds, Real):
+                raise TypeError
+            request.duration.CopyFrom(write_duration(float(seconds)))
+        except (ValueError, OverflowError, TypeError):
+            shown = shown_value(seconds)
             faults.append(
-                FieldViolation("duration", f"is {seconds}, which is not a duration; give finite seconds")
+                FieldViolation("duration", f"is {shown}, which is not a duration; give finite seconds")
             )
-    if isinstance(encoding, str) and encoding not in WIRE_ENCODINGS:
-        faults.append(
-            FieldViolation("encoding", f"is {encoding!r}, must be one of {', '.join(WIRE_ENCODINGS)}")
-        )
-    elif isinstance(encoding, str):
-        request.encoding = WIRE_ENCODINGS[encoding]
+    if encoding is not None and not (isinstance(encoding, str) and encoding in WIRE_ENCODINGS):
+        known = ", ".join(WIRE_ENCODINGS)
+        faults.append(FieldViolation("encoding", f"is {shown_value(encoding)}, must be one of {known}"))
+    elif encoding is not None:
+        request.encoding = WIRE_ENCODINGS[str(encoding)]
     for name in ("prompt", "negative_prompt"):
         size = len(getattr(request, name).encode())
         if size > MAX_TEXT_BYTES:
@@ -72,6 +77,12 @@ def build_request(prompt: str, **options: Unpack[GenerationOptions]) -> pb.Gener
     if faults:
         raise InvalidInputError(*faults)
     return request
+
+
+def _kind_of(request: pb.GenerateAudioRequest, name: str) -> str:
+    field = request.DESCRIPTOR.fields_by_name[name]
+    kinds = {field.CPPTYPE_STRING: "text", field.CPPTYPE_FLOAT: "a number", field.CPPTYPE_DOUBLE: "a number"}
+    return kinds.get(field.cpp_type, "a whole number")
 
 
 def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb.StreamGenerateAudioRequest:
@@ -83,7 +94,9 @@ def stream_request(request: pb.GenerateAudioRequest, interval: int | None) -> pb
     try:
         return pb.StreamGenerateAudioRequest(request=request, preview_interval_steps=interval)
     except (ValueError, TypeError) as error:
-        raise invalid("preview_interval_steps", f"is {interval!r}: {error}") from error
+        raise invalid(
+            "preview_interval_steps", f"is {shown_value(interval)}, must be a whole number of steps"
+        ) from error
 
 
 def read_response(response: pb.GenerateAudioResponse) -> Generation:

@@ -5,6 +5,7 @@ Shapes: N samples.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import IOBase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from milonga.v1 import audio_pb2
 from services.api.generation import Clip
 from services.api.scoring import Sound
-from services.errors import FieldViolation, InvalidInputError
+from services.errors import FieldViolation, InvalidInputError, shown_value
 from services.wire import WIRE_ENCODINGS
 
 MAX_REQUEST_BYTES = 255 * 2**20
@@ -62,10 +63,13 @@ class RequestWriter:
 
     def text(self, text: str, field: str) -> str:
         """Return a text after checking it."""
+        if not isinstance(text, str):
+            self._refuse(field, f"is {shown_value(text)}, must be text")
+            return ""
         try:
             self._take(len(text.encode()))
-        except (AttributeError, UnicodeEncodeError) as error:
-            self._refuse(field, f"is {str(text)[:40]!a}, which the wire can't carry: {error}")
+        except UnicodeEncodeError as error:
+            self._refuse(field, f"is {shown_value(text)}, which the wire can't carry: {error}")
             return ""
         except _UnfitError as error:
             self._refuse(field, str(error))
@@ -140,11 +144,15 @@ class RequestWriter:
         return message
 
     def _several(self, values: Sequence[Any], field: str) -> Sequence[Any]:
-        # str and bytes are sequences too, but no lists of sounds or texts.
-        if isinstance(values, str | bytes):
+        # str, bytes and files can be iterated too, but are no lists of sounds or texts.
+        if isinstance(values, str | bytes | IOBase):
             self._refuse(field, f"is one {type(values).__name__}, must be a list; put it into one")
             return ()
-        return values
+        try:
+            return list(values)
+        except TypeError:
+            self._refuse(field, f"is {shown_value(values)}, must be a list")
+            return ()
 
     def _take(self, size: int) -> None:
         if size > self._left:
@@ -164,4 +172,5 @@ def _set_rate(message: audio_pb2.Clip, rate: int) -> None:
     try:
         message.sample_rate_hertz = rate
     except (ValueError, TypeError) as error:
-        raise _UnfitError(f"has sampling rate {rate!r}, which the wire can't carry: {error}") from error
+        shown = shown_value(rate)
+        raise _UnfitError(f"has a sampling rate that is {shown}, must be a whole number of hertz") from error

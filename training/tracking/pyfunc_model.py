@@ -45,7 +45,7 @@ quiet_libraries()
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault  # noqa: E402
 from services.engine import Engine  # noqa: E402
-from services.errors import invalid  # noqa: E402
+from services.errors import invalid, shown_value  # noqa: E402
 from services.models.architectures import load_generator  # noqa: E402
 from services.models.captioner.config import CLASS_NAME  # noqa: E402
 from services.models.captioner.model import Captioner  # noqa: E402
@@ -175,7 +175,7 @@ def number(row: Mapping[str, Any], name: str) -> float | None:
     try:
         return float(row[name])
     except (TypeError, ValueError):
-        raise invalid(name, f"is {row[name]!r}, must be a number") from None
+        raise invalid(name, f"is {shown_value(row[name])}, must be a number") from None
 
 
 def whole(row: Mapping[str, Any], name: str) -> int | None:
@@ -184,7 +184,7 @@ def whole(row: Mapping[str, Any], name: str) -> int | None:
     if value is None:
         return None
     if not value.is_integer():
-        raise invalid(name, f"is {row[name]!r}, must be a whole number")
+        raise invalid(name, f"is {shown_value(row[name])}, must be a whole number")
     exact = isinstance(row[name], int | np.integer)  # a float holds no more than 53 bits of a seed
     return int(row[name] if exact else value)
 
