@@ -45,6 +45,11 @@ class Admission:
         """Why requests that have not ended are to be failed; None if they are not."""
         return self._aborting
 
+    def check(self, account: Account) -> None:
+        """Raise `QueueFullError` if there is no room for another clip of an account."""
+        with self._changed:
+            self._check_room(1, account, self._default_clip() * (self._pace.unit or 0.0))
+
     def reserve(
         self, make: Callable[[Path], RequestState], account: Account, deadline_in: float | None
     ) -> RequestState:
@@ -58,7 +63,7 @@ class Admission:
         with self._changed:
             self._refuse_if_closing()
             state = make(Path(account.priority, account.caller, next(self._numbers)))
-            self._check_room(state, account)
+            self._check_room(state.request.clip_count, account, self._pace.left(state))
             self._check_time(state, deadline_in)
             self._shares.enter(state.path)
             rank = self._shares.rank(state.path)
@@ -133,22 +138,24 @@ class Admission:
 
     # ------------------------------------------------------------------------------------------- who is taken
 
-    def _check_room(self, state: RequestState, account: Account) -> None:
-        """Raise `QueueFullError` if there is no room for the clips of a request, or none for its caller."""
-        count = state.request.clip_count
+    def _check_room(self, count: int, account: Account, work: float) -> None:
+        """Raise `QueueFullError` if there is no room for `count` clips, or none for their caller.
+
+        `work` is how long they take, in seconds of the device.
+        """
         held = sum(state.undecoded for state in self._states.values() if state.path.caller == account.caller)
         free = self._max_queue + self._places - self._clips()
         waiting = f"{self._waiting()} of {self._max_queue} clips wait"
         if count > free:
             message = f"the queue is full: {waiting}, no room for {count} more; try again later"
-            raise self._full(state, message)
+            raise self._full(account, work, message)
         # Callers without a name are one program, whose own requests can't take room from others.
         if account.caller and not leaves_room(held, count, free):
             message = (
                 f"{waiting}; the caller has {held} clips here, and the free room is for others; "
                 "try again later"
             )
-            raise self._full(state, message)
+            raise self._full(account, work, message)
 
     def _check_time(self, state: RequestState, deadline_in: float | None) -> None:
         """Raise an error if a request would wait too long, or could not be done before its deadline.
@@ -157,7 +164,7 @@ class Admission:
         """
         if not self._states:
             return
-        wait = self._seconds_ahead(state)
+        wait = self._seconds_ahead(state.path.account, self._pace.left(state))
         if wait is None:
             return
         if wait > self._max_wait:
@@ -180,16 +187,19 @@ class Admission:
             )
             raise QueueFullError(message, retry_after=retry_after(late), refusal="time")
 
-    def _full(self, state: RequestState, message: str) -> QueueFullError:
-        wait = self._seconds_ahead(state)
+    def _full(self, account: Account, work: float, message: str) -> QueueFullError:
+        wait = self._seconds_ahead(account, work)
         return QueueFullError(message, retry_after=retry_after(_FIRST_GUESS if wait is None else wait))
 
-    def _seconds_ahead(self, state: RequestState) -> float | None:
-        """Estimate the seconds that the device works for others before `state` ends; None if unknown."""
+    def _seconds_ahead(self, account: Account, work: float) -> float | None:
+        """Estimate the seconds that the device works for others before a request ends; None if unknown.
+
+        The request takes `work` seconds of the device.
+        """
         if self._pace.unit is None:
             return None
         waiting = ((other.path.account, self._pace.left(other)) for other in self._states.values())
-        return work_ahead(state.path.account, self._pace.left(state), waiting)
+        return work_ahead(account, work, waiting)
 
     def _clips(self) -> int:
         return sum(state.undecoded for state in self._states.values())

@@ -124,6 +124,10 @@ class Engine:
             self._admission.enter(state)
         return Handle(state)
 
+    def check(self, account: Account) -> None:
+        """Raise `QueueFullError` if any request of the account would be refused for want of room."""
+        self._admission.check(account)
+
     def stream(self, request: GenerationRequest, *, deadline: float | None = None) -> Iterator[Event]:
         """Queue `request` at once; return an iterator over its events. The last is `Finished` or `Failed`.
 

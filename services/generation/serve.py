@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 
 from milonga.v1 import generation_pb2_grpc, operator_pb2_grpc
 from services.catalogue import GENERATION
+from services.fairness import Account
 from services.generation.settings import GenerationSettings, model_uris, read_operator_token
 from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
@@ -53,7 +54,7 @@ def add_generation(
     """Add a slot's services and metrics to a server; OperatorService only if there is a token."""
     from services.generation import operator, servicer
     from services.generation.inference import GenerationInference, SlotOperator
-    from services.inference import add_inference
+    from services.inference import INFER, add_inference
 
     metrics.add(partial(collect, slot))
     slot.observe(metrics.observer("engine", "queue_wait", "first_step", "step", "decode", "fill"))
@@ -61,6 +62,11 @@ def add_generation(
     server.add(
         servicer.SERVICE_NAME,
         lambda to: generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, to),
+    )
+    rpcs = (f"/{servicer.SERVICE_NAME}/{rpc}" for rpc in ("GenerateAudio", "StreamGenerateAudio"))
+    server.gate.add(
+        (*rpcs, INFER),
+        lambda caller: slot.current.engine.check(Account(caller.key, caller.priority)),
     )
     token = read_operator_token(settings)
     if token is not None:

@@ -9,10 +9,11 @@ A service implements `Model`: it describes its tensors, and converts them to its
 """
 
 from services.inference.model import Model, ModelLease, Operator, Response, Stages
-from services.inference.servicer import SERVICE_NAME, InferenceServicer, add_inference
+from services.inference.servicer import INFER, SERVICE_NAME, InferenceServicer, add_inference
 from services.inference.tensors import Tensors, TensorSpec, spread, texts
 
 __all__ = [
+    "INFER",
     "SERVICE_NAME",
     "InferenceServicer",
     "Model",

@@ -30,6 +30,9 @@ log = structlog.get_logger()
 
 SERVICE_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
+INFER: Final = f"/{SERVICE_NAME}/ModelInfer"
+"""Full name of the unary rpc."""
+
 MAX_STREAM_REQUESTS: Final = 64
 """Maximum number of requests of one stream that run at a time; further ones are not read yet."""
 

@@ -17,6 +17,7 @@ from services.errors import NotFiniteError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
 from services.models.words import warnings_of
 from services.reward.settings import CLAP, RewardSettings
+from services.runtime.callers import Caller
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, naming
@@ -76,6 +77,10 @@ class RewardScorer:
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._batcher.check(seconds)
+
+    def check_items(self, clips: int, caller: Caller) -> None:
+        """Raise `QueueFullError` if the queue has no room, or not the time, for clips of a caller."""
+        self._batcher.check_items(clips, caller)
 
     def expect(self, clips: int) -> AbstractContextManager[None]:
         """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""

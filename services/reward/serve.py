@@ -43,7 +43,7 @@ def add_reward(
     server: Server, metrics: ServerMetrics, scorer: "RewardScorer", settings: RewardSettings
 ) -> None:
     """Add RewardService, the Open Inference Protocol and the metrics of `scorer` to a server."""
-    from services.inference import add_inference
+    from services.inference import INFER, add_inference
     from services.reward.inference import RewardInference
     from services.reward.servicer import SERVICE_NAME, RewardServicer
 
@@ -52,6 +52,8 @@ def add_reward(
     scorer.observe(metrics.observer("pairs", "queue_wait", "batch", "fill"))
     server.add(SERVICE_NAME, lambda to: rpc.add_RewardServiceServicer_to_server(servicer, to))
     add_inference(server, RewardInference(servicer))
+    rpcs = (f"/{SERVICE_NAME}/{rpc}" for rpc in ("BatchComputeRewards", "RankAudio"))
+    server.gate.add((*rpcs, INFER), partial(scorer.check_items, 1))
 
 
 def describe(scorer: "RewardScorer") -> dict[str, Any]:

@@ -142,6 +142,16 @@ class BatchQueue(Generic[Item, Result]):
         An empty queue accepts any cost, and an idle model any deadline.
         """
         account = Account(caller.key, caller.priority)
+        self._check_room(account, cost)
+        self._check_time(account, cost, caller.deadline)
+
+    def check_items(self, items: int, caller: Caller) -> None:
+        """Raise `QueueFullError` if an item like the latest has no room, or `items` like it not the time."""
+        account = Account(caller.key, caller.priority)
+        self._check_room(account, self._item)
+        self._check_time(account, items * self._item, caller.deadline)
+
+    def _check_room(self, account: Account, cost: float) -> None:
         if self.cost > 0:
             free = self._max_queue_cost - self.cost
             if free <= 0 or cost > free:
@@ -149,20 +159,17 @@ class BatchQueue(Generic[Item, Result]):
             calls = tuple(self._calls.values())
             if not leaves_room(sum(call.cost for call in calls if call.path.account == account), cost, free):
                 self._refuse_room(account, cost, "the room that the caller leaves is for others")
-        self._check_time(account, cost, caller.deadline)
 
     @contextmanager
     def expect(self, items: int, caller: Caller) -> Iterator[None]:
         """Count a call of `items` as waiting while it is prepared: until it is added, or the context ends.
 
-        Raises what `check` raises.
+        Raises what `check_items` raises.
         """
-        account = Account(caller.key, caller.priority)
-        self.check(0.0, caller)
-        self._check_time(account, items * self._item, caller.deadline)
+        self.check_items(items, caller)
         call = _preparing.get() or object()
         before = _preparing.set(call)
-        self._expected[call] = (account, items * self._item)
+        self._expected[call] = (Account(caller.key, caller.priority), items * self._item)
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Literal
 from urllib.parse import unquote
 
@@ -76,6 +77,7 @@ def calling(caller: Caller) -> Iterator[None]:
         _current.reset(token)
 
 
+@lru_cache(maxsize=1024)
 def peer_host(peer: str) -> str:
     """Return the host of gRPC's name of a peer: ``ipv4:ADDRESS``, ``ipv6:NETWORK/64``, or ``unix``.
 

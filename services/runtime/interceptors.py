@@ -15,12 +15,13 @@ import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError
 
-from services.errors import MilongaError, RequestCancelledError, TooLargeError, invalid
+from services.errors import MilongaError, QueueFullError, RequestCancelledError, TooLargeError, invalid
 from services.runtime import status
 from services.runtime.access import Access
 from services.runtime.budget import Budget, current_hold
 from services.runtime.call_spans import CallSpan, server_span
 from services.runtime.callers import Caller, calling
+from services.runtime.gate import Gate
 from services.runtime.metrics import ServerMetrics
 from services.runtime.roles import OPEN
 
@@ -58,8 +59,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     is too large or can't be parsed is a call like any other, with a status, a count and a line.
     """
 
-    def __init__(self, metrics: ServerMetrics, access: Access, budget: Budget) -> None:
-        self._metrics, self._access, self._budget = metrics, access, budget
+    def __init__(self, metrics: ServerMetrics, access: Access, gate: Gate, budget: Budget) -> None:
+        self._metrics, self._access, self._gate, self._budget = metrics, access, gate, budget
         self._lines = _Lines()
 
     async def intercept_service(
@@ -151,8 +152,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 caller = self._access.admit(method, context)
                 span.annotate(request_id=request_id, priority=caller.priority)
-                with calling(caller), self._budget.holding():
-                    yield
+                try:
+                    self._gate.check(method, caller)
+                    with calling(caller), self._budget.holding():
+                        yield
+                except QueueFullError as refusal:
+                    _clear_frames(refusal)
+                    await asyncio.sleep(self._gate.delay(caller, refusal))
+                    raise
             except asyncio.CancelledError as cancelled:
                 code, error = grpc.StatusCode.CANCELLED, cancelled
                 raise

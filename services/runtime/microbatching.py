@@ -24,7 +24,7 @@ from services.api.measurements import Observer, ignore
 from services.errors import ServiceUnavailableError, TooLargeError, is_out_of_memory
 from services.runtime import tracing
 from services.runtime.batch_queue import BatchQueue, Call, Taken
-from services.runtime.callers import current_caller
+from services.runtime.callers import Caller, current_caller
 from services.runtime.model_thread import ModelThread
 
 log = structlog.get_logger()
@@ -127,12 +127,19 @@ class MicroBatcher(Generic[Item, Result]):
             raise self._unavailable()
         self._queue.check(cost, current_caller())
 
+    def check_items(self, items: int, caller: Caller) -> None:
+        """Raise what `expect` would raise for `items` of a caller. Call it before they are received."""
+        if self._closing or self._failure is not None:
+            raise self._unavailable()
+        self._queue.check_items(items, caller)
+
     def expect(self, items: int) -> AbstractContextManager[None]:
         """Return a context that counts `items` as waiting while they are prepared for `submit`.
 
-        Raises what `check` raises; on entering what `submit` would raise for such items.
+        On entering, raises what `submit` would raise for such items.
         """
-        self.check()
+        if self._closing or self._failure is not None:
+            raise self._unavailable()
         return self._queue.expect(items, current_caller())
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:

@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2_grpc
 from services.errors import FieldViolation, InvalidInputError, MilongaError
 from services.runtime.access import Access
 from services.runtime.budget import Budget
+from services.runtime.gate import MAX_CALLS, Gate
 from services.runtime.health import HealthServicer
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.metrics import ServerMetrics
@@ -87,10 +88,11 @@ class Server:
         self._names: list[str] = []
         self._health = HealthServicer()
         self.access = Access(settings)
+        self.gate = Gate()
         self.budget = Budget(settings.held_bytes, settings.max_request_bytes)
         metrics.add(self.budget.collect)
-        interceptors = [ParsingInterceptor(), CallInterceptor(metrics, self.access, self.budget)]
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
+        calls = CallInterceptor(metrics, self.access, self.gate, self.budget)
+        self._server = grpc.aio.server(interceptors=[ParsingInterceptor(), calls], options=_options(settings))
         if settings.callers_file is not None:
             self.on_reload(self.access.reload)
         self._certificates = _read_certificates(settings, metrics)
@@ -242,6 +244,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         # Identity only: gRPC inflates a compressed request before it checks the limit, 300 KB to 300 MB.
         ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.max_concurrent_streams", MAX_CALLS),
         # Responses are bounded by the service's own limits.
         ("grpc.max_send_message_length", -1),
         # Detect a lost client within 40 seconds, so that its requests don't occupy the device.

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from services.api.measurements import Observer
 from services.audio.decoding import ReadClip
-from services.errors import NotFiniteError
+from services.errors import NotFiniteError, QueueFullError
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.models.words import warnings_of
 from services.runtime import tracing
+from services.runtime.callers import Caller
 from services.runtime.microbatching import BatchStats, MicroBatcher
 from services.runtime.settings import BatchedSettings
 from services.scoring.settings import ScoringSettings
@@ -93,6 +94,10 @@ class Scorer:
     def check(self, seconds: float = 0.0) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
         self._audio.check(seconds)
+
+    def check_items(self, clips: int, caller: Caller) -> None:
+        """Raise `QueueFullError` if the queue has no room, or not the time, for clips of a caller."""
+        self._audio.check_items(clips, caller)
 
     def expect(self, clips: int) -> AbstractContextManager[None]:
         """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
@@ -167,6 +172,18 @@ class ScorerGroup:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue of any scorer."""
         for scorer in self._distinct():
             scorer.check(seconds)
+
+    def check_items(self, clips: int, caller: Caller) -> None:
+        """Raise `QueueFullError` if no scorer has room and time for clips of a caller."""
+        refusals = []
+        for scorer in self._distinct():
+            try:
+                scorer.check_items(clips, caller)
+            except QueueFullError as error:
+                refusals.append(error)
+            else:
+                return
+        raise refusals[0]
 
     @contextmanager
     def expect(self, clips: int) -> Iterator[None]:

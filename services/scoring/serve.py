@@ -65,8 +65,9 @@ def add_scoring(
     server: Server, metrics: ServerMetrics, scorers: "Mapping[str, Scorer]", settings: ScoringSettings
 ) -> None:
     """Add ScoringService, the Open Inference Protocol and the metrics of `scorers` to a server."""
-    from services.inference import add_inference
+    from services.inference import INFER, add_inference
     from services.scoring.inference import ScoringInference
+    from services.scoring.scorers import ScorerGroup
     from services.scoring.servicer import SERVICE_NAME, ScoringServicer
 
     servicer = ScoringServicer(scorers, settings)
@@ -77,6 +78,8 @@ def add_scoring(
         )
     server.add(SERVICE_NAME, lambda to: rpc.add_ScoringServiceServicer_to_server(servicer, to))
     add_inference(server, ScoringInference(servicer))
+    rpcs = (f"/{SERVICE_NAME}/{rpc}" for rpc in ("BatchScoreAudio", "BatchEmbedAudio"))
+    server.gate.add((*rpcs, INFER), partial(ScorerGroup(scorers).check_items, 1))
 
 
 def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
