@@ -9,6 +9,7 @@ import typer
 
 from services import client
 from services.cli import prompts
+from services.cli.check import Checker, CheckOptions
 from services.cli.folder import Folder
 from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
 from services.cli.options import URI_FORMS, given_options, grouped
@@ -163,6 +164,7 @@ def generate(
     connection: ServiceOptions,
     choice: CandidateOptions,
     scorers: ScorerOptions,
+    checking: CheckOptions,
 ) -> None:
     """Generate sound from a prompt, or from a file of prompts.
 
@@ -181,10 +183,17 @@ def generate(
         if overwrite or parallel is not None:
             refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
         options, path = clip_options.generation(), output or Path("clip.wav")
-        _generate_one(place, prompt, options, path, spectrogram, as_json=as_json, quiet=quiet)
+        checker = checking.open(where.device)
+        _generate_one(place, prompt, options, path, spectrogram, checker, as_json=as_json, quiet=quiet)
     elif prompt_file is not None:
         if spectrogram is not None:
             refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
+        if checking.check:
+            refuse(
+                "--check",
+                "is for one PROMPT; for many, use milonga train evaluate, or milonga caption --folder",
+            )
+        checking.open(None)
         if output is None:
             refuse("--output", "must name the folder of clips with --prompts")
         settings = {} if best_of is None else best_of.settings()
@@ -199,6 +208,7 @@ def _generate_one(
     options: client.GenerationOptions,
     output: Path,
     spectrogram: Path | None,
+    checker: Checker | None,
     *,
     as_json: bool,
     quiet: bool,
@@ -219,14 +229,19 @@ def _generate_one(
     for clip, path in zip(made.clips, pictures, strict=False):
         _write_spectrogram(path, clip, prompt)
     warn(made.warnings)
+    checks = [] if checker is None else checker.check(prompt, made.clips)
     if as_json:
         record = record_of(made, paths)
-        typer.echo(to_json({"prompt": prompt, **record, "spectrograms": [str(path) for path in pictures]}))
+        record |= {"spectrograms": [str(path) for path in pictures]}
+        record |= {"checks": [check.record() for check in checks]} if checker is not None else {}
+        typer.echo(to_json({"prompt": prompt, **record}))
         return
     if made.best is not None and not quiet:
         _show_candidates(made.best, len(made.clips))
     for written in [*paths, *pictures]:
         typer.echo(written)
+    for path, check in zip(paths, checks, strict=False):
+        typer.echo(f"{path.name} {check.line()}", err=True)
 
 
 def _make(place: Place, prompt: str, options: client.GenerationOptions, *, quiet: bool) -> GeneratedClips:

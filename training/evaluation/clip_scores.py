@@ -31,6 +31,7 @@ from training.evaluation.events import (
     overshoots,
 )
 from training.evaluation.prompts import Prompt
+from training.evaluation.round_trip import ROUND_TRIP_METRICS, RoundTrip, open_round_trip, round_trip
 from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
 
@@ -46,6 +47,8 @@ class Evaluators:
     """Embedding models by name."""
     judge: TaggerEmbedder | None
     """The tagger, which no training stage uses; None: no metrics of events."""
+    trip: RoundTrip | None
+    """The captioner, which no training of a generator uses; None: no metrics of the round trip."""
 
     @property
     def clap_names(self) -> list[str]:
@@ -59,6 +62,8 @@ class Evaluators:
             found["reward"] = self.versions[REWARD].digest
         if self.judge is not None:
             found["judge"] = self.judge.digest
+        if self.trip is not None:
+            found["captioner"] = self.trip.digest
         return found | {f"space.{label}": embedder.digest for label, embedder in self.embedders.items()}
 
 
@@ -140,6 +145,7 @@ def open_evaluators(
         versions={name: served[name] for name in names},
         embedders={label_of(text): loader.embedder(text) for text in config.embedders},
         judge=None if config.judge is None else loader.tagger(config.judge),
+        trip=None if config.captioner is None else open_round_trip(config.captioner, config.device),
     )
 
 
@@ -187,6 +193,8 @@ def score_clips(
     metrics += ["silent", "clipped", "overshoot", "loudness_db"]
     if evaluators.judge is not None and any(planned.prompt.truth for planned in plan):
         metrics += EVENT_METRICS
+    if evaluators.trip is not None:
+        metrics += ROUND_TRIP_METRICS
     values = {metric: np.full(len(plan), np.nan) for metric in metrics}
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
@@ -280,6 +288,9 @@ def _score(
             seconds = clip.waveform_N.shape[-1] / clip.sampling_rate
             rows[position] = event_metrics(compare_events(truth, detected, seconds))
         found |= {name: [row[name] for row in rows] for name in EVENT_METRICS}
+    if evaluators.trip is not None:
+        trips = round_trip(evaluators.trip, texts, [sound for _, sound in pairs])
+        found |= {name: [row[name] for row in trips] for name in ROUND_TRIP_METRICS}
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 
 

@@ -77,6 +77,8 @@ class EvaluationConfig:
     (tagger, panns) also give KL and the inception score."""
     judge: str | None = "mini:tagger"
     """URI of the tagger that detects events; used only for prompts whose events are known."""
+    captioner: str | None = None
+    """URI of a captioner with a list of events, for the round trip; None: no figures of it."""
     kl: Convention = "softmax"
     """Function from logits to the posteriors of KL: softmax or sigmoid."""
     inception_splits: int = 1

@@ -26,6 +26,11 @@ DESCRIPTIONS: Mapping[str, str] = {
     "several_present": "share with all events, of prompts of several",
     "several_as_described": "share as described, of prompts of several events",
     "as_described": "share with all events, in order or at the same time as the prompt says",
+    "round_trip_presence": "share of clips whose caption names all events of the prompt",
+    "round_trip_order_given_presence": "share of these, of prompts with several events, whose caption has "
+    "them in the prompt's order, or at the same time",
+    "round_trip_present_and_in_order": "both",
+    "round_trip_nothing_else": "share of clips whose caption names no other event",
     "nothing_else_heard": "share without events that are not in the prompt",
 }
 """Descriptions of metrics, by prefixes of their names."""

@@ -1,6 +1,6 @@
 """Clips that the mini captioner learns from: scenes, scenes after autoencoder and vocoder, generated clips.
 
-    python -m training.mini.captioner_clips --work build/mini --rebuilt 1024 --generated 512
+    python -m training.mini.captioner_clips --work build/mini --rebuilt 256 --generated 128
 
 Scenes are rendered when they are needed. The others cost more and are cached in shards; an existing shard is
 not made again. A captioner that learnt from scenes alone would not know the traces of a vocoder.
@@ -127,8 +127,8 @@ def _generated(numbers: Sequence[int], pipeline: TangoPipeline) -> list[Sound]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--rebuilt", type=int, default=16 * SHARD)
-    parser.add_argument("--generated", type=int, default=8 * SHARD)
+    parser.add_argument("--rebuilt", type=int, default=4 * SHARD)
+    parser.add_argument("--generated", type=int, default=2 * SHARD)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.work / "captioner" / "clips"

@@ -30,7 +30,7 @@ BATCH, LONG_BATCH, LONG_EVERY = 16, 8, 3
 is of 5.12 s, and the rest is padded. Between, they are as short as a clip of 2.56 s is, to save time."""
 BLOCK, PASSES = 1_024, 4
 """So many scenes are used so many times, at other levels, before the next: rendering them costs as much."""
-LOOP = LoopConfig(steps=3_000, batch=BATCH, learning_rate=1.5e-3, warmup=150, decay=0.3, ema=0.995)
+LOOP = LoopConfig(steps=2_500, batch=BATCH, learning_rate=1.5e-3, warmup=150, decay=0.3, ema=0.995)
 ENCODER = EatConfig(width=96, depth=4, heads=4, max_steps=32)
 CAPTIONER = CaptionerConfig(frames=512, projector_width=256, beams=(2, 4), max_new_tokens=32)
 """It hears 5.12 s."""

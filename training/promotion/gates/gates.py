@@ -31,6 +31,7 @@ from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
 from training.evaluation.events import EVENT_METRICS
 from training.evaluation.prompts import SPLITS
 from training.evaluation.report import LOWER_IS_BETTER, UNDIRECTED, Metrics
+from training.evaluation.round_trip import ROUND_TRIP_METRICS
 from training.evaluation.sources import PlannedClip, make_plan
 from training.loop.config import validated
 from training.objectives.statistics import Interval
@@ -39,6 +40,8 @@ DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
 """Gates of the mini family, on the sound world."""
 LATENCY: Final = "latency"
 """Metric: time from request to clip, measured by the service. Its figure is the natural logarithm."""
+CAPTIONER: Final = "captioner"
+"""Name of the captioner in ``independent``."""
 JUDGE: Final = "judge"
 """Name of the tagger in ``independent``."""
 
@@ -117,7 +120,7 @@ class GatesConfig:
     """Prompts, seeds, generation settings, scorers and metrics."""
     gates: Annotated[tuple[Gate, ...], Field(alias="gate")] = ()
     independent: tuple[str, ...] = ()
-    """Names of scorers, or ``judge``, that training has never used."""
+    """Names of scorers, ``judge`` or ``captioner``, that training has never used."""
     looks: Annotated[int, Field(ge=1, le=10)] = 1
     """Times that the gates are decided, at equal shares of the prompts: the next share is evaluated only if
     the gates are undecided. The prompts of the evaluation are the budget."""
@@ -212,6 +215,7 @@ def known_figures(config: EvaluationConfig, plan: Sequence[PlannedClip]) -> tupl
     found += ["silent", "clipped", "overshoot", "loudness_db", LATENCY]
     if config.judge is not None and any(planned.prompt.truth for planned in plan):
         found += EVENT_METRICS
+    found += ROUND_TRIP_METRICS if config.captioner is not None else ()
     has_references = any(planned.prompt.reference for planned in plan)
     for embedder in config.embedders:
         kind, label = embedder.partition(":")[0], label_of(embedder)
@@ -283,21 +287,22 @@ def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
                 FieldViolation(f"{path.name}: gate {number}", f"no prompt is in the split {gate.split!r}")
             )
     scorers = [scorer.partition("=")[0] for scorer in config.evaluation.scorers]
-    foreign = [name for name in config.independent if name not in (*scorers, JUDGE)]
+    foreign = [name for name in config.independent if name not in (*scorers, JUDGE, CAPTIONER)]
     if foreign:
         found.append(
             FieldViolation(
                 f"{path.name}: independent",
-                f"has {', '.join(foreign)}, must be of {', '.join([*scorers, JUDGE])}",
+                f"has {', '.join(foreign)}, must be of {', '.join([*scorers, JUDGE, CAPTIONER])}",
             )
         )
-    used = {gate.scorer or (JUDGE if gate.figure in EVENT_METRICS else "") for gate in config.gates}
+    judges = dict.fromkeys(EVENT_METRICS, JUDGE) | dict.fromkeys(ROUND_TRIP_METRICS, CAPTIONER)
+    used = {gate.scorer or judges.get(gate.figure, "") for gate in config.gates}
     if not used & set(config.independent):
         found.append(
             FieldViolation(
                 f"{path.name}: independent",
                 "names no scorer of a gate; at least one gate must use a scorer that was never used in "
-                f"training (here one of {', '.join([*scorers, JUDGE])})",
+                f"training (here one of {', '.join([*scorers, JUDGE, CAPTIONER])})",
             )
         )
     return found
