@@ -2,13 +2,18 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from services.models.captioner.config import PROMPT
 from services.models.captioner.language import load_caption_tokenizer
+from services.models.captioner.model import Captioner, check_captioner
+from tests.tiny import tiny_captioner
 
 TEXT = "USER: Describe the audio you hear. ASSISTANT: a dog barks while rain falls then an engine runs"
 
@@ -66,3 +71,48 @@ def test_prompts_are_tokenised_as_sentencepiece_does(vicuna: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     again = load_caption_tokenizer(tmp_path, 380)
     assert again(PROMPT)["input_ids"] == prompt
+
+
+def qwen(vocabulary: int) -> Qwen2ForCausalLM:
+    """Grouped queries, and one tensor for input and output embeddings, of which files have one copy."""
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def gpt2(vocabulary: int) -> GPT2LMHeadModel:
+    """Learned positions, other names of layers."""
+    config = GPT2Config(vocab_size=vocabulary, n_embd=24, n_layer=2, n_head=2, initializer_range=0.3)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [qwen, gpt2])
+def test_other_language_models(tmp_path: Path, build: Callable[[int], torch.nn.Module]) -> None:
+    tiny = tiny_captioner()
+    torch.manual_seed(0)
+    model = build(len(tiny.tokenizer)).eval().requires_grad_(False)
+    captioner = Captioner(tiny.encoder, tiny.projector, model, tiny.tokenizer, tiny.config)
+    captioner.save_pretrained(tmp_path, dtype="float16")
+    check_captioner(tmp_path)
+    audio = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
+    loaded = Captioner.from_pretrained(tmp_path)
+    for clip, row in zip(audio, loaded.generate(audio, beams=(1, 3)), strict=True):
+        for one in row:
+            output = loaded.language_model.generate(
+                inputs_embeds=loaded.prompts(clip[None]),
+                num_beams=one.beams,
+                do_sample=False,
+                max_new_tokens=8,
+                eos_token_id=2,
+                pad_token_id=2,
+            )
+            assert one.text == loaded.tokenizer.decode(output[0], skip_special_tokens=True).strip()
+    assert loaded.generate(audio)[0][0].text
