@@ -140,14 +140,14 @@ class Measurements:
             "transformers_over_one_pass": library / together,
         }
 
-    def _caption(self, clips: list[CaptionClip], beams: tuple[int, ...]) -> None:
-        self._search(self.captioner.encode(clips), beams)
+    def _caption(self, clips: list[CaptionClip], beams: tuple[int, ...]) -> object:
+        return self._search(self.captioner.encode(clips), beams)
 
-    def _search(self, audio: torch.Tensor, beams: tuple[int, ...], tokens: int | None = None) -> None:
-        self.captioner.generate(audio, beams=beams, max_new_tokens=tokens or self.tokens)
+    def _search(self, audio: torch.Tensor, beams: tuple[int, ...], tokens: int | None = None) -> object:
+        return self.captioner.generate(audio, beams=beams, max_new_tokens=tokens or self.tokens)
 
-    def _generate(self, audio: torch.Tensor, size: int) -> None:
-        self.captioner.language_model.generate(
+    def _generate(self, audio: torch.Tensor, size: int) -> object:
+        return self.captioner.language_model.generate(
             inputs_embeds=self.captioner.prompts(audio),
             num_beams=size,
             do_sample=False,
