@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of packages, by name, for reports: nobody has to type them."""
+    return {name: version(name) for name in packages}
 
 
 def service_plan(name: str, *arguments: str) -> ServicePlan:

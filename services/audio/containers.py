@@ -75,13 +75,12 @@ def open_container(audio: bytes) -> tuple[Container, bytes]:
         _check_chunks(audio, "AIFF", 12, ">4sI", b"SSND")
         return "AIFF", audio
     if audio[:4] == b"caff":
-        _check_chunks(audio, "CAF", 8, ">4sQ", b"data")
-        return "CAF", audio
+        return "CAF", _open_caf(audio)
     if audio[:4] == b".snd" and len(audio) >= 12:
         offset, size = struct.unpack_from(">II", audio, 4)
         if size < _NO_SIZE and offset + size > len(audio):
             raise _cut(audio, "AU")
-        return "AU", audio
+        return "AU", audio if size else audio[:8] + b"\xff" * 4 + audio[12:]
     if _mp3_frame_size(audio, 0):
         return "MP3", _open_mp3(audio)
     raise ContainerError(_describe(audio))
@@ -142,14 +141,24 @@ def _chunks(audio: bytes, start: int, header: str) -> Iterator[tuple[bytes, int,
         start += size + (size % 2 if length == _CHUNK else 0)
 
 
-def _check_chunks(audio: bytes, container: Container, start: int, header: str, data: bytes) -> None:
-    """Raise `ContainerError` unless all of the chunk `data` is there."""
+def _check_chunks(
+    audio: bytes, container: Container, start: int, header: str, data: bytes
+) -> tuple[int, int]:
+    """Return position and size of the chunk `data`. Raises `ContainerError` unless all of it is there."""
     for name, position, size in _chunks(audio, start, header):
         if name == data:
             if size < _NO_SIZE and position + size > len(audio):
                 raise _cut(audio, container)
-            return
+            return position, size
     raise _cut(audio, container)
+
+
+def _open_caf(audio: bytes) -> bytes:
+    """Return a CAF file with its length, which is -1 or 0 if it was written to a pipe."""
+    position, size = _check_chunks(audio, "CAF", 8, ">4sQ", b"data")
+    if 0 < size < _NO_SIZE:
+        return audio
+    return audio[: position - 8] + struct.pack(">Q", len(audio) - position) + audio[position:]
 
 
 def _open_wav(audio: bytes) -> bytes:

@@ -167,8 +167,11 @@ class LatentPipeline(Protocol):
     def preview(self, latents_BX: Tensor, samples: int) -> Tensor:
         """Decode clean latents to natural-log mel spectrograms [B, T, M], cut to `samples`."""
 
-    def encode_audio(self, waveform_BN: Tensor) -> Tensor:
-        """Encode waveforms at the model's rate, `latent_samples` long, to latents [B, X]."""
+    def encode_audio(self, waveform_BN: Tensor, *, sample: bool = False) -> Tensor:
+        """Encode waveforms at the model's rate, `latent_samples` long, to latents [B, X].
+
+        They are the means of the autoencoder's posteriors; with `sample` drawn, by torch's global generator.
+        """
 
 
 def takes_generator(scheduler: Any) -> bool:

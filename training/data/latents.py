@@ -50,6 +50,14 @@ class LatentConfig:
     """Seconds. Shorter clips are padded with silence, longer ones cut; None: the model's default."""
     normalise: bool = False
     """Subtract the mean of each clip and scale its peak to 1/2, as upstream Tango does."""
+    normalise_cut: bool = False
+    """Scale the peak to 1/2 again after the cut, as upstream does: a clip whose loudest part is cut off gets
+    louder."""
+    channel: Literal["mean", "first"] = "mean"
+    """The mono clip of a stereo one: the mean of its channels, or the first, as upstream takes."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """What is taken of the autoencoder's posterior: its mean, or with `encode_online` a sample, drawn at each
+    step, as upstream does."""
     dtype: Literal["float16", "float32"] = "float16"
     """Data type of cached tensors."""
     cache: Path | None = None
@@ -60,6 +68,8 @@ class LatentConfig:
     def __post_init__(self) -> None:
         if self.duration is not None and not self.duration > 0:
             raise ValueError(f"duration is {self.duration}, must be above 0")
+        if self.posterior == "sample" and not self.encode_online:
+            raise ValueError("posterior is sample, which needs encode_online; a cache would keep one sample")
 
 
 class TensorCache:
@@ -131,7 +141,9 @@ class Encoder:
             waveform_BN = np.zeros((CLIPS, self.samples), dtype=np.float32)
             for row, (waveform, rate) in zip(waveform_BN, part, strict=False):
                 self._write_row(waveform, rate, row)
-            latents_BX = self.pipeline.encode_audio(torch.from_numpy(waveform_BN).to(self.device))
+            latents_BX = self.pipeline.encode_audio(
+                torch.from_numpy(waveform_BN).to(self.device), sample=self.config.posterior == "sample"
+            )
             found.append(latents_BX[: len(part)].to(DTYPES[self.config.dtype]).cpu())
         return torch.cat(found)
 
@@ -151,12 +163,14 @@ class Encoder:
 
     def _write_row(self, waveform: Waveform, rate: int, row_N: NDArray[np.float32]) -> None:
         """Write a clip into a row of silence: mono, at the model's sampling rate, cut to the row's length."""
-        mono = waveform.mean(0) if waveform.ndim == 2 else waveform
-        mono = resample(np.asarray(mono, dtype=np.float32), rate, self.sampling_rate)
+        if waveform.ndim == 2:
+            waveform = waveform[0] if self.config.channel == "first" else waveform.mean(0)
+        mono = resample(np.asarray(waveform, dtype=np.float32), rate, self.sampling_rate)
         if self.config.normalise:
-            mono = mono - mono.mean()
-            mono = mono * np.float32(0.5 / max(1e-8, float(np.abs(mono).max())))
+            mono = _half_scale(mono - mono.mean())
         mono = mono[: len(row_N)]
+        if self.config.normalise_cut:
+            mono = _half_scale(mono)
         row_N[: len(mono)] = mono
 
 
@@ -169,9 +183,8 @@ class Latents:
         architecture, files = architecture_of(folder), read_manifest(folder).files
         self.seconds = config.duration or architecture.default_duration(folder)
         """Duration of every clip in seconds."""
-        audio = _cache_name(
-            files, architecture.encoders, config.duration, config.normalise, config.dtype, DECODER
-        )
+        reading = (config.duration, config.normalise, config.normalise_cut, config.channel)
+        audio = _cache_name(files, architecture.encoders, *reading, config.dtype, DECODER)
         self._clips = TensorCache(cache / f"latents-{audio}")
         self._prompts = TensorCache(
             cache / f"conditioning-{_cache_name(files, architecture.readers, config.dtype)}"
@@ -302,6 +315,11 @@ def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 def _text_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _half_scale(waveform_N: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a waveform with its peak at 1/2; silence stays silence."""
+    return waveform_N * np.float32(0.5 / max(1e-8, float(np.abs(waveform_N).max(initial=0.0))))
 
 
 def _cache_name(files: Mapping[str, str], parts: tuple[str, ...], *settings: object) -> str:

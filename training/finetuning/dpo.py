@@ -11,8 +11,9 @@ the model gets worse. Both drifts rising is the collapse that it does not show; 
 Shape legend: B pairs, X a family's own shape of latents.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from training.finetuning.session import (
 )
 from training.loop.checks import check_minimum, check_share
 from training.loop.fit import Positions, adamw, examples_at, fit
-from training.objectives.diffusion import diffusion_dpo, safe_scales
+from training.objectives.diffusion import denoising_loss, diffusion_dpo, safe_scales
 from training.objectives.noising import Noising
 
 
@@ -50,6 +51,9 @@ class DpoTraining(FineTuning):
     chosen_weight: float = 0.0
     """Weight of the plain denoising loss of the chosen clip, added to DPO's to keep its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
+    supervised_epochs: float = 0.0
+    """Passes over the chosen clips by the plain denoising loss before the `epochs` of DPO, by the same
+    optimiser and schedule, as upstream's program does. It needs `epochs`."""
     safeguard: float | None = None
     """Diffusion-SDPO (arXiv 2511.03317): scale the rejected clip's gradient so that the chosen clip's error
     falls, to first order, by at least this share of what it would fall by without the rejected clip
@@ -59,7 +63,9 @@ class DpoTraining(FineTuning):
         FineTuning.__post_init__(self)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, must be above 0")
-        check_minimum(self, 0, "chosen_weight")
+        check_minimum(self, 0, "chosen_weight", "supervised_epochs")
+        if self.supervised_epochs and not self.epochs:
+            raise ValueError("supervised_epochs needs epochs, those of DPO; it is not counted in loop.steps")
         if self.safeguard is not None:
             check_share(self, "safeguard")
 
@@ -93,7 +99,7 @@ def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict
         unusable,
     )
     content = report_data(pairs, [(pair.chosen, pair.rejected) for pair in pairs], session)
-    loop = loop_of(config, len(pairs))
+    loop = loop_of(replace(config, epochs=config.epochs + config.supervised_epochs), len(pairs))
     fitted = fit(
         policy,
         adamw(policy, loop),
@@ -123,6 +129,8 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of the pairs at `positions`: all clips in one batch, chosen before rejected ones."""
     picked = [pairs[index] for index in examples_at(positions, len(pairs), config.loop.seed)]
+    if positions[0] // batch < math.ceil(config.supervised_epochs * len(pairs) / batch):
+        return _supervised_loss(policy, positions, batch, picked, session)
     clips = [pair.chosen for pair in picked] + [pair.rejected for pair in picked]
     clean_BX = session.latents.clips(clips)
     noising = session.noising(positions, clean_BX, batch)
@@ -149,4 +157,19 @@ def loss_of(
         "rejected_error": rejected_B.detach().mean(),
         "chosen_drift": preference.chosen_drifts_B.mean(),
         "rejected_drift": preference.rejected_drifts_B.mean(),
+    }
+
+
+def _supervised_loss(
+    policy: nn.Module, positions: Positions, batch: int, pairs: Sequence[Pair], session: Session
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the denoising loss of the chosen clips."""
+    clean_BX = session.latents.clips([pair.chosen for pair in pairs])
+    noising = session.noising(positions, clean_BX, batch)
+    errors = errors_of(policy, clean_BX, [pair.prompt for pair in pairs], noising, session)
+    assert errors.reference_B is not None
+    error = errors.policy_B.detach().mean()
+    return denoising_loss(errors.policy_B), {
+        "chosen_error": error,
+        "chosen_drift": error - errors.reference_B.mean(),
     }

@@ -76,8 +76,9 @@ class LoopConfig:
     """Maximum norm of the gradient; 0: no clipping."""
     ema: float = 0.0
     """Decay of the moving average of the weights, which is then evaluated and kept; 0: no average."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Number format of the forward pass's matrix products."""
+    mixed_precision: Literal["no", "tf32", "bf16", "fp16"] = "no"
+    """Number format of the forward pass's matrix products. tf32: float32, of which products on an NVIDIA GPU
+    read 10 bits of mantissa; elsewhere the same as no."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the accelerator, if there is one."""
     threads: int = 0
@@ -147,7 +148,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
         raise invalid("loop.mixed_precision", "is fp16, which needs a GPU; give bf16 or no")
     # Without this a second stage in one process could not have another mixed precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+    tf32 = config.mixed_precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="no" if tf32 else config.mixed_precision)
 
 
 def adamw(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:

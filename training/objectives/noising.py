@@ -31,6 +31,8 @@ class NoisingConfig:
     """uniform, as Tango is trained; logit_normal, the sigmoid of a standard normal (arXiv 2403.03206, section
     3.1), as TangoFlux is trained."""
 
+    stratified: bool = True
+    """Spread the timesteps of a batch evenly, which has less variance; otherwise draw each by itself."""
     blank: float = 0.0
     """Share of a batch that is pure noise, as at the start of inference. Stable Diffusion's schedule ends
     with 0.5 % of the signal's power left, enough to reveal the layout of a clip; the order of events is
@@ -132,7 +134,7 @@ def draw_noising(
     for position, place in zip(positions.tolist(), places.tolist(), strict=True):
         rng = np.random.default_rng([seed, position, stream, _STREAM])
         first, count, low = next(s for s in reversed(strata) if s[0] <= place and s[1])
-        share = (place - first + rng.uniform()) / count
+        share = (place - first + rng.uniform()) / count if config.stratified else rng.uniform()
         timestep = low + share * (TIMESTEPS - low) if low else place_of(share) * TIMESTEPS
         drawn.append(timestep if continuous else min(TIMESTEPS - 1, int(timestep)))
         dropped.append(rng.uniform() < config.condition_dropout)

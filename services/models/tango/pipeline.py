@@ -186,11 +186,12 @@ class TangoPipeline(AudioPipeline):
     # ----------------------------------------------------------------------------------------------- sound
 
     @torch.no_grad()
-    def encode_audio(self, waveform_BN: Tensor) -> Tensor:
-        """Return the scaled latents [B, C, T, F] of waveforms: the means of the autoencoder's posteriors."""
+    def encode_audio(self, waveform_BN: Tensor, *, sample: bool = False) -> Tensor:
+        """See `LatentPipeline`: the scaled latents [B, C, T, F] of waveforms."""
         mel_B1TM = mel_frames(waveform_BN, self._log_mel().to(waveform_BN.device))
-        mean_BCTF = self.vae.encode(mel_B1TM).latent_dist.mean * self.vae.config.scaling_factor
-        return cast(Tensor, mean_BCTF)
+        posterior = self.vae.encode(mel_B1TM).latent_dist
+        latents_BCTF = posterior.sample() if sample else posterior.mean
+        return cast(Tensor, latents_BCTF * self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def decode_mel(self, latents_BCTF: Tensor) -> Tensor:

@@ -192,12 +192,13 @@ class TangoFluxPipeline(AudioPipeline):
         return mel_B1TM[:, 0, : -(-samples // hop)]
 
     @torch.no_grad()
-    def encode_audio(self, waveform_BN: Tensor) -> Tensor:
-        """See `LatentPipeline`: the autoencoder's posterior means of the clip and of silence after it."""
+    def encode_audio(self, waveform_BN: Tensor, *, sample: bool = False) -> Tensor:
+        """See `LatentPipeline`: the latents of the clip and of silence after it."""
         missing = self.config.latent_length * self.vae.hop_length - waveform_BN.shape[1]
         padded_BN = torch.nn.functional.pad(waveform_BN, (0, missing))
         stereo_BCN = padded_BN[:, None].expand(-1, self.vae.config.audio_channels, -1)
-        return cast(Tensor, self.vae.encode(stereo_BCN).latent_dist.mean.transpose(1, 2))
+        posterior = self.vae.encode(stereo_BCN).latent_dist
+        return cast(Tensor, (posterior.sample() if sample else posterior.mean).transpose(1, 2))
 
 
 def _check_parts(pipeline: TangoFluxPipeline) -> None:

@@ -112,6 +112,21 @@ def test_a_wav_from_a_pipe_is_read(size: int, riff_size: int | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "mark", "size"),
+    [
+        *(("caf", b"data", struct.pack(">q", size)) for size in (-1, 0, 2**40)),
+        *(("aiff", b"SSND", struct.pack(">I", size)) for size in (0, 0x7FFF_FF00, 0xFFFF_FFFF)),
+        *(("au", FILES["au"][4:8], struct.pack(">I", size)) for size in (0, 0xFFFF_FFFF)),
+    ],
+)
+def test_other_files_from_a_pipe_are_read(name: str, mark: bytes, size: bytes) -> None:
+    whole = FILES[name]
+    start = whole.index(mark) + len(mark)
+    piped = whole[:start] + size + whole[start + len(size) :]
+    np.testing.assert_array_equal(read(piped).waveform, read(whole).waveform)
+
+
+@pytest.mark.parametrize(
     "audio",
     [
         riff(FORMAT, DATA, LIST),

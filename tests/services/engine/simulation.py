@@ -36,6 +36,7 @@ from services.engine.worker import Worker
 from services.errors import MilongaError
 from services.fairness import Account
 from services.models.latent import Conditioning, Solver
+from tests.services.jobs import Job
 
 Times = Callable[[int, int], float]
 """Seconds of a denoiser call by latent frames and rows."""
@@ -108,27 +109,6 @@ class VirtualPipeline:
     def preview(self, latents: Tensor, samples: int) -> Tensor:
         self._clock.now += self.slower * self._decode * latents.shape[1]
         return torch.zeros((1, 4, 4))
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One request, and how it ended."""
-
-    caller: str
-    start: float
-    work: int
-    """Clips times steps."""
-    end: float | None = None
-    error: Exception | None = None
-
-    @property
-    def seconds(self) -> float:
-        assert self.end is not None
-        return self.end - self.start
-
-    @property
-    def good(self) -> bool:
-        return self.end is not None and self.error is None
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,8 @@ import pytest
 
 from services.errors import DeadlineExceededError, QueueFullError
 from services.fairness import FairShares, Path
-from tests.services.engine.simulation import Job, Simulation, Times, linear, simulate, wide
+from tests.services.engine.simulation import Simulation, Times, linear, simulate, wide
+from tests.services.jobs import Job
 
 DEVICES: dict[str, tuple[Times, float]] = {
     "every row costs": (linear(0.019), 0.009),

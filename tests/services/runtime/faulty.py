@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,11 +18,14 @@ from services.models.reward.model import RewardClip, RewardModel
 from services.reward.model import RewardScorer
 from services.reward.serve import SERVICE
 from services.reward.settings import RewardSettings
+from services.runtime import server, serving
 from services.runtime.serving import main
 from tests.services.reward.serving import CLAP, MODEL
 from tests.services.runtime.fault_prompts import BREAK, ERROR, EXIT, HANG, LARGE, NAN
 from tests.tiny import tiny_clap, tiny_reward
 
+CLOSE_SECONDS = 2.0
+"""Maximum time to close where that is impossible; shorter than the services', which the test waits for."""
 ROOM = 3
 """Pairs in a batch that fit into memory."""
 BLOCKED_LOOP, BLOCKED_THREAD, BLOCKED_FAILURE = "blocked loop", "blocked thread", "blocked failure"
@@ -75,4 +79,6 @@ async def _close(scorer: RewardScorer) -> None:
 
 
 if __name__ == "__main__":
+    for module in (server, serving) if sys.argv[1:] else ():
+        pytest.MonkeyPatch().setattr(module, "CLOSE_SECONDS", CLOSE_SECONDS)
     sys.exit(main(replace(SERVICE, load=_load, watch=_watch, close=_close)))

@@ -18,6 +18,7 @@ from services.fairness import Priority
 from services.runtime import microbatching
 from services.runtime.callers import Caller, calling
 from services.runtime.microbatching import MicroBatcher
+from tests.services.jobs import Job
 
 Times = Callable[[float], float]
 """Seconds of a batch by its cost."""
@@ -66,26 +67,6 @@ class _VirtualModel:
         pass
 
 
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One call, and how it ended."""
-
-    caller: str
-    start: float
-    clips: int
-    end: float | None = None
-    error: Exception | None = None
-
-    @property
-    def seconds(self) -> float:
-        assert self.end is not None
-        return self.end - self.start
-
-    @property
-    def good(self) -> bool:
-        return self.end is not None and self.error is None
-
-
 @dataclass(kw_only=True)
 class Simulation:
     """Calls that arrive in virtual time."""
@@ -109,7 +90,7 @@ class Simulation:
         priority: Priority = "interactive",
     ) -> Job:
         """Make a call; return when it has ended. At its deadline it is cancelled, as gRPC does."""
-        job = Job(caller=caller, start=self.now, clips=clips)
+        job = Job(caller=caller, start=self.now, work=clips)
         self.jobs.append(job)
         deadline = None if timeout is None else self.now + timeout
         with calling(Caller(name=caller, priority=priority, deadline=deadline)):

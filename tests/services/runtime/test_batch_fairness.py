@@ -9,7 +9,8 @@ import pytest
 
 from services.errors import DeadlineExceededError, QueueFullError
 from services.runtime.batch_pace import BatchPace
-from tests.services.runtime.simulation import MAX_BATCH, Job, Simulation, Times, run_virtually, simulate
+from tests.services.jobs import Job
+from tests.services.runtime.simulation import MAX_BATCH, Simulation, Times, run_virtually, simulate
 
 DEVICES: dict[str, Times] = {
     "every item costs": lambda cost: 0.1 * cost,
@@ -80,7 +81,7 @@ def test_of_two_greedy_callers_each_gets_half_whatever_they_ask_for(device: Time
             simulation.loop("many", until=end)
         simulation.loop("large", until=end, clips=64)
         await asyncio.sleep(200)
-        many, large = (sum(job.clips for job in simulation.of(caller)) for caller in ("many", "large"))
+        many, large = (sum(job.work for job in simulation.of(caller)) for caller in ("many", "large"))
         assert large / 1.3 <= many <= 1.3 * (large + 64), "a large call may have 64 clips half done"
 
     virtually(device, test)

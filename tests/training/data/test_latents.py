@@ -87,6 +87,47 @@ def test_normalised_clips_are_as_loud_as_upstreams(tmp_path: Path, folder: Path)
     )
 
 
+def test_a_clip_read_as_upstream_reads_it(folder: Path) -> None:
+    """The first channel, without its mean, at a peak of 1/2 after the cut too: upstream's `read_wav_file`."""
+    rng = np.random.default_rng(0)
+    stereo = rng.normal(0.05, 0.02, (2, 16_000)).astype(np.float32)
+    stereo[:, 12_000] = 0.9  # the loudest sample is cut off
+    config = replace(EXACT, normalise=True, normalise_cut=True, channel="first")
+    encoder = Encoder(folder, config, torch.device("cpu"))
+    row = np.zeros(10_240, dtype=np.float32)
+    encoder._write_row(stereo, 16_000, row)
+    expected = stereo[0] - stereo[0].mean()
+    expected = (expected / np.abs(expected).max() * 0.5)[:10_240]
+    np.testing.assert_allclose(row, expected / np.abs(expected).max() * 0.5, rtol=1e-4, atol=1e-6)
+    plain = np.zeros_like(row)
+    Encoder(folder, replace(EXACT, normalise=True), torch.device("cpu"))._write_row(stereo, 16_000, plain)
+    assert np.abs(plain).max() < 0.1  # ours keeps how loud the beginning is
+    silence = np.zeros_like(row)
+    encoder._write_row(np.zeros((2, 16_000), dtype=np.float32), 16_000, silence)
+    assert not silence.any()
+
+
+def test_each_step_may_sample_the_posterior(tmp_path: Path, folder: Path) -> None:
+    clips = _clips(tmp_path, clip(0), clip(1))
+    config = replace(EXACT, encode_online=True, posterior="sample")
+    made = _latents(tmp_path, folder, config)
+    made.add(clips, PROMPTS)
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return made.clips(clips)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    mean = _latents(tmp_path, folder, replace(EXACT, encode_online=True))
+    mean.add(clips, PROMPTS)
+    drawn = torch.stack([draw(seed) for seed in range(200)])
+    deviation = drawn.std(0)
+    assert ((drawn.mean(0) - mean.clips(clips)).abs() < 5 * deviation / 200**0.5 + 1e-5).all()
+    with pytest.raises(ValueError, match="posterior is sample, which needs encode_online"):
+        replace(EXACT, posterior="sample")
+
+
 def test_latents_do_not_depend_on_the_rest_of_the_batch(tmp_path: Path, folder: Path) -> None:
     clips = _clips(tmp_path, *(clip(seed) for seed in range(20)))
     together, alone = _latents(tmp_path / "a", folder), _latents(tmp_path / "b", folder)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import get_scheduler
 
 from services.errors import InvalidInputError, ModelFormatError, ModelNotFoundError, OutputError
 from services.models.architectures import architecture_of
@@ -31,9 +32,10 @@ from tests.training.finetuning.finetune_program import (
 )
 from training.data.latents import LatentConfig
 from training.finetuning.dpo import train_dpo
-from training.finetuning.session import LoraConfig, PairData, Policy, build_policy
+from training.finetuning.session import LoraConfig, PairData, Policy, build_policy, loop_of
 from training.loop.fit import LoopConfig
 from training.objectives.noising import NoisingConfig
+from training.runs.recipes import DPO, recipe
 
 LAUNCHER: tuple[str, ...] = (
     "-m",
@@ -128,6 +130,57 @@ def test_what_it_writes_is_a_whole_pipeline_of_which_only_the_denoiser_differs(
 def test_every_weight_of_the_denoiser_learned(trained: Path, start: Path) -> None:
     before, after = _weights(start), _weights(trained)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_supervised_epochs_come_first_in_one_schedule(start: Path, pairs: Path, tmp_path: Path) -> None:
+    """One epoch of chosen clips, two of DPO: three steps of 4 and five of the 10 pairs."""
+    loop = replace(LOOP, batch=4, ema=0.0)
+    config = replace(dpo(start, pairs, loop=loop), epochs=2.0, supervised_epochs=1.0)
+    train_dpo(config, tmp_path / "both")
+    rows = rows_of(tmp_path / "both")
+    assert ["margin" in row for row in rows] == [False] * 3 + [True] * 5
+    assert rows[0]["loss"] == rows[0]["chosen_error"] and rows[0]["chosen_drift"] == 0
+    assert rows[3]["margin"] != 0  # the reference is the start, from before the supervised epoch
+    total = replace(loop, steps=8)
+    assert [row["rate"] for row in rows] == pytest.approx(
+        [loop.learning_rate * total.rate_at(step) for step in range(8)]
+    )
+    assert train_dpo(config, tmp_path / "both")["steps"] == 8  # finished: nothing is done again
+
+
+def test_supervised_epochs_need_those_of_dpo(start: Path, pairs: Path) -> None:
+    with pytest.raises(ValueError, match="supervised_epochs needs epochs"):
+        replace(dpo(start, pairs), supervised_epochs=1.0)
+
+
+def test_tango2_as_released_has_upstreams_schedule() -> None:
+    """Upstream's scheduler, as its program makes it for 15,025 pairs on two processes: each step of the
+    optimiser steps it twice (accelerate's `AcceleratedScheduler`)."""
+    batches, processes, accumulation, epochs, supervised = math.ceil(15_025 / 4), 2, 4, 5, 1
+    parameter = nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.AdamW([parameter], lr=9.6e-7)
+    planned = (epochs + supervised) * math.ceil(batches / accumulation)
+    scheduler = get_scheduler(
+        "linear",
+        optimizer=optimiser,
+        num_warmup_steps=200 * accumulation,
+        num_training_steps=planned * accumulation,
+    )
+    upstream = []
+    for _ in range(epochs * math.ceil(batches / processes / accumulation)):
+        upstream.append(scheduler.get_last_lr()[0])
+        optimiser.step()
+        for _ in range(processes):
+            scheduler.step()
+    config = recipe(DPO, "tango2-as-released")
+    loop = loop_of(replace(config, epochs=config.epochs + config.supervised_epochs), 15_025)
+    ours = [loop.learning_rate * loop.rate_at(step) for step in range(loop.steps)]
+    assert len(ours) == pytest.approx(len(upstream), abs=2)
+    # Upstream's first step has the rate 0: one step of warm-up apart.
+    assert ours == pytest.approx(upstream[: len(ours)], abs=9.6e-7 / 399)
+    two_stages = loop_of(recipe(DPO, "tango2"), 15_025)
+    aligned = sum(two_stages.learning_rate * two_stages.rate_at(step) for step in range(two_stages.steps))
+    assert sum(ours[470:]) / aligned == pytest.approx(1.8, abs=0.03)
 
 
 def test_killed_by_sigkill_it_goes_on_bit_for_bit(

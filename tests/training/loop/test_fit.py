@@ -13,7 +13,7 @@ import torch
 
 from services.errors import InvalidInputError, MilongaError, OutputError
 from tests.training.loop.fit_program import CONFIG, train
-from training.loop.fit import LoopConfig, examples_at
+from training.loop.fit import LoopConfig, examples_at, make_accelerator
 from training.loop.run_folder import (
     CHECKPOINTS,
     JOURNAL,
@@ -226,6 +226,18 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert [config.rate_at(step) for step in (0, 99, 500, 749, 875, 999)] == pytest.approx(
         [0.01, 1.0, 1.0, 1.0, 0.5, 0.004]
     )
+
+
+def test_tf32_is_of_one_training_only() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        accelerator = make_accelerator(replace(CONFIG, mixed_precision="tf32"))
+        assert accelerator.mixed_precision == "no"
+        assert torch.get_float32_matmul_precision() == "high"
+        make_accelerator(CONFIG)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"accumulation": -1}, {"ema": 2.0}])

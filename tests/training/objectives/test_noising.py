@@ -37,6 +37,15 @@ def test_timesteps_are_uniform_by_default_one_from_each_part() -> None:
     assert timesteps.float().mean().item() == pytest.approx(499.5, abs=5)
 
 
+def test_timesteps_may_be_drawn_each_by_itself() -> None:
+    config = NoisingConfig(stratified=False)
+    drawn = draw_noising(np.arange(4_000), SHAPE, config, batch=8, seed=3).timesteps_B
+    parts = (drawn.reshape(-1, 8) // 125).sort(dim=1).values
+    assert (parts == torch.arange(8)).all(dim=1).float().mean() < 0.05  # hardly ever one from each part
+    assert drawn.float().mean() == pytest.approx(499.5, abs=4 * 289 / 4_000**0.5)
+    assert drawn.float().std() == pytest.approx(1_000 / 12**0.5, rel=0.05)
+
+
 def test_a_share_is_blank_and_a_share_late() -> None:
     drawn = _drawn(MINI, np.arange(800))
     timesteps, blank = drawn.timesteps_B.reshape(100, 8), drawn.blank_B.reshape(100, 8)
