@@ -1,6 +1,5 @@
 """How to reach services, as commands and configs give it: their options are the fields of one type."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Unpack
@@ -10,6 +9,7 @@ from services.client.connection import TLS, ConnectionOptions
 from services.errors import FieldViolation, InvalidInputError
 from services.runtime.tokens import read_token
 
+_LONGEST_SECONDS: Final = 1e9
 _FLAGS: Final = {
     "tls": "--tls-cert, --tls-key",
     "tls.ca_file": "--tls-ca",
@@ -46,8 +46,9 @@ class ServiceOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout is {self.timeout:g}, must be a number of seconds above 0")
+        if self.timeout is not None and not 0 < self.timeout <= _LONGEST_SECONDS:
+            limits = f"above 0, and at most {_LONGEST_SECONDS:g}"
+            raise ValueError(f"timeout is {self.timeout:g}, must be a number of seconds {limits}")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class GenerationSettings(ServerSettings, EngineConfig):
     operator_uris: tuple[str, ...] = ("mini", "models:", "hf:", "file:/")
     """Models that an operator may switch to: mini, or beginnings of model URIs, such as models:/milonga-tango
     or file:/models. The path of a file: URI lies below one of these folders, with links resolved."""
-    switch_timeout_seconds: float = Field(default=1800.0, gt=0)
+    switch_timeout_seconds: float = Field(default=1800.0, gt=0, le=86_400)
     """Maximum time of a switch, fetching the model included."""
     operator_token: SecretStr | None = None
     """The token itself, if there is no file: from the environment, since others can list options."""

@@ -44,8 +44,8 @@ class CallerEntry(_Model):
     identities: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Names in its certificates: a DNS name or URI of the subject's alternative names, or the common name of
     a certificate without any."""
-    calls_per_minute: float | None = Field(default=None, ge=0.001, allow_inf_nan=False)
-    work_per_minute: float | None = Field(default=None, ge=0.001, allow_inf_nan=False)
+    calls_per_minute: float | None = Field(default=None, ge=0.001, le=1e12)
+    work_per_minute: float | None = Field(default=None, ge=0.001, le=1e12)
 
     @property
     def quota(self) -> Quota:

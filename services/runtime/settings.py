@@ -53,11 +53,11 @@ class ServerSettings(BaseSettings):
     """Port of Prometheus metrics (HTTP), on the host of `listen`; 0: any free port. Default: no metrics."""
     max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
     """Maximum size of a request message in bytes."""
-    max_held_bytes: int | None = Field(default=None, gt=0)
+    max_held_bytes: int | None = Field(default=None, gt=0, le=2**50)
     """Maximum bytes that all requests hold in memory: received messages, and the clips that they are decoded
     to. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED) before they are parsed or decoded.
     Default: three times `max_request_bytes`, and 64 MiB at least."""
-    max_connection_age_seconds: float | None = Field(default=None, gt=0)
+    max_connection_age_seconds: float | None = Field(default=None, gt=0, le=2_000_000)
     """Age in seconds at which a connection is closed gracefully: its calls finish, and the client reconnects,
     possibly to another replica. Should be less than `drain_delay_seconds`, so that clients leave a draining
     replica before it refuses calls. Default: no limit."""
@@ -124,18 +124,18 @@ class BatchedSettings(ServerSettings):
     48 kHz."""
     device: str = "auto"
     """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads of each model. Default: PyTorch's choice."""
-    max_batch_size: int = Field(default=64, gt=0)
+    max_batch_size: int = Field(default=64, gt=0, le=65_536)
     """Maximum number of clips, pairs or prompts in one call."""
-    max_batch_seconds: float = Field(default=80.0, gt=0)
+    max_batch_seconds: float = Field(default=80.0, gt=0, le=86_400)
     """Maximum seconds of audio in one batch of a model, in whole windows. Bounds its memory."""
-    max_batch_run_seconds: float = Field(default=600.0, ge=0)
+    max_batch_run_seconds: float = Field(default=600.0, ge=0, le=86_400)
     """Time after which a batch of a model counts as hung. The service then fails its calls and ends with exit
     code 1. 0: no limit."""
     max_wait_seconds: float = Field(default=0.005, ge=0, le=60)
     """Seconds that a clip or a prompt waits for others to share its batch."""
-    max_queue_seconds: float = Field(default=3840.0, gt=0)
+    max_queue_seconds: float = Field(default=3840.0, gt=0, le=10_000_000)
     """Maximum seconds of audio in the queue of each model. Beyond that, calls are refused at once
     (RESOURCE_EXHAUSTED)."""
 

@@ -11,7 +11,7 @@ from services.files import sha256_of
 from training.data.captions import CaptionExample, list_files, read_examples
 from training.data.examples import Clip, FileClip
 from training.data.scenes import GAIN, SceneClip, paraphrase
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Natural, Parallel, Seed, Share, check_ranges
 from training.soundworld.scenes import SceneConfig, Split, draw_truth
 
 SHORT = SceneConfig(single=0.2, sequence=0.55)
@@ -23,22 +23,21 @@ _LISTED = 5
 class WorldClips:
     """Scenes of the sound world."""
 
-    scenes: int = 0
+    scenes: Natural = 0
     """Scenes of the training split; 0: none."""
-    held_out: int = 200
+    held_out: Natural = 200
     """Scenes of the validation split."""
-    long: float = 0.2
+    long: Share = 0.2
     """Share of scenes of 5.12 s; the others are of 2.56 s."""
-    rebuilt: float = 0.3
+    rebuilt: Share = 0.3
     """Share of scenes after `model`'s autoencoder and vocoder."""
     model: str = "mini"
     """Model of the mini family that rebuilds them."""
-    seed: int = 1_313
+    seed: Seed = 1_313
     """Random seed; not one that the mini captioner was trained with."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 0, "scenes", "held_out", "seed")
-        check_share(self, "long", "rebuilt")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,23 +48,21 @@ class CaptionData:
     """Lists and folders."""
     validation: tuple[Path, ...] = ()
     """Lists and folders; none: a part of the clips of `train`, by their names."""
-    held_out: float = 0.05
+    held_out: Share = 0.05
     """That part."""
     audio_root: Path | None = None
     """Folder that relative paths of clips start from; None: each list's own folder."""
     world: WorldClips = field(default_factory=WorldClips)
     """Scenes of the sound world, in addition."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Maximum share of unreadable clips; above it, training is refused."""
-    workers: int = 4
+    workers: Parallel = 4
     """Threads that decode clips."""
-    cached: int = 2_048
+    cached: Natural = 2_048
     """Mels that are kept in memory, of 0.3 MB each at 10 s."""
 
     def __post_init__(self) -> None:
-        check_share(self, "held_out", "max_unreadable")
-        check_minimum(self, 1, "workers")
-        check_minimum(self, 0, "cached")
+        check_ranges(self)
 
     def digests(self) -> dict[str, str]:
         """Return the digests of all lists, by path. Raises `InvalidInputError`."""

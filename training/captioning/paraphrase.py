@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from services.lists import read_list
 from training.data.captions import find_clip
 from training.data.scenes import paraphrase
 from training.data.store import Row, claim, digest_of_value, file_digest, finish, write_rows
-from training.loop.checks import check_minimum
+from training.loop.checks import Range, Seed, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.llm import FREE as LLM_FREE
@@ -64,9 +64,9 @@ class ParaphraseConfig:
     """llm: a language model behind an endpoint, or in this process. grammar: that of the sound world."""
     method: Literal["paraphrase", "back-translation"] = "back-translation"
     """What a language model is told to do; the paper's is back-translation."""
-    count: int = 1
+    count: Annotated[int, Range(1, 1000)] = 1
     """Paraphrases of each caption."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the grammar."""
     audio_root: Path | None = None
     """Folder that relative paths of clips start from; None: the list's own folder."""
@@ -74,7 +74,7 @@ class ParaphraseConfig:
     """Settings of the language model."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "count")
+        check_ranges(self)
 
 
 class Paraphraser(Protocol):

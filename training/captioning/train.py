@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from training.data.examples import Clip, check_prompts, check_readable, short_me
 from training.data.scenes import paraphrase
 from training.data.specaugment import SpecAugmentConfig, spec_augment
 from training.data.store import batches
-from training.loop.checks import check_minimum
+from training.loop.checks import Natural, Range, check_ranges
 from training.loop.config import flatten
 from training.loop.fit import Evaluation, LoopConfig, Positions, adamw, examples_at, fit, make_accelerator
 from training.loop.progress import progress
@@ -57,7 +57,7 @@ class CaptionerTraining:
     """URI of the captioner that is trained."""
     data: CaptionData
     loop: LoopConfig
-    epochs: float = 0.0
+    epochs: Annotated[float, Range(0, 10**6)] = 0.0
     """Passes over the data; above 0 they decide the number of steps, and `loop.steps` does not."""
     scratch: bool = False
     """Whether projector and adapters start anew from random weights, instead of the start's."""
@@ -66,7 +66,7 @@ class CaptionerTraining:
     lora: LoraSettings = field(default_factory=LoraSettings)
     """New adapters; a start that has some keeps its own, unless `scratch`."""
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
-    evaluate_every: int = 500
+    evaluate_every: Natural = 500
     """Steps between two losses on the validation split; 0: none, and the last weights are kept."""
     dtype: str = "float32"
     """Float type of the frozen language model: float32, bfloat16 or float16."""
@@ -76,7 +76,7 @@ class CaptionerTraining:
     """Licence of the weights, in the manifest; empty: the start's."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 0, "epochs", "evaluate_every")
+        check_ranges(self)
 
 
 class Learner(nn.Module):

@@ -12,6 +12,7 @@ from services.cli.options import CONNECTION_PANEL, check_address
 from services.client import ServiceOptions
 from services.errors import InvalidInputError, invalid
 from training.exits import timed_lines
+from training.loop.checks import Range, check_ranges
 
 if TYPE_CHECKING:
     from training.promotion.registry import Registry
@@ -47,7 +48,8 @@ class TargetOptions:
     ] = None
     deadline: Annotated[
         float,
-        typer.Option("--deadline", min=1, help="Seconds that challenger and rollout may each take."),
+        typer.Option("--deadline", help="Seconds that challenger and rollout may each take."),
+        Range(1, 10**6),
     ] = 600.0
     namespace: Annotated[
         str,
@@ -92,6 +94,9 @@ class TargetOptions:
         ),
     ] = None
     tracking_uri: TrackingURI = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def open_target(options: TargetOptions, connection: ServiceOptions, registry: "Registry") -> "Target":

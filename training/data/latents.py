@@ -31,6 +31,7 @@ from services.models.folders import DTYPES
 from services.models.latent import Conditioning
 from services.models.manifest import read_manifest
 from training.data.examples import DECODER, Clip, short_message
+from training.loop.checks import ClipSeconds, check_ranges
 from training.loop.progress import progress
 
 CLIPS = 16
@@ -46,7 +47,7 @@ SHARD = 512
 class LatentConfig:
     """Settings of the encoding of clips."""
 
-    duration: float | None = None
+    duration: ClipSeconds | None = None
     """Seconds. Shorter clips are padded with silence, longer ones cut; None: the model's default."""
     normalise: bool = False
     """Subtract the mean of each clip and scale its peak to 1/2, as upstream Tango does."""
@@ -66,8 +67,7 @@ class LatentConfig:
     """Encode at every step instead of caching, for comparison."""
 
     def __post_init__(self) -> None:
-        if self.duration is not None and not self.duration > 0:
-            raise ValueError(f"duration is {self.duration}, must be above 0")
+        check_ranges(self)
         if self.posterior == "sample" and not self.encode_online:
             raise ValueError("posterior is sample, which needs encode_online; a cache would keep one sample")
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from services.models.mini import mini_folder
 from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
 from training.data.examples import Clip, Examples, LabelledClip, Pair
-from training.loop.checks import check_share
+from training.loop.checks import ErrorRate, Natural, Range, Seed, Share, check_ranges
 from training.soundworld.captions import (
     CaptionTruth,
     Relation,
@@ -78,31 +78,29 @@ PARAPHRASES = 64
 class SoundworldData:
     """Number and kind of contrasts, and simulated annotators."""
 
-    contrasts: int
+    contrasts: Natural
     """Contrasts of the training split."""
-    held_out: int = 200
+    held_out: Natural = 200
     """Contrasts of the validation split, and of the test split."""
-    generated: int = 0
+    generated: Natural = 0
     """Additional contrasts of the test split, whose clips `model` generates from the two prompts."""
-    seed: int = 1_010
+    seed: Seed = 1_010
     """Random seed; not one that the CLAP models were trained with."""
-    long: float = 0.2
+    long: Share = 0.2
     """Share of clips of 5.12 s; the others are of 2.56 s."""
-    rebuilt: float = 0.3
+    rebuilt: Share = 0.3
     """Share of contrasts whose clips are reconstructed by `model`'s autoencoder and vocoder."""
     model: str = "mini"
     """Model of the mini family that reconstructs and generates clips."""
-    noise: float = 0.0
+    noise: ErrorRate = 0.0
     """Error rate of an annotator in the training split; labels of the other splits are correct."""
-    annotators: int = 1
+    annotators: Annotated[int, Range(1, 10**6)] = 1
     """Annotators per example, an odd number; the label is their majority vote."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise < 0.5:
-            raise ValueError(f"noise is {self.noise}, must be at least 0 and below 0.5")
+        check_ranges(self)
         if self.annotators % 2 != 1:
             raise ValueError(f"annotators is {self.annotators}, must be odd")
-        check_share(self, "long", "rebuilt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

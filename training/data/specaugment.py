@@ -11,25 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from training.loop.checks import check_minimum
+from training.loop.checks import Count, Natural, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecAugmentConfig:
     """Number and width of the stripes; the defaults are SLAM-AAC's."""
 
-    time_stripes: int = 2
+    time_stripes: Natural = 2
     """Stripes of frames in each mel; 0: none."""
-    time_width: int = 64
+    time_width: Count = 64
     """Frames that a stripe is narrower than: widths are drawn from 0 to this, exclusive."""
-    mel_stripes: int = 2
+    mel_stripes: Natural = 2
     """Stripes of mel bins in each mel; 0: none."""
-    mel_width: int = 8
+    mel_width: Count = 8
     """Mel bins that a stripe is narrower than."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 0, "time_stripes", "mel_stripes")
-        check_minimum(self, 1, "time_width", "mel_width")
+        check_ranges(self)
 
 
 def spec_augment(mels_BTM: Tensor, config: SpecAugmentConfig, seeds: Sequence[Sequence[int]]) -> Tensor:

@@ -3,10 +3,20 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 from training.evaluation.divergence import Convention
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import (
+    ClipSeconds,
+    Count,
+    Factor,
+    Natural,
+    Parallel,
+    Range,
+    Seed,
+    Share,
+    check_ranges,
+)
 from training.soundworld.scenes import DURATIONS, Split
 
 EMBEDDERS = ("tagger", "clap", "panns")
@@ -19,25 +29,27 @@ class WorldPrompts:
     """Prompts of the sound world, used if no file of prompts is given. Their events are known, so the judge
     can compare them with the clips, and rendered scenes are the references."""
 
-    count: int = 300
+    count: Count = 300
     """Number of prompts."""
     split: Split = "validation"
     """Use `test` only for final results, never to choose a model or a setting."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"world.count is {self.count}, must be 1 or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """Generation settings; None is the model's default."""
 
-    duration: float | None = None
+    duration: ClipSeconds | None = None
     """Seconds per clip."""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Factor | None = None
     scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +68,12 @@ class EvaluationConfig:
     audio_root: Path | None = None
     """Folder of the reference clips; None: the folder of the file."""
     world: WorldPrompts = field(default_factory=WorldPrompts)
-    seeds: int = 2
+    seeds: Count = 2
     """Clips per prompt, each with its own seed."""
-    first_seed: int = 0
+    first_seed: Seed = 0
     """Number of the first seed; evaluations with disjoint numbers share no noise."""
     sampling: Sampling = field(default_factory=Sampling)
-    batch: int = 8
+    batch: Parallel = 8
     """Batch size of generation and of scoring. Affects metrics by rounding only."""
     device: str = "auto"
     dtype: str = "float32"
@@ -81,21 +93,19 @@ class EvaluationConfig:
     """URI of a captioner with a list of events, for the round trip; None: no figures of it."""
     kl: Convention = "softmax"
     """Function from logits to the posteriors of KL: softmax or sigmoid."""
-    inception_splits: int = 1
+    inception_splits: Count = 1
     """Splits of the inception score; papers use 10, which needs thousands of clips."""
-    set_resamples: int = 100
+    set_resamples: Natural = 100
     """Bootstrap resamples of Fréchet distance, KAD and inception score; 0: no intervals for them."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Maximum share of unreadable clips of a source; above it, the evaluation is refused."""
-    sheet: int = 6
+    sheet: Annotated[int, Range(0, 100)] = 6
     """Prompts in the spectrogram sheet."""
     comparisons: tuple[str, ...] = ()
     """Additional comparisons, NAME:AGAINST by names of sources. All are compared with the first anyway."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "seeds", "batch", "inception_splits")
-        check_minimum(self, 0, "first_seed", "set_resamples", "sheet")
-        check_share(self, "max_unreadable")
+        check_ranges(self)
         for scorer in self.scorers:
             if not all(scorer.partition("=")):
                 raise ValueError(f"scorers has {scorer!r}, must be NAME=URI")

@@ -37,7 +37,7 @@ from training.finetuning.session import (
     readable,
     report_data,
 )
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Factor, Natural, Share, check_ranges
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.calibration import sigmoid
 from training.objectives.diffusion import reward_weighted
@@ -61,15 +61,15 @@ class BatonData:
     reward model's probability, without one 1 for the chosen and 0 for the rejected."""
     pretraining: tuple[Path, ...] = ()
     """JSON files of prompts and clips, PD; labels are ignored."""
-    scenes: int = 0
+    scenes: Natural = 0
     """Number of further scenes of the sound world, captioned as badly as the training data of `mini-base`."""
     audio_root: Path | None = None
     """Folder of the audio that they name by relative paths; none: each file's own folder."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Share of clips that may be unreadable before the training is refused."""
 
     def __post_init__(self) -> None:
-        check_share(self, "max_unreadable")
+        check_ranges(self)
 
     def files(self) -> tuple[Path, ...]:
         """Return all files."""
@@ -85,12 +85,11 @@ class BatonTraining(FineTuning):
     """URI of the reward model that scores the clips of pairs; none: 1 for the chosen, 0 for the rejected."""
     clap: str = "mini:clap-a"
     """URI of the CLAP model that it was trained on."""
-    pretraining_weight: float = 1.0
+    pretraining_weight: Factor = 1.0
     """Weight of the loss on pretraining data, if there are any."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
-        check_minimum(self, 0, "pretraining_weight")
 
 
 def train_baton(config: BatonTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ from training.finetuning.session import (
     readable,
     report_data,
 )
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Factor, Positive, Range, Share
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import denoising_loss, diffusion_dpo, safe_scales
 from training.objectives.noising import Noising
@@ -44,30 +44,25 @@ class DpoTraining(FineTuning):
     """One alignment by diffusion-DPO. The loop's batch counts pairs."""
 
     data: PairData = field(default_factory=PairData)
-    beta: float = 2000.0
+    beta: Positive = 2000.0
     """Strength of the penalty for moving away from the reference model (the convention: `diffusion_dpo`)."""
     reference: str | None = None
     """URI of the reference model; none: the start."""
-    chosen_weight: float = 0.0
+    chosen_weight: Factor = 0.0
     """Weight of the plain denoising loss of the chosen clip, added to DPO's to keep its error down; 1 is CRPO
     (arXiv 2412.21037). DPO's gradient is of the order of beta / 2 times that of this loss."""
-    supervised_epochs: float = 0.0
+    supervised_epochs: Annotated[float, Range(0, 10**6)] = 0.0
     """Passes over the chosen clips by the plain denoising loss before the `epochs` of DPO, by the same
     optimiser and schedule, as upstream's program does. It needs `epochs`."""
-    safeguard: float | None = None
+    safeguard: Share | None = None
     """Diffusion-SDPO (arXiv 2511.03317): scale the rejected clip's gradient so that the chosen clip's error
     falls, to first order, by at least this share of what it would fall by without the rejected clip
     (`safe_scales`). 0: the error does not rise; 1: the rejected clip is hardly used. None: plain DPO."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}, must be above 0")
-        check_minimum(self, 0, "chosen_weight", "supervised_epochs")
         if self.supervised_epochs and not self.epochs:
             raise ValueError("supervised_epochs needs epochs, those of DPO; it is not counted in loop.steps")
-        if self.safeguard is not None:
-            check_share(self, "safeguard")
 
 
 def train_dpo(config: DpoTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -33,7 +33,7 @@ from training.data.content import report_content
 from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
 from training.data.prompts import HasPrompt, places_of, report_prompts
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Range, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
 from training.loop.run_folder import JOURNAL, check_output, claim_folder, finished_report, read_journal
@@ -52,16 +52,15 @@ Example = TypeVar("Example")
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) on the denoiser's weights, which are then frozen."""
 
-    rank: int = 0
+    rank: Annotated[int, Range(0, 4096)] = 0
     """Rank of the adapters; 0: no adapters, the denoiser itself learns."""
-    alpha: int = 0
+    alpha: Annotated[int, Range(0, 10**6)] = 0
     """Numerator of the adapters' scale, alpha / rank; 0: the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the layers that get an adapter: those of the attention."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank is {self.rank}, must be 0 or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +72,7 @@ class FineTuning:
     loop: LoopConfig
     start: str = "mini-base"
     """URI of the model whose denoiser is trained."""
-    epochs: float = 0.0
+    epochs: Annotated[float, Range(0, 10**6)] = 0.0
     """Passes over the data; above 0 they decide the number of steps, and `loop.steps` does not."""
     noising: NoisingConfig = field(default_factory=NoisingConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
@@ -88,7 +87,7 @@ class FineTuning:
     """Licence of the weights, for the manifest; none: the start's."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 0, "epochs")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +98,11 @@ class PairData:
     """Parquet files with audio-alpaca's columns (`training.data.examples.read_pairs`), or folders of them."""
     audio_root: Path | None = None
     """Folder that relative paths of audio start from; none: each Parquet file's own folder."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Share of clips that may be unreadable before the training is refused."""
 
     def __post_init__(self) -> None:
-        check_share(self, "max_unreadable")
+        check_ranges(self)
 
     def files(self) -> tuple[Path, ...]:
         """Return the Parquet files. Raises `InvalidInputError` if there is none."""

@@ -32,7 +32,7 @@ from training.finetuning.session import (
     readable,
     report_data,
 )
-from training.loop.checks import check_minimum
+from training.loop.checks import Factor
 from training.loop.fit import Positions, adamw, examples_at, fit
 from training.objectives.diffusion import denoising_loss
 
@@ -44,12 +44,11 @@ class SftTraining(FineTuning):
     data: PairData = field(default_factory=PairData)
     captions: tuple[Path, ...] = ()
     """Lists or folders of clips with captions (`training.data.captions`), with pairs or without."""
-    min_snr: float = 0.0
+    min_snr: Factor = 0.0
     """Gamma of min-SNR weights (upstream takes 5 in pretraining); 0: all timesteps weigh the same."""
 
     def __post_init__(self) -> None:
         FineTuning.__post_init__(self)
-        check_minimum(self, 0, "min_snr")
 
     @property
     def has_pairs(self) -> bool:

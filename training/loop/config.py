@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.errors import FieldViolation, InvalidInputError, invalid
+from services.errors import FieldViolation, InvalidInputError, ModelFormatError, invalid
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -69,14 +69,14 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             violations.append(FieldViolation(name, _unknown(name, text, known)))
             continue
         try:
-            values[name] = _read(text, _annotation(config, name))
+            values[name] = _read(text, annotation_of(config, name))
         except ValidationError as error:
             violations.append(FieldViolation(name, f"is {text!r}, {_expected(error.errors()[-1])}"))
     if violations:
         raise InvalidInputError(*violations)
     try:
         return _replaced(config, values)
-    except ValueError as error:
+    except (ValueError, ModelFormatError) as error:  # the latter of a model's own settings
         given = ", ".join(f"{name}={text}" for name, text in texts.items())
         raise invalid("--set", f"{given}: {error}") from error
 
@@ -128,7 +128,8 @@ def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def _annotation(config: object, name: str) -> Any:
+def annotation_of(config: object, name: str) -> Any:
+    """Return the type of the setting with this dotted name."""
     *parents, last = name.split(".")
     for parent in parents:
         config = getattr(config, parent)

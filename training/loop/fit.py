@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.errors import MilongaError, invalid
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Count, Factor, Natural, Range, Seed, Share, check_ranges
 from training.loop.progress import progress
 from training.loop.run_folder import CHECKPOINTS, JOURNAL, Journal, load_checkpoint, save_checkpoint
 
@@ -48,50 +48,50 @@ LossFunction = Callable[[nn.Module, Positions], tuple[Tensor, Figures]]
 """Function of the module, as accelerate wraps it (only call it), and positions, to the mean loss."""
 
 
+Decay = Annotated[float, Range(0, 1, below=True)]
+"""Decay rate of a running average."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
     """Settings of the loop: length, optimiser, checkpoints, averaging."""
 
-    steps: int
+    steps: Count
     """Optimiser steps in total, earlier sessions included."""
-    batch: int
+    batch: Count
     """Examples per step, over all processes and accumulated parts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order and of all random numbers."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Parts in which a process computes its share of a batch, to save memory."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Range(0, 100)] = 1e-3
     """Peak learning rate."""
-    warmup: int = 50
+    warmup: Natural = 50
     """Steps of linear warm-up."""
-    decay: float = 0.3
+    decay: Share = 0.3
     """Share of the steps, at the end, over which the rate decays linearly to zero (1: from the start)."""
-    horizon: int = 0
+    horizon: Natural = 0
     """Step at which the rate is zero, if the training may end before; 0: its end."""
-    weight_decay: float = 0.01
+    weight_decay: Factor = 0.01
     """AdamW's weight decay, as a multiple of the learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """AdamW's decay rates of the running averages of gradients and of their squares."""
-    clip: float = 1.0
+    clip: Factor = 1.0
     """Maximum norm of the gradient; 0: no clipping."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay of the moving average of the weights, which is then evaluated and kept; 0: no average."""
     mixed_precision: Literal["no", "tf32", "bf16", "fp16"] = "no"
     """Number format of the forward pass's matrix products. tf32: float32, of which products on an NVIDIA GPU
     read 10 bits of mantissa; elsewhere the same as no."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the accelerator, if there is one."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 4096)] = 0
     """Torch's threads in each process; 0: torch's default. On a busy machine one is far faster."""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: Factor = 60.0
     """Seconds between checkpoints."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "steps", "batch", "accumulation")
-        check_minimum(
-            self, 0, "seed", "learning_rate", "warmup", "horizon", "weight_decay", "clip", "threads"
-        )
-        check_share(self, "decay", "ema")
+        check_ranges(self)
 
     def rate_at(self, step: int) -> float:
         """Return the factor of the learning rate at `step`: warm-up, constant, linear decay to zero."""

@@ -7,17 +7,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.loop.checks import check_share
+from training.loop.checks import Range, Share, check_ranges
 from training.loop.fit import Positions
 
 TIMESTEPS: Final = 1000
 """Timesteps of the noise schedule of every family, from 0 (the clip) to this (noise)."""
+
+Timestep = Annotated[int, Range(0, TIMESTEPS, below=True)]
 
 _STREAM = 0x6E6F6973
 """Separates these random numbers from others with the same seed and position."""
@@ -33,26 +35,23 @@ class NoisingConfig:
 
     stratified: bool = True
     """Spread the timesteps of a batch evenly, which has less variance; otherwise draw each by itself."""
-    blank: float = 0.0
+    blank: Share = 0.0
     """Share of a batch that is pure noise, as at the start of inference. Stable Diffusion's schedule ends
     with 0.5 % of the signal's power left, enough to reveal the layout of a clip; the order of events is
     decided below that (compare arXiv 2305.08891)."""
-    blank_from: int = 900
+    blank_from: Timestep = 900
     """Lowest timestep of pure noise."""
-    late: float = 0.0
+    late: Share = 0.0
     """Share of a batch at late timesteps, drawn uniformly."""
-    late_from: int = 800
+    late_from: Timestep = 800
     """Lowest of the late timesteps."""
-    condition_dropout: float = 0.0
+    condition_dropout: Share = 0.0
     """Share of the prompts replaced by the empty one, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        check_share(self, "blank", "late", "condition_dropout")
+        check_ranges(self)
         if self.blank + self.late > 1:
             raise ValueError(f"blank ({self.blank}) and late ({self.late}) must not exceed 1 together")
-        for name in ("blank_from", "late_from"):
-            if not 0 <= getattr(self, name) < TIMESTEPS:
-                raise ValueError(f"{name} is {getattr(self, name)}, must lie in [0, {TIMESTEPS})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ from training.data.store import (
     write_json,
     write_rows,
 )
+from training.loop.checks import ClipSeconds, Count, Factor, Seed, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
@@ -57,26 +58,25 @@ class CandidatesConfig:
     strategies: tuple[str, ...] = STRATEGIES
     """1.1: one caption, several numbers of steps. 1.2: one caption, several seeds. 2 and 3: one clip of the
     caption, one of each perturbed caption."""
-    steps: int = 50
+    steps: Count = 50
     """Denoising steps in strategies 1.2, 2 and 3."""
-    varied_steps: tuple[int, ...] = (5, 25, 50, 100)
+    varied_steps: tuple[Count, ...] = (5, 25, 50, 100)
     """Denoising steps of the clips of strategy 1.1."""
-    clips: int = 4
+    clips: Count = 4
     """Clips of a caption in strategy 1.2."""
-    guidance_scale: float = 3.0
+    guidance_scale: Factor = 3.0
     """Classifier-free guidance."""
     scheduler: str | None = None
     """None: the model's default."""
-    duration: float | None = None
+    duration: ClipSeconds | None = None
     """Seconds of each clip; none: the model's default."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data set. Each clip's own is a function of it and of the clip's settings."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if unknown := sorted(set(self.strategies) - set(STRATEGIES)):
             raise ValueError(f"strategies has {', '.join(unknown)}; there are {', '.join(STRATEGIES)}")
-        if min(self.steps, *self.varied_steps) < 1:
-            raise ValueError("steps and varied_steps must be 1 or more")
         if ("1.2" in self.strategies and self.clips < 2) or (
             "1.1" in self.strategies and len(self.varied_steps) < 2
         ):

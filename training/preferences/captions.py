@@ -31,7 +31,7 @@ from training.data.store import (
     read_rows,
     write_rows,
 )
-from training.loop.checks import check_minimum
+from training.loop.checks import ClipSeconds, Count, Natural, Seed, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.embedders import Embedder, embedder_identity, load_embedder, resolve_embedder
@@ -52,18 +52,32 @@ _SHARD = 1_024
 class SoundworldCaptions:
     """Captions of the sound world's training split."""
 
-    count: int = 20_000
+    count: Count = 20_000
     """Captions drawn, before equal ones are dropped."""
-    seed: int = 4_001
+    seed: Seed = 4_001
     """Seed of the draw."""
-    duration: float = 2.56
+    duration: ClipSeconds = 2.56
     """Seconds of their scenes: 5.12 for three events."""
-    single: float = 0.2
+    single: Share = 0.2
     """Share of captions of one event."""
-    sequence: float = 0.6
+    sequence: Share = 0.6
     """Share of captions of one event after another."""
-    three: float = 0.0
+    three: Share = 0.0
     """Share of the sequences that have three events."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        self.scenes()
+
+    def scenes(self) -> SceneConfig:
+        """Return the scenes whose captions are drawn. Raises ValueError."""
+        return SceneConfig(
+            duration=self.duration,
+            single=self.single,
+            sequence=self.sequence,
+            three=self.three,
+            split="train",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,22 +93,21 @@ class CaptionsConfig:
     embedder: str = "sentence-transformers:thenlper/gte-large"
     """Embedder of the clustering: sentence-transformers:NAME_OR_PATH, tango:MODEL_URI (its text encoder),
     or clap:MODEL_URI (its text side)."""
-    clusters: int = 200
+    clusters: Count = 200
     """Clusters of K-Means."""
-    per_cluster: int = 70
+    per_cluster: Count = 70
     """Captions drawn from each cluster; all of a smaller one."""
-    temporal_limit: int | None = None
+    temporal_limit: Natural | None = None
     """Most captions for strategy 3, drawn at random; none: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of K-Means and of the draws."""
-    batch: int = 64
+    batch: Count = 64
     """Captions embedded at once."""
     device: str = "auto"
     """Device of the embedder."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "clusters", "per_cluster", "batch")
-        check_minimum(self, 0, "seed", *(("temporal_limit",) if self.temporal_limit is not None else ()))
+        check_ranges(self)
 
 
 def captions_identity(config: CaptionsConfig, model: ResolvedModel | None) -> dict[str, Plain]:
@@ -226,13 +239,7 @@ def pick(labels_N: NDArray[np.int64], per_cluster: int, seed: int) -> list[int]:
 
 
 def _soundworld(config: SoundworldCaptions) -> Iterator[str]:
-    scenes = SceneConfig(
-        duration=config.duration,
-        single=config.single,
-        sequence=config.sequence,
-        three=config.three,
-        split="train",
-    )
+    scenes = config.scenes()
     for index in range(config.count):
         yield draw_caption(np.random.default_rng([config.seed, index]), scenes)[0]
 

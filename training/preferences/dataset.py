@@ -23,7 +23,7 @@ from services.lists import caption_fault
 from training.data.content import report_content
 from training.data.examples import Clip, FileClip, decode, pair_rows
 from training.data.store import REPORT, Row, batches, claim, file_digest, finish, read_json
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Count, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
@@ -53,14 +53,13 @@ NAMES: Final[Mapping[str, str]] = {
 class DatasetConfig:
     """Division of the data set into files."""
 
-    rows_per_file: int = 1_000
+    rows_per_file: Count = 1_000
     """Pairs per Parquet file."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Share of clips that may be unreadable; above it the stage fails."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "rows_per_file")
-        check_share(self, "max_unreadable")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

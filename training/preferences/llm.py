@@ -15,14 +15,14 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import openai
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import MilongaError, ServiceUnavailableError, invalid
 from training.data.store import Row, digest_of_value, write_json
-from training.loop.checks import check_minimum
+from training.loop.checks import Parallel, Range, Seconds, check_ranges
 from training.preferences.local_chat import LocalChat
 from training.preferences.perturbation import KINDS, BadAnswerError, Kind, Perturbation, Strategy
 
@@ -80,28 +80,25 @@ class LLMConfig:
     """Name of the model. None: MILONGA_LLM_MODEL."""
     key_variable: str = KEY_VARIABLE
     """Environment variable of the key; if it is unset, no key is sent."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 2)] = 1.0
     """Sampling temperature."""
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
     """Way to request JSON; the others are for endpoints without support for schemas."""
-    timeout: float = 60.0
+    timeout: Seconds = 60.0
     """Seconds of one request."""
-    attempts: int = 6
+    attempts: Annotated[int, Range(1, 1000)] = 6
     """Requests after which an endpoint that refuses, fails or does not answer ends the stage."""
-    longest_wait: float = 60.0
+    longest_wait: Seconds = 60.0
     """Most seconds between two of them; an endpoint that asks for more ends the stage."""
-    bad_answers: int = 2
+    bad_answers: Annotated[int, Range(0, 1000)] = 2
     """Retries after useless answers before the caption is skipped."""
-    in_flight: int = 8
+    in_flight: Parallel = 8
     """Concurrent requests."""
     cache: Path | None = None
     """Folder of the cached answers; none: the stage's own."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "attempts", "in_flight")
-        for name in ("timeout", "longest_wait"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be seconds above 0")
+        check_ranges(self)
 
 
 class ChatModel:

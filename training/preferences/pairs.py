@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.errors import invalid
 from training.data.store import REPORT, Row, claim, file_digest, finish, read_json, read_rows, write_rows
-from training.loop.checks import check_share
+from training.loop.checks import Factor, Range, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.preferences.candidates import candidates_digest, read_candidates
 from training.preferences.scores import SCORES, read_scores
@@ -28,21 +28,25 @@ RANKED = "ranked"
 
 Matrix = NDArray[np.float64]
 
+Cosine = Annotated[float, Range(-1, 1)]
+CosineDifference = Annotated[float, Range(-2, 2)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
     """Conditions for a pair, by scorer. The defaults are the paper's for 630k-audioset-best and 630k-best."""
 
-    alpha: tuple[float, ...] = (0.45, 0.60)
+    alpha: tuple[Cosine, ...] = (0.45, 0.60)
     """Least score of the chosen clip."""
-    beta: tuple[float, ...] = (0.40, 0.0)
+    beta: tuple[Cosine, ...] = (0.40, 0.0)
     """Least score of the rejected clip: a near miss teaches more."""
-    delta_min: tuple[float, ...] = (0.05, 0.08)
+    delta_min: tuple[CosineDifference, ...] = (0.05, 0.08)
     """Least difference of the scores."""
-    delta_max: tuple[float, ...] = (0.35, 0.70)
+    delta_max: tuple[CosineDifference, ...] = (0.35, 0.70)
     """Greatest difference of the scores."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if len({len(self.alpha), len(self.beta), len(self.delta_min), len(self.delta_max)}) != 1:
             raise ValueError("alpha, beta, delta_min and delta_max need one value per scorer each")
         for low, high in zip(self.delta_min, self.delta_max, strict=True):
@@ -54,17 +58,17 @@ class Thresholds:
 class Quantiles:
     """Thresholds as quantiles of the pool's scores, for scorers whose scale is not LAION's."""
 
-    alpha: float = 0.25
+    alpha: Share = 0.25
     """Quantile of the chosen clips' scores."""
-    beta: float = 0.10
+    beta: Share = 0.10
     """Quantile of the rejected clips' scores."""
-    delta_min: float = 0.25
+    delta_min: Share = 0.25
     """Quantile of the positive differences: the lower bound."""
-    delta_max: float = 0.98
+    delta_max: Share = 0.98
     """Quantile of the positive differences: the upper bound."""
 
     def __post_init__(self) -> None:
-        check_share(self, *asdict(self))
+        check_ranges(self)
         if self.delta_min > self.delta_max:
             raise ValueError(f"delta_min ({self.delta_min}) is above delta_max ({self.delta_max})")
 
@@ -78,7 +82,7 @@ class PairsConfig:
     worst, as rounds of alignment do."""
     rank_by: str = "first"
     """Value that ranks clips: a scorer's name, first (of the ensemble), mean (of all), or reward."""
-    margin: float = 0.0
+    margin: Factor = 0.0
     """Least difference of the values of `rank_by`, in ranked mode."""
     calibrate: bool = False
     """Use `quantiles` of the scores instead of `thresholds`."""
@@ -86,6 +90,9 @@ class PairsConfig:
     """Thresholds of the filter, in the order of the scorers."""
     quantiles: Quantiles = field(default_factory=Quantiles)
     """Thresholds of the filter if `calibrate` is true."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

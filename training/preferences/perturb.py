@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from services.files import side_by_side
 from training.data.store import Row, claim, file_digest, finish, write_rows
-from training.loop.checks import check_minimum
+from training.loop.checks import Natural, Seed, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.captions import CAPTIONS, TEMPORAL, selected, temporal
@@ -30,21 +30,21 @@ class PerturbConfig:
 
     perturber: Literal["rules", "llm"] = "rules"
     """rules: offline, deterministic. llm: any OpenAI-compatible endpoint."""
-    concept: int = 5
+    concept: Natural = 5
     """Strategy 2: perturbed captions of each selected caption; 0 leaves the strategy out."""
-    temporal: int = 5
+    temporal: Natural = 5
     """Strategy 3: perturbed captions of each caption with an order of time; 0 leaves the strategy out."""
     concept_kinds: tuple[str, ...] = ("reword", "replace", "add")
     """Kinds of mistake of the rules in strategy 2, taken in turn."""
     temporal_kinds: tuple[str, ...] = ("swap", "add", "remove", "replace")
     """Kinds of mistake of the rules in strategy 3, taken in turn."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the rules."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Settings of the LLM, if `perturber` is llm."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 0, "concept", "temporal")
+        check_ranges(self)
         for kind in (*self.concept_kinds, *self.temporal_kinds):
             if kind not in KINDS:
                 raise ValueError(f"{kind!r} is no kind of mistake; there are {', '.join(KINDS)}")

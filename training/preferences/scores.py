@@ -26,7 +26,7 @@ from services.weights.uri import ResolvedModel, resolve
 from training.data.examples import FileClip, check_readable, decode
 from training.data.prompts import on_prompts, report_prompts
 from training.data.store import Row, RowLog, batches, claim, finish, read_rows, write_rows
-from training.loop.checks import check_minimum, check_share
+from training.loop.checks import Count, Parallel, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.progress import progress
 from training.preferences.candidates import candidates_digest, read_candidates
@@ -59,11 +59,11 @@ class ScoresConfig(ServiceOptions):
     """Address of a reward service to use instead."""
     device: str = "auto"
     """Device of the models in this process."""
-    batch: int = 16
+    batch: Count = 16
     """Clips scored at once."""
-    in_flight: int = 4
+    in_flight: Parallel = 4
     """Concurrent batches to services."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Share of clips that may be unreadable before the stage is refused."""
 
     def __post_init__(self) -> None:
@@ -72,8 +72,7 @@ class ScoresConfig(ServiceOptions):
             raise ValueError("scorers is empty; name one at least, or a reward model")
         if len(set(self.scorers)) < len(self.scorers):
             raise ValueError(f"scorers names one twice: {', '.join(self.scorers)}")
-        check_minimum(self, 1, "batch", "in_flight")
-        check_share(self, "max_unreadable")
+        check_ranges(self)
         check_addresses(self, "server", "reward_server")
 
 

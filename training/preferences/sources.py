@@ -1,14 +1,15 @@
 """The generator of the candidates: an engine in this process, or a generation service."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from services.api.generation import ClipMaker, GenerationOptions
 from services.api.model import ModelVersion
+from services.audio.encoding import MAX_SAMPLING_RATE, MIN_SAMPLING_RATE
 from services.client import ServiceOptions, address_fault
 from services.models.folders import DTYPES
 from services.weights.uri import resolve
-from training.loop.checks import check_minimum
+from training.loop.checks import Parallel, Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,20 +24,20 @@ class SourceConfig(ServiceOptions):
     """Device of the engine."""
     dtype: str = "float32"
     """Number format of the engine's text encoder and denoiser."""
-    batch: int = 8
+    batch: Parallel = 8
     """Clips in each of the engine's denoiser calls: one shape, so that no clip depends on its neighbours."""
-    threads: int | None = None
+    threads: Parallel | None = None
     """CPU threads of the engine; none: torch's choice."""
-    in_flight: int = 16
+    in_flight: Parallel = 16
     """Concurrent requests."""
-    sampling_rate: int = 16_000
+    sampling_rate: Annotated[int, Range(MIN_SAMPLING_RATE, MAX_SAMPLING_RATE)] = 16_000
     """Sampling rate of the clips in hertz."""
     encoding: Literal["flac", "wav"] = "flac"
     """Encoding of the clips. Both keep all bits of 16-bit samples."""
 
     def __post_init__(self) -> None:
         ServiceOptions.__post_init__(self)
-        check_minimum(self, 1, "batch", "in_flight", "sampling_rate")
+        check_ranges(self)
         check_addresses(self, "server")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -34,7 +35,7 @@ from training.data.examples import (
     short_message,
 )
 from training.data.scenes import SPLITS, SoundworldData, soundworld_examples
-from training.loop.checks import check_share
+from training.loop.checks import Range, Share, check_ranges
 from training.loop.progress import progress
 from training.soundworld.scenes import Split, split_of
 
@@ -58,13 +59,13 @@ class DataConfig:
     """Folder that relative audio paths in these files start from; None: each file's own folder."""
     soundworld: SoundworldData = field(default_factory=lambda: SoundworldData(contrasts=0))
     """Examples of the sound world."""
-    max_unreadable: float = 0.05
+    max_unreadable: Share = 0.05
     """Maximum share of unreadable clips; above it, training is refused."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 4096)] = 0
     """Worker processes that read or render clips while this one runs CLAP; 0: no workers."""
 
     def __post_init__(self) -> None:
-        check_share(self, "max_unreadable")
+        check_ranges(self)
 
 
 def load_examples(

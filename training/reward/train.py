@@ -13,7 +13,7 @@ Shape legend: B batch.
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from training.data.content import report_content
 from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
 from training.data.prompts import places_of, report_prompts
 from training.data.scenes import SPLITS, paraphrase
-from training.loop.checks import check_minimum
+from training.loop.checks import Count, ErrorRate, Factor, Natural, Range, check_ranges
 from training.loop.config import flatten
 from training.loop.fit import (
     Evaluation,
@@ -57,20 +57,28 @@ FREE = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
 """Settings that may change when a run is resumed."""
 
 
+Size = Annotated[int, Range(1, 2**16)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadConfig:
     """Sizes of the head, as in `services.models.reward.model.RewardConfig`."""
 
-    width: int = 96
+    width: Size = 96
     """Width of the head's tokens."""
-    heads: int = 4
+    heads: Size = 4
     """Attention heads."""
-    layers: int = 2
+    layers: Annotated[int, Range(1, 1000)] = 2
     """Layers of self-attention among the text tokens and cross-attention to the clip."""
-    feedforward: int = 192
+    feedforward: Size = 192
     """Hidden width of the layers' feed-forward part."""
-    dropout: float = 0.1
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Dropout probability during training."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, must be a multiple of heads ({self.heads})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +94,13 @@ class RewardTraining:
     data: DataConfig
     loop: LoopConfig
     head: HeadConfig = field(default_factory=HeadConfig)
-    label_smoothing: float = 0.0
+    label_smoothing: ErrorRate = 0.0
     """Assumed error rate of the annotators, for either objective."""
-    class_weights: tuple[float, float] = (1.0, 1.0)
+    class_weights: tuple[Factor, Factor] = (1.0, 1.0)
     """Weights of the labels 0 and 1 in the cross-entropy."""
-    evaluate_every: int = 100
+    evaluate_every: Count = 100
     """Steps between two evaluations on the validation split."""
-    patience: int = 5
+    patience: Natural = 5
     """Evaluations without an improvement after which training stops early; 0: never."""
     version: str = "1"
     """Version of the weights, in the manifest."""
@@ -100,9 +108,9 @@ class RewardTraining:
     """License of the weights, in the manifest."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}, must be at least 0 and below 0.5")
-        check_minimum(self, 1, "evaluate_every")
+        check_ranges(self)
+        if not any(self.class_weights):
+            raise ValueError(f"class_weights is {self.class_weights}, and one at least must be above 0")
 
 
 def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:

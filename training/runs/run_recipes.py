@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from training.evaluation.config import (
     EvaluationConfig,
@@ -13,7 +13,7 @@ from training.evaluation.config import (
 )
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
-from training.loop.checks import check_minimum
+from training.loop.checks import Parallel, Range, check_ranges
 from training.preferences.captions import SoundworldCaptions
 from training.preferences.pairs import PairsConfig
 from training.preferences.pipeline import (
@@ -55,10 +55,10 @@ class LoopRun:
     trainings: tuple[Literal["sft", "dpo"], ...] = ("dpo",)
     """Trainings of a round, in order, each from the model of the one before. DPO's reference is the model
     that the round began with, so that ``sft,dpo`` is Tango 2's order."""
-    rounds: int = 1
+    rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of alignment: each samples from the policy of the one before, ranks and trains again. With dpo,
     CRPO's rounds (arXiv 2412.21037); with sft, RAFT (arXiv 2304.06767)."""
-    processes: int = 1
+    processes: Parallel = 1
     """Processes of each training program, one per accelerator; more than one: by ``accelerate launch``."""
     alias: str = "challenger"
     """Alias of the registered versions."""
@@ -66,7 +66,7 @@ class LoopRun:
     """Prompts whose clips, before and after alignment, are logged with the run."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "rounds", "processes")
+        check_ranges(self)
         if not self.trainings or len(set(self.trainings)) < len(self.trainings):
             raise ValueError(f"trainings is {','.join(self.trainings) or 'empty'}, must name each once")
 

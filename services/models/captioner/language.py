@@ -50,8 +50,10 @@ class LoraSettings:
     """Linear layers with an adapter, by the end of their names."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ModelFormatError(f"LoRA rank is {self.rank!r}; it must be 1 or more")
+        if not 1 <= self.rank <= 4096:
+            raise ModelFormatError(f"LoRA rank is {self.rank}; it must be 1 to 4096")
+        if not 0 < self.alpha <= 1e6:
+            raise ModelFormatError(f"LoRA alpha is {self.alpha}; it must be above 0, and 1e6 at most")
         if not 0 <= self.dropout < 1:
             raise ModelFormatError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.modules:

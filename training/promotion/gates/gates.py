@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import Field, FiniteFloat, PositiveInt
+from pydantic import Field, FiniteFloat
 from pydantic.json_schema import SkipJsonSchema
 
 from services.errors import FieldViolation, InvalidInputError, invalid
@@ -33,6 +33,7 @@ from training.evaluation.prompts import SPLITS
 from training.evaluation.report import LOWER_IS_BETTER, UNDIRECTED, Metrics
 from training.evaluation.round_trip import ROUND_TRIP_METRICS
 from training.evaluation.sources import PlannedClip, make_plan
+from training.loop.checks import LARGE
 from training.loop.config import validated
 from training.objectives.statistics import Interval
 
@@ -124,9 +125,9 @@ class GatesConfig:
     looks: Annotated[int, Field(ge=1, le=10)] = 1
     """Times that the gates are decided, at equal shares of the prompts: the next share is evaluated only if
     the gates are undecided. The prompts of the evaluation are the budget."""
-    in_flight: PositiveInt = 4
+    in_flight: Annotated[int, Field(gt=0, le=4096)] = 4
     """Concurrent requests, the same for champion and challenger."""
-    timeout: Annotated[FiniteFloat, Field(gt=0)] = 600.0
+    timeout: Annotated[FiniteFloat, Field(gt=0, le=LARGE)] = 600.0
     """Seconds per clip."""
     text: Annotated[SkipJsonSchema[str], Field(max_length=0)] = ""
     """Content of the file, for the ledger. Not a key of the file."""
