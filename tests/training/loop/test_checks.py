@@ -108,7 +108,7 @@ def test_every_recipe_is_within_its_ranges() -> None:
         ("preferences", "captions.soundworld.duration=3", "duration must be one of"),
         ("reward", "head.width=10 head.heads=4", "width is 10, must be a multiple of heads"),
         ("reward", "class_weights=0,0", "one at least must be above 0"),
-        ("preferences", "candidates.source.sampling_rate=7999", "must lie in [8000, 192000]"),
+        ("preferences", "candidates.source.sampling_rate=7999", "must lie in [8000, 48000]"),
         ("dpo", "lora.alpha=-1", "alpha is -1, must lie in [0, 1e+06]"),
     ],
 )
