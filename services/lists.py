@@ -141,10 +141,9 @@ def read_list(
 
 def shortened(faults: Sequence[FieldViolation]) -> list[FieldViolation]:
     """Return the first few of `faults` and the number of the others: an error message is one line."""
-    shown = list(faults[:_MAX_SHOWN])
-    if len(faults) > _MAX_SHOWN:
-        shown.append(FieldViolation("…", f"and {len(faults) - _MAX_SHOWN} more"))
-    return shown
+    distinct = list(dict.fromkeys(faults))  # all captions of a row have the faults of its clip
+    more = len(distinct) - _MAX_SHOWN
+    return [*distinct[:_MAX_SHOWN], *([FieldViolation("…", f"and {more} more")] if more > 0 else [])]
 
 
 def find_audio(text: str, root: Path) -> Path:

@@ -174,10 +174,10 @@ def _input_warnings(
         if isinstance(source, ModelSource)
     }
     found = {
-        text: [
-            *merge_warnings({name: reader(text) for name, reader in readers.items()}),
-            *on_prompts(*(one.prompt_warnings.get(text, ()) for one in scores.values())),
-        ]
+        text: on_prompts(
+            merge_warnings({name: reader(text) for name, reader in readers.items()}),
+            *(one.prompt_warnings.get(text, ()) for one in scores.values()),
+        )
         for text in places
     }
     of_clips = itertools.chain(references.warnings, *(one.warnings for one in scores.values()))

@@ -57,7 +57,8 @@ ErrorRate = Annotated[float, Range(0, 0.5, below=True)]
 
 def check_ranges(config: object) -> None:
     """Raise ValueError if a number of `config`, or one of a tuple, is out of the range of its type."""
-    for name, allowed in _ranges(type(config)).items():
+    kind: Any = type(config)  # mypy takes a class for unhashable
+    for name, allowed in _ranges(kind).items():
         _check(config, allowed, (name,))
 
 
