@@ -64,7 +64,7 @@ class LoopConfig:
     """Seed of the data order and of all random numbers."""
     accumulation: Count = 1
     """Parts in which a process computes its share of a batch, to save memory."""
-    learning_rate: Annotated[float, Range(0, 100)] = 1e-3
+    learning_rate: Factor = 1e-3
     """Peak learning rate."""
     warmup: Natural = 50
     """Steps of linear warm-up."""

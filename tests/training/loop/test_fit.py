@@ -149,7 +149,7 @@ def test_the_best_weights_are_kept_when_patience_ends(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    config = replace(CONFIG, learning_rate=1e30, warmup=0, clip=0.0)
+    config = replace(CONFIG, learning_rate=1e9, warmup=0, clip=0.0)
     with pytest.raises(MilongaError, match=r"the loss is (nan|inf) at step \d+; lower the learning rate"):
         train(tmp_path, config)
 
