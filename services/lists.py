@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError, invalid
+from services.files import HEAD, describe_file
 
 PROMPT_NAMES: Final = ("prompt", "captions", "caption", "text", "target")
 AUDIO_NAMES: Final = (
@@ -32,7 +33,24 @@ _MAX_SHOWN = 5
 _DELIMITERS = ",\t;"
 # A cell in quotes, at the start of a cell; `end` if its closing quote is there.
 _QUOTED = re.compile(r'(?:(?<=[,;\t\r\n])|(?<=[,;\t] )|\A)"(?:[^"]++|"")*+(?P<end>"(?=[,;\t\r\n]|\Z))?')
+_STATED = re.compile(r'"?sep=(.)"?[\r\n]+')
 _GAP = re.compile(r"[\s,:]*")
+
+_MISSING: Final = ("nan", "none", "null", "n/a", "<na>", "undefined")
+"""Texts of a missing value, in lower case."""
+_ARCHIVES: Final = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first (gunzip)",
+    b"PK\x03\x04": "a ZIP archive, as Excel and LibreOffice save workbooks; unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV",
+    b"BZh": "compressed by bzip2; unpack it first (bunzip2)",
+    b"\xfd7zXZ": "compressed by xz; unpack it first (unxz)",
+    b"(\xb5/\xfd": "compressed by Zstandard; unpack it first (unzstd)",
+}
+"""What a file is by its first bytes, with the remedy."""
+_ENCODINGS: Final = {
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}  # fmt: skip
+"""Encodings by their byte order marks; longer marks come first."""
 
 _Content = Mapping[str, Any] | str
 """The fields of a row, or what is wrong with it."""
@@ -90,7 +108,10 @@ def read_list(
         InvalidInputError: the file can't be read, has no rows or none of the columns, or rows are invalid:
             names the first few by line, counts the rest.
     """
-    rows = list(_rows(path, field, prompts, () if clip == "ignored" else clips))
+    rows = [
+        row._replace(content=_known_names(row.content, (*prompts, *clips)))
+        for row in _rows(path, field, prompts, () if clip == "ignored" else clips)
+    ]
     columns = dict.fromkeys(name for row in rows if not isinstance(row.content, str) for name in row.content)
     numbered = re.compile(rf"({'|'.join(map(re.escape, prompts))})_?\d+")
     has_prompts = any(name in prompts or numbered.fullmatch(name) for name in columns)
@@ -139,6 +160,13 @@ def read_list(
     return entries
 
 
+def _known_names(content: _Content, known: Sequence[str]) -> _Content:
+    """Return a row whose columns `known` are found in any case: ``Caption``."""
+    if isinstance(content, str) or not content.keys().isdisjoint(known):
+        return content
+    return {name.lower() if name.lower() in known else name: value for name, value in content.items()}
+
+
 def shortened(faults: Sequence[FieldViolation]) -> list[FieldViolation]:
     """Return the first few of `faults` and the number of the others: an error message is one line."""
     distinct = list(dict.fromkeys(faults))  # all captions of a row have the faults of its clip
@@ -183,6 +211,8 @@ def caption_fault(caption: object, *, checked: bool = True) -> tuple[str, str | 
     if not isinstance(caption, str):
         return "", f"prompt is {str(caption)[:40]}, must be str"
     prompt = " ".join(caption.split())
+    if prompt.lower() in _MISSING:
+        return "", f"has no prompt: {prompt!r} is what programs write for a missing value"
     fault = prompt_fault(prompt, MAX_PROMPT_CHARACTERS) if checked else None
     return prompt, None if fault is None else f"prompt {fault}"
 
@@ -213,8 +243,11 @@ def _rows(path: Path, field: str, prompts: Sequence[str], clips: Sequence[str]) 
         found = _json(text, name)
     else:
         lines = list(io.StringIO(text, newline=""))
-        header = next(filter(str.strip, lines), "")
-        found = _table(lines, name, "\t" if suffix == ".tsv" else max(_DELIMITERS, key=header.count))
+        if lines and (stated := _STATED.fullmatch(lines[0])):  # Excel's first line
+            found = _table(["\n", *lines[1:]], name, stated[1])
+        else:
+            header = next(filter(str.strip, lines), "")
+            found = _table(lines, name, "\t" if suffix == ".tsv" else max(_DELIMITERS, key=header.count))
     yield from found
 
 
@@ -224,12 +257,27 @@ def _text(path: Path, field: str, name: str) -> str:
         content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise invalid(field, f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if what := _what_is(content):
+        raise invalid(field, f"{path} is {what}")
     try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return content.decode(_encoding(content))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise invalid(f"{name}:{line}", f"is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _what_is(content: bytes) -> str | None:
+    """Return what a file is that is no list, and the remedy."""
+    found = next((what for mark, what in _ARCHIVES.items() if content.startswith(mark)), None)
+    # A JSON list may look like a server's reply.
+    return found or (None if content.lstrip()[:1] in (b"{", b"[", b"") else describe_file(content[:HEAD]))
+
+
+def _encoding(content: bytes) -> str:
+    """Return the encoding by the byte order mark; without one, Windows' wide text by the NUL of its ASCII."""
+    marked = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
+    by_nul = {b"\0": "utf-16-be"}.get(content[:1]) or {b"\0": "utf-16-le"}.get(content[1:2])
+    return marked or by_nul or "utf-8-sig"
 
 
 def _table(lines: Sequence[str], name: str, delimiter: str) -> Iterator[_Row]:
@@ -298,7 +346,7 @@ def _json(text: str, name: str) -> Iterator[_Row]:
 
 
 def _json_lines(text: str, name: str) -> Iterator[_Row]:
-    for line, written in enumerate(text.split("\n"), start=1):
+    for line, written in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         # A byte order mark may also begin a later line: files were joined.
         if written := written.strip("\ufeff \t\r"):
             try:
@@ -364,7 +412,16 @@ def _parquet(path: Path, field: str, prompts: Sequence[str], clips: Sequence[str
                     yield _Row(f"{path.name}, row {number}", number + 1, row)
                     number += 1
     except (OSError, ValueError, ArrowException) as error:
-        raise invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
+        raise unreadable(path, field, error) from error
+
+
+def unreadable(path: Path, field: str, error: Exception) -> InvalidInputError:
+    """Return the error of a Parquet file that can't be read: what it is instead, or the library's message."""
+    what = None
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        what = _what_is(file.read(HEAD))
+    fault = f"is {what}" if what else f"can't be read: {str(error).partition(chr(10))[0]}"
+    return invalid(field, f"{path} {fault}")
 
 
 def _is_plain(kind: Any) -> bool:

@@ -15,6 +15,12 @@ _FREE: Final = ("unix:", "unix-abstract:", "vsock:", "xds:", "google-c2p:")
 """Schemes of gRPC names without a port."""
 _NAME: Final = re.compile(r"(dns:(?://[^/]*/)?|ipv4:|ipv6:)(.*)")
 """gRPC names with ports, with their scheme."""
+_URL: Final = re.compile(
+    r"(?:(?P<scheme>[A-Za-z][\w+.-]*)://|(?P<typo>https?|grpcs?|tcp):/?(?!\d+$)|//)(?P<rest>.*)", re.DOTALL
+)
+"""A URL, also with too few slashes or without its scheme."""
+_HOST: Final = r"[\w-]+(?:\.[\w-]+)*\.?"
+_NO_ENDPOINT: Final = "which is not HOST:PORT; the host may have letters, digits, dots and dashes"
 _SECURE: Final = ("https", "grpcs")
 _PROBE_SECONDS: Final = 2.0
 _PEER: Final = re.compile(r"ipv[46]:(?:%5B|\[)?([0-9A-Fa-f.:]+?)(?:%5D|\])?:(\d+): ")
@@ -31,22 +37,29 @@ _CLOSED: Final = ("Socket closed", "Connection reset")
 
 def address_fault(address: str) -> str | None:
     """Return what is wrong with a gRPC name and the remedy; None if it is valid."""
-    if not address:
+    if not address.strip():
         return "is empty; give HOST:PORT"
+    if address != address.strip():
+        bare = address.strip()[:120]
+        return f"is {_quoted(address)}, which is not HOST:PORT, for the white space around it; give {bare}"
+    if address in _FREE:
+        return f"is {address!r}, which names nothing; give HOST:PORT, or unix:PATH"
     if address.startswith(_FREE):
         return None
+    if address.startswith(("/", "./", "../", "~/")) and not address.startswith("//"):
+        return f"is {_quoted(address)}, a path; give unix:{address[:120]} for a socket, else HOST:PORT"
     if named := _NAME.fullmatch(address):
         scheme, rest = named.groups()
         parts = [rest] if scheme.startswith("dns:") else rest.split(",")
         faults = (_endpoint_fault(part, address, scheme) for part in parts)
         return next(filter(None, faults), None)
-    if "://" in address:
-        return f"is {_quoted(address)}, a URL; give {_without_scheme(address)}"
+    if url := _URL.fullmatch(address):
+        return f"is {_quoted(address)}, a URL; give {_without_scheme(url)}"
     return _endpoint_fault(address, address, "")
 
 
-def _without_scheme(url: str) -> str:
-    scheme, _, rest = url.partition("://")
+def _without_scheme(url: re.Match[str]) -> str:
+    scheme, rest = url["scheme"] or url["typo"] or "", url["rest"]
     endpoint = re.split(r"[/?#]", rest)[0].rpartition("@")[2] or "HOST"
     with_port = endpoint if re.search(r":\d+$", endpoint) else f"{endpoint}:PORT"
     return f"{with_port[:80]}, with tls (--tls)" if scheme.lower() in _SECURE else with_port[:80]
@@ -55,11 +68,15 @@ def _without_scheme(url: str) -> str:
 def _endpoint_fault(endpoint: str, address: str, scheme: str) -> str | None:
     """Return what is wrong with HOST:PORT, a part of `address` after its `scheme`."""
     about = f"is {_quoted(address)}"
+    if endpoint.isascii() and endpoint.isdecimal():
+        return f"{about}, which has no host; give HOST:PORT, for example {scheme}localhost:{endpoint[:8]}"
     host, colon, port = endpoint.rpartition(":")
     if _is_ipv6(endpoint):
         return f"{about}, an IPv6 address; give it in brackets and with a port: {scheme}[{endpoint}]:PORT"
     if _is_ipv6(host) and "[" not in host:
         return f"{about}, an IPv6 address; give it in brackets: {scheme}[{host}]:{port[:8]}"
+    if not re.search(r"[:/]", endpoint) and not re.fullmatch(_HOST, endpoint):
+        return f"{about}, {_NO_ENDPOINT}"
     if not colon or not port or endpoint.endswith("]"):
         example = f"{scheme}{endpoint.rstrip(':')[:80]}:50051"
         return f"{about}, which has no port; give HOST:PORT, for example {example}"
@@ -71,9 +88,18 @@ def _endpoint_fault(endpoint: str, address: str, scheme: str) -> str | None:
         return f"{about}, with the port {port[:20]!r}; give a number from {PORTS[0]} to {PORTS[1]}"
     if host.startswith("[") and host.endswith("]"):
         return None if _is_ipv6(host[1:-1]) else f"{about}, which has no IPv6 address in brackets"
-    if not re.fullmatch(r"[\w.-]+", host):
-        return f"{about}, which is not HOST:PORT; the host may have letters, digits, dots and dashes"
+    if not re.fullmatch(_HOST, host):
+        return f"{about}, {_NO_ENDPOINT}"
+    if re.fullmatch(r"[\d.]+", host) and not _is_ipv4(host):
+        return f"{about}, whose host is no IPv4 address; give four numbers up to 255, or a name"
     return None
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 4
+    except ValueError:
+        return False
 
 
 def _is_ipv6(text: str) -> bool:

@@ -1,5 +1,6 @@
 """Lists as people have them: every format and every damage gives the same answer, by file and line."""
 
+import gzip
 import io
 import json
 import sys
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from services.errors import InvalidInputError
-from services.lists import Entry, find_audio, read_list
+from services.lists import Entry, caption_fault, find_audio, read_list
 
 ROWS = [
     {"caption": 'A man says "hello", then a dog barks', "location": "a.wav"},
@@ -99,6 +100,66 @@ def test_a_mark_of_a_joined_file_is_no_error(tmp_path: Path) -> None:
     assert [entry.prompt for entry in read_list(tmp_path / "a.jsonl", "--prompts")] == ["A", "B"]
 
 
+TABLE = "caption,location\nA dog barks,a.wav\nUn café,b.wav\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TABLE.encode("utf-16"),
+        TABLE.encode("utf-16-le"),
+        TABLE.encode("utf-16-be"),
+        TABLE.encode("utf-32"),
+        TABLE.encode("utf-8-sig"),
+        TABLE.replace("\n", "\r").encode(),
+        ("sep=;\r\n" + TABLE.replace(",", ";")).encode(),
+        TABLE.replace("caption,location", "Caption, LOCATION").encode(),
+    ],
+    ids=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "cr", "sep", "case"],
+)
+def test_tables_as_programs_write_them(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    entries = read_list(tmp_path / "a.csv", "--prompts")
+    assert captions(entries) == [("A dog barks", "a.wav"), ("Un café", "b.wav")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_json_end_as_on_any_system(end: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(f'{{"prompt": "A\u2028B"}}{end}{{"prompt": "C"}}{end}'.encode())
+    entries = read_list(tmp_path / "a.jsonl", "--prompts")
+    assert [(entry.place, entry.prompt) for entry in entries] == [("a.jsonl:1", "A B"), ("a.jsonl:2", "C")]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (gzip.compress(TABLE.encode()), "is compressed by gzip; unpack it first"),
+        (b"PK\x03\x04" + bytes(40), "is a ZIP archive, as Excel and LibreOffice save workbooks"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+    ],
+    ids=["gzip", "zip", "lfs", "html"],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_files_that_are_no_lists_are_named_for_what_they_are(
+    content: bytes, says: str, suffix: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(InvalidInputError) as caught:
+        read_list(tmp_path / f"a.{suffix}", "--prompts")
+    (violation,) = caught.value.violations
+    assert says in violation.description
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "None", "NULL", "N/A", "<NA>"])
+def test_texts_of_a_missing_value_are_no_prompts(text: str) -> None:
+    assert caption_fault(text) == (
+        "",
+        f"has no prompt: {text!r} is what programs write for a missing value",
+    )
+    assert caption_fault(f"{text} of a dog")[1] is None
+
+
 def test_a_row_may_have_several_captions(tmp_path: Path) -> None:
     (tmp_path / "clotho.csv").write_text("file_name,caption_1,caption_2,caption_3,keywords\nx.wav,A,B,,dog\n")
     lists = {"num_captions_per_audio": 2, "data": [{"audio": "x.wav", "caption": ["A", None, "B"], "k": 1}]}
@@ -137,7 +198,7 @@ def test_a_quote_that_never_closes_is_named_by_its_line(content: str, place: str
         ("a.csv", "caption,id\nA dog, barks,1\nRain\n,\n", {"a.csv:2": "3 cells", "a.csv:3": "1 cells"}),
         ("a.csv", "caption,caption\nA,B\n", {"a.csv:1": "'caption' twice"}),
         ("a.csv", "caption,id\n\n,3\n", {"a.csv:3": "has no prompt"}),
-        ("a.csv", "sound,id\na,b\n", {"--prompts": "captions, caption or text; it has sound, id"}),
+        ("a.csv", "sound,id\na,b\n", {"--prompts": "caption, text or target; it has sound, id"}),
         ("a.txt", "A dog barks\nRain\n", {"--prompts": "it has A dog barks"}),
         ("a.csv", "caption\nA dog\nB\xe4r\n".encode("latin-1"), {"a.csv:3": "no UTF-8"}),
         ("a.csv", "", {"--prompts": "holds no prompts"}),

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from services.audio import decoding
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import sha256_of
-from services.lists import caption_fault, check_text_column, find_audio, read_list, shortened
+from services.lists import caption_fault, check_text_column, find_audio, read_list, shortened, unreadable
 from services.models.clap.model import Waveform
 from training.soundworld.captions import CaptionTruth
 
@@ -306,7 +306,7 @@ def pair_rows(
             names = [name for name in schema.names if name in selected and not embedded.get(name)]
             groups = [file.read_row_group(group, names).to_pylist() for group in range(file.num_row_groups)]
     except (OSError, ArrowException) as error:
-        raise invalid(field, f"{path} can't be read: {str(error).partition(chr(10))[0]}") from error
+        raise unreadable(path, field, error) from error
 
     def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
         if embedded[column] or row[column] is None:

@@ -305,6 +305,7 @@ def test_none_and_too_many_are_refused_before_anything_is_decoded(read: Any) -> 
     [
         ("", "is empty"),
         (" \u3000", "is empty"),
+        ("\u200b\u2800\ufeff", "is empty"),
         ("a" * 1001, "has 1001 characters, the limit is 1000"),
         ("a dog\nbarks", "control character U+000A at position 5"),
     ],
