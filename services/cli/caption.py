@@ -215,7 +215,7 @@ def caption(
     files = _named(clips) if clips else _files_of(folder or Path())
     captions = None if output is None else CaptionList(output)
     todo = [file for file in files if captions is None or not captions.has(file.path)]
-    report = _Report(as_json=as_json, candidates=candidates, silent=captions is not None and not as_json)
+    report = _Report(as_json=as_json, candidates=candidates, silent=output is not None and not candidates)
     faults: list[FieldViolation] = []
     try:
         with ProgressView(jobs=len(todo), quiet=quiet) as view:
@@ -337,7 +337,7 @@ class _Report:
     """Prints captions: as one table at the end on a terminal, otherwise batch by batch."""
 
     def __init__(self, *, as_json: bool, candidates: bool, silent: bool) -> None:
-        """`silent`: print warnings only."""
+        """`silent`: print no table."""
         self._as_json, self._candidates, self._silent = as_json, candidates, silent
         self._aligned = is_terminal() and not as_json
         self._header: list[str] = []

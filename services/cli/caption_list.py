@@ -60,7 +60,8 @@ class CaptionList:
             lines.append(json.dumps({"key": key, "source": source, "target": caption}, ensure_ascii=False))
         try:
             with self._path.open("ab") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+                # A name that is not UTF-8 becomes JSON's escapes, by which it is recognised again.
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise OutputError(
                 f"{self._path} can't be written: {error.strerror}; make room and run it again"
@@ -69,7 +70,10 @@ class CaptionList:
     def _read(self) -> Iterable[str]:
         if not self._path.exists():
             return
-        content = self._path.read_bytes()
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise invalid("--output", f"{self._path} can't be read: {error.strerror}") from error
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:

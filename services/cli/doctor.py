@@ -256,12 +256,14 @@ def model_checks(uris: tuple[str, ...]) -> Iterator[Check]:
 
 
 def check_model(path: Path) -> None:
-    """Raise `ModelError` unless `path` holds a complete model: a generator, CLAP or reward model.
+    """Raise `ModelError` unless `path` holds a complete model: a generator, CLAP, reward model or captioner.
 
     Imports torch. Compares keys and shapes without loading tensors; a LAION checkpoint, a single file, is
     loaded.
     """
     from services.models.architectures import check_generator
+    from services.models.captioner.config import CLASS_NAME
+    from services.models.captioner.model import check_captioner
     from services.models.clap.laion import load_laion
     from services.models.clap.loading import check_clap_folder, clap_config
     from services.models.folders import read_json
@@ -271,11 +273,14 @@ def check_model(path: Path) -> None:
         load_laion(path)
         return
     config = path / "config.json"
-    kind = read_json(config).get("model_type") if config.exists() else None
+    fields = read_json(config) if config.exists() else {}
+    kind = fields.get("model_type", fields.get("_class_name"))
     if kind == "clap":
         check_clap_folder(path, clap_config(path))
     elif kind == MODEL_TYPE:
         _check_reward(path)
+    elif kind == CLASS_NAME:
+        check_captioner(path)
     else:
         check_generator(path)
 

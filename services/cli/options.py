@@ -277,7 +277,8 @@ def read_weights(
     """
     return {
         entry.name: {
-            one.setting: _weights_value(values[option_of(one, export)], one, export) for one in entry.weights
+            one.setting: _weights_value(values[_parameter_of(one, export)], one, export)
+            for one in entry.weights
         }
         for entry in CATALOGUE.values()
     }
@@ -286,6 +287,10 @@ def read_weights(
 def option_of(weights: Weights, export: bool = False) -> str:
     """Return the option for `weights`, without dashes."""
     return (weights.export_option if export else "") or weights.option
+
+
+def _parameter_of(weights: Weights, export: bool) -> str:
+    return option_of(weights, export).replace("-", "_")
 
 
 def read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
@@ -312,14 +317,14 @@ def read_pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _weights_option(weights: Weights, export: bool) -> inspect.Parameter:
-    name, embedded = option_of(weights, export), weights.embedded
+    name, embedded, flag = _parameter_of(weights, export), weights.embedded, option_of(weights, export)
     if isinstance(embedded, str):
-        option = typer.Option(f"--{name}", help=weights.help, metavar="URI")
+        option = typer.Option(f"--{flag}", help=weights.help, metavar="URI")
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=embedded, annotation=Annotated[str, option]
         )
     default = " ".join(f"{key}={uri}" for key, uri in embedded.items())
-    option = typer.Option(f"--{name}", help=weights.help, metavar=NAME_URI, show_default=default)
+    option = typer.Option(f"--{flag}", help=weights.help, metavar=NAME_URI, show_default=default)
     return _parameter(name, list[str], option)
 
 

@@ -17,20 +17,21 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2 as oip
 
-from milonga.v1 import audio_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
-from services.catalogue import CATALOGUE, GENERATION, REWARD, SCORING
+from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
+from services.catalogue import CAPTIONING, CATALOGUE, GENERATION, REWARD, SCORING
 from services.runtime.roles import OPEN
 from services.runtime.status import DETAILS_KEY
 from services.wire import write_duration
 from tests.fuzz.fuzzing import run, text
 from tests.fuzz.messages import payload
 from tests.services.audio.sounds import file_of, tone
+from tests.services.captioning.serving import serving as serving_captioning
 from tests.services.generation.serving import serving as serving_generation
 from tests.services.generation.serving import tiny_engine
 from tests.services.reward.serving import serving as serving_reward
 from tests.services.scoring.serving import save_tiny_clap
 from tests.services.scoring.serving import serving as serving_scoring
-from tests.tiny import tiny_clap, tiny_reward
+from tests.tiny import tiny_captioner, tiny_clap, tiny_reward
 from tests.waiting import until
 
 OPERATOR_TOKEN: Final = "an-operator-of-this-test"
@@ -50,6 +51,7 @@ GENERATE: Final = generation_pb2.GenerateAudioRequest(
 STREAM: Final = generation_pb2.StreamGenerateAudioRequest(request=GENERATE, preview_interval_steps=1)
 REWARDS: Final = reward_pb2.BatchComputeRewardsRequest(pairs=[PAIR])
 SCORES: Final = scoring_pb2.BatchScoreAudioRequest(pairs=[PAIR])
+CAPTIONS: Final = captioning_pb2.CaptionAudioRequest(clips=[CLIP], beams=[2], max_new_tokens=4)
 
 FAULTS: Final = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "CANCELLED")
 """Codes that no input may lead to. A full queue is UNAVAILABLE in the Open Inference Protocol, but one call
@@ -58,9 +60,10 @@ at a time does not fill it."""
 
 def _infer(model: str) -> oip.ModelInferRequest:
     request = oip.ModelInferRequest(model_name=model)
-    rows = [1] if model == GENERATION.model else [1, 1]
-    tensor = request.inputs.add(name="PROMPT", datatype="BYTES", shape=rows)
-    tensor.contents.bytes_contents.append(PROMPT.encode())
+    if model != CAPTIONING.model:
+        rows = [1] if model == GENERATION.model else [1, 1]
+        tensor = request.inputs.add(name="PROMPT", datatype="BYTES", shape=rows)
+        tensor.contents.bytes_contents.append(PROMPT.encode())
     if model == GENERATION.model:
         steps = request.inputs.add(name="NUM_INFERENCE_STEPS", datatype="INT32", shape=[1])
         steps.contents.int_contents.append(1)
@@ -109,13 +112,14 @@ SERVICES: Final = {
         health_pb2.DESCRIPTOR.services_by_name["Health"],
     ),
     REWARD.name: (reward_pb2.DESCRIPTOR.services_by_name["RewardService"], INFERENCE),
+    CAPTIONING.name: (captioning_pb2.DESCRIPTOR.services_by_name["CaptioningService"], INFERENCE),
 }
 SOUND_REQUESTS: Final[tuple[Message, ...]] = (
-    GENERATE, STREAM, REWARDS, SCORES,
+    GENERATE, STREAM, REWARDS, SCORES, CAPTIONS,
     reward_pb2.RankAudioRequest(prompt=PROMPT, clips=[CLIP, CLIP]),
     scoring_pb2.BatchEmbedAudioRequest(clips=[CLIP]),
     scoring_pb2.BatchEmbedTextRequest(prompts=[PROMPT]),
-    *(_infer(entry.model) for entry in CATALOGUE.values()),
+    *(_infer(entry.model) for entry in (*CATALOGUE.values(), CAPTIONING)),
 )  # fmt: skip
 
 
@@ -239,6 +243,16 @@ def test_reward() -> None:
             assert served.scorer.stats.queue_cost == 0
 
         fuzz(served.target, REWARD.name, check)
+
+
+def test_captioning() -> None:
+    with serving_captioning(tiny_captioner(), tiny_clap()) as served:
+
+        def check() -> None:
+            assert served.stub.CaptionAudio(CAPTIONS).captions
+            assert served.worker.stats.queue_cost == 0
+
+        fuzz(served.target, CAPTIONING.name, check)
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -1,6 +1,7 @@
 """`milonga caption`: real files, real (tiny) models, real services."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -277,3 +278,24 @@ def test_wrong_options_are_no_fault_of_the_clips(
     assert (code, rows) == (2, [])
     assert err == [err[0]]
     assert err[0].startswith(f"error: {options[0]}: is {options[1]}, must be between 1 and ")
+
+
+def test_names_that_are_not_utf8_are_continued_too(
+    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    write(clips / "cafe.wav")
+    (clips / "cafe.wav").rename(clips / os.fsdecode(b"caf\xe9.wav"))
+    arguments = ["--folder", str(clips), "-o", str(tmp_path / "out.jsonl"), *models]
+    assert run(capsys, *arguments)[2] == ["1 described, 0 there already, 0 refused"]
+    assert run(capsys, *arguments)[2] == ["0 described, 1 there already, 0 refused"]
+    (line,) = lines_of(tmp_path / "out.jsonl")
+    assert os.fsencode(line["source"]) == b"clips/caf\xe9.wav"
+
+
+def test_candidates_are_shown_next_to_a_list(
+    models: list[str], clips: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, rows, _ = run(capsys, *clips, *models, "--candidates", "-o", "out.jsonl")
+    assert (code, len(rows)) == (0, 1 + 4 + 1)
+    assert rows[-1] == ["out.jsonl"]

@@ -32,7 +32,7 @@ from services.models.manifest import write_manifest
 from services.processes import free_port
 from tests.programs import Services
 from tests.services.models.tango.released import write_released
-from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward
+from tests.tiny import tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward
 
 PROMPT = "a dog barks then a siren wails"
 QUICK = ("--steps", "2", "--duration", "0.64")
@@ -508,13 +508,16 @@ def test_doctor_knows_every_kind_of_model(tmp_path: Path, capsys: pytest.Capture
     clap, whole, cut = tiny_clap(), tmp_path / "whole", tmp_path / "cut"
     clap.save(whole / "clap")
     tiny_reward(clap).save(whole / "reward")
+    tiny_captioner().save_pretrained(whole / "captioner")
     shutil.copytree(whole, cut)
-    for name in ("clap", "reward"):
-        (cut / name / "model.safetensors").write_bytes((whole / name / "model.safetensors").read_bytes()[:-9])
-    flags = [f"--model=file:{folder / name}" for folder in (whole, cut) for name in ("clap", "reward")]
+    files = {name: f"{name}/model.safetensors" for name in ("clap", "reward")}
+    files["captioner"] = "captioner/projector.safetensors"
+    for file in files.values():
+        (cut / file).write_bytes((whole / file).read_bytes()[:-9])
+    flags = [f"--model=file:{folder / name}" for folder in (whole, cut) for name in files]
     cli.run(["doctor", "--json", *flags])
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    for name in ("clap", "reward"):
+    for name in files:
         assert checks[f"file:{whole / name}"]["status"] == "ok"
         assert checks[f"file:{cut / name}"]["status"] == "missing"
     # Whether they are there depends on what is installed; that they are looked for does not.
