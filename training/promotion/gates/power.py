@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 Ends = Callable[[PromptSums, PromptSums, float], tuple[Array, Array]]
 """Function of two models' figures and a critical value to the ends of their difference's interval, [T]."""
 
-RATES: Final = (*EVENT_METRICS, "silent", "clipped")
+RATES: Final = (*EVENT_METRICS, "silent", "clipped", "overshoot")
 """Figures that are rates of clips."""
 CHAMPIONS: Final = (0.9, 0.95, 0.98, 1.0)
 """The champion's rates that are tabulated unless one is given."""
@@ -180,7 +180,7 @@ def defined_for(figure: str, prompt: Prompt) -> bool:
     if prompt.truth is None:
         return False
     perfect = {
-        name: Detection(onset=n, offset=n + 1.0, centre=n + 0.5, seconds=1.0)
+        name: Detection(onset=n, offset=n + 1.0, centre=n + 0.5, seconds=math.inf)
         for n, name in enumerate(prompt.truth.classes)
     }
     return not math.isnan(event_metrics(compare_events(prompt.truth, perfect))[figure])
