@@ -245,6 +245,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, Any]]:
         # Identity only: gRPC inflates a compressed request before it checks the limit, 300 KB to 300 MB.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", MAX_CALLS),
+        # Otherwise gRPC resets calls which its clients begin as others end (REFUSED_STREAM, UNAVAILABLE).
+        ("grpc.http.overload_protection", 0),
         # Responses are bounded by the service's own limits.
         ("grpc.max_send_message_length", -1),
         # Detect a lost client within 40 seconds, so that its requests don't occupy the device.

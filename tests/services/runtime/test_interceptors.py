@@ -11,6 +11,7 @@ import pytest
 from milonga.v1 import generation_pb2 as pb
 from services.client import AudioClient, Finished
 from services.engine import Engine
+from services.runtime.gate import MAX_CALLS
 from tests.services.generation.serving import serving, tiny_engine
 from tests.services.runtime import answering
 from tests.services.runtime.answering import Answering
@@ -72,6 +73,12 @@ def test_an_oversized_message_is_counted(served: Any, rpc: str) -> None:
     big = message(rpc, pb.GenerateAudioRequest(prompt="a" * 10_001))
     assert call(served, rpc, big) is grpc.StatusCode.RESOURCE_EXHAUSTED
     until(lambda: counts(served, rpc) == {"RESOURCE_EXHAUSTED": 1})
+
+
+async def test_calls_beyond_those_of_a_connection_wait_with_their_caller() -> None:
+    async with answering.answering(seconds=0.02) as service:
+        codes = await asyncio.gather(*(service.code() for _ in range(5 * MAX_CALLS)))
+        assert set(codes) == {grpc.StatusCode.OK}
 
 
 def start(service: Answering, method: str, timeout: float) -> Any:
