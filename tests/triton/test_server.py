@@ -22,6 +22,7 @@ from tests.services.inference.suite import (
     inputs,
     pairs,
     stream,
+    version,
 )
 from tests.triton.server import Server, index, running
 from tests.waiting import until
@@ -136,7 +137,7 @@ def test_its_metrics_name_our_models(server: Server) -> None:
     with urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     for name in ("tango", "clap", "reward"):
-        assert f'nv_inference_request_success{{model="{name}",version="1"}}' in text
+        assert f'nv_inference_request_success{{model="{name}",version="{version(name)}"}}' in text
     with urlopen(f"http://{server.http}/v2/health/ready", timeout=10) as answer:
         assert answer.status == 200
 

@@ -20,6 +20,7 @@ from services.inference.triton.serving import file_uri, read_settings, served_mo
 from services.models.manifest import read_manifest
 from services.models.mini import mini_folder
 from services.reward.settings import RewardSettings
+from tests.services.inference.suite import version
 
 CLAP = read_manifest(mini_folder("clap-a")).digest
 
@@ -32,17 +33,20 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
     repository = tmp_path / "models"
     assert run(["triton", "export", "--model", "mini", "--set", "tango.exact=true", str(repository)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*(f"{name}/1" for name in MODELS), "tritonserver"]
+    assert [line.split()[0] for line in lines] == [
+        *(f"{name}/{version(name)}" for name in MODELS),
+        "tritonserver",
+    ]
     tango, clap, reward = (_config(repository, name) for name in ("tango", "clap", "reward"))
     assert {tango.backend, clap.backend, reward.backend} == {"python"}
     assert (tango.model_transaction_policy.decoupled, tango.max_batch_size) == (True, 0)
     assert tango.parameters["exact"].string_value == "true"
-    assert list(tango.version_policy.specific.versions) == [1]
+    assert list(tango.version_policy.specific.versions) == [int(version("tango"))]
     assert (clap.max_batch_size, reward.max_batch_size) == (64, 64)
     assert clap.HasField("dynamic_batching")
     assert [one.name for one in clap.input if one.allow_ragged_batch] == ["AUDIO"]
-    assert "services.reward.triton" in (repository / "reward" / "1" / "model.py").read_text()
-    found = served_models(repository / "clap" / "1")
+    assert "services.reward.triton" in (repository / "reward" / version("reward") / "model.py").read_text()
+    found = served_models(repository / "clap" / version("clap"))
     assert {name: model.digest for name, model in found.items()} == {
         "clap-a": CLAP,
         "clap-b": read_manifest(mini_folder("clap-b")).digest,
@@ -59,10 +63,11 @@ def test_a_later_version_is_next_to_the_pinned_one(
     assert run([*export, "--model", "mini-base"]) == 0
     assert run([*export, "--model", "mini"]) == 2
     assert "give another --version" in capsys.readouterr().err
-    assert run([*export, "--model", "mini", "--version", "2"]) == 0
-    assert "pinned is 1" in capsys.readouterr().out
+    first = int(version("tango"))
+    assert run([*export, "--model", "mini", "--version", str(first + 1)]) == 0
+    assert f"pinned is {first}" in capsys.readouterr().out
     repository = ModelRepository(open_storage(str(tmp_path)))
-    assert (repository.versions("tango"), repository.pinned("tango")) == ([1, 2], (1,))
+    assert (repository.versions("tango"), repository.pinned("tango")) == ([first, first + 1], (first,))
 
 
 @pytest.mark.parametrize(
@@ -103,10 +108,10 @@ def test_what_is_exported_later_changes_nothing_of_what_is_served(
     config.write_text(
         config.read_text() + 'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "x" } }\n'
     )
-    before = config.read_text()
-    assert run([*export, "tango", "--model", "mini", "--version", "2"]) == 0
+    before, later = config.read_text(), str(int(version("tango")) + 1)
+    assert run([*export, "tango", "--model", "mini", "--version", later]) == 0
     assert config.read_text() == before
-    assert run([*export, "tango", "--model", "mini", "--version", "2", "--set", "tango.threads=2"]) == 0
+    assert run([*export, "tango", "--model", "mini", "--version", later, "--set", "tango.threads=2"]) == 0
     settings = {name: one.string_value for name, one in _config(tmp_path, "tango").parameters.items()}
     assert settings == {"exact": "true", "EXECUTION_ENV_PATH": "x", "threads": "2"}
     # Columns of SCORE stay as many, and in their order.
