@@ -10,12 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.architectures import load_generator
+from services.models.captioner.eat_checkpoint import load_eat
+from services.models.captioner.language import LoraSettings
+from services.models.captioner.model import Captioner
 from services.models.clap.laion import load_laion
 from services.models.clap.loading import load_clap
 from services.models.folders import read_pickle
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.reward.model import load_reward
-from tests.tiny import tiny_clap, tiny_pipeline, tiny_reward, tiny_tangoflux
+from tests.tiny import tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward, tiny_tangoflux
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 DIGEST = "sha256:" + "0" * 64
@@ -50,7 +53,23 @@ def _reward(folder: Path) -> Case:
     return folder / "model.safetensors", partial(load_reward, folder, clap, DIGEST)
 
 
-LOADERS = (_tango, _text_encoder, _tangoflux, _clap, _reward)
+def _captioner(part: str) -> Callable[[Path], Case]:
+    def make(folder: Path) -> Case:
+        captioner = tiny_captioner()
+        captioner.prepare_training(LoraSettings(rank=2))
+        captioner.save_pretrained(folder)
+        return folder / part, partial(Captioner.from_pretrained, folder)
+
+    return make
+
+
+LOADERS = (
+    *(_tango, _text_encoder, _tangoflux, _clap, _reward),
+    _captioner("encoder/model.safetensors"),
+    _captioner("projector.safetensors"),
+    _captioner("language_model/model.safetensors"),
+    _captioner("adapter/adapter_model.safetensors"),
+)
 
 
 @pytest.mark.parametrize("make", LOADERS)
@@ -105,7 +124,7 @@ def test_weights_that_are_not_finite_are_refused(
         (b"RIFF", "truncated or no PyTorch checkpoint"),
     ],
 )
-@pytest.mark.parametrize("load", [read_pickle, load_laion])
+@pytest.mark.parametrize("load", [read_pickle, load_laion, load_eat])
 def test_a_checkpoint_that_is_none_is_named(
     load: Callable[[Path], object], content: bytes, says: str, tmp_path: Path
 ) -> None:
