@@ -1,0 +1,1 @@
+"""The second study of alignment methods: eight methods, growth with pairs and with beta, two judges."""
