@@ -99,7 +99,7 @@ class Study:
         for training in self.trainings:
             for stage in (*self._data(training), self._training(training)):
                 found.setdefault(stage.name, stage)
-        kinds = [kind for kind in KINDS if self._count(kind)]
+        kinds = [kind for kind in KINDS if getattr(self.config.prompts, kind)]
         for kind in kinds:
             found[f"references, {kind}"] = self._references(kind)
             for name in self.scored():
@@ -178,9 +178,6 @@ class Study:
     def plan(self, kind: Kind) -> tuple[PlannedClip, ...]:
         """Return the prompts and seeds of one kind."""
         return study_plan(self.config.prompts, kind, self.config.scoring.seeds)
-
-    def _count(self, kind: Kind) -> int:
-        return self.config.prompts.short if kind == "short" else self.config.prompts.long
 
     def _pairs(self, data: Data) -> Path:
         name = f"{data.name}-{data.limit}" if data.limit else data.name

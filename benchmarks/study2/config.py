@@ -39,7 +39,7 @@ BASE: Final = "base"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompts:
-    """Number of prompts of each kind, all with two or three events."""
+    """Number of prompts of each kind, all with two or three events; 0 leaves a kind out."""
 
     split: Split = "test"
     """`validation` to choose settings; `test` once, for the result."""
@@ -47,10 +47,12 @@ class Prompts:
     """Prompts of two events, clips of 2.56 s."""
     long: int = 100
     """Prompts of three events, clips of 5.12 s."""
+    held_out: int = 150
+    """Prompts of two events by templates of no training, clips of 2.56 s. The primary figure is without."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "short")
-        check_minimum(self, 0, "long")
+        check_minimum(self, 0, "long", "held_out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,7 +292,7 @@ def study_smoke() -> StudyRun:
         online_preferences=preferences,
         online=sft_smoke(),
         scoring=replace(evaluation_smoke(), scorers=("clap-b=mini:clap-b",)),
-        prompts=Prompts(split="validation", short=3, long=2),
+        prompts=Prompts(split="validation", short=3, long=2, held_out=2),
         seeds=(0,),
         pairs=3,
         online_rounds=2,

@@ -68,15 +68,14 @@ class Judge:
         if present and truth.relation == "then":
             centres = [float(np.flatnonzero(found[name]).mean()) * PATCH_SECONDS for name in truth.classes]
             order = float((np.diff(centres) > TIE_SECONDS).all())
-        if truth.relation == "while":
-            both = np.logical_and.reduce([found[name] for name in truth.classes]) if present else np.zeros(1)
-            shortest = min((int(found[name].sum()) for name in truth.classes if present), default=1)
-            together = float(both.sum() / shortest >= 0.5)
+        if present and truth.relation == "while":
+            both_P = np.logical_and.reduce([found[name] for name in truth.classes])
+            together = float(both_P.sum() >= 0.5 * min(found[name].sum() for name in truth.classes))
         return {
             "second.presence": float(present),
             "second.order_given_presence": order,
             "second.present_and_in_order": float(present and order != 0.0),
-            "second.simultaneous": together,
+            "second.simultaneous_given_presence": together,
         }
 
     def _standardised(self, bands_FM: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.study2.config import BASE, METHODS, StudyRun
-from benchmarks.study2.scoring import KINDS, Kind, read_references, read_scores, sampled, study_plan
+from benchmarks.study2.scoring import Kind, read_references, read_scores, sampled, study_plan
 from services.files import write_atomically
 from services.weights.uri import resolve
 from training.data.store import read_json
@@ -101,17 +101,16 @@ def read_inputs(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     return clips, read_json(folder / SETS), read_json(folder / TRAININGS)
 
 
-def clip_metrics(clips: Mapping[str, Any], name: str, kinds: Sequence[Kind] = KINDS) -> SplitMetrics:
+def clip_metrics(clips: Mapping[str, Any], name: str, kinds: Sequence[Kind]) -> SplitMetrics:
     """Return the figures of the clips of a model, of several kinds together."""
     prompts: list[str] = []
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     for kind in kinds:
-        if kind in clips["kinds"]:
-            found = clips["kinds"][kind]
-            prompts += found["prompts"]
-            parts.append(
-                {metric: np.array(column, dtype=float) for metric, column in found["figures"][name].items()}
-            )
+        found = clips["kinds"][kind]
+        prompts += found["prompts"]
+        parts.append(
+            {metric: np.array(column, dtype=float) for metric, column in found["figures"][name].items()}
+        )
     return SplitMetrics(
         prompts=prompts,
         values={metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]},

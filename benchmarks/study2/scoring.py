@@ -29,18 +29,25 @@ from training.evaluation.sources import ModelSource, PlannedClip, clip_seed, pre
 from training.loop.progress import progress
 from training.soundworld.scenes import SceneConfig, draw_caption
 
-Kind = Literal["short", "long"]
+Kind = Literal["short", "long", "held_out"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-SECONDS: Final[Mapping[Kind, float]] = {"short": 2.56, "long": 5.12}
+PRIMARY_KINDS: Final[tuple[Kind, ...]] = ("short", "long")
+"""Kinds that the primary figure is of."""
+SECONDS: Final[Mapping[Kind, float]] = {"short": 2.56, "long": 5.12, "held_out": 2.56}
 PROMPT_SEED: Final = 90_211
 
 
 def study_plan(prompts: Prompts, kind: Kind, seeds: int) -> tuple[PlannedClip, ...]:
-    """Return the prompts and seeds of one kind: two events, or at 5.12 s three events in sequence."""
+    """Return the prompts and seeds of one kind: two events, or at 5.12 s three events in sequence.
+
+    Empty if the study has no prompts of this kind.
+    """
     scenes = SceneConfig(duration=SECONDS[kind], single=0.0, sequence=0.7, split=prompts.split)
     if kind == "long":
         scenes = replace(scenes, sequence=1.0, three=1.0)
-    count = prompts.short if kind == "short" else prompts.long
+    if kind == "held_out":
+        scenes = replace(scenes, held_out_templates=True)
+    count: int = getattr(prompts, kind)
     found: dict[str, Prompt] = {}
     index = 0
     while len(found) < count:

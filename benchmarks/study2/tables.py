@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study2.config import BASE, METHODS
 from benchmarks.study2.results import clip_metrics, comparisons, plain, read_inputs
-from benchmarks.study2.scoring import KINDS
+from benchmarks.study2.scoring import KINDS, PRIMARY_KINDS
 from services.files import write_atomically
 from training.evaluation.markdown import format_interval, table
 from training.evaluation.report import SplitMetrics, metric_differences, metric_intervals
@@ -42,7 +42,8 @@ def study_of(clips: Mapping[str, Any], sets: Mapping[str, Any], trained: Mapping
     """Return the content of study.json."""
     kinds = [kind for kind in KINDS if kind in clips["kinds"]]
     names = list(clips["kinds"][kinds[0]]["figures"])
-    splits = {"all": kinds} | ({kind: [kind] for kind in kinds} if len(kinds) > 1 else {})
+    primary = [kind for kind in kinds if kind in PRIMARY_KINDS]
+    splits = {"all": primary} | ({kind: [kind] for kind in kinds} if len(kinds) > 1 else {})
     found: Study = {"name": trained["name"], "start": trained["start"], "splits": {}}
     for split, parts in splits.items():
         metrics = {name: clip_metrics(clips, name, parts) for name in names}
@@ -63,7 +64,7 @@ def study_of(clips: Mapping[str, Any], sets: Mapping[str, Any], trained: Mapping
             "differences": differences,
             "pooled": pooled(metrics),
         }
-    found["judges"] = agreement(clips, names, kinds)
+    found["judges"] = agreement(clips, names, primary)
     found["growth"] = growth_of(found["splits"]["all"], trained["trainings"])
     found["trainings"] = {name: one["figures"] for name, one in trained["trainings"].items()}
     return found
@@ -181,8 +182,9 @@ COLUMNS: Final = (
     "presence",
     "order_given_presence",
     "reversed_given_presence",
-    "simultaneous",
-    "second.simultaneous",
+    "simultaneous_given_presence",
+    "second.simultaneous_given_presence",
+    "as_described",
     "fad.tagger",
     "fad.clap-b",
     "kad.clap-b",
@@ -193,7 +195,7 @@ COLUMNS: Final = (
     "reward",
     "clap.clap-b",
 )
-"""Figures of the tables, as far as there are."""
+"""Figures of the tables, as far as there are. `as_described`: in order or simultaneous, as prompted."""
 COMPARED: Final = (PRIMARY, SECOND, "presence", "order_given_presence", "fad.tagger", "fad.clap-b", "silent")
 
 

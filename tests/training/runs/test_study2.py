@@ -58,7 +58,7 @@ def test_the_smoke_study_ends_with_tables_that_its_result_alone_gives_again(tmp_
     lines = tabulate(tmp_path / "result")
     assert any(line.startswith("sft-dpo: present_and_in_order") for line in lines)
     found = json.loads((tmp_path / "result" / "study.json").read_text())
-    assert found["splits"].keys() == {"all", "short", "long"}
+    assert found["splits"].keys() == {"all", "short", "long", "held_out"}
     figures = found["splits"]["all"]["figures"]
     assert list(figures) == [BASE, "sft-dpo-0", "online-0", "pairs-2"]
     both = [read_scores(tmp_path / "figures" / kind / "base.npz").values for kind in ("short", "long")]
@@ -157,6 +157,9 @@ def test_the_prompts_have_two_or_three_events_and_are_of_their_split() -> None:
     assert (len(short), len(long)) == (80, 20)
     assert {len(one.prompt.truth.classes) for one in short if one.prompt.truth} == {2}
     assert {len(one.prompt.truth.classes) for one in long if one.prompt.truth} == {3}
+    templates = study_plan(prompts, "held_out", 1)
+    assert len(templates) == prompts.held_out
+    assert not {one.prompt.text for one in templates} & {one.prompt.text for one in short}
     other = study_plan(replace(prompts, split="validation"), "short", 1)
     assert not {one.prompt.text for one in other} & {one.prompt.text for one in short}
     assert study_mini().prompts.split == "test"
@@ -210,17 +213,17 @@ def test_the_second_judges_figures_by_hand() -> None:
     )
     clip_N = np.zeros(16, np.float32)
     apart = _judge({"dog": range(4, 9), "cat": range(12, 20)})
-    assert apart.figures(then, clip_N) | {"second.simultaneous": 0} == {
+    assert apart.figures(then, clip_N) | {"second.simultaneous_given_presence": 0} == {
         "second.presence": 1.0,
         "second.order_given_presence": 1.0,
         "second.present_and_in_order": 1.0,
-        "second.simultaneous": 0,
+        "second.simultaneous_given_presence": 0,
     }
     reversed_ = CaptionTruth(classes=("cat", "dog"), relation="then")
     assert apart.figures(reversed_, clip_N)["second.present_and_in_order"] == 0.0
-    assert apart.figures(both, clip_N)["second.simultaneous"] == 0.0
+    assert apart.figures(both, clip_N)["second.simultaneous_given_presence"] == 0.0
     half = _judge({"dog": range(4, 10), "cat": range(7, 20)})
-    assert half.figures(both, clip_N)["second.simultaneous"] == 1.0  # 3 of 6
+    assert half.figures(both, clip_N)["second.simultaneous_given_presence"] == 1.0  # 3 of 6
     missing = _judge({"dog": range(4, 9)}).figures(then, clip_N)
     assert missing["second.presence"] == 0.0 and np.isnan(missing["second.order_given_presence"])
 
