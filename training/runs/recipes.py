@@ -262,8 +262,12 @@ def dpo_mini() -> DpoTraining:
 
 
 def dpo_mini_safeguarded() -> DpoTraining:
-    """`dpo_mini` with Diffusion-SDPO's safeguard (arXiv 2511.03317): the chosen clips' errors do not rise."""
-    return replace(dpo_mini(), name="dpo-safeguarded", safeguard=0.0)
+    """`dpo_mini` with Diffusion-SDPO's safeguard (arXiv 2511.03317), as its authors set it for SD 1.5.
+
+    With a margin of 0 it does not act on `mini-base`: all factors were 1 in 64 pairs. With .9 their mean was
+    .60, over 9 steps of 16 pairs.
+    """
+    return replace(dpo_mini(), name="dpo-safeguarded", safeguard=0.9)
 
 
 def dpo_mini_crpo() -> DpoTraining:

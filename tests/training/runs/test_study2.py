@@ -171,7 +171,7 @@ def test_the_prompts_have_two_or_three_events_and_are_of_their_split() -> None:
         ("seeds=", "seeds is empty"),
         ("seeds=1,1", "seeds is 1,1"),
         ("methods=ppo", "methods: is 'ppo'"),
-        ("growth_betas=-5", "must be 0 or more"),
+        ("growth_betas=-5", "growth_betas is -5.0, must be above 0"),
         ("prompts.short=0", "short is 0"),
     ],
 )
