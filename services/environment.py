@@ -22,8 +22,6 @@ SWITCHES: dict[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
-    # gRPC reports a failed handshake to stderr by itself, in addition to the error of the call.
-    "GRPC_VERBOSITY": "ERROR",
 }
 """Variables that are always set."""
 

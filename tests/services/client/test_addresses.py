@@ -1,6 +1,9 @@
 """Addresses that are none, and connections whose two ends don't fit: real sockets and certificates."""
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,3 +194,18 @@ def test_a_port_where_nobody_listens_is_still_an_absent_service(face: str, waits
         ask(face, lambda client: client.get_model(), f"127.0.0.1:{free_port()}")
     assert type(caught.value) is ServiceUnavailableError
     assert len(waits) == 3
+
+
+def test_a_command_writes_one_line_about_a_failed_handshake(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    words = ["generate", "rain", "--tls", "-q", "-o", str(tmp_path / "a.wav")]
+    with serving(Told()) as target:
+        done = subprocess.run(
+            [sys.executable, "-m", "services.cli", *words, "--server", target],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3
+    assert done.stderr == f"error: {target} does not speak TLS; leave tls (--tls, --tls-ca, …) out\n"
