@@ -26,6 +26,18 @@ _REPLIES: Final = (
 )
 """How error replies of servers begin: of the Hugging Face hub, GitHub, S3 and proxies."""
 
+_ARCHIVES: Final = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first (gunzip)",
+    b"PK\x03\x04": "a ZIP archive; unpack it first (an Excel workbook: save it as CSV)",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV",
+    b"BZh": "compressed by bzip2; unpack it first (bunzip2)",
+    b"\xfd7zXZ": "compressed by xz; unpack it first (unxz)",
+    b"(\xb5/\xfd": "compressed by Zstandard; unpack it first (unzstd)",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"Rar!": "a RAR archive; unpack it first",
+}
+"""Files that hold others, by their first bytes."""
+
 _APPLE_DOUBLE: Final = bytes.fromhex("00051607")
 
 
@@ -85,6 +97,11 @@ def describe_file(head: bytes) -> str | None:
     if len(head) == HEAD and not any(head):
         return "a file of zero bytes, as an interrupted download leaves it; fetch it again"
     return None
+
+
+def describe_archive(head: bytes) -> str | None:
+    """Return which archive lies where a list or a sound belongs, as `describe_file`. Some weights are ZIP."""
+    return next((what for mark, what in _ARCHIVES.items() if head.startswith(mark)), None)
 
 
 def describe_path(path: Path) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError, invalid
-from services.files import HEAD, describe_file
+from services.files import HEAD, describe_archive, describe_file
 
 PROMPT_NAMES: Final = ("prompt", "captions", "caption", "text", "target")
 AUDIO_NAMES: Final = (
@@ -38,15 +38,6 @@ _GAP = re.compile(r"[\s,:]*")
 
 _MISSING: Final = ("nan", "none", "null", "n/a", "<na>", "undefined")
 """Texts of a missing value, in lower case."""
-_ARCHIVES: Final = {
-    b"\x1f\x8b": "compressed by gzip; unpack it first (gunzip)",
-    b"PK\x03\x04": "a ZIP archive, as Excel and LibreOffice save workbooks; unpack it, or save it as CSV",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV",
-    b"BZh": "compressed by bzip2; unpack it first (bunzip2)",
-    b"\xfd7zXZ": "compressed by xz; unpack it first (unxz)",
-    b"(\xb5/\xfd": "compressed by Zstandard; unpack it first (unzstd)",
-}
-"""What a file is by its first bytes, with the remedy."""
 _ENCODINGS: Final = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }  # fmt: skip
@@ -268,9 +259,10 @@ def _text(path: Path, field: str, name: str) -> str:
 
 def _what_is(content: bytes) -> str | None:
     """Return what a file is that is no list, and the remedy."""
-    found = next((what for mark, what in _ARCHIVES.items() if content.startswith(mark)), None)
     # A JSON list may look like a server's reply.
-    return found or (None if content.lstrip()[:1] in (b"{", b"[", b"") else describe_file(content[:HEAD]))
+    return describe_archive(content) or (
+        None if content.lstrip()[:1] in (b"{", b"[", b"") else describe_file(content[:HEAD])
+    )
 
 
 def _encoding(content: bytes) -> str:

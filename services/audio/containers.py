@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from services.files import HEAD, describe_file
+from services.files import HEAD, describe_archive, describe_file
 
 Container = Literal["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"]
 
@@ -25,6 +25,8 @@ _OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"NIST_1A", "a NIST SPHERE file"),
     (0, b"Creative Voice File", "a VOC file"),
     (8, b"AVI ", "an AVI file"),
+    (0, b"FLV\x01", "an FLV file"),
+    (0, b"DSD ", "a DSF file"),
 )
 """Other sound files: offset and content of a mark, and their name."""
 
@@ -88,7 +90,7 @@ def open_container(audio: bytes) -> tuple[Container, bytes]:
 
 def _describe(audio: bytes) -> str:
     """Return what a file is that can't be read, with the remedy."""
-    if found := describe_file(audio[:HEAD]):
+    if found := describe_file(audio[:HEAD]) or describe_archive(audio[:HEAD]):
         return f"is {found}"
     for offset, mark, name in _OTHERS:
         if audio[offset : offset + len(mark)] == mark:
