@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from services.errors import invalid
 from services.models.clap.model import ClapModel
-from services.models.reward.model import RewardConfig, RewardModel
+from services.models.reward.model import WEIGHTS_NAME, RewardConfig, RewardModel, read_reward_config
+from services.models.state_dicts import check_weights
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
@@ -94,6 +96,9 @@ class RewardTraining:
     data: DataConfig
     loop: LoopConfig
     head: HeadConfig = field(default_factory=HeadConfig)
+    init: Path | None = None
+    """Folder of a reward model to start from; its sizes must be those of `head`, and its CLAP model this one
+    or an earlier state of it. None: a random head."""
     label_smoothing: ErrorRate = 0.0
     """Assumed error rate of the annotators, for either objective."""
     class_weights: tuple[Factor, Factor] = (1.0, 1.0)
@@ -147,6 +152,8 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     content |= report_prompts(places, clap.prompt_warnings, resolved.identity.name, quiet=not main)
     torch.manual_seed(config.loop.seed)
     model = build_model(config, clap, resolved)
+    if config.init is not None:
+        continue_head(model, config.init)
     validation = examples["validation"]
     fitted = fit(
         model.head,
@@ -240,6 +247,17 @@ def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel
         **asdict(config.head),
     )
     return RewardModel(clap, sizes).to(clap.device)
+
+
+def continue_head(model: RewardModel, folder: Path) -> None:
+    """Load the head of the reward model in `folder`.
+
+    Raises `ModelFormatError` if it is none, or of other sizes.
+    """
+    read_reward_config(folder)
+    weights = load_file(folder / WEIGHTS_NAME)
+    check_weights(str(folder), model.head, {name: value.shape for name, value in weights.items()})
+    model.head.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
 def loss_of(

@@ -9,20 +9,28 @@ import soundfile
 from torch import Tensor, nn, tensor
 from typer.testing import CliRunner
 
-from services.errors import DigestMismatchError, InvalidInputError, ModelNotFoundError, OutputError
+from services.errors import (
+    DigestMismatchError,
+    InvalidInputError,
+    ModelFormatError,
+    ModelNotFoundError,
+    OutputError,
+)
 from services.models.clap.loading import load_clap
 from services.models.clap.model import ClapModel
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.reward.model import load_reward
+from services.weights.uri import resolve
 from tests.tiny import tiny_clap
 from training.commands.main import train as train_app
+from training.data.scenes import soundworld_examples
 from training.loop.config import override
 from training.loop.fit import Positions
 from training.loop.run_folder import JOURNAL, read_journal
 from training.reward import train as train_reward_module
 from training.reward.data import DataConfig
 from training.reward.report import HeadOutputs, reliability_plot
-from training.reward.train import RewardTraining, train_reward
+from training.reward.train import RewardTraining, build_model, continue_head, train_reward
 from training.runs.recipes import reward_smoke
 from training.soundworld.scenes import split_of
 
@@ -71,6 +79,22 @@ def test_the_output_is_a_model_that_can_be_loaded(trained: Path, clap_folder: Pa
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in trained.iterdir())
 
 
+def test_a_training_can_start_from_the_head_of_another(
+    trained: Path, config: RewardTraining, clap_folder: Path, tmp_path: Path
+) -> None:
+    clap, digest = _clap(clap_folder)
+    resolved = resolve(config.clap)
+    model, earlier = build_model(config, clap, resolved), load_reward(trained, clap, digest)
+    continue_head(model, trained)
+    for name, value in earlier.head.state_dict().items():
+        assert model.head.state_dict()[name].equal(value)
+    other = replace(config, head=replace(config.head, width=32))
+    with pytest.raises(ModelFormatError):
+        continue_head(build_model(other, clap, resolved), trained)
+    with pytest.raises(ModelFormatError, match=r"config\.json"):
+        train_reward(replace(config, init=tmp_path), tmp_path / "out")
+
+
 def test_the_report_has_all_metrics(trained: Path) -> None:
     report = json.loads((trained / "evaluation.json").read_text())
     for metrics in (report["pair_accuracy"], report["clap_pair_accuracy"]):
@@ -79,7 +103,8 @@ def test_the_report_has_all_metrics(trained: Path) -> None:
         assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 for f in metrics.values())
     assert set(report["calibration"]["expected_calibration_error"]) == {"before", "after"}
     assert 0 <= report["labelled"]["auc"] <= 1
-    assert report["examples"]["train"]["liked"] == 24
+    labelled = soundworld_examples(reward_smoke().data.soundworld, "train").labelled
+    assert report["examples"]["train"]["liked"] == sum(example.label for example in labelled)
     assert report["settings"]["loop.steps"] == 6
     assert (trained / "reliability.png").read_bytes().startswith(b"\x89PNG")
     card = (trained / "README.md").read_text()
