@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from services.models.clap.loading import load_clap
+from services.models.manifest import verify_manifest
 from services.models.mini import mini_folder
+from services.models.reward.model import load_reward
 from training.mini import clap, evaluate_clap, parsing
 from training.mini.clap import TEXT_LENGTH, build_tokenizer
-from training.mini.evaluate_reward import pair_accuracy, real_pairs
+from training.mini.evaluate_reward import pair_accuracy, real_pairs, reward_score
 from training.soundworld.captions import CaptionTruth, word_classes, words
-from training.soundworld.scenes import SceneConfig, make_scene, split_of
+from training.soundworld.scenes import BACKGROUNDS, SceneConfig, make_scene, split_of
 
 THEN = CaptionTruth(classes=("dog", "siren"), relation="then")
 WHILE = CaptionTruth(classes=("dog", "siren"), relation="while")
@@ -121,6 +123,25 @@ def test_the_shipped_models_hear_what_and_not_when() -> None:
     assert isinstance(against, dict)
     assert against["missing"][0] > 0.9 and against["replaced"][0] > 0.9
     assert 0.2 < against["swapped"][0] < 0.8
+    empty = figures["above_empty"]
+    assert isinstance(empty, dict) and set(empty) == set(BACKGROUNDS)
+    assert min(share for share, _, _ in empty.values()) > 0.95
+
+
+@pytest.mark.parametrize("kind", [*BACKGROUNDS, "swapped"])
+def test_the_shipped_reward_model_prefers_the_right_clip_to_none_and_to_the_reverse(kind: str) -> None:
+    folder = mini_folder("clap-a")
+    reward = load_reward(mini_folder("reward"), load_clap(folder), verify_manifest(folder).digest)
+    accuracy = pair_accuracy(reward_score(reward), real_pairs(kind, 16))
+    assert accuracy is not None and accuracy[0] > 0.9
+
+
+@pytest.mark.parametrize("prompt", ["A toilet flushes", "a zebra brays and a crowd cheers"])
+def test_the_shipped_models_say_what_they_can_not_read(prompt: str) -> None:
+    for name in ("clap-a", "clap-b"):
+        model = load_clap(mini_folder(name))
+        assert not model.reads(prompt)
+        assert model.reads("church bells") and model.reads("A DOG barks!")
 
 
 def test_pairs_are_counted_by_prompt() -> None:
