@@ -34,6 +34,12 @@ def memory_mib(pid: int | str = "self") -> dict[str, float]:
     return {name: int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def machine() -> str:
     """Return the name of the GPU, else the number of cores and the processor."""
     if torch.cuda.is_available():

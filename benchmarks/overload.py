@@ -1,17 +1,21 @@
-"""What a generation service does under more load than it can carry, and to one caller next to a greedy one.
+"""What services do under more load than they can carry, and generation to one caller next to a greedy one.
 
-    python -m benchmarks.overload [--seconds 60] [--model mini] [--output build/bench/overload.json]
+    python -m benchmarks.overload [--seconds 60] [--services generation scoring reward] [--output FILE]
 
-It starts a service on one thread, so that the clients have a core of their own, with three callers by token.
+It starts each service on one thread, so that the clients have a core of their own, with callers by token.
 Measured, as ratios in one run:
 
-* a caller's calls, one after another, alone and next to each kind of greedy caller;
+* of generation, a caller's calls, one after another, alone and next to each kind of greedy caller, and the
+  calls that end well next to a caller who makes a thousand calls a second;
 * at three times the rate that the device can carry, with and without deadlines: the calls that end well per
-  second, over those of callers who never stop (the capacity).
+  second, over those of callers who never stop (the capacity), and the processor time of the service for each.
+
+Calls of scoring and reward have one clip, and are serialized before: the client needs little of its core.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -25,10 +29,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import grpc.aio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import PROMPT, machine, service_plan, write_report
+from benchmarks.measuring import PROMPT, RATE, cpu_seconds, machine, noise_clips, service_plan, write_report
+from milonga.v1 import audio_pb2, generation_pb2, reward_pb2, scoring_pb2
+from services.catalogue import GENERATION, REWARD, SCORING
 from services.client import AsyncAudioClient
 from services.errors import MilongaError
 from services.processes import running
@@ -38,8 +45,14 @@ CALLERS: Final = ("caller", "greedy", "others")
 CAPACITY_CALLS: Final = 16
 """Calls at once that measure the capacity: two full batches."""
 DEADLINE: Final = 7.0
-"""Deadline of a call under overload, in unloaded times."""
+"""Deadline of a call under overload, in unloaded times; a second at least."""
 OVERLOAD: Final = 3.0
+HAMMER_RATE: Final = 1_000.0
+"""Calls a second of a caller who does not wait, each with a timeout of `HAMMER_TIMEOUT` seconds."""
+HAMMER_TIMEOUT: Final = 30.0
+
+Work = Callable[[float], Awaitable["Call"]]
+"""Makes a call with a timeout in seconds."""
 
 GREEDY: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "32 calls at once": (32, {}),
@@ -103,25 +116,37 @@ async def one_after_another(client: AsyncAudioClient, count: int) -> list[float]
     return found
 
 
-async def capacity(client: AsyncAudioClient, seconds: float) -> float:
-    """Return the calls per second of callers who never stop."""
-    async with repeating(lambda: call(client), CAPACITY_CALLS) as done:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """How many calls ended well."""
+
+    good: float
+    """A second."""
+    cpu: float
+    """Seconds of the service's processor time for each."""
+    errors: Counter[str]
+
+
+async def capacity(work: Work, pid: int, seconds: float) -> Rate:
+    """Return the rate of callers who never stop."""
+    async with repeating(lambda: work(600.0), CAPACITY_CALLS) as done:
         await asyncio.sleep(seconds / 4)
-        before, start = len(done), time.monotonic()
+        done.clear()
+        start, cpu = time.monotonic(), cpu_seconds(pid)
         await asyncio.sleep(seconds)
-        return (len(done) - before) / (time.monotonic() - start)
+        good, span = sum(one.error is None for one in done), time.monotonic() - start
+        errors = Counter(one.error for one in done if one.error is not None)
+        return Rate(good=good / span, cpu=(cpu_seconds(pid) - cpu) / max(1, good), errors=errors)
 
 
-async def overload(
-    client: AsyncAudioClient, rate: float, seconds: float, timeout: float
-) -> tuple[float, Counter[str]]:
-    """Call at random times; return the good calls per second and the errors. A quarter at most is warm-up."""
+async def overload(work: Work, pid: int, rate: float, seconds: float, timeout: float) -> Rate:
+    """Call at random times; return the rate. A quarter at most is warm-up."""
     calls: list[tuple[float, Call]] = []
-    start = time.monotonic()
+    start, cpu = time.monotonic(), 0.0
     warm = min(seconds / 4, timeout)
 
     async def one() -> None:
-        done = await call(client, timeout)
+        done = await work(timeout)
         calls.append((time.monotonic() - start, done))
 
     tasks = []
@@ -130,56 +155,175 @@ async def overload(
         await asyncio.sleep(max(0.0, start + due - time.monotonic()))
         tasks.append(asyncio.create_task(one()))
         due += random.expovariate(rate)
+        cpu = cpu or (cpu_seconds(pid) if due >= warm else 0.0)
     good = sum(done.error is None and warm <= ended for ended, done in calls)
-    span = time.monotonic() - start - warm
+    span, used = time.monotonic() - start - warm, cpu_seconds(pid) - cpu
     errors = Counter(done.error for _, done in calls if done.error is not None)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return good / span, errors
+    return Rate(good=good / span, cpu=used / max(1, good), errors=errors)
 
 
-async def measure(clients: dict[str, AsyncAudioClient], seconds: float, calls: int) -> dict[str, Any]:
-    """Return the report."""
-    caller, greedy, others = (clients[name] for name in CALLERS)
+async def overloads(work: Work, pid: int, seconds: float) -> dict[str, Any]:
+    """Return the report of three times the load, with and without deadlines."""
+    report = {}
+    alone = [await work(600.0) for _ in range(12)]
+    unloaded = median(one.seconds for one in alone[4:])
+    for name, timeout in (("with deadlines", max(1.0, DEADLINE * unloaded)), ("without deadlines", 3600.0)):
+        most = await capacity(work, pid, seconds / 2)
+        found = await overload(work, pid, OVERLOAD * most.good, seconds, timeout)
+        report[name] = {
+            "unloaded": round(unloaded, 3),
+            "capacity": round(most.good, 3),
+            "goodput": round(found.good / most.good, 3),
+            "cpu_seconds_of_a_good_call": {"capacity": round(most.cpu, 4), "overload": round(found.cpu, 4)},
+            "errors": dict(found.errors),
+        }
+        print(name, report[name], flush=True)
+    return report
+
+
+async def next_to_greedy(clients: dict[str, AsyncAudioClient], calls: int) -> dict[str, Any]:
+    """Return the report of a caller next to each kind of greedy one."""
+    caller, greedy, _ = (clients[name] for name in CALLERS)
     await one_after_another(caller, 4)
-    report: dict[str, Any] = {"next_to_greedy": {}, "overload": {}}
+    report: dict[str, Any] = {}
     for name, (count, options) in GREEDY.items():
         alone = await one_after_another(caller, max(4, calls // 4))
         client = clients["batch"] if "batch" in name else greedy
         async with repeating(partial(call, client, **options), count):
             await asyncio.sleep(3 * median(alone))
             busy = sorted(await one_after_another(caller, calls))
-        report["next_to_greedy"][name] = {
+        report[name] = {
             "alone": round(median(alone), 3),
             "median": round(median(busy) / median(alone), 2),
             "longest": round(busy[-1] / median(alone), 2),
         }
-        print(name, report["next_to_greedy"][name], flush=True)
+        print(name, report[name], flush=True)
         await asyncio.sleep(2)
-    unloaded = median(await one_after_another(caller, 4))
-    for name, timeout in (("with deadlines", DEADLINE * unloaded), ("without deadlines", 3600.0)):
-        most = await capacity(others, seconds / 2)
-        good, errors = await overload(others, OVERLOAD * most, seconds, timeout)
-        report["overload"][name] = {
-            "unloaded": round(unloaded, 3),
-            "capacity": round(most, 3),
-            "goodput": round(good / most, 3),
-            "errors": dict(errors),
-        }
-        print(name, report["overload"][name], flush=True)
+    return report
+
+
+async def hammered(work: Work, hammer: Work, seconds: float) -> dict[str, Any]:
+    """Return the share of calls that end well next to a caller who makes `HAMMER_RATE` calls a second.
+
+    Measured in turns with and without, since other programs use the machine too.
+    """
+    good: Counter[bool] = Counter()
+    refused = 0
+    async with repeating(lambda: work(600.0), CAPACITY_CALLS) as done:
+        for loud in (False, True) * 3:
+            calls: list[Call] = []
+            knocking = asyncio.create_task(_knock(hammer, calls) if loud else asyncio.sleep(0))
+            await asyncio.sleep(seconds / 24)
+            done.clear()
+            calls.clear()
+            await asyncio.sleep(seconds / 8)
+            good[loud] += sum(one.error is None for one in (*done, *calls))
+            refused += sum(one.error == "RESOURCE_EXHAUSTED" for one in calls)
+            knocking.cancel()
+            await asyncio.gather(knocking, return_exceptions=True)
+    report = {
+        "share": round(good[True] / max(1, good[False]), 3),
+        "refused_a_second": round(8 * refused / 3 / seconds),
+    }
+    print("a thousand calls a second", report, flush=True)
+    return report
+
+
+async def _knock(work: Work, calls: list[Call]) -> None:
+    async def one() -> None:
+        calls.append(await work(HAMMER_TIMEOUT))
+
+    async with asyncio.TaskGroup() as tasks:
+        start = time.monotonic()
+        for number in itertools.count():
+            await asyncio.sleep(max(0.0, start + number / HAMMER_RATE - time.monotonic()))
+            tasks.create_task(one())
+
+
+def raw_call(channel: grpc.aio.Channel, method: str, message: bytes, token: str) -> Work:
+    """Return a function that calls an rpc with a message that is serialized already."""
+    rpc: Any = channel.unary_unary(method)
+    metadata = (("authorization", f"Bearer {token}"),)
+
+    async def work(timeout: float) -> Call:
+        start, error = time.monotonic(), None
+        try:
+            await rpc(message, metadata=metadata, timeout=timeout)
+        except grpc.aio.AioRpcError as raised:
+            error = raised.code().name
+        return Call(seconds=time.monotonic() - start, error=error)
+
+    return work
+
+
+def message_of(service: str) -> tuple[str, bytes]:
+    """Return an rpc and a request for one clip."""
+    (waveform,) = noise_clips(1)
+    clip = audio_pb2.Clip(
+        audio=waveform.tobytes(), encoding=audio_pb2.AUDIO_ENCODING_FLOAT32, sample_rate_hertz=RATE
+    )
+    pairs = [audio_pb2.PromptedClip(prompt=PROMPT, clip=clip)]
+    method, request = {
+        GENERATION.name: (
+            "GenerationService/GenerateAudio",
+            generation_pb2.GenerateAudioRequest(prompt=PROMPT),
+        ),
+        SCORING.name: ("ScoringService/BatchScoreAudio", scoring_pb2.BatchScoreAudioRequest(pairs=pairs)),
+        REWARD.name: (
+            "RewardService/BatchComputeRewards",
+            reward_pb2.BatchComputeRewardsRequest(pairs=pairs),
+        ),
+    }[service]
+    return f"/milonga.v1.{method}", request.SerializeToString()
+
+
+MODELS: Final = {
+    GENERATION.name: ("--model", "mini"),
+    SCORING.name: ("--scorer", "clap-a=mini:clap-a"),
+    REWARD.name: ("--model", "mini"),
+}
+
+
+async def measure(
+    service: str, address: str, pid: int, tokens: dict[str, str], seconds: float, calls: int
+) -> dict[str, Any]:
+    """Return the report of a service."""
+    report: dict[str, Any] = {}
+    connections = (("grpc.use_local_subchannel_pool", 1),)  # one each
+    async with (
+        grpc.aio.insecure_channel(address, connections) as first,
+        grpc.aio.insecure_channel(address, connections) as second,
+    ):
+        others = raw_call(first, *message_of(service), tokens["others"])
+        greedy = raw_call(second, *message_of(service), tokens["greedy"])
+        report["overload"] = await overloads(others, pid, seconds)
+        if service != GENERATION.name:
+            return report
+        report["hammered"] = await hammered(others, greedy, seconds)
+    if calls:
+        clients = {name: AsyncAudioClient(address, token=token, retries=0) for name, token in tokens.items()}
+        clients["batch"] = AsyncAudioClient(address, token=tokens["greedy"], retries=0, priority="batch")
+        try:
+            report["next_to_greedy"] = await next_to_greedy(clients, calls)
+        finally:
+            for client in clients.values():
+                await client.close()
     return report
 
 
 def main() -> None:
     """Measure, print tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--services", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=60.0, help="of each overload")
-    parser.add_argument("--calls", type=int, default=20, help="next to each greedy caller")
-    parser.add_argument("--model", default="mini")
+    parser.add_argument("--calls", type=int, default=20, help="next to each greedy caller; 0: none")
     parser.add_argument("--output", type=Path, default=Path("build/bench/overload.json"))
     arguments = parser.parse_args()
     tokens = {name: new_token() for name in CALLERS}
+    report: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "services": {}}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "callers.toml"
         file.write_text(
@@ -187,35 +331,27 @@ def main() -> None:
                 f'[callers.{name}]\ntokens = ["{token_digest(token)}"]\n' for name, token in tokens.items()
             )
         )
-        plan = service_plan(
-            "generation", "--model", arguments.model, "--threads", "1", "--callers-file", str(file)
-        )
-        with running([plan], logs=Path(folder)) as (service,):
-            service.wait_until_serving()
-            report = asyncio.run(_measure(plan.address, tokens, arguments.seconds, arguments.calls))
-    report |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "model": arguments.model}
+        for name in arguments.services:
+            plan = service_plan(name, *MODELS[name], "--threads", "1", "--callers-file", str(file))
+            with running([plan], logs=Path(folder)) as (service,):
+                service.wait_until_serving()
+                pid, seconds = service.process.pid, arguments.seconds
+                found = asyncio.run(measure(name, plan.address, pid, tokens, seconds, arguments.calls))
+            report["services"][name] = found
     write_report(arguments.output, report)
-    _print(report)
+    _print(report["services"])
 
 
-async def _measure(address: str, tokens: dict[str, str], seconds: float, calls: int) -> dict[str, Any]:
-    clients = {name: AsyncAudioClient(address, token=token, retries=0) for name, token in tokens.items()}
-    clients["batch"] = AsyncAudioClient(address, token=tokens["greedy"], retries=0, priority="batch")
-    try:
-        return await measure(clients, seconds, calls)
-    finally:
-        for client in clients.values():
-            await client.close()
-
-
-def _print(report: dict[str, Any]) -> None:
+def _print(services: dict[str, Any]) -> None:
     table = Table("next to a greedy caller", "alone, s", "median", "longest")
-    for name, row in report["next_to_greedy"].items():
+    for name, row in services.get(GENERATION.name, {}).get("next_to_greedy", {}).items():
         table.add_row(name, f"{row['alone']:.2f}", f"{row['median']:.2f} ×", f"{row['longest']:.2f} ×")
     Console().print(table)
     table = Table("three times the load", "capacity, calls/s", "goodput", "errors")
-    for name, row in report["overload"].items():
-        table.add_row(name, f"{row['capacity']:.2f}", f"{row['goodput']:.0%}", json.dumps(row["errors"]))
+    for service, report in services.items():
+        for name, row in report["overload"].items():
+            errors = json.dumps(row["errors"])
+            table.add_row(f"{service} {name}", f"{row['capacity']:.2f}", f"{row['goodput']:.0%}", errors)
     Console().print(table)
 
 

@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from tritonclient.grpc import service_pb2 as oip
 
 from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
@@ -97,7 +98,7 @@ def rpcs(*services: Any) -> list[Rpc]:
     ]
 
 
-PROBES: Final = ("/grpc.health.v1.Health/", *OPEN)
+PROBES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/", *OPEN)
 """Rpcs whose statuses have no details."""
 INFERENCE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICES: Final = {
@@ -111,7 +112,11 @@ SERVICES: Final = {
         INFERENCE,
         health_pb2.DESCRIPTOR.services_by_name["Health"],
     ),
-    REWARD.name: (reward_pb2.DESCRIPTOR.services_by_name["RewardService"], INFERENCE),
+    REWARD.name: (
+        reward_pb2.DESCRIPTOR.services_by_name["RewardService"],
+        INFERENCE,
+        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+    ),
     CAPTIONING.name: (captioning_pb2.DESCRIPTOR.services_by_name["CaptioningService"], INFERENCE),
 }
 SOUND_REQUESTS: Final[tuple[Message, ...]] = (
@@ -119,6 +124,12 @@ SOUND_REQUESTS: Final[tuple[Message, ...]] = (
     reward_pb2.RankAudioRequest(prompt=PROMPT, clips=[CLIP, CLIP]),
     scoring_pb2.BatchEmbedAudioRequest(clips=[CLIP]),
     scoring_pb2.BatchEmbedTextRequest(prompts=[PROMPT]),
+    reflection_pb2.ServerReflectionRequest(file_containing_symbol="milonga.v1.RewardService.RankAudio"),
+    reflection_pb2.ServerReflectionRequest(
+        file_containing_extension=reflection_pb2.ExtensionRequest(
+            containing_type="google.protobuf.MethodOptions", extension_number=1
+        )
+    ),
     *(_infer(entry.model) for entry in (*CATALOGUE.values(), CAPTIONING)),
 )  # fmt: skip
 

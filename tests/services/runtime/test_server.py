@@ -67,6 +67,7 @@ def test_health_knows_the_service_by_name(engine: Engine) -> None:
 PROBES = (
     "grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch",
     *(f"inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )  # fmt: skip
 
 
