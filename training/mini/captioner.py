@@ -31,7 +31,7 @@ from training.mini.captioner_clips import Sound, load_sounds, scene_sound
 from training.mini.captioner_encoder import CAPTIONER, ENCODER, Detector, at_level
 from training.mini.parsing import word_tokenizer
 from training.mini.parts import train_part
-from training.soundworld.captions import VOCABULARY, CaptionTruth
+from training.soundworld.captions import VOCABULARY, CaptionTruth, words
 from training.soundworld.reading import grammar_events
 from training.soundworld.synthesis import CLASSES
 
@@ -57,8 +57,10 @@ class EncodedClips:
 
 def build_tokenizer(prompt: str) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token a word of the grammar and of the prompt: ``<s> user : … </s>``."""
-    words = dict.fromkeys(part for word in prompt.lower().split() for part in _marks(word))
-    tokenizer = word_tokenizer(("<pad>", "<s>", "</s>", "<unk>", *words), CAPTION_TOKENS + len(words))
+    asked = dict.fromkeys(part for word in prompt.lower().split() for part in _marks(word))
+    further = [word for word in asked if word not in words()]
+    special = ("<pad>", "<s>", "</s>", "<unk>", *further)
+    tokenizer = word_tokenizer(special, CAPTION_TOKENS + len(asked))
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()  # no space before a comma
     return tokenizer
 
@@ -126,8 +128,8 @@ def encoded_clips(work: Path, encoder: EatEncoder) -> EncodedClips:
 def plain_caption(truth: CaptionTruth) -> str:
     """Return the first wording of each event, in order of time, or else of `CLASSES`."""
     names = truth.classes if truth.relation == "then" else sorted(truth.classes, key=CLASSES.index)
-    words = [VOCABULARY[name][0] for name in names]
-    clauses = [f"{one.nouns[0].singular[0]} {one.verbs[0].singular}" for one in words]
+    groups = [VOCABULARY[name][0] for name in names]
+    clauses = [f"{one.nouns[0].singular[0]} {one.verbs[0].singular}" for one in groups]
     return f" {'while' if truth.relation == 'while' else 'then'} ".join(clauses)
 
 
