@@ -14,6 +14,8 @@ from pathlib import Path
 from services.models.mini import PARTS
 
 MINI = "training.mini."
+LATER = ("reward", "captioner")
+"""Parts that learn from others as they ship."""
 
 
 def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]]:
@@ -33,9 +35,15 @@ def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]
         [f"{MINI}clap", *work, "--name", "clap-a"],
         [f"{MINI}clap", *work, "--name", "clap-b"],
         # The reward model uses clap-a as it ships, and learns from clips of mini.
-        [f"{MINI}package", *work, *(f"--only={name}" for name in PARTS if name != "reward")],
+        [f"{MINI}package", *work, *(f"--only={name}" for name in PARTS if name not in LATER)],
         ["services.cli", "train", "reward", "--recipe", "mini", "--output", "{work}/reward"],
         [f"{MINI}package", *work, "--only=reward"],
+        # The captioner also learns from clips of mini.
+        [f"{MINI}captioner_clips", *work],
+        [f"{MINI}captioner_encoder", *work],
+        [f"{MINI}captioner", *work],
+        [f"{MINI}package", *work, "--only=captioner"],
+        [f"{MINI}evaluate_captioner", "--output", "{work}/evaluation-captioner.json"],
         [f"{MINI}evaluate", "--reconstruction", "300", "--output", "{work}/evaluation.json"],
         [f"{MINI}evaluate_clap", "--output", "{work}/evaluation-clap.json"],
         [f"{MINI}evaluate_reward", "--output", "{work}/evaluation-reward.json"],

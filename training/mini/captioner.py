@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import decoders
+from tokenizers import Regex, decoders
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -61,7 +61,9 @@ def build_tokenizer(prompt: str) -> PreTrainedTokenizerFast:
     further = [word for word in asked if word not in words()]
     special = ("<pad>", "<s>", "</s>", "<unk>", *further)
     tokenizer = word_tokenizer(special, CAPTION_TOKENS + len(asked))
-    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()  # no space before a comma
+    # No space before a comma; and without the one that the tokenizer makes of the prompt's last colon.
+    first = decoders.Replace(Regex("^, *"), "")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.WordPiece(), decoders.Fuse(), first])
     return tokenizer
 
 

@@ -22,7 +22,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from services.api.reading import EVENTS
 from services.errors import InvalidInputError, invalid
+from services.models.captioner.model import Captioner
 from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
 from services.models.mini import PARTS, mini_folder
@@ -96,6 +98,13 @@ def package_tagger(work: Path, name: str, target: Path) -> None:
     EventTagger.from_pretrained(work / name / "final").half().save_pretrained(target)
 
 
+def package_captioner(work: Path, name: str, target: Path) -> None:
+    """Package the captioner, in half precision, with the list of its events."""
+    folder = work / name / "model" / "final"
+    Captioner.from_pretrained(folder).save_pretrained(target, dtype="float16")
+    shutil.copyfile(folder / EVENTS, target / EVENTS)
+
+
 PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
     "mini": package_pipeline,
     "mini-base": package_pipeline,
@@ -103,6 +112,7 @@ PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
     "clap-b": package_clap,
     "reward": package_reward,
     "tagger": package_tagger,
+    "captioner": package_captioner,
 }
 
 

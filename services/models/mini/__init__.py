@@ -4,10 +4,10 @@ from pathlib import Path
 
 from services.errors import ModelNotFoundError
 
-PARTS = ("mini", "mini-base", "clap-a", "clap-b", "reward", "tagger")
+PARTS = ("mini", "mini-base", "clap-a", "clap-b", "reward", "tagger", "captioner")
 """`mini`: the default text-to-audio model. `mini-base`: pretrained with deliberately wrong captions, the
 start of alignment. `clap-a`, `clap-b`: CLAP scorers. `reward`: a reward model that uses `clap-a`. `tagger`:
-the independent judge of evaluations."""
+the independent judge of evaluations. `captioner`: describes clips, the judge of the round trip."""
 
 
 def mini_folder(name: str) -> Path:
