@@ -100,10 +100,10 @@ def convert_captioner(
             raise ModelNotFoundError(f"{path} does not exist")
     folder = folder_or_hub("language model", language_model, "lmsys/vicuna-7b-v1.5", _LANGUAGE_MODEL_FILES)
     with new_folder(target) as made:
-        report("trained weights")
-        projector, lora, adapters = read_trained(model, peft, lora_alpha)
         report("audio encoder")
         encoder = load_eat(eat, heads)
+        report("trained weights")
+        projector, lora, adapters = read_trained(model, peft, lora_alpha)
         width = embedding_width(meta_language_model(folder))
         config = replace(config, projector_width=_hidden_width(projector) or config.projector_width)
         joined = build_projector(str(model), config, encoder.config, projector, width)

@@ -105,8 +105,8 @@ def _read_fairseq(path: Path) -> Mapping[str, Any]:
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict):
         raise ModelFormatError(
-            f"{path} is no EAT checkpoint of fairseq: it must hold a dictionary with 'model'; give the file "
-            "that EAT's page offers"
+            f"{path} is no EAT checkpoint of fairseq: it must hold a dictionary with 'model'; give "
+            "EAT's file, then SLAM-AAC's model.pt"
         )
     return model
 

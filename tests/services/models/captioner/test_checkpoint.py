@@ -384,5 +384,5 @@ def test_a_converted_folder_has_its_manifest(released: Path, converted_folder: P
     assert verify_manifest(again).digest == manifest.digest
     stages: list[str] = []
     convert(write_released(tmp_path / "more"), tmp_path / "other", progress=stages.append, name="slam-aac")
-    assert stages == ["trained weights", "audio encoder", "language model", "model folder"]
+    assert stages == ["audio encoder", "trained weights", "language model", "model folder"]
     assert verify_manifest(tmp_path / "other").name == "slam-aac"
