@@ -1,9 +1,10 @@
-"""Generate and score clips of three prompts; write a page with players and print a table. Run by `make demo`.
+"""Generate, score and describe clips of three prompts; write a page with players, print tables: `make demo`.
 
     python examples/demo.py [--out build/demo] [--model mini] [--steps 25] [--seed 7]
 
 Starts the services as child processes, waits until each is SERVING, streams the progress of each prompt,
-scores every clip for every prompt, writes WAV files and one self-contained HTML page, and stops the services.
+scores every clip for every prompt, describes it in a sentence, writes WAV files and one self-contained HTML
+page, and stops the services.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services import client
 from services.audio.spectrogram import spectrogram_png
-from services.catalogue import GENERATION, REWARD, SCORING
+from services.catalogue import CATALOGUE
 from services.cli.options import embedded_words
 from services.cli.outputs import Cell, make_folder, print_table
 from services.cli.progress import stage_of
@@ -57,7 +58,7 @@ class PairScores:
 
 def plans(model: str) -> list[ServicePlan]:
     """Return the services, each on a free port; generation with `model`, the others with embedded weights."""
-    arguments = {entry.name: embedded_words(entry) for entry in (GENERATION, SCORING, REWARD)}
+    arguments = {entry.name: embedded_words(entry) for entry in CATALOGUE.values()}
     arguments["generation"] = ("--model", model)
     return [
         ServicePlan(name=name, arguments=flags, address=f"127.0.0.1:{free_port()}")
@@ -121,6 +122,7 @@ CARD = """
   <p>seed {seed} · {duration:.2f} s of sound in {seconds:.2f} s · denoising {denoise:.2f} s,
      decoding {decode:.2f} s · <a download="{file}" href="{sound}">{file}</a>{warnings}</p>
   <p>{scores_text}</p>
+  <p>the captioner: {caption}</p>
 </article>"""
 
 PAGE = """<!doctype html>
@@ -147,7 +149,7 @@ PAGE = """<!doctype html>
 """
 
 
-def card(sound: Sound, file: str, scorers: Sequence[str], scored: PairScores) -> str:
+def card(sound: Sound, file: str, scorers: Sequence[str], scored: PairScores, caption: str) -> str:
     """Return the part of the page that shows one clip."""
     scores = (f"{html.escape(name)} {score:.3f}" for name, score in zip(scorers, scored.scores, strict=True))
     warnings = "".join(
@@ -165,6 +167,7 @@ def card(sound: Sound, file: str, scorers: Sequence[str], scored: PairScores) ->
         decode=sound.finished.timings.decode,
         file=file,
         warnings=warnings,
+        caption=html.escape(caption),
         scores_text=f"CLAP score {' · '.join(scores)} · reward {scored.reward.logit:.2f}, "
         f"probability {scored.reward.probability:.3f}",
     )
@@ -185,12 +188,13 @@ def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
     """Run the whole demo. Return the path of the page."""
     console = Console(stderr=True)
     make_folder(out)
-    console.print(f"starting generation ({model}), scoring and reward (logs: {out}/*.log)", highlight=False)
+    names = ", ".join(CATALOGUE)
+    console.print(f"starting {names}; the generator is {model} (logs: {out}/*.log)", highlight=False)
     start = time.monotonic()
     with running(plans(model), logs=out) as services:
         for service in services:
             service.wait_until_serving()
-        generation, scoring, reward = (service.target for service in services)
+        targets = {service.plan.name: service.target for service in services}
         console.print(f"ready after {time.monotonic() - start:.1f} s", highlight=False)
         columns = (
             TextColumn("{task.description:<36}"),
@@ -198,18 +202,26 @@ def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
             TimeElapsedColumn(),
             TextColumn("{task.fields[stage]}"),
         )
-        with client.AudioClient(generation, scoring=scoring, reward=reward) as audio:
+        with client.AudioClient(
+            targets["generation"],
+            scoring=targets["scoring"],
+            reward=targets["reward"],
+            captioning=targets["captioning"],
+        ) as audio:
             with Progress(*columns, console=console) as bar:
                 sounds = [make_sound(audio, prompt, options, bar) for prompt in PROMPTS]
-            scorers, scored = score_clips(audio, PROMPTS, [sound.clip for sound in sounds])
+            clips = [sound.clip for sound in sounds]
+            scorers, scored = score_clips(audio, PROMPTS, clips)
+            captions = [one.text for one in audio.caption_audio(clips).captions]
     cards = []
     for number, sound in enumerate(sounds):
         file = f"clip-{number + 1}.wav"
         write_atomically(out / file, sound.clip.audio)
         console.print(f"{out / file}  {sound.prompt}", highlight=False)
-        cards.append(card(sound, file, scorers, scored[number][number]))
+        cards.append(card(sound, file, scorers, scored[number][number], captions[number]))
     header = ["prompt", *scorers, "reward", "probability", "for another prompt"]
     print_table(header, table_rows(PROMPTS, scored))
+    print_table(["prompt", "what the captioner says"], list(zip(PROMPTS, captions, strict=True)))
     write_atomically(out / "index.html", page(sounds, cards).encode())
     return out / "index.html"
 

@@ -157,6 +157,6 @@ CAPTIONING: Final = ServiceEntry(
 )
 
 CATALOGUE: Final[Mapping[str, ServiceEntry]] = MappingProxyType(
-    {entry.name: entry for entry in (GENERATION, SCORING, REWARD)}
+    {entry.name: entry for entry in (GENERATION, SCORING, REWARD, CAPTIONING)}
 )
 """All services by name, in the order of their ports."""

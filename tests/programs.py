@@ -43,6 +43,10 @@ class Services:
         return self.targets["reward"]
 
     @property
+    def captioning(self) -> str:
+        return self.targets["captioning"]
+
+    @property
     def by_model(self) -> dict[str, str]:
         """By the model's name in the Open Inference Protocol."""
         return {CATALOGUE[name].model: target for name, target in self.targets.items()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
-from services.catalogue import CAPTIONING, CATALOGUE
+from services.catalogue import CATALOGUE
 from services.cli.options import environment_note, read_options, setting_options, with_options
 
 if TYPE_CHECKING:
@@ -48,6 +48,5 @@ def _nothing() -> None:
     """Do nothing. typer requires a callback; `ServeCommand.invoke` runs instead of it."""
 
 
-# CAPTIONING has no embedded weights yet, with which the other commands run every service.
-for entry in (*CATALOGUE.values(), CAPTIONING):
+for entry in CATALOGUE.values():
     app.command(entry.name, cls=ServeCommand, help=entry.summary)(_nothing)

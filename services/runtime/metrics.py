@@ -48,7 +48,7 @@ _HISTOGRAMS: Final[Mapping[Quantity, tuple[str, str, tuple[str, ...], tuple[floa
     "batch": ("milonga_batch_seconds", "Time of a call of the model.", ("queue",), _SHORT_SECONDS),
     "fill": (
         "milonga_batch_fill_ratio",
-        "Used share of a batch: of its rows, padding included; in scoring and reward, of its limit.",
+        "Used share of a batch: of its rows, padding included; in the others, of its limit.",
         ("queue",),
         _SHARES,
     ),

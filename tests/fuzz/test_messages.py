@@ -130,7 +130,7 @@ SOUND_REQUESTS: Final[tuple[Message, ...]] = (
             containing_type="google.protobuf.MethodOptions", extension_number=1
         )
     ),
-    *(_infer(entry.model) for entry in (*CATALOGUE.values(), CAPTIONING)),
+    *(_infer(entry.model) for entry in CATALOGUE.values()),
 )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_it_loads_the_models_that_export_writes_and_their_pins_alone() -> None:
     flags = arguments(server)
     assert server["command"] == ["tritonserver"]
     models = flags["--load-model"]
-    assert {"tango", "clap", "reward"} <= {*models} <= {*MODELS}
+    assert {*models} == {*MODELS}
     assert flags["--model-control-mode"] == ["explicit"]
     (script,) = export["args"]
     assert f"for model in {' '.join(models)};" in script
@@ -78,12 +78,13 @@ def test_the_first_export_leaves_what_is_there_and_is_told_everything(tmp_path: 
     )
     words = called.read_text(encoding="utf-8").split()
     runs = " ".join(words).split("triton export ")[1:]
-    assert [run.split()[1] for run in runs] == ["tango", "reward"]
+    assert [run.split()[1] for run in runs] == ["tango", "reward", "caption"]
     for run in runs:
         model = run.split()[1]
         assert run.split() == [
             *("--only", model, "--model", told["MODEL"], "--scorer", told["SCORER_A"]),
             *("--scorer", told["SCORER_B"], "--reward", told["REWARD"], "--clap", told["CLAP"]),
+            *("--captioner", told["CAPTIONER"], "--captioner-clap", told["CLAP"]),
             *("--set", f"{model}.device=cuda", str(repository)),
         ]
 

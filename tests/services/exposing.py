@@ -17,13 +17,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from milonga import AudioClient
-from milonga.v1 import audio_pb2, reward_pb2, scoring_pb2, scoring_pb2_grpc
+from milonga.v1 import audio_pb2, captioning_pb2, reward_pb2, scoring_pb2, scoring_pb2_grpc
 from services.catalogue import CATALOGUE
 from services.errors import MilongaError
 from services.runtime.certificates import Certificates
 from services.runtime.gpu_memory import GpuMemory, memory_metrics
 from services.runtime.metrics import ServerMetrics
 from services.runtime.settings import ServerSettings, load_settings
+from tests.services.captioning.serving import serving as serving_captioning
 from tests.services.generation.serving import serving as serving_generation
 from tests.services.generation.serving import tiny_engine
 from tests.services.inference.asking import tensor
@@ -32,7 +33,7 @@ from tests.services.reward.serving import serving as serving_reward
 from tests.services.runtime.certificates import make_authority, make_identity
 from tests.services.scoring.serving import save_tiny_clap
 from tests.services.scoring.serving import serving as serving_scoring
-from tests.tiny import tiny_clap, tiny_reward
+from tests.tiny import tiny_captioner, tiny_clap, tiny_reward
 from tests.waiting import until
 
 PREFIXES: Final = ("milonga_", "process_")
@@ -99,6 +100,9 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
     with serving_reward(tiny_reward(tiny_clap())) as reward:
         reward.stub.BatchComputeRewards(reward_pb2.BatchComputeRewardsRequest(pairs=[pair]))
         yield "reward", generate_latest(reward.metrics.registry).decode()
+    with serving_captioning(tiny_captioner(), tiny_clap()) as captioning:
+        captioning.stub.CaptionAudio(captioning_pb2.CaptionAudioRequest(clips=[float32(tone())]))
+        yield "captioning", generate_latest(captioning.metrics.registry).decode()
 
 
 @contextmanager

@@ -521,7 +521,8 @@ def test_doctor_knows_every_kind_of_model(tmp_path: Path, capsys: pytest.Capture
         assert checks[f"file:{whole / name}"]["status"] == "ok"
         assert checks[f"file:{cut / name}"]["status"] == "missing"
     # Whether they are there depends on what is installed; that they are looked for does not.
-    assert {"mini", "mini-base", "mini:clap-a", "mini:clap-b", "mini:reward"} <= checks.keys()
+    embedded = {"mini", "mini-base", "mini:clap-a", "mini:clap-b", "mini:reward", "mini:captioner"}
+    assert embedded <= checks.keys()
 
 
 def test_doctor_says_where_laion_clap_belongs(

@@ -63,6 +63,11 @@ def pairs(prompts: list[Any], audio: Any, rate: int | None = 16_000) -> list[tri
     return made if rate is None else [*made, tensor("SAMPLE_RATE", "INT32", [[rate]] * len(prompts))]
 
 
+def sounds(audio: Any, rate: int | None = 16_000) -> list[triton.InferInput]:
+    """Of caption: samples."""
+    return pairs([""] * len(audio), audio, rate)[1:]
+
+
 class Stream:
     """A stream of tritonclient's sync client, on a connection of its own."""
 
@@ -173,6 +178,16 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             ("REWARD", "FP32", [-1, 1]),
             ("PROBABILITY", "FP32", [-1, 1]),
             ("READABLE", "BOOL", [-1, 1]),
+            ("DIGEST", "BYTES", [-1, 1]),
+        ],
+        *(optional, 64, False),
+    )
+    assert described["caption"] == (
+        sound[1:],
+        [
+            ("CAPTION", "BYTES", [-1, 1]),
+            ("CANDIDATES", "BYTES", [-1, -1]),
+            ("SCORES", "FP32", [-1, -1]),
             ("DIGEST", "BYTES", [-1, 1]),
         ],
         *(optional, 64, False),
@@ -295,8 +310,20 @@ def test_scores_and_rewards_of_samples_and_of_files(served: Addresses) -> None:
     np.testing.assert_allclose(of_samples.as_numpy("PROBABILITY"), 1 / (1 + np.exp(-rewards)), atol=1e-5)
 
 
+def test_captions_of_samples_and_of_files(served: Addresses) -> None:
+    files = [tensor("ENCODED_AUDIO", "BYTES", [[file_of(one, subtype="FLOAT")] for one in TONES])]
+    with triton.InferenceServerClient(served.models["caption"]) as client:
+        of_samples, of_files = client.infer("caption", sounds(TONES)), client.infer("caption", files)
+    captions, candidates, scores = map(of_samples.as_numpy, ("CAPTION", "CANDIDATES", "SCORES"))
+    assert of_files.as_numpy("CAPTION").tolist() == captions.tolist()
+    assert captions.tolist() == candidates[:, :1].tolist()
+    assert candidates.shape == scores.shape
+    assert np.array_equal(np.sort(scores)[:, ::-1], scores)
+    assert of_samples.as_numpy("DIGEST").tolist() == [[digest("captioner").encode()]] * 2
+
+
 def test_clips_of_several_lengths_at_once(served: Addresses) -> None:
-    sounds = [tone(0.5 + 0.1 * n, hertz=200.0 * (n + 1)) for n in range(8)]
+    tones = [tone(0.5 + 0.1 * n, hertz=200.0 * (n + 1)) for n in range(8)]
     with triton.InferenceServerClient(served.clap) as client:
 
         def score(sound: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -304,8 +331,8 @@ def test_clips_of_several_lengths_at_once(served: Addresses) -> None:
             return found
 
         with ThreadPoolExecutor(8) as pool:
-            together = list(pool.map(score, sounds))
-        np.testing.assert_allclose(together, [score(sound) for sound in sounds], atol=1e-5)
+            together = list(pool.map(score, tones))
+        np.testing.assert_allclose(together, [score(sound) for sound in tones], atol=1e-5)
 
 
 TANGO_FAULTS: list[tuple[list[Any], str]] = [
@@ -364,6 +391,30 @@ def test_bad_input_of_clap_and_reward(served: Addresses, model: str, given: list
     assert says in message, message
 
 
+CLIP_FAULTS: list[tuple[list[Any], str]] = [
+    *((given[1:], says.replace("pairs[0].clip", "clips[0]")) for given, says in PAIR_FAULTS[1:4]),
+    (sounds(np.zeros((1, 8000))), "clips[0].audio: is silent"),
+    (sounds(np.zeros((65, 8000))), "64"),
+    ([tensor("AUDIO", "INT32", [[1]])], "AUDIO"),
+    (
+        [tensor("ENCODED_AUDIO", "BYTES", [[b"nonsense"]])],
+        "clips[0].audio: begins with 6e 6f 6e 73",
+    ),
+    (
+        [*sounds(TONES[:1]), tensor("ENCODED_AUDIO", "BYTES", [[b"x"]])],
+        "has both tensors AUDIO and ENCODED_AUDIO",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), CLIP_FAULTS)
+def test_bad_input_of_caption(served: Addresses, given: list[Any], says: str) -> None:
+    with triton.InferenceServerClient(served.models["caption"]) as client:
+        status, message = refusal(lambda: client.infer("caption", given))
+    assert status == "INVALID_ARGUMENT"
+    assert says in message, message
+
+
 def test_what_is_not_served_is_not_found(served: Addresses) -> None:
     for name, address in served.models.items():
         with triton.InferenceServerClient(address) as client:
@@ -396,7 +447,7 @@ def test_one_who_leaves_a_stream_frees_its_place(served: Addresses) -> None:
 
 
 def test_many_requests_of_every_kind(served: Addresses) -> None:
-    """200 requests at 16 in flight, good ones and bad ones: each gets its own answer."""
+    """240 requests at 16 in flight, good ones and bad ones: each gets its own answer."""
     local = threading.local()
     alone = clip(served.tango, PROMPTS[0], SEED=("INT64", [7]), NUM_INFERENCE_STEPS=("INT32", [2]))
 
@@ -405,9 +456,9 @@ def test_many_requests_of_every_kind(served: Addresses) -> None:
             local.clients = {
                 name: triton.InferenceServerClient(address) for name, address in served.models.items()
             }
-        match number % 5:
+        match number % 6:
             case 0 | 1:
-                seed = 7 if number % 5 == 0 else number
+                seed = 7 if number % 6 == 0 else number
                 made = clip(
                     served.tango, PROMPTS[0], SEED=("INT64", [seed]), NUM_INFERENCE_STEPS=("INT32", [2])
                 )
@@ -421,6 +472,10 @@ def test_many_requests_of_every_kind(served: Addresses) -> None:
                 result = local.clients["reward"].infer("reward", pairs(PROMPTS[:1], TONES[:1]))
                 assert result.as_numpy("REWARD").shape == (1, 1)
                 return "reward"
+            case 4:
+                result = local.clients["caption"].infer("caption", sounds(TONES))
+                assert result.as_numpy("CAPTION").shape == (2, 1)
+                return "caption"
             case _:
                 status, _ = refusal(
                     lambda: local.clients["reward"].infer("reward", pairs(PROMPTS, TONES, None))
@@ -428,5 +483,5 @@ def test_many_requests_of_every_kind(served: Addresses) -> None:
                 return status
 
     with ThreadPoolExecutor(16) as pool:
-        answered = Counter(pool.map(ask, range(200)))
-    assert answered == {"clip": 80, "score": 40, "reward": 40, "INVALID_ARGUMENT": 40}
+        answered = Counter(pool.map(ask, range(240)))
+    assert answered == {"clip": 80, "score": 40, "reward": 40, "caption": 40, "INVALID_ARGUMENT": 40}

@@ -37,12 +37,12 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
         *(f"{name}/{version(name)}" for name in MODELS),
         "tritonserver",
     ]
-    tango, clap, reward = (_config(repository, name) for name in ("tango", "clap", "reward"))
-    assert {tango.backend, clap.backend, reward.backend} == {"python"}
+    tango, clap, reward, caption = (_config(repository, name) for name in MODELS)
+    assert {one.backend for one in (tango, clap, reward, caption)} == {"python"}
     assert (tango.model_transaction_policy.decoupled, tango.max_batch_size) == (True, 0)
     assert tango.parameters["exact"].string_value == "true"
     assert list(tango.version_policy.specific.versions) == [int(version("tango"))]
-    assert (clap.max_batch_size, reward.max_batch_size) == (64, 64)
+    assert (clap.max_batch_size, reward.max_batch_size, caption.max_batch_size) == (64, 64, 64)
     assert clap.HasField("dynamic_batching")
     assert [one.name for one in clap.input if one.allow_ragged_batch] == ["AUDIO"]
     assert "services.reward.triton" in (repository / "reward" / version("reward") / "model.py").read_text()
@@ -117,12 +117,13 @@ def test_what_is_exported_later_changes_nothing_of_what_is_served(
     # Columns of SCORE stay as many, and in their order.
     assert run([*export, "clap"]) == 0
     capsys.readouterr()
-    assert run([*export, "clap", "--version", "2", "--scorer", "a=mini:clap-a"]) == 2
+    later = str(int(version("clap")) + 1)
+    assert run([*export, "clap", "--version", later, "--scorer", "a=mini:clap-a"]) == 2
     assert "clap: has other outputs in config.pbtxt than this version" in capsys.readouterr().err
     swapped = ["--scorer", "clap-b=mini:clap-b", "--scorer", "clap-a=mini:clap-a"]
     assert run([*export, "clap", *swapped]) == 2
     assert "with other weights" in capsys.readouterr().err
-    assert not (tmp_path / "clap" / "2").exists()
+    assert not (tmp_path / "clap" / later).exists()
 
 
 def test_a_laion_checkpoint_takes_its_tokenizer_along(tmp_path: Path) -> None:
