@@ -69,7 +69,7 @@ REVERSED_MISTAKES = {
 }
 """The mistake in the original clip with respect to the altered prompt."""
 UNREAD = 0.1
-"""Share of the paraphrases of the training split with a word that is not of the grammar."""
+"""Share of the captions in training a reward model with a word that is not of the grammar."""
 PARAPHRASES = 64
 """Captions that `paraphrase` tries."""
 
@@ -262,7 +262,8 @@ def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
         kinds, shares = zip(*MISTAKES[truth.relation], strict=True)
         mistake = str(rng.choice(kinds, p=shares))
         truths = [truth] if mistake == "empty" else [truth, _alter(truth, mistake, scenes, rng)]
-        prompts = [paraphrase(one, rng, split) for one in truths]
+        unread = UNREAD if split == "train" else 0.0
+        prompts = [paraphrase(one, rng, split, unread=unread) for one in truths]
         if all(prompts):
             break
     sides: list[ContrastSide] = []
@@ -286,9 +287,13 @@ def contrast(config: SoundworldData, split: Split, index: int) -> Contrast:
     return Contrast(original=sides[0], altered=sides[1], mistake=mistake)
 
 
-def paraphrase(truth: CaptionTruth, rng: np.random.Generator, split: Split) -> str | None:
-    """Return a random caption of `truth` that belongs to `split`; None if `PARAPHRASES` tries found none."""
-    unread = UNREAD if split == "train" else 0.0
+def paraphrase(
+    truth: CaptionTruth, rng: np.random.Generator, split: Split, *, unread: float = 0.0
+) -> str | None:
+    """Return a random caption of `truth` that belongs to `split`; None if `PARAPHRASES` tries found none.
+
+    `unread` is that of `caption_parts`, for models that read captions; whoever writes them learns none.
+    """
     captions = (write_caption(truth, rng, unread=unread) for _ in range(PARAPHRASES))
     return next((caption for caption in captions if split_of(caption) == split), None)
 

@@ -29,7 +29,7 @@ from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
 from training.data.examples import Clip, Examples, LabelledClip, Pair, check_readable, counts
 from training.data.prompts import places_of, report_prompts
-from training.data.scenes import SPLITS, paraphrase
+from training.data.scenes import SPLITS, UNREAD, paraphrase
 from training.loop.checks import Count, ErrorRate, Factor, Natural, Range, check_ranges
 from training.loop.config import flatten
 from training.loop.fit import (
@@ -294,4 +294,5 @@ def paraphrased(example: LabelledClip | Pair, seed: int, position: int) -> str:
     """Return the prompt, or if its truth is known, a paraphrase that belongs to the training split."""
     if example.truth is None:
         return example.prompt
-    return paraphrase(example.truth, np.random.default_rng([seed, position]), "train") or example.prompt
+    rng = np.random.default_rng([seed, position])
+    return paraphrase(example.truth, rng, "train", unread=UNREAD) or example.prompt

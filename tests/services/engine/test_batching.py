@@ -32,7 +32,7 @@ def test_others_join_where_they_hardly_slow_the_call_down() -> None:
     [
         ({"batch_shapes": ()}, "batch_shapes"),
         ({"batch_shapes": (4, 2)}, "ascending"),
-        ({"batch_shapes": (0, 2)}, "1 or more"),
+        ({"batch_shapes": (0, 2)}, "from 1 to 4096"),
         ({"max_queue": 0}, "max_queue"),
         ({"threads": 0}, "threads"),
         ({"max_clip_count": 0}, "max_clip_count"),

@@ -154,7 +154,7 @@ def _part(pipeline: TangoPipeline, path: str) -> torch.nn.Module:
 
 def test_a_fault_in_one_decode_spares_the_companions(pipeline: TangoPipeline) -> None:
     first, second = Watch(), Watch()
-    with broken(pipeline.vae.decoder, when=lambda: not second.of(Progress)), Engine(pipeline, ONE) as engine:
+    with broken(pipeline.vae.decoder, when=lambda: not first.of(Failed)), Engine(pipeline, ONE) as engine:
         gate, held_watch, _ = held(engine, steps=6)
         engine.submit(engine.request("a dog", seed=1, num_inference_steps=1), first)
         gate.opened.set()

@@ -216,11 +216,15 @@ def test_tables_and_plots(evaluated: tuple[Path, dict[str, Any]]) -> None:
             assert min(picture.size) > 200
     rows = [json.loads(line) for line in (output / "clips.jsonl").read_text().splitlines()]
     assert len(rows) == 24
-    assert {"clap.tiny", "reward", "presence"} <= rows[0]["figures"].keys()
+    assert all("presence" in row["figures"] for row in rows)
+    # Some prompts have no word that the tiny scorers know.
+    scored = [row["figures"] for row in rows if row["model"] == "first" and "clap.tiny" in row["figures"]]
+    assert 0 < len(scored) < 12
+    assert all("reward" in figures for figures in scored)
     assert all(
         (output / "clips" / Path(row["location"]).relative_to(output / "clips")).exists() for row in rows
     )
-    mean = np.mean([row["figures"]["clap.tiny"] for row in rows if row["model"] == "first"])
+    mean = np.mean([figures["clap.tiny"] for figures in scored])
     assert mean == pytest.approx(report["models"][0]["figures"]["all"]["clap.tiny"]["value"], abs=1e-5)
 
 

@@ -143,7 +143,7 @@ def test_invalid_settings_are_refused() -> None:
     ):
         with pytest.raises(ValueError):
             EvaluationConfig(**wrong)
-    with pytest.raises(ValueError, match=r"world\.count"):
+    with pytest.raises(ValueError, match="count is 0"):
         WorldPrompts(count=0)
     assert [
         label_of(text) for text in ("clap:laion:a/630k-best.pt", "panns:x.pth", "tagger:mini:tagger")

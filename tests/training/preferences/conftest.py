@@ -90,9 +90,9 @@ def stages(
     root = tmp_path_factory.mktemp("stages")
     # Of words that the tiny scorers know.
     known = set(WORDS)
-    drawn = (draw_caption(np.random.default_rng([4, i]), SceneConfig(sequence=0.6))[0] for i in range(2_000))
-    captions = [one for one in drawn if set(one.lower().replace(",", "").split()) <= known]
-    (root / "captions.csv").write_text("".join(f'"{one}"\n' for one in ["caption", *captions[:40]]))
+    drawn = (draw_caption(np.random.default_rng([4, i]), SceneConfig(sequence=0.6))[0] for i in range(40_000))
+    captions = list(dict.fromkeys(one for one in drawn if set(one.lower().replace(",", "").split()) <= known))
+    (root / "captions.csv").write_text("".join(f'"{one}"\n' for one in ["caption", *captions]))
     captions_config = CaptionsConfig(
         source=root / "captions.csv",
         embedder=f"tango:{models.tango}",

@@ -145,7 +145,7 @@ def test_captions_that_the_embedder_does_not_read_are_counted(
 
 
 def test_too_few_captions_are_an_error(stages: Stages, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="clusters: is 900, and there are 40"):
+    with pytest.raises(InvalidInputError, match=r"clusters: is 900, and there are \d+ captions"):
         select_captions(replace(stages.captions_config, clusters=900), tmp_path / "x")
 
 
