@@ -32,7 +32,7 @@ class CaptioningSettings(BatchedSettings):
     TLS."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the language model; encoder and projector stay in float32."""
-    max_batch_seconds: float = Field(default=40.0, gt=0)
+    max_batch_seconds: float = Field(default=40.0, gt=0, le=86_400)
     """Maximum seconds of audio in one batch of the model. Bounds its memory. A clip counts with what the
     model reads of it, in proportion to its beams: with the model's default numbers once."""
 

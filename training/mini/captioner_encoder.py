@@ -33,7 +33,7 @@ BLOCK, PASSES = 1_024, 4
 LOOP = LoopConfig(steps=2_500, batch=BATCH, learning_rate=1.5e-3, warmup=150, decay=0.3, ema=0.995)
 ENCODER = EatConfig(width=96, depth=4, heads=4, max_steps=32)
 CAPTIONER = CaptionerConfig(frames=512, projector_width=256, beams=(2, 4), max_new_tokens=32)
-"""It hears 5.12 s."""
+"""It reads 5.12 s."""
 STEP_SECONDS = PATCH * FRAME_SHIFT / SAMPLING_RATE
 CACHED = 0.35
 """Share of the clips of 2.56 s that went through autoencoder and vocoder."""

@@ -66,7 +66,7 @@ class CaptionerConfig:
 
     @property
     def max_seconds(self) -> float:
-        """Return the length of sound that the model hears: the rest of a longer clip is cut."""
+        """Return the length of sound that the model reads: the rest of a longer clip is cut."""
         return self.frames * FRAME_SHIFT / SAMPLING_RATE
 
 

@@ -94,7 +94,7 @@ class CaptionClip:
     """A clip prepared for the model."""
 
     waveform_N: Tensor
-    """Mono, 16 kHz, float32 on the CPU; no longer than the model hears."""
+    """Mono, 16 kHz, float32 on the CPU; no longer than the model reads."""
     seconds: float
     """Length of the clip before it was cut."""
     warnings: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ class Captioner(nn.Module):
 
     @property
     def max_seconds(self) -> float:
-        """Length of sound that the model hears; the rest of a longer clip is cut."""
+        """Length of sound that the model reads; the rest of a longer clip is cut."""
         return self.config.max_seconds
 
     @property
@@ -250,7 +250,7 @@ class Captioner(nn.Module):
     # -------------------------------------------------------------------------------------------- audio
 
     def prepare(self, waveform: Waveform, sampling_rate: int) -> CaptionClip:
-        """Average a clip's channels, resample it and cut what the model does not hear. Thread-safe.
+        """Average a clip's channels, resample it and cut what the model does not read. Thread-safe.
 
         Args:
             waveform: [N] or [channels, N].
@@ -273,7 +273,7 @@ class Captioner(nn.Module):
             warnings.append("clip is silent; its caption says nothing")
         if seconds > self.max_seconds:
             warnings.append(
-                f"clip is {seconds:.2f} s long and the model hears its first {self.max_seconds:g} s; caption "
+                f"clip is {seconds:.2f} s long and the model reads its first {self.max_seconds:g} s; caption "
                 "parts of it"
             )
         # The mean is removed before the cut.
@@ -483,7 +483,7 @@ def check_fit(
         )
     if config.frames > encoder.max_frames:
         raise ModelFormatError(
-            f"the captioner hears {config.frames} frames, but the encoder takes {encoder.max_frames} at most"
+            f"the captioner reads {config.frames} frames, but the encoder takes {encoder.max_frames} at most"
         )
 
 

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def test_embedders_give_unit_vectors_that_no_neighbour_changes(models: Models, k
     assert embedder_identity(name, model) == f"{kind}:{model.digest}"
 
 
-def test_an_embedder_that_is_not_there_is_told() -> None:
+def test_an_embedder_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if it were not installed
     with pytest.raises(InvalidInputError, match="pip install sentence-transformers"):
         load_embedder("sentence-transformers:thenlper/gte-large", None)
     for name in ("gte-large", "word2vec:x", "tango:"):

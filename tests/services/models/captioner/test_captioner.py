@@ -110,7 +110,7 @@ def test_a_long_clip_is_cut_with_a_warning(captioner: Captioner) -> None:
     clip = captioner.prepare(long, 16_000)
     assert clip.seconds == 60.0
     assert clip.warnings == (
-        "clip is 60.00 s long and the model hears its first 0.64 s; caption parts of it",
+        "clip is 60.00 s long and the model reads its first 0.64 s; caption parts of it",
     )
     # The mean of the whole clip is removed, as upstream does before it cuts.
     shorter = captioner.prepare(long[:16_000] - long.mean() + long[:16_000].mean(), 16_000)
@@ -286,7 +286,7 @@ def test_other_adapters_are_refused(tmp_path: Path, setting: str, says: str) -> 
         Captioner.from_pretrained(tmp_path)
 
 
-def test_a_model_that_hears_more_than_its_encoder_takes_is_refused(captioner: Captioner) -> None:
+def test_a_model_that_reads_more_than_its_encoder_takes_is_refused(captioner: Captioner) -> None:
     config = replace(captioner.config, frames=256)
-    with pytest.raises(ModelFormatError, match="hears 256 frames, but the encoder takes 128 at most"):
+    with pytest.raises(ModelFormatError, match="reads 256 frames, but the encoder takes 128 at most"):
         tiny_captioner(config=config)
