@@ -133,7 +133,7 @@ def test_lines_of_json_end_as_on_any_system(end: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(TABLE.encode()), "is compressed by gzip; unpack it first"),
+        (gzip.compress(TABLE.encode(), mtime=0), "is compressed by gzip; unpack it first"),
         (b"PK\x03\x04" + bytes(40), "is a ZIP archive; unpack it first (an Excel workbook: save it as CSV)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "is a web page"),
