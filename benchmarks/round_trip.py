@@ -60,7 +60,7 @@ def judge_clips(
         numbers, captions, tagger.detect(torch.from_numpy(output.audios)), strict=True
     ):
         prompt, truth = drawn[number]
-        heard = compare_events(truth, detected)
+        judged = compare_events(truth, detected)
         read = compare(truth_reading(truth), reader.read(caption))
         rows.append(
             {
@@ -70,7 +70,11 @@ def judge_clips(
                 "relation": truth.relation,
                 "classes": list(truth.classes),
                 "caption": caption,
-                "tagger": {"events": sorted(detected), "present": heard.present, "in_order": heard.in_order},
+                "tagger": {
+                    "events": sorted(detected),
+                    "present": judged.present,
+                    "in_order": judged.in_order,
+                },
                 "captioner": {
                     "events": list(read.found.events),
                     "present": not read.missing,

@@ -55,7 +55,7 @@ class CheckOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What a captioner hears in a clip."""
+    """A caption of a clip, compared with the clip's prompt."""
 
     caption: str
     comparison: Comparison | None
@@ -66,9 +66,9 @@ class Check:
     def line(self) -> str:
         """Return the result in words."""
         if self.comparison is None:
-            return f"heard: {self.caption} (not compared: {self.unread})"
+            return f"caption: {self.caption} (not compared: {self.unread})"
         differences = self.comparison.in_words() or ("everything that the prompt names, and nothing else",)
-        return f"heard: {self.caption}; {'; '.join(differences)}"
+        return f"caption: {self.caption}; {'; '.join(differences)}"
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -1,9 +1,9 @@
 """Refuse calls before their messages are read, and those of callers who don't wait a little later.
 
-A refusal costs a third of a millisecond of the interpreter, mostly in gRPC. So the queue is asked before
-anything else is done for a call, its answer holds for the caller's next calls for a moment, and a caller who
-comes back before the time that it was told has its refusal delayed: as a connection has `MAX_CALLS` calls at
-most, its other calls stay with the caller meanwhile.
+A refusal costs half a millisecond of the interpreter or more (docs/reliability.md), a good part of it in
+gRPC. So the queue is asked before anything else is done for a call, its answer holds for the caller's next
+calls for a moment, and a caller who comes back before the time in RetryInfo has its refusal delayed: as a
+connection has `MAX_CALLS` calls at most, its other calls stay with the caller meanwhile.
 """
 
 import time

@@ -62,16 +62,6 @@ def check_ranges(config: object) -> None:
         _check(config, allowed, (name,))
 
 
-def check_minimum(config: object, minimum: int, *names: str) -> None:
-    """Raise ValueError if a number of `config`, whose type has no range, is below `minimum`, or NaN."""
-    _check(config, Range(minimum), names)
-
-
-def check_share(config: object, *names: str) -> None:
-    """Raise ValueError if a number of `config`, whose type has no range, lies outside [0, 1]."""
-    _check(config, Range(0, 1), names)
-
-
 def _check(config: object, allowed: Range, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)

@@ -22,7 +22,7 @@ def test_it_says_in_words_what_the_captioner_hears(
     assert check(tmp_path / "clip.wav", "A dog barks then a siren wails") == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(tmp_path / "clip.wav")]
-    (line,) = [line for line in err.splitlines() if line.startswith("clip.wav heard: ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("clip.wav caption: ")]
     assert line.rpartition("; ")[2]
 
 
