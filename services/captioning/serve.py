@@ -49,13 +49,14 @@ def add_captioning(
     """Add CaptioningService, the Open Inference Protocol and the metrics of the worker to a server."""
     from services.captioning.inference import CaptioningInference
     from services.captioning.servicer import SERVICE_NAME, CaptioningServicer
-    from services.inference import add_inference
+    from services.inference import INFER, add_inference
 
     servicer = CaptioningServicer(loaded.worker, settings, loaded.refiner)
     metrics.add(partial(collect, loaded.worker))
     loaded.worker.observe(metrics.observer("clips", "queue_wait", "batch", "fill"))
     server.add(SERVICE_NAME, lambda to: rpc.add_CaptioningServiceServicer_to_server(servicer, to))
     add_inference(server, CaptioningInference(servicer))
+    server.gate.add((f"/{SERVICE_NAME}/CaptionAudio", INFER), partial(loaded.worker.check_items, 1))
 
 
 def describe(loaded: "LoadedCaptioner") -> dict[str, Any]:

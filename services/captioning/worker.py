@@ -13,6 +13,7 @@ from services.audio.decoding import ReadClip
 from services.captioning.model import CaptionJob, CaptionModel, Draft, PreparedClip
 from services.captioning.settings import CaptioningSettings
 from services.runtime import tracing
+from services.runtime.callers import Caller
 from services.runtime.microbatching import BatchStats, MicroBatcher
 
 
@@ -53,6 +54,10 @@ class CaptionWorker:
     def check(self, cost: float) -> None:
         """Raise `QueueFullError` if clips of a cost don't fit into the queue. Call it before decoding."""
         self._batcher.check(cost)
+
+    def check_items(self, clips: int, caller: Caller) -> None:
+        """Raise `QueueFullError` if the queue has no room, or not the time, for clips of a caller."""
+        self._batcher.check_items(clips, caller)
 
     def expect(self, clips: int) -> AbstractContextManager[None]:
         """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
