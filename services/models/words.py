@@ -1,6 +1,5 @@
 """Tokenizers, and warnings on parts of a prompt that a text encoder does not read."""
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -9,11 +8,11 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from services.api.scoring import merge_warnings
+from services.audio.words import find_words
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.folders import cause
 from services.models.state_dicts import quiet_loading
 
-_INSIDE_WORDS: Final = "'’-"
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_WORDS, _MOST_CHARACTERS = 10, 40
 """Unknown words in a warning, and characters of each."""
@@ -117,10 +116,7 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str,
 
 def split_words(prompt: str) -> list[str]:
     """Return the words of `prompt`, without punctuation around them."""
-    spaced = "".join(
-        " " if unicodedata.category(one)[0] in "PZ" and one not in _INSIDE_WORDS else one for one in prompt
-    )
-    return [word for part in spaced.split() if (word := part.strip(_INSIDE_WORDS))]
+    return [word.text for word in find_words(prompt)]
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:

@@ -1,0 +1,54 @@
+"""The words of a prompt, and where they are in it."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+_INSIDE_WORDS: Final = "'’-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Word:
+    """A word of a prompt, without punctuation around it."""
+
+    text: str
+    start: int
+    """Index of its first character in the prompt."""
+    end: int
+    """Index after its last character."""
+
+
+def find_words(prompt: str) -> list[Word]:
+    """Return the words of `prompt`, emoji included, in order."""
+    found: list[Word] = []
+    start = 0
+    while start < len(prompt):
+        end = start
+        while end < len(prompt) and not _separates(prompt[end]):
+            end += 1
+        part = prompt[start:end]
+        text = part.strip(_INSIDE_WORDS)
+        if text:
+            first = start + len(part) - len(part.lstrip(_INSIDE_WORDS))
+            found.append(Word(text=text, start=first, end=first + len(text)))
+        start = end + 1
+    return found
+
+
+def find_phrase(words: Sequence[str], phrase: str) -> list[int]:
+    """Return the indices of the words of `phrase` in `words`, at each place where they stand in this order.
+
+    Upper and lower case are the same. The list is empty if the phrase has no words, or is not there.
+    """
+    wanted = [word.text.casefold() for word in find_words(phrase)]
+    folded = [word.casefold() for word in words]
+    places = range(len(folded) - len(wanted) + 1) if wanted else ()
+    starts = [place for place in places if folded[place : place + len(wanted)] == wanted]
+    return sorted({start + offset for start in starts for offset in range(len(wanted))})
+
+
+def _separates(character: str) -> bool:
+    if character in _INSIDE_WORDS:
+        return False
+    return character.isspace() or unicodedata.category(character)[0] in "PZ"
