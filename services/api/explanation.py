@@ -262,7 +262,7 @@ class Explainer(Protocol):
         """Its methods, limits and defaults. The caller fills in the model's version."""
 
     def explain(self, request: ExplanationRequest, report: Report) -> Explanation:
-        """Return the explanation of a request that `validate_explanation` accepts; blocks for seconds or more.
+        """Return the explanation of a request that `validate_explanation` accepts; blocks for seconds.
 
         `report` is called after each step of the model, at most one call of it apart, so that what it raises
         frees the device within one step. The model is as before, whatever happens. The clips have the model's
