@@ -14,6 +14,8 @@ WIRE_ENCODINGS: "Mapping[str, audio_pb2.AudioEncoding.ValueType]" = MappingProxy
         "wav": audio_pb2.AUDIO_ENCODING_WAV,
         "flac": audio_pb2.AUDIO_ENCODING_FLAC,
         "ogg": audio_pb2.AUDIO_ENCODING_OGG_VORBIS,
+        "mp3": audio_pb2.AUDIO_ENCODING_MP3,
+        "opus": audio_pb2.AUDIO_ENCODING_OGG_OPUS,
         "linear16": audio_pb2.AUDIO_ENCODING_LINEAR16,
         "float32": audio_pb2.AUDIO_ENCODING_FLOAT32,
     }

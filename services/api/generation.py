@@ -25,6 +25,7 @@ from services.audio.encoding import (
     MIN_SAMPLING_RATE,
     decode_audio,
     encode_audio,
+    rate_fault,
 )
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.errors import FieldViolation, InvalidInputError
@@ -176,7 +177,8 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
         ("encoding", _choice_fault(request.encoding, ENCODINGS)),
         (
             "sample_rate_hertz",
-            _number_fault(request.sampling_rate, MIN_SAMPLING_RATE, MAX_SAMPLING_RATE, " hertz"),
+            _number_fault(request.sampling_rate, MIN_SAMPLING_RATE, MAX_SAMPLING_RATE, " hertz")
+            or rate_fault(request.encoding, request.sampling_rate),
         ),
         (
             "loudness",

@@ -38,6 +38,8 @@ _CONTAINERS: "Final[Mapping[audio_pb2.AudioEncoding.ValueType, Container | None]
     audio_pb2.AUDIO_ENCODING_WAV: "WAV",
     audio_pb2.AUDIO_ENCODING_FLAC: "FLAC",
     audio_pb2.AUDIO_ENCODING_OGG_VORBIS: "OGG",
+    audio_pb2.AUDIO_ENCODING_OGG_OPUS: "OGG",
+    audio_pb2.AUDIO_ENCODING_MP3: "MP3",
 }
 
 Message = TypeVar("Message")

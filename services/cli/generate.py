@@ -133,7 +133,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="File to write (.wav, .flac, .ogg); the folder of clips with --prompts. "
+            help="File to write (.wav, .flac, .ogg, .mp3, .opus); the folder of clips with --prompts. "
             "Default: clip.wav. With several clips: clip-1.wav, clip-2.wav, …",
             show_default=False,
         ),

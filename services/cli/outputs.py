@@ -15,7 +15,7 @@ from rich.text import Text
 from services.errors import OutputError, invalid
 from services.files import temporary_name
 
-ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg"}
+ENCODINGS = {".wav": "wav", ".flac": "flac", ".ogg": "ogg", ".mp3": "mp3", ".opus": "opus"}
 """Encoding by file extension."""
 
 

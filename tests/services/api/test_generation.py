@@ -77,7 +77,7 @@ def test_the_bounds_are_inclusive(change: dict[str, object]) -> None:
         ("preview_interval_steps", -1, "is -1"),
         ("loudness", -5.9, "between -60 and -6 dB"),
         ("loudness", math.nan, "is nan dB"),
-        ("encoding", "mp3", "must be one of wav, flac, ogg, linear16, float32"),
+        ("encoding", "aac", "must be one of wav, flac, ogg, mp3, opus, linear16, float32"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_the_limit(field: str, value: object, says: str) -> None:
@@ -85,6 +85,12 @@ def test_a_bad_field_is_named_with_its_value_and_the_limit(field: str, value: ob
     assert violation.field == field
     assert says in violation.description
     assert len(violation.description) < 200
+
+
+def test_a_rate_that_the_encoding_can_not_hold_is_named() -> None:
+    (violation,) = violations(replace(GOOD, encoding="opus", sampling_rate=44_100), LIMITS)
+    assert violation.field == "sample_rate_hertz"
+    assert "which opus can't hold" in violation.description
 
 
 @pytest.mark.parametrize("rate", [0, 7_999, 48_001])

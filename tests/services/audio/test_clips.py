@@ -45,7 +45,7 @@ def test_what_our_services_answer_can_be_sent_on(encoding: str, rate: int) -> No
     read = read_clip(sent, "clip", BOUNDS)
     assert (read.sampling_rate, read.seconds) == (rate, 1.0)
     assert read.waveform.dtype == np.float32
-    if encoding != "ogg":
+    if encoding not in ("ogg", "mp3", "opus"):
         np.testing.assert_allclose(read.waveform, tone(rate=rate), atol=1e-4)
 
 

@@ -5,9 +5,12 @@ import pytest
 import soundfile
 
 from milonga.v1 import audio_pb2
-from services.audio.encoding import ENCODINGS, decode_audio, encode_audio
+from services.audio.encoding import ENCODING_RATES, ENCODINGS, decode_audio, encode_audio, rate_fault
 from services.audio.resampling import resample
 from services.wire import encoding_name
+
+LOSSY = {"ogg": 20, "mp3": 20, "opus": 15}
+"""Least signal-to-noise ratio of a tone in decibels, by lossy encoding."""
 
 
 def _tone(seconds: float = 0.64, rate: int = 16_000) -> np.ndarray:
@@ -15,9 +18,16 @@ def _tone(seconds: float = 0.64, rate: int = 16_000) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * 440 * time_N)).astype(np.float32)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("target_rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize(
+    ("encoding", "target_rate"),
+    [
+        (encoding, rate)
+        for encoding in ENCODINGS
+        for rate in ENCODING_RATES.get(encoding, (8_000, 16_000, 44_100, 48_000))
+    ],
+)
 def test_every_encoding_at_every_rate_decodes_back(encoding: str, target_rate: int) -> None:
+    assert rate_fault(encoding, target_rate) is None
     tone_N = _tone()
     encoded = encode_audio(tone_N, 16_000, encoding, target_rate)
     decoded_N, rate = decode_audio(encoded, encoding, target_rate)
@@ -27,12 +37,18 @@ def test_every_encoding_at_every_rate_decodes_back(encoding: str, target_rate: i
     expected_N = _tone(rate=target_rate)
     middle = slice(len(expected_N) // 4, -len(expected_N) // 4)
     noise = float(np.mean((decoded_N - expected_N)[middle] ** 2)) + 1e-12
-    assert 10 * np.log10(np.mean(expected_N[middle] ** 2) / noise) > (20 if encoding == "ogg" else 50)
+    assert 10 * np.log10(np.mean(expected_N[middle] ** 2) / noise) > LOSSY.get(encoding, 50)
 
 
 @pytest.mark.parametrize(
     ("encoding", "kind", "subtype"),
-    [("wav", "WAV", "PCM_16"), ("flac", "FLAC", "PCM_16"), ("ogg", "OGG", "VORBIS")],
+    [
+        ("wav", "WAV", "PCM_16"),
+        ("flac", "FLAC", "PCM_16"),
+        ("ogg", "OGG", "VORBIS"),
+        ("mp3", "MP3", "MPEG_LAYER_III"),
+        ("opus", "OGG", "OPUS"),
+    ],
 )
 def test_files_say_what_they_are(encoding: str, kind: str, subtype: str) -> None:
     info = soundfile.info(io.BytesIO(encode_audio(_tone(), 16_000, encoding)))
@@ -58,10 +74,21 @@ def test_float32_is_bit_for_bit() -> None:
     )
 
 
-def test_ten_seconds_of_noise_become_vorbis() -> None:
-    noise_N = np.random.default_rng(0).normal(0, 0.3, 480_000).astype(np.float32)
-    decoded_N, _ = decode_audio(encode_audio(noise_N, 48_000, "ogg"), "ogg", 48_000)
-    assert len(decoded_N) == 480_000
+@pytest.mark.parametrize("encoding", LOSSY)
+@pytest.mark.parametrize("samples", [1, 100, 4_800, 480_000])
+def test_noise_of_any_length_keeps_it_in_lossy_files(encoding: str, samples: int) -> None:
+    noise_N = np.random.default_rng(0).normal(0, 0.3, samples).astype(np.float32)
+    decoded_N, _ = decode_audio(encode_audio(noise_N, 48_000, encoding), encoding, 48_000)
+    assert len(decoded_N) == samples
+
+
+@pytest.mark.parametrize(("encoding", "rate"), [("opus", 44_100), ("opus", 22_050), ("mp3", 9_600)])
+def test_a_rate_that_an_encoding_does_not_hold_is_named_with_those_it_does(encoding: str, rate: int) -> None:
+    fault = rate_fault(encoding, rate)
+    assert fault is not None
+    assert fault.startswith(f"is {rate} hertz, which {encoding} can't hold, must be one of 8000, ")
+    with pytest.raises(soundfile.SoundFileError):
+        encode_audio(_tone(rate=rate), rate, encoding)
 
 
 @pytest.mark.parametrize("bad", [np.array([np.nan], np.float32), np.zeros((2, 3), np.float32)])

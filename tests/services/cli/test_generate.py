@@ -107,7 +107,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     [
         (["generate"], "PROMPT"),
         (["generate", PROMPT, "--prompts", "x.jsonl"], "PROMPT"),
-        (["generate", PROMPT, "-o", "clip.mp3"], ".wav, .flac, .ogg"),
+        (["generate", PROMPT, "-o", "clip.m4a"], ".wav, .flac, .ogg, .mp3, .opus"),
         (["generate", PROMPT, "--overwrite"], "--prompts"),
         (["generate", PROMPT, "--server", "localhost:1", "--device", "cpu"], "--device"),
         (["generate", PROMPT, "--tls"], "--server"),

@@ -60,18 +60,18 @@ def test_without_a_seed_one_is_drawn_and_named(client: AudioClient) -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("sampling_rate", [None, 44_100])
+@pytest.mark.parametrize("sampling_rate", [None, 48_000])
 def test_every_encoding_decodes_back(client: AudioClient, encoding: str, sampling_rate: int | None) -> None:
     (reference,) = client.generate(PROMPT, seed=1, encoding="float32", sampling_rate=sampling_rate).clips
     (clip,) = client.generate(PROMPT, seed=1, encoding=encoding, sampling_rate=sampling_rate).clips
     assert (clip.encoding, clip.sampling_rate) == (encoding, sampling_rate or 16_000)
-    if encoding in ("wav", "flac", "ogg"):
+    if encoding not in ("linear16", "float32"):
         decoded_N, rate = soundfile.read(io.BytesIO(clip.audio), dtype="float32")
         assert rate == clip.sampling_rate
     else:
         decoded_N = clip.waveform()
     assert len(decoded_N) == round(0.64 * clip.sampling_rate)
-    if encoding != "ogg":
+    if encoding not in ("ogg", "mp3", "opus"):
         np.testing.assert_allclose(decoded_N, reference.waveform(), atol=1e-4)
 
 
