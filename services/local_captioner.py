@@ -8,13 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Final, Unpack
 
+import numpy as np
+from numpy.typing import NDArray
+
 from milonga.v1.scoring_pb2 import ListScorersResponse
 from services.api.best import run
-from services.api.captioning import CaptionOptions, Captions
+from services.api.captioning import CaptionOptions, Captions, ClipCaptioner
 from services.api.scoring import Embeddings, Sound
 from services.audio.clips import read_clips
+from services.audio.decoding import MIN_SECONDS
+from services.audio.levels import has_sound
 from services.captioning.loading import load_model
-from services.captioning.model import CaptionJob, CaptionModel, bounds_of, complete
+from services.captioning.model import MAX_SECONDS, CaptionJob, CaptionModel, bounds_of, complete
 from services.captioning.refine import ScoringRefiner, refine
 from services.captioning.servicer import read_options
 from services.captioning.settings import CaptioningSettings
@@ -110,3 +115,23 @@ def open_captioner(
     """
     model = load_model(captioner, clap, device=device, dtype=dtype, sends=scoring is not None)
     return LocalCaptioner(model, scoring)
+
+
+def describe(captioner: ClipCaptioner, clips: Sequence[tuple[NDArray[np.float32], int]]) -> list[str]:
+    """Return the caption of each generated clip, empty if there is nothing in it.
+
+    A captioner refuses clips without sound, which a generator may make. A clip longer than `MAX_SECONDS` is
+    described by its beginning.
+
+    Args:
+        captioner: writes the captions.
+        clips: samples [N] in [-1, 1] and sampling rate in hertz of each clip.
+    """
+    heard = {
+        index: (waveform_N[: int(MAX_SECONDS * rate)], rate)
+        for index, (waveform_N, rate) in enumerate(clips)
+        if len(waveform_N) >= MIN_SECONDS * rate and has_sound(waveform_N[: int(MAX_SECONDS * rate)])
+    }
+    captions = captioner.caption_audio(list(heard.values())).captions if heard else ()
+    texts = dict(zip(heard, (one.text for one in captions), strict=True))
+    return [texts.get(index, "") for index in range(len(clips))]

@@ -18,6 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from services.audio.containers import Container, ContainerError, open_container
+from services.audio.levels import SOUNDLESS_POWER
 from services.audio.prompt import MAX_PROMPT_CHARACTERS
 from services.audio.steps import Steps, finish
 from services.errors import FieldViolation, InvalidInputError, invalid
@@ -41,8 +42,6 @@ _AUDIBLE_PEAK: Final = 1.01
 """Turning down less, by 0.1 dB as lossy decoders need it, is not worth a warning."""
 _CANCELLED: Final = 0.05
 """Share of the channels' energy in the mono mix (-13 dB) below which they cancel; independent: half."""
-_SILENT: Final = 1e-8
-"""Mean square of a silent clip, in which nothing can cancel either: -80 dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,10 +257,10 @@ class Mix:
                     f"{20 * math.log10(peak):.1f} dB; send samples in [-1, 1]"
                 )
         energy = float(np.vdot(waveform_N, waveform_N))
-        if not may_be_silent and energy <= _SILENT * self.count:
-            raise invalid(self._path, _silence_fault(self._energy > _SILENT * self.count))
+        if not may_be_silent and energy <= SOUNDLESS_POWER * self.count:
+            raise invalid(self._path, _silence_fault(self._energy > SOUNDLESS_POWER * self.count))
         kept = energy / max(self._energy, 1e-12)
-        if self._energy > _SILENT * self.count and kept < _CANCELLED:
+        if self._energy > SOUNDLESS_POWER * self.count and kept < _CANCELLED:
             left = "silence" if kept < 1e-6 else f"{-10 * math.log10(kept):.0f} dB quieter than they are"
             warnings.append(
                 f"clip has channels that cancel each other: their mono mix is {left}; invert one, or send one"

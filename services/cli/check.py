@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from services.api.captioning import ClipCaptioner
+from services.api.generation import Clip
 from services.api.reading import EVENTS, Comparison, EventReader, compare
-from services.api.scoring import Sound
 from services.catalogue import EMBEDDED_CAPTIONER
 from services.cli.options import URI_FORMS
 from services.cli.scorers import refuse
@@ -58,6 +58,7 @@ class Check:
     """A caption of a clip, compared with the clip's prompt."""
 
     caption: str
+    """Empty for a clip without sound."""
     comparison: Comparison | None
     """The caption, compared with the prompt; None if they can't be compared."""
     unread: str = ""
@@ -65,10 +66,11 @@ class Check:
 
     def line(self) -> str:
         """Return the result in words."""
+        caption = self.caption or "none, there is no sound in the clip"
         if self.comparison is None:
-            return f"caption: {self.caption} (not compared: {self.unread})"
+            return f"caption: {caption} (not compared: {self.unread})"
         differences = self.comparison.in_words() or ("everything that the prompt names, and nothing else",)
-        return f"caption: {self.caption}; {'; '.join(differences)}"
+        return f"caption: {caption}; {'; '.join(differences)}"
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -89,9 +91,11 @@ class Checker:
     def __init__(self, captioner: ClipCaptioner, reader: EventReader | None) -> None:
         self._captioner, self._reader = captioner, reader
 
-    def check(self, prompt: str, clips: Sequence[Sound]) -> list[Check]:
+    def check(self, prompt: str, clips: Sequence[Clip]) -> list[Check]:
         """Check clips of one prompt. Raises as `ClipCaptioner`."""
-        captions = [one.text for one in self._captioner.caption_audio(clips).captions]
+        from services.local_captioner import describe
+
+        captions = describe(self._captioner, [(clip.waveform(), clip.sampling_rate) for clip in clips])
         if self._reader is None:
             unread = f"this captioner has no {EVENTS}, which says what its words mean"
             return [Check(caption=caption, comparison=None, unread=unread) for caption in captions]

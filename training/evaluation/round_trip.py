@@ -11,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.api.captioning import ClipCaptioner
 from services.api.reading import EVENTS, Comparison, EventReader, Reading, compare, read_events
-from services.api.scoring import Sound
 from services.errors import invalid
 from services.weights.uri import resolve
+
+Waveform = tuple[NDArray[np.float32], int]
+"""Samples [N] in [-1, 1], and their rate in hertz."""
 
 ROUND_TRIP_METRICS: Final = (
     "round_trip_presence",
@@ -40,11 +45,11 @@ class RoundTrip:
         reading = self.reader.read(prompt)
         return reading if reading.events and not reading.unread else None
 
-    def heard(self, clips: Sequence[Sound]) -> list[Reading]:
-        """Return what the captions of clips say."""
-        if not clips:
-            return []
-        return [self.reader.read(one.text) for one in self.captioner.caption_audio(clips).captions]
+    def captions(self, clips: Sequence[Waveform]) -> list[str]:
+        """Return the captions of clips, empty for those without sound."""
+        from services.local_captioner import describe
+
+        return describe(self.captioner, clips)
 
 
 def round_trip_metrics(comparison: Comparison) -> dict[str, float]:
@@ -61,11 +66,13 @@ def round_trip_metrics(comparison: Comparison) -> dict[str, float]:
     }
 
 
-def round_trip(trip: RoundTrip, prompts: Sequence[str], clips: Sequence[Sound]) -> list[Mapping[str, float]]:
+def round_trip(
+    trip: RoundTrip, prompts: Sequence[str], clips: Sequence[Waveform]
+) -> list[Mapping[str, float]]:
     """Return the metrics of each clip for its prompt; NaN where the captioner has no words for the prompt."""
     wanted = [trip.wanted(prompt) for prompt in prompts]
     known = [clip for clip, reading in zip(clips, wanted, strict=True) if reading is not None]
-    heard = iter(trip.heard(known))
+    heard = iter(map(trip.reader.read, trip.captions(known)))
     return [
         dict.fromkeys(ROUND_TRIP_METRICS, math.nan)
         if reading is None

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from services.audio.levels import has_sound
 from services.audio.resampling import resample
 from services.errors import ModelFormatError, invalid
 from services.models.captioner.beams import Hypothesis, search
@@ -81,9 +82,6 @@ PROJECTOR_WEIGHTS: Final = "projector.safetensors"
 
 IGNORED_LABEL: Final = -100
 """Label of a token that has no loss."""
-
-_SILENT: Final = 1e-8
-"""Mean square of a silent clip: -80 dB."""
 
 Waveform = NDArray[np.float32]
 """[N], or [channels, N]; in [-1, 1]."""
@@ -269,7 +267,7 @@ class Captioner(nn.Module):
                 "audio", f"is {seconds:.3g} s long; send at least {FRAME_LENGTH / SAMPLING_RATE:g} s"
             )
         warnings = []
-        if float(np.square(samples_N).mean()) < _SILENT:
+        if not has_sound(samples_N):
             warnings.append("clip is silent; its caption says nothing")
         if seconds > self.max_seconds:
             warnings.append(

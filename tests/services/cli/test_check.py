@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from services import cli
+from services.api.generation import Clip
+from services.cli.check import CheckOptions
 from services.models.manifest import write_manifest
 from tests.tiny import tiny_captioner
 
@@ -34,6 +37,16 @@ def test_json_has_the_differences_of_each_clip(tmp_path: Path, capsys: pytest.Ca
         assert set(one) == {"caption", "missing", "added", "in_order"}
         assert one["in_order"] is None  # one event has no order
         assert set(one["missing"]) <= {"bell"}
+
+
+def test_a_clip_without_sound_has_none_of_its_events() -> None:
+    checker = CheckOptions(check=True).open("cpu")
+    assert checker is not None
+    silence = Clip.of_samples(np.zeros(16_000, np.float32), 16_000)
+    (found,) = checker.check("a dog barks then a siren wails", [silence])
+    assert found.line() == "caption: none, there is no sound in the clip; missing: dog, siren"
+    assert found.record() == {"caption": "", "missing": ["dog", "siren"], "added": [], "in_order": None}
+    checker.close()
 
 
 def test_what_can_not_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,6 +178,32 @@ def test_an_interrupted_promotion_repeats_its_looks(
     assert target.challenger == candidate.uri  # left running on the candidate
 
 
+def test_the_round_trip_is_a_gate(
+    two_versions: tuple[RegisteredVersion, RegisteredVersion], config: EvaluationConfig
+) -> None:
+    champion, candidate = two_versions
+
+    def gates(minimum: float) -> GatesConfig:
+        return GatesConfig(
+            evaluation=replace(config, seeds=1, judge=None, captioner="mini:captioner"),
+            gates=(Gate(metric="round_trip_present_and_in_order", minimum=minimum),),
+            independent=("captioner",),
+        )
+
+    # Clips of untrained models do not have what their prompts name.
+    promoter, _ = make_promoter(ServingTarget(champion.uri), Registry())
+    with pytest.raises(GatesRefusedError, match=r"round_trip_present_and_in_order: at least 0.9, found 0"):
+        promote(promoter, gates(0.9), model="milonga-tango", version="2")
+    (entry,) = promoter.ledger.entries()
+    evidence = json.loads(promoter.ledger.read_text(entry.run_id, EVIDENCE))
+    assert evidence["heard_by"].keys() == {"captioner"}
+    assert evidence["independent"] == ["captioner"]
+    assert evidence["gates"][0]["metric"] == "round_trip_present_and_in_order"
+
+    promote(promoter, gates(0.0), model="milonga-tango", version="2")
+    assert promoter.target.current_pin() == candidate.uri
+
+
 def test_a_version_of_another_family_is_not_promoted(
     store: str, config: EvaluationConfig, tmp_path: Path
 ) -> None:

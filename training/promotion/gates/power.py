@@ -18,20 +18,23 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from services.api.reading import compare
 from services.errors import invalid
 from services.models.mini.tagger import Detection
 from training.evaluation.bootstrap import PromptSums, rate_difference_ends
 from training.evaluation.events import EVENT_METRICS, compare_events, event_metrics
 from training.evaluation.prompts import SPLITS, Prompt
+from training.evaluation.round_trip import ROUND_TRIP_METRICS, round_trip_metrics
 from training.evaluation.sources import PlannedClip, make_plan
 from training.promotion.gates.gates import Gate, GatesConfig
 from training.promotion.gates.looks import critical_values
+from training.soundworld.reading import truth_reading
 
 Array = NDArray[np.float64]
 Ends = Callable[[PromptSums, PromptSums, float], tuple[Array, Array]]
 """Function of two models' figures and a critical value to the ends of their difference's interval, [T]."""
 
-RATES: Final = (*EVENT_METRICS, "silent", "clipped", "overshoot")
+RATES: Final = (*EVENT_METRICS, *ROUND_TRIP_METRICS, "silent", "clipped", "overshoot")
 """Figures that are rates of clips."""
 CHAMPIONS: Final = (0.9, 0.95, 0.98, 1.0)
 """The champion's rates that are tabulated unless one is given."""
@@ -174,7 +177,13 @@ def _chance(limits: tuple[float, float], at_looks: Sequence[tuple[Array, Array]]
 
 
 def defined_for(figure: str, prompt: Prompt) -> bool:
-    """Return whether a figure is defined for a perfect clip of a prompt: order only for sequences."""
+    """Return whether a figure is defined for a perfect clip of a prompt: order only for sequences.
+
+    Figures of the round trip are counted as defined if the prompt's events are not known.
+    """
+    if figure in ROUND_TRIP_METRICS and prompt.truth is not None:
+        reading = truth_reading(prompt.truth)
+        return not math.isnan(round_trip_metrics(compare(reading, reading))[figure])
     if figure not in EVENT_METRICS:
         return True
     if prompt.truth is None:

@@ -87,9 +87,9 @@ def test_the_default_gates_use_independent_scorers() -> None:
     config = read_gates(DEFAULT_GATES)
     assert {gate.figure for gate in config.gates} >= {
         *("present_and_in_order", "order_given_presence", "presence", "clap.clap-b", "reward"),
-        *("silent", "clipped", "latency"),
+        *("silent", "clipped", "latency", "round_trip_present_and_in_order"),
     }
-    assert config.independent == ("judge", "clap-b")
+    assert config.independent == ("judge", "clap-b", "captioner")
     assert (config.evaluation.seeds, config.evaluation.world.split) == (1, "validation")
     assert (config.looks, config.evaluation.world.count) == (4, 640)
     assert config.text == DEFAULT_GATES.read_text()

@@ -52,7 +52,7 @@ def test_the_former_default_gate(rate: float, difference: float, expected: float
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.95, 0.98, 1.0])
-@pytest.mark.parametrize("metric", ["present_and_in_order", "presence"])
+@pytest.mark.parametrize("metric", ["present_and_in_order", "presence", "round_trip_present_and_in_order"])
 def test_the_default_gates_pass_equals_and_refuse_a_loss_of_the_margin(rate: float, metric: str) -> None:
     config = read_gates(DEFAULT_GATES)
     (gate,) = (gate for gate in config.gates if gate.metric == metric)
