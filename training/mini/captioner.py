@@ -37,8 +37,8 @@ from training.soundworld.synthesis import CLASSES
 
 SEED = 1_414
 BATCH = 16
-LOOP = LoopConfig(steps=3_000, batch=BATCH, learning_rate=3e-3, warmup=50, decay=0.4, ema=0.98)
-SCENES, LONG_SCENES = 6_144, 1_536
+LOOP = LoopConfig(steps=10_000, batch=BATCH, learning_rate=3e-3, warmup=50, decay=0.4, ema=0.98)
+SCENES, LONG_SCENES = 10_240, 6_144
 """Scenes of 2.56 s and of 5.12 s whose tokens are computed."""
 CAPTION_TOKENS = 48
 """Most tokens of a caption."""
