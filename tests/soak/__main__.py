@@ -28,7 +28,7 @@ from typing import Final
 
 import numpy as np
 
-from milonga.v1 import reward_pb2, scoring_pb2
+from milonga.v1 import captioning_pb2, reward_pb2, scoring_pb2
 from services.catalogue import CATALOGUE, EMBEDDED_SCORERS
 from tests.soak import report
 from tests.soak.callers import write_callers
@@ -74,6 +74,7 @@ def _settings(callers: Path) -> dict[str, dict[str, str]]:
         "generation": {**common, **generation},
         "scoring": {**batched, "MILONGA_SCORERS": str(scorer).replace("'", '"')},
         "reward": {**batched, "MILONGA_MODEL": "mini"},
+        "captioning": {**batched, "MILONGA_MODEL": "mini", "MILONGA_CLAP": scorer["clap-a"]},
     }
 
 
@@ -124,7 +125,7 @@ class Soak:
         self._say("the load has ended; waiting until nothing is in progress")
         left = await self._quiet()
         if not np.allclose(await self._ask_alone(), answers, atol=_TOLERANCE):
-            self._faults.wrong.append("scores or rewards differ from those before the load")
+            self._faults.wrong.append("scores, rewards or captions differ from those before the load")
         await self._load.close()
         await self._sample()
         await asyncio.to_thread(self._end)
@@ -149,12 +150,15 @@ class Soak:
         return False
 
     async def _ask_alone(self) -> list[float]:
-        """Ask for what must be the same at the end, one after the other; return scores and rewards."""
+        """Ask for what must be the same at the end, one after the other; return its numbers."""
         for number in range(SAME):
             await self._load.make(self._mix.same(number))
         _, scores = await self._load.make(self._mix.pairs_of_always("scoring"))
         _, rewards = await self._load.make(self._mix.pairs_of_always("reward"))
+        _, captions = await self._load.make(self._mix.captions_of_always())
+        found = captioning_pb2.CaptionAudioResponse.FromString(captions).captions
         return [
+            *(candidate.log_probability for one in found for candidate in one.candidates),
             *(one.scores[0] for one in scoring_pb2.BatchScoreAudioResponse.FromString(scores).results),
             *(one.logit for one in reward_pb2.BatchComputeRewardsResponse.FromString(rewards).rewards),
         ]

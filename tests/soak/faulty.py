@@ -5,6 +5,7 @@
 Its settings are those of the service, in the environment. It stops when its standard input ends.
 """
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from services.catalogue import GENERATION, REWARD, SCORING
+from services.captioning import serve as captioning
+from services.captioning.loading import LoadedCaptioner
+from services.captioning.loading import load as load_captioning
+from services.captioning.settings import CaptioningSettings
+from services.captioning.settings import find_models as find_captioner
+from services.catalogue import CAPTIONING, GENERATION, REWARD, SCORING
 from services.cli.child import watch_parent
 from services.engine import Engine
 from services.engine.denoiser import Denoiser
@@ -25,6 +31,7 @@ from services.generation import serve as generation
 from services.generation.settings import GenerationSettings, model_uris
 from services.generation.slot import EngineSlot, Served
 from services.models.architectures import load_generator
+from services.models.captioner.model import Candidate, Captioner
 from services.models.clap.model import ClapModel
 from services.models.latent import Conditioning
 from services.models.reward.model import load_reward
@@ -40,7 +47,7 @@ from services.scoring.settings import ScoringSettings
 from services.scoring.settings import find_models as find_scorers
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
-from tests.services.runtime.fault_prompts import BREAK, ERROR, HANG, LARGE, NAN
+from tests.services.runtime.fault_prompts import BREAK, ERROR, FAULT_TOKENS, HANG, LARGE, NAN
 from tests.services.runtime.faulty import Faulty
 
 
@@ -86,6 +93,24 @@ class FaultyClap(ClapModel):
         return torch.where(nan_B1, torch.nan, embeddings_BD)
 
 
+class FaultyCaptioner(Captioner):
+    """A captioner that does what the maximum of tokens asks for."""
+
+    broken = False
+
+    def generate(
+        self, audio_BAD: Tensor, beams: Sequence[int] | None = None, max_new_tokens: int | None = None
+    ) -> list[list[Candidate]]:
+        """Raise, hang, or write captions: with log probabilities of NaN for the fault `NAN`."""
+        asked = {fault for fault, tokens in FAULT_TOKENS.items() if tokens == max_new_tokens}
+        self.broken = self.broken or BREAK in asked
+        _act(asked | ({ERROR} if self.broken else set()))
+        found = super().generate(audio_BAD, beams, max_new_tokens)
+        if NAN not in asked:
+            return found
+        return [[replace(one, log_probability=math.nan) for one in row] for row in found]
+
+
 def _act(prompts: set[str]) -> None:
     if HANG in prompts:
         threading.Event().wait()
@@ -126,11 +151,18 @@ def _load_reward(settings: RewardSettings) -> RewardScorer:
     return RewardScorer(model, version, clap, settings)
 
 
+def _load_captioning(settings: CaptioningSettings) -> LoadedCaptioner:
+    loaded = load_captioning(settings, find_captioner(settings))
+    loaded.worker.model._captioner.__class__ = FaultyCaptioner
+    return loaded
+
+
 SERVICES: Final[Mapping[str, Callable[[], Service[Any, Any]]]] = MappingProxyType(
     {
         GENERATION.name: lambda: replace(generation.SERVICE, load=_load_generation),
         SCORING.name: lambda: replace(scoring.SERVICE, load=_load_scoring),
         REWARD.name: lambda: replace(reward.SERVICE, load=_load_reward),
+        CAPTIONING.name: lambda: replace(captioning.SERVICE, load=_load_captioning),
     }
 )
 

@@ -13,10 +13,10 @@ import soundfile
 from google.protobuf.message import Message
 from tritonclient.grpc import service_pb2 as oip
 
-from milonga.v1 import audio_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
-from services.catalogue import CATALOGUE, GENERATION, REWARD, SCORING
+from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
+from services.catalogue import CAPTIONING, CATALOGUE, GENERATION, REWARD, SCORING
 from services.wire import write_duration
-from tests.services.runtime.fault_prompts import ERROR, LARGE, NAN
+from tests.services.runtime.fault_prompts import ERROR, FAULT_TOKENS, LARGE, NAN
 from tests.soak.callers import FARM, HURRIED, OPERATOR, STRANGER, STUDIO, WATCHER, Caller
 
 PROMPTS: Final = (
@@ -25,7 +25,9 @@ PROMPTS: Final = (
 MAX_REQUEST_BYTES: Final = 2**21
 """The services' limit in a soak run."""
 
-_GENERATION, _SCORING, _REWARD = (f"/{entry.rpc}/" for entry in (GENERATION, SCORING, REWARD))
+_GENERATION, _SCORING, _REWARD, _CAPTIONING = (
+    f"/{entry.rpc}/" for entry in (GENERATION, SCORING, REWARD, CAPTIONING)
+)
 _INFERENCE: Final = "/inference.GRPCInferenceService/"
 _FULL: Final = frozenset({"OK", "RESOURCE_EXHAUSTED"})
 _OIP_FULL: Final = frozenset({"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"})
@@ -88,6 +90,10 @@ class Mix:
                     (8, self._reward), (5, self._rank), (2, self._get_reward_model), (3, self._infer_pairs),
                     (2, lambda: self._faulty_prompt(self._reward())),
                 ),
+                CAPTIONING.name: (
+                    (8, self._caption), (2, self._get_captioner), (3, self._infer_clip), (1, self._silence),
+                    (2, lambda: self._faulty_prompt(self._caption())),
+                ),
             }
         )  # fmt: skip
         self._service = ""
@@ -112,7 +118,12 @@ class Mix:
     def prompt(self, service: str, prompt: str) -> Attempt:
         """Return a call with this prompt, which the service's model acts on."""
         self._service = service
-        make = {GENERATION.name: self._generate, SCORING.name: self._embed_text, REWARD.name: self._reward}
+        make = {
+            GENERATION.name: self._generate,
+            SCORING.name: self._embed_text,
+            REWARD.name: self._reward,
+            CAPTIONING.name: self._caption,
+        }
         return replace(_with_prompt(make[service](), prompt), codes=frozenset({"UNAVAILABLE", "INTERNAL"}))
 
     def _varied(self, attempt: Attempt) -> Attempt:
@@ -272,6 +283,46 @@ class Mix:
         )
         return self._attempt(f"{_INFERENCE}ModelInfer", request, codes=_OIP_FULL)
 
+    # --------------------------------------------------------------------------------------------- captioning
+
+    def _caption(self) -> Attempt:
+        request = captioning_pb2.CaptionAudioRequest(
+            clips=[self._clip() for _ in range(self._rng.choice((1, 1, 2, 4)))],
+            beams=self._rng.choice(((), (), (1,), (2, 3))),
+            max_new_tokens=self._rng.choice((0, 8, 16)),
+            max_candidates=self._rng.choice((0, 1)),
+        )
+        return self._attempt(f"{_CAPTIONING}CaptionAudio", request)
+
+    def _get_captioner(self) -> Attempt:
+        codes = frozenset({"OK"})
+        return self._attempt(f"{_CAPTIONING}GetCaptioner", captioning_pb2.GetCaptionerRequest(), codes=codes)
+
+    def _infer_clip(self) -> Attempt:
+        audio = np.random.default_rng(self._rng.randrange(2**32)).standard_normal(16_000) * 0.1
+        request = infer_request(
+            CAPTIONING.model,
+            AUDIO=("FP32", audio.astype(np.float32).tolist()),
+            SAMPLE_RATE=("INT32", [16_000]),
+        )
+        return self._attempt(f"{_INFERENCE}ModelInfer", request, codes=_OIP_FULL)
+
+    def _silence(self) -> Attempt:
+        clip = audio_pb2.Clip(
+            audio=bytes(64_000), encoding=audio_pb2.AUDIO_ENCODING_FLOAT32, sample_rate_hertz=16_000
+        )
+        request = captioning_pb2.CaptionAudioRequest(clips=[self._clip(), clip])
+        codes = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"})
+        return self._attempt(f"{_CAPTIONING}CaptionAudio", request, codes=codes)
+
+    def captions_of_always(self) -> Attempt:
+        """Return a call of captioning whose answer must be the same each time, without other calls."""
+        self._service = CAPTIONING.name
+        request = captioning_pb2.CaptionAudioRequest(
+            clips=[audio_pb2.Clip(audio=sound) for sound in self._sounds]
+        )
+        return self._attempt(f"{_CAPTIONING}CaptionAudio", request)
+
     def pairs_of_always(self, service: str) -> Attempt:
         """Return a call of scoring or reward whose answer must be the same each time, without other calls."""
         self._service = service
@@ -300,7 +351,7 @@ SAME: Final = 6
 
 
 def _with_prompt(attempt: Attempt, prompt: str) -> Attempt:
-    """Return the call with `prompt` as its first prompt."""
+    """Return the call with `prompt` as its first prompt, or, to a captioner, with its number of tokens."""
     request: Any
     match attempt.rpc:
         case "GenerateAudio":
@@ -312,6 +363,9 @@ def _with_prompt(attempt: Attempt, prompt: str) -> Attempt:
         case "BatchComputeRewards":
             request = reward_pb2.BatchComputeRewardsRequest.FromString(attempt.payload)
             request.pairs[0].prompt = prompt
+        case "CaptionAudio":
+            request = captioning_pb2.CaptionAudioRequest.FromString(attempt.payload)
+            request.max_new_tokens = FAULT_TOKENS[prompt]
         case other:
             raise AssertionError(other)
     return replace(attempt, payload=request.SerializeToString())

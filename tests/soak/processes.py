@@ -63,6 +63,7 @@ _LEFT: Final = (
     "milonga_running",
     "milonga_scoring_queue_seconds",
     "milonga_reward_queue_seconds",
+    "milonga_captioning_queue_seconds",
 )
 
 
