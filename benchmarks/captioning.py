@@ -1,11 +1,15 @@
 """Speed and memory of a captioner: alone and in batches, stage by stage, beam size by beam size.
 
     python -m benchmarks.captioning [--model URI | --random base|released] [--clips 16] [--tokens 20]
-        [--rounds 3] [--threads N] [--processor-time] [--device auto] [--dtype float32] [--output FILE]
+        [--beams 2 3 4 5 6 7 8] [--rounds 3] [--threads N] [--processor-time] [--device auto]
+        [--dtype float32] [--output FILE]
 
-``--model`` is a captioner's folder (``file:DIR``). ``--random base`` has random weights of EAT-base and of a
-language model with 134M parameters, ``--random released`` of SLAM-AAC's sizes (EAT-base and Vicuna-7B: a GPU
-with 20 GiB, ``--dtype float16``). Random weights end no sentence: each caption has ``--tokens`` tokens.
+``--model`` is a captioner, the embedded one unless given. Its clips are scenes of the sound world of 5.12 s,
+and a caption ends by itself, after ``--tokens`` at most.
+
+``--random base`` has random weights of EAT-base and of a language model with 134M parameters,
+``--random released`` of SLAM-AAC's sizes (EAT-base and Vicuna-7B: a GPU with 20 GiB, ``--dtype float16``).
+Their clips are noise of 10.24 s, and random weights end no sentence: each caption has ``--tokens`` tokens.
 
 Each comparison is a ratio within one run: what is compared takes turns. On a machine that others use too,
 ``--processor-time`` with ``--threads 1`` measures the processor's seconds instead of the clock's.
@@ -23,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +39,7 @@ from services.models.captioner.filterbank import SAMPLING_RATE
 from services.models.captioner.model import CaptionClip, Captioner, make_projector
 from services.models.folders import pick_device, pick_dtype
 from services.weights.uri import ModelURI, resolve
+from training.soundworld.scenes import SceneConfig, make_scene
 
 SIZES: Final[dict[str, dict[str, int]]] = {
     "base": {
@@ -83,16 +89,29 @@ def load(arguments: argparse.Namespace) -> Captioner:
     return Captioner.from_pretrained(folder, device=arguments.device, dtype=arguments.dtype)
 
 
+def noise(count: int, seconds: float) -> list[NDArray[np.float32]]:
+    """Return clips of noise [N]."""
+    rng, samples = np.random.default_rng(0), int(seconds * SAMPLING_RATE)
+    return [(0.1 * rng.standard_normal(samples)).astype(np.float32) for _ in range(count)]
+
+
+def scenes(count: int) -> list[NDArray[np.float32]]:
+    """Return scenes of the sound world [N]."""
+    config = SceneConfig(duration=5.12, single=0.15, sequence=0.6, three=0.5, split="validation")
+    return [make_scene(0, index, config).waveform for index in range(count)]
+
+
 class Measurements:
     """What is measured of one captioner."""
 
     def __init__(self, captioner: Captioner, arguments: argparse.Namespace) -> None:
         self.captioner, self.tokens, self.rounds = captioner, arguments.tokens, arguments.rounds
+        self.beams = tuple(arguments.beams)
         self.clock = time.process_time if arguments.processor_time else time.perf_counter
-        rng = np.random.default_rng(0)
-        samples = int(captioner.max_seconds * SAMPLING_RATE)
-        noise = [(0.1 * rng.standard_normal(samples)).astype(np.float32) for _ in range(arguments.clips)]
-        self.clips: list[CaptionClip] = [captioner.prepare(one, SAMPLING_RATE) for one in noise]
+        sounds = (
+            noise(arguments.clips, captioner.max_seconds) if arguments.random else scenes(arguments.clips)
+        )
+        self.clips: list[CaptionClip] = [captioner.prepare(one, SAMPLING_RATE) for one in sounds]
 
     def batching(self) -> dict[str, Any]:
         """Captions a second of all clips at once, and of one clip after the other, with 4 beams."""
@@ -109,8 +128,8 @@ class Measurements:
         }
 
     def stages(self) -> dict[str, Any]:
-        """Time of one clip by stage, with the model's own beam sizes."""
-        clip, beams = self.clips[:1], self.captioner.config.beams
+        """Time of one clip by stage, with all beam sizes."""
+        clip, beams = self.clips[:1], self.beams
         audio = self.captioner.encode(clip)
         encode, prefill, generate = self._turns(
             lambda: self.captioner.encode(clip),
@@ -127,7 +146,7 @@ class Measurements:
 
     def beam_sizes(self) -> dict[str, Any]:
         """Seconds of one clip's search: all beam sizes in one pass, one by one, and by transformers."""
-        beams = self.captioner.config.beams
+        beams = self.beams
         audio = self.captioner.encode(self.clips[:1])
         together, apart, library = self._turns(
             lambda: self._search(audio, beams),
@@ -227,6 +246,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random", choices=sorted(SIZES))
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--beams", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--processor-time", action="store_true")

@@ -30,6 +30,7 @@ def test_the_gpu_benchmark_measures_writes_and_continues(
 def test_the_benchmark_of_captioners_measures_each_comparison(tmp_path: Path) -> None:
     tiny_captioner().save_pretrained(tmp_path / "tiny")
     words = [
+        *("--beams", "2", "3"),
         "--model",
         f"file:{tmp_path / 'tiny'}",
         "--clips",

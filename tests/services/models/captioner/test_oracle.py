@@ -94,6 +94,7 @@ def test_layout_of_training(converted: Captioner, ref: dict[str, NDArray[Any]]) 
     ids, _, mask = converted.tokenize(CAPTIONS)
     exactly(ids, ref["train_input_ids"][:, AUDIO:])
     exactly(mask, ref["train_attention_mask"][:, AUDIO:])
+    assert (ref["train_input_ids"][:, :AUDIO] == -1).all()  # upstream's places of audio
     embeddings, all_labels, all_mask = converted.layout(torch.from_numpy(ref["projector"]), CAPTIONS)
     exactly(all_labels, ref["train_labels"])
     exactly(all_mask, ref["train_attention_mask"])
@@ -114,6 +115,8 @@ def test_prompt_of_inference(converted: Captioner, ref: dict[str, NDArray[Any]])
     prompt = converted.prompt_ids()
     assert ref["infer_input_ids"][:, AUDIO:].tolist() == [prompt, prompt]
     assert ref["infer_attention_mask"].all()
+    modality = ref["infer_modality_mask"]
+    assert modality[:, :AUDIO].all() and not modality[:, AUDIO:].any()
     near(converted.prompts(torch.from_numpy(ref["projector"])), ref["infer_inputs_embeds"])
 
 
