@@ -9,9 +9,9 @@ import typer
 from services.api.captioning import ClipCaptioner
 from services.api.generation import Clip
 from services.api.reading import EVENTS, Comparison, EventReader, compare
-from services.catalogue import EMBEDDED_CAPTIONER
+from services.catalogue import EMBEDDED_CAPTIONER, captioner_uri
 from services.cli.options import URI_FORMS
-from services.cli.scorers import refuse
+from services.cli.scorers import naming_option, refuse
 
 PANEL = "Check"
 """Panel of these options in the help."""
@@ -49,8 +49,9 @@ class CheckOptions:
         from services.local_captioner import open_captioner
         from services.weights.uri import resolve
 
-        model = resolve(self.captioner or EMBEDDED_CAPTIONER)
-        return Checker(open_captioner(model, device=device or "auto"), read_events(model.folder))
+        with naming_option("--captioner"):
+            model = resolve(captioner_uri(self.captioner or EMBEDDED_CAPTIONER))
+            return Checker(open_captioner(model, device=device or "auto"), read_events(model.folder))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from services.api.reading import EVENTS as EVENTS_FILE
 from services.api.reading import EventReader, compare, read_events
+from services.catalogue import captioner_uri
 from services.errors import MilongaError, invalid
 from services.weights.uri import resolve
 from training.data.captions import CaptionExample, read_examples
@@ -338,7 +339,7 @@ def event_reader(uri: str) -> EventReader:
 
     Raises `ModelError` if the model is not there, `InvalidInputError` if it has no list.
     """
-    if (reader := read_events(resolve(uri).folder)) is None:
+    if (reader := read_events(resolve(captioner_uri(uri)).folder)) is None:
         raise invalid("--events", f"is {uri}, which has no {EVENTS_FILE}; give a captioner that has one")
     return reader
 

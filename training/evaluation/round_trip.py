@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from services.api.captioning import ClipCaptioner
 from services.api.reading import EVENTS, Comparison, EventReader, Reading, compare, read_events
+from services.catalogue import captioner_uri
 from services.errors import invalid
 from services.weights.uri import resolve
 
@@ -90,7 +91,7 @@ def open_round_trip(uri: str, device: str = "auto") -> RoundTrip:
     """
     from services.local_captioner import open_captioner
 
-    model = resolve(uri)
+    model = resolve(captioner_uri(uri))
     reader = read_events(model.folder)
     if reader is None:
         raise invalid("captioner", f"is {uri}, which has no {EVENTS}; give a captioner that has one, or none")

@@ -65,6 +65,7 @@ def test_what_can_not_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureF
         (["A bell rings", "--captioner", "mini:captioner"], "--captioner: describes clips for --check"),
         (["--prompts", "list.csv", "-o", "out", "--check"], "--check: is for one PROMPT"),
         (["A bell rings", "--check", "--captioner", "mini:nothing"], "mini:nothing"),
+        (["A bell rings", "--check", "--captioner", "nothing"], "--captioner: is 'nothing', must be mini"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
