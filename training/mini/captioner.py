@@ -68,7 +68,7 @@ def build_tokenizer(prompt: str) -> PreTrainedTokenizerFast:
 
 
 def build(tokenizer: PreTrainedTokenizerFast, encoder: EatEncoder) -> Captioner:
-    """Return a captioner with a new projector and a new Llama of 3 layers."""
+    """Return a captioner with a new projector and a new Llama of 2 layers."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

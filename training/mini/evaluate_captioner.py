@@ -21,7 +21,7 @@ from services.api.reading import Reading, compare, read_events
 from services.models.captioner.model import Captioner
 from services.models.mini import mini_folder
 from training.data.store import batches
-from training.evaluation.caption_metrics import TEXT, CaptionSet, score_captions
+from training.evaluation.caption_metrics import CaptionSet, score_captions
 from training.objectives.statistics import mean_interval
 from training.soundworld.captions import write_caption
 from training.soundworld.reading import truth_reading
@@ -95,11 +95,11 @@ def by_kind(scenes: list[Scene], readings: list[Reading]) -> dict[str, object]:
 
 
 def field_figures(scenes: list[Scene], captions: list[str]) -> dict[str, object]:
-    """Return the field's metrics against `REFERENCES` captions of the grammar each."""
+    """Return the field's metrics against `REFERENCES` captions of the grammar each, METEOR if it is there."""
     rng = np.random.default_rng(SEED)
     references = tuple(tuple(write_caption(scene.truth, rng) for _ in range(REFERENCES)) for scene in scenes)
     clips = tuple(str(number) for number in range(len(scenes)))
-    report = score_captions(CaptionSet(clips=clips, captions=tuple(captions), references=references), TEXT)
+    report = score_captions(CaptionSet(clips=clips, captions=tuple(captions), references=references))
     return {"tokenizer": report["tokenizer"]} | report["figures"]
 
 
