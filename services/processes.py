@@ -10,6 +10,8 @@ A service stops when the context ends, and also when the parent process ends in 
 """
 
 import contextlib
+import http
+import http.client
 import os
 import secrets
 import signal
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +43,7 @@ _POLL_SECONDS: Final = 0.1
 _PORTS: Final = range(15_000, 30_000)
 """Ports below the ephemeral ranges of Linux, macOS and Windows, and below Kubernetes' node ports."""
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+_OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _CHANNEL_OPTIONS: Final = (
     # Notice a service as soon as it has bound its port, and don't use a proxy.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -59,6 +63,8 @@ class ServicePlan:
     """Its options, without ``--listen``."""
     address: str
     """host:port to listen on."""
+    http: bool = False
+    """Whether it speaks HTTP, as the web door does, and says at ``/live`` that it serves."""
 
 
 class ServiceProcess:
@@ -80,8 +86,7 @@ class ServiceProcess:
         self.plan = plan
         self.ready_seconds: float | None = None
         """Seconds from the start until `is_serving` was first true; None before."""
-        host, _, port = plan.address.rpartition(":")
-        self.target = f"{_WILDCARDS.get(host, host)}:{port}"
+        self.target = local_target(plan.address)
         """Address at which this machine reaches the service."""
         self._log = log
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -125,7 +130,20 @@ class ServiceProcess:
         return self.process.poll() is None
 
     def is_serving(self, timeout: float = 0.2) -> bool:
-        """Return whether its health service responds SERVING within `timeout` seconds."""
+        """Return whether it says within `timeout` seconds that it is serving."""
+        serving = self._is_live(timeout) if self.plan.http else self._is_healthy(timeout)
+        if serving and self.ready_seconds is None:
+            self.ready_seconds = time.monotonic() - self._start
+        return serving
+
+    def _is_live(self, timeout: float) -> bool:
+        try:
+            with _OPENER.open(f"http://{self.target}/live", timeout=timeout) as response:
+                return bool(response.status == http.HTTPStatus.OK)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _is_healthy(self, timeout: float) -> bool:
         if self._channel is None:
             self._channel = grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
         stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its type stubs declare no rpcs
@@ -133,10 +151,7 @@ class ServiceProcess:
             response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError:
             return False
-        serving: bool = response.status == health_pb2.HealthCheckResponse.SERVING
-        if serving and self.ready_seconds is None:
-            self.ready_seconds = time.monotonic() - self._start
-        return serving
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_until_serving(self, seconds: float = START_SECONDS) -> None:
         """Block until its health service responds SERVING.
@@ -189,6 +204,12 @@ class ServiceProcess:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def local_target(address: str) -> str:
+    """Return the address at which this machine reaches a service that listens on `address`."""
+    host, _, port = address.rpartition(":")
+    return f"{_WILDCARDS.get(host, host)}:{port}"
 
 
 @contextlib.contextmanager

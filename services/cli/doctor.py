@@ -30,6 +30,7 @@ _MARKERS = {
     "serving": "torch",
     "training": "datasets",
     "triton": "tritonclient",
+    "web": "uvicorn",
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
@@ -38,6 +39,7 @@ _PURPOSES = {
     "serving": "to generate in this process, to serve and to convert",
     "training": "to train",
     "triton": "to serve from Triton",
+    "web": "to serve HTTP in front of the services",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
     "laion:PATH does not need it",
     "dev": "to work on milonga",

@@ -18,7 +18,7 @@ from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
     from services.client import ServiceOptions
-    from services.runtime.settings import ServerSettings
+    from services.runtime.settings import ProcessSettings
 
 URI_FORMS: Final = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also with #sha256:HEX"
 NAME_URI: Final = "NAME=URI"
@@ -118,7 +118,7 @@ def check_address(flag: str, address: str | None) -> None:
 # Settings
 
 
-def setting_options(kind: "type[ServerSettings]") -> list[inspect.Parameter]:
+def setting_options(kind: "type[ProcessSettings]") -> list[inspect.Parameter]:
     """Return an option for each setting except secrets; those that every server has come last."""
     from pydantic import SecretStr
 
@@ -137,7 +137,7 @@ def setting_options(kind: "type[ServerSettings]") -> list[inspect.Parameter]:
     ]
 
 
-def read_options(kind: "type[ServerSettings]", values: Mapping[str, Any]) -> "ServerSettings":
+def read_options(kind: "type[ProcessSettings]", values: Mapping[str, Any]) -> "ProcessSettings":
     """Return the settings for the values of `setting_options`. Raises `InvalidInputError`."""
     from services.runtime.settings import load_settings
 
@@ -165,7 +165,7 @@ def embedded_words(entry: ServiceEntry) -> tuple[str, ...]:
     return tuple(word for one in entry.weights for word in setting_words(one.setting, one.embedded))
 
 
-def environment_note(kind: "type[ServerSettings]") -> str:
+def environment_note(kind: "type[ProcessSettings]") -> str:
     """Return the note on environment variables at the end of a command's help."""
     from pydantic import SecretStr
 
@@ -184,7 +184,7 @@ def environment_note(kind: "type[ServerSettings]") -> str:
     return f"{note}."
 
 
-def flag_of(kind: "type[ServerSettings]", name: str) -> str:
+def flag_of(kind: "type[ProcessSettings]", name: str) -> str:
     """Return the option of a setting, with dashes."""
     if get_origin(_type_of(kind, name)) is dict:
         return _singular(name)
@@ -195,14 +195,14 @@ def _singular(name: str) -> str:
     return f"--{name.removesuffix('s').replace('_', '-')}"
 
 
-def _type_of(kind: "type[ServerSettings]", name: str) -> Any:
+def _type_of(kind: "type[ProcessSettings]", name: str) -> Any:
     """Return the type of a setting, without None."""
     annotation = kind.model_fields[name].annotation
     members = get_args(annotation)
     return next(one for one in members if one is not NoneType) if NoneType in members else annotation
 
 
-def _setting_option(kind: "type[ServerSettings]", name: str, panel: str | None) -> inspect.Parameter:
+def _setting_option(kind: "type[ProcessSettings]", name: str, panel: str | None) -> inspect.Parameter:
     field, setting_type = kind.model_fields[name], _type_of(kind, name)
     flag, option_type, metavar, completion, note = flag_of(kind, name), setting_type, None, None, ""
     if get_origin(setting_type) is dict:
@@ -227,7 +227,7 @@ def _setting_option(kind: "type[ServerSettings]", name: str, panel: str | None) 
     return _parameter(name, option_type, option)
 
 
-def _help_of(kind: "type[ServerSettings]", name: str) -> str:
+def _help_of(kind: "type[ProcessSettings]", name: str) -> str:
     """Return the docstring of a setting as help, with options in place of other settings' names."""
     fields = [getattr(one, "model_fields", {}).get(name) for one in kind.__mro__]
     docstring = next(field.description for field in fields if field is not None and field.description)

@@ -1,16 +1,20 @@
-"""`milonga serve`: run a service in this process."""
+"""`milonga serve`: run a service, or the web door, in this process."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
+from services import web
 from services.catalogue import CATALOGUE
 from services.cli.options import environment_note, read_options, setting_options, with_options
 
 if TYPE_CHECKING:
     from services.runtime.serving import Service
+    from services.runtime.settings import ProcessSettings
 
 app = typer.Typer(help="Run a service until SIGTERM or Ctrl-C.", no_args_is_help=True)
 
@@ -21,6 +25,19 @@ def service_of(name: str) -> "Service[Any, Any]":
     return service
 
 
+def _program(name: str) -> "tuple[type[ProcessSettings], Callable[[Any], None]]":
+    """Return the class of a program's settings, and what runs it with them."""
+    if name == web.NAME:
+        from services.web.serve import run as run_web
+        from services.web.settings import WebSettings
+
+        return WebSettings, run_web
+    from services.runtime.serving import run
+
+    service = service_of(name)
+    return service.settings, partial(run, service)
+
+
 class ServeCommand(TyperCommand):
     """`milonga serve NAME`. Its options come from the service's settings, which are imported on first use."""
 
@@ -28,7 +45,7 @@ class ServeCommand(TyperCommand):
         """Return the options, and set the epilog."""
         assert self.name is not None
         if not self.params:
-            kind = service_of(self.name).settings
+            kind, _ = _program(self.name)
             made = typer.Typer(add_completion=False)
             made.command()(with_options(lambda **_: None, setting_options(kind)))
             self.params = typer.main.get_command(made).params
@@ -37,11 +54,9 @@ class ServeCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> None:
         """Serve until SIGTERM or SIGINT."""
-        from services.runtime.serving import run
-
         assert self.name is not None
-        service = service_of(self.name)
-        run(service, read_options(service.settings, ctx.params))
+        kind, run = _program(self.name)
+        run(read_options(kind, ctx.params))
 
 
 def _nothing() -> None:
@@ -50,3 +65,4 @@ def _nothing() -> None:
 
 for entry in CATALOGUE.values():
     app.command(entry.name, cls=ServeCommand, help=entry.summary)(_nothing)
+app.command(web.NAME, cls=ServeCommand, help=web.SUMMARY)(_nothing)

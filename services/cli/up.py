@@ -1,4 +1,4 @@
-"""`milonga up`: run every service on this machine, each in its own process, until Ctrl-C."""
+"""`milonga up`: run every service and the web door on this machine, each in its own process, until Ctrl-C."""
 
 import os
 import signal
@@ -11,11 +11,12 @@ from typing import Annotated, Any, Final, Self
 
 import typer
 
+from services import web
 from services.catalogue import CATALOGUE
 from services.cli.options import option_of, read_weights, setting_words, weights_options, with_options
 from services.cli.outputs import make_folder
 from services.errors import FieldViolation, InvalidInputError
-from services.processes import ServicePlan, ServiceProcess, running
+from services.processes import ServicePlan, ServiceProcess, local_target, running
 
 NAMES: Final = ", ".join(CATALOGUE)
 FIRST_PORT: Final = min(entry.port for entry in CATALOGUE.values())
@@ -50,6 +51,16 @@ def _up(
             help=f"First of {len(CATALOGUE)} consecutive ports: {NAMES}.", min=1, max=65536 - len(CATALOGUE)
         ),
     ] = FIRST_PORT,
+    web_port: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Port of the web door (HTTP); 0: none. Default: {web.PORT}, if it is free and the extra web"
+            " is installed; with another --port none.",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +80,11 @@ def _up(
         )
         for index, name in enumerate(CATALOGUE)
     ]
-    _check_ports(plans)
+    door, without = _web_plan(shown, port, web_port, plans)
+    _check_ports([*plans, *door])
+    if without:
+        typer.echo(f"without the web door: {without}", err=True)
+    plans += door
     if log_dir is not None:
         make_folder(log_dir)
     code, failure = _run(plans, log_dir)
@@ -79,7 +94,28 @@ def _up(
 
 
 up = with_options(_up, weights_options())
-up.__doc__ = f"Run every service on this machine until Ctrl-C: {NAMES}."
+up.__doc__ = f"Run every service on this machine until Ctrl-C: {NAMES}, and {web.NAME} in front of them."
+
+
+def _web_plan(
+    host: str, first_port: int, port: int | None, services: Sequence[ServicePlan]
+) -> tuple[list[ServicePlan], str]:
+    """Return the plan of the web door in front of `services`, or none and why it is left out unasked."""
+    if port == 0 or (port is None and first_port != FIRST_PORT):
+        return [], ""
+    address = f"{host}:{port or web.PORT}"
+    if port is None:
+        if not web.is_installed():
+            return [], "pip install 'milonga[web]'"
+        try:
+            _check_ports([ServicePlan(name=web.NAME, arguments=(), address=address)])
+        except InvalidInputError:
+            return [], f"{address} is in use; give --web-port"
+    addresses = {plan.name: plan.address for plan in services}
+    arguments = tuple(
+        word for name, target in addresses.items() for word in (f"--{name}", local_target(target))
+    )
+    return [ServicePlan(name=web.NAME, arguments=arguments, address=address, http=True)], ""
 
 
 def _run(plans: Sequence[ServicePlan], log_dir: Path | None) -> tuple[int, str | None]:
@@ -124,11 +160,16 @@ def _watch(services: Sequence[ServiceProcess], signals: "_SignalCounter") -> Ser
 def _print_ready(service: ServiceProcess) -> None:
     plan, seconds = service.plan, service.ready_seconds or 0.0
     models = " ".join(word for word in plan.arguments if not word.startswith("--"))
+    if plan.http:
+        models = f"http://{service.target}/docs"
     typer.echo(f"{plan.name:<10}  {plan.address}  {models}  ready after {seconds:.1f} s")
 
 
 def _print_examples(services: Sequence[ServiceProcess]) -> None:
-    examples = (CATALOGUE[one.plan.name].example.format(one.target) for one in services)
+    examples = [
+        CATALOGUE[one.plan.name].example.format(one.target) for one in services if one.plan.name in CATALOGUE
+    ]
+    examples += [web.EXAMPLE.format(one.target) for one in services if one.plan.http]
     typer.echo(f"all ready; Ctrl-C stops them. Try: {' · '.join(examples)}")
 
 

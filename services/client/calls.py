@@ -35,6 +35,7 @@ from services.errors import (
 )
 from services.runtime import status
 from services.runtime.call_spans import CallSpan, client_span
+from services.runtime.callers import Priority
 
 T = TypeVar("T")
 
@@ -64,6 +65,10 @@ class Calls:
     def __init__(self, connection: Connection, transport: Transport) -> None:
         self._connection = connection
         self._transport = transport
+
+    def acting_for(self, token: str | None, priority: Priority) -> "Calls":
+        """Return calls over the same channels with the metadata of another caller; None: anonymous."""
+        return Calls(self._connection.acting_for(token, priority), self._transport)
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Return the deadline of a call that begins now; None: the connection's timeout."""

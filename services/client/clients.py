@@ -4,6 +4,7 @@ The methods are coroutines over a `services.client.transport.Transport`. `AudioC
 blocking transport, where they never suspend.
 """
 
+import copy
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from functools import partial, wraps
 from types import TracebackType
@@ -28,6 +29,7 @@ from services.client.calls import Calls
 from services.client.connection import Connection, ConnectionOptions
 from services.client.transport import AsyncioTransport, BlockingTransport, iterate
 from services.runtime import tracing
+from services.runtime.callers import Priority
 from services.wire import read_version
 
 P = ParamSpec("P")
@@ -246,6 +248,20 @@ class AsyncAudioClient(_Rpcs):
         addresses = {"target": target, "scoring": scoring, "reward": reward, "captioning": captioning}
         connection = Connection(addresses, **options)
         super().__init__(Calls(connection, AsyncioTransport(connection)))
+
+    def acting_for(self, token: str | None, priority: Priority = "interactive") -> "AsyncAudioClient":
+        """Return a client that calls over the same channels for another caller. Closing it closes both.
+
+        Args:
+            token: the other caller's token; None: it is anonymous.
+            priority: its priority class.
+
+        Raises:
+            InvalidInputError: the token would leave this machine in plaintext, or is no token.
+        """
+        other = copy.copy(self)
+        other._calls = self._calls.acting_for(token, priority)
+        return other
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """Connections to services: addresses, TLS, token, channels."""
 
+import copy
 import ipaddress
 import json
 import os
@@ -7,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import grpc
 import grpc.aio
@@ -134,7 +135,7 @@ class Connection:
         self._may_leave = tls is not None or allow_insecure_token
         self.timeout = timeout
         self.retries = retries
-        self._priority: Metadata = () if priority == "interactive" else ((PRIORITY_KEY, priority),)
+        self._priority = _priority(priority)
         token = _token_of_environment() if token is None else token
         for address in filter(None, addresses.values() if token else ()):
             self._check_plaintext(address)
@@ -173,6 +174,19 @@ class Connection:
             return self.metadata
         self._check_plaintext(address)
         return self._priority + _authorization(token)
+
+    def acting_for(self, token: str | None, priority: Priority) -> Self:
+        """Return the same connection with the metadata of another caller; None: of an anonymous one.
+
+        Raises:
+            InvalidInputError: the token would leave this machine in plaintext.
+        """
+        other = copy.copy(self)
+        for address in filter(None, self._addresses.values() if token else ()):
+            self._check_plaintext(address)
+        other._priority = _priority(priority)
+        other.metadata = other._priority + (_authorization(token) if token else ())
+        return other
 
     def _check_plaintext(self, address: str) -> None:
         """Raise `InvalidInputError` if a token would travel to `address` in plaintext."""
@@ -244,6 +258,10 @@ def _authorization(token: str) -> Metadata:
     if not (token.isascii() and token.isprintable()):
         raise invalid("token", "holds characters that no header may hold")
     return (("authorization", f"Bearer {token}"),)
+
+
+def _priority(priority: Priority) -> Metadata:
+    return () if priority == "interactive" else ((PRIORITY_KEY, priority),)
 
 
 def _stays_here(address: str) -> bool:

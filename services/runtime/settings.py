@@ -22,8 +22,8 @@ ModelText = Annotated[str, "URI"]
 """A model URI. The help of options shows it as URI."""
 
 
-class ServerSettings(BaseSettings):
-    """Settings that every service has: addresses, TLS, probes, metrics, shutdown and logs."""
+class ProcessSettings(BaseSettings):
+    """Settings of every process that listens: address, TLS, metrics, shutdown and logs."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
@@ -36,31 +36,11 @@ class ServerSettings(BaseSettings):
     read again when they change, and on SIGHUP."""
     tls_key_file: Path | None = None
     """Private key (PEM)."""
-    tls_client_ca_file: Path | None = None
-    """CA certificates (PEM) to verify clients' certificates: mTLS."""
-    callers_file: Path | None = None
-    """File of callers (TOML): names, hashed tokens, certificate names, roles and quotas. Read again when it
-    changes. Default: callers have no names, except those of client certificates (`tls_client_ca_file`)."""
     anonymous: Literal["auto", "allowed", "refused"] = "auto"
     """Whether callers without a name are served. auto: only without `callers_file`, and on an address that
     no other machine reaches."""
-    reflection: bool = True
-    """Serve gRPC reflection, by which tools list the rpcs."""
-    health_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of a second server with only the health service, always in plaintext (the kubelet's probes have
-    no TLS), on the host of `listen`; 0: any free port. Default: no such server."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of Prometheus metrics (HTTP), on the host of `listen`; 0: any free port. Default: no metrics."""
-    max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
-    """Maximum size of a request message in bytes."""
-    max_held_bytes: int | None = Field(default=None, gt=0, le=2**50)
-    """Maximum bytes that all requests hold in memory: received messages, and the clips that they are decoded
-    to. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED) before they are parsed or decoded.
-    Default: three times `max_request_bytes`, and 64 MiB at least."""
-    max_connection_age_seconds: float | None = Field(default=None, gt=0, le=2_000_000)
-    """Age in seconds at which a connection is closed gracefully: its calls finish, and the client reconnects,
-    possibly to another replica. Should be less than `drain_delay_seconds`, so that clients leave a draining
-    replica before it refuses calls. Default: no limit."""
     drain_delay_seconds: float = Field(default=0.0, ge=0, le=3600)
     """On SIGTERM: seconds to serve on after reporting NOT_SERVING, until load balancers have noticed (15 on
     Kubernetes)."""
@@ -85,14 +65,7 @@ class ServerSettings(BaseSettings):
     def _check_tls(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file and tls_key_file need each other; give both or neither")
-        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
-            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
         return self
-
-    @property
-    def held_bytes(self) -> int:
-        """Maximum bytes that requests hold."""
-        return self.max_held_bytes or max(64 * 2**20, 3 * self.max_request_bytes)
 
     @property
     def is_local(self) -> bool:
@@ -113,7 +86,43 @@ class ServerSettings(BaseSettings):
         return self.listen.rpartition(":")[0] or "127.0.0.1"
 
 
-Settings = TypeVar("Settings", bound=ServerSettings)
+class ServerSettings(ProcessSettings):
+    """Settings that every service has."""
+
+    tls_client_ca_file: Path | None = None
+    """CA certificates (PEM) to verify clients' certificates: mTLS."""
+    callers_file: Path | None = None
+    """File of callers (TOML): names, hashed tokens, certificate names, roles and quotas. Read again when it
+    changes. Default: callers have no names, except those of client certificates (`tls_client_ca_file`)."""
+    reflection: bool = True
+    """Serve gRPC reflection, by which tools list the rpcs."""
+    health_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of a second server with only the health service, always in plaintext (the kubelet's probes have
+    no TLS), on the host of `listen`; 0: any free port. Default: no such server."""
+    max_request_bytes: int = Field(default=2**20, gt=0, lt=2**31)
+    """Maximum size of a request message in bytes."""
+    max_held_bytes: int | None = Field(default=None, gt=0, le=2**50)
+    """Maximum bytes that all requests hold in memory: received messages, and the clips that they are decoded
+    to. Beyond that, requests are refused at once (RESOURCE_EXHAUSTED) before they are parsed or decoded.
+    Default: three times `max_request_bytes`, and 64 MiB at least."""
+    max_connection_age_seconds: float | None = Field(default=None, gt=0, le=2_000_000)
+    """Age in seconds at which a connection is closed gracefully: its calls finish, and the client reconnects,
+    possibly to another replica. Should be less than `drain_delay_seconds`, so that clients leave a draining
+    replica before it refuses calls. Default: no limit."""
+
+    @model_validator(mode="after")
+    def _check_client_ca(self) -> Self:
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
+        return self
+
+    @property
+    def held_bytes(self) -> int:
+        """Maximum bytes that requests hold."""
+        return self.max_held_bytes or max(64 * 2**20, 3 * self.max_request_bytes)
+
+
+Settings = TypeVar("Settings", bound=ProcessSettings)
 
 
 class BatchedSettings(ServerSettings):

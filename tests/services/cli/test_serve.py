@@ -1,10 +1,12 @@
 """`milonga serve` and `milonga up` as a person meets them: their help, and real processes on tiny models."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -293,6 +295,23 @@ def test_up_serves_all_three_and_one_ctrl_c_stops_them(models: Models) -> None:
     # Each drained by itself, and its log came through under its name.
     for name in CATALOGUE:
         assert any(line.startswith(f"{name}: ") and '"stopped"' in line for line in err.splitlines())
+
+
+def test_up_puts_the_web_door_in_front(models: Models) -> None:
+    door = free_port()
+    with running_up(*models.flags, "--web-port", str(door)) as running_one:
+        out = running_one.process.stdout
+        assert out is not None
+        ready = {line.split()[0]: line for line in (out.readline() for _ in (*CATALOGUE, "web"))}
+        assert set(ready) == {*CATALOGUE, "web"}
+        assert f"http://127.0.0.1:{door}/docs" in ready["web"]
+        assert f"curl 127.0.0.1:{door}/v1/audio/generate" in out.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{door}/health", timeout=60) as response:
+            assert set(json.load(response)["services"]) == {*CATALOGUE}
+        running_one.process.send_signal(signal.SIGINT)
+        _, err = running_one.process.communicate(timeout=60)
+        assert running_one.process.returncode == 0, err
+    assert any(line.startswith("web: ") and '"stopped"' in line for line in err.splitlines())
 
 
 def test_a_service_that_dies_takes_the_others_with_it(models: Models, tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""Clips by HTTP: the two shapes of `shapes`, as a file or as server-sent events."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from services.api.generation import (
+    Clip,
+    Finished,
+    Generation,
+    GenerationModel,
+    Preview,
+    Progress,
+    Queued,
+    Update,
+)
+from services.client.clients import AsyncAudioClient
+from services.errors import InvalidInputError, MilongaError, invalid
+from services.web import judging
+from services.web.backend import Backend, renamed, while_connected
+from services.web.problems import problem, respond
+from services.web.settings import WebSettings
+from services.web.shapes import CONTENT_TYPES, AudioGenerateRequest, Plan, SoundGenerationRequest
+from services.web.versions import openai_model, version_of
+
+HEARTBEAT_SECONDS: Final = 15.0
+"""Time without an event after which a comment is sent, so that proxies keep the connection."""
+_MAX_HEADER: Final = 2000
+
+_AUDIO: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {kind: {} for kind in dict.fromkeys(CONTENT_TYPES.values())}, "description": "The clip."}
+}
+
+
+def router(backend: Backend, settings: WebSettings) -> APIRouter:
+    """Return the endpoints that make clips."""
+    routes = APIRouter()
+
+    @routes.post("/v1/audio/generate", response_class=Response, responses=_AUDIO)
+    async def generate(body: AudioGenerateRequest, request: Request) -> Response:
+        """Make a clip of a prompt, in the shape of vLLM-Omni."""
+        client = backend.client_of(request)
+        plan = body.plan(await client.get_model())
+        if body.stream_format == "sse" or _wants_events(request):
+            return await _stream(client, plan)
+        return await _make(request, client, plan)
+
+    @routes.post("/v1/sound-generation", response_class=Response, responses=_AUDIO)
+    async def sound_generation(
+        body: SoundGenerationRequest,
+        request: Request,
+        output_format: Annotated[str | None, Query(description="As the field of the body.")] = None,
+    ) -> Response:
+        """Make a clip of a prompt, in the shape of ElevenLabs."""
+        if output_format is not None:
+            if body.output_format not in (None, output_format):
+                raise invalid("output_format", "differs between query and body; give it once")
+            body = body.model_copy(update={"output_format": output_format})
+        client = backend.client_of(request)
+        plan = body.plan(await client.get_model())
+        if _wants_events(request):
+            return await _stream(client, plan)
+        return await _make(request, client, plan)
+
+    @routes.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """List the served models, in the shape of OpenAI."""
+        client = backend.client_of(request)
+        found = [_generator(await client.get_model()), *await judging.served(client, settings)]
+        return {"object": "list", "data": found}
+
+    return routes
+
+
+async def _make(request: Request, client: AsyncAudioClient, plan: Plan) -> Response:
+    try:
+        made: Generation = await while_connected(request, client.generate(plan.prompt, **plan.options))
+    except InvalidInputError as error:
+        raise renamed(error, plan.names) from error
+    clip = made.clips[0]
+    kind = CONTENT_TYPES[clip.encoding]
+    if clip.encoding == "linear16":
+        kind = f"{kind}; rate={clip.sampling_rate}; channels=1"
+    return Response(clip.audio, media_type=kind, headers=_headers(made, clip, plan))
+
+
+def _headers(made: Generation, clip: Clip, plan: Plan) -> dict[str, str]:
+    headers = {
+        "X-Seed": str(clip.seed),
+        "X-Sample-Rate": str(clip.sampling_rate),
+        "X-Duration": f"{clip.duration:g}",
+        "X-Model": _ascii(made.model.name),
+        "X-Model-Version": _ascii(made.model.version),
+        "X-Model-Digest": made.model.digest,
+    }
+    warnings = [*plan.warnings, *made.warnings]
+    if warnings:
+        headers["X-Warnings"] = json.dumps(warnings)[:_MAX_HEADER]
+    return headers
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "replace").decode()
+
+
+def _wants_events(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")
+
+
+async def _stream(client: AsyncAudioClient, plan: Plan) -> Response:
+    """Return a response of events. What fails before the first event has a status of its own."""
+    try:
+        updates = client.stream(plan.prompt, **plan.options)
+        first = await anext(updates)
+    except InvalidInputError as error:
+        raise renamed(error, plan.names) from error
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(first, updates, plan), headers=headers, media_type="text/event-stream")
+
+
+async def _events(first: Update, updates: AsyncGenerator[Update, None], plan: Plan) -> AsyncIterator[bytes]:
+    """Yield the events; when the client goes away, the call is cancelled."""
+    update: Update | None = first
+    waiting: asyncio.Task[Update | None] | None = None
+    try:
+        while update is not None:
+            yield _event(*_shown(update, plan))
+            waiting = asyncio.create_task(_next(updates))
+            while not (await asyncio.wait((waiting,), timeout=HEARTBEAT_SECONDS))[0]:
+                yield b": still at work\n\n"
+            update, waiting = waiting.result(), None
+    except MilongaError as error:
+        yield _event("error", problem(error))
+    except Exception as error:
+        respond(error)  # logs it
+        yield _event("error", problem(error))
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await updates.aclose()
+
+
+async def _next(updates: AsyncGenerator[Update, None]) -> Update | None:
+    return await anext(updates, None)
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _shown(update: Update, plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Return the name and the data of an event."""
+    match update:
+        case Queued(position=position):
+            return "queued", {"position": position}
+        case Progress():
+            return "progress", {
+                "step": update.step,
+                "num_inference_steps": update.num_inference_steps,
+                "fraction": update.fraction,
+                "seconds_left": update.seconds_left,
+            }
+        case Preview(step=step):
+            return "preview", {"step": step}
+        case Clip():
+            return "clip", {
+                "audio": base64.b64encode(update.audio).decode(),
+                "content_type": CONTENT_TYPES[update.encoding],
+                "sample_rate": update.sampling_rate,
+                "duration": update.duration,
+                "seed": update.seed,
+            }
+        case Finished():
+            return "finished", {
+                "model": version_of(update.model),
+                "warnings": [*plan.warnings, *update.warnings],
+                "timings": asdict(update.timings),
+            }
+
+
+def _generator(served: GenerationModel) -> dict[str, Any]:
+    limits, defaults = served.limits, served.defaults
+    return {
+        **openai_model(served.model, "generation"),
+        "sample_rate": served.geometry.sampling_rate,
+        "limits": {
+            "audio_length": [limits.min_duration, limits.max_duration],
+            "num_inference_steps": [1, limits.max_steps],
+            "guidance_scale": [0, limits.max_guidance_scale],
+            "schedulers": list(limits.schedulers),
+        },
+        "defaults": {
+            "audio_length": defaults.duration,
+            "num_inference_steps": defaults.num_inference_steps,
+            "guidance_scale": defaults.guidance_scale,
+            "scheduler": defaults.scheduler,
+        },
+    }

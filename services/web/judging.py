@@ -1,0 +1,244 @@
+"""Scores, rewards and captions of sounds by HTTP.
+
+Sounds are base64 in JSON, or one file as the whole body: ``curl --data-binary @clip.wav -H "Content-Type:
+audio/wav" 'localhost:8080/v1/audio/scores?prompt=A+dog+barks'``.
+"""
+
+import asyncio
+import base64
+import re
+from collections.abc import Coroutine, Sequence
+from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from services.api.captioning import Caption
+from services.api.model import ModelVersion
+from services.api.scoring import REWARD, Reward, Scores
+from services.client.clients import AsyncAudioClient
+from services.errors import FieldViolation, InvalidInputError, UnsupportedError, invalid
+from services.web.backend import Backend, while_connected
+from services.web.settings import WebSettings
+from services.web.versions import openai_model, version_of
+from services.wire import read_version
+
+B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def _decode(value: object) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("must be a file's content as text in base64")
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"must be base64: {error}") from error
+
+
+SoundFile = Annotated[bytes, BeforeValidator(_decode), WithJsonSchema({"type": "string", "format": "base64"})]
+"""A file's content, in base64 in JSON."""
+
+
+class PairBody(_Body):
+    """A prompt and a sound."""
+
+    prompt: str
+    """Description of the sound."""
+    audio: SoundFile
+    """The file in base64: WAV, FLAC, OGG, MP3 or AIFF."""
+
+
+class ScoresBody(_Body):
+    """Pairs to score by CLAP."""
+
+    pairs: Annotated[list[PairBody], Field(min_length=1)]
+    """The pairs."""
+    scorers: list[str] | None = None
+    """Names of the scorers. Default: all."""
+
+
+class RewardsBody(_Body):
+    """Pairs to score by the reward model."""
+
+    pairs: Annotated[list[PairBody], Field(min_length=1)]
+    """The pairs."""
+
+
+class CaptionsBody(_Body):
+    """Sounds to describe."""
+
+    clips: Annotated[list[SoundFile], Field(min_length=1)]
+    """Files in base64: WAV, FLAC, OGG, MP3 or AIFF."""
+    beams: list[int] | None = None
+    """Numbers of beams, each of which gives a candidate. Default: the captioner's."""
+    refine: bool | None = None
+    """Whether CLAP chooses among the candidates. Default: if there is a scorer."""
+    max_candidates: int | None = None
+    """Maximum number of candidates in the answer. Default: all."""
+
+
+def _documented(body: type[BaseModel]) -> dict[str, Any]:
+    """Return what OpenAPI says of a body that `_read` reads."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema}, "audio/*": {"schema": {"type": "string"}}},
+        }
+    }
+
+
+_SCORES, _REWARDS, _CAPTIONS = (_documented(body) for body in (ScoresBody, RewardsBody, CaptionsBody))
+
+
+def router(backend: Backend, settings: WebSettings) -> APIRouter:
+    """Return the endpoints that judge sounds, also those whose service has no address: they say so."""
+    routes = APIRouter()
+
+    @routes.post("/v1/audio/scores", openapi_extra=_SCORES)
+    async def scores(request: Request) -> dict[str, Any]:
+        """Return CLAP scores of prompts and sounds."""
+        _require(settings.scoring, "scoring")
+        body = await _read(request, ScoresBody)
+        client, pairs = backend.client_of(request), [(pair.prompt, pair.audio) for pair in body.pairs]
+        return _scores(await _call(request, client.score_audio(pairs, scorers=body.scorers)))
+
+    @routes.post("/v1/audio/rewards", openapi_extra=_REWARDS)
+    async def rewards(request: Request) -> dict[str, Any]:
+        """Return how well a listener would like sounds as answers to prompts."""
+        _require(settings.reward, "reward")
+        body = await _read(request, RewardsBody)
+        client, pairs = backend.client_of(request), [(pair.prompt, pair.audio) for pair in body.pairs]
+        found = await _call(request, client.compute_rewards(pairs))
+        return {"model": version_of(found.model), "rewards": [_reward(one) for one in found.rewards]}
+
+    @routes.post("/v1/audio/captions", openapi_extra=_CAPTIONS)
+    async def captions(request: Request) -> dict[str, Any]:
+        """Describe sounds in a sentence."""
+        _require(settings.captioning, "captioning")
+        body = await _read(request, CaptionsBody)
+        work = backend.client_of(request).caption_audio(
+            body.clips, beams=body.beams, refine=body.refine, max_candidates=body.max_candidates
+        )
+        found = await _call(request, work)
+        return {
+            "model": version_of(found.model),
+            "scorer": None if found.scorer is None else found.scorer.name,
+            "captions": [_caption(one) for one in found.captions],
+        }
+
+    return routes
+
+
+async def served(client: AsyncAudioClient, settings: WebSettings) -> list[dict[str, Any]]:
+    """Return the models of the services that have an address and judge sounds, in the shape of OpenAI."""
+    found: list[tuple[ModelVersion, str]] = []
+    if settings.scoring:
+        listed = await client.list_scorers()
+        found += [(read_version(one.model), "scoring") for one in listed.scorers]
+    if settings.reward:
+        found.append((read_version((await client.get_reward_model()).model), REWARD))
+    if settings.captioning:
+        found.append((read_version((await client.get_captioner()).model), "captioning"))
+    return [openai_model(version, kind) for version, kind in found]
+
+
+def _require(address: str | None, service: str) -> None:
+    if not address:
+        raise UnsupportedError(f"this web door has no {service} service; start it with --{service} HOST:PORT")
+
+
+async def _read(request: Request, kind: type[B]) -> B:
+    """Return the body of a request: JSON, or one file with a prompt in the query."""
+    content = await request.body()
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media.startswith("audio/") or media == "application/octet-stream":
+        return _of_file(content, request.url.query, kind)
+    if media != "application/json":
+        shown = repr(media[:60]) if media else "missing"
+        raise invalid("Content-Type", f"is {shown}, must be application/json, or audio/wav for a file")
+    try:
+        return await asyncio.to_thread(kind.model_validate_json, content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _of_file(content: bytes, query: str, kind: type[B]) -> B:
+    given = parse_qs(query, keep_blank_values=True, max_num_fields=16)
+    needed = {"prompt"} if "pairs" in kind.model_fields else set[str]()
+    faults = [FieldViolation(name[:80], "is unknown; leave it out") for name in given if name not in needed]
+    faults += [
+        FieldViolation(name, "is missing; give it in the query") for name in needed if name not in given
+    ]
+    twice = [name for name, found in given.items() if len(found) > 1]
+    faults += [FieldViolation(name, "is given twice; give it once") for name in twice]
+    if faults:
+        raise InvalidInputError(*faults)
+    if not needed:
+        return kind.model_construct(clips=[content])
+    return kind.model_construct(pairs=[PairBody.model_construct(prompt=given["prompt"][0], audio=content)])
+
+
+async def _call(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a call; violations name the fields of the body."""
+    try:
+        return await while_connected(request, work)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            *(FieldViolation(_field(one.field), one.description) for one in error.violations)
+        ) from error
+
+
+def _field(field: str) -> str:
+    """Return the body's name of a field of the wire: a pair's ``audio``, and ``clips[0]``."""
+    if field.startswith("clips["):
+        return field.removesuffix(".audio")
+    return re.sub(r"\.clip(\.audio)?$", ".audio", field)
+
+
+def _scores(found: Scores) -> dict[str, Any]:
+    names = [scorer.name for scorer in found.scorers]
+    return {
+        "scorers": [{"name": one.name, "model": version_of(one.model)} for one in found.scorers],
+        "scores": [
+            {
+                "values": {
+                    name: value if known else None
+                    for name, value, known in zip(names, row, readable, strict=True)
+                },
+                "warnings": list(warnings),
+            }
+            for row, readable, warnings in zip(
+                found.values.tolist(), found.readable.tolist(), found.warnings, strict=True
+            )
+        ],
+    }
+
+
+def _reward(one: Reward) -> dict[str, Any]:
+    return {
+        "logit": one.logit if one.readable else None,
+        "probability": one.probability if one.readable else None,
+        "warnings": list(one.warnings),
+    }
+
+
+def _caption(one: Caption) -> dict[str, Any]:
+    candidates: Sequence[dict[str, Any]] = [
+        {
+            "text": candidate.text,
+            "beams": candidate.beams,
+            "log_probability": candidate.log_probability,
+            "clap_score": candidate.clap_score,
+        }
+        for candidate in one.candidates
+    ]
+    return {"text": one.text, "candidates": candidates, "warnings": list(one.warnings)}
