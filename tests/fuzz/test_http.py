@@ -22,7 +22,7 @@ BODIES: Final[tuple[dict[str, Any], ...]] = (
     {"pairs": [{"prompt": "a dog barks", "audio": "UklGRg=="}]},
     {"clips": ["UklGRg=="], "beams": [2]},
 )
-VALUES: Final = (
+VALUES: Final[tuple[Any, ...]] = (
     None, True, False, 0, -1, 1, 2**64, -(2**70), 0.5, 1e308, float("nan"), float("inf"), [], {}, [[]],
     {"a": 1},
     "wav", "mp3", "sse", *TEXTS,

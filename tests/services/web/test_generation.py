@@ -8,6 +8,7 @@ import subprocess
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 import soundfile
@@ -101,16 +102,16 @@ def test_curl_needs_no_content_type(door: str) -> None:
 
 def test_the_openai_client_lists_models_and_makes_clips(door: str) -> None:
     with (
-        httpx.Client(trust_env=False) as transport,
+        httpx2.Client(trust_env=False) as transport,
         openai.OpenAI(base_url=f"{door}/v1", api_key="none", max_retries=0, http_client=transport) as client,
     ):
         models = list(client.models.list())
         assert models[0].id == "tiny"
         body = {"input": PROMPT, "model": models[0].id, "response_format": "flac", "num_inference_steps": 1}
-        made = client.post("/audio/generate", body=body, cast_to=httpx.Response)
+        made = client.post("/audio/generate", body=body, cast_to=httpx2.Response)
         assert soundfile.info(io.BytesIO(made.content)).format == "FLAC"
         with pytest.raises(openai.NotFoundError) as caught:
-            client.post("/audio/generate", body={**body, "model": "other"}, cast_to=httpx.Response)
+            client.post("/audio/generate", body={**body, "model": "other"}, cast_to=httpx2.Response)
     assert caught.value.status_code == 404
 
 
