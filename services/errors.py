@@ -89,13 +89,18 @@ class DigestMismatchError(ModelError):
 
 
 class QueueFullError(MilongaError):
-    """A bounded queue is full. `retry_after` estimates the seconds until it has room."""
+    """A bounded queue is full. `retry_after` estimates the seconds until it has room.
+
+    `needed`: seconds that the call would take, if there is not the time before its deadline.
+    """
 
     refusal = "room"
 
-    def __init__(self, message: str, *, retry_after: float, refusal: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after: float, refusal: str | None = None, needed: float | None = None
+    ) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.needed = retry_after, needed
         self.refusal = refusal or self.refusal
 
 

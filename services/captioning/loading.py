@@ -25,7 +25,7 @@ class LoadedCaptioner:
 
     async def close(self) -> None:
         """Close the worker and the connection."""
-        await self.worker.close()
+        await self.worker.batcher.close()
         if self.refiner is not None:
             await self.refiner.close()
 

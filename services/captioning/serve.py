@@ -53,10 +53,10 @@ def add_captioning(
 
     servicer = CaptioningServicer(loaded.worker, settings, loaded.refiner)
     metrics.add(partial(collect, loaded.worker))
-    loaded.worker.observe(metrics.observer("clips", "queue_wait", "batch", "fill"))
+    loaded.worker.batcher.observe = metrics.observer("clips", "queue_wait", "batch", "fill")
     server.add(SERVICE_NAME, lambda to: rpc.add_CaptioningServiceServicer_to_server(servicer, to))
     add_inference(server, CaptioningInference(servicer))
-    server.gate.add((f"/{SERVICE_NAME}/CaptionAudio", INFER), partial(loaded.worker.check_items, 1))
+    server.gate.add((f"/{SERVICE_NAME}/CaptionAudio", INFER), partial(loaded.worker.batcher.expect, 1))
 
 
 def describe(loaded: "LoadedCaptioner") -> dict[str, Any]:
@@ -76,7 +76,7 @@ def describe(loaded: "LoadedCaptioner") -> dict[str, Any]:
 
 def collect(worker: "CaptionWorker") -> Iterator[Metric]:
     """Yield the metrics of a worker, of its stages and of its weights."""
-    model, stats = worker.model, worker.stats
+    model, stats = worker.model, worker.batcher.stats
     yield GaugeMetricFamily(
         "milonga_captioning_queue_seconds", "Seconds of audio in the queue.", stats.queue_cost
     )
@@ -100,7 +100,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_captioning,
-    watch=lambda loaded, on_failure: loaded.worker.watch(on_failure),
+    watch=lambda loaded, on_failure: loaded.worker.batcher.watch(on_failure),
     describe=describe,
     close=lambda loaded: loaded.close(),
 )

@@ -63,7 +63,7 @@ class CaptioningServicer(rpc.CaptioningServiceServicer):
         """See captioning.proto."""
         start, model = time.monotonic(), self.worker.model
         options, faults = read_options(request, model.defaults)
-        with self.worker.expect(len(request.clips)):
+        with self.worker.batcher.expect(len(request.clips)):
             preparation = CallPreparation(worker=self.worker, request=options)
             clips = await self._decoder.clips(request.clips, preparation, faults)
             del request  # its clips are no longer needed

@@ -28,7 +28,9 @@ async def load(settings: CaptioningSettings, found: Mapping[str, ResolvedModel])
 
     loaded = loading.load(settings, found)
     servicer = CaptioningServicer(loaded.worker, settings, loaded.refiner)
-    return LoadedModel(model=CaptioningInference(servicer), close=loaded.close, watch=loaded.worker.watch)
+    return LoadedModel(
+        model=CaptioningInference(servicer), close=loaded.close, watch=loaded.worker.batcher.watch
+    )
 
 
 SERVABLE: Final = Servable(

@@ -1,6 +1,7 @@
 """The generation service for `services.runtime.serving`, and its metrics for Prometheus."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,7 @@ from milonga.v1 import generation_pb2_grpc, operator_pb2_grpc
 from services.catalogue import GENERATION
 from services.fairness import Account
 from services.generation.settings import GenerationSettings, model_uris, read_operator_token
+from services.runtime.callers import current_caller
 from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
 from services.runtime.serving import Service
@@ -66,7 +68,7 @@ def add_generation(
     rpcs = (f"/{servicer.SERVICE_NAME}/{rpc}" for rpc in ("GenerateAudio", "StreamGenerateAudio"))
     server.gate.add(
         (*rpcs, INFER),
-        lambda caller: slot.current.engine.check(Account(caller.key, caller.priority)),
+        partial(_if_room, slot),
     )
     token = read_operator_token(settings)
     if token is not None:
@@ -80,6 +82,13 @@ def add_generation(
             lambda to: operator_pb2_grpc.add_OperatorServiceServicer_to_server(switching, to),
         )
     add_inference(server, GenerationInference(slot), loading)
+
+
+@contextmanager
+def _if_room(slot: "EngineSlot") -> Iterator[None]:
+    caller = current_caller()
+    slot.current.engine.check(Account(caller.key, caller.priority))
+    yield
 
 
 def describe(slot: "EngineSlot") -> dict[str, Any]:

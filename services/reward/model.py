@@ -4,21 +4,16 @@ Shapes: B pairs of a prompt and a clip.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from services.api.measurements import Observer
 from services.audio.decoding import ReadClip
 from services.catalogue import REWARD
 from services.errors import NotFiniteError
 from services.models.reward.model import RewardClip, RewardModel, load_reward
 from services.models.words import warnings_of
 from services.reward.settings import CLAP, RewardSettings
-from services.runtime.callers import Caller
-from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.runtime.microbatching import batched
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, naming
 
@@ -50,41 +45,15 @@ class RewardScorer:
         self.version, self.clap = version.identity, clap.identity
         self.folder = version.folder
         self.sampling_rate = model.clap.sampling_rate
-        self._model, self._threads = model, settings.threads
-        self._batcher: MicroBatcher[Pair, float] = MicroBatcher(
-            self._run,
-            cost=lambda pair: pair[1].windows_WS.numel() / model.clap.sampling_rate,
-            max_cost=settings.max_batch_seconds,
-            max_wait=settings.max_wait_seconds,
-            max_queue_cost=settings.max_queue_seconds,
-            max_run_seconds=settings.max_batch_run_seconds,
-            initialize=self._set_threads,
+        self._model = model
+        self.batcher = batched(
+            self._run, settings, cost=lambda pair: pair[1].windows_WS.numel() / model.clap.sampling_rate
         )
+        """Of pairs; costs are seconds of audio, in whole windows."""
 
-    @property
-    def stats(self) -> BatchStats:
-        """Return the batcher's counts; costs are seconds of audio, in whole windows."""
-        return self._batcher.stats
-
-    def watch(self, on_failure: Callable[[str], None]) -> None:
-        """Have `on_failure` called with a reason when the model can't work any longer."""
-        self._batcher.watch(on_failure)
-
-    def observe(self, observer: Observer) -> None:
-        """Have `observer` called with each measurement of the queue and of the model from now on."""
-        self._batcher.observe = observer
-
-    def check(self, seconds: float = 0.0) -> None:
+    def check(self, seconds: float) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
-        self._batcher.check(seconds)
-
-    def check_items(self, clips: int, caller: Caller) -> None:
-        """Raise `QueueFullError` if the queue has no room, or not the time, for clips of a caller."""
-        self._batcher.check_items(clips, caller)
-
-    def expect(self, clips: int) -> AbstractContextManager[None]:
-        """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
-        return self._batcher.expect(clips)
+        self.batcher.check(seconds)
 
     def kept_bytes(self, seconds: float) -> int:
         """Return the size of a prepared clip of this length."""
@@ -111,25 +80,17 @@ class RewardScorer:
             QueueFullError: the queue has no room for the pairs.
             NotFiniteError: a reward is not finite.
         """
-        logits = await self._batcher.submit(pairs)
+        logits = await self.batcher.submit(pairs)
         # Checked per caller, not in the shared batch, so that other callers don't fail too.
         for index, logit in enumerate(logits):
             if not math.isfinite(logit):
                 raise NotFiniteError.of(f"reward of clip {index}", self.version.digest)
         return logits
 
-    async def close(self) -> None:
-        """Refuse queued pairs, finish the running batch and stop the worker thread."""
-        await self._batcher.close()
-
     def _run(self, pairs: Sequence[Pair]) -> list[float]:
         logits_B = self._model.reward([prompt for prompt, _ in pairs], [clip for _, clip in pairs])
         logits: list[float] = logits_B.tolist()
         return logits
-
-    def _set_threads(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
 
 
 def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> RewardScorer:

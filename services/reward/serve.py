@@ -49,11 +49,11 @@ def add_reward(
 
     servicer = RewardServicer(scorer, settings)
     metrics.add(partial(collect, scorer))
-    scorer.observe(metrics.observer("pairs", "queue_wait", "batch", "fill"))
+    scorer.batcher.observe = metrics.observer("pairs", "queue_wait", "batch", "fill")
     server.add(SERVICE_NAME, lambda to: rpc.add_RewardServiceServicer_to_server(servicer, to))
     add_inference(server, RewardInference(servicer))
     rpcs = (f"/{SERVICE_NAME}/{rpc}" for rpc in ("BatchComputeRewards", "RankAudio"))
-    server.gate.add((*rpcs, INFER), partial(scorer.check_items, 1))
+    server.gate.add((*rpcs, INFER), partial(scorer.batcher.expect, 1))
 
 
 def describe(scorer: "RewardScorer") -> dict[str, Any]:
@@ -69,7 +69,7 @@ def describe(scorer: "RewardScorer") -> dict[str, Any]:
 
 def collect(scorer: "RewardScorer") -> Iterator[Metric]:
     """Yield the metrics of `scorer` and of its weights."""
-    stats = scorer.stats
+    stats = scorer.batcher.stats
     yield GaugeMetricFamily(
         "milonga_reward_queue_seconds", "Seconds of audio in the queue.", stats.queue_cost
     )
@@ -86,7 +86,7 @@ SERVICE: Final = Service(
     check=check,
     load=load,
     add=add_reward,
-    watch=lambda scorer, on_failure: scorer.watch(on_failure),
+    watch=lambda scorer, on_failure: scorer.batcher.watch(on_failure),
     describe=describe,
-    close=lambda scorer: scorer.close(),
+    close=lambda scorer: scorer.batcher.close(),
 )

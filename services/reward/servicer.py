@@ -37,7 +37,7 @@ class RewardServicer(rpc.RewardServiceServicer):
         self, request: pb.BatchComputeRewardsRequest, context: Context
     ) -> pb.BatchComputeRewardsResponse:
         """See reward.proto."""
-        with self.scorer.expect(len(request.pairs)):
+        with self.scorer.batcher.expect(len(request.pairs)):
             pairs = await self._decoder.pairs(request.pairs, self.scorer)
             del request  # its clips are no longer needed
             rewards = await self._reward(pairs)
@@ -46,7 +46,7 @@ class RewardServicer(rpc.RewardServiceServicer):
     async def RankAudio(self, request: pb.RankAudioRequest, context: Context) -> pb.RankAudioResponse:
         """See reward.proto."""
         prompt, faults = request.prompt, check_prompt(request.prompt, "prompt", self.bounds)
-        with self.scorer.expect(len(request.clips)):
+        with self.scorer.batcher.expect(len(request.clips)):
             clips = await self._decoder.clips(request.clips, self.scorer, faults)
             del request
             places = rank(await self._reward([(prompt, clip) for clip in clips]))

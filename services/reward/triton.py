@@ -28,7 +28,9 @@ async def load(settings: RewardSettings, found: Mapping[str, ResolvedModel]) -> 
 
     loaded = model.load(settings, found)
     return LoadedModel(
-        model=RewardInference(RewardServicer(loaded, settings)), close=loaded.close, watch=loaded.watch
+        model=RewardInference(RewardServicer(loaded, settings)),
+        close=loaded.batcher.close,
+        watch=loaded.batcher.watch,
     )
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from services.errors import DeadlineExceededError, QueueFullError
@@ -32,12 +31,29 @@ _ALONE_SECONDS: Final = 60.0
 """Time without a call of another caller after which batches of one caller are as large as they may be."""
 _PLANNED: Final = 0.9
 """Share of the time to its deadline that a call may be planned to take; below it, it is dropped."""
+_MAX_IDLE: Final = 3.0
+"""Longest time between batches that counts, as a multiple of a batch's."""
 _ROUNDING: Final = 1e-6
 _FIRST_GUESS_SECONDS: Final = 1.0
 """Wait before anything was measured."""
 
-_preparing: ContextVar[object | None] = ContextVar("preparing", default=None)
-"""The call that the current context prepares."""
+_arrivals: Final = itertools.count()
+_arrival: ContextVar[int | None] = ContextVar("arrival", default=None)
+"""Number of the current context's call, ascending."""
+
+
+@contextmanager
+def arriving() -> Iterator[int]:
+    """Number the call of this context, unless it has a number: its place among those that are prepared."""
+    number = _arrival.get()
+    if number is not None:
+        yield number
+        return
+    token = _arrival.set(number := next(_arrivals))
+    try:
+        yield number
+    finally:
+        _arrival.reset(token)
 
 
 class Call(Generic[Item, Result]):
@@ -113,16 +129,21 @@ class BatchQueue(Generic[Item, Result]):
         self._shares = FairShares()
         self._numbers = itertools.count()
         self._calls: dict[int, Call[Item, Result]] = {}
-        self._expected: dict[object, tuple[Account, float]] = {}
-        """Calls that are being prepared, with a guess at their cost."""
+        self._expected: dict[int, tuple[Account, float]] = {}
+        """Calls that are received or decoded, by their number, with a guess at their cost."""
         self._latest: Account | None = None
         self._latest_at = self._others_at = float("-inf")
         """When the latest call of that account, and of all others, arrived."""
         self._began, self._running = 0.0, 0.0
         """When the running batch began, and its cost; 0 without one."""
+        self._ended: float | None = None
+        """When the latest batch ended, if other calls waited then."""
         self._item = 1.0
         """Cost of the latest item: a guess at a call that is not decoded yet."""
         self.pace = BatchPace()
+        """How long the model takes."""
+        self._turnaround = BatchPace()
+        """How long it takes from batch to batch while calls wait: also what reading and decoding delay."""
         self.totals = Refusals()
         self.cost = 0.0
         """Cost of the items in the queue."""
@@ -145,12 +166,6 @@ class BatchQueue(Generic[Item, Result]):
         self._check_room(account, cost)
         self._check_time(account, cost, caller.deadline)
 
-    def check_items(self, items: int, caller: Caller) -> None:
-        """Raise `QueueFullError` if an item like the latest has no room, or `items` like it not the time."""
-        account = Account(caller.key, caller.priority)
-        self._check_room(account, self._item)
-        self._check_time(account, items * self._item, caller.deadline)
-
     def _check_room(self, account: Account, cost: float) -> None:
         if self.cost > 0:
             free = self._max_queue_cost - self.cost
@@ -164,31 +179,32 @@ class BatchQueue(Generic[Item, Result]):
     def expect(self, items: int, caller: Caller) -> Iterator[None]:
         """Count a call of `items` as waiting while it is prepared: until it is added, or the context ends.
 
-        Raises what `check_items` raises.
+        Raises `QueueFullError` if an item like the latest has no room, or `items` like it not the time.
         """
-        self.check_items(items, caller)
-        call = _preparing.get() or object()
-        before = _preparing.set(call)
-        self._expected[call] = (Account(caller.key, caller.priority), items * self._item)
-        try:
-            yield
-        finally:
-            self._expected.pop(call, None)
-            _preparing.reset(before)
+        account, cost = Account(caller.key, caller.priority), items * self._item
+        with arriving() as number:
+            self._check_room(account, self._item)
+            self._check_time(account, cost, caller.deadline)
+            self._expected[number] = account, cost
+            try:
+                yield
+            finally:
+                self._expected.pop(number, None)
 
     def _check_time(self, account: Account, cost: float, deadline: float | None) -> None:
         waiting = self._waiting()
         if deadline is None or self.pace.unit is None or not (waiting or self._running):
             return
         left = deadline - self._clock()
-        late = self._seconds_to_end(waiting, account, cost, left) - left
-        if late > 0:
+        needed = self._seconds_to_end(waiting, account, cost, left)
+        if needed > left:
             self.totals.refused += 1
             raise QueueFullError(
-                f"the call would end {late:.1f} s after its deadline, which is in {left:.1f} s, since others "
-                "are before it; try again later, or allow more time",
-                retry_after=retry_after(late),
+                f"the call would end after its deadline: with others before it, it takes {needed:.1f} s; "
+                "try again later, or allow more time",
+                retry_after=retry_after(needed - left),
                 refusal="time",
+                needed=needed,
             )
 
     def add(self, items: Sequence[Item], cost: Callable[[Item], float], caller: Caller) -> Call[Item, Result]:
@@ -196,7 +212,8 @@ class BatchQueue(Generic[Item, Result]):
         path = Path(caller.priority, caller.key, next(self._numbers))
         call: Call[Item, Result] = Call(items, cost, path, self._clock(), caller.deadline)
         self.check(call.cost, caller)
-        self._expected.pop(_preparing.get(), None)
+        if (number := _arrival.get()) is not None:
+            self._expected.pop(number, None)
         if call.deadline is not None:
             call.largest = self._largest(call.deadline - call.arrived)
         if self._latest != path.account:
@@ -239,9 +256,15 @@ class BatchQueue(Generic[Item, Result]):
 
     def end_batch(self) -> None:
         """Note the end of the running batch."""
+        now = self._clock()
         if self._running:
-            self.pace.add(self._running, self._clock() - self._began)
+            seconds = now - self._began
+            self.pace.add(self._running, seconds)
+            idle = 0.0 if self._ended is None else self._began - self._ended
+            # A caller who sends slowly does not keep others waiting, so what is between batches is bounded.
+            self._turnaround.add(self._running, seconds + min(idle, _MAX_IDLE * seconds))
         self._running = 0.0
+        self._ended = now if self._calls or self._expected else None
 
     def _by_turn(self) -> "tuple[list[_Waiting[Item, Result]], list[_Waiting[Item, Result]]]":
         """Return the calls of each account, next first: of those that share the next batch, and of others.
@@ -322,10 +345,11 @@ class BatchQueue(Generic[Item, Result]):
 
     def _waiting(self) -> list[tuple[Account, float]]:
         """Return account and cost of each call that waits, or is being prepared since before the current."""
-        current, expected = _preparing.get(), tuple(self._expected.items())
-        earlier = takewhile(lambda one: one[0] is not current, expected)
+        current = _arrival.get()
         waiting = [(call.path.account, call.cost) for call in tuple(self._calls.values())]
-        return waiting + [cost for _, cost in earlier]
+        return waiting + [
+            one for number, one in tuple(self._expected.items()) if current is None or number < current
+        ]
 
     def _seconds_to_end(
         self, waiting: Sequence[tuple[Account, float]], account: Account, cost: float, within: float
@@ -333,13 +357,13 @@ class BatchQueue(Generic[Item, Result]):
         """Estimate the seconds until a new call of `cost` ends, if it is to end `within` so many."""
         if self.pace.unit is None:
             return _FIRST_GUESS_SECONDS
-        pace, cost = self.pace, cost or self._item
-        running = pace.seconds(self._running) - (self._clock() - self._began) if self._running else 0.0
+        cost = cost or self._item
+        running = self.pace.seconds(self._running) - (self._clock() - self._began) if self._running else 0.0
         total = sum(left for _, left in waiting) + cost
         batch = min(self._full(min(cost, self._item)), self._largest(within), total)
         batch = max(batch, min(cost, self._item))
         batches = math.ceil((work_ahead(account, cost, waiting) + cost) / batch - _ROUNDING)
-        return max(running, 0.0) + batches * pace.seconds(batch)
+        return max(running, 0.0) + batches * self._turnaround.seconds(batch)
 
     def _full(self, least: float, *, alone: bool = False) -> float:
         """Return the cost of a batch while many calls wait, the first item of which costs `least`."""

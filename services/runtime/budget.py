@@ -156,7 +156,9 @@ class Budget:
 
         One always may, and no caller reads as many messages as there is memory for.
         """
-        while not self._reading or self.held + (len(self._reading) + 1) * self._max_message <= self.limit:
+        while self._waiting:
+            if self._reading and self.held + (len(self._reading) + 1) * self._max_message > self.limit:
+                return
             readers = Counter(path.caller for path in self._reading)
             most = max(1, self.limit // self._max_message - 1)
             waiting = [path for path in self._waiting if readers[path.caller] < most]

@@ -7,15 +7,18 @@ connection has `MAX_CALLS` calls at most, its other calls stay with the caller m
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final, TypeVar
 
 from services.errors import QueueFullError
 from services.fairness import Account
-from services.runtime.callers import Caller
+from services.runtime.callers import Caller, current_caller
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+Expect = Callable[[], AbstractContextManager[None]]
 
 MAX_CALLS: Final = 128
 """Most calls of one connection at a time; gRPC's clients keep others back."""
@@ -24,44 +27,55 @@ _DELAY_SECONDS: Final = 1.0
 _DELAY: Final = 0.5
 """Longest delay as a share of the time to the caller's deadline."""
 _VALID_SECONDS: Final = 0.02
-"""How long the answer that a queue is full holds."""
+"""How long a refusal holds."""
 _MAX_CALLERS: Final = 4_096
 """Callers that are remembered."""
 
 
 class Gate:
-    """Remembers which queues are full for whom. Belongs to one event loop."""
+    """Remembers who was refused, and why. Belongs to one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._checks: dict[str, Callable[[Caller], None]] = {}
+        self._expect: dict[str, Expect] = {}
         self._full: dict[tuple[str, Account], tuple[float, QueueFullError]] = {}
-        """By rpc and account: the last answer of a full queue, and until when it holds."""
+        """By rpc and account: the last refusal, and until when it holds."""
         self._until: dict[Account, float] = {}
         """The time at which a refused caller is to come back."""
 
-    def add(self, rpcs: Iterable[str], check: Callable[[Caller], None]) -> None:
-        """Have `check` called before a message of `rpcs` (full names of methods) is read.
+    def add(self, rpcs: Iterable[str], expect: Expect) -> None:
+        """Have messages of `rpcs` (full names of methods) received in the context that `expect` returns.
 
-        It raises `QueueFullError` if the queue has no room for the least that the caller could ask for.
+        On entering, it raises `QueueFullError` if the least that the current caller could ask for has no
+        room, or not the time. It may count the call as waiting.
         """
-        self._checks.update(dict.fromkeys(rpcs, check))
+        self._expect.update(dict.fromkeys(rpcs, expect))
 
-    def check(self, rpc: str, caller: Caller) -> None:
-        """Raise `QueueFullError` if any call of the rpc by the caller would be refused."""
-        check = self._checks.get(rpc)
-        if check is None:
-            return
-        key = rpc, Account(caller.key, caller.priority)
+    @contextmanager
+    def receiving(self, rpc: str) -> Iterator[None]:
+        """Receive a message of the rpc. Raises `QueueFullError` if any call would be refused."""
+        expect, caller = self._expect.get(rpc), current_caller()
+        with ExitStack() as stack:
+            if expect is not None:
+                self._refuse_again(key := (rpc, Account(caller.key, caller.priority)), caller)
+                try:
+                    stack.enter_context(expect())
+                except QueueFullError as error:
+                    if error.needed or error.refusal == QueueFullError.refusal:  # others depend on the call
+                        _remember(self._full, key, (self._clock() + _VALID_SECONDS, error))
+                    raise
+            yield
+
+    def _refuse_again(self, key: tuple[str, Account], caller: Caller) -> None:
+        """Refuse a call as the last one was a moment ago, if it has no more time."""
         until, known = self._full.get(key, (0.0, None))
-        if known is not None and self._clock() < until:
-            raise QueueFullError(str(known), retry_after=known.retry_after, refusal=known.refusal)
-        try:
-            check(caller)
-        except QueueFullError as error:
-            if error.refusal == QueueFullError.refusal:  # other reasons depend on the call
-                _remember(self._full, key, (self._clock() + _VALID_SECONDS, error))
-            raise
+        now = self._clock()
+        if known is None or now >= until:
+            return
+        if known.needed is None or (caller.deadline is not None and caller.deadline - now < known.needed):
+            raise QueueFullError(
+                str(known), retry_after=known.retry_after, refusal=known.refusal, needed=known.needed
+            )
 
     def delay(self, caller: Caller, error: QueueFullError) -> float:
         """Return the seconds by which to delay a refusal: 0 unless the caller was told to come back later.

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from services.errors import MilongaError, QueueFullError, RequestCancelledError, TooLargeError, invalid
 from services.runtime import status
 from services.runtime.access import Access
+from services.runtime.batch_queue import arriving
 from services.runtime.budget import Budget, current_hold
 from services.runtime.call_spans import CallSpan, server_span
 from services.runtime.callers import Caller, calling
@@ -92,7 +93,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, behaviour: Any, read: Any) -> Any:
         async def call(requests: object, context: Context) -> Any:
             async with self._observed(method, context):
-                return await behaviour(await read(context), context)
+                with arriving():
+                    # The message has no name here, so that the behaviour can let go of it.
+                    with self._gate.receiving(method):
+                        answer = behaviour(await read(context), context)
+                    return await answer
 
         return call
 
@@ -100,12 +105,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # A coroutine with context.write, not a generator: when the caller disconnects, gRPC cancels a
         # coroutine at once, but leaves a generator to the garbage collector.
         async def call(requests: object, context: Context) -> None:
-            async with (
-                self._observed(method, context),
-                aclosing(behaviour(await read(context), context)) as responses,
-            ):
-                async for response in responses:
-                    await context.write(response)
+            async with self._observed(method, context):
+                with self._gate.receiving(method):
+                    answers = behaviour(await read(context), context)
+                async with aclosing(answers) as responses:
+                    async for response in responses:
+                        await context.write(response)
 
         return call
 
@@ -153,7 +158,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 caller = self._access.admit(method, context)
                 span.annotate(request_id=request_id, priority=caller.priority)
                 try:
-                    self._gate.check(method, caller)
                     with calling(caller), self._budget.holding():
                         yield
                 except QueueFullError as refusal:

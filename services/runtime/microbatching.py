@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import structlog
@@ -24,8 +25,9 @@ from services.api.measurements import Observer, ignore
 from services.errors import ServiceUnavailableError, TooLargeError, is_out_of_memory
 from services.runtime import tracing
 from services.runtime.batch_queue import BatchQueue, Call, Taken
-from services.runtime.callers import Caller, current_caller
+from services.runtime.callers import current_caller
 from services.runtime.model_thread import ModelThread
+from services.runtime.settings import BatchedSettings
 
 log = structlog.get_logger()
 
@@ -127,14 +129,8 @@ class MicroBatcher(Generic[Item, Result]):
             raise self._unavailable()
         self._queue.check(cost, current_caller())
 
-    def check_items(self, items: int, caller: Caller) -> None:
-        """Raise what `expect` would raise for `items` of a caller. Call it before they are received."""
-        if self._closing or self._failure is not None:
-            raise self._unavailable()
-        self._queue.check_items(items, caller)
-
     def expect(self, items: int) -> AbstractContextManager[None]:
-        """Return a context that counts `items` as waiting while they are prepared for `submit`.
+        """Return a context that counts `items` as waiting while they are received and decoded.
 
         On entering, raises what `submit` would raise for such items.
         """
@@ -267,6 +263,32 @@ class MicroBatcher(Generic[Item, Result]):
                 continue
             self._queue.remove(call)
             call.fail(_too_large(index) if is_out_of_memory(outcome) else outcome)
+
+
+def batched(
+    run: Callable[[Sequence[Item]], Sequence[Result]],
+    settings: BatchedSettings,
+    *,
+    cost: Callable[[Item], float],
+) -> MicroBatcher[Item, Result]:
+    """Return a batcher of a model with the settings of its service; costs are seconds of audio."""
+    return MicroBatcher(
+        run,
+        cost=cost,
+        max_cost=settings.max_batch_seconds,
+        max_wait=settings.max_wait_seconds,
+        max_queue_cost=settings.max_queue_seconds,
+        max_run_seconds=settings.max_batch_run_seconds,
+        initialize=partial(set_threads, settings.threads),
+    )
+
+
+def set_threads(count: int | None) -> None:
+    """Set the number of CPU threads of torch's models on the current thread; None: torch's choice."""
+    if count is not None:
+        import torch  # takes seconds
+
+        torch.set_num_threads(count)
 
 
 def _too_large(index: int) -> TooLargeError:

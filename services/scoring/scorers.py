@@ -6,24 +6,21 @@ Shapes: B clips or prompts, D embedding width, W windows, S samples of a window.
 import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.api.measurements import Observer
 from services.audio.decoding import ReadClip
 from services.errors import NotFiniteError, QueueFullError
 from services.models.clap.model import EmbeddingModel, TextCache
 from services.models.words import warnings_of
 from services.runtime import tracing
-from services.runtime.callers import Caller
-from services.runtime.microbatching import BatchStats, MicroBatcher
+from services.runtime.microbatching import MicroBatcher, batched, set_threads
 from services.runtime.settings import BatchedSettings
 from services.scoring.settings import ScoringSettings
 from services.weights.loading import load_embedding_model
@@ -47,35 +44,23 @@ class Scorer:
     def __init__(self, model: EmbeddingModel, version: ResolvedModel, settings: BatchedSettings) -> None:
         self.version = version.identity
         self.sampling_rate, self.dimension = model.sampling_rate, model.dimension
-        self._model, self._threads = model, settings.threads
-        self._audio: MicroBatcher[Tensor, Embedding] = MicroBatcher(
+        self._model = model
+        self.audio: MicroBatcher[Tensor, Embedding] = batched(
             lambda clips: list(model.embed_windows(clips).numpy()),
+            settings,
             cost=lambda windows: windows.numel() / model.sampling_rate,
-            max_cost=settings.max_batch_seconds,
-            max_wait=settings.max_wait_seconds,
-            max_queue_cost=settings.max_queue_seconds,
-            max_run_seconds=settings.max_batch_run_seconds,
-            initialize=self._set_threads,
         )
-        self._text: MicroBatcher[str, Embedding] = MicroBatcher(
+        """Of windows of clips; costs are seconds of audio."""
+        self.text: MicroBatcher[str, Embedding] = MicroBatcher(
             lambda prompts: list(model.embed_text(prompts).numpy()),
             cost=lambda _: 1.0,
             max_cost=MAX_TEXT_BATCH,
             max_wait=settings.max_wait_seconds,
             max_queue_cost=MAX_TEXT_QUEUE,
             max_run_seconds=settings.max_batch_run_seconds,
-            initialize=self._set_threads,
+            initialize=partial(set_threads, settings.threads),
         )
-
-    @property
-    def audio_stats(self) -> BatchStats:
-        """Return the counts of the audio batcher; costs are seconds of audio, in whole windows."""
-        return self._audio.stats
-
-    @property
-    def text_stats(self) -> BatchStats:
-        """Return the counts of the text batcher; costs are numbers of prompts."""
-        return self._text.stats
+        """Of prompts, each of which costs 1."""
 
     @property
     def cache(self) -> TextCache:
@@ -84,24 +69,8 @@ class Scorer:
 
     def watch(self, on_failure: Callable[[str], None]) -> None:
         """Have `on_failure` called with a reason when the model can't work any longer."""
-        for encoder, batcher in (("audio", self._audio), ("text", self._text)):
+        for encoder, batcher in (("audio", self.audio), ("text", self.text)):
             batcher.watch(partial(_report, on_failure, f"{encoder} encoder of {self.version.name}"))
-
-    def observe(self, audio: Observer, text: Observer) -> None:
-        """Have `audio` and `text` called with each measurement of their queue and encoder from now on."""
-        self._audio.observe, self._text.observe = audio, text
-
-    def check(self, seconds: float = 0.0) -> None:
-        """Raise `QueueFullError` if `seconds` of audio don't fit into the queue. Call it before decoding."""
-        self._audio.check(seconds)
-
-    def check_items(self, clips: int, caller: Caller) -> None:
-        """Raise `QueueFullError` if the queue has no room, or not the time, for clips of a caller."""
-        self._audio.check_items(clips, caller)
-
-    def expect(self, clips: int) -> AbstractContextManager[None]:
-        """Return a context that counts clips as waiting while they are decoded. Raises `QueueFullError`."""
-        return self._audio.expect(clips)
 
     def window_bytes(self, seconds: float) -> int:
         """Return the size of the windows of a clip of this length."""
@@ -123,18 +92,18 @@ class Scorer:
     async def embed_audio(self, clips: Sequence[Tensor]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prepared clips. Raises `QueueFullError`."""
         with tracing.span("embed_audio", clips=len(clips), model_digest=self.version.digest):
-            return self._finite("clip", np.stack(await self._audio.submit(clips)))
+            return self._finite("clip", np.stack(await self.audio.submit(clips)))
 
     async def embed_text(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Return the embeddings [B, D] of prompts; equal ones are embedded once. Raises `QueueFullError`."""
         unique = list(dict.fromkeys(prompts))
         with tracing.span("embed_text", prompts=len(unique), model_digest=self.version.digest):
-            embeddings = dict(zip(unique, await self._text.submit(unique), strict=True))
+            embeddings = dict(zip(unique, await self.text.submit(unique), strict=True))
             return self._finite("prompt", np.stack([embeddings[prompt] for prompt in prompts]))
 
     async def close(self) -> None:
         """Refuse queued items, finish the running batches and stop the worker threads."""
-        await asyncio.gather(self._audio.close(), self._text.close())
+        await asyncio.gather(self.audio.close(), self.text.close())
 
     def _finite(self, kind: str, embeddings_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return one caller's embeddings. Raises `NotFiniteError`; other callers get theirs."""
@@ -142,10 +111,6 @@ class Scorer:
         if not finite_B.all():
             raise NotFiniteError.of(f"embedding of {kind} {finite_B.argmin()}", self.version.digest)
         return embeddings_BD
-
-    def _set_threads(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
 
 
 def _report(on_failure: Callable[[str], None], part: str, reason: str) -> None:
@@ -168,29 +133,26 @@ class ScorerGroup:
 
     members: Mapping[str, Scorer]
 
-    def check(self, seconds: float = 0.0) -> None:
+    def check(self, seconds: float) -> None:
         """Raise `QueueFullError` if `seconds` of audio don't fit into the queue of any scorer."""
         for scorer in self._distinct():
-            scorer.check(seconds)
-
-    def check_items(self, clips: int, caller: Caller) -> None:
-        """Raise `QueueFullError` if no scorer has room and time for clips of a caller."""
-        refusals = []
-        for scorer in self._distinct():
-            try:
-                scorer.check_items(clips, caller)
-            except QueueFullError as error:
-                refusals.append(error)
-            else:
-                return
-        raise refusals[0]
+            scorer.audio.check(seconds)
 
     @contextmanager
-    def expect(self, clips: int) -> Iterator[None]:
-        """Count clips as waiting for each scorer while they are decoded. Raises `QueueFullError`."""
+    def expect(self, clips: int, *, any_of_them: bool = False) -> Iterator[None]:
+        """Count clips as waiting for each scorer while they are received and decoded.
+
+        Raises `QueueFullError` if a scorer refuses them; with `any_of_them`, if every scorer does.
+        """
+        scorers, refusals = self._distinct(), []
         with ExitStack() as stack:
-            for scorer in self._distinct():
-                stack.enter_context(scorer.expect(clips))
+            for scorer in scorers:
+                try:
+                    stack.enter_context(scorer.audio.expect(clips))
+                except QueueFullError as error:
+                    refusals.append(error)
+            if refusals and (len(refusals) == len(scorers) or not any_of_them):
+                raise refusals[0]
             yield
 
     def kept_bytes(self, seconds: float) -> int:

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from services.scoring.scorers import Scorer
 
 COUNTERS: "Final[Mapping[str, tuple[str, Callable[[Scorer], float]]]]" = {
-    "milonga_scoring_clips": ("Clips embedded.", lambda scorer: scorer.audio_stats.items),
+    "milonga_scoring_clips": ("Clips embedded.", lambda scorer: scorer.audio.stats.items),
     "milonga_scoring_audio_calls": (
         "Calls of the audio encoder, each one batch.",
-        lambda scorer: scorer.audio_stats.calls,
+        lambda scorer: scorer.audio.stats.calls,
     ),
     "milonga_scoring_audio_seconds": (
         "Seconds of audio embedded, in whole windows.",
-        lambda scorer: scorer.audio_stats.cost,
+        lambda scorer: scorer.audio.stats.cost,
     ),
     "milonga_scoring_texts": (
         "Prompts embedded, or found in the cache.",
-        lambda scorer: scorer.text_stats.items,
+        lambda scorer: scorer.text.stats.items,
     ),
     "milonga_scoring_text_calls": (
         "Calls of the text encoder, each one batch.",
-        lambda scorer: scorer.text_stats.calls,
+        lambda scorer: scorer.text.stats.calls,
     ),
     "milonga_scoring_text_cache_hits": (
         "Prompts whose embedding was cached.",
@@ -73,13 +73,12 @@ def add_scoring(
     servicer = ScoringServicer(scorers, settings)
     metrics.add(partial(collect, scorers))
     for scorer, name in _first_names(scorers).items():
-        scorer.observe(
-            *(metrics.observer(f"{name}/{part}", "queue_wait", "batch", "fill") for part in ("audio", "text"))
-        )
+        for part, batcher in (("audio", scorer.audio), ("text", scorer.text)):
+            batcher.observe = metrics.observer(f"{name}/{part}", "queue_wait", "batch", "fill")
     server.add(SERVICE_NAME, lambda to: rpc.add_ScoringServiceServicer_to_server(servicer, to))
     add_inference(server, ScoringInference(servicer))
     rpcs = (f"/{SERVICE_NAME}/{rpc}" for rpc in ("BatchScoreAudio", "BatchEmbedAudio"))
-    server.gate.add((*rpcs, INFER), partial(ScorerGroup(scorers).check_items, 1))
+    server.gate.add((*rpcs, INFER), partial(ScorerGroup(scorers).expect, 1, any_of_them=True))
 
 
 def describe(scorers: "Mapping[str, Scorer]") -> dict[str, Any]:
@@ -107,7 +106,7 @@ def collect(scorers: "Mapping[str, Scorer]") -> Iterator[Metric]:
         "milonga_scoring_queue_seconds", "Seconds of audio in the queue.", labels=["scorer"]
     )
     for scorer, name in first.items():
-        queue.add_metric([name], scorer.audio_stats.queue_cost)
+        queue.add_metric([name], scorer.audio.stats.queue_cost)
     yield queue
     for metric, (text, read) in COUNTERS.items():
         counter = CounterMetricFamily(metric, text, labels=["scorer"])

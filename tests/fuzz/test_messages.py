@@ -240,8 +240,8 @@ def test_scoring(tmp_path: Path) -> None:
 
         def check() -> None:
             assert scoring_pb2.BatchScoreAudioResponse.FromString(score(SCORES.SerializeToString())).results
-            assert served.scorers["a"].audio_stats.queue_cost == 0
-            assert served.scorers["a"].text_stats.queue_cost == 0
+            assert served.scorers["a"].audio.stats.queue_cost == 0
+            assert served.scorers["a"].text.stats.queue_cost == 0
 
         fuzz(served.hosted.target, SCORING.name, check)
 
@@ -251,7 +251,7 @@ def test_reward() -> None:
 
         def check() -> None:
             assert served.stub.BatchComputeRewards(REWARDS).rewards
-            assert served.scorer.stats.queue_cost == 0
+            assert served.scorer.batcher.stats.queue_cost == 0
 
         fuzz(served.target, REWARD.name, check)
 
@@ -261,7 +261,7 @@ def test_captioning() -> None:
 
         def check() -> None:
             assert served.stub.CaptionAudio(CAPTIONS).captions
-            assert served.worker.stats.queue_cost == 0
+            assert served.worker.batcher.stats.queue_cost == 0
 
         fuzz(served.target, CAPTIONING.name, check)
 

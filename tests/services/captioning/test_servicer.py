@@ -211,10 +211,10 @@ def test_concurrent_calls_share_batches_and_get_their_own_captions(
         answers = asyncio.run(ask_all())
         for answer, texts in zip(answers, wanted, strict=True):
             assert {one.text for one in answer.captions[0].candidates} == texts
-        assert served.worker.stats.items == 12
-        assert served.worker.stats.calls < 12
+        assert served.worker.batcher.stats.items == 12
+        assert served.worker.batcher.stats.calls < 12
         # 0.5 s each, in proportion to the 5 beams of the model's own numbers.
-        assert served.worker.stats.cost == pytest.approx(0.5 * (4 * 5 + 4 * 1 + 4 * 4) / 5)
+        assert served.worker.batcher.stats.cost == pytest.approx(0.5 * (4 * 5 + 4 * 1 + 4 * 4) / 5)
         text = generate_latest(served.metrics.registry).decode()
         assert "milonga_captioning_clips_total 12.0" in text
         assert 'milonga_captioning_stage_seconds_total{stage="generate"}' in text
@@ -249,7 +249,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         running = served.stub.CaptionAudio.future(request)
         assert model.called.wait(10)
         waiting = served.stub.CaptionAudio.future(request)
-        until(lambda: served.worker.stats.queue_cost == pytest.approx(0.64))
+        until(lambda: served.worker.batcher.stats.queue_cost == pytest.approx(0.64))
         with pytest.raises(grpc.RpcError) as caught:
             served.stub.CaptionAudio(request)
         assert isinstance(caught.value, grpc.Call)
@@ -257,13 +257,13 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         retry = error_details_pb2.RetryInfo()
         status = rpc_status.from_call(caught.value)
         assert any(detail.Unpack(retry) for detail in status.details if detail.Is(retry.DESCRIPTOR))
-        assert served.worker.stats.refused == 1
+        assert served.worker.batcher.stats.refused == 1
         # Who waits can leave, and makes room.
         waiting.cancel()
-        until(lambda: served.worker.stats.queue_cost == 0)
+        until(lambda: served.worker.batcher.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).captions) == 1
-        assert served.worker.stats.items == 1
+        assert served.worker.batcher.stats.items == 1
 
 
 def test_a_passed_deadline_leaves_the_queue() -> None:
@@ -276,10 +276,10 @@ def test_a_passed_deadline_leaves_the_queue() -> None:
             served.stub.CaptionAudio(request, timeout=0.3)
         assert isinstance(caught.value, grpc.Call)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        until(lambda: served.worker.stats.queue_cost == 0)
+        until(lambda: served.worker.batcher.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).captions) == 1
-        assert served.worker.stats.items == 1
+        assert served.worker.batcher.stats.items == 1
 
 
 class _Scarce(Captioner):

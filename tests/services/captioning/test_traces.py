@@ -16,7 +16,7 @@ WAV = wav(tone()).audio
 
 
 def test_a_call_decodes_waits_and_describes(served: Served) -> None:
-    served.worker._batcher._queue.pace = BatchPace()  # batches are as large as they may be
+    served.worker.batcher._queue.pace = BatchPace()  # batches are as large as they may be
     with AudioClient(captioning=served.target, retries=0) as client, recording() as traces:
         client.caption_audio([WAV, WAV])
         service = traces.one(CAPTION, "SERVER")

@@ -214,9 +214,9 @@ def test_concurrent_calls_share_batches_and_get_their_own_rewards(model: RewardM
             return [answer.rewards[0].logit for answer in answers]
 
         assert asyncio.run(ask()) == pytest.approx(wanted, abs=1e-4)
-        assert served.scorer.stats.items == 12
-        assert served.scorer.stats.calls < 12
-        assert served.scorer.stats.cost == 12.0  # a window of 1 s each
+        assert served.scorer.batcher.stats.items == 12
+        assert served.scorer.batcher.stats.calls < 12
+        assert served.scorer.batcher.stats.cost == 12.0  # a window of 1 s each
         text = generate_latest(served.metrics.registry).decode()
         assert "milonga_reward_clips_total 12.0" in text
         assert f'digest="{MODEL.digest}"' in text
@@ -250,7 +250,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         running = served.stub.BatchComputeRewards.future(request)
         assert model.called.wait(10)
         waiting = served.stub.BatchComputeRewards.future(request)
-        until(lambda: served.scorer.stats.queue_cost == 1.0)
+        until(lambda: served.scorer.batcher.stats.queue_cost == 1.0)
         with pytest.raises(grpc.RpcError) as caught:
             served.stub.BatchComputeRewards(request)
         assert isinstance(caught.value, grpc.Call)
@@ -259,13 +259,13 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         status = rpc_status.from_call(caught.value)
         assert any(detail.Unpack(retry) for detail in status.details if detail.Is(retry.DESCRIPTOR))
         assert retry.retry_delay.ToMilliseconds() > 0
-        assert served.scorer.stats.refused == 1
+        assert served.scorer.batcher.stats.refused == 1
         # Who waits can leave, and makes room.
         waiting.cancel()
-        until(lambda: served.scorer.stats.queue_cost == 0)
+        until(lambda: served.scorer.batcher.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).rewards) == 1
-        assert served.scorer.stats.items == 1
+        assert served.scorer.batcher.stats.items == 1
 
 
 def test_a_passed_deadline_leaves_the_queue() -> None:
@@ -278,10 +278,10 @@ def test_a_passed_deadline_leaves_the_queue() -> None:
             served.stub.BatchComputeRewards(request, timeout=0.3)
         assert isinstance(caught.value, grpc.Call)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        until(lambda: served.scorer.stats.queue_cost == 0)
+        until(lambda: served.scorer.batcher.stats.queue_cost == 0)
         model.go.set()
         assert len(running.result(10).rewards) == 1
-        assert served.scorer.stats.items == 1
+        assert served.scorer.batcher.stats.items == 1
 
 
 def test_a_reward_that_is_not_finite_fails_with_a_diagnosis() -> None:

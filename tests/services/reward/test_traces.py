@@ -23,7 +23,7 @@ WAV = wav(tone()).audio
 
 @pytest.fixture
 def client(served: Served) -> Iterator[AudioClient]:
-    served.scorer._batcher._queue.pace = BatchPace()  # batches are as large as they may be
+    served.scorer.batcher._queue.pace = BatchPace()  # batches are as large as they may be
     with AudioClient(reward=served.target, retries=0) as client:
         yield client
 

@@ -64,7 +64,7 @@ def _load(settings: RewardSettings) -> RewardScorer:
 
 
 def _watch(scorer: RewardScorer, on_failure: Callable[[str], None]) -> None:
-    scorer.watch(on_failure)
+    scorer.batcher.watch(on_failure)
     if BLOCKED_FAILURE in sys.argv:
         asyncio.get_running_loop().call_later(1.0, time.sleep, 3600)
         threading.Timer(2.0, on_failure, ["a test"]).start()
@@ -75,7 +75,7 @@ async def _close(scorer: RewardScorer) -> None:
         time.sleep(3600)
     if BLOCKED_THREAD in sys.argv:
         await asyncio.to_thread(time.sleep, 3600)
-    await scorer.close()
+    await scorer.batcher.close()
 
 
 if __name__ == "__main__":

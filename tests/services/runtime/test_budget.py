@@ -194,7 +194,7 @@ def test_the_message_of_a_call_is_let_go_when_it_is_decoded(rpc: str) -> None:
         try:
             stream: Any = channel.stream_stream(method)
             call = stream(iter([message]))
-            until(lambda: served.scorer.stats.queue_cost > 0)
+            until(lambda: served.scorer.batcher.stats.queue_cost > 0)
             assert _alive(*_HELD) == alive
             call.cancel()
             until(lambda: served.server.budget.held == 0)

@@ -2,24 +2,26 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import pytest
 
-from milonga.v1 import audio_pb2, generation_pb2, reward_pb2, scoring_pb2, scoring_pb2_grpc
+from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, reward_pb2, scoring_pb2, scoring_pb2_grpc
 from services.api.generation import Progress
 from services.errors import QueueFullError
 from services.fairness import Account
-from services.runtime.callers import Caller
+from services.runtime.callers import Caller, calling
 from services.runtime.gate import Gate
+from tests.services.captioning.serving import serving as captioning
 from tests.services.generation.serving import serving as generating
 from tests.services.generation.serving import tiny_engine
 from tests.services.reward.serving import float32, tone
 from tests.services.reward.serving import serving as rewarding
 from tests.services.scoring.serving import save_tiny_clap
 from tests.services.scoring.serving import serving as scoring
-from tests.tiny import tiny_clap, tiny_reward
+from tests.tiny import tiny_captioner, tiny_clap, tiny_reward
 from tests.waiting import until
 
 RPC = "/a.Service/Rpc"
@@ -32,19 +34,24 @@ class Queue:
     def __init__(self) -> None:
         self.now, self.asked, self.refusal = 0.0, 0, ""
         self.gate = Gate(lambda: self.now)
-        self.gate.add([RPC], self._check)
+        self.needed: float | None = None
+        self.answers: list[object] = []
+        self.gate.add([RPC], self._expect)
 
-    def _check(self, caller: Caller) -> None:
+    @contextmanager
+    def _expect(self) -> Iterator[None]:
         self.asked += 1
         if self.refusal:
-            raise QueueFullError("full", retry_after=5.0, refusal=self.refusal)
+            raise QueueFullError("full", retry_after=5.0, refusal=self.refusal, needed=self.needed)
+        yield
 
     def refuses(self, caller: Caller = CALLER, rpc: str = RPC) -> bool:
         try:
-            self.gate.check(rpc, caller)
-        except QueueFullError:
+            with calling(caller), self.gate.receiving(rpc):
+                return False
+        except QueueFullError as error:
+            self.answers.append((str(error), error.retry_after, error.refusal, error.needed))
             return True
-        return False
 
 
 def test_the_answer_of_a_full_queue_holds_for_a_moment_and_for_its_caller() -> None:
@@ -65,9 +72,25 @@ def test_the_answer_of_a_full_queue_holds_for_a_moment_and_for_its_caller() -> N
     assert not queue.refuses()
 
 
+def test_the_answer_that_there_is_not_the_time_holds_for_calls_with_no_more_time() -> None:
+    queue = Queue()
+    queue.refusal, queue.needed = "time", 3.0
+    assert queue.refuses(Caller(name="a", deadline=2.0))
+    asked = queue.asked
+    for deadline in (2.0, 1.0, 2.9):
+        assert queue.refuses(Caller(name="a", deadline=deadline))
+    assert queue.asked == asked
+    assert set(queue.answers) == {("full", 5.0, "time", 3.0)}
+    queue.refusal = ""
+    assert not queue.refuses(Caller(name="a", deadline=3.1))
+    assert not queue.refuses(Caller(name="a"))
+    queue.now = 1.0
+    assert not queue.refuses(Caller(name="a", deadline=3.0))
+
+
 def test_an_answer_that_depends_on_the_call_holds_for_no_other() -> None:
     queue = Queue()
-    queue.refusal = "time"
+    queue.refusal = "quota"
     assert queue.refuses()
     queue.refusal = ""
     assert not queue.refuses()
@@ -128,7 +151,7 @@ WAITING = {"max_wait_seconds": 60, "max_queue_seconds": 1}
 def reward() -> Iterator[tuple[str, Any]]:
     with rewarding(tiny_reward(tiny_clap()), **WAITING) as served:
         call = served.stub.BatchComputeRewards.future(reward_pb2.BatchComputeRewardsRequest(pairs=[PAIR]))
-        until(lambda: served.scorer.stats.queue_cost > 0)
+        until(lambda: served.scorer.batcher.stats.queue_cost > 0)
         yield served.target, call
 
 
@@ -141,13 +164,22 @@ def clap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
     ):
         stub = scoring_pb2_grpc.ScoringServiceStub(channel)
         call = stub.BatchScoreAudio.future(scoring_pb2.BatchScoreAudioRequest(pairs=[PAIR]))
-        until(lambda: served.scorers["tiny"].audio_stats.queue_cost > 0)
+        until(lambda: served.scorers["tiny"].audio.stats.queue_cost > 0)
         yield served.hosted.target, call
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Iterator[tuple[str, Any]]:
+    with captioning(tiny_captioner(), **WAITING) as served:
+        call = served.stub.CaptionAudio.future(captioning_pb2.CaptionAudioRequest(clips=[PAIR.clip]))
+        until(lambda: served.worker.batcher.stats.queue_cost > 0)
+        yield served.target, call
 
 
 @pytest.mark.parametrize(
     ("service", "rpcs"),
     [
+        ("captioner", {"CaptioningService": ("CaptionAudio",)}),
         ("generation", {"GenerationService": ("GenerateAudio", "StreamGenerateAudio")}),
         ("reward", {"RewardService": ("BatchComputeRewards", "RankAudio")}),
         ("clap", {"ScoringService": ("BatchScoreAudio", "BatchEmbedAudio")}),

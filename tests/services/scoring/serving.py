@@ -32,7 +32,7 @@ def save_tiny_clap(folder: Path, seed: int) -> Path:
 def forget_times(scorers: Mapping[str, Scorer]) -> None:
     """Have the next batches be as large as they may be, whatever their times were so far."""
     for scorer in scorers.values():
-        for batcher in (scorer._audio, scorer._text):
+        for batcher in (scorer.audio, scorer.text):
             batcher._queue.pace = BatchPace()
 
 

@@ -167,11 +167,11 @@ def test_a_minute_of_stereo_passes(stub: rpc.ScoringServiceStub) -> None:
 
 def test_equal_prompts_and_names_of_one_model_cost_once(stub: rpc.ScoringServiceStub, served: Served) -> None:
     scorer = served.scorers["a"]
-    before = scorer.text_stats, scorer.audio_stats, scorer.cache.hits
+    before = scorer.text.stats, scorer.audio.stats, scorer.cache.hits
     request = pb.BatchScoreAudioRequest(pairs=[_pair("a cat sings")] * 3, scorers=["a", "a2"])
     stub.BatchScoreAudio(request)
-    assert scorer.text_stats.items - before[0].items == 1
-    assert scorer.audio_stats.items - before[1].items == 3
+    assert scorer.text.stats.items - before[0].items == 1
+    assert scorer.audio.stats.items - before[1].items == 3
     assert scorer.cache.hits == before[2]
     stub.BatchScoreAudio(request)
     assert scorer.cache.hits == before[2] + 1
@@ -184,8 +184,8 @@ def test_concurrent_calls_share_batches(uris: dict[str, str]) -> None:
         with grpc.insecure_channel(served.hosted.target) as channel, ThreadPoolExecutor(8) as pool:
             stub = rpc.ScoringServiceStub(channel)
             answers = list(pool.map(lambda _: stub.BatchEmbedAudio(request), range(8)))
-        assert scorer.audio_stats.items == 8
-        assert scorer.audio_stats.calls < 4
+        assert scorer.audio.stats.items == 8
+        assert scorer.audio.stats.calls < 4
         first, *rest = (np.array(a.results[0].embeddings[0].values) for a in answers)
         for other in rest:
             np.testing.assert_allclose(other, first, atol=1e-5)
@@ -301,7 +301,7 @@ def test_a_full_queue_says_when_to_come_back(uris: dict[str, str]) -> None:
             calls = [stub.BatchEmbedAudio.future(request)]
             assert entered.wait(10)
             calls.append(stub.BatchEmbedAudio.future(request))
-            until(lambda: scorer.audio_stats.queue_cost == 1.0)
+            until(lambda: scorer.audio.stats.queue_cost == 1.0)
             with pytest.raises(grpc.RpcError) as caught:
                 stub.BatchEmbedAudio(request)
             error: Any = caught.value
@@ -311,7 +311,7 @@ def test_a_full_queue_says_when_to_come_back(uris: dict[str, str]) -> None:
             # Prompts are not sound: they still pass.
             assert stub.BatchEmbedText(pb.BatchEmbedTextRequest(prompts=[PROMPT])).results
         assert all(call.result(20).results for call in calls)
-        assert scorer.audio_stats.refused == 1
+        assert scorer.audio.stats.refused == 1
 
 
 def test_who_goes_away_leaves_the_queue(uris: dict[str, str]) -> None:
@@ -328,9 +328,9 @@ def test_who_goes_away_leaves_the_queue(uris: dict[str, str]) -> None:
                 stub.BatchEmbedAudio(request, timeout=0.3)
             error: Any = caught.value
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            until(lambda: scorer.audio_stats.queue_cost == 0.0)
+            until(lambda: scorer.audio.stats.queue_cost == 0.0)
         assert first.result(20).results
-        assert scorer.audio_stats.items == 1
+        assert scorer.audio.stats.items == 1
 
 
 def test_a_fault_of_the_model_is_not_the_callers(uris: dict[str, str]) -> None:

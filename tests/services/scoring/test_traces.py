@@ -79,7 +79,7 @@ def test_calls_that_share_a_batch_keep_their_own_traces(
         calls = [threads.submit(client.embed_audio, [FLAC], scorers=["a"])]
         assert entered.wait(20)
         calls += [threads.submit(client.embed_audio, [FLAC], scorers=["a"]) for _ in range(2)]
-        until(lambda: len(scorer._audio._queue) == 2)
+        until(lambda: len(scorer.audio._queue) == 2)
     for call in calls:
         call.result(20)
     batches = sorted(attributes(span)["milonga.batch"] for span in traces.all("model"))  # type: ignore[type-var]
@@ -107,7 +107,7 @@ def test_a_call_that_is_cancelled_in_the_queue_ends_its_spans(
     async def cancel() -> None:
         async with AsyncAudioClient(scoring=served.hosted.target, retries=0) as other:
             running = asyncio.create_task(other.embed_audio([FLAC], scorers=["a"]))
-            while not served.scorers["a"].audio_stats.queue_cost:
+            while not served.scorers["a"].audio.stats.queue_cost:
                 await asyncio.sleep(0.01)
             running.cancel()
             await asyncio.wait([running])

@@ -28,7 +28,7 @@ scorer = RewardScorer(faulty(), MODEL, CLAP, settings)
 
 async def open_model(folder, parameters):
     model = RewardInference(RewardServicer(scorer, settings))
-    return LoadedModel(model=model, close=scorer.close, watch=scorer.watch)
+    return LoadedModel(model=model, close=scorer.batcher.close, watch=scorer.batcher.watch)
 
 model = PythonModel(open_model)
 model.initialize({"model_config": "{}", "model_repository": ".", "model_version": "1"})
@@ -74,7 +74,7 @@ scorer = RewardScorer(tiny_reward(tiny_clap()), MODEL, CLAP, settings)
 
 async def open_model(folder, parameters):
     model = RewardInference(RewardServicer(scorer, settings))
-    return LoadedModel(model=model, close=scorer.close, watch=scorer.watch)
+    return LoadedModel(model=model, close=scorer.batcher.close, watch=scorer.batcher.watch)
 
 class Request:
     def __init__(self, parameters="", correlation=0):
