@@ -31,6 +31,9 @@ _ALONE_SECONDS: Final = 60.0
 """Time without a call of another caller after which batches of one caller are as large as they may be."""
 _PLANNED: Final = 0.9
 """Share of the time to its deadline that a call may be planned to take; below it, it is dropped."""
+_CAUTION: Final = 1.5
+"""By how much an estimated wait is raised before a call is received and decoded: if it were right on average
+only, half of the calls of a full queue would end after their deadlines."""
 _MAX_IDLE: Final = 3.0
 """Longest time between batches that counts, as a multiple of a batch's."""
 _ROUNDING: Final = 1e-6
@@ -184,19 +187,23 @@ class BatchQueue(Generic[Item, Result]):
         account, cost = Account(caller.key, caller.priority), items * self._item
         with arriving() as number:
             self._check_room(account, self._item)
-            self._check_time(account, cost, caller.deadline)
+            self._check_time(account, cost, caller.deadline, caution=_CAUTION)
             self._expected[number] = account, cost
             try:
                 yield
             finally:
                 self._expected.pop(number, None)
 
-    def _check_time(self, account: Account, cost: float, deadline: float | None) -> None:
+    def _check_time(
+        self, account: Account, cost: float, deadline: float | None, *, caution: float = 1.0
+    ) -> None:
         waiting = self._waiting()
         if deadline is None or self.pace.unit is None or not (waiting or self._running):
             return
         left = deadline - self._clock()
-        needed = self._seconds_to_end(waiting, account, cost, left)
+        own = self._turnaround.seconds(cost)
+        wait = max(0.0, self._seconds_to_end(waiting, account, cost, left) - own)
+        needed = caution * wait + own
         if needed > left:
             self.totals.refused += 1
             raise QueueFullError(
