@@ -1,15 +1,9 @@
-"""What the converters of released checkpoints share: folders they read from and write to."""
+"""What the converters of released checkpoints share: folders they read from."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from services.errors import ModelNotFoundError, OutputError
+from services.errors import ModelNotFoundError
 
 
 def folder_or_hub(part: str, text: str, example: str, patterns: Sequence[str]) -> Path:
@@ -39,29 +33,3 @@ def folder_or_hub(part: str, text: str, example: str, patterns: Sequence[str]) -
             f"{part}: {text} can't be fetched ({reason}); set HF_HUB_OFFLINE=0 if it is 1, "
             "or download it and give its folder"
         ) from error
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `target`; rename it to `target` on success, remove it on failure.
-
-    Raises:
-        OutputError: `target` exists already or can't be written.
-    """
-    if target.exists():
-        raise OutputError(f"{target} exists already; remove it or choose another folder")
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        yield temporary
-        # mkdtemp's 0700 and safetensors' 0600 would make the model unreadable for a service's user.
-        temporary.chmod(0o755)
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.rename(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{target} can't be written: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
-
 from services.api.reading import EVENTS
-from services.errors import OutputError
 from services.models.captioner.model import Captioner
 from services.models.manifest import Manifest, write_manifest
+from services.models.writing import replaced_folder
 
 REPORT: Final = "training.json"
 """File with the report of the training."""
@@ -32,10 +30,7 @@ def write_captioner(
     The start's list of events, if it has one, is copied. Raises `OutputError`; an older folder is then
     unchanged.
     """
-    temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with replaced_folder(output) as temporary:
         captioner.save_pretrained(temporary)
         if (start / EVENTS).exists():
             shutil.copyfile(start / EVENTS, temporary / EVENTS)
@@ -43,19 +38,6 @@ def write_captioner(
         (temporary / REPORT).write_text(text, encoding="utf-8")
         manifest = write_manifest(temporary, name=name, version=version, license=license)
         (temporary / "README.md").write_text(_card(manifest, report), encoding="utf-8")
-        for path in (temporary, *temporary.rglob("*")):
-            # safetensors creates files that only their owner can read.
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if output.exists():
-            output.rename(old)
-        temporary.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{output} can't be written: {reason}; make room, or write elsewhere") from error
     return manifest
 
 

@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from services.errors import MilongaError, OutputError, invalid
+from services.errors import MilongaError, invalid
 from services.files import sha256_of
 from services.models.architectures import architecture_of
 from services.models.folders import DTYPES, read_json
@@ -28,6 +27,7 @@ from services.models.latent import Conditioning
 from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
 from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
+from services.models.writing import replaced_folder
 from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
 from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
@@ -503,12 +503,9 @@ def write_pipeline(
     """
     architecture = architecture_of(start.folder)
     part = architecture.denoiser
-    temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
     left_out = shutil.ignore_patterns(part, MANIFEST_NAME, TRAINING, "*.md", ".*")
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(start.folder, temporary, ignore=left_out)
+    with replaced_folder(output) as temporary:
+        shutil.copytree(start.folder, temporary, ignore=left_out, dirs_exist_ok=True)
         with quiet_loading():
             denoiser.to(DTYPES[dtype]).save_pretrained(temporary / part, safe_serialization=True)
         # The start's own config for the same architecture, without the paths that the library adds.
@@ -517,19 +514,6 @@ def write_pipeline(
         (temporary / TRAINING).write_text(text, encoding="utf-8")
         manifest = write_manifest(temporary, name=name, version=version, license=license)
         (temporary / "README.md").write_text(_card(manifest, report, architecture.tags), encoding="utf-8")
-        for path in (temporary, *temporary.rglob("*")):
-            # safetensors creates files that only their owner can read.
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if output.exists():
-            output.rename(old)
-        temporary.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{output} can't be written: {reason}; make room, or write elsewhere") from error
     return manifest
 
 

@@ -4,7 +4,6 @@ Shape legend: B examples.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from services.errors import MilongaError, OutputError
 from services.models.manifest import Manifest, write_manifest
 from services.models.reward.model import RewardModel, read_reward_config
+from services.models.writing import replaced_folder
 from training.data.examples import Clip, Examples, LabelledClip, Pair
 from training.objectives.calibration import (
     expected_calibration_error,
@@ -176,10 +176,7 @@ def write_model(
 
     Raises `OutputError`; the older folder is then unchanged.
     """
-    temporary, old = (output.with_name(f".{output.name}.{what}") for what in ("part", "old"))
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with replaced_folder(output) as temporary:
         model.save(temporary)
         (temporary / EVALUATION).write_text(
             json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8"
@@ -187,17 +184,6 @@ def write_model(
         (temporary / RELIABILITY).write_bytes(reliability_png)
         manifest = write_manifest(temporary, name=name, version=version, license=license)
         (temporary / "README.md").write_text(_card(manifest, model, report), encoding="utf-8")
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
-        if output.exists():
-            output.rename(old)
-        temporary.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise OutputError(f"{output} can't be written: {error.strerror or error}") from error
     return manifest
 
 

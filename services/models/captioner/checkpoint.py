@@ -34,10 +34,11 @@ from services.models.captioner.language import (
     read_lora_settings,
 )
 from services.models.captioner.model import Captioner, Projector, check_fit, make_projector
-from services.models.conversion import folder_or_hub, new_folder
+from services.models.conversion import folder_or_hub
 from services.models.folders import cause, read_pickle, read_shapes
 from services.models.manifest import write_manifest
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
+from services.models.writing import new_folder
 
 Progress = Callable[[str], None]
 """Called with the name of each stage."""

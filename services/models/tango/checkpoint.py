@@ -26,13 +26,14 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.conversion import folder_or_hub, new_folder
+from services.models.conversion import folder_or_hub
 from services.models.folders import cause, describe_weights, read_json, read_pickle
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
+from services.models.writing import new_folder
 
 Weights = Mapping[str, Tensor]
 """A state dictionary, or a part of one."""
