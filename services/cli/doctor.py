@@ -288,14 +288,14 @@ def check_model(path: Path) -> None:
 
 
 def _check_reward(folder: Path) -> None:
-    from services.models.folders import read_shapes
+    from services.models.folders import read_layout
     from services.models.manifest import read_manifest
     from services.models.mini import mini_folder
     from services.models.reward.model import RewardHead, read_reward_config
     from services.models.state_dicts import check_weights, on_meta
 
     config = read_reward_config(folder)
-    check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_shapes(folder))
+    check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_layout(folder))
     if folder == mini_folder("reward"):
         clap = read_manifest(mini_folder("clap-a"))
         if clap.digest != config.clap_digest:

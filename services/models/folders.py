@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from services.errors import ModelFormatError, invalid
 from services.files import HEAD, describe_file, describe_path
@@ -26,12 +27,27 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 """Float types by the names that options and settings use."""
 
+_STORED: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+"""Types by their names in safetensors files; others, such as 8-bit floats, are refused."""
+
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Extensions of files that can run code when they are loaded."""
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the safetensors files of `folder`.
+def read_layout(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor in the safetensors files of `folder`, without its values: on the meta device.
 
     Raises `ModelFormatError` if there are none.
     """
@@ -40,10 +56,10 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLE_SUFFIXES]
         found = f"only a pickle payload ({', '.join(pickles)})" if pickles else "no weights"
         raise ModelFormatError(f"{folder} holds {found}; weights must be safetensors")
-    shapes: dict[str, tuple[int, ...]] = {}
+    layout: dict[str, Tensor] = {}
     for path in files:
-        shapes |= safetensors_shapes(path)
-    return shapes
+        layout |= safetensors_layout(path)
+    return layout
 
 
 def read_pickle(path: Path, ignored: Sequence[tuple[Any, str]] = ()) -> Any:
@@ -91,17 +107,31 @@ def describe_weights(path: Path) -> str | None:
     return None
 
 
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a safetensors file. Raises `ModelFormatError` if it is damaged."""
+def safetensors_layout(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of a safetensors file, without its values: on the meta device.
+
+    Raises `ModelFormatError` if it is damaged, or has tensors of unusual types.
+    """
     if path.is_file() and (found := describe_weights(path)):
         raise ModelFormatError(f"{path} is {found}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            described = {key: (one.get_dtype(), one.get_shape()) for key, one in found.items()}
     except (SafetensorError, OSError) as error:
         raise ModelFormatError(
             f"{path} is truncated or not safetensors ({one_line(error)}); fetch it again"
         ) from error
+    unusual = [f"{key} ({kind})" for key, (kind, _) in described.items() if kind not in _STORED]
+    if unusual:
+        raise ModelFormatError(
+            f"{path} has {len(unusual)} tensors of types that no model here has: {unusual[0]}; convert them "
+            "to float32, float16 or bfloat16"
+        )
+    return {
+        key: torch.empty(shape, dtype=_STORED[kind], device="meta")
+        for key, (kind, shape) in described.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from services.errors import MilongaError, ModelFormatError, ModelNotFoundError
-from services.models.folders import cause, one_line, pick_device, pick_dtype, read_json, read_shapes
+from services.models.folders import cause, one_line, pick_device, pick_dtype, read_json, read_layout
 from services.models.latent import Conditioning, LatentPipeline
 from services.models.prompts import token_limit
 from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
@@ -194,4 +194,4 @@ def _check_part(folder: Path, build: Builder) -> None:
         raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
     if not module.state_dict():
         return
-    check_weights(str(folder), module, read_shapes(folder))
+    check_weights(str(folder), module, read_layout(folder))

@@ -1,4 +1,4 @@
-"""Compare weights with the module that loads them: every key and every shape must match."""
+"""Compare weights with the module that loads them: every key, shape and kind of number must match."""
 
 import logging
 import warnings
@@ -18,6 +18,9 @@ Module = TypeVar("Module", bound=nn.Module)
 TIED: Mapping[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}
 """T5's token embedding has two names; a file may have either or both."""
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights. Others would load without an error: integers by rounding, complex numbers by halves."""
+
 _LISTED = 20
 """Number of keys that an error message names; the others are counted."""
 
@@ -28,35 +31,41 @@ def on_meta(build: Callable[[], Module]) -> Module:
         return build()
 
 
-def check_weights(part: str, module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of the weights.
+def check_weights(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise `ModelFormatError` that lists every key of the weights that does not fit, as `check_layout`.
 
     Args:
         part: name of the weights in the message.
         module: module that will load them; may be on the meta device.
-        shapes: shapes of the tensors in the file, by key.
+        weights: the tensors, by key; may be on the meta device.
     """
-    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    found = dict(shapes)
+    expected, found = module.state_dict(), dict(weights)
     for alias, original in TIED.items():
         if alias in expected and original in expected and (alias in found) != (original in found):
-            found[alias] = found[original] = found.get(alias, found.get(original, ()))
-    check_shapes(part, expected, found)
+            found[alias] = found[original] = found.get(alias, found.get(original, expected[alias]))
+    check_layout(part, expected, found)
 
 
-def check_shapes(
-    part: str, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
-) -> None:
-    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of the weights `found`."""
+def check_layout(part: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `ModelFormatError` that lists every missing, unknown and misshapen key of the weights `found`,
+    and those whose numbers are of another kind: integers, complex or 8-bit numbers in the place of floats.
+    """
+    both = {key: (tensor, found[key]) for key, tensor in expected.items() if key in found}
     misshapen = [
-        f"{key} is {list(found[key])}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and tuple(found[key]) != tuple(shape)
+        f"{key} is {list(given.shape)}, not {list(own.shape)}"
+        for key, (own, given) in both.items()
+        if given.shape != own.shape
+    ]
+    other_numbers = [
+        f"{key} has {_name(given.dtype)}, not {'floats' if own.dtype in FLOATS else _name(own.dtype)}"
+        for key, (own, given) in both.items()
+        if (given.dtype not in FLOATS if own.dtype in FLOATS else given.dtype in FLOATS)
     ]
     faults = (
         ("missing keys", [key for key in expected if key not in found]),
         ("unknown keys", [key for key in found if key not in expected]),
         ("wrong shapes", misshapen),
+        ("wrong types", other_numbers),
     )
     report_faults(part, faults)
 
@@ -72,7 +81,7 @@ def check_finite(part: str, weights: Mapping[str, Tensor]) -> None:
     """Raise `ModelFormatError` that lists the tensors with NaN or infinite values."""
     wrong = [key for key, tensor in weights.items() if not _is_finite(tensor)]
     if wrong:
-        dtype = str(weights[wrong[0]].dtype).removeprefix("torch.")
+        dtype = _name(weights[wrong[0]].dtype)
         raise ModelFormatError(
             f"{part}: {len(wrong)} of {len(weights)} tensors hold NaN or infinity ({dtype}): {_listed(wrong)}"
             "; the training diverged or the file is damaged: take another checkpoint"
@@ -84,7 +93,7 @@ def assign_weights(part: str, module: Module, weights: Mapping[str, Tensor]) -> 
 
     Returns `module`.
     """
-    check_weights(part, module, {key: tensor.shape for key, tensor in weights.items()})
+    check_weights(part, module, weights)
     check_finite(part, weights)
     full = dict(weights)
     own = module.state_dict()
@@ -128,9 +137,13 @@ def quiet_loading() -> Iterator[None]:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether `tensor` holds no NaN and no infinity, in one pass and without a copy."""
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+    if tensor.is_meta or tensor.dtype not in FLOATS or not tensor.numel():
         return True
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _listed(entries: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from services.audio.resampling import resample
 from services.errors import ModelFormatError, invalid
 from services.local import Loaded
 from services.models.clap.model import ClapModel, EmbeddingModel, Waveform
-from services.models.folders import pick_device, read_json, read_shapes
+from services.models.folders import pick_device, read_json, read_layout
 from services.models.mini.tagger import Detection, EventTagger
 from services.models.reward.model import RewardModel, load_reward
 from services.models.state_dicts import check_finite, check_weights, on_meta
@@ -145,7 +145,7 @@ def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
     if config.get("_class_name") != EventTagger.__name__:
         raise ModelFormatError(f"{resolved.folder} holds no {EventTagger.__name__}; give mini:tagger")
     module = on_meta(lambda: EventTagger.from_config(config))
-    check_weights(str(resolved.folder), module, read_shapes(resolved.folder))
+    check_weights(str(resolved.folder), module, read_layout(resolved.folder))
     tagger = EventTagger.from_pretrained(resolved.folder, local_files_only=True, use_safetensors=True)
     check_finite(str(resolved.folder), tagger.state_dict())
     return TaggerEmbedder(tagger.float().to(target).eval().requires_grad_(False), resolved.digest)

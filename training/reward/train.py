@@ -256,7 +256,7 @@ def continue_head(model: RewardModel, folder: Path) -> None:
     """
     read_reward_config(folder)
     weights = load_file(folder / WEIGHTS_NAME)
-    check_weights(str(folder), model.head, {name: value.shape for name, value in weights.items()})
+    check_weights(str(folder), model.head, weights)
     model.head.load_state_dict({name: value.float() for name, value in weights.items()})
 
 

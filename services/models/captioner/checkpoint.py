@@ -35,7 +35,7 @@ from services.models.captioner.language import (
 )
 from services.models.captioner.model import Captioner, Projector, check_fit, make_projector
 from services.models.conversion import folder_or_hub
-from services.models.folders import cause, read_pickle, read_shapes
+from services.models.folders import cause, read_layout, read_pickle
 from services.models.manifest import write_manifest
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
 from services.models.writing import new_folder
@@ -163,7 +163,7 @@ def _lora_of(part: str, adapters: Mapping[str, Tensor], alpha: float | None) -> 
 def _read_adapters(folder: Path) -> dict[str, Tensor]:
     path = folder / ADAPTER_WEIGHTS
     if path.is_file():
-        read_shapes(folder)
+        read_layout(folder)
         return load_file(path)
     pickled = folder / "adapter_model.bin"
     if not pickled.is_file():
@@ -185,7 +185,7 @@ def build_projector(
     """Return the projector with upstream's weights. Raises `ModelFormatError` unless it fits its
     neighbours and every key matches.
     """
-    check_fit(config, encoder, {key: tuple(value.shape) for key, value in weights.items()}, width)
+    check_fit(config, encoder, weights, width)
     return assign_weights(part, on_meta(lambda: make_projector(config, encoder, width)), weights)
 
 

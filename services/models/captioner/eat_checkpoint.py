@@ -19,7 +19,7 @@ from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.captioner.config import PATCH
 from services.models.captioner.eat import EatConfig, EatEncoder
 from services.models.captioner.foreign import read_foreign_pickle
-from services.models.folders import read_json, read_pickle, safetensors_shapes
+from services.models.folders import read_json, read_pickle, safetensors_layout
 from services.models.state_dicts import assign_weights, on_meta, report_faults
 
 MEL_BINS: Final = 128
@@ -117,7 +117,7 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
         raise ModelFormatError(f"{folder} holds a {kind} model, not EAT; give a copy of worstchan/EAT-…")
     path = folder / "model.safetensors"
     if path.is_file():
-        safetensors_shapes(path)
+        safetensors_layout(path)
         return load_file(path)
     data = read_pickle(folder / "pytorch_model.bin")
     if not isinstance(data, dict):

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.folders import cause, one_line, read_json, read_shapes
-from services.models.state_dicts import check_finite, check_shapes, check_weights, on_meta, quiet_loading
+from services.models.folders import cause, one_line, read_json, read_layout
+from services.models.state_dicts import check_finite, check_layout, check_weights, on_meta, quiet_loading
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def check_language_model(folder: Path) -> int:
     Raises `ModelNotFoundError` or `ModelFormatError` unless the folder is complete.
     """
     module = meta_language_model(folder)
-    check_weights(str(folder), module, _with_tied(module, read_shapes(folder)))
+    check_weights(str(folder), module, _with_tied(module, read_layout(folder)))
     read_json(folder / "tokenizer_config.json")
     return embedding_width(module)
 
@@ -173,10 +173,10 @@ def embedding_width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
-def _with_tied(module: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return `shapes` with the tensors that a file leaves out because they are another one's."""
+def _with_tied(module: Any, layout: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `layout` with the tensors that a file leaves out because they are another one's."""
     tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    return {**{alias: shapes[key] for alias, key in tied.items() if key in shapes}, **shapes}
+    return {**{alias: layout[key] for alias, key in tied.items() if key in layout}, **layout}
 
 
 # ------------------------------------------------------------------------------------------------- LoRA
@@ -249,7 +249,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ModelFormatError(f"{folder} has no {ADAPTER_WEIGHTS}; adapters must be safetensors")
-    read_shapes(folder)
+    read_layout(folder)
     return apply_adapter(model, read_lora_settings(folder), load_file(path), str(folder))
 
 
@@ -262,7 +262,7 @@ def apply_adapter(model: Any, lora: LoraSettings, weights: dict[str, Tensor], pa
 
     adapted = attach_lora(model, lora)
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_shapes(part, {k: v.shape for k, v in own.items()}, {k: v.shape for k, v in weights.items()})
+    check_layout(part, own, weights)
     check_finite(part, weights)
     set_peft_model_state_dict(adapted, weights)
     return adapted

@@ -70,10 +70,10 @@ from services.models.folders import (
     pick_device,
     pick_dtype,
     read_json,
-    read_shapes,
-    safetensors_shapes,
+    read_layout,
+    safetensors_layout,
 )
-from services.models.state_dicts import check_finite, check_shapes, check_weights, on_meta
+from services.models.state_dicts import check_finite, check_layout, check_weights, on_meta
 
 ENCODER, LANGUAGE_MODEL, ADAPTER = "encoder", "language_model", "adapter"
 """Folders in a model folder."""
@@ -172,7 +172,7 @@ class Captioner(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.language_model = language_model
-        check_fit(config, encoder.config, _shapes(projector.state_dict()), embedding_width(language_model))
+        check_fit(config, encoder.config, projector.state_dict(), embedding_width(language_model))
         self._tokenizing = threading.Lock()
 
     @property
@@ -373,7 +373,7 @@ class Captioner(nn.Module):
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `trainable_state` returned. Raises `ModelFormatError` unless it has the same keys."""
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        check_shapes("trainable state", _shapes(own), _shapes(state))
+        check_layout("trainable state", own, state)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -447,27 +447,28 @@ def check_captioner(folder: Path) -> None:
     """
     config = read_captioner_config(folder)
     encoder = read_eat_config(folder / ENCODER)
-    check_weights(str(folder / ENCODER), on_meta(lambda: EatEncoder(encoder)), read_shapes(folder / ENCODER))
+    check_weights(str(folder / ENCODER), on_meta(lambda: EatEncoder(encoder)), read_layout(folder / ENCODER))
     width = check_language_model(folder / LANGUAGE_MODEL)
-    shapes = safetensors_shapes(folder / PROJECTOR_WEIGHTS)
-    check_fit(config, encoder, shapes, width)
+    layout = safetensors_layout(folder / PROJECTOR_WEIGHTS)
+    check_fit(config, encoder, layout, width)
     check_weights(
-        str(folder / PROJECTOR_WEIGHTS), on_meta(lambda: make_projector(config, encoder, width)), shapes
+        str(folder / PROJECTOR_WEIGHTS), on_meta(lambda: make_projector(config, encoder, width)), layout
     )
 
 
 def check_fit(
-    config: CaptionerConfig, encoder: EatConfig, projector: Mapping[str, Sequence[int]], width: int
+    config: CaptionerConfig, encoder: EatConfig, projector: Mapping[str, Tensor], width: int
 ) -> None:
     """Raise `ModelFormatError` with both numbers unless the parts fit each other.
 
     Args:
         config: has the group k and the frames.
         encoder: config of the encoder.
-        projector: shapes of the projector's weights.
+        projector: the projector's weights; may be on the meta device.
         width: width of the language model's embeddings.
     """
-    takes, gives = projector.get("linear1.weight", (0, 0))[1], projector.get("linear2.weight", (0, 0))[0]
+    sizes = {key: weight.shape for key, weight in projector.items() if weight.ndim == 2}
+    takes, gives = sizes.get("linear1.weight", (0, 0))[1], sizes.get("linear2.weight", (0, 0))[0]
     joined = config.group * encoder.width
     if takes and takes != joined:
         raise ModelFormatError(
@@ -510,7 +511,3 @@ def _load(part: nn.Module, path: Path) -> None:
 def _save(part: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
     weights = {key: cast_tensor(value, dtype) for key, value in part.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in tensors.items()}

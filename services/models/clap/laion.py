@@ -140,7 +140,7 @@ def load_laion(path: Path, *, tokenizer: Path | None = None, device: str = "cpu"
     except Exception as error:  # sizes that transformers' classes refuse raise several kinds
         raise ModelFormatError(f"{path.name}: these sizes are no CLAP model's: {one_line(error)}") from error
     weights = convert_state(state) | _counters(module)
-    check_weights(path.name, module, {key: tensor.shape for key, tensor in weights.items()})
+    check_weights(path.name, module, weights)
     check_filters(path.name, state, extractor)
     text_tokenizer = load_text_tokenizer(path, tokenizer, config)
     # Copied: the file may be memory-mapped, and half precision becomes float32.

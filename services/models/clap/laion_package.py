@@ -128,7 +128,7 @@ def load_laion_clap(path: Path, device: str = "cpu", *, tokenizer: Path | None =
     module = make_laion_clap(path.name, config, load_text_tokenizer(path, tokenizer, config))
     own: Weights = module.model.state_dict()
     weights = {key: value for key, value in state.items() if key != POSITIONS or key in own}
-    check_weights(path.name, module.model, {key: tensor.shape for key, tensor in weights.items()})
+    check_weights(path.name, module.model, weights)
     module.model.load_state_dict(weights)
     model = LaionClap(module, laion_extractor(config, state))
     return model.to(target).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import transformers
 
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.clap.model import PADDINGS, ClapModel
-from services.models.folders import cause, one_line, pick_device, read_json, read_shapes
+from services.models.folders import cause, one_line, pick_device, read_json, read_layout
 from services.models.state_dicts import check_finite, check_weights, on_meta, quiet_loading
 from services.models.words import load_tokenizer
 
@@ -81,14 +81,14 @@ def check_clap_folder(folder: Path, config: transformers.ClapConfig) -> None:
             module = on_meta(lambda: transformers.ClapModel(config))
     except Exception as error:  # a config that its own class refuses
         raise ModelFormatError(f"{folder}/config.json is not valid: {one_line(error)}") from error
-    shapes = read_shapes(folder)
+    layout = read_layout(folder)
     own = module.state_dict()
     for buffer in BUFFERS:
         if buffer in own:
-            shapes.setdefault(buffer, tuple(own[buffer].shape))
+            layout.setdefault(buffer, own[buffer])
         else:
-            shapes.pop(buffer, None)
-    check_weights(str(folder), module, shapes)
+            layout.pop(buffer, None)
+    check_weights(str(folder), module, layout)
 
 
 def check_extractor(

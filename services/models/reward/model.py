@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.clap.model import AudioTokens, ClapModel, TextTokens, Waveform
-from services.models.folders import build_dataclass, read_json, read_shapes
+from services.models.folders import build_dataclass, read_json, read_layout
 from services.models.state_dicts import check_finite, check_weights, on_meta
 
 CONFIG_NAME: Final = "config.json"
@@ -230,7 +230,7 @@ def load_reward(folder: Path, clap: ClapModel, clap_digest: str) -> RewardModel:
             f"{folder} was trained on the CLAP model {config.clap_name} ({config.clap_digest}), but this is "
             f"{clap_digest}; give the one it was trained on"
         )
-    check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_shapes(folder))
+    check_weights(str(folder), on_meta(lambda: RewardHead(config)), read_layout(folder))
     model = RewardModel(clap, config)
     weights = load_file(folder / WEIGHTS_NAME)
     check_finite(str(folder), weights)

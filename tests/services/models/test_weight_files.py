@@ -1,5 +1,6 @@
 """Every loader of weights names a file that holds none for what it is, and refuses NaN."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,36 @@ def test_weights_that_are_not_finite_are_refused(
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelFormatError, match=r"1 of \d+ tensors hold NaN or infinity|2 of \d+ tensors"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (torch.int32, "1 wrong types: {key} has int32, not floats"),
+        (torch.int8, "1 wrong types: {key} has int8, not floats"),
+        (torch.bool, "1 wrong types: {key} has bool, not floats"),
+        (torch.complex64, "1 wrong types: {key} has complex64, not floats"),
+        (torch.float8_e4m3fn, "types that no model here has: {key} (F8_E4M3)"),
+    ],
+)
+@pytest.mark.parametrize("make", LOADERS)
+def test_weights_that_are_no_floats_are_named(
+    make: Callable[[Path], Case], kind: torch.dtype, says: str, tmp_path: Path
+) -> None:
+    path, load = make(tmp_path / "model")
+    weights = load_file(path)
+    name = next(key for key in sorted(weights) if weights[key].is_floating_point() and "shared" not in key)
+    weights[name] = weights[name].to(kind)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelFormatError, match=re.escape(says.format(key=name))):
+        load()
+
+
+def test_weights_in_double_precision_are_read(tmp_path: Path) -> None:
+    path, load = _tango(tmp_path / "model")
+    weights = load_file(path)
+    save_file({key: weight.double() for key, weight in weights.items()}, path, metadata={"format": "pt"})
+    load()
 
 
 @pytest.mark.parametrize(

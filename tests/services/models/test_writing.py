@@ -34,12 +34,14 @@ def test_what_fails_leaves_the_former_folder(
     target = tmp_path / "model"
     with replaced_folder(target) as folder:
         (folder / "a").write_text("former")
-    with (
-        pytest.raises(raised, match="No space left on device; make room|a bug"),
-        replaced_folder(target) as folder,
-    ):
-        (folder / "a").write_text("half")
-        raise error
+
+    def write() -> None:
+        with replaced_folder(target) as folder:
+            (folder / "a").write_text("half")
+            raise error
+
+    with pytest.raises(raised, match=error.args[-1]):
+        write()
     assert _files(target) == {"a": "former"}
     assert list(tmp_path.iterdir()) == [target]
 

@@ -127,6 +127,10 @@ def test_heads_are_64_wide_unless_stated(released: Path) -> None:
             r"without a tensor: blocks\.0\.norm1\.bias",
         ),
         (lambda w: w["model.blocks.0.norm1.bias"].fill_(torch.nan), "NaN or infinity"),
+        (
+            lambda w: w.update({"model.blocks.0.norm1.bias": w["model.blocks.0.norm1.bias"].int()}),
+            r"blocks\.0\.norm1\.bias has int32, not floats",
+        ),
     ],
 )
 def test_every_key_of_eat_is_accounted_for(
@@ -292,6 +296,10 @@ def _drop_adapter(weights: dict[str, Tensor]) -> None:
         (lambda w: w.update({"llm.lm_head.weight": torch.ones(2)}), r"unknown keys: llm\.lm_head\.weight"),
         (_drop_adapter, r"missing keys: .*layers\.1\.self_attn\.v_proj\.lora_B"),
         (lambda w: w["encoder_projector.linear2.bias"].fill_(torch.inf), "NaN or infinity"),
+        (
+            lambda w: w.update({"encoder_projector.linear2.bias": w["encoder_projector.linear2.bias"].int()}),
+            r"linear2\.bias has int32, not floats",
+        ),
         (lambda w: w.update({"epoch": 3}), "must map names to tensors"),
     ],
 )

@@ -263,6 +263,13 @@ def _put(name: str, *shape: int) -> Callable[[State], None]:
     return change
 
 
+def _cast(name: str, dtype: torch.dtype) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state[name] = state[name].to(dtype)
+
+    return change
+
+
 def _other_filters(state: State) -> None:
     filters = transformers.ClapFeatureExtractor(frequency_min=0, frequency_max=14_000).mel_filters_slaney
     state["audio_branch.logmel_extractor.melW"] = torch.from_numpy(filters).float()
@@ -299,6 +306,11 @@ def _rename_audio(state: State) -> None:
         (_put("patch_embed.mel_conv2d.weight", 16, 1, 4, 12), "type is daf_2d"),
         (_put("mel_conv1d.0.weight", 64, 64, 5), "type is 1d"),
         (_put("conv_block1.conv1.weight", 4, 1, 3, 3), "audio encoder is PANN"),
+        (
+            _cast("text_projection.0.weight", torch.int32),
+            "text_projection.linear1.weight has int32, not floats",
+        ),
+        (_cast("logit_scale_a", torch.complex64), "logit_scale_a has complex64, not floats"),
         (_put("logmel_extractor.melW", 257, 64), "melW is [257, 64], not [513, 64]"),
         (_other_filters, "from mel filters of 50 to 14000 Hz"),
         (_rename_audio, "no keys that begin with text_branch. and audio_branch."),

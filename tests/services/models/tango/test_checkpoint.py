@@ -222,6 +222,14 @@ def _poison(file: str, key: str, value: float) -> Callable[[Path], None]:
     return change
 
 
+def _cast(file: str, key: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        weights = torch.load(source / file, weights_only=True)
+        torch.save({**weights, key: weights[key].to(dtype)}, source / file)
+
+    return change
+
+
 def _drop_key(source: Path) -> None:
     weights = torch.load(source / tc.MAIN, weights_only=True)
     del weights["unet.conv_in.bias"]
@@ -258,6 +266,13 @@ def _empty_vocabulary(source: Path) -> None:
         (_replace("flan-t5-tiny/tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
         (_poison(tc.MAIN, "unet.conv_in.bias", float("nan")), "hold NaN or infinity (float32): unet.conv_in"),
         (_poison(tc.VAE, "vocoder.conv_pre.bias", float("-inf")), "1 of 346 tensors hold NaN"),
+        (
+            _cast(tc.MAIN, "unet.conv_in.bias", torch.int32),
+            "unet: these weights are not this model's: 1 wrong ",
+        ),
+        (_cast(tc.MAIN, "unet.conv_in.bias", torch.int8), "conv_in.bias has int8, not floats"),
+        (_cast(tc.MAIN, "unet.conv_in.bias", torch.float8_e4m3fn), "conv_in.bias has float8_e4m3fn, not"),
+        (_cast(tc.VAE, "vocoder.conv_pre.bias", torch.bool), "conv_pre.bias has bool, not floats"),
         (_drop_key, "unet: these weights are not this model's: 1 missing keys: conv_in.bias"),
         (_change_filters, "mel_basis differs"),
         (_set("main_config.json", "unet_model_name", "stabilityai/sd"), "unet_model_name is"),
