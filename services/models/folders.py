@@ -116,8 +116,8 @@ def safetensors_layout(path: Path) -> dict[str, Tensor]:
         raise ModelFormatError(f"{path} is {found}")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            described = {key: (one.get_dtype(), one.get_shape()) for key, one in found.items()}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            described = {key: (one.get_dtype(), one.get_shape()) for key, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelFormatError(
             f"{path} is truncated or not safetensors ({one_line(error)}); fetch it again"

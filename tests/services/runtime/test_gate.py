@@ -170,7 +170,7 @@ def clap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def captioner() -> Iterator[tuple[str, Any]]:
-    with captioning(tiny_captioner(), **WAITING) as served:
+    with captioning(tiny_captioner(), None, **WAITING) as served:
         call = served.stub.CaptionAudio.future(captioning_pb2.CaptionAudioRequest(clips=[PAIR.clip]))
         until(lambda: served.worker.batcher.stats.queue_cost > 0)
         yield served.target, call
