@@ -11,6 +11,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
@@ -316,9 +317,10 @@ def _json(text: str, name: str) -> Iterator[_Row]:
     """Yield the rows of JSON Lines, of an array, or of the one array of objects in an object."""
     start = len(text) - len(text.lstrip())
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_fields)
     except (ValueError, RecursionError) as error:
-        if text[start : start + 1] == "[":
+        is_json = not isinstance(error, json.JSONDecodeError | RecursionError)
+        if is_json or text[start : start + 1] == "[":
             yield _row(name, getattr(error, "lineno", 1), f"is no JSON: {error}")
         else:
             yield from _json_lines(text, name)
@@ -342,12 +344,21 @@ def _json_lines(text: str, name: str) -> Iterator[_Row]:
         # A byte order mark may also begin a later line: files were joined.
         if written := written.strip("\ufeff \t\r"):
             try:
-                content = _object(json.loads(written))
+                content = _object(json.loads(written, object_pairs_hook=_fields))
             except json.JSONDecodeError as error:
                 content = f"is no JSON: {error.msg} at column {error.colno}"
             except (ValueError, RecursionError) as error:
                 content = f"is no JSON: {error}"
             yield _row(name, line, content)
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Raises ValueError if it has a field twice, of which json would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the field {twice!r} twice")
+    return row
 
 
 def _object(row: object) -> Mapping[str, Any] | str:

@@ -4,6 +4,7 @@ libsndfile decodes what is left of a truncated file without an error, and reads 
 whose headers were never completed because they were written to a pipe.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Final, Literal
@@ -32,6 +33,8 @@ _OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
 
 _CHUNK: Final = 8
 """Length of a chunk's name and size."""
+_NAME: Final = re.compile(rb"fmt |data|fact|LIST|SSND|COMM|bext|id3 |cue |smpl|JUNK|PEAK")
+"""Names of chunks that are told from padding."""
 _NO_SIZE: Final = 2**30
 """Sizes from here on, and 0, stand for the end of the file: no clip is as long. A pipe can't be rewound, so
 programs write 0, 0x7FFFF000, 0xFFFFFFFF and others there."""
@@ -63,8 +66,11 @@ def open_container(audio: bytes) -> tuple[Container, bytes]:
     Raises:
         ContainerError: the file is truncated, or no sound file that is supported; says which, and the remedy.
     """
-    audio = audio[(tag := _id3_size(audio)) :]
-    if tag and not audio:
+    start = 0
+    while tag := _id3_size(audio, start):
+        start += tag
+    audio = audio[start:]
+    if start and not audio:
         raise ContainerError("has an ID3 tag and no audio: it is cut short; get it again, whole")
     if audio[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and audio[8:12] in (b"WAVE", b"RMP3"):
         return "WAV", _open_wav(audio)
@@ -82,7 +88,7 @@ def open_container(audio: bytes) -> tuple[Container, bytes]:
         offset, size = struct.unpack_from(">II", audio, 4)
         if size < _NO_SIZE and offset + size > len(audio):
             raise _cut(audio, "AU")
-        return "AU", audio if size else audio[:8] + b"\xff" * 4 + audio[12:]
+        return "AU", audio if 0 < size < _NO_SIZE else audio[:8] + b"\xff" * 4 + audio[12:]
     if _mp3_frame_size(audio, 0):
         return "MP3", _open_mp3(audio)
     raise ContainerError(_describe(audio))
@@ -132,7 +138,10 @@ def _without_tags(audio: bytes) -> bytes:
 
 
 def _chunks(audio: bytes, start: int, header: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name, the position and the size of each chunk, the padded ones of RIFF and kin."""
+    """Yield the name, the position and the size of each chunk, the padded ones of RIFF and kin.
+
+    Some programs do not pad.
+    """
     length = struct.calcsize(header)
     for _ in range(_MAX_PARTS):
         if start + length > len(audio):
@@ -140,7 +149,7 @@ def _chunks(audio: bytes, start: int, header: str) -> Iterator[tuple[bytes, int,
         name, size = struct.unpack_from(header, audio, start)
         start += length
         yield name, start, size
-        start += size + (size % 2 if length == _CHUNK else 0)
+        start += size + (size % 2 if length == _CHUNK and not _NAME.match(audio, start + size) else 0)
 
 
 def _check_chunks(
@@ -185,7 +194,8 @@ def _open_wav(audio: bytes) -> bytes:
         raise ContainerError("has no format chunk (fmt) that fits WAV; it is damaged: get it again")
     if format_size < 16 or struct.unpack_from(f"{order}H", audio, format_start)[0] == _MP3_IN_WAV:
         return _open_mp3(audio[start:end])
-    if known and format_start < start and audio[:4] != b"BW64":
+    is_padded = not any(position % 2 for position, _ in found.values())
+    if known and format_start < start and audio[:4] != b"BW64" and is_padded:
         return audio
     shape = audio[format_start : format_start + format_size]
     body = b"WAVE" + b"".join(

@@ -197,6 +197,13 @@ def test_a_quote_that_never_closes_is_named_by_its_line(content: str, place: str
     [
         ("a.csv", "caption,id\nA dog, barks,1\nRain\n,\n", {"a.csv:2": "3 cells", "a.csv:3": "1 cells"}),
         ("a.csv", "caption,caption\nA,B\n", {"a.csv:1": "'caption' twice"}),
+        (
+            "a.jsonl",
+            '{"caption": "A"}\n{"caption": "A", "caption": "B"}\n',
+            {"a.jsonl:2": "the field 'caption' twice"},
+        ),
+        ("a.json", '[{"caption": "A", "caption": "B"}]', {"a.json:1": "the field 'caption' twice"}),
+        ("a.json", '{"data":\n[{"id": 1, "id": 2}]}', {"a.json:1": "the field 'id' twice"}),
         ("a.csv", "caption,id\n\n,3\n", {"a.csv:3": "has no prompt"}),
         ("a.csv", "sound,id\na,b\n", {"--prompts": "caption, text or target; it has sound, id"}),
         ("a.txt", "A dog barks\nRain\n", {"--prompts": "it has A dog barks"}),

@@ -300,6 +300,10 @@ def pair_rows(
                     field, f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
                 )
             embedded = {side: types.is_struct(schema.field(side).type) for side in sides}
+            for side in (side for side in sides if embedded[side]):
+                kind = schema.field(side).type
+                if not {"bytes", "path"} & {kind.field(number).name for number in range(kind.num_fields)}:
+                    raise invalid(field, f"the column {side} of {path} is {kind}, must have bytes or path")
             for name in ("prompt", *(side for side in sides if not embedded[side])):
                 check_text_column(schema, name, path, field)
             selected = {*sides, *(schema.names if columns is None else columns)}

@@ -20,7 +20,7 @@ from services.models.captioner.config import PATCH
 from services.models.captioner.eat import EatConfig, EatEncoder
 from services.models.captioner.foreign import read_foreign_pickle
 from services.models.folders import read_json, read_pickle, safetensors_layout
-from services.models.state_dicts import assign_weights, on_meta, report_faults
+from services.models.state_dicts import FLOATS, assign_weights, on_meta, report_faults
 
 MEL_BINS: Final = 128
 """Of every released EAT."""
@@ -81,7 +81,8 @@ def rename_eat_keys(part: str, weights: Mapping[str, Any]) -> dict[str, Tensor]:
         found[short] = value
     others = [key for key, value in found.items() if not isinstance(value, Tensor)]
     report_faults(part, [("keys without a tensor", others)])
-    return {key: value.detach().float() for key, value in found.items()}
+    # Others than floats are refused when they are loaded.
+    return {key: value.detach().float() if value.dtype in FLOATS else value for key, value in found.items()}
 
 
 def eat_config(part: str, weights: Mapping[str, Tensor], heads: int | None = None) -> EatConfig:

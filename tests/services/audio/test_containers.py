@@ -34,6 +34,7 @@ WAV, FLAC, OGG, MP3 = (FILES[name] for name in ("wav", "flac", "ogg", "mp3"))
 FORMAT, DATA = WAV[12 : WAV.index(b"data")], WAV[WAV.index(b"data") :]
 LIST: Final = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
 ID3V1: Final = b"TAG" + b"x" * 125
+UNPADDED: Final = b"LIST" + struct.pack("<I", 9) + b"INFOodd.1"
 ID3V2: Final = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
 APE: Final = (
     b"APETAGEX" + struct.pack("<IIII", 2000, 52, 1, 0xA000_0000) + bytes(8) + b"x" * 20
@@ -117,7 +118,10 @@ def test_a_wav_from_a_pipe_is_read(size: int, riff_size: int | None) -> None:
     [
         *(("caf", b"data", struct.pack(">q", size)) for size in (-1, 0, 2**40)),
         *(("aiff", b"SSND", struct.pack(">I", size)) for size in (0, 0x7FFF_FF00, 0xFFFF_FFFF)),
-        *(("au", FILES["au"][4:8], struct.pack(">I", size)) for size in (0, 0xFFFF_FFFF)),
+        *(
+            ("au", FILES["au"][4:8], struct.pack(">I", size))
+            for size in (0, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFF0, 0xFFFF_FFFF)
+        ),
     ],
 )
 def test_other_files_from_a_pipe_are_read(name: str, mark: bytes, size: bytes) -> None:
@@ -139,6 +143,9 @@ def test_other_files_from_a_pipe_are_read(name: str, mark: bytes, size: bytes) -
         riff(FORMAT, DATA, b"rubbish after it"),
         b"BW64" + FILES["rf64"][4:],
         ID3V2 + WAV,
+        ID3V2 + ID3V2 + WAV,
+        riff(UNPADDED, FORMAT, DATA),
+        riff(FORMAT, UNPADDED, LIST, DATA),
     ],
     ids=[
         "LIST after",
@@ -150,6 +157,9 @@ def test_other_files_from_a_pipe_are_read(name: str, mark: bytes, size: bytes) -
         "rubbish",
         "BW64",
         "ID3",
+        "two ID3",
+        "odd without padding",
+        "odd without padding after the format",
     ],
 )
 def test_a_wav_of_other_chunks_is_read(audio: bytes) -> None:

@@ -164,6 +164,13 @@ def test_columns_that_are_no_text_are_refused_with_their_type(value: Any, side: 
         read_pairs(tmp_path / "x.parquet", unusable={})
 
 
+def test_decoded_clips_are_refused_with_what_is_needed(tmp_path: Path) -> None:
+    decoded = {"array": [0.1, 0.2], "sampling_rate": 16_000}
+    _write(tmp_path / "x.parquet", {"prompt": ["a"], "chosen": ["a.wav"], "rejected": [decoded]})
+    with pytest.raises(InvalidInputError, match=r"the column rejected of .*array.* must have bytes or path"):
+        read_pairs(tmp_path / "x.parquet")
+
+
 def test_clips_that_are_null_can_not_be_read(tmp_path: Path) -> None:
     _write(
         tmp_path / "x.parquet", {"prompt": ["a", "b"], "chosen": ["c.wav", None], "rejected": ["c.wav"] * 2}
