@@ -114,12 +114,12 @@ def tiny_hifigan() -> SpeechT5HifiGan:
     )
 
 
-def tiny_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """One layer of 16 dimensions."""
+def tiny_text_encoder(vocabulary: int, width: int = 16) -> T5EncoderModel:
+    """One layer."""
     return T5EncoderModel(
         T5Config(
             vocab_size=vocabulary,
-            d_model=16,
+            d_model=width,
             d_kv=8,
             d_ff=32,
             num_layers=1,

@@ -101,11 +101,15 @@ class Engine:
         """
         validate(request, self.limits)
         frames = self.pipeline.latent_frames(request.duration)
+        asked = request.num_inference_steps
+        steps = self.pipeline.steps(asked, request.duration)
+        request = replace(request, num_inference_steps=steps)
 
         def make(path: Path) -> RequestState:
             return RequestState(
                 path=path,
                 request=request,
+                asked_steps=None if asked == self.description.defaults.num_inference_steps else asked,
                 frames=frames,
                 on_event=on_event,
                 deadline=deadline,

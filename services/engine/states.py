@@ -46,7 +46,9 @@ class RequestState:
     path: Path
     """Whose share of the device it uses, and its number by arrival."""
     request: GenerationRequest
-    """The complete request."""
+    """The complete request, with the steps that the model takes."""
+    asked_steps: int | None
+    """Steps that were asked for; None: the default."""
     frames: int
     """Latent frames of each clip."""
     on_event: Callable[[Event], None]
@@ -166,7 +168,12 @@ class RequestState:
             f"clip {index} is silent: its peak is below -40 dB of full scale; use other words or another seed"
             for index in sorted(self.silent)
         ]
-        return (*unread, *silent)
+        steps = self.request.num_inference_steps
+        fixed = [] if self.asked_steps in (None, steps) else [
+            f"num_inference_steps {self.asked_steps} has no effect: the model takes {steps}, one per step of its "
+            f"token sequence, for {self.request.duration:g} s"
+        ]
+        return (*unread, *silent, *fixed)
 
 
 class ClipState:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from services.errors import ModelFormatError
+from services.models.audiogen.pipeline import AUDIOGEN
 from services.models.latent import LatentPipeline
 from services.models.pipelines import Architecture, read_index
 from services.models.tango.loading import TANGO
@@ -13,6 +14,7 @@ from services.models.tangoflux.pipeline import TANGOFLUX
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "TangoPipeline": TANGO,
     "TangoFluxPipeline": TANGOFLUX,
+    "AudioGenPipeline": AUDIOGEN,
 }
 """Families by `_class_name` in a folder's `model_index.json`."""
 

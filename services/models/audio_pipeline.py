@@ -125,6 +125,10 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     def latent_shape(self, duration: float) -> tuple[int, ...]:
         """Return the shape X of the latents of a clip of `duration` seconds."""
 
+    def steps(self, asked: int, duration: float) -> int:
+        """See `LatentPipeline`: a diffusion model takes as many steps as it is asked for."""
+        return asked
+
     @abstractmethod
     def make_scheduler(self, name: str | None = None) -> Any:
         """Return a new scheduler by name (None: the model's default), with this model's noise schedule."""
@@ -305,7 +309,7 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
             conditional.repeat_interleave(num_waveforms_per_prompt),
             unconditional and unconditional.repeat_interleave(num_waveforms_per_prompt),
             guidance_scale=scale,
-            num_inference_steps=steps,
+            num_inference_steps=self.steps(steps, duration),
             duration=duration,
             scheduler=scheduler,
             generator=generator,

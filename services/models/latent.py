@@ -135,6 +135,9 @@ class LatentPipeline(Protocol):
     def latent_frames(self, duration: float) -> int:
         """Return the length of the latents of a clip of `duration` seconds. Equal lengths share a batch."""
 
+    def steps(self, asked: int, duration: float) -> int:
+        """Return the number of steps of a clip of `duration` seconds for which `asked` were asked for."""
+
     def latent_samples(self, duration: float) -> int:
         """Return the number of samples that `encode_audio` needs for a clip of `duration` seconds."""
 

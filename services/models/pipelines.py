@@ -52,13 +52,14 @@ class Architecture:
     parts: Mapping[str, Mapping[str, Builder]]
     """Builders of each part with weights, by its permitted classes: ``library.Class``."""
     schedulers: tuple[str, ...]
-    """Permitted scheduler classes of diffusers."""
+    """Permitted scheduler classes: ``library.Class``."""
     denoiser: str
     """Name of the part that fine-tuning trains."""
     denoiser_class: type[Any]
-    denoise: Denoise
-    objective: Literal["v_prediction", "flow"]
-    """Objective of the denoiser: a name in `training.objectives.objective`."""
+    denoise: Denoise | None
+    """Its call in fine-tuning, None without an objective."""
+    objective: Literal["v_prediction", "flow"] | None
+    """Objective of the denoiser: a name in `training.objectives.objective`; None: it can't be fine-tuned."""
     encoders: tuple[str, ...]
     """Parts that encode audio to latents."""
     decoders: tuple[str, ...]
@@ -78,9 +79,9 @@ class Architecture:
             if name not in builders:
                 raise ModelFormatError(f"{folder}: {part} is a {name}, which is not supported")
             _check_part(folder / part, builders[name])
-        library, scheduler = _class_of(index, "scheduler")
-        if library != "diffusers" or scheduler not in self.schedulers:
-            raise ModelFormatError(f"{folder}: scheduler is a {library}.{scheduler}, which is not supported")
+        scheduler = ".".join(_class_of(index, "scheduler"))
+        if scheduler not in self.schedulers:
+            raise ModelFormatError(f"{folder}: scheduler is a {scheduler}, which is not supported")
         library, tokenizer = _class_of(index, "tokenizer")
         if library != "transformers" or not ("Tokenizer" in tokenizer and tokenizer.isidentifier()):
             raise ModelFormatError(f"{folder}: tokenizer is a {library}.{tokenizer}, which is not supported")

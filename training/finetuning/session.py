@@ -272,6 +272,9 @@ def open_session(
     start = resolve(config.start)
     architecture = architecture_of(start.folder)
     architecture.check(start.folder)
+    if architecture.objective is None:
+        family = architecture.pipeline.__name__
+        raise invalid("start", f"is a {family}, which can't be fine-tuned; give a Tango or TangoFlux model")
     objective = OBJECTIVES[architecture.objective](start.folder)
     try:
         sources = {str(path): sha256_of(path) for path in files}
@@ -308,6 +311,7 @@ def build_policy(config: FineTuning, start: ResolvedModel, reference: ResolvedMo
     """
     architecture = architecture_of(start.folder)
     architecture.check(start.folder)
+    assert architecture.denoise is not None  # see `open_session`
     denoiser: Any = architecture.load_denoiser(start.folder)
     copy = None
     if reference is not None and config.lora.rank and reference.digest != start.digest:

@@ -21,7 +21,12 @@ TANGO: Final = Architecture(
             "services.models.vocoder.GriffinLimVocoder": GriffinLimVocoder.from_config,
         },
     },
-    schedulers=("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+    schedulers=(
+        "diffusers.DDPMScheduler",
+        "diffusers.DDIMScheduler",
+        "diffusers.DPMSolverMultistepScheduler",
+        "diffusers.UniPCMultistepScheduler",
+    ),
     denoiser="unet",
     denoiser_class=UNet2DConditionModel,
     denoise=velocity,

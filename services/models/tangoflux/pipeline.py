@@ -228,7 +228,7 @@ TANGOFLUX: Final = Architecture(
         "transformer": {f"{TangoFluxDenoiser.__module__}.TangoFluxDenoiser": TangoFluxDenoiser.from_config},
         "vae": {"diffusers.AutoencoderOobleck": AutoencoderOobleck.from_config},
     },
-    schedulers=("FlowMatchEulerDiscreteScheduler",),
+    schedulers=("diffusers.FlowMatchEulerDiscreteScheduler",),
     denoiser="transformer",
     denoiser_class=TangoFluxDenoiser,
     denoise=flow_velocity,
