@@ -20,6 +20,8 @@ from transformers import (
     ClapFeatureExtractor,
     LlamaConfig,
     LlamaForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
     PreTrainedTokenizerFast,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -28,6 +30,10 @@ from transformers import (
 )
 from transformers import ClapModel as TransformersClapModel
 
+from services.models.audiogen.codec import QuantisedAutoencoder
+from services.models.audiogen.language_model import TextProjection
+from services.models.audiogen.pipeline import AudioGenPipeline
+from services.models.audiogen.sampling import TokenScheduler
 from services.models.captioner.config import CaptionerConfig
 from services.models.captioner.eat import EatConfig, EatEncoder
 from services.models.captioner.model import Captioner, make_projector
@@ -197,6 +203,50 @@ def tiny_tangoflux(seed: int = 0, *, channels: int = 2, text_length: int | None 
             default_num_inference_steps=4,
             default_guidance_scale=3.0,
             latent_length=40,
+            text_length=text_length,
+        )
+
+
+def tiny_audiogen(
+    seed: int = 0, *, text_length: int | None = None, codes: int = 24, top_k: int = 250
+) -> AudioGenPipeline:
+    """Random weights of a language model of tokens: 4 codebooks, 25 frames a second."""
+    with torch.random.fork_rng(devices=[]), quiet_loading():
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        vae = tiny_vae()
+        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        codec = QuantisedAutoencoder(
+            autoencoder=config, codebook_size=codes, components=8, latent_bins=16, hop_length=640
+        )
+        for weight in (codec.directions, codec.codebooks):
+            torch.nn.init.normal_(weight, std=0.3)
+        torch.nn.init.constant_(codec.vae.decoder.conv_out.bias, -5.0)
+        decoder = MusicgenForCausalLM(
+            MusicgenDecoderConfig(
+                vocab_size=codes,
+                num_codebooks=4,
+                hidden_size=16,
+                ffn_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=96,
+                initializer_factor=0.3,
+                scale_embedding=False,
+                pad_token_id=codes,
+                bos_token_id=codes,
+                tie_word_embeddings=False,
+            )
+        )
+        return AudioGenPipeline(
+            tokenizer=tokenizer,
+            text_encoder=tiny_text_encoder(len(tokenizer)),
+            projection=TextProjection(16, 16),
+            decoder=decoder,
+            codec=codec,
+            scheduler=TokenScheduler(special=codes, top_k=top_k),
+            default_duration=0.64,
+            max_duration=2.56,
             text_length=text_length,
         )
 

@@ -9,6 +9,7 @@
     milonga token studio --output studio.token >> callers.toml
     milonga triton export --model mini repository/
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
+    milonga convert-audiogen audiogen-medium/ audiogen/ --text-encoder hf:t5-large
     milonga convert-captioner EAT.pt MODEL.pt PEFT_FOLDER slam-aac/ --language-model DIR
     milonga doctor
 
@@ -112,6 +113,7 @@ def build_app() -> typer.Typer:
     app.command()(fetch.fetch)
     app.command()(convert.convert)
     app.command("convert-captioner")(convert.convert_captioner)
+    app.command("convert-audiogen")(convert.convert_audiogen)
     app.command()(token.token)
     app.add_typer(triton.app, name="triton")
     app.command()(doctor.doctor)

@@ -1,4 +1,4 @@
-"""`milonga convert`, `milonga convert-captioner`: convert released checkpoints to model folders."""
+"""`milonga convert`, `convert-captioner`, `convert-audiogen`: convert released checkpoints to model folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +88,33 @@ def convert_captioner(
         progress=_reporter(quiet),
     )
     typer.echo(made)
+
+
+def convert_audiogen(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a released checkpoint: state_dict.bin and compression_state_dict.bin.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    text_encoder: Annotated[
+        str,
+        typer.Option(
+            help="T5's weights and tokenizer, which the checkpoint lacks: a folder, or hf:t5-large.",
+            show_default=False,
+        ),
+    ],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
+) -> None:
+    """Convert a released AudioGen checkpoint to a model folder of safetensors.
+
+    Serve it with: milonga serve generation --model file:TARGET. The checkpoint's own licence still applies.
+    """
+    from services.models.audiogen.checkpoint import convert_audiogen as convert
+
+    typer.echo(convert(source, target, text_encoder=text_encoder, progress=_reporter(quiet)))
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:

@@ -274,7 +274,9 @@ def open_session(
     architecture.check(start.folder)
     if architecture.objective is None:
         family = architecture.pipeline.__name__
-        raise invalid("start", f"is a {family}, which can't be fine-tuned; give a Tango or TangoFlux model")
+        raise invalid(
+            "start", f"is a language model ({family}), which can't be fine-tuned; give Tango or TangoFlux"
+        )
     objective = OBJECTIVES[architecture.objective](start.folder)
     try:
         sources = {str(path): sha256_of(path) for path in files}
