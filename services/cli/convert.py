@@ -1,4 +1,4 @@
-"""`milonga convert`, `convert-captioner`, `convert-audiogen`: convert released checkpoints to model folders."""
+"""`milonga convert`, `convert-captioner`, `convert-audiogen`: released checkpoints to model folders."""
 
 from collections.abc import Callable
 from pathlib import Path

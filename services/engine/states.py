@@ -169,10 +169,14 @@ class RequestState:
             for index in sorted(self.silent)
         ]
         steps = self.request.num_inference_steps
-        fixed = [] if self.asked_steps in (None, steps) else [
-            f"num_inference_steps {self.asked_steps} has no effect: the model takes {steps}, one per step of its "
-            f"token sequence, for {self.request.duration:g} s"
-        ]
+        fixed = (
+            []
+            if self.asked_steps in (None, steps)
+            else [
+                f"num_inference_steps {self.asked_steps} has no effect: for {self.request.duration:g} s this "
+                f"model takes {steps}"
+            ]
+        )
         return (*unread, *silent, *fixed)
 
 

@@ -2,8 +2,8 @@
 
     python -m training.mini.audiogen --work build/mini
 
-As upstream: codes in the delay pattern, the text by cross-attention to projected T5 embeddings whose padded rows
-are zero, 10 % of the prompts replaced by zeros for classifier-free guidance. The text encoder is frozen.
+As upstream: codes in the delay pattern, the text by cross-attention to projected T5 embeddings whose padded
+rows are zero, 10 % of the prompts replaced by zeros for classifier-free guidance. The text encoder is frozen.
 
 Shape legend: B clips, K codebooks, S steps, L text tokens, D text width, V codes.
 """
@@ -63,7 +63,9 @@ class TokenModel(nn.Module):
         logits_BKSV = token_logits(self.decoder, sequence_BKS[..., :-1], self.projection(embeds_BLD))
         counted_KS = is_code(sequence_BKS.shape[2], sequence_BKS.shape[1])[:, 1:]
         by_codebook = [
-            cross_entropy(logits_BKSV[:, k, counted].flatten(0, 1), sequence_BKS[:, k, 1:][:, counted].flatten())
+            cross_entropy(
+                logits_BKSV[:, k, counted].flatten(0, 1), sequence_BKS[:, k, 1:][:, counted].flatten()
+            )
             for k, counted in enumerate(counted_KS)
         ]
         total = sum(weight * loss for weight, loss in zip(CODEBOOK_WEIGHTS, by_codebook, strict=True))

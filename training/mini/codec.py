@@ -2,8 +2,8 @@
 
     python -m training.mini.codec --work build/mini
 
-Principal components of the latent frames, then residual k-means: each codebook is fitted to what the earlier ones
-left over. Prints how well the tagger recognises real scenes that went through the codec.
+Principal components of the latent frames, then residual k-means: each codebook is fitted to what the earlier
+ones left over. Prints how well the tagger recognises real scenes that went through the codec.
 
 Shapes: R frames, D their values, P principal components, V codes.
 """

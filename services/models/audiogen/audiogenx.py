@@ -1,12 +1,12 @@
 """AudioGenX (arXiv 2502.00459): learn which text tokens each step of a clip needs.
 
-A small network for each step gives the probability p that a text token is needed. Masks drawn from p must keep the
-language model's hidden states (factual), their complements must lose them (counterfactual), and p must be small.
-The explanation is p, not a drawn mask.
+A small network for each step gives the probability p that a text token is needed. Masks drawn from p must
+keep the language model's hidden states (factual), their complements must lose them (counterfactual), and p
+must be small. The explanation is p, not a drawn mask.
 
-Upstream (hjkng/audiogenX at 3881f1e, ``explain.py``) computes the states with the steps as a batch of sequences of
-length one, at position 0: without the history that the target states had. Here a mask [S, L] goes through one causal
-pass; upstream's way is available as `history=False`.
+Upstream (hjkng/audiogenX at 3881f1e, ``explain.py``) computes the states with the steps as a batch of
+sequences of length one, at position 0: without the history that the target states had. Here a mask [S, L]
+goes through one causal pass; upstream's way is available as `history=False`.
 
 Shapes: S predicted steps, K codebooks, L text tokens, W the model's width, H hidden width of a generator.
 """
@@ -40,7 +40,9 @@ Tick = Callable[[], None]
 class MaskGenerators(nn.Module):
     """S independent networks in one: Linear(W, H), PReLU, Linear(H, 1), Sigmoid, as batched products."""
 
-    def __init__(self, steps: int, width: int, hidden: int = HIDDEN, generator: Generator | None = None) -> None:
+    def __init__(
+        self, steps: int, width: int, hidden: int = HIDDEN, generator: Generator | None = None
+    ) -> None:
         """Initialise as `nn.Linear` and `nn.PReLU` do, with numbers of `generator`."""
         super().__init__()
 
@@ -106,7 +108,12 @@ def relaxed(p_SL: Tensor, noise_SL2: Tensor) -> Tensor:
 
 
 def states_under(
-    model: MusicgenForCausalLM, sequence_KS: Tensor, text_LW: Tensor, masks: tuple[Tensor, ...], *, history: bool
+    model: MusicgenForCausalLM,
+    sequence_KS: Tensor,
+    text_LW: Tensor,
+    masks: tuple[Tensor, ...],
+    *,
+    history: bool,
 ) -> list[Tensor]:
     """Return the states [S, W] of a clip's steps under each of the masks [S, L]. Needs `masked_attention`.
 

@@ -1,9 +1,10 @@
 """Convert released AudioGen checkpoints to model folders.
 
-A released folder holds two pickled dictionaries with ``xp.cfg`` (YAML) and ``best_state`` (tensors): the language
-model in ``state_dict.bin``, EnCodec in ``compression_state_dict.bin``. T5 is in neither. Source of this layout, and
-of the arithmetic that the converted parts reproduce: facebookresearch/audiocraft at 896ec7c (``models/loaders.py``,
-``models/lm.py``, ``modules/transformer.py``, ``modules/seanet.py``, ``quantization/core_vq.py``).
+A released folder holds two pickled dictionaries with ``xp.cfg`` (YAML) and ``best_state`` (tensors): the
+language model in ``state_dict.bin``, EnCodec in ``compression_state_dict.bin``. T5 is in neither. Source of
+this layout, and of the arithmetic that the converted parts reproduce: facebookresearch/audiocraft at 896ec7c
+(``models/loaders.py``, ``models/lm.py``, ``modules/transformer.py``, ``modules/seanet.py``,
+``quantization/core_vq.py``).
 
 The names of the keys are those of upstream's modules; the released files themselves were not seen.
 """
@@ -122,15 +123,17 @@ def convert_audiogen(
 
     Raises:
         ModelNotFoundError: a file is missing in `source`, or there is no folder of the text encoder.
-        ModelFormatError: keys, shapes or settings are not as expected (lists all), the codec refers to another
-            model, parts do not fit each other, a file holds no weights, or other than finite ones, or more than
-            tensors and text.
+        ModelFormatError: keys, shapes or settings are not as expected (lists all), the codec refers to
+            another model, parts do not fit each other, or a file holds no weights, or other than finite
+            ones, or more than tensors and text.
         OutputError: `target` exists already or can't be written.
     """
     report = progress or (lambda _: None)
     for file in (LM, CODEC):
         if not (source / file).is_file():
-            raise ModelNotFoundError(f"{source} has no {file}; give the folder of a released AudioGen checkpoint")
+            raise ModelNotFoundError(
+                f"{source} has no {file}; give the folder of a released AudioGen checkpoint"
+            )
     folder = folder_or_hub("text encoder", text_encoder, "t5-large", _TEXT_ENCODER_FILES)
     with quiet_loading(), new_folder(target) as made:
         report("language model")
@@ -168,8 +171,8 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], Weights]:
         raise ModelFormatError(f"{path} is no checkpoint of audiocraft: it must hold a dictionary")
     if "pretrained" in content:
         raise ModelFormatError(
-            f"{path} holds no weights, but refers to the model {content['pretrained']!r}; give a folder whose "
-            f"{path.name} has that model's own weights"
+            f"{path} holds no weights, but refers to the model {content['pretrained']!r}; give a "
+            f"folder whose {path.name} has that model's own weights"
         )
     missing = [key for key in ("xp.cfg", "best_state") if key not in content]
     report_faults(str(path), [("missing keys", missing)])
@@ -191,8 +194,8 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], Weights]:
 def load_text_encoder(folder: Path) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
     """Return T5's tokenizer and encoder, in the float type of its files.
 
-    The decoder of a whole T5 is left out. Raises `ModelFormatError` for another model, and unless every key of
-    the encoder is there.
+    The decoder of a whole T5 is left out. Raises `ModelFormatError` for another model, and unless every key
+    of the encoder is there.
     """
     tokenizer, config = load_text_config(folder)
     try:
@@ -256,7 +259,9 @@ def build_language_model(
         bos_token_id=rows - 1,
         tie_word_embeddings=False,
     )
-    projected = {key.removeprefix(_PROJECTION): weights[key] for key in weights if key.startswith(_PROJECTION)}
+    projected = {
+        key.removeprefix(_PROJECTION): weights[key] for key in weights if key.startswith(_PROJECTION)
+    }
     text_width = weights[_PROJECTION + "weight"].shape[1]
     projection = assign_weights(
         f"{LM}: {_PROJECTION[:-1]}",
@@ -320,7 +325,9 @@ def build_codec(settings: Mapping[str, Any], weights: Weights) -> EncodecModel:
     return codec
 
 
-def encodec_config(seanet: Mapping[str, Any], *, codebooks: int, codebook_size: int, rate: int) -> EncodecConfig:
+def encodec_config(
+    seanet: Mapping[str, Any], *, codebooks: int, codebook_size: int, rate: int
+) -> EncodecConfig:
     """Return transformers' config of upstream's ``seanet``, for so many codebooks.
 
     transformers has no field for their number: it follows from the bandwidth.
@@ -371,4 +378,6 @@ def _section(file: str, settings: Mapping[str, Any], name: str) -> Mapping[str, 
 
 
 def _unknown_settings(own: Mapping[str, Any], known: Mapping[str, Sequence[Any]]) -> list[str]:
-    return [f"{key} is {own[key]!r}" for key, values in known.items() if key in own and own[key] not in values]
+    return [
+        f"{key} is {own[key]!r}" for key, values in known.items() if key in own and own[key] not in values
+    ]

@@ -1,8 +1,9 @@
 """A small codec: residual vector quantisation of a spectrogram autoencoder's latents.
 
-It has the interface of transformers' `EncodecModel`, as far as `AudioGenPipeline` uses it: `encode`, `decode`, and
-the sizes in its config. Latent frames are projected to their principal components, and those are quantised one
-codebook after another, each on what the earlier ones left over (arXiv 2107.03312, section III-C).
+It has the interface of transformers' `EncodecModel`, as far as `AudioGenPipeline` uses it: `encode`,
+`decode`, and the sizes in its config. Latent frames are projected to their principal components, and those
+are quantised one codebook after another, each on what the earlier ones left over (arXiv 2107.03312, section
+III-C).
 
 Shapes: B clips, C latent channels, T latent frames, F latent mel bins, D = C F, P principal components,
 K codebooks, V codes of a codebook, N samples.

@@ -1,7 +1,7 @@
 """The language model of audio tokens: transformers' `MusicgenForCausalLM` on projected text embeddings.
 
-Upstream zeroes the embeddings of padding tokens and uses NO mask: such rows have a key of zero, and take part in the
-softmax. So a prompt's clip depends on its padding; an attention mask would change the logits.
+Upstream zeroes the embeddings of padding tokens and uses NO mask: such rows have a key of zero, and take
+part in the softmax. So a prompt's clip depends on its padding; an attention mask would change the logits.
 
 Shapes: B clips, K codebooks, S steps, L text tokens, D text width, W the model's width, V codes.
 """
@@ -61,8 +61,8 @@ class _Prefix:
 class PrefixCache:
     """Hidden states of growing prefixes, which are computed for the new steps only.
 
-    The keys and values of the latest calls are kept. A call whose batch, text and earlier tokens are those of one
-    of them continues it; any other is computed from the beginning. Not thread-safe.
+    The keys and values of the latest calls are kept. A call whose batch, text and earlier tokens are those
+    of one of them continues it; any other is computed from the beginning. Not thread-safe.
     """
 
     def __init__(self, model: MusicgenForCausalLM, size: int = 2) -> None:

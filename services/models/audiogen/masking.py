@@ -1,7 +1,8 @@
 """Passes of the language model in which a mask scales how much of each text token each step reads.
 
-The mask multiplies the cross-attention's weights after the softmax, without renormalisation, in all layers and
-heads (upstream: hjkng/audiogenX, ``models/lm.py``). As no layer has a bias there, a mask of zeros takes the text away.
+The mask multiplies the cross-attention's weights after the softmax, without renormalisation, in all layers
+and heads (upstream: hjkng/audiogenX, ``models/lm.py``). As no layer has a bias there, a mask of zeros takes
+the text away.
 
 Shapes: B rows, K codebooks, S steps, L text tokens, W the model's width, H heads.
 """
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, EncoderDecoderCache, MusicgenForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask

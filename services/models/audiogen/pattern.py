@@ -1,7 +1,7 @@
 """The delay pattern: codebook k lags k steps behind the first (arXiv 2306.05284, section 2.2).
 
-A clip of T frames takes S = T + K steps. Step 0 holds the special token in all codebooks; frame t of codebook k
-is at step t + k + 1. The rest of the corners holds the special token too.
+A clip of T frames takes S = T + K steps. Step 0 holds the special token in all codebooks; frame t of
+codebook k is at step t + k + 1. The rest of the corners holds the special token too.
 
 Shapes: B clips, K codebooks, T frames, S steps.
 """

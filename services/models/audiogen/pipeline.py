@@ -1,8 +1,8 @@
 """`AudioGenPipeline`: prompt to waveform by a language model of audio tokens.
 
-Sizes and arithmetic are upstream's (facebookresearch/audiocraft, ``models/lm.py``, ``modules/conditioners.py``). To
-the engine it is a `LatentPipeline` whose denoiser predicts the next step's logits: one call, one step of the token
-sequence of each clip of the batch, at whatever step each of them is.
+Sizes and arithmetic are upstream's (facebookresearch/audiocraft, ``models/lm.py``,
+``modules/conditioners.py``). To the engine it is a `LatentPipeline` whose denoiser predicts the next step's
+logits: one call, one step of the token sequence of each clip of the batch, at whatever step each of them is.
 
 Shapes: B clips, K codebooks, S steps, T frames, V codes, L text tokens, D text width, N samples, M mel bins.
 """
@@ -41,9 +41,9 @@ PREVIEW_MEL_BINS: Final = 64
 class AudioGenPipeline(AudioPipeline):
     """Text to audio by a language model; inference only. A `LatentPipeline`.
 
-    Parts: a T5 encoder reads the prompt, a projection takes its tokens to the width of the language model (the
-    decoder), which continues K codebooks in a delay pattern, and a codec decodes them. The "latents" are the token
-    sequence [B, K, S] as float32.
+    Parts: a T5 encoder reads the prompt, a projection takes its tokens to the width of the language model
+    (the decoder), which continues K codebooks in a delay pattern, and a codec decodes them. The "latents"
+    are the token sequence [B, K, S] as float32.
 
     Raises `ModelFormatError` if the parts do not fit together.
     """
@@ -70,7 +70,7 @@ class AudioGenPipeline(AudioPipeline):
         default_guidance_scale: float = 3.0,
         text_length: int | None = None,
     ) -> None:
-        """Durations in seconds; `text_length` pads prompts to a fixed length (None: no padding, as upstream)."""
+        """Durations in seconds; `text_length` is the padded length of prompts (None: no padding)."""
         super().__init__()
         parts = {"text_encoder": text_encoder, "projection": projection, "decoder": decoder, "codec": codec}
         self.register_modules(tokenizer=tokenizer, scheduler=scheduler, **parts)
@@ -187,7 +187,7 @@ class AudioGenPipeline(AudioPipeline):
         conditioning: Conditioning,
         seconds_B: Tensor | None = None,
     ) -> Tensor:
-        """See `LatentPipeline`: the logits [B, K, V] of the tokens after step `timesteps_B` of each sequence."""
+        """See `LatentPipeline`: the logits [B, K, V] after step `timesteps_B` of each sequence."""
         device, dtype = self.decoder.device, self.decoder.dtype
         steps_B = timesteps_B.to(device).long()
         text_BLW = self.projection(conditioning.to(device, dtype)["embeds"])

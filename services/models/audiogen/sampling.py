@@ -1,7 +1,7 @@
 """Sample audio tokens: the part that a scheduler plays for a diffusion model.
 
-A step of the engine predicts one step of the token sequence. The "latents" of a clip are the sequence itself, as
-float32 [1, K, S] (exact for tokens), and the output of the model are logits [1, K, V].
+A step of the engine predicts one step of the token sequence. The "latents" of a clip are the sequence
+itself, as float32 [1, K, S] (exact for tokens), and the output of the model are logits [1, K, V].
 
 Shapes: B clips, K codebooks, S steps, V codes.
 """
@@ -30,7 +30,7 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, top_k: int = 250, temperature: float = 1.0, special: int = 2048) -> None:
-        """Draw among the `top_k` most probable tokens at `temperature`; `special` fills the pattern's corners."""
+        """Draw among the `top_k` most probable tokens; `special` fills the pattern's corners."""
         self.timesteps = torch.arange(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
@@ -47,8 +47,8 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> tuple[Tensor]:
         """Return the sequences [B, K, S] with the tokens after step `timestep`, drawn of logits [B, K, V].
 
-        The noise is Gumbel's, one draw a codebook and step: with the same seed, sequences of similar logits have
-        the same tokens. Logits that are not finite make the tokens not finite.
+        The noise is Gumbel's, one draw a codebook and step: with the same seed, sequences of similar logits
+        have the same tokens. Logits that are not finite make the tokens not finite.
         """
         at = int(timestep) + 1
         codebooks, steps = sample.shape[1:]

@@ -1,4 +1,4 @@
-"""A tiny AudioGen in the released formats: ``state_dict.bin``, ``compression_state_dict.bin``, a T5 folder."""
+"""A tiny AudioGen in the released formats: ``state_dict.bin``, ``compression_state_dict.bin``, a T5."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,19 @@ CODEBOOKS, CODES = 4, 16
 
 LM_SETTINGS: dict[str, Any] = {
     "transformer_lm": {
-        **{"dim": 32, "num_heads": 4, "num_layers": 2, "hidden_scale": 4, "n_q": CODEBOOKS, "card": CODES},
-        **{"norm_first": True, "activation": "gelu", "positional_embedding": "sin", "norm": "layer_norm"},
-        **{"causal": True, "kv_repeat": 1, "layer_scale": None},
+        "dim": 32,
+        "num_heads": 4,
+        "num_layers": 2,
+        "hidden_scale": 4,
+        "n_q": CODEBOOKS,
+        "card": CODES,
+        "norm_first": True,
+        "activation": "gelu",
+        "positional_embedding": "sin",
+        "norm": "layer_norm",
+        "causal": True,
+        "kv_repeat": 1,
+        "layer_scale": None,
     },
     "codebooks_pattern": {"modeling": "delay", "delay": {"delays": [0, 1, 2, 3], "flatten_first": 0}},
     "classifier_free_guidance": {"inference_coef": 3.0},
@@ -32,9 +42,21 @@ CODEC_SETTINGS: dict[str, Any] = {
     "channels": 1,
     "encodec": {"autoencoder": "seanet", "quantizer": "rvq", "renormalize": False},
     "seanet": {
-        **{"dimension": 8, "n_filters": 4, "n_residual_layers": 1, "ratios": [8, 5, 4, 2], "lstm": 2},
-        **{"kernel_size": 7, "residual_kernel_size": 3, "last_kernel_size": 7, "dilation_base": 2, "compress": 2},
-        **{"activation": "ELU", "norm": "weight_norm", "pad_mode": "constant", "true_skip": True, "causal": False},
+        "dimension": 8,
+        "n_filters": 4,
+        "n_residual_layers": 1,
+        "ratios": [8, 5, 4, 2],
+        "lstm": 2,
+        "kernel_size": 7,
+        "residual_kernel_size": 3,
+        "last_kernel_size": 7,
+        "dilation_base": 2,
+        "compress": 2,
+        "activation": "ELU",
+        "norm": "weight_norm",
+        "pad_mode": "constant",
+        "true_skip": True,
+        "causal": False,
         "decoder": {"trim_right_ratio": 1.0},
     },
     "rvq": {"n_q": CODEBOOKS, "bins": CODES},
@@ -57,7 +79,12 @@ def codec_weights(*, old_names: bool = True) -> dict[str, Tensor]:
     weights = load_file(FIXTURES / "seanet_state.safetensors")
     for number in range(CODEBOOKS):
         embed = torch.randn(CODES, 8, generator=generator)
-        book = {"inited": torch.ones(1), "cluster_size": torch.ones(CODES), "embed": embed, "embed_avg": embed}
+        book = {
+            "inited": torch.ones(1),
+            "cluster_size": torch.ones(CODES),
+            "embed": embed,
+            "embed_avg": embed,
+        }
         weights |= {f"quantizer.vq.layers.{number}._codebook.{key}": value for key, value in book.items()}
     if not old_names:
         return weights

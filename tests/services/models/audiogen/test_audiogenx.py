@@ -69,15 +69,15 @@ def test_losses_are_upstreams(converted: AudioGenPipeline, expected: dict[str, T
     sequence, text = expected["sequence"][0, :, :-1], expected["text_emb"]
     with masked_attention(converted.decoder):
         for history, name in ((False, "losses_mask_time"), (True, "history_losses_mask_time")):
-            kept, lost = states_under(
-                converted.decoder, sequence, text, (mask, 1 - mask), history=history
-            )
+            kept, lost = states_under(converted.decoder, sequence, text, (mask, 1 - mask), history=history)
             found = torch.tensor(audiogenx_losses(target, kept, lost, mask).values())
             wanted = expected[name].float()
             assert_close(found[: len(wanted)], wanted, **LOSSES)
 
 
-def test_upstreams_mode_reproduces_five_steps(converted: AudioGenPipeline, expected: dict[str, Tensor]) -> None:
+def test_upstreams_mode_reproduces_five_steps(
+    converted: AudioGenPipeline, expected: dict[str, Tensor]
+) -> None:
     generators = upstream_generators()
     noise = expected["opt_gumbel"][:, :, :, 0]
     learned = learn_mask(

@@ -117,7 +117,7 @@ def test_parts_must_fit_and_be_there(own: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
         convert(own, tmp_path / "there")
     (own / CODEC).unlink()
-    with pytest.raises(ModelNotFoundError, match="has no compression_state_dict.bin"):
+    with pytest.raises(ModelNotFoundError, match=r"has no compression_state_dict\.bin"):
         convert(own, tmp_path / "out")
 
 

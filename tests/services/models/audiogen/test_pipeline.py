@@ -108,7 +108,7 @@ def test_steps_follow_from_the_duration(audiogen: AudioGenPipeline) -> None:
     with Engine(audiogen, ONE) as engine:
         assert engine.generate(engine.request(PROMPT, seed=1)).warnings == ()
         (warning,) = engine.generate(engine.request(PROMPT, seed=1, num_inference_steps=5)).warnings
-    assert warning.startswith("num_inference_steps 5 has no effect: the model takes 19")
+    assert warning.startswith("num_inference_steps 5 has no effect: for 0.64 s this model takes 19")
 
 
 def test_greedy_needs_no_seed_and_samples_differ(audiogen: AudioGenPipeline) -> None:
@@ -168,7 +168,9 @@ def test_a_saved_folder_gives_the_same_clip(audiogen: AudioGenPipeline, tmp_path
     check_generator(tmp_path / "model")
     loaded = load_generator(tmp_path / "model")
     assert isinstance(loaded, AudioGenPipeline)
-    both = [one(PROMPT, generator=clip_generator(5), output_type="latent").audios for one in (audiogen, loaded)]
+    both = [
+        one(PROMPT, generator=clip_generator(5), output_type="latent").audios for one in (audiogen, loaded)
+    ]
     assert torch.equal(*both)
 
 
@@ -189,5 +191,5 @@ def test_fine_tuning_is_refused(audiogen: AudioGenPipeline, tmp_path: Path) -> N
     audiogen.save_pretrained(tmp_path / "model")
     write_manifest(tmp_path / "model", name="audiogen", version="1", license="Apache-2.0")
     config = replace(sft_smoke(), start=f"file:{tmp_path / 'model'}")
-    with pytest.raises(InvalidInputError, match="start: is a language model .*which can't be fine-tuned"):
+    with pytest.raises(InvalidInputError, match=r"start: is a language model .*which can't be fine-tuned"):
         open_session(config, tmp_path / "out", (), {}, fresh=False)
