@@ -68,7 +68,7 @@ class TokenModel(nn.Module):
             )
             for k, counted in enumerate(counted_KS)
         ]
-        total = sum(weight * loss for weight, loss in zip(CODEBOOK_WEIGHTS, by_codebook, strict=True))
+        total = torch.stack(by_codebook) @ torch.tensor(CODEBOOK_WEIGHTS)
         return total, {f"codebook_{k}": loss.item() for k, loss in enumerate(by_codebook)}
 
 

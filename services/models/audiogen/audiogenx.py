@@ -127,7 +127,7 @@ def states_under(
     rows_BK1 = sequence_KS.T[:, :, None].repeat(len(masks), 1, 1)
     text_BLW = text_LW.expand(len(rows_BK1), -1, -1)
     states_B1W = masked_states(model, rows_BK1, text_BLW, mask_BSL.flatten(0, 1)[:, None])
-    return list(states_B1W[:, 0].unflatten(0, (len(masks), -1)))
+    return list(states_B1W[:, 0].chunk(len(masks)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +177,7 @@ def learn_mask(
             losses = audiogenx_losses(target_SW, kept_SW, lost_SW, p_SL)
             trace.append(losses.values())
             optimizer.zero_grad()
-            losses.total.backward()
+            losses.total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             tick()
         with torch.no_grad():

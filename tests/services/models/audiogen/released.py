@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor

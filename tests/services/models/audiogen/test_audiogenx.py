@@ -1,5 +1,7 @@
 """AudioGenX: upstream's numbers, and our form with history."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +19,8 @@ from services.models.audiogen.masking import masked_attention, masked_states
 from services.models.audiogen.pipeline import AudioGenPipeline
 from tests.services.models.audiogen.released import FIXTURES, oracle
 
-STATES = {"atol": 1e-5, "rtol": 0.0}
-LOSSES = {"atol": 1e-4, "rtol": 0.0}
+STATES: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
+LOSSES: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The converted model computes what upstream's code computes (tests/fixtures/audiogen)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.latent import Conditioning, guide
 from tests.services.models.audiogen.released import CODES, codec_weights, oracle
 
-TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
+TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -113,8 +113,10 @@ def test_steps_follow_from_the_duration(audiogen: AudioGenPipeline) -> None:
 
 def test_greedy_needs_no_seed_and_samples_differ(audiogen: AudioGenPipeline) -> None:
     def tokens(seed: int, scheduler: str) -> Tensor:
-        options = {"scheduler": scheduler, "output_type": "latent", "generator": clip_generator(seed)}
-        return audiogen(PROMPT, **options).audios
+        made: Tensor = audiogen(
+            PROMPT, scheduler=scheduler, output_type="latent", generator=clip_generator(seed)
+        ).audios
+        return made
 
     assert torch.equal(tokens(1, "greedy"), tokens(2, "greedy"))
     assert torch.equal(tokens(1, "sample"), tokens(1, "sample"))
