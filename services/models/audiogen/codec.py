@@ -75,6 +75,7 @@ class QuantisedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def dequantise(self, codes_BKT: Tensor) -> Tensor:
         """Return the latents [B, C, T, F] of codes."""
         sum_BTP = sum(book_VP[codes_BKT[:, k]] for k, book_VP in enumerate(self.codebooks))
-        latents_BTD: Tensor = sum_BTP @ self.directions + self.mean
-        latents_BTCF = latents_BTD.unflatten(2, (-1, self.config.latent_bins))
+        latents_BTD = sum_BTP @ self.directions + self.mean
+        clips, frames = latents_BTD.shape[:2]
+        latents_BTCF: Tensor = latents_BTD.reshape(clips, frames, -1, self.config.latent_bins)
         return latents_BTCF.permute(0, 2, 1, 3)
