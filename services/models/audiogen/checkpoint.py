@@ -29,7 +29,7 @@ from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.audiogen.language_model import TextProjection
 from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.audiogen.sampling import TokenScheduler
-from services.models.conversion import folder_or_hub, new_folder
+from services.models.conversion import folder_or_hub
 from services.models.folders import cause, one_line, read_pickle
 from services.models.manifest import write_manifest
 from services.models.state_dicts import (
@@ -41,6 +41,7 @@ from services.models.state_dicts import (
     report_faults,
 )
 from services.models.tango.checkpoint import load_text_config
+from services.models.writing import new_folder
 
 Weights = Mapping[str, Tensor]
 """A state dictionary, or a part of one."""
@@ -320,7 +321,7 @@ def build_codec(settings: Mapping[str, Any], weights: Weights) -> EncodecModel:
     config.normalize = bool(renormalize)
     codec = EncodecModel(config)
     renamed = {rename_codec(key): tensor for key, tensor in weights.items()}
-    check_weights(CODEC, codec, {key: tensor.shape for key, tensor in renamed.items()})
+    check_weights(CODEC, codec, renamed)
     codec.load_state_dict(renamed)
     return codec
 
