@@ -11,6 +11,7 @@ Everything is a function of (seed, split, index).
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -72,6 +73,7 @@ UNREAD = 0.1
 """Share of the captions in training a reward model with a word that is not of the grammar."""
 PARAPHRASES = 64
 """Captions that `paraphrase` tries."""
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,8 +335,14 @@ def _digest(what: str, parts: dict[str, object], model: str | None) -> str:
     return hashlib.sha256(json.dumps([what, parts, version]).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
 def _pipeline(model: str) -> TangoPipeline:
+    # Clips are read by several threads. Loading replaces functions of torch for all of them.
+    with _loading:
+        return _loaded(model)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: str) -> TangoPipeline:
     pipeline = load_tango(mini_folder(model))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,8 +1,10 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from training.data import scenes
 from training.data.examples import Examples
 from training.data.scenes import (
     GAIN,
@@ -119,6 +121,17 @@ def test_a_rebuilt_scene_differs_but_has_the_same_envelope() -> None:
     assert np.isfinite(waveform).all()
     envelopes = [np.abs(w[:40_000]).reshape(-1, 1_000).mean(1) for w in (waveform, real)]
     assert np.corrcoef(*envelopes)[0, 1] > 0.8
+
+
+def test_rebuilt_scenes_can_be_read_by_several_threads() -> None:
+    """Threads that loaded the model at the same time left it without weights."""
+    truth = CaptionTruth(classes=("dog",), relation="single")
+    clips = [SceneClip(truth=truth, seed=(n,), duration=2.56, gain=0.0, model="mini") for n in range(4)]
+    scenes._loaded.cache_clear()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(SceneClip.read, clips))
+    for clip, (waveform, _) in zip(clips, together, strict=True):
+        np.testing.assert_allclose(waveform, clip.read()[0], atol=1e-4)
 
 
 def test_generated_clips_are_added_to_the_test_split() -> None:
