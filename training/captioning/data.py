@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from training.data.captions import CaptionExample, list_files, read_examples
 from training.data.examples import Clip, FileClip
 from training.data.scenes import GAIN, SceneClip, paraphrase
 from training.loop.checks import Natural, Parallel, Seed, Share, check_ranges
+from training.soundworld.captions import plain_caption
 from training.soundworld.scenes import SceneConfig, Split, draw_truth
 
 SHORT = SceneConfig(single=0.2, sequence=0.55)
@@ -33,6 +35,9 @@ class WorldClips:
     """Share of scenes after `model`'s autoencoder and vocoder."""
     model: str = "mini"
     """Model of the mini family that rebuilds them."""
+    wording: Literal["grammar", "plain"] = "grammar"
+    """``grammar``: captions of all wordings, another at each use. ``plain``: the one wording of each event
+    that `mini:captioner` knows; its frozen language model can't learn other words."""
     seed: Seed = 1_313
     """Random seed; not one that the mini captioner was trained with."""
 
@@ -125,7 +130,7 @@ def load_examples(config: CaptionData, unusable: dict[str, str]) -> CaptionSplit
 
 
 def world_examples(config: WorldClips, split: Split) -> list[CaptionExample]:
-    """Return the scenes of a split, each with a caption of that split."""
+    """Return the scenes of a split, each with a caption: of that split, unless it is a plain one."""
     count = 0 if not config.scenes else config.scenes if split == "train" else config.held_out
     examples = []
     for index in range(count):
@@ -135,11 +140,16 @@ def world_examples(config: WorldClips, split: Split) -> list[CaptionExample]:
         rebuilt = rng.uniform() < config.rebuilt
         while (caption := paraphrase(truth := draw_truth(rng, scenes), rng, split)) is None:
             pass
+        plain = config.wording == "plain"
         clip = SceneClip(
             truth=truth, seed=numbers, duration=scenes.duration, gain=float(rng.uniform(*GAIN)),
             model=config.model if rebuilt else None,
         )  # fmt: skip
-        examples.append(CaptionExample(clip=clip, caption=caption, truth=truth))
+        examples.append(
+            CaptionExample(clip=clip, caption=plain_caption(truth))
+            if plain
+            else CaptionExample(clip=clip, caption=caption, truth=truth)
+        )
     return examples
 
 

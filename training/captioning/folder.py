@@ -44,12 +44,16 @@ def write_captioner(
 def summary(report: Mapping[str, Any]) -> list[str]:
     """Return the report as lines of text."""
     parent, data, parameters, figures = (report[key] for key in ("parent", "data", "parameters", "figures"))
+    before = report["figures_before"].get("validation_loss")
+    worse = before is not None and before <= figures["validation_loss"]
     return [
         f"from {parent['name']} {parent['version']}: {report['steps']} steps on {data['train']} captions, "
         f"{parameters['learn']:,} of {parameters['all']:,} parameters learnt",
         f"weights of step {report['best_step']}: loss {figures['validation_loss']:.4f} on "
         f"{data['validation']} captions of other clips, {figures['validation_accuracy']:.1%} of their tokens "
         "predicted",
+        *([] if before is None else [f"loss before the first step: {before:.4f}"]),
+        *(["training did not lower the loss: serve the start, or lower loop.learning_rate"] if worse else []),
     ]
 
 

@@ -140,6 +140,8 @@ def train_captioner(config: CaptionerTraining, output: Path, *, fresh: bool = Fa
         mels = Mels(captioner, threads, config.data.cached)
         splits, unreadable = readable_examples(config, mels, accelerator, unusable)
         loop = loop_of(config, len(splits.train))
+        measure = partial(evaluate, examples=splits.validation, mels=mels, batch=loop.batch)
+        before = measure(learner.eval()) if config.evaluate_every else {}
         fitted = fit(
             learner,
             adamw(learner, loop),
@@ -149,14 +151,14 @@ def train_captioner(config: CaptionerTraining, output: Path, *, fresh: bool = Fa
             accelerator=accelerator,
             title=f"captioner {config.name}",
             evaluation=Evaluation(
-                run=partial(evaluate, examples=splits.validation, mels=mels, batch=loop.batch),
+                run=measure,
                 every=config.evaluate_every,
                 watched="log_likelihood",
             )
             if config.evaluate_every
             else None,
         )
-        figures = evaluate(learner.eval(), examples=splits.validation, mels=mels, batch=loop.batch)
+        figures = measure(learner.eval())
     report: dict[str, Any] = {}
     if main:
         report = {
@@ -180,6 +182,7 @@ def train_captioner(config: CaptionerTraining, output: Path, *, fresh: bool = Fa
             "steps": fitted.steps,
             "best_step": fitted.best_step,
             "figures": figures,
+            "figures_before": before,
             "settings": kept,
         }
         license = config.license or start.identity.license

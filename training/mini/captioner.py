@@ -4,7 +4,8 @@
 
 As in SLAM-AAC the encoder is frozen, so its tokens are computed once. Here the language model learns too,
 from scratch: released captioners start from one that knows English. It learns one plain wording of each
-event; the tokenizer knows all words of the grammar, so `milonga train captioning` can teach others.
+event. The tokenizer knows all words of the grammar, but adapters on the frozen language model can't teach it
+the others (docs/training.md).
 
 Shape legend: B batch, E encoder tokens of a clip, D width.
 """
@@ -31,9 +32,8 @@ from training.mini.captioner_clips import Sound, load_sounds, scene_sound
 from training.mini.captioner_encoder import CAPTIONER, ENCODER, Detector, at_level
 from training.mini.parsing import word_tokenizer
 from training.mini.parts import train_part
-from training.soundworld.captions import VOCABULARY, CaptionTruth, words
+from training.soundworld.captions import CaptionTruth, plain_caption, words
 from training.soundworld.reading import grammar_events
-from training.soundworld.synthesis import CLASSES
 
 SEED = 1_414
 BATCH = 16
@@ -125,14 +125,6 @@ def encoded_clips(work: Path, encoder: EatEncoder) -> EncodedClips:
     truths = truths[: len(tokens_BED)]
     torch.save({"tokens": tokens_BED, "truths": [(t.classes, t.relation) for t in truths]}, path)
     return EncodedClips(tokens_BED=tokens_BED, truths=truths)
-
-
-def plain_caption(truth: CaptionTruth) -> str:
-    """Return the first wording of each event, in order of time, or else of `CLASSES`."""
-    names = truth.classes if truth.relation == "then" else sorted(truth.classes, key=CLASSES.index)
-    groups = [VOCABULARY[name][0] for name in names]
-    clauses = [f"{one.nouns[0].singular[0]} {one.verbs[0].singular}" for one in groups]
-    return f" {'while' if truth.relation == 'while' else 'then'} ".join(clauses)
 
 
 def caption_loss(captioner: Captioner, tokens_BED: Tensor, captions: Sequence[str]) -> Tensor:

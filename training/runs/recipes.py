@@ -9,6 +9,7 @@ from training.captioning.data import CaptionData, WorldClips
 from training.captioning.train import CaptionerTraining
 from training.data.latents import LatentConfig
 from training.data.scenes import SoundworldData
+from training.data.specaugment import SpecAugmentConfig
 from training.finetuning.baton import BatonData, BatonTraining
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
@@ -83,15 +84,21 @@ REWARD: Final[Mapping[str, Callable[[], RewardTraining]]] = {
 
 
 def captioning_mini() -> CaptionerTraining:
-    """The embedded captioner's projector and new adapters, on scenes: minutes on two cores."""
+    """A new projector and new adapters between the embedded captioner's encoder and its language model, as in
+    SLAM-AAC's pre-training, on scenes: minutes on two cores. The embedded captioner, whose language model
+    learned with its projector, is better.
+    """
     return CaptionerTraining(
         name="captioner",
         start="mini:captioner",
-        data=CaptionData(world=WorldClips(scenes=1_024, held_out=128, rebuilt=0.25)),
+        scratch=True,
+        data=CaptionData(world=WorldClips(scenes=2_048, held_out=128, rebuilt=0.25, wording="plain")),
         loop=LoopConfig(
-            steps=300, batch=16, learning_rate=5e-4, warmup=30, decay=0.9, device="cpu", threads=1
+            steps=1_000, batch=16, learning_rate=2e-3, warmup=30, decay=0.9, device="cpu", threads=1
         ),
-        evaluate_every=50,
+        # An event lasts a second or so: stripes of SLAM-AAC's width could cover it.
+        spec_augment=SpecAugmentConfig(time_width=16),
+        evaluate_every=100,
     )
 
 
@@ -100,7 +107,9 @@ def captioning_smoke() -> CaptionerTraining:
     return CaptionerTraining(
         name="captioner-smoke",
         start="mini:captioner",
-        data=CaptionData(world=WorldClips(scenes=8, held_out=4, long=0.0, rebuilt=0.0), workers=1),
+        data=CaptionData(
+            world=WorldClips(scenes=8, held_out=4, long=0.0, rebuilt=0.0, wording="plain"), workers=1
+        ),
         loop=LoopConfig(steps=6, batch=4, warmup=2, device="cpu", threads=1),
         evaluate_every=3,
     )

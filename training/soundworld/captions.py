@@ -424,6 +424,15 @@ def _insert(phrase: str, word: str, place: float) -> str:
     return " ".join([*words[:index], word, *words[index:]])
 
 
+def plain_caption(truth: CaptionTruth) -> str:
+    """Return the one caption that the mini captioner learns: events in order of time, or of `VOCABULARY`."""
+    order = list(VOCABULARY)
+    names = truth.classes if truth.relation == "then" else sorted(truth.classes, key=order.index)
+    groups = [VOCABULARY[name][0] for name in names]
+    clauses = [f"{one.nouns[0].singular[0]} {one.verbs[0].singular}" for one in groups]
+    return f" {'while' if truth.relation == 'while' else 'then'} ".join(clauses)
+
+
 def write_caption(
     truth: CaptionTruth, rng: np.random.Generator, *, held_out: bool = False, unread: float = 0.0
 ) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from services.errors import InvalidInputError
+from services.models.captioner.model import Captioner
+from services.models.mini import mini_folder
 from training.captioning.data import CaptionData, WorldClips, load_examples
 from training.soundworld.reading import grammar_reader, truth_reading
 from training.soundworld.scenes import split_of
@@ -46,3 +48,16 @@ def test_scenes_of_the_world_have_true_captions_of_their_split() -> None:
             reading, wanted = grammar_reader().read(example.caption), truth_reading(example.truth)
             assert (set(reading.events), reading.steps) == (set(wanted.events), wanted.steps)
     assert {example.clip.domain for example in splits.train} == {"real", "rebuilt"}
+
+
+def test_plain_captions_are_those_of_the_mini_captioner() -> None:
+    splits = load_examples(
+        CaptionData(world=WorldClips(scenes=40, held_out=1, rebuilt=0.0, wording="plain")), {}
+    )
+    tokenizer = Captioner.from_pretrained(mini_folder("captioner")).tokenizer
+    for example in splits.train:
+        assert example.truth is None  # so that it is not worded in another way
+        assert tokenizer.unk_token_id not in tokenizer(example.caption)["input_ids"]
+    captions = {example.caption for example in splits.train}
+    assert {caption.replace(" while ", " then ").count(" then ") for caption in captions} == {0, 1, 2}
+    assert "a dog barks" in " ".join(captions)

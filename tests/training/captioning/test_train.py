@@ -17,6 +17,7 @@ from services.models.manifest import verify_manifest, write_manifest
 from tests.tiny import tiny_captioner
 from training.captioning import train as train_module
 from training.captioning.data import CaptionData, WorldClips, load_examples
+from training.captioning.folder import summary
 from training.captioning.train import CaptionerTraining, Learner, train_captioner
 from training.commands.main import train as train_app
 from training.loop.fit import Positions
@@ -75,6 +76,11 @@ def test_the_report_has_data_settings_and_the_best_step(trained: Path, config: C
     assert (report["data"]["train"], report["data"]["validation"]) == (8, 4)
     assert 0 < report["parameters"]["learn"] < report["parameters"]["all"]
     assert report["figures"]["validation_loss"] > 0
+    assert report["figures_before"]["validation_loss"] > 0
+    lines = summary(report)
+    assert lines[2] == f"loss before the first step: {report['figures_before']['validation_loss']:.4f}"
+    unhelpful = report | {"figures_before": report["figures"]}
+    assert "training did not lower the loss" in summary(unhelpful)[3]
     rows = read_journal(trained.with_name("smoke.run") / JOURNAL)
     evaluated = {row["step"] + 1: row["evaluation"]["validation_loss"] for row in rows if "evaluation" in row}
     assert report["best_step"] == min(evaluated, key=evaluated.__getitem__)
