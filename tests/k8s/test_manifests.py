@@ -17,6 +17,7 @@ from services.cli.serve import service_of
 from services.runtime.access import allows_anonymous
 from services.runtime.server import CLOSE_SECONDS
 from services.runtime.settings import ENV_PREFIX, ServerSettings, load_settings
+from services.web.settings import WebSettings
 from services.weights.uri import served_uri
 from training.loop.config import override
 from training.preferences.pipeline import PREFERENCES
@@ -34,7 +35,13 @@ SERVICES: Final[dict[str, ServiceEntry]] = {**CATALOGUE, "challenger": GENERATIO
 """What serves, by its Deployment."""
 OTHERS: Final = {"MILONGA_CACHE", "MILONGA_RUN"}
 """Variables that are no setting of a service."""
-SECRETS: Final = {"mlflow-store", "milonga-callers", "milonga-promoter-token", "milonga-tls"}
+SECRETS: Final = {
+    "mlflow-store",
+    "milonga-callers",
+    "milonga-promoter-token",
+    "milonga-tls",
+    "milonga-web-tls",
+}
 """What the user makes, as docs/kubernetes.md says."""
 
 
@@ -394,7 +401,44 @@ def test_every_pod_is_restricted() -> None:
     for place, one in running():
         assert faults(pod(one)) == [], f"{one['metadata']['name']} in {place}"
         seen += 1
-    assert seen == 2 * (len(SERVICES) + 1) + 2 + 3 * len(JOBS)
+    # The services, MLflow and the web door in each of two overlays.
+    assert seen == 2 * (len(SERVICES) + 2) + 2 + 3 * len(JOBS)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_web_door_loads_its_settings_and_calls_services_that_exist(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = overlay(name)
+    deployment = of_kind(objects, "Deployment")["web"]
+    (container,) = pod(deployment)["containers"]
+    told = environment(objects, container)
+    assert {key.removeprefix(ENV_PREFIX).lower() for key in told} <= WebSettings.model_fields.keys()
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    settings = load_settings(WebSettings)
+    for address in settings.addresses.values():
+        assert address is not None
+        service, _, port = address.removeprefix("dns:///").partition(":")
+        assert int(port) in [one["port"] for one in of_kind(objects, "Service")[service]["spec"]["ports"]]
+    assert settings.admits_anonymous is (name == "local")
+    assert settings.services_tls is (name == "production")
+    most = settings.drain_delay_seconds + settings.grace_seconds
+    assert most < pod(deployment)["terminationGracePeriodSeconds"]
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert settings.listen == f"0.0.0.0:{ports['http']}"
+    assert settings.metrics_port == ports["metrics"]
+
+
+def test_the_public_reaches_the_web_door_over_tls_and_not_its_metrics() -> None:
+    objects = overlay("production")
+    spec = of_kind(objects, "Ingress")["web"]["spec"]
+    (rule,), (tls,) = spec["rules"], spec["tls"]
+    assert tls["hosts"] == [rule["host"]]
+    assert tls["secretName"] in SECRETS
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"] == {"name": "web", "port": {"name": "http"}}
+    assert of_kind(objects, "HorizontalPodAutoscaler")["web"]["spec"]["minReplicas"] == 2
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
