@@ -6,6 +6,7 @@
     milonga serve generation --model mini --listen 127.0.0.1:50051
     milonga up
     milonga fetch models:/milonga-tango/7
+    milonga verify clip.wav
     milonga token studio --output studio.token >> callers.toml
     milonga triton export --model mini repository/
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import caption, convert, doctor, fetch, generate, score, serve, token, triton, up
+from services.cli import caption, convert, doctor, fetch, generate, score, serve, token, triton, up, verify
 from services.environment import HUB_SCHEMES, quiet_libraries
 from services.errors import (
     AlreadyUnderWayError,
@@ -115,6 +116,7 @@ def build_app() -> typer.Typer:
     app.command("convert-captioner")(convert.convert_captioner)
     app.command("convert-audiogen")(convert.convert_audiogen)
     app.command()(token.token)
+    app.command()(verify.verify)
     app.add_typer(triton.app, name="triton")
     app.command()(doctor.doctor)
     for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):

@@ -31,6 +31,7 @@ _MARKERS = {
     "training": "datasets",
     "triton": "tritonclient",
     "web": "uvicorn",
+    "provenance": "c2pa-python",
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
@@ -40,6 +41,7 @@ _PURPOSES = {
     "training": "to train",
     "triton": "to serve from Triton",
     "web": "to serve HTTP in front of the services",
+    "provenance": "to sign clips and to verify them",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
     "laion:PATH does not need it",
     "dev": "to work on milonga",

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,10 +13,14 @@ from services.cli import prompts
 from services.cli.making import GeneratedClips, Place, record_of, to_json, warn
 from services.cli.outputs import make_folder
 from services.cli.progress import ProgressView
+from services.cli.signing import signed
 from services.clip_folder import ClipFolder
 from services.errors import FieldViolation, InvalidInputError
 from services.files import write_atomically
 from services.lists import shortened
+
+if TYPE_CHECKING:
+    from services.provenance.signing import ClipSigner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +35,8 @@ class Folder:
     """The generator and the scorers."""
     as_json: bool
     """Print the record of each prompt as JSON."""
+    signer: "ClipSigner | None" = None
+    """Signs the clips; None: they are not signed."""
 
     def generate(self, *, parallel: int, overwrite: bool, quiet: bool) -> None:
         """Generate the missing clips. Refused prompts are reported at the end; the others continue.
@@ -88,7 +95,8 @@ class Folder:
 
             def make(job: prompts.Job) -> GeneratedClips:
                 update = partial(view.update, job.name)
-                return maker.make(job.prompt, job.options, len(job.files), update, stop=stop)
+                made = maker.make(job.prompt, job.options, len(job.files), update, stop=stop)
+                return signed(made, job.prompt, self.signer)
 
             def refuse(job: prompts.Job, error: InvalidInputError) -> None:
                 refused.append(FieldViolation(job.name, str(error)))

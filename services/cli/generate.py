@@ -1,5 +1,6 @@
 """`milonga generate`: clips from one prompt or a file of them, in this process or through a service."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from services.cli.options import URI_FORMS, given_options, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, numbered, print_table
 from services.cli.progress import ProgressView
 from services.cli.scorers import PANEL, ScorerOptions, refuse
+from services.cli.signing import SigningOptions, signed
 from services.client import ServiceOptions
 from services.errors import InvalidInputError
 from services.files import write_atomically
+from services.provenance import check_signable
 
 _PARALLEL = 4
 
@@ -165,6 +168,7 @@ def generate(
     choice: CandidateOptions,
     scorers: ScorerOptions,
     checking: CheckOptions,
+    signing: SigningOptions,
 ) -> None:
     """Generate sound from a prompt, or from a file of prompts.
 
@@ -179,12 +183,16 @@ def generate(
         model=where.model, device=where.device, dtype=where.dtype, server=where.server,
         connection=connection, best_of=best_of,
     )  # fmt: skip
+    signer = signing.open()
     if prompt is not None:
         if overwrite or parallel is not None:
             refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
         options, path = clip_options.generation(), output or Path("clip.wav")
         checker = checking.open(where.device)
-        _generate_one(place, prompt, options, path, spectrogram, checker, as_json=as_json, quiet=quiet)
+        if signer is not None:
+            check_signable("--output", str(path), encoding_of(path))
+        made = partial(signed, prompt=prompt, signer=signer)
+        _generate_one(place, prompt, options, path, spectrogram, checker, made, as_json=as_json, quiet=quiet)
     elif prompt_file is not None:
         if spectrogram is not None:
             refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
@@ -198,7 +206,7 @@ def generate(
             refuse("--output", "must name the folder of clips with --prompts")
         settings = {} if best_of is None else best_of.settings()
         jobs = prompts.read_jobs(prompt_file, clip_options.generation(), settings)
-        run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json)
+        run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json, signer=signer)
         run.generate(parallel=parallel or _PARALLEL, overwrite=overwrite, quiet=quiet)
 
 
@@ -209,6 +217,7 @@ def _generate_one(
     output: Path,
     spectrogram: Path | None,
     checker: Checker | None,
+    finish: Callable[[GeneratedClips], GeneratedClips],
     *,
     as_json: bool,
     quiet: bool,
@@ -220,7 +229,7 @@ def _generate_one(
     for path in (output, spectrogram):
         if path is not None:
             check_writable(path)
-    made = _make(place, prompt, options, quiet=quiet)
+    made = finish(_make(place, prompt, options, quiet=quiet))
     count = len(made.clips)
     paths = [numbered(output, index, count) for index in range(count)]
     pictures = [numbered(spectrogram, index, count) for index in range(count)] if spectrogram else []

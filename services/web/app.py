@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp
 
 from services.errors import MilongaError
-from services.web import generation, judging
+from services.web import generation, judging, provenance
 from services.web.backend import Backend
 from services.web.docs_page import docs_page
 from services.web.limits import Limits
@@ -39,6 +39,11 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
         InvalidInputError: an address or a file of the settings is wrong.
     """
     backend = Backend(settings)
+    signer = None
+    if settings.sign_cert is not None and settings.sign_key is not None:
+        from services.provenance.signing import ClipSigner
+
+        signer = ClipSigner(settings.sign_cert, settings.sign_key, with_prompt=settings.sign_prompt)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,8 +62,9 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
     app.add_exception_handler(Exception, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    app.include_router(generation.router(backend, settings))
+    app.include_router(generation.router(backend, settings, signer))
     app.include_router(judging.router(backend, settings))
+    app.include_router(provenance.router(settings, signer))
     app.include_router(_operations(app, backend, settings, metrics, readiness))
     return Limits(app, settings, metrics)
 

@@ -4,8 +4,8 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict
-from typing import Annotated, Any, Final
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import StreamingResponse
@@ -20,14 +20,19 @@ from services.api.generation import (
     Queued,
     Update,
 )
+from services.api.model import ModelVersion
 from services.client.clients import AsyncAudioClient
 from services.errors import InvalidInputError, MilongaError, invalid
+from services.provenance import check_signable
 from services.web import judging
 from services.web.backend import Backend, renamed, while_connected
 from services.web.problems import problem, respond
 from services.web.settings import WebSettings
 from services.web.shapes import CONTENT_TYPES, AudioGenerateRequest, Plan, SoundGenerationRequest
 from services.web.versions import openai_model, version_of
+
+if TYPE_CHECKING:
+    from services.provenance.signing import ClipSigner
 
 HEARTBEAT_SECONDS: Final = 15.0
 """Time without an event after which a comment is sent, so that proxies keep the connection."""
@@ -38,7 +43,7 @@ _AUDIO: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def router(backend: Backend, settings: WebSettings) -> APIRouter:
+def router(backend: Backend, settings: WebSettings, signer: "ClipSigner | None") -> APIRouter:
     """Return the endpoints that make clips."""
     routes = APIRouter()
 
@@ -46,10 +51,10 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
     async def generate(body: AudioGenerateRequest, request: Request) -> Response:
         """Make a clip of a prompt, in the shape of vLLM-Omni."""
         client = backend.client_of(request)
-        plan = body.plan(await client.get_model())
+        plan = _checked(body.plan(await client.get_model()), signer)
         if body.stream_format == "sse" or _wants_events(request):
-            return await _stream(client, plan)
-        return await _make(request, client, plan)
+            return await _stream(client, plan, signer)
+        return await _make(request, client, plan, signer)
 
     @routes.post("/v1/sound-generation", response_class=Response, responses=_AUDIO)
     async def sound_generation(
@@ -63,10 +68,10 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
                 raise invalid("output_format", "differs between query and body; give it once")
             body = body.model_copy(update={"output_format": output_format})
         client = backend.client_of(request)
-        plan = body.plan(await client.get_model())
+        plan = _checked(body.plan(await client.get_model()), signer)
         if _wants_events(request):
-            return await _stream(client, plan)
-        return await _make(request, client, plan)
+            return await _stream(client, plan, signer)
+        return await _make(request, client, plan, signer)
 
     @routes.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -78,16 +83,53 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
     return routes
 
 
-async def _make(request: Request, client: AsyncAudioClient, plan: Plan) -> Response:
+async def _make(
+    request: Request, client: AsyncAudioClient, plan: Plan, signer: "ClipSigner | None"
+) -> Response:
     try:
         made: Generation = await while_connected(request, client.generate(plan.prompt, **plan.options))
     except InvalidInputError as error:
         raise renamed(error, plan.names) from error
-    clip = made.clips[0]
+    clip = await _signed(made.clips[0], plan, made.model, signer)
     kind = CONTENT_TYPES[clip.encoding]
     if clip.encoding == "linear16":
         kind = f"{kind}; rate={clip.sampling_rate}; channels=1"
     return Response(clip.audio, media_type=kind, headers=_headers(made, clip, plan))
+
+
+def _checked(plan: Plan, signer: "ClipSigner | None") -> Plan:
+    """Return the plan. Raises `InvalidInputError` if its clip is to be signed and can't be."""
+    encoding = plan.options.get("encoding")
+    if signer is not None and encoding is not None:
+        check_signable(plan.names["encoding"], encoding, encoding)
+    return plan
+
+
+async def _signing(
+    updates: AsyncGenerator[Update, None], plan: Plan, signer: "ClipSigner"
+) -> AsyncGenerator[Update, None]:
+    """Yield the events, clips signed. They wait for the last event, which states what made them."""
+    clips: list[Clip] = []
+    try:
+        async for update in updates:
+            if isinstance(update, Clip):
+                clips.append(update)
+                continue
+            if isinstance(update, Finished):
+                for clip in clips:
+                    yield await _signed(clip, plan, update.model, signer)
+            yield update
+    finally:
+        await updates.aclose()
+
+
+async def _signed(clip: Clip, plan: Plan, model: ModelVersion, signer: "ClipSigner | None") -> Clip:
+    if signer is None:
+        return clip
+    from services.provenance.signing import Origin
+
+    origin = Origin(prompt=plan.prompt, model=model, seed=clip.seed, clip_index=clip.index)
+    return replace(clip, audio=await asyncio.to_thread(signer.sign, clip.audio, clip.encoding, origin))
 
 
 def _headers(made: Generation, clip: Clip, plan: Plan) -> dict[str, str]:
@@ -113,10 +155,12 @@ def _wants_events(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-async def _stream(client: AsyncAudioClient, plan: Plan) -> Response:
+async def _stream(client: AsyncAudioClient, plan: Plan, signer: "ClipSigner | None") -> Response:
     """Return a response of events. What fails before the first event has a status of its own."""
     try:
         updates = client.stream(plan.prompt, **plan.options)
+        if signer is not None:
+            updates = _signing(updates, plan, signer)
         first = await anext(updates)
     except InvalidInputError as error:
         raise renamed(error, plan.names) from error

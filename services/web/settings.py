@@ -39,6 +39,14 @@ class WebSettings(ProcessSettings):
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of Prometheus metrics, on the host of `listen`; 0: any free port. Default: `/metrics` of the web
     door itself."""
+    sign_cert: Path | None = None
+    """Certificate chain (PEM). With `sign_key`, every clip is signed, and states what made it (C2PA)."""
+    sign_key: Path | None = None
+    """Its private key (PEM)."""
+    sign_prompt: bool = False
+    """State the prompt itself in signed clips, not only its hash."""
+    trusted_signers: Path | None = None
+    """Certificates (PEM) of authorities whose signatures `/v1/provenance` calls trusted."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=86_400)
     """Time after which a request is cancelled."""
     max_body_bytes: int = Field(default=2**18, gt=0, le=2**30)
@@ -65,6 +73,12 @@ class WebSettings(ProcessSettings):
     def _check_services_tls(self) -> Self:
         if not self.services_tls and (self.services_tls_ca_file or self.services_tls_server_name):
             raise ValueError("services_tls_ca_file and services_tls_server_name need services_tls")
+        return self
+
+    @model_validator(mode="after")
+    def _check_signature(self) -> Self:
+        if (self.sign_cert is None) != (self.sign_key is None):
+            raise ValueError("sign_cert and sign_key need each other; give both or neither")
         return self
 
     @property
