@@ -1,10 +1,9 @@
 """`milonga generate`: clips from one prompt or a file of them, in this process or through a service."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +21,9 @@ from services.client import ServiceOptions
 from services.errors import InvalidInputError
 from services.files import write_atomically
 from services.provenance import check_signable
+
+if TYPE_CHECKING:
+    from services.provenance.signing import ClipSigner
 
 _PARALLEL = 4
 
@@ -189,10 +191,9 @@ def generate(
             refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
         options, path = clip_options.generation(), output or Path("clip.wav")
         checker = checking.open(where.device)
-        if signer is not None:
-            check_signable("--output", str(path), encoding_of(path))
-        made = partial(signed, prompt=prompt, signer=signer)
-        _generate_one(place, prompt, options, path, spectrogram, checker, made, as_json=as_json, quiet=quiet)
+        _generate_one(
+            place, prompt, options, path, spectrogram, checker, signer, as_json=as_json, quiet=quiet
+        )
     elif prompt_file is not None:
         if spectrogram is not None:
             refuse("--spectrogram", "draws the clip of one PROMPT; leave it out with --prompts")
@@ -217,19 +218,21 @@ def _generate_one(
     output: Path,
     spectrogram: Path | None,
     checker: Checker | None,
-    finish: Callable[[GeneratedClips], GeneratedClips],
+    signer: "ClipSigner | None",
     *,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Make the clips of one prompt and write them."""
     options["encoding"] = encoding_of(output)
+    if signer is not None:
+        check_signable("--output", str(output), encoding_of(output))
     if spectrogram is not None and spectrogram.suffix.lower() != ".png":
         refuse("--spectrogram", f"is {spectrogram}, which must end in .png")
     for path in (output, spectrogram):
         if path is not None:
             check_writable(path)
-    made = finish(_make(place, prompt, options, quiet=quiet))
+    made = signed(_make(place, prompt, options, quiet=quiet), prompt, signer)
     count = len(made.clips)
     paths = [numbered(output, index, count) for index in range(count)]
     pictures = [numbered(spectrogram, index, count) for index in range(count)] if spectrogram else []
