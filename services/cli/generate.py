@@ -185,14 +185,13 @@ def generate(
         model=where.model, device=where.device, dtype=where.dtype, server=where.server,
         connection=connection, best_of=best_of,
     )  # fmt: skip
-    signer = signing.open()
     if prompt is not None:
         if overwrite or parallel is not None:
             refuse("--overwrite, --parallel", "go with --prompts only; a single output is always written")
         options, path = clip_options.generation(), output or Path("clip.wav")
         checker = checking.open(where.device)
         _generate_one(
-            place, prompt, options, path, spectrogram, checker, signer, as_json=as_json, quiet=quiet
+            place, prompt, options, path, spectrogram, checker, signing.open(), as_json=as_json, quiet=quiet
         )
     elif prompt_file is not None:
         if spectrogram is not None:
@@ -207,7 +206,7 @@ def generate(
             refuse("--output", "must name the folder of clips with --prompts")
         settings = {} if best_of is None else best_of.settings()
         jobs = prompts.read_jobs(prompt_file, clip_options.generation(), settings)
-        run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json, signer=signer)
+        run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json, signer=signing.open())
         run.generate(parallel=parallel or _PARALLEL, overwrite=overwrite, quiet=quiet)
 
 
