@@ -156,7 +156,24 @@ CAPTIONING: Final = ServiceEntry(
     example="milonga caption clip.wav --server {}",
 )
 
+EXPLANATION: Final = ServiceEntry(
+    name="explanation",
+    summary="Serve explanations: prompts in, which word made which sound (milonga.v1.ExplanationService).",
+    port=50055,
+    rpc="milonga.v1.ExplanationService",
+    model="explain",
+    weights=(
+        Weights(
+            setting="model",
+            embedded="mini",
+            option="explained",
+            help="Generator whose clips are explained.",
+        ),
+    ),
+    example="milonga explain 'A dog barks then a siren wails' --server {} -o why.html",
+)
+
 CATALOGUE: Final[Mapping[str, ServiceEntry]] = MappingProxyType(
-    {entry.name: entry for entry in (GENERATION, SCORING, REWARD, CAPTIONING)}
+    {entry.name: entry for entry in (GENERATION, SCORING, REWARD, CAPTIONING, EXPLANATION)}
 )
 """All services by name, in the order of their ports."""

@@ -47,6 +47,10 @@ class Services:
         return self.targets["captioning"]
 
     @property
+    def explanation(self) -> str:
+        return self.targets["explanation"]
+
+    @property
     def by_model(self) -> dict[str, str]:
         """By the model's name in the Open Inference Protocol."""
         return {CATALOGUE[name].model: target for name, target in self.targets.items()}

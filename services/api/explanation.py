@@ -7,7 +7,7 @@ Shapes: W words, T frames of the explanation, N samples.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol, Self, Unpack
 
 import numpy as np
@@ -24,6 +24,7 @@ from services.api.generation import (
 from services.api.model import ModelVersion
 from services.api.scoring import Sound
 from services.audio.decoding import ReadClip
+from services.audio.prompt import prompt_fault
 from services.audio.words import find_phrase, find_words
 from services.errors import FieldViolation, InvalidInputError
 
@@ -177,7 +178,12 @@ def explanation_violations(request: ExplanationRequest, model: ExplainerModel) -
             refuse(
                 "without", f"is {request.without[:80]!r}, which is not in the prompt; its words are {there}"
             )
-    if request.replacement and not request.without:
+    fault = prompt_fault(
+        request.replacement, model.generation.limits.max_prompt_characters, may_be_blank=True
+    )
+    if fault is not None:
+        refuse("replacement", fault)
+    elif request.replacement and not request.without:
         refuse("replacement", "is given without the words that it replaces; give them as without")
     return tuple(found)
 
@@ -252,6 +258,32 @@ class Explanation:
     def peaks(self) -> tuple[float, ...]:
         """Return for each word the second of the middle of its largest frame."""
         return tuple((int(row_T.argmax()) + 0.5) * self.frame_seconds for row_T in self.matrix_WT)
+
+
+def as_requested(explanation: Explanation, request: ExplanationRequest) -> Explanation:
+    """Return an explainer's answer with its clips as the request wants them. Takes milliseconds.
+
+    A given clip keeps its sampling rate and loudness.
+    """
+    generation, clip = request.generation, explanation.clip
+    return replace(
+        explanation,
+        clip=clip.as_requested(generation)
+        if request.given is None
+        else clip.encoded(generation.encoding, clip.sampling_rate),
+        variants=tuple(replace(one, clip=one.clip.as_requested(generation)) for one in explanation.variants),
+    )
+
+
+def work_of(request: ExplanationRequest) -> float:
+    """Return the work units of a request for quotas: those of a generation of its clips, and of its words.
+
+    Seconds of the clip × (denoising steps × (clips that are made + words) + iterations).
+    """
+    generation = request.generation
+    made = (request.given is None) + bool(request.without)
+    rows = generation.num_inference_steps * (made + len(find_words(generation.prompt)))
+    return generation.duration * (rows + request.iterations)
 
 
 class Explainer(Protocol):

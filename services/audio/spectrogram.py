@@ -27,6 +27,9 @@ _COLOURS = np.array(
 )  # fmt: skip
 _MARGIN_LEFT, _MARGIN_BOTTOM, _TITLE_HEIGHT = 44, 22, 20
 _INK, _PAPER = (40, 40, 48), (255, 255, 255)
+_QUIETER, _LOUDER = (60, 120, 220), (230, 110, 30)
+_OPAQUE_DB = 40.0
+"""Difference that is drawn opaque."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +87,7 @@ def log_mel_db(
     return np.asarray(10.0 * np.log10(np.maximum(mel_TM.T, floor)))
 
 
-def _colour(level: NDArray[np.float64]) -> Pixels:
+def magma(level: NDArray[np.float64]) -> Pixels:
     """Return levels in [0, 1] as colours [..., 3]."""
     steps = np.linspace(0.0, 1.0, len(_COLOURS))
     channels = [np.interp(level, steps, _COLOURS[:, channel]) for channel in range(3)]
@@ -102,7 +105,7 @@ def _draw(waveform_N: Waveform, sampling_rate: int, title: str, config: Spectrog
     level = (log_mel_db(waveform_N, sampling_rate, config) - config.floor_db) / (
         config.ceiling_db - config.floor_db
     )
-    plot = Image.fromarray(_colour(np.clip(level[::-1], 0.0, 1.0)))
+    plot = Image.fromarray(magma(np.clip(level[::-1], 0.0, 1.0)))
     plot = plot.resize((config.width, config.height), Image.Resampling.BILINEAR)
     top = _TITLE_HEIGHT if title else 6
     picture = Image.new(
@@ -117,13 +120,61 @@ def _draw(waveform_N: Waveform, sampling_rate: int, title: str, config: Spectrog
         x = _MARGIN_LEFT + config.width * float(second) / duration
         draw.line([(x, bottom), (x, bottom + 3)], _INK)
         draw.text((x, bottom + 4), f"{second:g} s", _INK, font=font, anchor="mt")
-    top_mel = float(_hertz_to_mel(sampling_rate / 2))
-    for hertz in (hertz for hertz in (250, 1000, 2000, 4000, 8000, 16000) if hertz <= sampling_rate / 2):
-        y = bottom - config.height * float(_hertz_to_mel(hertz)) / top_mel
+    for name, height in hertz_ticks(sampling_rate):
+        y = bottom - config.height * height
         draw.line([(_MARGIN_LEFT - 3, y), (_MARGIN_LEFT, y)], _INK)
-        name = f"{hertz // 1000} kHz" if hertz >= 1000 else f"{hertz} Hz"
         draw.text((_MARGIN_LEFT - 5, y), name, _INK, font=font, anchor="rm")
     return picture
+
+
+def plot_png(waveform_N: Waveform, sampling_rate: int, *, config: SpectrogramConfig | None = None) -> bytes:
+    """Return a PNG of the mel spectrogram of one mono clip, without axes: they are the caller's."""
+    config = config or SpectrogramConfig()
+    level = (log_mel_db(waveform_N, sampling_rate, config) - config.floor_db) / (
+        config.ceiling_db - config.floor_db
+    )
+    return _png(Image.fromarray(magma(np.clip(level[::-1], 0.0, 1.0))))
+
+
+def difference_png(
+    first_N: Waveform, second_N: Waveform, sampling_rate: int, *, config: SpectrogramConfig | None = None
+) -> bytes:
+    """Return a PNG of the second mel spectrogram minus the first, without axes, on a transparent ground.
+
+    Blue is where the second is quieter, orange where it is louder; 40 dB are opaque.
+    """
+    difference_MT = mel_difference_db(first_N, second_N, sampling_rate, config)
+    share_MT = np.clip(difference_MT[::-1] / _OPAQUE_DB, -1.0, 1.0)
+    colours = np.where(share_MT[..., None] < 0, _QUIETER, _LOUDER)
+    pixels = np.concatenate([colours, 255 * np.abs(share_MT)[..., None]], axis=-1)
+    return _png(Image.fromarray(pixels.round().astype(np.uint8), "RGBA"))
+
+
+def mel_difference_db(
+    first_N: Waveform, second_N: Waveform, sampling_rate: int, config: SpectrogramConfig | None = None
+) -> NDArray[np.float64]:
+    """Return the second mel spectrogram minus the first, [M, T] in dB, of the length of the shorter."""
+    first, second = (log_mel_db(one, sampling_rate, config) for one in (first_N, second_N))
+    frames = min(first.shape[1], second.shape[1])
+    return np.asarray(second[:, :frames] - first[:, :frames])
+
+
+def second_ticks(duration: float) -> list[float]:
+    """Return at most nine round numbers of seconds."""
+    return [float(second) for second in _second_ticks(duration)]
+
+
+def hertz_ticks(sampling_rate: int) -> list[tuple[str, float]]:
+    """Return names of frequencies, and their heights as a share of a mel spectrogram's."""
+    top_mel = float(_hertz_to_mel(sampling_rate / 2))
+    return [
+        (
+            f"{hertz // 1000} kHz" if hertz >= 1000 else f"{hertz} Hz",
+            float(_hertz_to_mel(hertz)) / top_mel,
+        )
+        for hertz in (250, 1000, 2000, 4000, 8000, 16000)
+        if hertz <= sampling_rate / 2
+    ]
 
 
 def _png(picture: Image.Image) -> bytes:

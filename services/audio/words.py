@@ -39,13 +39,19 @@ def find_words(prompt: str) -> list[Word]:
 def find_phrase(words: Sequence[str], phrase: str) -> list[int]:
     """Return the indices of the words of `phrase` in `words`, at each place where they stand in this order.
 
-    Upper and lower case are the same. The list is empty if the phrase has no words, or is not there.
+    Places do not overlap. Upper and lower case are the same. Empty if the phrase has no words, or is absent.
     """
     wanted = [word.text.casefold() for word in find_words(phrase)]
     folded = [word.casefold() for word in words]
-    places = range(len(folded) - len(wanted) + 1) if wanted else ()
-    starts = [place for place in places if folded[place : place + len(wanted)] == wanted]
-    return sorted({start + offset for start in starts for offset in range(len(wanted))})
+    found: list[int] = []
+    place = 0
+    while wanted and place <= len(folded) - len(wanted):
+        if folded[place : place + len(wanted)] == wanted:
+            found += range(place, place + len(wanted))
+            place += len(wanted)
+        else:
+            place += 1
+    return found
 
 
 def _separates(character: str) -> bool:

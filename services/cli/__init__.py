@@ -3,6 +3,7 @@
     milonga generate "A dog barks then a siren wails" -o clip.wav --seed 7
     milonga score "A dog barks then a siren wails" clip.wav other.flac
     milonga caption clip.wav other.flac
+    milonga explain "A dog barks then a siren wails" -o why.html
     milonga serve generation --model mini --listen 127.0.0.1:50051
     milonga up
     milonga fetch models:/milonga-tango/7
@@ -29,7 +30,20 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from services.cli import caption, convert, doctor, fetch, generate, score, serve, token, triton, up, verify
+from services.cli import (
+    caption,
+    convert,
+    doctor,
+    explain,
+    fetch,
+    generate,
+    score,
+    serve,
+    token,
+    triton,
+    up,
+    verify,
+)
 from services.environment import HUB_SCHEMES, quiet_libraries
 from services.errors import (
     AlreadyUnderWayError,
@@ -109,6 +123,7 @@ def build_app() -> typer.Typer:
     app.command()(generate.generate)
     app.command()(score.score)
     app.command()(caption.caption)
+    app.command()(explain.explain)
     app.add_typer(serve.app, name="serve")
     app.command("up", epilog=up.EPILOG)(up.up)
     app.command()(fetch.fetch)

@@ -72,6 +72,12 @@ class ProgressView:
                 stage, left = f"{self._finished} of {self._jobs} made", None
             self._show(stage, left)
 
+    def fraction(self, job: str, fraction: float, stage: str) -> None:
+        """Show the share of a job that is done, and its stage."""
+        with self._lock:
+            self._fractions[job] = fraction
+            self._show(stage, None)
+
     def done(self, job: str) -> None:
         """Count one prompt as done."""
         with self._lock:

@@ -113,7 +113,10 @@ def _web_plan(
             return [], f"{address} is in use; give --web-port"
     addresses = {plan.name: plan.address for plan in services}
     arguments = tuple(
-        word for name, target in addresses.items() for word in (f"--{name}", local_target(target))
+        word
+        for name, target in addresses.items()
+        if name in web.SERVICES
+        for word in (f"--{name}", local_target(target))
     )
     return [ServicePlan(name=web.NAME, arguments=arguments, address=address, http=True)], ""
 

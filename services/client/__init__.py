@@ -11,12 +11,23 @@
     with AudioClient(captioning="localhost:50054") as client:
         client.caption_audio([Path("clip.wav")]).captions[0].text
 
+    with AudioClient(explanation="localhost:50055") as client:
+        client.explain_audio("A dog barks then a siren wails", seed=7).matrix_WT
+
 Needs the light base install only: no torch. Values are those of `services.api`, errors those of
 `services.errors`.
 """
 
 from services.api.best import Best, Candidate, RankBy
 from services.api.captioning import Caption, CaptionCandidate, CaptionOptions, Captions, CaptionTimings
+from services.api.explanation import (
+    ExplainerModel,
+    Explanation,
+    ExplanationOptions,
+    ExplanationProgress,
+    ExplanationUpdate,
+    Variant,
+)
 from services.api.generation import (
     Clip,
     Finished,
@@ -64,6 +75,11 @@ __all__ = [
     "Clip",
     "ConnectionOptions",
     "Embeddings",
+    "ExplainerModel",
+    "Explanation",
+    "ExplanationOptions",
+    "ExplanationProgress",
+    "ExplanationUpdate",
     "Finished",
     "Generation",
     "GenerationModel",
@@ -84,6 +100,7 @@ __all__ = [
     "Sound",
     "Timings",
     "Update",
+    "Variant",
     "address_fault",
     "build_request",
     "read_response",

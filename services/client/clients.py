@@ -6,11 +6,20 @@ blocking transport, where they never suspend.
 
 import copy
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from milonga.v1 import captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
+from milonga.v1 import (
+    captioning_pb2,
+    explanation_pb2,
+    generation_pb2,
+    operator_pb2,
+    reward_pb2,
+    scoring_pb2,
+)
 from services.api.best import (
     Best,
     RankBy,
@@ -21,13 +30,15 @@ from services.api.best import (
     run,
 )
 from services.api.captioning import CaptionOptions, Captions
+from services.api.explanation import ExplainerModel, Explanation, ExplanationOptions, ExplanationUpdate
 from services.api.generation import Clip, Generation, GenerationModel, GenerationOptions, Update
 from services.api.model import ModelSwitch, ModelVersion
 from services.api.scoring import REWARD, Embeddings, Ranking, Rewards, Scores, Sound
-from services.client import captioning, generation, operator, reward, scoring
+from services.client import captioning, explanation, generation, operator, reward, scoring
 from services.client.calls import Calls
 from services.client.connection import Connection, ConnectionOptions
 from services.client.transport import AsyncioTransport, BlockingTransport, iterate
+from services.errors import MilongaError
 from services.runtime import tracing
 from services.runtime.callers import Priority
 from services.wire import read_version
@@ -172,6 +183,40 @@ class _Rpcs:
         """Return the served captioner, its defaults, and the limits of a call."""
         return await self._calls.unary(captioning.GET_CAPTIONER, captioning_pb2.GetCaptionerRequest, timeout)
 
+    async def explain_audio(
+        self,
+        prompt: str,
+        *,
+        on_update: Callable[[ExplanationUpdate], None] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[ExplanationOptions],
+    ) -> Explanation:
+        """Return how much each frame of a clip owes to each word of its prompt.
+
+        Args:
+            prompt: the prompt of the clip.
+            on_update: called with each update before the answer: place in the queue, and progress.
+            timeout: seconds that the call may take.
+            options: the method, and options of the generation; `clip` for one that was made elsewhere.
+        """
+        request = explanation.explanation_request(prompt, **options)
+        found: Explanation | None = None
+        async with aclosing(self._calls.stream(explanation.EXPLAIN_AUDIO, request, timeout)) as events:
+            async for event in events:
+                if isinstance(event, Explanation):
+                    found = replace(event, prompt=prompt)
+                elif on_update is not None:
+                    on_update(event)
+        if found is None:
+            raise MilongaError("the stream ended without an explanation; try again")
+        return found
+
+    async def get_explainer(self, *, timeout: float | None = None) -> ExplainerModel:
+        """Return the served explainer, with its methods, limits and defaults."""
+        return await self._calls.unary(
+            explanation.GET_EXPLAINER, explanation_pb2.GetExplainerRequest, timeout
+        )
+
     async def generate_best(
         self,
         prompt: str,
@@ -242,10 +287,14 @@ class AsyncAudioClient(_Rpcs):
         scoring: str | None = None,
         reward: str | None = None,
         captioning: str | None = None,
+        explanation: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
         """Check the arguments; they are those of `AudioClient`."""
-        addresses = {"target": target, "scoring": scoring, "reward": reward, "captioning": captioning}
+        addresses = {
+            "target": target, "scoring": scoring, "reward": reward, "captioning": captioning,
+            "explanation": explanation,
+        }  # fmt: skip
         connection = Connection(addresses, **options)
         super().__init__(Calls(connection, AsyncioTransport(connection)))
 
@@ -312,6 +361,7 @@ class AudioClient:
         scoring: str | None = None,
         reward: str | None = None,
         captioning: str | None = None,
+        explanation: str | None = None,
         **options: Unpack[ConnectionOptions],
     ) -> None:
         """Check the arguments. Channels open at the first call to each address.
@@ -323,6 +373,7 @@ class AudioClient:
             scoring: address of the scoring service.
             reward: address of the reward service.
             captioning: address of the captioning service.
+            explanation: address of the explanation service.
             options: see `ConnectionOptions`.
 
         Raises:
@@ -330,7 +381,10 @@ class AudioClient:
                 out of range, or a TLS file can't be read. A missing address is reported at the first call to
                 its service, as is TLS on one side only.
         """
-        addresses = {"target": target, "scoring": scoring, "reward": reward, "captioning": captioning}
+        addresses = {
+            "target": target, "scoring": scoring, "reward": reward, "captioning": captioning,
+            "explanation": explanation,
+        }  # fmt: skip
         connection = Connection(addresses, **options)
         self._rpcs = _Rpcs(Calls(connection, BlockingTransport(connection)))
 
@@ -348,6 +402,8 @@ class AudioClient:
     get_reward_model = _blocking(_Rpcs.get_reward_model)
     caption_audio = _blocking(_Rpcs.caption_audio)
     get_captioner = _blocking(_Rpcs.get_captioner)
+    explain_audio = _blocking(_Rpcs.explain_audio)
+    get_explainer = _blocking(_Rpcs.get_explainer)
     generate_best = _blocking(_Rpcs.generate_best)
     close = _blocking(_Rpcs.close)
 

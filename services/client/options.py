@@ -77,6 +77,7 @@ class ServiceOptions:
         scoring: str | None = None,
         reward: str | None = None,
         captioning: str | None = None,
+        explanation: str | None = None,
         **others: Unpack[ConnectionOptions],
     ) -> AudioClient:
         """Return a client of services. `others` take the place of these options.
@@ -94,7 +95,14 @@ class ServiceOptions:
             options["timeout"] = self.timeout
         options.update(others)
         try:
-            return AudioClient(target, scoring=scoring, reward=reward, captioning=captioning, **options)
+            return AudioClient(
+                target,
+                scoring=scoring,
+                reward=reward,
+                captioning=captioning,
+                explanation=explanation,
+                **options,
+            )
         except InvalidInputError as error:
             raise _by_options(error) from error
 

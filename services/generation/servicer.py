@@ -17,6 +17,7 @@ from services.generation import convert
 from services.runtime import tracing
 from services.runtime.callers import current_caller
 from services.wire import write_version
+from services.wire.generation import write_model
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context as TraceContext
@@ -77,7 +78,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """See generation.proto."""
-        return convert.write_model(self._slot.current.engine.description)
+        return write_model(self._slot.current.engine.description)
 
 
 async def run(

@@ -27,6 +27,7 @@ _METHODS: Final[Mapping[str, Mapping[Set[Role], tuple[str, ...]]]] = {
         READING: ("GetRewardModel",),
     },
     "milonga.v1.CaptioningService": {WORK: ("CaptionAudio",), READING: ("GetCaptioner",)},
+    "milonga.v1.ExplanationService": {WORK: ("ExplainAudio",), READING: ("GetExplainer",)},
     "milonga.v1.OperatorService": {OPERATION: ("SwitchModel",)},
     "inference.GRPCInferenceService": {
         WORK: ("ModelInfer", "ModelStreamInfer"),

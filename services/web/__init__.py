@@ -9,6 +9,8 @@ from typing import Final
 NAME: Final = "web"
 """Its sub-command of `milonga serve`, and its name in `milonga up`."""
 SUMMARY: Final = "Serve HTTP in front of the services: clips, scores and captions for clients without gRPC."
+SERVICES: Final = ("generation", "scoring", "reward", "captioning")
+"""The services that it calls. Explanations have no HTTP form."""
 PORT: Final = 8080
 """Default port."""
 EXAMPLE: Final = """curl {}/v1/audio/generate -d '{{"input": "A dog barks"}}' -o clip.wav"""

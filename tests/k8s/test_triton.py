@@ -78,13 +78,20 @@ def test_the_first_export_leaves_what_is_there_and_is_told_everything(tmp_path: 
     )
     words = called.read_text(encoding="utf-8").split()
     runs = " ".join(words).split("triton export ")[1:]
-    assert [run.split()[1] for run in runs] == ["tango", "reward", "caption"]
+    assert [run.split()[1] for run in runs] == ["tango", "reward", "caption", "explain"]
     for run in runs:
         model = run.split()[1]
         assert run.split() == [
             *("--only", model, "--model", told["MODEL"], "--scorer", told["SCORER_A"]),
             *("--scorer", told["SCORER_B"], "--reward", told["REWARD"], "--clap", told["CLAP"]),
-            *("--captioner", told["CAPTIONER"], "--captioner-clap", told["CLAP"]),
+            *(
+                "--captioner",
+                told["CAPTIONER"],
+                "--captioner-clap",
+                told["CLAP"],
+                "--explained",
+                told["MODEL"],
+            ),
             *("--set", f"{model}.device=cuda", str(repository)),
         ]
 

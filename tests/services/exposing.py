@@ -17,7 +17,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from milonga import AudioClient
-from milonga.v1 import audio_pb2, captioning_pb2, reward_pb2, scoring_pb2, scoring_pb2_grpc
+from milonga.v1 import (
+    audio_pb2,
+    captioning_pb2,
+    explanation_pb2,
+    generation_pb2,
+    reward_pb2,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
 from services.catalogue import CATALOGUE
 from services.errors import MilongaError
 from services.runtime.certificates import Certificates
@@ -25,6 +33,8 @@ from services.runtime.gpu_memory import GpuMemory, memory_metrics
 from services.runtime.metrics import ServerMetrics
 from services.runtime.settings import ServerSettings, load_settings
 from tests.services.captioning.serving import serving as serving_captioning
+from tests.services.explanation.serving import serving as serving_explanation
+from tests.services.explanation.serving import tiny_explainer
 from tests.services.generation.serving import serving as serving_generation
 from tests.services.generation.serving import tiny_engine
 from tests.services.inference.asking import tensor
@@ -103,6 +113,10 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
     with serving_captioning(tiny_captioner(), tiny_clap()) as captioning:
         captioning.stub.CaptionAudio(captioning_pb2.CaptionAudioRequest(clips=[float32(tone())]))
         yield "captioning", generate_latest(captioning.metrics.registry).decode()
+    with serving_explanation(tiny_explainer()) as explanation:
+        request = generation_pb2.GenerateAudioRequest(prompt="a dog barks", num_inference_steps=1)
+        list(explanation.stub.ExplainAudio(explanation_pb2.ExplainAudioRequest(request=request)))
+        yield "explanation", generate_latest(explanation.metrics.registry).decode()
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def test_its_metrics_name_our_models(server: Server) -> None:
 
     with urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
         text = answer.read().decode()
-    for name in ("tango", "clap", "reward", "caption"):
+    for name in ("tango", "clap", "reward", "caption", "explain"):
         assert f'nv_inference_request_success{{model="{name}",version="{version(name)}"}}' in text
     with urlopen(f"http://{server.http}/v2/health/ready", timeout=10) as answer:
         assert answer.status == 200

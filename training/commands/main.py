@@ -9,6 +9,7 @@ from rich.progress import track
 from services.errors import OutputError, invalid
 from training.commands import captioning as captioning_commands
 from training.commands import evaluate as evaluate_command
+from training.commands import explanations as explanation_commands
 from training.commands import finetune as finetune_commands
 from training.commands import run as run_command
 from training.commands import submit as submit_command
@@ -106,6 +107,7 @@ train.command()(finetune_commands.sft)
 train.command()(finetune_commands.dpo)
 train.command()(finetune_commands.baton)
 train.command()(evaluate_command.evaluate)
+train.command()(explanation_commands.evaluate_explanations)
 train.command()(captioning_commands.captioning)
 train.command()(captioning_commands.paraphrase)
 train.command()(captioning_commands.evaluate_captions)

@@ -20,7 +20,8 @@ from services.api.generation import (
 from services.api.model import UNVERSIONED
 from services.client.generation import read_model
 from services.errors import InvalidInputError
-from services.generation.convert import read_request, read_stream_request, write_event, write_model
+from services.generation.convert import read_request, read_stream_request, write_event
+from services.wire.generation import write_model
 
 MODEL = GenerationModel(
     model=UNVERSIONED,

@@ -80,9 +80,9 @@ class Stream:
             lambda result, error: self.answers.put((result, error)), headers={"triton_grpc_error": "true"}
         )
 
-    def ask(self, inputs: list[Any], **options: Any) -> None:
+    def ask(self, inputs: list[Any], model: str = "tango", **options: Any) -> None:
         self.under_way = True
-        self.client.async_stream_infer("tango", inputs, **options)
+        self.client.async_stream_infer(model, inputs, **options)
 
     def get(self) -> Any:
         result, error = self.answers.get(timeout=120)
@@ -133,7 +133,13 @@ def digest(name: str) -> str:
     return read_manifest(mini_folder(name)).digest
 
 
-EMBEDDED: Final = {"tango": "mini", "clap": "clap-a", "reward": "reward", "caption": "captioner"}
+EMBEDDED: Final = {
+    "tango": "mini",
+    "clap": "clap-a",
+    "reward": "reward",
+    "caption": "captioner",
+    "explain": "mini",
+}
 """Embedded weights by model."""
 
 
@@ -191,6 +197,36 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             ("DIGEST", "BYTES", [-1, 1]),
         ],
         *(optional, 64, False),
+    )
+    assert described["explain"] == (
+        [
+            ("PROMPT", "BYTES", [-1]),
+            *((name, "BYTES", [-1]) for name in ("METHOD", "WITHOUT", "REPLACEMENT")),
+            ("ITERATIONS", "INT32", [-1]),
+            ("NEGATIVE_PROMPT", "BYTES", [-1]),
+            ("SEED", "INT64", [-1]),
+            ("NUM_INFERENCE_STEPS", "INT32", [-1]),
+            ("GUIDANCE_SCALE", "FP32", [-1]),
+            ("DURATION", "FP32", [-1]),
+            ("SCHEDULER", "BYTES", [-1]),
+            *sound[1:],
+        ],
+        [
+            ("MATRIX", "FP32", [-1, -1]),
+            ("WORDS", "BYTES", [-1]),
+            ("FRAME_SECONDS", "FP32", [1]),
+            ("AUDIO", "FP32", [-1, -1]),
+            ("SAMPLE_RATE", "INT32", [1]),
+            ("SEED", "INT64", [-1]),
+            ("DIGEST", "BYTES", [-1]),
+            ("PROGRESS", "FP32", [1]),
+        ],
+        [
+            *("METHOD", "WITHOUT", "REPLACEMENT", "ITERATIONS", "NEGATIVE_PROMPT", "SEED"),
+            *("NUM_INFERENCE_STEPS", "GUIDANCE_SCALE", "DURATION", "SCHEDULER"),
+            *optional,
+        ],
+        *(0, True),
     )
     assert described["tango"] == (
         [
@@ -320,6 +356,50 @@ def test_captions_of_samples_and_of_files(served: Addresses) -> None:
     assert candidates.shape == scores.shape
     assert np.array_equal(np.sort(scores)[:, ::-1], scores)
     assert of_samples.as_numpy("DIGEST").tolist() == [[digest("captioner").encode()]] * 2
+
+
+def test_words_by_frames_of_a_clip_that_is_made_and_of_a_given_one(served: Addresses) -> None:
+    given = {"PROMPT": ("BYTES", [PROMPTS[0]]), "SEED": ("INT64", [7]), "NUM_INFERENCE_STEPS": ("INT32", [2])}
+    own = [tensor(name, kind, values) for name, (kind, values) in given.items()]
+    answers: list[Any] = []
+    with stream(served.models["explain"]) as opened:
+        for given_clip in ([], sounds(TONES[:1])):
+            opened.ask([*own, *given_clip], "explain")
+            *progress, last = opened.all()
+            fractions = [float(one.as_numpy("PROGRESS")[0]) for one in progress]
+            assert fractions == sorted(fractions) and fractions[-1] == 1.0
+            answers.append(last)
+    for found in answers:
+        words = [word.decode() for word in found.as_numpy("WORDS")]
+        assert words == PROMPTS[0].split()
+        matrix_WT = found.as_numpy("MATRIX")
+        assert matrix_WT.shape[0] == len(words) and (matrix_WT >= 0).all() and matrix_WT.any()
+        seconds = found.as_numpy("AUDIO").shape[1] / found.as_numpy("SAMPLE_RATE")[0]
+        frame = found.as_numpy("FRAME_SECONDS")[0]
+        assert abs(matrix_WT.shape[1] * frame - seconds) < frame
+        assert found.as_numpy("SEED").tolist() == [7]
+        assert found.as_numpy("DIGEST").tolist() == [digest("mini").encode()]
+        assert parameters(found)["method"] == "occlusion"
+
+
+EXPLAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"PROMPT": ("BYTES", [""])}, "request.prompt: is empty"),
+    ({"METHOD": ("BYTES", ["magic"])}, "method: is 'magic'"),
+    ({"WITHOUT": ("BYTES", ["cat"])}, "without: is 'cat', which is not in the prompt"),
+    ({"SEED": ("INT64", [-1])}, "request.seed"),
+    ({"DURATION": ("FP32", [99.0])}, "request.duration: is 99 s"),
+    ({"PROMPT": ("BYTES", ["rain", "thunder"])}, "PROMPT"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), EXPLAIN_FAULTS)
+def test_bad_input_of_explain(served: Addresses, given: dict[str, Any], says: str) -> None:
+    tensors = {"PROMPT": ("BYTES", [PROMPTS[0]]), "NUM_INFERENCE_STEPS": ("INT32", [2])} | given
+    with stream(served.models["explain"]) as opened:
+        opened.ask([tensor(name, kind, values) for name, (kind, values) in tensors.items()], "explain")
+        status, message = refusal(opened.all)
+    assert status == "INVALID_ARGUMENT"
+    assert says in message, message
 
 
 def test_clips_of_several_lengths_at_once(served: Addresses) -> None:

@@ -309,6 +309,7 @@ def test_every_rpc_of_every_service_is_in_the_table() -> None:
 
     from milonga.v1 import (  # noqa: F401
         captioning_pb2,
+        explanation_pb2,
         generation_pb2,
         operator_pb2,
         reward_pb2,

@@ -37,8 +37,8 @@ def test_the_repository_of_the_embedded_models(tmp_path: Path, capsys: pytest.Ca
         *(f"{name}/{version(name)}" for name in MODELS),
         "tritonserver",
     ]
-    tango, clap, reward, caption = (_config(repository, name) for name in MODELS)
-    assert {one.backend for one in (tango, clap, reward, caption)} == {"python"}
+    tango, clap, reward, caption, explain = (_config(repository, name) for name in MODELS)
+    assert {one.backend for one in (tango, clap, reward, caption, explain)} == {"python"}
     assert (tango.model_transaction_policy.decoupled, tango.max_batch_size) == (True, 0)
     assert tango.parameters["exact"].string_value == "true"
     assert list(tango.version_policy.specific.versions) == [int(version("tango"))]

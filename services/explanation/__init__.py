@@ -1,0 +1,1 @@
+"""The explanation service: which word of a prompt made which sound of a clip."""

@@ -1,0 +1,22 @@
+"""Load the explainer of a resolved generator."""
+
+from services.api.explanation import Explainer
+from services.models.architectures import architecture_of
+from services.models.explaining.explainer import DiffusionExplainer
+from services.weights.uri import ResolvedModel
+
+
+def load_explainer(model: ResolvedModel, *, device: str = "auto", dtype: str = "float32") -> Explainer:
+    """Load a generator, and return its explainer; takes seconds.
+
+    Args:
+        model: the generator.
+        device: torch's name of a device, or ``auto``.
+        dtype: float type of text encoder and denoiser.
+
+    Raises:
+        ModelError: the model was refused.
+        InvalidInputError: the device does not exist.
+    """
+    architecture = architecture_of(model.folder)
+    return DiffusionExplainer(architecture.load(model.folder, device=device, dtype=dtype), architecture)
