@@ -91,6 +91,9 @@ class EvaluationConfig:
     """URI of the tagger that detects events; used only for prompts whose events are known."""
     captioner: str | None = None
     """URI of a captioner with a list of events, for the round trip; None: no figures of it."""
+    unused_words: bool = False
+    """Also report the share of clips with an event in the prompt that the model's denoiser hardly uses, in
+    all and by class. Needs models with a denoiser, not folders; prompts of the sound world."""
     kl: Convention = "softmax"
     """Function from logits to the posteriors of KL: softmax or sigmoid."""
     inception_splits: Count = 1

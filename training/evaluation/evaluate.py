@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ from training.evaluation.sources import (
     prepare_clips,
     same_seeds,
 )
+from training.evaluation.unused_words import unused_words
 from training.loop.config import flatten
 from training.loop.progress import progress
 from training.loop.run_folder import finished_report
@@ -89,13 +90,14 @@ def evaluate(
         OutputError: `output` can't be written.
     """
     opened = [open_source(text) for text in sources]
-    check_names(opened)
+    _check_sources(opened, config)
     compared = comparison_pairs([source.name for source in opened], config.comparisons)
     plan = make_plan(config, opened)
     evaluators = open_evaluators(config)
     clips = [prepare_clips(source, plan, config, cache or output / CLIPS) for source in opened]
     references = embed_references(plan, evaluators, config)
     scores = {c.name: score_clips(c.name, c.files, plan, evaluators, references, config) for c in clips}
+    _add_unused_words(scores, opened, clips, plan, config)
 
     # A clip that is unreadable for one source is left out for all, so that all metrics are of the same clips.
     splits = split_indices(plan, np.logical_and.reduce([found.readable_N for found in scores.values()]))
@@ -150,6 +152,29 @@ def evaluate(
     write_results(report, scores, clips, plan, config, output)
     print_warnings(report)
     return report
+
+
+def _check_sources(sources: Sequence[Source], config: EvaluationConfig) -> None:
+    check_names(sources)
+    folders = [source.name for source in sources if isinstance(source, FolderSource)]
+    if config.unused_words and folders:
+        raise invalid("unused_words", f"is true, but {folders[0]} is a folder; give models, or leave it out")
+
+
+def _add_unused_words(
+    scores: dict[str, ClipScores],
+    sources: Sequence[Source],
+    clips: Sequence[SourceClips],
+    plan: Sequence[PlannedClip],
+    config: EvaluationConfig,
+) -> None:
+    """Add the metrics of words that a model does not use to its clips' scores, if the config wants them."""
+    if not config.unused_words:
+        return
+    for source, made in zip(sources, clips, strict=True):
+        assert isinstance(source, ModelSource)
+        columns = unused_words(source.name, source.model, made.files, plan, config.device)
+        scores[source.name] = replace(scores[source.name], values={**scores[source.name].values, **columns})
 
 
 def _pairing_warnings(sources: Sequence[Source], plan: Sequence[PlannedClip]) -> list[str]:

@@ -31,6 +31,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "them in the prompt's order, or at the same time",
     "round_trip_present_and_in_order": "both",
     "round_trip_nothing_else": "share of clips whose caption names no other event",
+    "unused_words": "share of prompts with an event whose words change less than a tenth of what all do",
     "nothing_else_heard": "share without events that are not in the prompt",
 }
 """Descriptions of metrics, by prefixes of their names."""

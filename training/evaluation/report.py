@@ -32,7 +32,8 @@ from training.objectives.statistics import NORMAL_QUANTILE, Interval, mean_inter
 Metrics = dict[str, Interval]
 """Metrics with their intervals, by name."""
 
-LOWER_IS_BETTER = ("fad.", "fd.", "kad.", "kl.", "silent", "clipped", "overshoot", "reversed_given_presence")
+LOWER_IS_BETTER = ("fad.", "fd.", "kad.", "kl.", "silent", "clipped", "overshoot", "reversed_given_presence",
+                   "unused_words")  # fmt: skip
 """Prefixes of metrics of which lower is better."""
 UNDIRECTED = ("loudness_db",)
 """Metrics of which neither lower nor higher is better."""
