@@ -8,6 +8,7 @@
     milonga up
     milonga fetch models:/milonga-tango/7
     milonga verify clip.wav
+    milonga ratings plan --a mini --b mini-base --prompts prompts.jsonl
     milonga token studio --output studio.token >> callers.toml
     milonga triton export --model mini repository/
     milonga convert PATH-OF-A-RELEASED-CHECKPOINT tango2/ --text-encoder DIR
@@ -37,6 +38,7 @@ from services.cli import (
     explain,
     fetch,
     generate,
+    ratings,
     score,
     serve,
     token,
@@ -133,6 +135,7 @@ def build_app() -> typer.Typer:
     app.command()(token.token)
     app.command()(verify.verify)
     app.add_typer(triton.app, name="triton")
+    app.add_typer(ratings.app, name="ratings")
     app.command()(doctor.doctor)
     for entry in sorted(importlib.metadata.entry_points(group=COMMAND_GROUP)):
         try:

@@ -32,6 +32,7 @@ _MARKERS = {
     "triton": "tritonclient",
     "web": "uvicorn",
     "provenance": "c2pa-python",
+    "ratings": "sqlalchemy",
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
@@ -42,6 +43,7 @@ _PURPOSES = {
     "triton": "to serve from Triton",
     "web": "to serve HTTP in front of the services",
     "provenance": "to sign clips and to verify them",
+    "ratings": "to have pairs of clips rated",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
     "laion:PATH does not need it",
     "dev": "to work on milonga",

@@ -45,10 +45,18 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
 
         signer = ClipSigner(settings.sign_cert, settings.sign_key, with_prompt=settings.sign_prompt)
 
+    store = None
+    if settings.ratings is not None:
+        from services.ratings.store import RatingStore
+
+        store = RatingStore(settings.ratings)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await backend.close()
+        if store is not None:
+            store.close()
 
     app = FastAPI(
         title="Milonga",
@@ -65,6 +73,10 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
     app.include_router(generation.router(backend, settings, signer))
     app.include_router(judging.router(backend, settings))
     app.include_router(provenance.router(settings, signer))
+    if store is not None:
+        from services.web import ratings
+
+        app.include_router(ratings.router(store))
     app.include_router(_operations(app, backend, settings, metrics, readiness))
     return Limits(app, settings, metrics)
 

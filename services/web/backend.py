@@ -45,7 +45,7 @@ class Backend:
             UnauthenticatedError: the request has no token, and the web door passes on none without.
             InvalidInputError: the token or the priority is none.
         """
-        token, priority = _token(request), _priority(request)
+        token, priority = token_of(request), _priority(request)
         if token is None and not self._settings.admits_anonymous:
             raise UnauthenticatedError("give your token: Authorization: Bearer TOKEN")
         try:
@@ -83,7 +83,7 @@ class Backend:
         await self._client.close()
 
 
-def _token(request: Request) -> str | None:
+def token_of(request: Request) -> str | None:
     """Return the token of a request: a bearer's, or ElevenLabs' ``xi-api-key``."""
     given = request.headers.get("authorization")
     if given is not None:

@@ -49,7 +49,8 @@ def run(settings: WebSettings) -> None:
     quiet_libraries(online=False)
     configure_logs(settings.log_format, settings.log_level)
     start_traces("milonga-web")
-    log.info("settings", **settings.model_dump(mode="json"))
+    # A URL of ratings may hold a password.
+    log.info("settings", **settings.model_dump(mode="json", exclude={"ratings"}))
     asyncio.run(serve(settings))
 
 

@@ -47,6 +47,8 @@ class WebSettings(ProcessSettings):
     """State the prompt itself in signed clips, not only its hash."""
     trusted_signers: Path | None = None
     """Certificates (PEM) of authorities whose signatures `/v1/provenance` calls trusted."""
+    ratings: str | None = None
+    """Database of ratings by people: sqlite:///FILE, or postgresql://USER@HOST/NAME. Default: no ratings."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=86_400)
     """Time after which a request is cancelled."""
     max_body_bytes: int = Field(default=2**18, gt=0, le=2**30)

@@ -1,0 +1,148 @@
+"""`milonga ratings`: plan blind pairs, admit raters, see how far they agree, export training data."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from services.cli.making import to_json
+from services.cli.options import check_address
+from services.client.addresses import address_fault
+from services.errors import invalid
+from services.lists import read_list
+
+if TYPE_CHECKING:
+    from services.ratings.planning import Make
+    from services.ratings.store import RatingStore
+
+app = typer.Typer(help="Ratings of blind pairs by people.", no_args_is_help=True)
+
+Database = Annotated[
+    str,
+    typer.Option(
+        "--ratings",
+        envvar="MILONGA_RATINGS",
+        help="Database: sqlite:///FILE, or postgresql://USER@HOST/NAME (extra store).",
+    ),
+]
+_DEFAULT = "sqlite:///ratings.db"
+_ALIASES = ("champion", "challenger")
+
+
+@contextlib.contextmanager
+def _store(url: str) -> Iterator["RatingStore"]:
+    from services.ratings.store import RatingStore
+
+    store = RatingStore(url, "--ratings")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@app.command()
+def plan(
+    a: Annotated[
+        str,
+        typer.Option(help="A model: its URI, champion, challenger, or the address of a generation service."),
+    ],
+    b: Annotated[str, typer.Option(help="The other model.")],
+    prompts: Annotated[Path, typer.Option(help="List of prompts: CSV, TSV, JSON or Parquet.")],
+    ratings: Database = _DEFAULT,
+    name: Annotated[
+        str, typer.Option(help="Registered model that the aliases champion and challenger are of.")
+    ] = "milonga-tango",
+    seed: Annotated[int, typer.Option(min=0, help="Of the clips, the sides and the choice of repeats.")] = 0,
+    repeats: Annotated[float, typer.Option(help="Hidden repeats, as a share of the prompts.")] = 0.1,
+    known: Annotated[float, typer.Option(help="Pairs with a known answer, as a share of the prompts.")] = 0.1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the models'.")] = None,
+) -> None:
+    """Make the clips of both models, and add a blind pair per prompt."""
+    from services.ratings.planning import plan_items
+
+    texts = [entry.prompt for entry in read_list(prompts, "--prompts", clip="ignored")]
+    with _store(ratings) as store, _maker(_uri(a, name), "--a", steps) as make_a:
+        with _maker(_uri(b, name), "--b", steps) as make_b:
+            items = list(plan_items(texts, make_a, make_b, seed=seed, repeats=repeats, known=known))
+        study = store.add_study(a, b, seed, items)
+    typer.echo(f"study {study}: {len(items)} pairs, of {len(texts)} prompts")
+
+
+@app.command()
+def rater(
+    name: Annotated[str, typer.Argument(help="A name that the rater chooses; it need not be theirs.")],
+    ratings: Database = _DEFAULT,
+) -> None:
+    """Admit a rater; print their token, with which they rate on the web door's page /rate."""
+    with _store(ratings) as store:
+        typer.echo(store.add_rater(name))
+
+
+@app.command()
+def show(ratings: Database = _DEFAULT) -> None:
+    """Print counts, agreement and reliability as JSON."""
+    from services.ratings.store import summary
+
+    with _store(ratings) as store:
+        typer.echo(to_json(summary(store.ratings())))
+
+
+@app.command()
+def export(
+    output: Annotated[
+        Path, typer.Argument(help="pairs.parquet: Audio-alpaca's pairs; labels.json: BATON's labels.")
+    ],
+    ratings: Database = _DEFAULT,
+    min_known: Annotated[
+        float,
+        typer.Option(
+            help="Leave out raters who answer less than this share of the known pairs right.", min=0, max=1
+        ),
+    ] = 0.0,
+) -> None:
+    """Write the ratings as training data, for milonga train reward, dpo and baton."""
+    from services.ratings.export import export_labels, export_pairs, reliable
+
+    formats: dict[str, Callable[..., int]] = {".parquet": export_pairs, ".json": export_labels}
+    if output.suffix not in formats:
+        raise invalid("OUTPUT", f"is {output}, must end in .parquet (pairs) or .json (labels)")
+    with _store(ratings) as store:
+        count = formats[output.suffix](store, reliable(store.ratings(), min_known), output)
+    typer.echo(f"{output}: {count} {'pairs' if output.suffix == '.parquet' else 'labelled clips'}")
+
+
+def _uri(text: str, name: str) -> str:
+    return f"models:/{name}@{text}" if text in _ALIASES else text
+
+
+@contextlib.contextmanager
+def _maker(text: str, flag: str, steps: int | None) -> Iterator["Make"]:
+    """Yield what makes a model's clips: by a service if `text` is an address, otherwise here."""
+    from services.api.generation import ClipMaker
+
+    maker: ClipMaker
+    if (
+        ":" in text
+        and "/" not in text
+        and address_fault(text) is None
+        and text.rpartition(":")[2].isdecimal()
+    ):
+        from services.client import AudioClient
+
+        check_address(flag, text)
+        maker = AudioClient(text)
+    else:
+        from services.local import open_clip_maker
+        from services.weights.uri import resolve
+
+        maker = open_clip_maker(resolve(text))
+    try:
+        yield (
+            lambda prompt, seed: (
+                maker.generate(prompt, seed=seed, num_inference_steps=steps, encoding="flac").clips[0].audio
+            )
+        )
+    finally:
+        maker.close()

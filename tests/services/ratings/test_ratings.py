@@ -1,0 +1,331 @@
+"""Ratings: blind pairs, what raters see, agreement, the page's endpoints, and exports that training reads."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from services import cli
+from services.audio.encoding import encode_audio
+from services.errors import InvalidInputError, ServiceUnavailableError, UnauthenticatedError
+from services.ratings.agreement import krippendorff_alpha, wilson_interval
+from services.ratings.export import export_labels, export_pairs, reliable
+from services.ratings.planning import plan_items
+from services.ratings.store import Answers, Rater, RatingStore, Verdict, summary
+from services.ratings.tables import ItemRow
+from tests.services.generation.serving import serving, tiny_engine
+from tests.services.web.hosting import calling, faults, hosting_web
+from training.data.examples import read_labelled, read_pairs
+
+PROMPTS = [f"{event} number {index}" for index in range(5) for event in ("a dog barks", "rain falls")]
+
+
+def _clip(prompt: str, seed: int, hertz: float) -> bytes:
+    time_N = np.arange(8_000) / 16_000
+    sound_N = 0.3 * np.sin(2 * np.pi * hertz * time_N) + 1e-3 * len(prompt) + 1e-4 * (seed % 97)
+    return encode_audio(sound_N.astype(np.float32), 16_000, "flac")
+
+
+def _a(prompt: str, seed: int) -> bytes:
+    return _clip(prompt, seed, 400.0)
+
+
+def _b(prompt: str, seed: int) -> bytes:
+    return _clip(prompt, seed, 900.0)
+
+
+def _is_b(content: bytes) -> bool:
+    """Whether a clip is b's: a listener of this test tells them by their pitch."""
+    sound_N, _ = soundfile.read(io.BytesIO(content))
+    return bool(np.abs(np.fft.rfft(sound_N))[1:].argmax() + 1 > 300)
+
+
+def _planned(path: Path) -> RatingStore:
+    store = RatingStore(f"sqlite:///{path}")
+    items = list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
+    store.add_study("mini", "mini-base", 3, items)
+    return store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[RatingStore]:
+    store = _planned(tmp_path / "ratings.db")
+    yield store
+    store.close()
+
+
+def _rate_all(store: RatingStore, name: str, prefers_b: bool = True) -> Rater:
+    """Have a rater prefer one model everywhere."""
+    rater = store.rater(store.add_rater(name))
+    while (shown := store.next_item(rater)[0]) is not None:
+        left_is_b = _is_b(store.clip(shown.left))
+        store.rate(rater, shown.id, "left" if left_is_b == prefers_b else "right")
+    return rater
+
+
+# Agreement
+
+
+def test_alpha_is_that_of_krippendorffs_own_example() -> None:
+    rows = ("123321412...", "123322412" + "5.3", ".33323422" + "51.", "12332441" + "251.")
+    units = [[row[unit] for row in rows if row[unit] != "."] for unit in range(12)]
+    alpha = krippendorff_alpha(units)
+    assert alpha == pytest.approx(0.743, abs=5e-4)
+
+
+def test_alpha_of_agreement_chance_and_nothing() -> None:
+    assert krippendorff_alpha([["a", "a"], ["b", "b"]]) == 1
+    assert krippendorff_alpha([["a", "b"], ["a", "b"]]) == pytest.approx(-0.5)
+    assert krippendorff_alpha([["a"], []]) is None
+    assert krippendorff_alpha([["a", "a"]]) is None
+
+
+def test_wilsons_interval_by_hand() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+# Plans and ratings
+
+
+def test_a_plan_has_a_pair_per_prompt_on_sides_drawn_at_random_and_hidden_checks() -> None:
+    items = list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
+    kinds = [item.kind for item in items]
+    assert (kinds.count("pair"), kinds.count("repeat"), kinds.count("known")) == (10, 3, 2)
+    sides = {item.left_source for item in items if item.kind == "pair"}
+    assert sides == {"a", "b"}
+    for item in items:
+        if item.repeats is not None:
+            original = items[item.repeats]
+            assert (item.left, item.right, item.prompt) == (original.right, original.left, original.prompt)
+    assert items == list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
+
+
+@pytest.mark.parametrize(("repeats", "prompts"), [(1.5, PROMPTS), (0.1, PROMPTS[:1])])
+def test_wrong_plans_are_refused(repeats: float, prompts: list[str]) -> None:
+    with pytest.raises(InvalidInputError):
+        list(plan_items(prompts, _a, _b, repeats=repeats))
+
+
+def test_a_rater_sees_every_pair_once_and_no_source(store: RatingStore) -> None:
+    rater = store.rater(store.add_rater("ann"))
+    seen = []
+    while (shown := store.next_item(rater)[0]) is not None:
+        assert not hasattr(shown, "left_source")
+        seen.append(shown.id)
+        store.rate(rater, shown.id, "both_bad")
+    assert len(seen) == len({*seen}) == 15
+    assert store.next_item(rater) == (None, 15, 15)
+    other = store.rater(store.add_rater("bob"))
+    assert store.next_item(other)[1:] == (0, 15)
+
+
+def test_a_rating_can_be_changed_and_taken_back(store: RatingStore) -> None:
+    rater = store.rater(store.add_rater("ann"))
+    shown, _, _ = store.next_item(rater)
+    assert shown is not None
+    store.rate(rater, shown.id, "left")
+    store.rate(rater, shown.id, "both_good", Answers(left_present=True))
+    (one,) = store.ratings()
+    assert (one.verdict, one.answers.left_present) == ("both_good", True)
+    store.rate(rater, shown.id, None)
+    assert store.ratings() == []
+    assert store.next_item(rater)[0] == shown
+
+
+def test_the_summary_measures_agreement_and_each_rater(store: RatingStore) -> None:
+    _rate_all(store, "ann")
+    _rate_all(store, "bob")
+    found = summary(store.ratings())
+    assert (found["pairs"], found["decided"], found["win_rate"]) == (10, 10, 1.0)
+    assert found["win_rate_interval"][0] > 0.7
+    assert found["raters"]["ann"]["consistency"] == 1
+    assert found["raters"]["ann"]["repeats"] == 3
+    _rate_all(store, "eve", prefers_b=False)
+    found = summary(store.ratings())
+    assert found["win_rate"] == 1.0  # two of three
+    assert found["krippendorff_alpha"] < 0
+
+
+def test_many_raters_at_once_lose_nothing(store: RatingStore) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda index: _rate_all(store, f"rater {index}"), range(6)))
+    assert len(store.ratings()) == 6 * 15
+
+
+def test_one_pair_rated_twice_at_once_counts_once(store: RatingStore) -> None:
+    rater = store.rater(store.add_rater("ann"))
+    verdicts: list[Verdict] = ["left", "right"] * 10
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda verdict: store.rate(rater, 1, verdict), verdicts))
+    assert len(store.ratings()) == 1
+
+
+def test_tokens_and_names_of_raters(store: RatingStore) -> None:
+    store.add_rater("Ann K.")
+    for name in ("Ann K.", "", "x" * 65, "a\nb"):
+        with pytest.raises(InvalidInputError, match="name"):
+            store.add_rater(name)
+    for token in (None, "", "wrong"):
+        with pytest.raises(UnauthenticatedError):
+            store.rater(token)
+    with pytest.raises(InvalidInputError, match="is no pair"):
+        store.rate(Rater(id=1, name="x"), 99, "left")
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracle://x", "mysql://user:secret@host/x"])
+def test_wrong_urls_are_named_without_their_password(url: str) -> None:
+    with pytest.raises(InvalidInputError, match="must be sqlite:///FILE") as caught:
+        RatingStore(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_that_can_not_be_opened_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ServiceUnavailableError, match="nothing was saved"):
+        RatingStore(f"sqlite:///{tmp_path}/absent/ratings.db")
+
+
+# Exports
+
+
+def test_pairs_are_what_training_reads(store: RatingStore, tmp_path: Path) -> None:
+    for name in ("ann", "bob"):
+        _rate_all(store, name)
+    path = tmp_path / "pairs.parquet"
+    assert export_pairs(store, store.ratings(), path) == 10
+    pairs = read_pairs(path)
+    assert [pair.prompt for pair in pairs] == PROMPTS
+    assert {pair.kind for pair in pairs} == {"strategy listeners"}
+    for pair in pairs:
+        waveform_CN, rate = pair.chosen.read()[:2]
+        assert rate == 16_000
+        assert np.abs(np.fft.rfft(np.asarray(waveform_CN).reshape(-1)))[1:].argmax() + 1 > 300
+
+
+def test_labels_are_what_training_reads(store: RatingStore, tmp_path: Path) -> None:
+    rater = store.rater(store.add_rater("ann"))
+    (first, second, third) = (item for item in range(1, 4))
+    store.rate(rater, first, "both_good")
+    store.rate(rater, second, "left", Answers(left_present=True, left_in_order=True, right_present=False))
+    store.rate(rater, third, "right")
+    path = tmp_path / "labels.json"
+    assert export_labels(store, store.ratings(), path) == 4
+    labelled = read_labelled(path)
+    assert sorted(one.label for one in labelled) == [0, 1, 1, 1]
+    assert {one.prompt for one in labelled} == set(PROMPTS[:2])
+
+
+def test_raters_who_fail_known_pairs_are_left_out(store: RatingStore) -> None:
+    good, bad = (store.rater(store.add_rater(name)) for name in ("good", "bad"))
+    with store._session() as session:
+        known = {row.id: row.left_source for row in session.query(ItemRow) if row.kind == "known"}
+    for item, source in known.items():
+        store.rate(good, item, "left" if source == "right" else "right")
+        store.rate(bad, item, "left" if source == "wrong" else "right")
+    for rater in (good, bad):
+        store.rate(rater, 1, "left")
+    assert {one.rater for one in reliable(store.ratings(), 0.7)} == {"good"}
+    assert len(reliable(store.ratings(), 0)) == len(store.ratings())
+
+
+def test_nothing_to_export_is_said(store: RatingStore, tmp_path: Path) -> None:
+    for export in (export_pairs, export_labels):
+        with pytest.raises(InvalidInputError, match="ratings"):
+            export(store, store.ratings(), tmp_path / "x.json")
+
+
+# Commands
+
+
+def test_from_a_plan_to_pairs_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, database = tmp_path / "prompts.jsonl", f"sqlite:///{tmp_path}/ratings.db"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("a dog barks", "a siren wails")))
+    with tiny_engine() as engine, serving(engine) as served:
+        plan = ["--a", served.target, "--b", served.target, "--steps", "1", "--known", "0.5"]
+        assert cli.run(["ratings", "plan", *plan, "--prompts", str(prompts), "--ratings", database]) == 0
+    assert "3 pairs, of 2 prompts" in capsys.readouterr().out
+    assert cli.run(["ratings", "rater", "ann", "--ratings", database]) == 0
+    token = capsys.readouterr().out.strip()
+    store = RatingStore(database)
+    rater = store.rater(token)
+    for item in (1, 2):
+        store.rate(rater, item, "left")
+    store.close()
+    assert cli.run(["ratings", "export", str(tmp_path / "pairs.parquet"), "--ratings", database]) == 0
+    assert len(read_pairs(tmp_path / "pairs.parquet")) == 2
+    capsys.readouterr()
+    assert cli.run(["ratings", "show", "--ratings", database]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 2
+    assert cli.run(["ratings", "export", str(tmp_path / "pairs.csv"), "--ratings", database]) == 2
+
+
+# HTTP
+
+
+@pytest.fixture
+def door(tmp_path: Path, store: RatingStore) -> Iterator[tuple[httpx.Client, RatingStore, Path]]:
+    path = tmp_path / "ratings.db"
+    with (
+        hosting_web(generation="127.0.0.1:1", ratings=f"sqlite:///{path}") as url,
+        calling(url, Authorization=f"Bearer {store.add_rater('ann')}") as http,
+    ):
+        yield http, store, path
+
+
+def test_rating_by_http(door: tuple[httpx.Client, RatingStore, Path]) -> None:
+    http, store, _ = door
+    state = http.get("/v1/ratings/next").json()
+    assert (state["rater"], state["done"], state["total"]) == ("ann", 0, 15)
+    pair = state["pair"]
+    assert set(pair) == {"item", "prompt", "left", "right"}
+    assert soundfile.info(io.BytesIO(http.get(pair["left"]).content)).format == "FLAC"
+    answer = http.post("/v1/ratings", json={"item": pair["item"], "verdict": "left", "left_present": True})
+    assert (answer.status_code, answer.json()["done"]) == (201, 1)
+    assert http.get("/v1/ratings/next").json()["pair"] == answer.json()["pair"]  # a reload changes nothing
+    assert http.get("/v1/ratings/summary").json()["ratings"] == 1
+    assert http.delete(f"/v1/ratings/{pair['item']}").json()["done"] == 0
+    assert store.ratings() == []
+
+
+def test_wrong_ratings_are_named(door: tuple[httpx.Client, RatingStore, Path]) -> None:
+    http, _, _ = door
+    for body, field in (
+        ({"item": 1, "verdict": "best"}, "verdict"),
+        ({"item": 999, "verdict": "left"}, "item"),
+        ({"item": "1", "verdict": "left"}, "item"),
+        ({"item": 1, "verdict": "left", "rater": "bob"}, "rater"),
+    ):
+        assert field in faults(http.post("/v1/ratings", json=body))
+    assert http.get("/v1/ratings/next", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert http.get("/v1/ratings/clips/abc").status_code == 400
+
+
+def test_a_database_that_goes_away_is_told_and_nothing_is_lost(
+    door: tuple[httpx.Client, RatingStore, Path],
+) -> None:
+    http, store, path = door
+    assert http.post("/v1/ratings", json={"item": 1, "verdict": "left"}).status_code == 201
+    store.close()
+    away = path.rename(path.with_suffix(".away"))
+    path.mkdir()
+    answer = http.post("/v1/ratings", json={"item": 2, "verdict": "left"})
+    assert answer.status_code == 503
+    assert "nothing was saved" in answer.json()["detail"]
+    path.rmdir()
+    away.rename(path)
+    answer = http.post("/v1/ratings", json={"item": 2, "verdict": "left"})
+    assert (answer.status_code, answer.json()["done"]) == (201, 2)
+
+
+def test_the_page_asks_no_other_machine_for_anything(door: tuple[httpx.Client, RatingStore, Path]) -> None:
+    http, _, _ = door
+    page = http.get("/rate")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert not re.search(r"https?://|src=\"(?!\")", page.text)
