@@ -19,7 +19,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -292,13 +292,14 @@ def _words(text: str) -> list[str]:
 
 
 def _bleu(captions: list[str], references: list[list[str]], n: int) -> Interval:
-    """Return BLEU of the set, with an interval of resampled sets."""
+    """Return BLEU of the set, with an interval of resampled sets within 0 and 1."""
     bleu = partial(_metric_module("bleu").bleu, return_all_scores=False, n=n)
     resampled = [
         float(bleu([captions[i] for i in picks], [references[i] for i in picks]))
         for picks in prompt_resamples(len(captions), RESAMPLES)
     ]
-    return normal_interval(float(bleu(captions, references)), resampled, len(captions))
+    found = normal_interval(float(bleu(captions, references)), resampled, len(captions))
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def _interval(value: float, scores_N: NDArray[np.float64]) -> Interval:
