@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from services.api.captioning import ClipCaptioner
 from services.api.reading import EVENTS, Comparison, EventReader, Reading, compare, read_events
 from services.catalogue import captioner_uri
-from services.errors import invalid
+from services.errors import InvalidInputError, invalid
 from services.weights.uri import resolve
 
 Waveform = tuple[NDArray[np.float32], int]
@@ -87,11 +87,14 @@ def open_round_trip(uri: str, device: str = "auto") -> RoundTrip:
 
     Raises:
         ModelError: it can't be loaded.
-        InvalidInputError: it has no list of events.
+        InvalidInputError: it is no URI, or the model has no list of events.
     """
     from services.local_captioner import open_captioner
 
-    model = resolve(captioner_uri(uri))
+    try:
+        model = resolve(captioner_uri(uri))
+    except InvalidInputError as error:
+        raise invalid("captioner", error.violations[0].description) from error
     reader = read_events(model.folder)
     if reader is None:
         raise invalid("captioner", f"is {uri}, which has no {EVENTS}; give a captioner that has one, or none")

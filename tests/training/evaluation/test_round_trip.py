@@ -113,3 +113,5 @@ def test_a_captioner_without_a_list_of_events_is_refused(tmp_path: Path) -> None
     Captioner.from_pretrained(mini_folder("captioner")).save_pretrained(folder)
     with pytest.raises(InvalidInputError, match=r"has no events\.json; give a captioner that has one"):
         open_round_trip(f"file:{folder}")
+    with pytest.raises(InvalidInputError, match="captioner: is 'nothing', must be mini"):
+        open_round_trip("nothing")
