@@ -111,12 +111,11 @@ def _web_plan(
             _check_ports([ServicePlan(name=web.NAME, arguments=(), address=address)])
         except InvalidInputError:
             return [], f"{address} is in use; give --web-port"
-    addresses = {plan.name: plan.address for plan in services}
     arguments = tuple(
         word
-        for name, target in addresses.items()
-        if name in web.SERVICES
-        for word in (f"--{name}", local_target(target))
+        for plan in services
+        if plan.name in web.SERVICES
+        for word in (f"--{plan.name}", local_target(plan.address))
     )
     return [ServicePlan(name=web.NAME, arguments=arguments, address=address, http=True)], ""
 

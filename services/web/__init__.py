@@ -9,10 +9,10 @@ from typing import Final
 NAME: Final = "web"
 """Its sub-command of `milonga serve`, and its name in `milonga up`."""
 SUMMARY: Final = "Serve HTTP in front of the services: clips, scores and captions for clients without gRPC."
-SERVICES: Final = ("generation", "scoring", "reward", "captioning")
-"""The services that it calls. Explanations have no HTTP form."""
 PORT: Final = 8080
 """Default port."""
+SERVICES: Final = ("generation", "scoring", "reward", "captioning", "explanation")
+"""Services that it calls: each is a setting with an address."""
 EXAMPLE: Final = """curl {}/v1/audio/generate -d '{{"input": "A dog barks"}}' -o clip.wav"""
 """A command that calls it, with its address as ``{}``."""
 

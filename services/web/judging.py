@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from services.api.captioning import Caption
+from services.api.explanation import Explanation
 from services.api.model import ModelVersion
 from services.api.scoring import REWARD, Reward, Scores
 from services.client.clients import AsyncAudioClient
@@ -84,6 +85,27 @@ class CaptionsBody(_Body):
     """Maximum number of candidates in the answer. Default: all."""
 
 
+class ExplanationBody(_Body):
+    """A clip whose prompt to explain: one that is made, or `audio`."""
+
+    prompt: str
+    """Description of the clip."""
+    audio: SoundFile | None = None
+    """The clip's file in base64. Default: a clip that is made of the prompt."""
+    method: str | None = None
+    """Name of a method of the served model. Default: its first."""
+    seed: int | None = None
+    """Seed of the noise. Default: drawn."""
+    audio_length: float | None = None
+    """Length of a clip that is made, in seconds. Default: the model's."""
+    num_inference_steps: int | None = None
+    """Number of denoising steps. Default: the model's."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance. Default: the model's."""
+    iterations: int | None = None
+    """Most iterations of a method that learns."""
+
+
 def _documented(body: type[BaseModel]) -> dict[str, Any]:
     """Return what OpenAPI says of a body that `_read` reads."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -97,6 +119,7 @@ def _documented(body: type[BaseModel]) -> dict[str, Any]:
 
 
 _SCORES, _REWARDS, _CAPTIONS = (_documented(body) for body in (ScoresBody, RewardsBody, CaptionsBody))
+_EXPLANATION = _documented(ExplanationBody)
 
 
 def router(backend: Backend, settings: WebSettings) -> APIRouter:
@@ -135,6 +158,24 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
             "captions": [_caption(one) for one in found.captions],
         }
 
+    @routes.post("/v1/audio/explanations", openapi_extra=_EXPLANATION)
+    async def explanations(request: Request) -> dict[str, Any]:
+        """Return how much each frame of a clip owes to each word of its prompt."""
+        _require(settings.explanation, "explanation")
+        body = await _read(request, ExplanationBody)
+        work = backend.client_of(request).explain_audio(
+            body.prompt,
+            clip=body.audio,
+            method=body.method,
+            seed=body.seed,
+            duration=body.audio_length,
+            num_inference_steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+            iterations=body.iterations,
+            encoding="flac",
+        )
+        return _explanation(await _call(request, work))
+
     return routes
 
 
@@ -148,6 +189,8 @@ async def served(client: AsyncAudioClient, settings: WebSettings) -> list[dict[s
         found.append((read_version((await client.get_reward_model()).model), REWARD))
     if settings.captioning:
         found.append((read_version((await client.get_captioner()).model), "captioning"))
+    if settings.explanation:
+        found.append(((await client.get_explainer()).generation.model, "explanation"))
     return [openai_model(version, kind) for version, kind in found]
 
 
@@ -173,7 +216,7 @@ async def _read(request: Request, kind: type[B]) -> B:
 
 def _of_file(content: bytes, query: str, kind: type[B]) -> B:
     given = parse_qs(query, keep_blank_values=True, max_num_fields=16)
-    needed = {"prompt"} if "pairs" in kind.model_fields else set[str]()
+    needed = {"prompt"} if kind is not CaptionsBody else set[str]()
     faults = [FieldViolation(name[:80], "is unknown; leave it out") for name in given if name not in needed]
     faults += [
         FieldViolation(name, "is missing; give it in the query") for name in needed if name not in given
@@ -182,6 +225,8 @@ def _of_file(content: bytes, query: str, kind: type[B]) -> B:
     faults += [FieldViolation(name, "is given twice; give it once") for name in twice]
     if faults:
         raise InvalidInputError(*faults)
+    if kind is ExplanationBody:
+        return kind.model_construct(prompt=given["prompt"][0], audio=content)
     if not needed:
         return kind.model_construct(clips=[content])
     return kind.model_construct(pairs=[PairBody.model_construct(prompt=given["prompt"][0], audio=content)])
@@ -199,6 +244,9 @@ async def _call(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 def _field(field: str) -> str:
     """Return the body's name of a field of the wire: a pair's ``audio``, and ``clips[0]``."""
+    names = {"duration": "audio_length", "clip": "audio", "clip.audio": "audio"}
+    if field in names:
+        return names[field]
     if field.startswith("clips["):
         return field.removesuffix(".audio")
     return re.sub(r"\.clip(\.audio)?$", ".audio", field)
@@ -227,6 +275,22 @@ def _reward(one: Reward) -> dict[str, Any]:
     return {
         "logit": one.logit if one.readable else None,
         "probability": one.probability if one.readable else None,
+        "warnings": list(one.warnings),
+    }
+
+
+def _explanation(one: Explanation) -> dict[str, Any]:
+    return {
+        "model": version_of(one.model),
+        "method": one.method,
+        "seed": one.seed,
+        "frame_seconds": one.frame_seconds,
+        "words": [
+            {"word": word, "peak": peak, "values": row}
+            for word, peak, row in zip(one.words, one.peaks(), one.matrix_WT.tolist(), strict=True)
+        ],
+        "audio": base64.b64encode(one.clip.audio).decode(),
+        "content_type": "audio/flac",
         "warnings": list(one.warnings),
     }
 

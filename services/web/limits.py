@@ -19,7 +19,13 @@ from services.web.settings import WebSettings
 
 log = structlog.get_logger()
 
-AUDIO_PATHS: Final = ("/v1/audio/scores", "/v1/audio/rewards", "/v1/audio/captions", "/v1/provenance")
+AUDIO_PATHS: Final = (
+    "/v1/audio/scores",
+    "/v1/audio/rewards",
+    "/v1/audio/captions",
+    "/v1/audio/explanations",
+    "/v1/provenance",
+)
 """Paths whose bodies have sounds."""
 _FORMS: Final = ("", "application/x-www-form-urlencoded")
 """What curl -d says of every body."""

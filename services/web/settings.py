@@ -22,6 +22,8 @@ class WebSettings(ProcessSettings):
     """Address of the reward service. Default: no rewards."""
     captioning: str | None = None
     """Address of the captioning service. Default: no captions."""
+    explanation: str | None = None
+    """Address of the explanation service. Default: no explanations."""
     services_tls: bool = False
     """Use TLS to reach the services."""
     services_tls_ca_file: Path | None = None
@@ -96,6 +98,7 @@ class WebSettings(ProcessSettings):
             "scoring": self.scoring,
             "reward": self.reward,
             "captioning": self.captioning,
+            "explanation": self.explanation,
         }
 
     @property

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from services.ratings.agreement import krippendorff_alpha, wilson_interval
 from services.ratings.export import export_labels, export_pairs, reliable
 from services.ratings.planning import plan_items
 from services.ratings.store import Answers, Rater, RatingStore, Verdict, summary
-from services.ratings.tables import ItemRow
+from services.ratings.tables import Base, ItemRow
 from tests.services.generation.serving import serving, tiny_engine
 from tests.services.web.hosting import calling, faults, hosting_web
 from training.data.examples import read_labelled, read_pairs
@@ -47,18 +48,33 @@ def _is_b(content: bytes) -> bool:
     return bool(np.abs(np.fft.rfft(sound_N))[1:].argmax() + 1 > 300)
 
 
-def _planned(path: Path) -> RatingStore:
-    store = RatingStore(f"sqlite:///{path}")
+def _planned(url: str) -> RatingStore:
+    store = RatingStore(url)
     items = list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
     store.add_study("mini", "mini-base", 3, items)
     return store
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[RatingStore]:
-    store = _planned(tmp_path / "ratings.db")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RatingStore]:
+    """A database with a study. PostgreSQL's is that of POSTGRES_URL; its tables are dropped."""
+    url = f"sqlite:///{tmp_path}/ratings.db"
+    if request.param == "postgresql":
+        url = os.environ.get("POSTGRES_URL", "")
+        if not url:
+            pytest.skip("needs POSTGRES_URL, the URL of a PostgreSQL database that may be emptied")
+        _empty(url)
+    store = _planned(url)
     yield store
+    if request.param == "postgresql":
+        _empty(url)
     store.close()
+
+
+def _empty(url: str) -> None:
+    engine = RatingStore(url)._engine
+    Base.metadata.drop_all(engine)
+    engine.dispose()
 
 
 def _rate_all(store: RatingStore, name: str, prefers_b: bool = True) -> Rater:
@@ -270,13 +286,15 @@ def test_from_a_plan_to_pairs_by_commands(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.fixture
-def door(tmp_path: Path, store: RatingStore) -> Iterator[tuple[httpx.Client, RatingStore, Path]]:
+def door(tmp_path: Path) -> Iterator[tuple[httpx.Client, RatingStore, Path]]:
     path = tmp_path / "ratings.db"
+    store = _planned(f"sqlite:///{path}")
     with (
         hosting_web(generation="127.0.0.1:1", ratings=f"sqlite:///{path}") as url,
         calling(url, Authorization=f"Bearer {store.add_rater('ann')}") as http,
     ):
         yield http, store, path
+    store.close()
 
 
 def test_rating_by_http(door: tuple[httpx.Client, RatingStore, Path]) -> None:

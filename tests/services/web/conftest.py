@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from tests.services.captioning import serving as captioning
+from tests.services.explanation import serving as explanation
 from tests.services.generation import serving as generation
 from tests.services.reward import serving as reward
 from tests.services.scoring import serving as scoring
@@ -25,11 +26,13 @@ def door(generating: generation.Serving, tmp_path_factory: pytest.TempPathFactor
         scoring.serving({"a": f"file:{folder}"}) as scored,
         reward.serving(tiny_reward(tiny_clap())) as rewarded,
         captioning.serving(tiny_captioner()) as captioned,
+        explanation.serving(explanation.tiny_explainer()) as explained,
         hosting_web(
             generation=generating.target,
             scoring=scored.hosted.target,
             reward=rewarded.target,
             captioning=captioned.target,
+            explanation=explained.target,
             max_body_bytes=2**18,
             max_audio_bytes=2**22,
         ) as url,

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from services.catalogue import CATALOGUE
 from services.errors import InvalidInputError
 from services.processes import free_port
 from services.runtime.settings import load_settings
 from services.runtime.tokens import token_digest
+from services.web import SERVICES
 from services.web.serve import bind
 from services.web.settings import WebSettings
 from tests.services.generation.serving import Serving, serving
@@ -56,6 +58,16 @@ def test_a_file_as_the_whole_body(http: httpx.Client, clip: bytes) -> None:
     assert http.post("/v1/audio/captions", content=clip, headers=headers).json()["captions"]
 
 
+def test_an_explanation_has_a_value_for_each_word_and_frame(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "audio_length": 0.64}
+    found = http.post("/v1/audio/explanations", json=body).json()
+    assert [word["word"] for word in found["words"]] == ["a", "dog", "barks"]
+    info = soundfile.info(io.BytesIO(base64.b64decode(found["audio"])))
+    assert {len(word["values"]) for word in found["words"]} == {round(info.duration / found["frame_seconds"])}
+    wrong = http.post("/v1/audio/explanations", json={**body, "audio_length": 99, "method": "x"})
+    assert set(faults(wrong)) == {"audio_length", "method"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field", "says"),
     [
@@ -85,7 +97,13 @@ def test_a_file_needs_its_prompt_and_a_known_type(http: httpx.Client, clip: byte
 
 def test_models_of_every_service(http: httpx.Client) -> None:
     models = http.get("/v1/models").json()["data"]
-    assert [model["kind"] for model in models] == ["generation", "scoring", "reward", "captioning"]
+    assert [model["kind"] for model in models] == [
+        "generation",
+        "scoring",
+        "reward",
+        "captioning",
+        "explanation",
+    ]
     assert models[0]["limits"]["schedulers"]
 
 
@@ -265,6 +283,11 @@ def test_without_a_token_nothing_is_passed_on_from_other_machines(generating: Se
         assert http.get("/health").status_code == 200
     assert not load_settings(WebSettings, listen="0.0.0.0:0").admits_anonymous
     assert load_settings(WebSettings, listen="127.0.0.1:0").admits_anonymous
+
+
+def test_every_service_of_the_catalogue_has_its_setting() -> None:
+    assert set(SERVICES) == set(CATALOGUE)
+    assert set(SERVICES) <= WebSettings.model_fields.keys()
 
 
 @pytest.mark.parametrize(
