@@ -1,6 +1,7 @@
 """What services do under more load than they can carry, and generation to one caller next to a greedy one.
 
-    python -m benchmarks.overload [--seconds 60] [--services generation scoring reward] [--output FILE]
+    python -m benchmarks.overload [--seconds 60] [--services generation scoring reward captioning]
+        [--output FILE]
 
 It starts each service on one thread, so that the clients have a core of their own, with callers by token.
 The caller who makes a thousand calls a second is a process of its own, of lower priority, since it would be
@@ -12,7 +13,8 @@ Measured, as ratios in one run:
 * at three times the rate that the device can carry, with and without deadlines: the calls that end well per
   second, over those of callers who never stop (the capacity), and the processor time of the service for each.
 
-Calls of scoring and reward have one clip, and are serialized before: the client needs little of its core.
+Calls of scoring, reward and captioning have one clip, and are serialized before: the client needs little of
+its core.
 """
 
 import argparse
@@ -38,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import PROMPT, RATE, cpu_seconds, machine, noise_clips, service_plan, write_report
-from milonga.v1 import audio_pb2, generation_pb2, reward_pb2, scoring_pb2
-from services.catalogue import GENERATION, REWARD, SCORING
+from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, reward_pb2, scoring_pb2
+from services.catalogue import CAPTIONING, GENERATION, REWARD, SCORING
 from services.client import AsyncAudioClient
 from services.errors import MilongaError
 from services.processes import running
@@ -218,7 +220,7 @@ async def hammered(work: Work, address: str, service: str, token: str, seconds: 
     good: Counter[bool] = Counter()
     made, refused, span = 0, 0, seconds / 8
     loop = asyncio.get_running_loop()
-    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.nice, initargs=(10,)) as other:
         await loop.run_in_executor(other, hammer, address, service, token, 0.0, 0.0)  # start it
         async with repeating(lambda: work(600.0), CAPACITY_CALLS) as done:
             for loud in (False, True) * 3:
@@ -245,9 +247,8 @@ async def hammered(work: Work, address: str, service: str, token: str, seconds: 
 def hammer(address: str, service: str, token: str, warm: float, seconds: float) -> Counter[str]:
     """Make `HAMMER_RATE` calls a second without waiting; count those made, and codes, after `warm` seconds.
 
-    A program of its own, which leaves the processor to others.
+    A program of its own.
     """
-    os.nice(10)
     return asyncio.run(_hammer(address, service, token, warm, seconds))
 
 
@@ -309,6 +310,10 @@ def message_of(service: str) -> tuple[str, bytes]:
             "RewardService/BatchComputeRewards",
             reward_pb2.BatchComputeRewardsRequest(pairs=pairs),
         ),
+        CAPTIONING.name: (
+            "CaptioningService/CaptionAudio",
+            captioning_pb2.CaptionAudioRequest(clips=[clip], beams=[2]),
+        ),
     }[service]
     return f"/milonga.v1.{method}", request.SerializeToString()
 
@@ -317,6 +322,7 @@ MODELS: Final = {
     GENERATION.name: ("--model", "mini"),
     SCORING.name: ("--scorer", "clap-a=mini:clap-a"),
     REWARD.name: ("--model", "mini"),
+    CAPTIONING.name: ("--model", "mini"),
 }
 
 
