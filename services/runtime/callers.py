@@ -37,7 +37,7 @@ class Caller:
     peer: str = LOCAL
     """Host that the call comes from, without its port: see `peer_host`."""
     roles: frozenset[Role] = frozenset({"caller"})
-    """Roles; `services.runtime.authentication` has the methods that each may call."""
+    """Roles; `services.runtime.roles` has the methods that each may call."""
     priority: Priority = "interactive"
     """Priority class of the call."""
     deadline: float | None = field(default=None, compare=False)
@@ -45,8 +45,8 @@ class Caller:
     charge: Callable[[float], None] = field(default=_no_quota, repr=False, compare=False)
     """Charge work units to the caller's quota, before the work. Raises `QuotaExceededError`.
 
-    Work units of a generation are clips × denoising steps × seconds of each clip; of scoring and rewards the
-    seconds of sound.
+    Work units of a generation are clips × denoising steps × seconds of each clip; of scoring, rewards and
+    captions the seconds of sound.
     """
 
     @property
