@@ -115,8 +115,8 @@ SERVICES: Final = {
     REWARD.name: (
         reward_pb2.DESCRIPTOR.services_by_name["RewardService"],
         INFERENCE,
-        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
     ),
+    "reflection": (reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],),
     CAPTIONING.name: (captioning_pb2.DESCRIPTOR.services_by_name["CaptioningService"], INFERENCE),
 }
 SOUND_REQUESTS: Final[tuple[Message, ...]] = (
@@ -254,6 +254,11 @@ def test_reward() -> None:
             assert served.scorer.batcher.stats.queue_cost == 0
 
         fuzz(served.target, REWARD.name, check)
+
+
+def test_reflection() -> None:
+    with serving_reward(tiny_reward(tiny_clap())) as served:
+        fuzz(served.target, "reflection", lambda: None)
 
 
 def test_captioning() -> None:
