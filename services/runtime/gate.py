@@ -61,7 +61,8 @@ class Gate:
                 try:
                     stack.enter_context(expect())
                 except QueueFullError as error:
-                    if error.needed or error.refusal == QueueFullError.refusal:  # others depend on the call
+                    # Other reasons depend on the call.
+                    if error.needed is not None or error.refusal == QueueFullError.refusal:
                         _remember(self._full, key, (self._clock() + _VALID_SECONDS, error))
                     raise
             yield

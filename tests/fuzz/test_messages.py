@@ -210,7 +210,10 @@ def fuzz(target: str, service: str, check: Callable[[], object]) -> None:
     check()
     if done >= 600:
         assert all(codes.values()), codes
-        assert {"OK", "INVALID_ARGUMENT", "UNIMPLEMENTED"} <= set().union(*codes.values())
+        possible = {"OK", "INVALID_ARGUMENT"} | (
+            {"UNIMPLEMENTED"} if INFERENCE in SERVICES[service] else set()
+        )
+        assert possible <= set().union(*codes.values())
 
 
 def test_generation() -> None:
