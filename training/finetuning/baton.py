@@ -216,7 +216,7 @@ def rewards_as_labels(
     tokens.add(example.clip for example in examples)
     tokens.add_prompts(example.prompt for example in examples)
     logits_B = evaluate_head(model.head, Examples(labelled=tuple(examples)), tokens).logits_B
-    rewards_B = sigmoid(logits_B / model.config.temperature)
+    rewards_B = sigmoid(model.calibrate(logits_B))
     name, quiet = session.models["reward"].identity.name, not session.accelerator.is_main_process
     return (
         [replace(example, label=float(r)) for example, r in zip(examples, rewards_B, strict=True)],

@@ -1,20 +1,22 @@
-"""Calibration of probabilities: temperature scaling, and how far probabilities are from observed shares.
+"""Calibration of probabilities: Platt scaling, and how far probabilities are from observed shares.
 
-Temperature scaling (Guo et al., arXiv 1706.04599) divides logits by one number, fitted on held-out examples.
-It does not change their order.
+Platt scaling divides logits by a temperature (Guo et al., arXiv 1706.04599) and adds a bias, both fitted on
+held-out examples. It does not change their order.
 
 Shape legend: N examples.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 
 TEMPERATURES = (0.05, 20.0)
 """Bounds of a fitted temperature: if no held-out example is classified wrongly, the optimum would be 0."""
+
+BIAS = 20.0
+"""Bound of a fitted bias, for the same reason."""
 
 BINS = 15
 """Bins of equal width over [0, 1], as in the paper."""
@@ -37,26 +39,40 @@ def sigmoid(logits_N: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(np.exp(-np.logaddexp(0.0, -np.asarray(logits_N, dtype=float))))
 
 
-def negative_log_likelihood(logits_N: ArrayLike, labels_N: ArrayLike, temperature: float = 1.0) -> float:
-    """Return the mean of ``-[y log s(z / T) + (1 - y) log s(-z / T)]``, s the sigmoid, in nats."""
-    scaled, labels = np.asarray(logits_N, dtype=float) / temperature, np.asarray(labels_N, dtype=float)
-    return float(np.mean(labels * np.logaddexp(0, -scaled) + (1 - labels) * np.logaddexp(0, scaled)))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """A calibration of logits."""
+
+    temperature: float = 1.0
+    bias: float = 0.0
+
+    def __call__(self, logits_N: ArrayLike) -> NDArray[np.float64]:
+        """Return ``z / temperature + bias`` of logits z, float64 [N]."""
+        return np.asarray(logits_N, dtype=float) / self.temperature + self.bias
 
 
-def fit_temperature(logits_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """Return the temperature in `TEMPERATURES` with the smallest negative log-likelihood; 1 if N is 0.
+def negative_log_likelihood(logits_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Return the mean of ``-[y log s(z) + (1 - y) log s(-z)]``, s the sigmoid, in nats."""
+    logits, labels = np.asarray(logits_N, dtype=float), np.asarray(labels_N, dtype=float)
+    return float(np.mean(labels * np.logaddexp(0, -logits) + (1 - labels) * np.logaddexp(0, logits)))
 
-    The likelihood is concave in 1 / T, so there is one minimum.
+
+def fit_scaling(logits_N: ArrayLike, labels_N: ArrayLike) -> Scaling:
+    """Return the scaling with the smallest negative log-likelihood, its temperature in `TEMPERATURES`.
+
+    The likelihood is concave in 1 / T and the bias, so there is one minimum. If N is 0, nothing is scaled.
     """
     if not np.size(logits_N):
-        return 1.0
-    minimum = minimize_scalar(
-        lambda log: negative_log_likelihood(logits_N, labels_N, math.exp(log)),
-        bounds=(math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1])),
-        method="bounded",
-        options={"xatol": 1e-6},
+        return Scaling()
+    low, high = TEMPERATURES
+    minimum = minimize(
+        lambda x: negative_log_likelihood(Scaling(temperature=1 / x[0], bias=x[1])(logits_N), labels_N),
+        (1.0, 0.0),
+        method="L-BFGS-B",
+        bounds=((1 / high, 1 / low), (-BIAS, BIAS)),
+        options={"ftol": 1e-12},
     )
-    return math.exp(minimum.x)
+    return Scaling(temperature=float(1 / minimum.x[0]), bias=float(minimum.x[1]))
 
 
 def reliability(

@@ -18,6 +18,7 @@ from services.models.reward.model import RewardModel, read_reward_config
 from services.models.writing import replaced_folder
 from training.data.examples import Clip, Examples, LabelledClip, Pair
 from training.objectives.calibration import (
+    Scaling,
     expected_calibration_error,
     negative_log_likelihood,
     sigmoid,
@@ -86,11 +87,11 @@ def evaluate_head(head: nn.Module, examples: Examples, tokens: ClapTokens) -> He
     )
 
 
-def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: float) -> dict[str, Any]:
+def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, scaling: Scaling) -> dict[str, Any]:
     """Return the metrics for evaluation.json, those that are means with 95 % intervals over prompts.
 
     These are pair accuracy by mistake and domain, with that of the CLAP score; calibration before and after
-    the division by `temperature`; and, for labels, accuracy and area under the ROC curve.
+    `scaling`; and, for labels, accuracy and area under the ROC curve.
     """
     report: dict[str, Any] = {}
     if outputs.pairs:
@@ -100,19 +101,18 @@ def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: flo
         report["pair_accuracy"] = _pair_accuracy(outputs.pairs, _correct(outputs.margins_B))
         report["clap_pair_accuracy"] = _pair_accuracy(outputs.pairs, _correct(margins_B))
     logits_B, labels_B = outputs.calibration_data()
+    scaled = {"before": logits_B.numpy(), "after": scaling(logits_B)}
     report["calibration"] = {
         "of": "labels" if outputs.labelled else "pairs",
         "expected_calibration_error": {
-            name: expected_calibration_error(sigmoid(logits_B / divisor), labels_B)
-            for name, divisor in (("before", 1.0), ("after", temperature))
+            name: expected_calibration_error(sigmoid(values_B), labels_B) for name, values_B in scaled.items()
         },
         "negative_log_likelihood": {
-            name: negative_log_likelihood(logits_B, labels_B, divisor)
-            for name, divisor in (("before", 1.0), ("after", temperature))
+            name: negative_log_likelihood(values_B, labels_B) for name, values_B in scaled.items()
         },
     }
     if outputs.labelled:
-        correct_B = ((logits_B > 0) == (labels_B > 0.5)).double()
+        correct_B = (torch.from_numpy(scaled["after"] > 0) == (labels_B > 0.5)).double()
         report["labelled"] = {
             "auc": outputs.validation_metrics().get("auc"),
             "accuracy": asdict(mean_interval(correct_B, [example.prompt for example in outputs.labelled])),
@@ -120,14 +120,11 @@ def evaluation_report(outputs: HeadOutputs, tokens: ClapTokens, temperature: flo
     return report
 
 
-def reliability_plot(outputs: HeadOutputs, temperature: float) -> bytes:
+def reliability_plot(outputs: HeadOutputs, scaling: Scaling) -> bytes:
     """Return a PNG: predicted probability against the share of positives, before and after calibration."""
     logits_B, labels_B = outputs.calibration_data()
-    calibrated = {
-        "before": sigmoid(logits_B),
-        f"temperature {temperature:.2f}": sigmoid(logits_B / temperature),
-    }
-    return reliability_figure(calibrated, labels_B)
+    after = f"temperature {scaling.temperature:.2f}, bias {scaling.bias:.2f}"
+    return reliability_figure({"before": sigmoid(logits_B), after: sigmoid(scaling(logits_B))}, labels_B)
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
@@ -142,8 +139,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"labels: {area}, accuracy {_format(accuracy)} of {accuracy['count']}")
     error = report["calibration"]["expected_calibration_error"]
     lines.append(
-        f"temperature {report['temperature']:.2f}: expected calibration error {error['before']:.3f} before, "
-        f"{error['after']:.3f} after"
+        f"temperature {report['temperature']:.2f}, bias {report['bias']:.2f}: expected calibration error "
+        f"{error['before']:.3f} before, {error['after']:.3f} after"
     )
     lines.append(f"weights of step {report['best_step']} of {report['steps']}")
     return lines
@@ -224,7 +221,7 @@ tags: [reward-model, text-to-audio, preference]
 
 A reward model: how much listeners would like a clip for a prompt. It is a head on the tokens of the frozen
 CLAP model `{model.config.clap_name}` (`{model.config.clap_digest}`), which it needs.
-Its output is a logit, divided by the temperature; its sigmoid is the probability that the clip is liked, at
+Its output is a calibrated logit; its sigmoid is the probability that the clip is liked, at
 the share of liked clips in the held-out data.
 
     milonga serve reward --model file:THIS-FOLDER --clap {report["clap"]["uri"]}

@@ -4,7 +4,7 @@
     milonga train reward --recipe baton --set data.labelled=HD.json --set data.audio_root=data/Audio
     accelerate launch -m services.cli train reward --recipe baton …
 
-The validation split of the prompts decides when to stop, which weights to keep, and the temperature; metrics
+The validation split of the prompts decides when to stop, which weights to keep, and the calibration; metrics
 are computed on the test split. Serve the resulting folder by `milonga serve reward --model file:…`.
 
 Shape legend: B batch.
@@ -42,7 +42,7 @@ from training.loop.fit import (
     make_accelerator,
 )
 from training.loop.run_folder import claim_folder, finished_report
-from training.objectives.calibration import fit_temperature
+from training.objectives.calibration import fit_scaling
 from training.objectives.preference import binary_cross_entropy, bradley_terry
 from training.reward.data import ClapTokens, DataConfig, load_examples
 from training.reward.report import (
@@ -173,11 +173,11 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     report: dict[str, Any] = {}
     if main:
         model.eval()
-        temperature = fit_temperature(*evaluate_head(model.head, validation, tokens).calibration_data())
+        scaling = fit_scaling(*evaluate_head(model.head, validation, tokens).calibration_data())
         outputs = evaluate_head(model.head, examples["test"], tokens)
         report = {
-            **evaluation_report(outputs, tokens, temperature),
-            "temperature": temperature,
+            **evaluation_report(outputs, tokens, scaling),
+            **asdict(scaling),
             "best_step": fitted.best_step,
             "steps": fitted.steps,
             "examples": {split: counts(examples[split]) for split in SPLITS},
@@ -187,7 +187,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
             "clap": {"uri": config.clap, "name": resolved.identity.name, "digest": resolved.digest},
             "settings": flatten(config),
         }
-        calibrated, png = model.calibrated(temperature), reliability_plot(outputs, temperature)
+        calibrated, png = model.calibrated(**asdict(scaling)), reliability_plot(outputs, scaling)
         identity = {"name": config.name, "version": config.version, "license": config.license}
         write_model(calibrated, output, report, png, **identity)
     accelerator.wait_for_everyone()

@@ -59,6 +59,8 @@ class RewardConfig:
     """Dropout in training."""
     temperature: float = 1.0
     """Divisor of raw logits (temperature scaling, arXiv 1706.04599); above 1 for an overconfident head."""
+    bias: float = 0.0
+    """Added to the divided logits (Platt scaling); below 0 for a head that likes wrong clips."""
 
     def __post_init__(self) -> None:
         for name in ("text_width", "audio_width", "width", "heads", "layers", "feedforward"):
@@ -72,6 +74,8 @@ class RewardConfig:
             raise ModelFormatError(f"reward dropout is {self.dropout}; it must be at least 0 and below 1")
         if not 0 < self.temperature < math.inf:
             raise ModelFormatError(f"reward temperature is {self.temperature}; it must be above 0")
+        if not math.isfinite(self.bias):
+            raise ModelFormatError(f"reward bias is {self.bias}; it must be a finite number")
 
 
 class RewardHead(nn.Module):
@@ -99,7 +103,7 @@ class RewardHead(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, text: TextTokens, audio: AudioTokens) -> Tensor:
-        """Return raw logits [B], not divided by the temperature."""
+        """Return raw logits [B], which are not calibrated."""
         audio_BAD = self.audio_in(audio.hidden_BAC) + time_features(audio.seconds_BA, self.width)
         silent_BA = ~audio.mask_BA
         audio_BAD = self.audio_layer(audio_BAD, src_key_padding_mask=silent_BA)
@@ -176,12 +180,15 @@ class RewardModel(nn.Module):
     def reward(self, prompts: Sequence[str], clips: Sequence[RewardClip]) -> Tensor:
         """Return the rewards of prompts and their clips: calibrated logits, float32 [B], on the CPU."""
         raw_B = self.head(self.clap.text_tokens(prompts), self.audio_tokens(clips))
-        logits_B: Tensor = raw_B.float().cpu() / self.config.temperature
-        return logits_B
+        return self.calibrate(raw_B.float().cpu())
 
-    def calibrated(self, temperature: float) -> "RewardModel":
-        """Return this model with another temperature; it shares the weights."""
-        model = RewardModel(self.clap, replace(self.config, temperature=temperature))
+    def calibrate(self, raw_B: Tensor) -> Tensor:
+        """Return the rewards of raw logits."""
+        return raw_B / self.config.temperature + self.config.bias
+
+    def calibrated(self, temperature: float, bias: float = 0.0) -> "RewardModel":
+        """Return this model with another calibration; it shares the weights."""
+        model = RewardModel(self.clap, replace(self.config, temperature=temperature, bias=bias))
         model.head = self.head
         return model.train(self.training)
 

@@ -70,7 +70,7 @@ def test_the_output_is_a_model_that_can_be_loaded(trained: Path, clap_folder: Pa
     manifest = verify_manifest(trained)
     assert (manifest.name, manifest.version, manifest.license) == ("smoke", "1", "Apache-2.0")
     report = json.loads((trained / "evaluation.json").read_text())
-    assert model.config.temperature == report["temperature"]
+    assert (model.config.temperature, model.config.bias) == (report["temperature"], report["bias"])
     clip = model.prepare(np.zeros(16_000, dtype=np.float32), 16_000)
     assert model.reward(["a dog barks"], [clip]).isfinite().all()
     with pytest.raises(DigestMismatchError):

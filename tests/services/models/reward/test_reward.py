@@ -87,11 +87,11 @@ def test_time_features_are_sines_of_periods_evenly_spread_in_logarithm() -> None
     torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=0.0)
 
 
-def test_the_temperature_divides_the_logit(model: RewardModel) -> None:
+def test_the_temperature_divides_the_logit_and_the_bias_is_added(model: RewardModel) -> None:
     clip = model.prepare(noise(1.0), RATE)
     plain = model.reward(["a dog barks"], [clip])
-    cooler = model.calibrated(2.0).reward(["a dog barks"], [clip])
-    torch.testing.assert_close(cooler, plain / 2)
+    scaled = model.calibrated(2.0, -1.0).reward(["a dog barks"], [clip])
+    torch.testing.assert_close(scaled, plain / 2 - 1)
 
 
 def test_a_folder_gives_the_same_model_back_also_in_half_precision(
