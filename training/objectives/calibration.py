@@ -66,11 +66,11 @@ def fit_scaling(logits_N: ArrayLike, labels_N: ArrayLike) -> Scaling:
         return Scaling()
     low, high = TEMPERATURES
     minimum = minimize(
-        lambda x: negative_log_likelihood(Scaling(temperature=1 / x[0], bias=x[1])(logits_N), labels_N),
-        (1.0, 0.0),
+        lambda x_2: negative_log_likelihood(Scaling(temperature=1 / x_2[0], bias=x_2[1])(logits_N), labels_N),
+        x0=np.array([1.0, 0.0]),
         method="L-BFGS-B",
-        bounds=((1 / high, 1 / low), (-BIAS, BIAS)),
-        options={"ftol": 1e-12},
+        bounds=[(1 / high, 1 / low), (-BIAS, BIAS)],
+        tol=1e-12,
     )
     return Scaling(temperature=float(1 / minimum.x[0]), bias=float(minimum.x[1]))
 

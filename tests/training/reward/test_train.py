@@ -27,6 +27,7 @@ from training.data.scenes import soundworld_examples
 from training.loop.config import override
 from training.loop.fit import Positions
 from training.loop.run_folder import JOURNAL, read_journal
+from training.objectives.calibration import Scaling
 from training.reward import train as train_reward_module
 from training.reward.data import DataConfig
 from training.reward.report import HeadOutputs, reliability_plot
@@ -113,9 +114,9 @@ def test_the_report_has_all_metrics(trained: Path) -> None:
 
 def test_the_reliability_plot_is_a_png_and_always_the_same() -> None:
     outputs = HeadOutputs(labelled=(), logits_B=tensor([]), pairs=(), margins_B=tensor([-2.0, 0.5, 3.0]))
-    image = reliability_plot(outputs, 2.0)
+    image = reliability_plot(outputs, Scaling(temperature=2.0))
     assert image.startswith(b"\x89PNG")
-    assert image == reliability_plot(outputs, 2.0)
+    assert image == reliability_plot(outputs, Scaling(temperature=2.0))
 
 
 def test_an_interrupted_training_is_resumed_bit_for_bit(
