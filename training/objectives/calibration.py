@@ -65,14 +65,16 @@ def fit_scaling(logits_N: ArrayLike, labels_N: ArrayLike) -> Scaling:
     if not np.size(logits_N):
         return Scaling()
     low, high = TEMPERATURES
-    minimum = minimize(
-        lambda x_2: negative_log_likelihood(Scaling(temperature=1 / x_2[0], bias=x_2[1])(logits_N), labels_N),
-        x0=np.array([1.0, 0.0]),
-        method="L-BFGS-B",
-        bounds=[(1 / high, 1 / low), (-BIAS, BIAS)],
-        tol=1e-12,
-    )
-    return Scaling(temperature=float(1 / minimum.x[0]), bias=float(minimum.x[1]))
+
+    def scaling(x_2: NDArray[np.float64]) -> Scaling:
+        return Scaling(temperature=float(1 / x_2[0]), bias=float(x_2[1]))
+
+    def loss(x_2: NDArray[np.float64]) -> float:
+        return negative_log_likelihood(scaling(x_2)(logits_N), labels_N)
+
+    bounds = ((1 / high, 1 / low), (-BIAS, BIAS))
+    minimum = minimize(loss, [1.0, 0.0], method="L-BFGS-B", bounds=bounds, tol=1e-12)
+    return scaling(minimum.x)
 
 
 def reliability(
