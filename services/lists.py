@@ -113,7 +113,9 @@ def read_list(
         (clips, not needs_clips or not columns.keys().isdisjoint(clips)),
     ):
         if columns and not is_there:
-            raise invalid(field, f"{path} has no column {_or(names)}; it has {', '.join(columns)[:200]}")
+            raise invalid(
+                field, f"{_called(path)} has no column {_or(names)}; it has {', '.join(columns)[:200]}"
+            )
     faults: list[FieldViolation] = []
     entries: list[Entry] = []
     for place, row_number, content in rows:
@@ -147,7 +149,8 @@ def read_list(
     if not entries:
         raise invalid(
             field,
-            f'{path} holds no prompts; give CSV or TSV with a header, or JSON objects: {{"prompt": "…"}}',
+            f"{_called(path)} holds no prompts; give CSV or TSV with a header, or JSON objects: "
+            '{"prompt": "…"}',
         )
     return entries
 
@@ -222,13 +225,17 @@ def _or(names: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def _called(path: Path) -> str:
+    return "standard input" if path == STANDARD_INPUT else str(path)
+
+
 def _rows(path: Path, field: str, prompts: Sequence[str], clips: Sequence[str]) -> Iterator[_Row]:
     """Yield the rows of a file in whichever format."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _parquet(path, field, prompts, clips)
         return
-    name = "standard input" if path == STANDARD_INPUT else path.name
+    name = _called(path) if path == STANDARD_INPUT else path.name
     text = _text(path, field, name)
     is_json = suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "[")
     if is_json and suffix not in (".csv", ".tsv"):
@@ -248,9 +255,11 @@ def _text(path: Path, field: str, name: str) -> str:
     try:
         content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise invalid(field, f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
+        raise invalid(
+            field, f"{_called(path)} can't be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if what := _what_is(content):
-        raise invalid(field, f"{path} is {what}")
+        raise invalid(field, f"{_called(path)} is {what}")
     try:
         return content.decode(_encoding(content))
     except UnicodeDecodeError as error:

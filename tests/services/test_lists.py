@@ -83,6 +83,9 @@ def test_standard_input_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{}\n')))
     with pytest.raises(InvalidInputError, match="standard input:2: has no prompt"):
         read_list(Path("-"), "--prompts")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A dog barks\n")))
+    with pytest.raises(InvalidInputError, match="standard input has no column prompt"):
+        read_list(Path("-"), "--prompts")
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\u000b", "\u001e"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from services.errors import invalid
 from services.models.clap.model import ClapModel
 from services.models.reward.model import WEIGHTS_NAME, RewardConfig, RewardModel, read_reward_config
-from services.models.state_dicts import check_weights
+from services.models.state_dicts import check_finite, check_weights
 from services.weights.loading import load_clap_model
 from services.weights.uri import ResolvedModel, resolve
 from training.data.content import report_content
@@ -252,11 +252,12 @@ def build_model(config: RewardTraining, clap: ClapModel, resolved: ResolvedModel
 def continue_head(model: RewardModel, folder: Path) -> None:
     """Load the head of the reward model in `folder`.
 
-    Raises `ModelFormatError` if it is none, or of other sizes.
+    Raises `ModelFormatError` if it is none, of other sizes, or not finite.
     """
     read_reward_config(folder)
     weights = load_file(folder / WEIGHTS_NAME)
     check_weights(str(folder), model.head, weights)
+    check_finite(str(folder), weights)
     model.head.load_state_dict({name: value.float() for name, value in weights.items()})
 
 

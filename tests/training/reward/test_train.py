@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, tensor
 from typer.testing import CliRunner
 
@@ -94,6 +97,12 @@ def test_a_training_can_start_from_the_head_of_another(
         continue_head(build_model(other, clap, resolved), trained)
     with pytest.raises(ModelFormatError, match=r"config\.json"):
         train_reward(replace(config, init=tmp_path), tmp_path / "out")
+    diverged = shutil.copytree(trained, tmp_path / "diverged")
+    weights = load_file(diverged / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, diverged / "model.safetensors")
+    with pytest.raises(ModelFormatError, match="NaN or infinity"):
+        continue_head(model, diverged)
 
 
 def test_the_report_has_all_metrics(trained: Path) -> None:
