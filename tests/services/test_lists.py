@@ -84,7 +84,7 @@ def test_standard_input_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInputError, match="standard input:2: has no prompt"):
         read_list(Path("-"), "--prompts")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A dog barks\n")))
-    with pytest.raises(InvalidInputError, match="standard input has no column prompt"):
+    with pytest.raises(InvalidInputError, match="standard input holds no prompts"):
         read_list(Path("-"), "--prompts")
 
 
