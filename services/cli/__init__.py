@@ -38,6 +38,7 @@ from services.cli import (
     explain,
     fetch,
     generate,
+    mcp,
     ratings,
     score,
     serve,
@@ -134,6 +135,7 @@ def build_app() -> typer.Typer:
     app.command("convert-audiogen")(convert.convert_audiogen)
     app.command()(token.token)
     app.command()(verify.verify)
+    app.command()(mcp.mcp)
     app.add_typer(triton.app, name="triton")
     app.add_typer(ratings.app, name="ratings")
     app.command()(doctor.doctor)

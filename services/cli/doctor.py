@@ -33,6 +33,7 @@ _MARKERS = {
     "web": "uvicorn",
     "provenance": "c2pa-python",
     "ratings": "sqlalchemy",
+    "mcp": "mcp",
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
@@ -44,6 +45,7 @@ _PURPOSES = {
     "web": "to serve HTTP in front of the services",
     "provenance": "to sign clips and to verify them",
     "ratings": "to have pairs of clips rated",
+    "mcp": "to give agents the services as tools",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
     "laion:PATH does not need it",
     "dev": "to work on milonga",

@@ -1,0 +1,155 @@
+"""Tools for agents by the Model Context Protocol: make, score, describe and explain clips through services.
+
+Clips are files of one folder. A tool returns a clip's name and its resource, ``milonga://clips/NAME``.
+"""
+
+import functools
+import inspect
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from services.client import AsyncAudioClient
+from services.errors import MilongaError, OutputError, invalid
+from services.files import write_atomically
+
+NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""Pattern of a clip's file name: no path leads out of the folder."""
+_MIME: Final = "audio/*"
+
+
+class Tools:
+    """The tools, over a client and a folder of clips. Errors name the field and the remedy."""
+
+    def __init__(self, client: AsyncAudioClient, folder: Path) -> None:
+        self._client, self._folder = client, folder
+
+    async def generate(
+        self,
+        prompt: str,
+        name: str | None = None,
+        seed: int | None = None,
+        duration: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        encoding: Literal["wav", "flac", "mp3", "opus"] = "wav",
+    ) -> dict[str, Any]:
+        """Make a sound effect of a description, such as "A dog barks then a siren wails".
+
+        The duration is in seconds. Returns the clip's file, its resource, its seed, with which it can be made
+        again, the model, and warnings about words that the model does not know.
+        """
+        stem = name or f"clip-{secrets.token_hex(4)}"
+        path = self._path(stem if stem.endswith(f".{encoding}") else f"{stem}.{encoding}")
+        made = await self._client.generate(
+            prompt,
+            seed=seed,
+            duration=duration,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            encoding=encoding,
+        )
+        clip = made.clips[0]
+        write_atomically(path, clip.audio)
+        return {
+            "clip": path.name,
+            "file": str(path),
+            "resource": f"milonga://clips/{path.name}",
+            "seed": clip.seed,
+            "duration": clip.duration,
+            "sample_rate": clip.sampling_rate,
+            "model": asdict(made.model),
+            "warnings": list(made.warnings),
+        }
+
+    async def score(self, prompt: str, clip: str) -> dict[str, Any]:
+        """Score how well a clip of the folder matches a description: CLAP scores, at most 1."""
+        found = await self._client.score_audio([(prompt, self._existing(clip))])
+        names = [scorer.name for scorer in found.scorers]
+        values = zip(names, found.values[0].tolist(), found.readable[0].tolist(), strict=True)
+        return {
+            "scores": {name: value if known else None for name, value, known in values},
+            "warnings": list(found.warnings[0]),
+        }
+
+    async def caption(self, clip: str) -> dict[str, Any]:
+        """Describe a clip of the folder in a sentence."""
+        found = await self._client.caption_audio([self._existing(clip)])
+        return {"caption": found.captions[0].text, "warnings": list(found.captions[0].warnings)}
+
+    async def explain(self, prompt: str, seed: int | None = None) -> dict[str, Any]:
+        """Say when each word of a description is heard in a clip of it, in seconds."""
+        found = await self._client.explain_audio(prompt, seed=seed)
+        words = dict(zip(found.words, found.peaks(), strict=True))
+        return {"seed": found.seed, "method": found.method, "peaks": words, "warnings": list(found.warnings)}
+
+    def clips(self) -> list[str]:
+        """List the clips of the folder."""
+        return sorted(path.name for path in self._folder.iterdir() if re.fullmatch(NAME, path.name))
+
+    def read(self, name: str) -> bytes:
+        """Return a clip's file."""
+        return self._existing(name).read_bytes()
+
+    def _path(self, name: str) -> Path:
+        if not re.fullmatch(NAME, name):
+            raise invalid(
+                "name", f"is {name[:80]!r}, must be a file name of letters, digits, dots and dashes"
+            )
+        return self._folder / name
+
+    def _existing(self, name: str) -> Path:
+        path = self._path(name)
+        if not path.is_file():
+            there = ", ".join(self.clips()[:20]) or "none"
+            raise invalid("clip", f"is {name!r}, which is not in the folder; there are: {there}")
+        return path
+
+
+def _telling(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a tool whose errors reach the agent; those of bugs do not."""
+    from mcp.server.mcpserver.exceptions import ToolError
+
+    @functools.wraps(call)
+    async def tool(*arguments: Any, **named: Any) -> Any:
+        try:
+            found = call(*arguments, **named)
+            return await found if inspect.isawaitable(found) else found
+        except MilongaError as error:
+            raise ToolError(str(error)) from error
+
+    return tool
+
+
+def build_server(client: AsyncAudioClient, folder: Path) -> Any:
+    """Return the MCP server (`mcp.server.mcpserver.MCPServer`) of the tools, with clips as resources.
+
+    Raises:
+        OutputError: the folder can't be made.
+    """
+    from mcp.server.mcpserver import MCPServer
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} can't be made: {error.strerror}; give another --folder") from error
+    tools = Tools(client, folder)
+    server = MCPServer(
+        "milonga", instructions="Make sound effects from descriptions, score, describe and explain them."
+    )
+    calls: tuple[Callable[..., Awaitable[Any] | Any], ...] = (
+        tools.generate,
+        tools.score,
+        tools.caption,
+        tools.explain,
+        tools.clips,
+    )
+    for call in calls:
+        server.add_tool(_telling(call))
+    server.resource("milonga://clips/{name}", mime_type=_MIME, description="A clip's file.")(tools.read)
+    return server
