@@ -30,7 +30,7 @@ from training.data.store import RowLog, batches
 from training.evaluation.config import EvaluationConfig, Sampling, WorldPrompts
 from training.evaluation.events import compare_events
 from training.evaluation.round_trip import RoundTrip, open_round_trip
-from training.evaluation.sources import PlannedClip, make_plan, open_source, prepare_clips
+from training.evaluation.sources import PlannedClip, SourceClips, make_plan, open_source, prepare_clips
 from training.soundworld.reading import truth_reading
 from training.soundworld.synthesis import CLASSES, SAMPLING_RATE
 
@@ -164,13 +164,13 @@ def text_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def clips_of(name: str, count: int, steps: int, work: Path) -> tuple[Sequence[PlannedClip], Sequence[Path]]:
+def clips_of(name: str, count: int, steps: int, work: Path) -> tuple[Sequence[PlannedClip], SourceClips]:
     """Return the clips of a model, of held-out prompts; those that are missing are generated."""
     config = EvaluationConfig(
         world=WorldPrompts(count=count), seeds=1, sampling=Sampling(num_inference_steps=steps), batch=BATCH
     )
     plan = make_plan(config, [])
-    return plan, prepare_clips(open_source(name), plan, config, work / "clips").files
+    return plan, prepare_clips(open_source(name), plan, config, work / "clips")
 
 
 def judgements(
@@ -209,11 +209,15 @@ def main() -> None:
         return
     trip = open_round_trip(arguments.captioner, "cpu")
     tagger = EventTagger.from_pretrained(resolve("mini:tagger").folder).float().eval()
-    rows = {name: judgements(trip, tagger, *found, arguments.work) for name, found in clips.items()}
+    rows = {
+        name: judgements(trip, tagger, plan, found.files, arguments.work)
+        for name, (plan, found) in clips.items()
+    }
     rows["all"] = [row for own in list(rows.values()) for row in own]
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "steps": arguments.steps,
+        "generators": {name: found.identity["digest"] for name, (_, found) in clips.items()},
         "captioner": trip.digest,
         "torch": torch.__version__,
     }
