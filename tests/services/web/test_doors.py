@@ -311,6 +311,14 @@ def test_addresses_and_ports_are_checked_at_the_start(generating: Serving) -> No
         bind(generating.target)
 
 
+def test_connections_send_at_once() -> None:
+    with bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP  # by which asyncio knows to set TCP_NODELAY
+            assert client.getpeername() == listener.getsockname()
+
+
 def test_problem_details_hold_json_only(http: httpx.Client) -> None:
     response = http.post("/v1/audio/generate", json={"input": PROMPT, "audio_length": 99})
     problem = json.loads(response.text)
