@@ -32,11 +32,13 @@ OCCLUSION: Final = "occlusion"
 ATTENTION: Final = "attention"
 MASK: Final = "mask"
 AUDIOGENX: Final = "audiogenx"
+AUDIOGENX_UPSTREAM: Final = "audiogenx-upstream"
 METHODS: Final = {
     OCCLUSION: "how much the denoiser's output changes without the word",
     ATTENTION: "how much the denoiser attends to the word",
     MASK: "which words a frame needs, learned so that the rest can be left out",
     AUDIOGENX: "which words an audio token needs, learned so that the rest can be left out",
+    AUDIOGENX_UPSTREAM: "the same as its authors compute it: no audio token knows the earlier ones",
 }
 """Names of the methods, and what their values mean."""
 

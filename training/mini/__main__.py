@@ -14,7 +14,7 @@ from pathlib import Path
 from services.models.mini import PARTS
 
 MINI = "training.mini."
-LATER = ("reward", "captioner")
+LATER = ("reward", "captioner", "audiogen")
 """Parts that learn from others as they ship."""
 
 
@@ -43,8 +43,13 @@ def stages(trunk_steps: int, base_steps: int, mini_steps: int) -> list[list[str]
         [f"{MINI}captioner_encoder", *work],
         [f"{MINI}captioner", *work],
         [f"{MINI}package", *work, "--only=captioner"],
+        [f"{MINI}codec", *work],
+        [f"{MINI}audiogen", *work],
+        [f"{MINI}package", *work, "--only=audiogen"],
         [f"{MINI}evaluate_captioner", "--output", "{work}/evaluation-captioner.json"],
         [f"{MINI}evaluate", "--reconstruction", "300", "--output", "{work}/evaluation.json"],
+        [f"{MINI}evaluate", "--model=audiogen", "--seeds=1", "--output", "{work}/evaluation-audiogen.json"],
+        [f"{MINI}evaluate_audiogenx", "--output", "{work}/evaluation-audiogenx.json"],
         [f"{MINI}evaluate_clap", "--output", "{work}/evaluation-clap.json"],
         [f"{MINI}evaluate_reward", "--output", "{work}/evaluation-reward.json"],
     ]

@@ -1,4 +1,4 @@
-"""Measure a denoiser of the mini family on held-out prompts, by the tagger.
+"""Measure a generator of the mini family on held-out prompts, by the tagger.
 
     python -m training.mini.evaluate --prompts 300 --seeds 2 --reconstruction 300    # the shipped folders
     python -m training.mini.evaluate --denoiser build/mini/mini/final --prompts 100  # one in training
@@ -11,17 +11,19 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from services.audio.levels import is_silent
+from services.models.architectures import load_generator
+from services.models.audio_pipeline import AudioPipeline
 from services.models.latent import clip_generator
 from services.models.mel import LogMel, mel_frames
 from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
-from services.models.tango.loading import load_tango
 from services.models.tango.pipeline import TangoPipeline
 from training.evaluation.events import (
     EVENT_METRICS,
@@ -32,7 +34,7 @@ from training.evaluation.events import (
     overshoots,
 )
 from training.evaluation.prompts import LONG_PROMPTS, PROMPT_SEED, PROMPTS, held_out_prompts
-from training.mini.package import assemble
+from training.mini.package import assemble, assemble_audiogen
 from training.objectives.statistics import mean_interval
 from training.soundworld.scenes import DURATIONS, make_scene
 from training.soundworld.synthesis import CLASSES
@@ -84,7 +86,7 @@ class Sampling:
 
 
 def evaluate_generation(
-    pipeline: TangoPipeline, tagger: EventTagger, *, prompts: int, seeds: int, sampling: Sampling
+    pipeline: AudioPipeline, tagger: EventTagger, *, prompts: int, seeds: int, sampling: Sampling
 ) -> dict[str, object]:
     """Generate `seeds` clips of each held-out prompt and compare_events them."""
     config = PROMPTS if sampling.duration == PROMPTS.duration else LONG_PROMPTS
@@ -137,7 +139,12 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--model", action="append", choices=("mini", "mini-base"), help="default: both")
+    parser.add_argument(
+        "--model",
+        action="append",
+        choices=("mini", "mini-base", "audiogen"),
+        help="default: mini and mini-base",
+    )
     parser.add_argument("--duration", type=float, choices=DURATIONS, default=2.56)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -150,10 +157,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.denoiser:
-        models = {str(arguments.denoiser): assemble(arguments.work, arguments.denoiser)}
+        folder, work = arguments.denoiser, arguments.work
+        make = assemble_audiogen if (folder / "decoder").is_dir() else assemble
+        models: dict[str, AudioPipeline] = {str(folder): make(work, folder)}
         tagger = EventTagger.from_pretrained(arguments.work / "tagger" / "final").eval()
     else:
-        models = {name: load_tango(mini_folder(name)) for name in arguments.model or ("mini", "mini-base")}
+        names = arguments.model or ("mini", "mini-base")
+        models = {name: cast(AudioPipeline, load_generator(mini_folder(name))) for name in names}
         tagger = EventTagger.from_pretrained(mini_folder("tagger")).float().eval()
     sampling = Sampling(
         duration=arguments.duration,
@@ -169,7 +179,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     if arguments.reconstruction:
-        first = next(iter(models.values()))
+        first = next(one for one in models.values() if isinstance(one, TangoPipeline))
         report["reconstruction"] = evaluate_reconstruction(first, tagger, clips=arguments.reconstruction)
     for name, pipeline in models.items():
         pipeline.set_progress_bar_config(disable=True)

@@ -16,14 +16,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
+from transformers import MusicgenForCausalLM, PreTrainedTokenizerFast, T5EncoderModel
 
 from services.api.reading import EVENTS
 from services.errors import InvalidInputError, invalid
+from services.models.audiogen.codec import QuantisedAutoencoder
+from services.models.audiogen.language_model import TextProjection
+from services.models.audiogen.pipeline import AudioGenPipeline
+from services.models.audiogen.sampling import TokenScheduler
 from services.models.captioner.model import Captioner
 from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
@@ -59,6 +64,22 @@ def assemble(work: Path, denoiser: Path) -> TangoPipeline:
     )
 
 
+def assemble_audiogen(work: Path, model: Path) -> AudioGenPipeline:
+    """Return the pipeline of the parts trained under `work` and the language model in the folder `model`."""
+    decoder = MusicgenForCausalLM.from_pretrained(model / "decoder")
+    return AudioGenPipeline(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(work / "text_encoder" / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(work / "text_encoder" / "final"),
+        projection=TextProjection.from_pretrained(model / "projection"),
+        decoder=decoder,
+        codec=QuantisedAutoencoder.from_pretrained(work / "codec" / "final"),
+        scheduler=TokenScheduler(special=decoder.config.vocab_size),
+        default_duration=2.56,
+        max_duration=2.56,
+        text_length=TEXT_LENGTH,
+    )
+
+
 def _replace(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
         # The libraries write weights that only their owner may read; a service runs as another user.
@@ -69,8 +90,9 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def package_pipeline(work: Path, name: str, target: Path) -> None:
-    """Package the text-to-audio model of the denoiser `name` and the shared parts."""
-    pipeline = assemble(work, work / name / "final")
+    """Package the text-to-audio model `name` and the parts that models share."""
+    make = assemble_audiogen if name == "audiogen" else assemble
+    pipeline: Any = make(work, work / name / "final")
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
     for path in target.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -113,6 +135,7 @@ PACKAGERS: dict[str, Callable[[Path, str, Path], None]] = {
     "reward": package_reward,
     "tagger": package_tagger,
     "captioner": package_captioner,
+    "audiogen": package_pipeline,
 }
 
 

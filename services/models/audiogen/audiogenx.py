@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 from transformers import MusicgenForCausalLM
 
 from services.models.audiogen.masking import masked_attention, masked_states
@@ -150,6 +150,7 @@ def learn_mask(
     noise: Callable[[int], Tensor],
     iterations: int = ITERATIONS,
     history: bool = True,
+    padding: int = 0,
     tick: Tick = lambda: None,
 ) -> LearnedMask:
     """Train `generators` in place, and return their p.
@@ -163,17 +164,18 @@ def learn_mask(
         noise: Gumbel noise [S, L, 2] of an iteration.
         iterations: steps of Adam.
         history: see `states_under`.
+        padding: padded tokens after the text, which take attention too.
         tick: called after each iteration.
     """
+    read_LW = pad(text_LW, (0, 0, 0, padding))
     optimizer = torch.optim.Adam(generators.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     trace = []
     with torch.enable_grad(), masked_attention(model):
         for iteration in range(iterations):
             p_SL = generators(text_LW)
             mask_SL = relaxed(p_SL, noise(iteration))
-            kept_SW, lost_SW = states_under(
-                model, sequence_KS, text_LW, (mask_SL, 1 - mask_SL), history=history
-            )
+            masks = tuple(pad(mask, (0, padding)) for mask in (mask_SL, 1 - mask_SL))
+            kept_SW, lost_SW = states_under(model, sequence_KS, read_LW, masks, history=history)
             losses = audiogenx_losses(target_SW, kept_SW, lost_SW, p_SL)
             trace.append(losses.values())
             optimizer.zero_grad()
