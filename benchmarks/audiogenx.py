@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ def generators_only(form: str, steps: int, width: int, tokens: int, iterations: 
     def iterate() -> None:
         loss = relaxed(generators(text_LW), torch.zeros(steps, tokens, 2)).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
     return measured(iterate, iterations)
@@ -104,7 +104,7 @@ def whole(form: str, model: str, tokens: int, iterations: int) -> dict[str, floa
                 pipeline.decoder, sequence_KS, text_LW, (mask_SL, 1 - mask_SL), history=form == FORMS[2]
             )
         optimizer.zero_grad()
-        audiogenx_losses(target_SW, kept_SW, lost_SW, p_SL).total.backward()  # type: ignore[no-untyped-call]
+        audiogenx_losses(target_SW, kept_SW, lost_SW, p_SL).total.backward()
         optimizer.step()
 
     return measured(iterate, iterations)
@@ -126,11 +126,12 @@ def main(words: list[str] | None = None) -> None:
     for form in FORMS[:2] if arguments.steps else FORMS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             if arguments.steps:
-                given = (form, arguments.steps, arguments.width, arguments.tokens, arguments.iterations)
-                found[form] = pool.apply(generators_only, given)
+                sizes = (arguments.steps, arguments.width, arguments.tokens, arguments.iterations)
+                found[form] = pool.apply(generators_only, (form, *sizes))
             else:
-                given = (form, arguments.model, arguments.tokens, arguments.iterations)
-                found[form] = pool.apply(whole, given)
+                found[form] = pool.apply(
+                    whole, (form, arguments.model, arguments.tokens, arguments.iterations)
+                )
     report = {
         "settings": {name: str(value) for name, value in vars(arguments).items() if name != "output"},
         "torch": torch.__version__,

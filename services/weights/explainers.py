@@ -2,6 +2,8 @@
 
 from services.api.explanation import Explainer
 from services.models.architectures import architecture_of
+from services.models.audiogen.explainer import AudioGenExplainer
+from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.explaining.explainer import DiffusionExplainer
 from services.weights.uri import ResolvedModel
 
@@ -19,4 +21,7 @@ def load_explainer(model: ResolvedModel, *, device: str = "auto", dtype: str = "
         InvalidInputError: the device does not exist.
     """
     architecture = architecture_of(model.folder)
-    return DiffusionExplainer(architecture.load(model.folder, device=device, dtype=dtype), architecture)
+    pipeline = architecture.load(model.folder, device=device, dtype=dtype)
+    if isinstance(pipeline, AudioGenPipeline):
+        return AudioGenExplainer(pipeline)
+    return DiffusionExplainer(pipeline, architecture)

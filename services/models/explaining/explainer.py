@@ -247,7 +247,7 @@ class DiffusionExplainer:
             return ()
         chosen = find_phrase([word.text for word in text.words], request.without)
         if request.replacement:
-            prompt = _replaced(generation.prompt, [text.words[index] for index in chosen], request)
+            prompt = replaced(generation.prompt, [text.words[index] for index in chosen], request)
             conditioning = self._pipeline.encode([prompt], length=self._pipeline.text_length(prompt))
         else:
             prompt = generation.prompt
@@ -293,7 +293,7 @@ class DiffusionExplainer:
         return (*found, *(request.given.warnings if request.given is not None else ()))
 
 
-def _replaced(prompt: str, words: Sequence[Word], request: ExplanationRequest) -> str:
+def replaced(prompt: str, words: Sequence[Word], request: ExplanationRequest) -> str:
     """Return `prompt` with the replacement where the phrase stands, at each place."""
     size = len(find_words(request.without))
     for start in reversed(range(0, len(words), size)):
