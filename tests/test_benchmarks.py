@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import captioning, gpu
-from tests.tiny import tiny_captioner
+from benchmarks import audiogenx, captioning, gpu
+from tests.tiny import tiny_audiogen, tiny_captioner
 
 
 def test_the_gpu_benchmark_measures_writes_and_continues(
@@ -49,3 +49,17 @@ def test_the_benchmark_of_captioners_measures_each_comparison(tmp_path: Path) ->
     assert report["batching"]["batched_captions_a_second"] > 0
     assert report["memory_mib"]["loaded"] > 0
     assert report["parameters_millions"]["language_model"] == 0.01
+
+
+def test_the_benchmark_of_audiogenx_measures_each_form(tmp_path: Path) -> None:
+    tiny_audiogen().save_pretrained(tmp_path / "tiny")
+    found = {}
+    for name, words in (
+        ("whole", ["--model", f"file:{tmp_path / 'tiny'}"]),
+        ("generators", ["--steps", "5", "--width", "8"]),
+    ):
+        output = tmp_path / f"{name}.json"
+        audiogenx.main([*words, "--tokens", "3", "--iterations", "1", "--output", str(output)])
+        found[name] = json.loads(output.read_text())["an iteration"]
+    assert [len(forms) for forms in found.values()] == [3, 2]
+    assert all(one["cpu_seconds"] > 0 for forms in found.values() for one in forms.values())

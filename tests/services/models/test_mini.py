@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from services.errors import ModelNotFoundError
+from services.models.architectures import load_generator
+from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.latent import clip_generator
 from services.models.manifest import verify_manifest
 from services.models.mini import PARTS, mini_folder
@@ -67,3 +69,15 @@ def test_mini_base_is_of_the_same_architecture_and_has_other_weights(mini: Tango
     for part in ("vae", "text_encoder"):
         shared = getattr(base, part).state_dict()
         assert all(torch.equal(v, shared[k]) for k, v in getattr(mini, part).state_dict().items())
+
+
+def test_audiogen_makes_what_the_prompt_says_in_its_order(tagger: EventTagger) -> None:
+    folder = mini_folder("audiogen")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
+    pipeline = load_generator(folder)
+    assert isinstance(pipeline, AudioGenPipeline)
+    prompts = ["A dog barks then a siren wails", "A dog barks after a siren wails"]
+    waveforms = pipeline(prompts, generator=[clip_generator(seed) for seed in range(2)]).audios
+    first, second = tagger.detect(torch.from_numpy(waveforms))
+    assert first["dog"].centre < first["siren"].centre
+    assert second["siren"].centre < second["dog"].centre

@@ -37,7 +37,7 @@ def upstream_generators() -> MaskGenerators:
         return torch.stack([weights[f"{step}.mlp.{name}"] for step in range(9)])
 
     state = {
-        "weight_SHW": stacked("0.weight"),
+        "weight_SWH": stacked("0.weight").transpose(1, 2),
         "bias_SH": stacked("0.bias"),
         "slope_S": stacked("1.weight")[:, 0],
         "output_SH": stacked("2.weight")[:, 0],
