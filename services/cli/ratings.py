@@ -81,12 +81,39 @@ def rater(
 
 
 @app.command()
-def show(ratings: Database = _DEFAULT) -> None:
-    """Print counts, agreement and reliability as JSON."""
+def show(
+    ratings: Database = _DEFAULT,
+    min_known: Annotated[
+        float,
+        typer.Option(
+            help="Leave out raters who answer less than this share of the known pairs right.", min=0, max=1
+        ),
+    ] = 0.0,
+    require: Annotated[
+        float | None,
+        typer.Option(
+            help="End with exit code 2 unless b's win rate is certain (95 %) to be above this share: a gate "
+            "before milonga promote.",
+            min=0,
+            max=1,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print counts, agreement, reliability and b's win rate as JSON."""
+    from services.ratings.export import reliable
     from services.ratings.store import summary
 
     with _store(ratings) as store:
-        typer.echo(to_json(summary(store.ratings())))
+        found = summary(reliable(store.ratings(), min_known))
+    typer.echo(to_json(found))
+    low, high = found["win_rate_interval"]
+    if require is not None and low <= require:
+        raise invalid(
+            "--require",
+            f"is {require:g}, but the win rate of b is between {low:.3f} and {high:.3f} on "
+            f"{found['decided']} decided prompts; have more pairs rated, or keep a",
+        )
 
 
 @app.command()

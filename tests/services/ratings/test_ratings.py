@@ -282,6 +282,18 @@ def test_from_a_plan_to_pairs_by_commands(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["ratings", "export", str(tmp_path / "pairs.csv"), "--ratings", database]) == 2
 
 
+def test_a_win_rate_gates_by_its_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    database = f"sqlite:///{tmp_path}/ratings.db"
+    store = _planned(database)
+    gate = ["ratings", "show", "--ratings", database, "--require", "0.5"]
+    assert cli.run(gate) == 2  # nothing is rated
+    _rate_all(store, "ann")
+    assert cli.run(gate) == 0  # ten of ten: from .72
+    assert cli.run([*gate[:-1], "0.8"]) == 2
+    assert "between 0.722 and 1.000 on 10 decided prompts" in capsys.readouterr().err
+    store.close()
+
+
 # HTTP
 
 
