@@ -187,7 +187,7 @@ def _page_data(found: Sequence[Explanation]) -> dict[str, Any]:
     facts = [("Model", f"{first.model.name} {first.model.version}"), ("seed", str(first.seed))]
     facts += [("digest", first.model.digest[:19])]
     facts += [
-        (f"size of the {one.method} mask", f"{one.mask_size:.3f}")
+        ("size of the mask", f"{one.mask_size:.3f}")
         for one in found
         if one.mask_size is not None
     ]
