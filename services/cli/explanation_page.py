@@ -186,11 +186,7 @@ def _page_data(found: Sequence[Explanation]) -> dict[str, Any]:
     first = found[0]
     facts = [("Model", f"{first.model.name} {first.model.version}"), ("seed", str(first.seed))]
     facts += [("digest", first.model.digest[:19])]
-    facts += [
-        ("size of the mask", f"{one.mask_size:.3f}")
-        for one in found
-        if one.mask_size is not None
-    ]
+    facts += [("size of the mask", f"{one.mask_size:.3f}") for one in found if one.mask_size is not None]
     return {
         "prompt": first.prompt,
         "words": first.words,
