@@ -269,6 +269,20 @@ class _Rpcs:
             made = await generate_candidates(candidates, most, options, make)
             return await rank(made, rank_by, limits.max_batch_size, score)
 
+    def acting_for(self, token: str | None, priority: Priority = "interactive") -> Self:
+        """Return a client that calls over the same channels for another caller. Closing it closes both.
+
+        Args:
+            token: the other caller's token; None: it is anonymous.
+            priority: its priority class.
+
+        Raises:
+            InvalidInputError: the token would leave this machine in plaintext, or is no token.
+        """
+        other = copy.copy(self)
+        other._calls = self._calls.acting_for(token, priority)
+        return other
+
     async def close(self) -> None:
         """Close the channels; running calls are cancelled."""
         await self._calls.close()
@@ -297,20 +311,6 @@ class AsyncAudioClient(_Rpcs):
         }  # fmt: skip
         connection = Connection(addresses, **options)
         super().__init__(Calls(connection, AsyncioTransport(connection)))
-
-    def acting_for(self, token: str | None, priority: Priority = "interactive") -> "AsyncAudioClient":
-        """Return a client that calls over the same channels for another caller. Closing it closes both.
-
-        Args:
-            token: the other caller's token; None: it is anonymous.
-            priority: its priority class.
-
-        Raises:
-            InvalidInputError: the token would leave this machine in plaintext, or is no token.
-        """
-        other = copy.copy(self)
-        other._calls = self._calls.acting_for(token, priority)
-        return other
 
     async def __aenter__(self) -> Self:
         return self
@@ -406,6 +406,12 @@ class AudioClient:
     get_explainer = _blocking(_Rpcs.get_explainer)
     generate_best = _blocking(_Rpcs.generate_best)
     close = _blocking(_Rpcs.close)
+
+    def acting_for(self, token: str | None, priority: Priority = "interactive") -> Self:
+        """Return a client that calls over the same channels for another caller; see `AsyncAudioClient`."""
+        other = copy.copy(self)
+        other._rpcs = self._rpcs.acting_for(token, priority)
+        return other
 
     def __enter__(self) -> Self:
         return self

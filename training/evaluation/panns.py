@@ -163,7 +163,7 @@ def load_panns(path: Path, device: str = "cpu") -> Cnn14:
         known = ", ".join(map(str, VARIANTS))
         raise ModelFormatError(f"{path}: it has no mel filters (logmel_extractor.melW) of {known} bins")
     model = on_meta(lambda: Cnn14(variant))
-    check_weights(path.name, model, {key: tensor.shape for key, tensor in state.items()})
+    check_weights(path.name, model, state)
     _check_filters(path, variant, filters)
     assign_weights(path.name, model, state)
     return model.to(target).float().eval().requires_grad_(False)

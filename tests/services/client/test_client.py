@@ -57,7 +57,7 @@ def test_options_left_out_or_none_are_absent() -> None:
 
 def test_what_the_wire_cannot_carry_is_refused_at_once() -> None:
     with pytest.raises(InvalidInputError) as caught:
-        build_request("rain", seed=-1, clip_count=2**31, duration=float("nan"), encoding="mp3")
+        build_request("rain", seed=-1, clip_count=2**31, duration=float("nan"), encoding="aac")
     assert {v.field for v in caught.value.violations} == {"seed", "clip_count", "duration", "encoding"}
 
 

@@ -80,6 +80,9 @@ class VirtualPipeline:
     def latent_frames(self, duration: float) -> int:
         return max(1, round(32 * duration))
 
+    def steps(self, asked: int, duration: float) -> int:
+        return asked
+
     def text_length(self, prompt: str) -> int:
         return 1
 
