@@ -186,6 +186,6 @@ def test_a_parameter_that_is_no_setting_is_refused(tmp_path: Path) -> None:
         running(repository, tmp_path / "server", "--exit-on-error=false") as server,
         triton.InferenceServerClient(server.grpc) as client,
     ):
-        state, reason = index(client)["reward", "1"]
+        ((state, reason),) = index(client).values()
     assert state == "UNAVAILABLE"
     assert "parameters.colour: is no setting of this model; use one of device" in reason

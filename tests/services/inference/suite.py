@@ -379,7 +379,8 @@ def test_words_by_frames_of_a_clip_that_is_made_and_of_a_given_one(served: Addre
         assert abs(matrix_WT.shape[1] * frame - seconds) < frame
         assert found.as_numpy("SEED").tolist() == [7]
         assert found.as_numpy("DIGEST").tolist() == [digest("mini").encode()]
-        assert parameters(found)["method"] == "occlusion"
+        if not served.is_triton:  # its Python backend has no parameters of answers
+            assert parameters(found)["method"] == "occlusion"
 
 
 EXPLAIN_FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -492,7 +493,8 @@ def test_bad_input_of_caption(served: Addresses, given: list[Any], says: str) ->
     with triton.InferenceServerClient(served.models["caption"]) as client:
         status, message = refusal(lambda: client.infer("caption", given))
     assert status == "INVALID_ARGUMENT"
-    assert says in message, message
+    # Triton itself refuses a request without inputs.
+    assert (says if given or not served.is_triton else "request has 0 inputs") in message, message
 
 
 def test_what_is_not_served_is_not_found(served: Addresses) -> None:
