@@ -127,11 +127,11 @@ def describe(captioner: ClipCaptioner, clips: Sequence[tuple[NDArray[np.float32]
         captioner: writes the captions.
         clips: samples [N] in [-1, 1] and sampling rate in hertz of each clip.
     """
-    heard = {
+    audible = {
         index: (waveform_N[: int(MAX_SECONDS * rate)], rate)
         for index, (waveform_N, rate) in enumerate(clips)
         if len(waveform_N) >= MIN_SECONDS * rate and has_sound(waveform_N[: int(MAX_SECONDS * rate)])
     }
-    captions = captioner.caption_audio(list(heard.values())).captions if heard else ()
-    texts = dict(zip(heard, (one.text for one in captions), strict=True))
+    captions = captioner.caption_audio(list(audible.values())).captions if audible else ()
+    texts = dict(zip(audible, (one.text for one in captions), strict=True))
     return [texts.get(index, "") for index in range(len(clips))]

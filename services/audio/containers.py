@@ -34,7 +34,7 @@ _OTHERS: Final[tuple[tuple[int, bytes, str], ...]] = (
 _CHUNK: Final = 8
 """Length of a chunk's name and size."""
 _NAME: Final = re.compile(rb"fmt |data|fact|LIST|SSND|COMM|bext|id3 |cue |smpl|JUNK|PEAK")
-"""Names of chunks that are told from padding."""
+"""Names by which a chunk is distinguished from padding."""
 _NO_SIZE: Final = 2**30
 """Sizes from here on, and 0, stand for the end of the file: no clip is as long. A pipe can't be rewound, so
 programs write 0, 0x7FFFF000, 0xFFFFFFFF and others there."""
@@ -138,7 +138,7 @@ def _without_tags(audio: bytes) -> bytes:
 
 
 def _chunks(audio: bytes, start: int, header: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name, the position and the size of each chunk, the padded ones of RIFF and kin.
+    """Yield the name, position and size of each chunk of RIFF and similar formats, whose chunks are padded.
 
     Some programs do not pad.
     """

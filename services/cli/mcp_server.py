@@ -83,7 +83,7 @@ class Tools:
         return {"caption": found.captions[0].text, "warnings": list(found.captions[0].warnings)}
 
     async def explain(self, prompt: str, seed: int | None = None) -> dict[str, Any]:
-        """Say when each word of a description is heard in a clip of it, in seconds."""
+        """Return the second at which each word of a description matters most, in a clip made from it."""
         found = await self._client.explain_audio(prompt, seed=seed)
         words = dict(zip(found.words, found.peaks(), strict=True))
         return {"seed": found.seed, "method": found.method, "peaks": words, "warnings": list(found.warnings)}

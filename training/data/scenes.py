@@ -294,7 +294,7 @@ def paraphrase(
 ) -> str | None:
     """Return a random caption of `truth` that belongs to `split`; None if `PARAPHRASES` tries found none.
 
-    `unread` is that of `caption_parts`, for models that read captions; whoever writes them learns none.
+    `unread` is that of `caption_parts`, for models that read captions; models that write captions get none.
     """
     captions = (write_caption(truth, rng, unread=unread) for _ in range(PARAPHRASES))
     return next((caption for caption in captions if split_of(caption) == split), None)

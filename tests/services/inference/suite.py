@@ -148,57 +148,39 @@ def version(model: str) -> str:
     return read_manifest(mini_folder(EMBEDDED[model])).version
 
 
-def test_each_model_is_described_the_same(served: Addresses) -> None:
-    described: dict[str, Any] = {}
-    for name, address in served.models.items():
-        with triton.InferenceServerClient(address) as client:
-            assert client.is_server_live()
-            assert client.is_server_ready()
-            assert client.is_model_ready(name, version(name))
-            assert not client.is_model_ready(name, "99")
-            metadata = client.get_model_metadata(name)
-            config = client.get_model_config(name).config
-            assert client.get_server_metadata().version
-            states = {
-                (one.name, one.version): one.state for one in client.get_model_repository_index().models
-            }
-            assert states[name, version(name)] == "READY"
-        sides = (metadata.inputs, metadata.outputs)
-        told = [[(one.name, one.datatype, list(one.shape)) for one in side] for side in sides]
-        optional = [one.name for one in config.input if one.optional]
-        described[name] = (*told, optional, config.max_batch_size, config.model_transaction_policy.decoupled)
-    sound = [
-        ("PROMPT", "BYTES", [-1, 1]),
-        ("AUDIO", "FP32", [-1, -1]),
-        ("SAMPLE_RATE", "INT32", [-1, 1]),
-        ("ENCODED_AUDIO", "BYTES", [-1, 1]),
-    ]
-    optional = ["AUDIO", "SAMPLE_RATE", "ENCODED_AUDIO"]
-    assert described["clap"] == (
-        *(sound, [("SCORE", "FP32", [-1, 2]), ("READABLE", "BOOL", [-1, 2]), ("DIGEST", "BYTES", [-1, 2])]),
-        *(optional, 64, False),
-    )
-    assert described["reward"] == (
-        sound,
+SOUND: list[tuple[str, str, list[int]]] = [
+    ("PROMPT", "BYTES", [-1, 1]),
+    ("AUDIO", "FP32", [-1, -1]),
+    ("SAMPLE_RATE", "INT32", [-1, 1]),
+    ("ENCODED_AUDIO", "BYTES", [-1, 1]),
+]
+OPTIONAL = ["AUDIO", "SAMPLE_RATE", "ENCODED_AUDIO"]
+DESCRIBED: dict[str, tuple[Any, ...]] = {
+    "clap": (
+        *(SOUND, [("SCORE", "FP32", [-1, 2]), ("READABLE", "BOOL", [-1, 2]), ("DIGEST", "BYTES", [-1, 2])]),
+        *(OPTIONAL, 64, False),
+    ),
+    "reward": (
+        SOUND,
         [
             ("REWARD", "FP32", [-1, 1]),
             ("PROBABILITY", "FP32", [-1, 1]),
             ("READABLE", "BOOL", [-1, 1]),
             ("DIGEST", "BYTES", [-1, 1]),
         ],
-        *(optional, 64, False),
-    )
-    assert described["caption"] == (
-        sound[1:],
+        *(OPTIONAL, 64, False),
+    ),
+    "caption": (
+        SOUND[1:],
         [
             ("CAPTION", "BYTES", [-1, 1]),
             ("CANDIDATES", "BYTES", [-1, -1]),
             ("SCORES", "FP32", [-1, -1]),
             ("DIGEST", "BYTES", [-1, 1]),
         ],
-        *(optional, 64, False),
-    )
-    assert described["explain"] == (
+        *(OPTIONAL, 64, False),
+    ),
+    "explain": (
         [
             ("PROMPT", "BYTES", [-1]),
             *((name, "BYTES", [-1]) for name in ("METHOD", "WITHOUT", "REPLACEMENT")),
@@ -209,7 +191,7 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             ("GUIDANCE_SCALE", "FP32", [-1]),
             ("DURATION", "FP32", [-1]),
             ("SCHEDULER", "BYTES", [-1]),
-            *sound[1:],
+            *SOUND[1:],
         ],
         [
             ("MATRIX", "FP32", [-1, -1]),
@@ -224,11 +206,11 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
         [
             *("METHOD", "WITHOUT", "REPLACEMENT", "ITERATIONS", "NEGATIVE_PROMPT", "SEED"),
             *("NUM_INFERENCE_STEPS", "GUIDANCE_SCALE", "DURATION", "SCHEDULER"),
-            *optional,
+            *OPTIONAL,
         ],
         *(0, True),
-    )
-    assert described["tango"] == (
+    ),
+    "tango": (
         [
             ("PROMPT", "BYTES", [-1]),
             ("NEGATIVE_PROMPT", "BYTES", [-1]),
@@ -257,7 +239,31 @@ def test_each_model_is_described_the_same(served: Addresses) -> None:
             "LOUDNESS",
         ],
         *(0, True),
-    )
+    ),
+}
+"""Inputs, outputs, optional inputs, most rows of a batch, and whether it streams, by model."""
+
+
+def test_each_model_is_described_the_same(served: Addresses) -> None:
+    described: dict[str, Any] = {}
+    for name, address in served.models.items():
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready(name, version(name))
+            assert not client.is_model_ready(name, "99")
+            metadata = client.get_model_metadata(name)
+            config = client.get_model_config(name).config
+            assert client.get_server_metadata().version
+            states = {
+                (one.name, one.version): one.state for one in client.get_model_repository_index().models
+            }
+            assert states[name, version(name)] == "READY"
+        sides = (metadata.inputs, metadata.outputs)
+        told = [[(one.name, one.datatype, list(one.shape)) for one in side] for side in sides]
+        optional = [one.name for one in config.input if one.optional]
+        described[name] = (*told, optional, config.max_batch_size, config.model_transaction_policy.decoupled)
+    assert described == DESCRIBED
 
 
 def test_a_stream_tells_progress_and_gives_each_clip(served: Addresses) -> None:

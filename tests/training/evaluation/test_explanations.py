@@ -40,7 +40,7 @@ def test_mass_and_pointing() -> None:
     row = np.array([0.0, 3.0, 1.0, 0.0, 0.0, 4.0])
     assert mass_inside(row, INSIDE) == pytest.approx(0.5)
     assert points_inside(row, INSIDE) == 0.0
-    # One frame beside the interval counts.
+    # A frame next to the interval counts too.
     assert points_inside(np.array([9.0, 1, 1, 0, 0, 0]), INSIDE) == 1.0
     assert points_inside(np.array([0, 1.0, 1, 9, 0, 0]), INSIDE) == 1.0
     # Nothing said is chance.
