@@ -12,7 +12,7 @@ from services import client
 from services.api.explanation import ClipExplainer, Explanation, ExplanationUpdate
 from services.cli.explanation_page import WRITERS, written
 from services.cli.making import in_flags, to_json, warn
-from services.cli.options import URI_FORMS, check_address, given_options, grouped
+from services.cli.options import ModelOptions, SamplingOptions, check_address, given_options, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, print_table
 from services.cli.progress import ProgressView
 from services.cli.scorers import naming_option, refuse
@@ -20,39 +20,17 @@ from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError
 from services.files import write_atomically
 
-PANEL = "Model"
-"""Panel of these options in the help."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExplainedOptions:
+class ExplainedOptions(SamplingOptions):
     """The options of the clip that is explained, and of its explanation."""
 
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of the clip; with --clip, of the noise that is added. Default: drawn, and printed.",
-            show_default=False,
-        ),
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Scale of classifier-free guidance. Default: the model's.", show_default=False),
-    ] = None
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the clip should not sound like.", show_default=False)
-    ] = None
-    duration: Annotated[
-        float | None, typer.Option(help="Seconds. Default: the model's.", show_default=False)
-    ] = None
-    scheduler: Annotated[
-        str | None, typer.Option(help="Name of a scheduler. Default: the model's.", show_default=False)
-    ] = None
     clip: Annotated[
-        Path | None, typer.Option(help="Explain this clip, which the prompt describes, rather than make one.")
+        Path | None,
+        typer.Option(
+            help="Explain this clip, which the prompt describes, rather than make one; --seed is of the "
+            "noise that is added to it."
+        ),
     ] = None
     without: Annotated[
         str | None,
@@ -69,12 +47,7 @@ class ExplainedOptions:
     def options(self) -> client.ExplanationOptions:
         """Return them by the client's names."""
         return {
-            "seed": self.seed,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "negative_prompt": self.negative_prompt,
-            "duration": self.duration,
-            "scheduler": self.scheduler,
+            **self.sampling(),
             "encoding": "float32",
             "clip": self.clip,
             "without": self.without,
@@ -84,30 +57,8 @@ class ExplainedOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExplainerOptions:
+class ExplainerOptions(ModelOptions):
     """The options that say which model is explained, and where it runs."""
-
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Model URI: mini, mini-base, {URI_FORMS}.", show_default="mini", rich_help_panel=PANEL
-        ),
-    ] = None
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto", rich_help_panel=PANEL),
-    ] = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel=PANEL),
-    ] = None
-    server: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of an explanation service, instead of a model in this process.",
-            rich_help_panel=PANEL,
-        ),
-    ] = None
 
     def check(self, connection: ServiceOptions) -> None:
         """Raise `InvalidInputError` if options contradict each other."""

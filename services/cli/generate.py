@@ -12,7 +12,7 @@ from services.cli import prompts
 from services.cli.check import Checker, CheckOptions
 from services.cli.folder import Folder
 from services.cli.making import BestOf, GeneratedClips, Place, in_flags, record_of, to_json, warn
-from services.cli.options import URI_FORMS, given_options, grouped
+from services.cli.options import ModelOptions, SamplingOptions, given_options, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, numbered, print_table
 from services.cli.progress import ProgressView
 from services.cli.scorers import PANEL, ScorerOptions, refuse
@@ -29,33 +29,10 @@ _PARALLEL = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClipOptions:
+class ClipOptions(SamplingOptions):
     """The options of a generation."""
 
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the noise. Default: drawn, and printed.", show_default=False)
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Scale of classifier-free guidance. Default: the model's.", show_default=False),
-    ] = None
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the clip should not sound like.", show_default=False)
-    ] = None
-    duration: Annotated[
-        float | None, typer.Option(help="Seconds. Default: the model's.", show_default=False)
-    ] = None
     clips: Annotated[int | None, typer.Option(help="Different clips per prompt.", show_default="1")] = None
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of a scheduler, for example ddpm, ddim, dpmsolver++ or unipc. Default: the model's.",
-            show_default=False,
-        ),
-    ] = None
     sample_rate: Annotated[
         int | None, typer.Option(help="Hertz of the file. Default: the model's.", show_default=False)
     ] = None
@@ -70,38 +47,11 @@ class ClipOptions:
     def generation(self) -> client.GenerationOptions:
         """Return them by the client's names."""
         return {
-            "negative_prompt": self.negative_prompt,
-            "duration": self.duration,
+            **self.sampling(),
             "clip_count": self.clips,
-            "seed": self.seed,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "scheduler": self.scheduler,
             "sampling_rate": self.sample_rate,
             "loudness": self.loudness,
         }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOptions:
-    """The options that say where clips are generated."""
-
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Model URI: mini, mini-base, {URI_FORMS}.",
-            show_default="mini",
-        ),
-    ] = None
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = (
-        None
-    )
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32")
-    ] = None
-    server: Annotated[
-        str | None, typer.Option(help="Address of a generation service, instead of a model in this process.")
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

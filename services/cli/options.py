@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ from services.catalogue import CATALOGUE, ServiceEntry, Weights
 from services.errors import FieldViolation, InvalidInputError, invalid
 
 if TYPE_CHECKING:
-    from services.client import ServiceOptions
+    from services.client import GenerationOptions, ServiceOptions
     from services.runtime.settings import ProcessSettings
 
 URI_FORMS: Final = "file:PATH, hf:OWNER/NAME, models:/NAME/VERSION, each also with #sha256:HEX"
@@ -113,6 +113,67 @@ def check_address(flag: str, address: str | None) -> None:
     fault = None if address is None else address_fault(address)
     if fault is not None:
         raise invalid(flag, fault)
+
+
+# Options of several commands
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """The options of a clip's sampling."""
+
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise. Default: drawn, and printed.", show_default=False)
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance. Default: the model's.", show_default=False),
+    ] = None
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the clip should not sound like.", show_default=False)
+    ] = None
+    duration: Annotated[
+        float | None, typer.Option(help="Seconds. Default: the model's.", show_default=False)
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a scheduler, for example ddpm, ddim, dpmsolver++ or unipc. Default: the model's.",
+            show_default=False,
+        ),
+    ] = None
+
+    def sampling(self) -> "GenerationOptions":
+        """Return them by the client's names."""
+        return {
+            "seed": self.seed,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "negative_prompt": self.negative_prompt,
+            "duration": self.duration,
+            "scheduler": self.scheduler,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """The options that say which generator is used, and where it runs."""
+
+    model: Annotated[
+        str | None, typer.Option(help=f"Model URI: mini, mini-base, {URI_FORMS}.", show_default="mini")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = (
+        None
+    )
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32")
+    ] = None
+    server: Annotated[
+        str | None, typer.Option(help="Address of a service, instead of a model in this process.")
+    ] = None
 
 
 # Settings
