@@ -1,9 +1,17 @@
-"""What the converters of released checkpoints share: folders they read from."""
+"""What the converters of released checkpoints share: types, and the folders that they read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from services.errors import ModelNotFoundError
+
+Weights = Mapping[str, Tensor]
+"""A state dictionary, or a part of one."""
+
+Progress = Callable[[str], None]
+"""Called with the name of each stage."""
 
 
 def folder_or_hub(part: str, text: str, example: str, patterns: Sequence[str]) -> Path:

@@ -10,7 +10,7 @@ The names of the keys are those of upstream's modules; the released files themse
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.audiogen.language_model import TextProjection
 from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.audiogen.sampling import TokenScheduler
-from services.models.conversion import folder_or_hub
+from services.models.conversion import Progress, Weights, folder_or_hub
 from services.models.folders import cause, one_line, read_pickle
 from services.models.manifest import write_manifest
 from services.models.state_dicts import (
@@ -42,12 +42,6 @@ from services.models.state_dicts import (
 )
 from services.models.tango.checkpoint import load_text_config
 from services.models.writing import new_folder
-
-Weights = Mapping[str, Tensor]
-"""A state dictionary, or a part of one."""
-
-Progress = Callable[[str], None]
-"""Called with the name of each stage."""
 
 LM, CODEC = "state_dict.bin", "compression_state_dict.bin"
 """Files of a released folder."""

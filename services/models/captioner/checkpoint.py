@@ -11,7 +11,7 @@ every file is accounted for.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,14 +34,11 @@ from services.models.captioner.language import (
     read_lora_settings,
 )
 from services.models.captioner.model import Captioner, Projector, check_fit, make_projector
-from services.models.conversion import folder_or_hub
+from services.models.conversion import Progress, folder_or_hub
 from services.models.folders import cause, read_layout, read_pickle
 from services.models.manifest import write_manifest
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
 from services.models.writing import new_folder
-
-Progress = Callable[[str], None]
-"""Called with the name of each stage."""
 
 LICENSE: Final = "that of the parts (EAT, the language model, SLAM-AAC's weights: see their model cards)"
 

@@ -10,7 +10,7 @@ Shapes: C channels, K spectrum bins, M mel bins.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from services.errors import ModelFormatError, ModelNotFoundError
-from services.models.conversion import folder_or_hub
+from services.models.conversion import Progress, Weights, folder_or_hub
 from services.models.folders import cause, describe_weights, read_json, read_pickle
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
@@ -34,12 +34,6 @@ from services.models.state_dicts import assign_weights, check_finite, on_meta, q
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
 from services.models.writing import new_folder
-
-Weights = Mapping[str, Tensor]
-"""A state dictionary, or a part of one."""
-
-Progress = Callable[[str], None]
-"""Called with the name of each stage."""
 
 MAIN, VAE, STFT = "pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin"
 RELEASED_FILES: Final = ("main_config.json", "vae_config.json", "stft_config.json", MAIN, VAE, STFT)
