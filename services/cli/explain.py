@@ -48,6 +48,7 @@ class ExplainedOptions(SamplingOptions):
         """Return them by the client's names."""
         return {
             **self.sampling(),
+            "method": None,  # one call per method
             "encoding": "float32",
             "clip": self.clip,
             "without": self.without,
