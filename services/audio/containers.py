@@ -6,6 +6,7 @@ whose headers were never completed because they were written to a pipe.
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Final, Literal
 
@@ -44,6 +45,10 @@ _MP3_IN_WAV: Final = 0x55
 
 _OGG_HEADER: Final = 27
 _OGG_FIRST_PAGE: Final = 0x02
+_OGG_CHECKSUM: Final = slice(22, 26)
+"""Place of a page's checksum in the page."""
+_REVERSED: Final = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+"""Each byte with its bits in reverse order."""
 
 _MAX_MP3_FRAMES: Final = 2**13
 """Frames that are counted: minutes of sound."""
@@ -216,9 +221,9 @@ def _end_of_samples(audio: bytes, start: int, order: str) -> int:
 
 
 def _check_ogg(audio: bytes) -> None:
-    """Raise `ContainerError` if a page or its last packet is incomplete, or a second stream follows.
+    """Raise `ContainerError` if a page or its last packet is incomplete or damaged, or a second stream follows.
 
-    Whatever comes after the last page, and a missing mark of the stream's end, are no faults.
+    Decoders leave out pages with a wrong checksum, and report no error. Whatever comes after the last page, and a missing mark of the stream's end, are no faults.
     """
     position, unfinished, begun = 0, False, False
     for _ in range(_MAX_PARTS):
@@ -233,13 +238,27 @@ def _check_ogg(audio: bytes) -> None:
             )
         begun = not is_first
         lengths = audio[position + _OGG_HEADER : position + _OGG_HEADER + segments]
-        position += _OGG_HEADER + segments + sum(lengths)
+        start, position = position, position + _OGG_HEADER + segments + sum(lengths)
+        if position <= len(audio) and not _is_ogg_page_intact(audio[start:position]):
+            raise ContainerError("has damaged OGG pages; get it again")
         unfinished = lengths.endswith(b"\xff") if lengths else unfinished
     rest = audio[position : position + 4]
     if position > len(audio) or unfinished or (rest and b"OggS".startswith(rest)):
         raise _cut(audio, "OGG")
     if audio.find(b"OggS", position) >= 0:
         raise ContainerError("has damaged OGG pages; get it again")
+
+
+def _is_ogg_page_intact(page: bytes) -> bool:
+    """Return whether a page has the checksum that its header states (RFC 3533, section 6).
+
+    It is zlib's CRC-32 with the bits of each byte, and of the result, in reverse order, and without inversion
+    before and after.
+    """
+    stated = page[_OGG_CHECKSUM]
+    blank = page[: _OGG_CHECKSUM.start] + bytes(4) + page[_OGG_CHECKSUM.stop :]
+    reversed_crc = zlib.crc32(blank.translate(_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
+    return reversed_crc.to_bytes(4, "big").translate(_REVERSED) == stated
 
 
 def _mp3_frame_size(audio: bytes, position: int) -> int:

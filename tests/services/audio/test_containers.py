@@ -219,6 +219,13 @@ def test_the_beginning_of_another_ogg_page_is_a_cut(tail: bytes) -> None:
     assert "cut short" in refusal(OGG + tail)
 
 
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
+def test_an_ogg_page_with_a_wrong_checksum_is_not_left_out(place: float) -> None:
+    damaged = bytearray(OGG)
+    damaged[int(place * len(OGG))] ^= 1
+    assert refusal(bytes(damaged)) == "has damaged OGG pages; get it again"
+
+
 def test_ogg_streams_in_a_row_are_refused_and_not_half_read() -> None:
     assert refusal(OGG + OGG).startswith("has several OGG streams")
 
