@@ -221,9 +221,10 @@ def _end_of_samples(audio: bytes, start: int, order: str) -> int:
 
 
 def _check_ogg(audio: bytes) -> None:
-    """Raise `ContainerError` if a page or its last packet is incomplete or damaged, or a second stream follows.
+    """Raise `ContainerError` for an incomplete page or last packet, a damaged page, or a second stream.
 
-    Decoders leave out pages with a wrong checksum, and report no error. Whatever comes after the last page, and a missing mark of the stream's end, are no faults.
+    Decoders leave out pages with a wrong checksum, and report no error. Whatever comes after the last page,
+    and a missing mark of the stream's end, are no faults.
     """
     position, unfinished, begun = 0, False, False
     for _ in range(_MAX_PARTS):

@@ -19,7 +19,9 @@ from training.loop.checks import (
 )
 from training.soundworld.scenes import DURATIONS, Split
 
-EMBEDDERS = ("tagger", "clap", "panns")
+AUDIOSET_TAGGERS = ("panns", "passt")
+"""Embedders with AudioSet's classes. Metrics have their kind as the label, as in papers."""
+EMBEDDERS = ("tagger", "clap", *AUDIOSET_TAGGERS)
 """Kinds of embedding models."""
 MINI_SCORERS = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
@@ -85,8 +87,8 @@ class EvaluationConfig:
     reward_clap: str = "mini:clap-a"
     """URI of the CLAP model that the reward model is built on."""
     embedders: tuple[str, ...] = ("tagger:mini:tagger", "clap:mini:clap-b")
-    """Embedding models of Fréchet distance and KAD: tagger:URI, clap:URI or panns:PATH. Those with classes
-    (tagger, panns) also give KL and the inception score."""
+    """Embedding models of Fréchet distance and KAD: tagger:URI, clap:URI, panns:PATH or
+    passt:PATH. Those with classes (all but clap) also give KL and the inception score."""
     judge: str | None = "mini:tagger"
     """URI of the tagger that detects events; used only for prompts whose events are known."""
     captioner: str | None = None
@@ -115,7 +117,9 @@ class EvaluationConfig:
         for embedder in self.embedders:
             kind, _, location = embedder.partition(":")
             if kind not in EMBEDDERS or not location:
-                raise ValueError(f"embedders has {embedder!r}, must be tagger:URI, clap:URI or panns:PATH")
+                raise ValueError(
+                    f"embedders has {embedder!r}, must be tagger:URI, clap:URI, panns:PATH or passt:PATH"
+                )
         for comparison in self.comparisons:
             name, _, against = comparison.partition(":")
             if not name or not against or name == against:
@@ -136,9 +140,9 @@ class EvaluationConfig:
 
 
 def label_of(embedder: str) -> str:
-    """Return the name of an embedder in metrics: panns, or the last part of its location."""
+    """Return the name of an embedder in metrics: panns, passt, or the last part of its location."""
     kind, _, location = embedder.partition(":")
-    return kind if kind == "panns" else Path(location.rpartition(":")[2].partition("#")[0]).stem
+    return kind if kind in AUDIOSET_TAGGERS else Path(location.rpartition(":")[2].partition("#")[0]).stem
 
 
 def evaluation_mini() -> EvaluationConfig:

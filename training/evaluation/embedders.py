@@ -1,4 +1,4 @@
-"""Embedding models of clips: ``tagger:URI``, ``clap:URI``, ``panns:PATH``.
+"""Embedding models of clips: ``tagger:URI``, ``clap:URI``, ``panns:PATH``, ``passt:PATH``.
 
 Shape legend: B clips, N samples, S segments, H hidden width, D embedding width, K classes.
 """
@@ -26,6 +26,7 @@ from services.weights.loading import load_embedding_model
 from services.weights.uri import resolve
 from training.data.store import file_digest
 from training.evaluation.panns import Cnn14, load_panns
+from training.evaluation.passt import Passt, load_passt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,18 +60,18 @@ class Embedder(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PannsEmbedder:
-    """CNN14, the model behind FD, KL and IS in papers on text-to-audio."""
+class AudioSetEmbedder:
+    """A tagger of AudioSet's classes behind FD, KL and IS in papers on text-to-audio: CNN14 or PaSST."""
 
-    model: Cnn14
+    model: Cnn14 | Passt
     digest: str
 
     @torch.inference_mode()
     def embed(self, clips: Sequence[Sound]) -> Embeddings:
         """See `Embedder`."""
-        device = self.model.fc1.weight.device
+        device = next(self.model.parameters()).device
         rows: list[tuple[Tensor, Tensor]] = []
-        for batch_BN in batch_by_length(clips, self.model.variant.sampling_rate):
+        for batch_BN in batch_by_length(clips, self.model.sampling_rate):
             output = self.model(batch_BN.to(device))
             rows += zip(output.embeddings_BD.cpu(), output.logits_BK.cpu(), strict=True)
         embeddings, logits = zip(*rows, strict=True)
@@ -170,7 +171,8 @@ class Loader:
                 return ClapEmbedder(loaded.model, loaded.version.digest)
             case _:
                 path = Path(location).expanduser()
-                return PannsEmbedder(load_panns(path, self.device), f"sha256:{file_digest(path)}")
+                load = load_passt if kind == "passt" else load_panns
+                return AudioSetEmbedder(load(path, self.device), f"sha256:{file_digest(path)}")
 
     def reward(self, uri: str, clap: str) -> Loaded[RewardModel]:
         """Load a reward model and the CLAP model that it was trained on. Raises `ModelError`."""

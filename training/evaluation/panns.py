@@ -3,7 +3,7 @@
 ::
 
     model = load_panns(Path("Cnn14_16k_mAP=0.438.pth"))
-    model(waveform_BN)                                  # PannsOutput(embeddings_BD, logits_BK)
+    model(waveform_BN)                                  # TaggerOutput(embeddings_BD, logits_BK)
 
 Reimplements ``audioset_tagging_cnn/pytorch/models.py`` (MIT) with the same weight names. Fourier bases and
 mel filters are read from the checkpoint (torchlibrosa's format). Verified against panns_inference with random
@@ -58,13 +58,13 @@ by audioldm_eval), ``Cnn14_mAP=0.431.pth`` and ``Cnn14_8k_mAP=0.416.pth``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PannsOutput:
-    """Embeddings and logits of clips."""
+class TaggerOutput:
+    """Embeddings and logits of clips, by a model that knows AudioSet's classes."""
 
     embeddings_BD: Tensor
-    """Activations of the last hidden layer, 0 or more."""
+    """Activations of the last hidden layer."""
     logits_BK: Tensor
-    """Logits whose sigmoid is PANNs' clip-wise output."""
+    """Logits whose sigmoid is the probability of each class."""
 
 
 class _Stft(nn.Module):
@@ -128,7 +128,12 @@ class Cnn14(nn.Module):
         self.fc1 = nn.Linear(CHANNELS[-1], DIMENSION)
         self.fc_audioset = nn.Linear(DIMENSION, CLASSES)
 
-    def forward(self, waveform_BN: Tensor) -> PannsOutput:
+    @property
+    def sampling_rate(self) -> int:
+        """Hertz of the waveforms."""
+        return self.variant.sampling_rate
+
+    def forward(self, waveform_BN: Tensor) -> TaggerOutput:
         """Return the output for clips [B, N] in [-1, 1], at the variant's sampling rate."""
         shortest = MINIMUM_FRAMES * self.variant.hop_length
         waveform_BN = functional.pad(waveform_BN, (0, max(0, shortest - waveform_BN.shape[1])))
@@ -141,7 +146,7 @@ class Cnn14(nn.Module):
         hidden_BCT = hidden.mean(dim=3)
         pooled_BC = hidden_BCT.amax(dim=2) + hidden_BCT.mean(dim=2)
         embeddings_BD = self.fc1(pooled_BC).relu()
-        return PannsOutput(embeddings_BD=embeddings_BD, logits_BK=self.fc_audioset(embeddings_BD))
+        return TaggerOutput(embeddings_BD=embeddings_BD, logits_BK=self.fc_audioset(embeddings_BD))
 
 
 def load_panns(path: Path, device: str = "cpu") -> Cnn14:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import normal_interval, paired_difference, prompt_resamples
 from training.evaluation.clip_scores import ClipScores, References
-from training.evaluation.config import EvaluationConfig
+from training.evaluation.config import AUDIOSET_TAGGERS, EvaluationConfig
 from training.evaluation.distances import (
     CLIPS_PER_DIMENSION,
     KAD_SCALE,
@@ -131,8 +131,8 @@ def sample_size_warnings(references: References, splits: Mapping[str, Indices]) 
 
 
 def frechet_name(label: str) -> str:
-    """Return the metric name of the Fréchet distance: fd.panns as in papers, else fad.LABEL."""
-    return f"fd.{label}" if label == "panns" else f"fad.{label}"
+    """Return the metric name of the Fréchet distance: fd.panns and fd.passt as in papers, else fad.LABEL."""
+    return f"fd.{label}" if label in AUDIOSET_TAGGERS else f"fad.{label}"
 
 
 def is_better(name: str, difference: float) -> bool | None:

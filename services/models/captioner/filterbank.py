@@ -48,15 +48,24 @@ class FilterBank(nn.Module):
         return mel_TM
 
 
-def mel_filters(mel_bins: int) -> Tensor:
-    """Return Kaldi's triangular filters, float32 [K, M]: equally wide in mel, from 20 Hz to 8 kHz, not
-    normalised.
+def mel_filters(
+    mel_bins: int,
+    *,
+    sampling_rate: int = SAMPLING_RATE,
+    n_fft: int = N_FFT,
+    low_hertz: float = _LOW_HERTZ,
+    high_hertz: float | None = None,
+) -> Tensor:
+    """Return Kaldi's triangular filters, float32 [K, M]: equally wide in mel, not normalised.
+
+    They span `low_hertz` to `high_hertz`, by default half the sampling rate.
     """
-    low, high = mel_scale(_LOW_HERTZ), mel_scale(SAMPLING_RATE / 2)
+    low = mel_scale(low_hertz)
+    high = mel_scale(sampling_rate / 2 if high_hertz is None else high_hertz)
     step = (high - low) / (mel_bins + 1)
     # Differences of rounded float32 values, as upstream computes them.
     left_M, centre_M, right_M = (low + (torch.arange(mel_bins)[:, None] + edge) * step for edge in range(3))
-    bins_K = 1127.0 * (1.0 + SAMPLING_RATE / N_FFT * torch.arange(N_FFT // 2) / 700.0).log()
+    bins_K = 1127.0 * (1.0 + sampling_rate / n_fft * torch.arange(n_fft // 2) / 700.0).log()
     up_MK = (bins_K - left_M) / (centre_M - left_M)
     down_MK = (right_M - bins_K) / (right_M - centre_M)
     filters_MK = torch.minimum(up_MK, down_MK).clamp(min=0.0)

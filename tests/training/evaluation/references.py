@@ -6,7 +6,7 @@ installed without dependencies into a separate environment that also sees ``make
     python3 -m venv /tmp/metrics
     ls -d $PWD/.venv-parity/lib/*/site-packages > $(echo /tmp/metrics/lib/*/site-packages)/parity.pth
     /tmp/metrics/bin/pip install --no-deps torch-fidelity==0.4.0 kadtk==1.1.0 audioldm-eval==0.0.3 \\
-        panns-inference==0.1.1
+        panns-inference==0.1.1 hear21passt==0.0.26
     PYTHONPATH=.:protos /tmp/metrics/bin/python -m tests.training.evaluation.references
 
 Only functions that compute metrics are called; other imports of their modules (models, plots, hubs) are
@@ -25,15 +25,32 @@ from unittest import mock
 
 import numpy as np
 import torch
+from transformers.audio_utils import mel_filter_bank
 
 from tests.training.evaluation import fixtures
 from training.evaluation.panns import VARIANTS, load_panns
+from training.evaluation.passt import load_passt
 
 OUTPUT = Path(__file__).with_name("references.json")
-PACKAGES = ("torch-fidelity", "kadtk", "audioldm-eval", "panns-inference", "torchlibrosa", "numpy", "torch")
+PACKAGES = (
+    "torch-fidelity",
+    "kadtk",
+    "audioldm-eval",
+    "panns-inference",
+    "hear21passt",
+    "torchlibrosa",
+    "numpy",
+    "torch",
+)
 STANDINS = (
     *("matplotlib", "matplotlib.pyplot", "torch_fidelity.utils", "hypy_utils", "hypy_utils.tqdm_utils"),
-    *("kadtk.emb_loader", "kadtk.model_loader", "panns_inference.config"),
+    *(
+        "kadtk.emb_loader",
+        "kadtk.model_loader",
+        "panns_inference.config",
+        "timm.models._hub",
+        "torchaudio.transforms",
+    ),
 )
 SAMPLES = 40_000
 """Samples of each test waveform of CNN14."""
@@ -132,9 +149,67 @@ def cnn14() -> dict[str, float]:
     return found
 
 
+def passt() -> dict[str, float]:
+    """Return the largest differences of our PaSST and hear21passt's, with the same random weights.
+
+    torchaudio's mel filters are replaced by those of transformers, which are Kaldi's too.
+    """
+    filters = mel_filter_bank(
+        num_frequency_bins=513,
+        num_mel_filters=128,
+        min_frequency=0.0,
+        max_frequency=15_000.0,
+        sampling_rate=32_000,
+        mel_scale="kaldi",
+        triangularize_in_mel_space=True,
+    )
+    torchaudio = mock.MagicMock()
+    torchaudio.compliance.kaldi.get_mel_banks.return_value = (
+        torch.from_numpy(filters.T[:, :-1]).float(),
+        None,
+    )
+    with mock.patch.dict(sys.modules, {"torchaudio": torchaudio}):
+        preprocess = module("hear21passt", "models.preprocess")
+        module("hear21passt", "models.helpers.vit_helpers")
+        upstream = module("hear21passt", "models.passt")
+    upstream.first_RUN = False
+    spectrogram = preprocess.AugmentMelSTFT(fmin_aug_range=10, fmax_aug_range=2000).eval()
+    found = {}
+    for stride in (10, 16):
+        torch.manual_seed(0)
+        theirs = upstream.PaSST(stride=stride, distilled=True).eval()
+        for name, parameter in theirs.named_parameters():  # as in trained models: neither 0 nor 1
+            if name.endswith(("bias", "norm.weight")):
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "passt.pt"
+            torch.save(theirs.state_dict(), path)
+            ours = load_passt(path)
+        for seconds in (2, 10):
+            waveforms = torch.randn(2, seconds * 32_000) * torch.tensor([[0.3], [0.01]])
+            waveforms[1] += 0.3 * torch.sin(torch.arange(seconds * 32_000) * 0.2)
+            with torch.inference_mode():
+                logits, features = theirs(spectrogram(waveforms)[:, None])
+                got = ours(waveforms)
+            case = f"stride {stride}, {seconds} s"
+            scale = features.abs().max()
+            found[f"{case}, embedding, relative"] = float((features - got.embeddings_BD).abs().max() / scale)
+            found[f"{case}, embedding, clips apart, relative"] = float(
+                (got.embeddings_BD[0] - got.embeddings_BD[1]).abs().max() / scale
+            )
+            found[f"{case}, posterior"] = float((logits.sigmoid() - got.logits_BK.sigmoid()).abs().max())
+    return found
+
+
 def keys() -> dict[str, str]:
     """Return names and shapes of the weights of panns_inference's CNN14 at 16 kHz."""
     theirs = module("panns-inference", "models").Cnn14(16_000, 512, 160, 64, 50, 8_000, 527)
+    return {key: "x".join(map(str, tensor.shape)) for key, tensor in theirs.state_dict().items()}
+
+
+def passt_keys() -> dict[str, str]:
+    """Return names and shapes of the weights of hear21passt's PaSST with a stride of 10."""
+    theirs = module("hear21passt", "models.passt").PaSST(stride=10, distilled=True)
     return {key: "x".join(map(str, tensor.shape)) for key, tensor in theirs.state_dict().items()}
 
 
@@ -146,6 +221,8 @@ def main() -> None:
         "posteriors": posteriors(),
         "cnn14": cnn14(),
         "cnn14 keys at 16 kHz": keys(),
+        "passt": passt(),
+        "passt keys": passt_keys(),
     }
     OUTPUT.write_text(json.dumps(written, indent=1) + "\n")
     print(OUTPUT.read_text())

@@ -13,9 +13,9 @@ from services.models.mini.tagger import EventTagger
 from services.models.state_dicts import on_meta
 from tests.tiny import tiny_clap
 from training.data.examples import FileClip
-from training.evaluation import panns
+from training.evaluation import panns, passt
 from training.evaluation.config import EvaluationConfig, WorldPrompts, label_of
-from training.evaluation.embedders import ClapEmbedder, PannsEmbedder, Sound, TaggerEmbedder
+from training.evaluation.embedders import AudioSetEmbedder, ClapEmbedder, Sound, TaggerEmbedder
 from training.evaluation.events import is_clipped, loudness_db, overshoots
 from training.evaluation.prompts import SPLITS, Prompt, read_prompts, world_prompts
 from training.soundworld.scenes import split_of
@@ -145,13 +145,8 @@ def test_invalid_settings_are_refused() -> None:
             EvaluationConfig(**wrong)
     with pytest.raises(ValueError, match="count is 0"):
         WorldPrompts(count=0)
-    assert [
-        label_of(text) for text in ("clap:laion:a/630k-best.pt", "panns:x.pth", "tagger:mini:tagger")
-    ] == [
-        "630k-best",
-        "panns",
-        "tagger",
-    ]
+    embedders = ("clap:laion:a/630k-best.pt", "panns:x.pth", "passt:y.pt", "tagger:mini:tagger")
+    assert list(map(label_of, embedders)) == ["630k-best", "panns", "passt", "tagger"]
 
 
 def test_embedders_take_clips_of_different_lengths_and_rates_in_order() -> None:
@@ -231,7 +226,7 @@ def test_cnn14s_spectrogram_is_that_of_a_fourier_transform(checkpoint: Path) -> 
 
 
 def test_a_panns_checkpoint_embeds_and_tags(checkpoint: Path) -> None:
-    embedder = PannsEmbedder(panns.load_panns(checkpoint), "d")
+    embedder = AudioSetEmbedder(panns.load_panns(checkpoint), "d")
     clips = [noise(0.1), noise(1.0, 32_000, seed=1)]  # the first is shorter than the pooling needs
     output = embedder.embed(clips)
     assert output.embeddings_BD.shape == (2, 12)
@@ -263,3 +258,60 @@ def test_invalid_panns_checkpoints_are_refused(checkpoint: Path, tmp_path: Path)
         panns.load_panns(checkpoint)
     with pytest.raises(ModelNotFoundError, match="PANNs checkpoint"):
         panns.load_panns(tmp_path / "none.pth")
+
+
+def test_passt_has_the_names_and_shapes_of_hear21passts() -> None:
+    model = on_meta(lambda: passt.Passt(width=768, depth=12, classes=527, rows=12, columns=99))
+    own = {key: "x".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()}
+    assert own == LISTED["passt keys"]
+
+
+def test_passt_gave_the_same_output_as_hear21passt() -> None:
+    """Recorded with random weights at full size."""
+    differences = [value for name, value in LISTED["passt"].items() if "apart" not in name]
+    assert len(differences) == 8
+    assert max(differences) < 1e-6
+    assert min(value for name, value in LISTED["passt"].items() if "apart" in name) > 0.5
+
+
+@pytest.fixture
+def passt_state() -> dict[str, torch.Tensor]:
+    """The weights of a narrow PaSST of one block, in the format of the released files."""
+    torch.manual_seed(0)
+    model = passt.Passt(width=64, depth=1, classes=5, rows=12, columns=99)
+    return {name: 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+
+
+def test_a_passt_checkpoint_embeds_and_tags(passt_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "passt.pt"
+    torch.save(passt_state, path)
+    embedder = AudioSetEmbedder(passt.load_passt(path), "d")
+    # Shorter than a patch, of another rate, and longer than the positions.
+    clips = [noise(0.05), noise(1.0, 44_100, seed=1), noise(20.4, 32_000, seed=2)]
+    output = embedder.embed(clips)
+    assert output.embeddings_BD.shape == (3, 64)
+    assert output.logits_BK is not None
+    assert output.logits_BK.shape == (3, 5)
+    assert np.isfinite(output.logits_BK).all()
+    halves = embedder.embed([Sound(half, 32_000) for half in np.array_split(clips[2].waveform_N, 3)])
+    np.testing.assert_allclose(output.embeddings_BD[2], halves.embeddings_BD.mean(0), atol=1e-5)
+
+
+def test_invalid_passt_checkpoints_are_refused(passt_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "wrong.pt"
+
+    def refused(content: object, message: str) -> None:
+        torch.save(content, path)
+        with pytest.raises(ModelFormatError, match=message) as caught:
+            passt.load_passt(path)
+        assert "\n" not in str(caught.value)
+
+    refused({**passt_state, "extra": torch.zeros(1)}, "unknown keys: extra")
+    refused({k: v for k, v in passt_state.items() if k != "norm.bias"}, "missing keys: norm.bias")
+    refused({**passt_state, "time_new_pos_embed": torch.zeros(1, 64, 1, 199)}, "its spectrogram is another")
+    refused({**passt_state, "norm.bias": torch.full((64,), torch.nan)}, "norm.bias")
+    refused({}, "no positions in frequency and time")
+    refused([1], "must map names to tensors")
+    refused({"model": Path("x")}, "holds pathlib.+, which could run code")
+    with pytest.raises(ModelNotFoundError, match="PaSST checkpoint"):
+        passt.load_passt(tmp_path / "none.pt")

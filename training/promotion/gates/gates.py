@@ -30,7 +30,7 @@ from services.errors import FieldViolation, InvalidInputError, invalid
 from training.evaluation.config import EVALUATIONS, EvaluationConfig, label_of
 from training.evaluation.events import EVENT_METRICS
 from training.evaluation.prompts import SPLITS
-from training.evaluation.report import LOWER_IS_BETTER, UNDIRECTED, Metrics
+from training.evaluation.report import LOWER_IS_BETTER, UNDIRECTED, Metrics, frechet_name
 from training.evaluation.round_trip import ROUND_TRIP_METRICS
 from training.evaluation.sources import PlannedClip, make_plan
 from training.loop.checks import LARGE
@@ -219,10 +219,10 @@ def known_figures(config: EvaluationConfig, plan: Sequence[PlannedClip]) -> tupl
     found += ROUND_TRIP_METRICS if config.captioner is not None else ()
     has_references = any(planned.prompt.reference for planned in plan)
     for embedder in config.embedders:
-        kind, label = embedder.partition(":")[0], label_of(embedder)
+        label = label_of(embedder)
         if has_references:
-            found += [f"{'fd' if kind == 'panns' else 'fad'}.{label}", f"kad.{label}"]
-        if kind != "clap":
+            found += [frechet_name(label), f"kad.{label}"]
+        if not embedder.startswith("clap:"):
             found += [f"inception.{label}", *([f"kl.{label}"] if has_references else [])]
     return tuple(found)
 
