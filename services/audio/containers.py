@@ -241,7 +241,9 @@ def _check_ogg(audio: bytes) -> None:
         lengths = audio[position + _OGG_HEADER : position + _OGG_HEADER + segments]
         start, position = position, position + _OGG_HEADER + segments + sum(lengths)
         if position <= len(audio) and not _is_ogg_page_intact(audio[start:position]):
-            raise ContainerError("has damaged OGG pages; get it again")
+            raise ContainerError(
+                "can't be decoded as OGG, it is damaged: a page has a wrong checksum; get it again, whole"
+            )
         unfinished = lengths.endswith(b"\xff") if lengths else unfinished
     rest = audio[position : position + 4]
     if position > len(audio) or unfinished or (rest and b"OggS".startswith(rest)):
