@@ -208,7 +208,7 @@ def test_a_quote_that_never_closes_is_named_by_its_line(content: str, place: str
         ("a.json", '[{"caption": "A", "caption": "B"}]', {"a.json:1": "the field 'caption' twice"}),
         ("a.json", '{"data":\n[{"id": 1, "id": 2}]}', {"a.json:1": "the field 'id' twice"}),
         ("a.csv", "caption,id\n\n,3\n", {"a.csv:3": "has no prompt"}),
-        ("a.csv", "sound,id\na,b\n", {"--prompts": "caption, text or target; it has sound, id"}),
+        ("a.csv", "sound,id\na,b\n", {"--prompts": "caption, text, prompt_text or target; it has sound, id"}),
         ("a.txt", "A dog barks\nRain\n", {"--prompts": "it has A dog barks"}),
         ("a.csv", "caption\nA dog\nB\xe4r\n".encode("latin-1"), {"a.csv:3": "no UTF-8"}),
         ("a.csv", "", {"--prompts": "holds no prompts"}),

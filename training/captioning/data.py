@@ -9,8 +9,9 @@ import numpy as np
 
 from services.errors import invalid
 from services.files import sha256_of
-from training.data.captions import CaptionExample, list_files, read_examples
+from training.data.captions import CaptionExample, read_examples
 from training.data.examples import Clip, FileClip
+from training.data.recordings import list_files
 from training.data.scenes import GAIN, SceneClip, paraphrase
 from training.loop.checks import Natural, Parallel, Seed, Share, check_ranges
 from training.soundworld.captions import plain_caption

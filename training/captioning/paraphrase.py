@@ -19,8 +19,7 @@ import numpy as np
 
 from services.audio.prompt import MAX_PROMPT_CHARACTERS, prompt_fault
 from services.files import side_by_side
-from services.lists import read_list
-from training.data.captions import find_clip
+from services.lists import find_clip, read_list
 from training.data.scenes import paraphrase
 from training.data.store import Row, claim, digest_of_value, file_digest, finish, write_rows
 from training.loop.checks import Range, Seed, check_ranges

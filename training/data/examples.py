@@ -3,7 +3,6 @@
 Clips are decoded on access, so a data set may be larger than memory.
 """
 
-import functools
 import hashlib
 import sys
 from collections import Counter, defaultdict
@@ -15,7 +14,15 @@ from typing import Any, Protocol, TypeVar
 from services.audio import decoding
 from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import sha256_of
-from services.lists import caption_fault, check_text_column, find_audio, read_list, shortened, unreadable
+from services.lists import (
+    EmbeddedClip,
+    caption_fault,
+    check_text_column,
+    find_audio,
+    read_list,
+    shortened,
+    unreadable,
+)
 from services.models.clap.model import Waveform
 from training.soundworld.captions import CaptionTruth
 
@@ -77,13 +84,7 @@ class FileClip:
 class ParquetClip:
     """A clip in a Parquet column of ``{bytes, path}``, as Hugging Face's datasets write it."""
 
-    path: Path
-    """The Parquet file."""
-    column: str
-    group: int
-    """Row group."""
-    row: int
-    """Row in the row group."""
+    cell: EmbeddedClip
     audio_root: Path
     """Folder that the paths of clips without bytes start from."""
     domain: str = "recorded"
@@ -91,7 +92,7 @@ class ParquetClip:
     @property
     def name(self) -> str:
         """File, column, row group and row."""
-        return f"{self.path}:{self.column}:{self.group}:{self.row}"
+        return f"{self.cell.path}:{self.cell.column}:{self.cell.group}:{self.cell.row}"
 
     @property
     def digest(self) -> str:
@@ -104,13 +105,7 @@ class ParquetClip:
 
     def content(self) -> bytes:
         """Return the encoded bytes. Raises OSError or ValueError."""
-        cell = _parquet_column(self.path, self.column, self.group)[self.row] or {}
-        content: bytes | None = cell.get("bytes")
-        if content is None:
-            if not cell.get("path"):
-                raise ValueError("holds neither bytes nor a path")
-            return find_audio(cell["path"], self.audio_root).read_bytes()
-        return content
+        return self.cell.read_bytes(self.audio_root)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,9 +309,8 @@ def pair_rows(
 
     def clip(column: str, group: int, number: int, row: Mapping[str, Any]) -> Clip:
         if embedded[column] or row[column] is None:
-            return ParquetClip(
-                path=path, column=column, group=group, row=number, audio_root=root, domain=domain
-            )
+            cell = EmbeddedClip(path=path, column=column, group=group, row=number)
+            return ParquetClip(cell=cell, audio_root=root, domain=domain)
         return FileClip(path=find_audio(row[column], root), domain=domain)
 
     for group, rows in enumerate(groups):
@@ -328,20 +322,6 @@ def counts(examples: Examples) -> dict[str, int]:
     """Return the number of labelled clips by label, and of pairs by kind."""
     labels = Counter("liked" if example.label > 0.5 else "not liked" for example in examples.labelled)
     return dict(labels) | dict(Counter(pair.kind for pair in examples.pairs))
-
-
-@functools.lru_cache(maxsize=4)
-def _parquet_column(path: Path, column: str, group: int) -> list[dict[str, Any] | None]:
-    """Read one column of one row group; cached, since clips are read in order."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            rows: list[dict[str, Any] | None] = file.read_row_group(group, [column])[column].to_pylist()
-    except ArrowException as error:
-        raise ValueError(str(error)) from error
-    return rows
 
 
 def short_message(error: Exception) -> str:

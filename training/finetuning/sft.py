@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.data.captions import CaptionExample, list_files, read_examples
+from training.data.captions import CaptionExample, read_examples
 from training.data.examples import Clip
+from training.data.recordings import list_files
 from training.finetuning.session import (
     FineTuning,
     PairData,
