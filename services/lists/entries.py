@@ -91,12 +91,8 @@ def read_list(
         named = _class_column(content)
         sound = " ".join(content[named].split()) if named else None
         captions = columns.captions(content, wordings, sound)
-        read = {used, *prompts, *(clips if clip == "ignored" else ()), *([named] if columns.by_class else ())}
-        fields = {
-            name: value
-            for name, value in content.items()
-            if value is not None and not columns.numbered.fullmatch(name) and name not in read
-        }
+        read = {used, *(clips if clip == "ignored" else ()), named if columns.by_class else None}
+        fields = columns.others(content, read)
         for number, caption in enumerate(captions, start=1):
             prompt, fault = caption_fault(caption, checked=checked)
             if fault is not None and not keep_unusable:
@@ -171,6 +167,17 @@ class _Columns:
                     f"{called(path)} has no column {_or(wanted)}; it has {', '.join(self.names)[:200]}",
                 )
 
+    def others(self, content: Mapping[str, Any], read: set[str | None]) -> dict[str, Any]:
+        """Return the fields of a row that are not null, are no captions and not in `read`."""
+        return {
+            name: value
+            for name, value in content.items()
+            if value is not None
+            and not self.numbered.fullmatch(name)
+            and name not in self.prompts
+            and name not in read
+        }
+
     def captions(self, content: Mapping[str, Any], wordings: Wordings, sound: str | None) -> Sequence[object]:
         """Return the captions of a row; `[None]` if it has none."""
         if self.by_class:
@@ -217,9 +224,9 @@ def find_clip(entry: Entry, root: Path) -> Path:
         return find_audio(entry.location, root)
     fields = {name: str(value) for name, value in entry.fields.items()}
     start = fields.get("start_time", "").removesuffix(".0")
-    video, own = fields.get("youtube_id"), fields.get("id") or fields.get("fname")
+    video, own = fields.get("youtube_id"), fields.get("id") or fields.get("fname") or ""
     stems = [f"Y{video}", video, f"{video}_{start}", f"{video}_{start}000"] if video else []
-    stems += [fields.get("audiocap_id"), own, Path(own).stem if own else None]
+    stems += [fields.get("audiocap_id", ""), own, Path(own).stem]
     names = [f"{stem}{suffix}" for stem in stems if stem for suffix in AUDIO_SUFFIXES]
     found = next((root / name for name in names if exists(root / name)), None)
     if found is None and video is None:

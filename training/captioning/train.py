@@ -265,7 +265,7 @@ class Mels:
 
     def __init__(self, captioner: Captioner, threads: ThreadPoolExecutor, kept: int) -> None:
         self.captioner, self.threads = captioner, threads
-        self._mel: Callable[[Clip], Tensor] = functools.lru_cache(maxsize=kept)(self._compute)  # type: ignore[assignment]
+        self._mel: Callable[[Clip], Tensor] = functools.lru_cache(maxsize=kept)(self._compute)
 
     def of(self, clips: Sequence[Clip]) -> Tensor:
         """Return normalised mels [B, T, M] on the captioner's device. Raises as `fault` describes."""

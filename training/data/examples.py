@@ -6,7 +6,7 @@ Clips are decoded on access, so a data set may be larger than memory.
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,8 +35,8 @@ LABEL_NAMES = ("label", "score", "reward")
 """Field names of labels; the first that is present is used. BATON's README names scores."""
 
 
-class Clip(Protocol):
-    """A clip that is decoded on access. Hashable."""
+class Clip(Hashable, Protocol):
+    """A clip that is decoded on access."""
 
     @property
     def name(self) -> str:

@@ -113,7 +113,7 @@ def list_files(path: Path) -> list[Path]:
     """Return the file of a list, or those of a folder that state captions. Raises `InvalidInputError`."""
     wordings = read_wordings(path if path.is_dir() else path.parent).path
     lists = lists_of(path) if path.is_dir() else [path]
-    return [*lists, *([wordings] if wordings not in (None, *lists) else [])]
+    return [*lists, *([wordings] if wordings is not None and wordings not in lists else [])]
 
 
 def lists_of(folder: Path) -> list[Path]:
@@ -171,9 +171,9 @@ def _read_folder(folder: Path, unusable: dict[str, str] | None) -> list[ClipRow]
     if loose := [clip for clip, parts in zip(clips, inside, strict=True) if not parts]:
         raise invalid(
             "data",
-            f"{len(loose)} of {len(clips)} clips of {folder} have no caption: no list, no text file next to them, "
-            f"no class's folder around them ({_names(loose)}); move the clips of each class into a folder of its "
-            f"name, give the folder above if {folder.name} is a class, or run `milonga caption --folder`",
+            f"{len(loose)} of {len(clips)} clips of {folder} have no caption: no list, no text file next to "
+            f"them, no class's folder around them ({_names(loose)}); move the clips of a class into a folder "
+            f"of its name, give the folder above if {folder.name} is a class, or run `milonga caption`",
         )
     by_fold = all(len(parts) > 1 and _is_fold(parts[0]) for parts in inside)
     wordings = read_wordings(folder)

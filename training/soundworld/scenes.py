@@ -115,8 +115,8 @@ def draw_caption(rng: np.random.Generator, config: SceneConfig) -> tuple[str, Ca
             return caption, truth
 
 
-def _layout(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Onset and offset in seconds of each event, inside the clip."""
+def layout(truth: CaptionTruth, duration: float, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Draw onset and offset in seconds of each event, inside the clip."""
     stretch = duration / 2.56
     if truth.relation == "then":
         count = len(truth.classes)
@@ -153,7 +153,7 @@ def render(
     floor = rng.uniform(-68, -58)
     mix = rng.standard_normal(n) * 10 ** (floor / 20)
     events = []
-    for event_class, (onset, offset) in zip(truth.classes, _layout(truth, duration, rng), strict=True):
+    for event_class, (onset, offset) in zip(truth.classes, layout(truth, duration, rng), strict=True):
         start, stop = int(onset * SAMPLING_RATE), int(offset * SAMPLING_RATE)
         level = rng.uniform(-25, -19)
         mix[start:stop] += synthesise(event_class, rng, stop - start) * 10 ** (level / 20)
