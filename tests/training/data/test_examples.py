@@ -87,7 +87,7 @@ def test_paths_of_another_machine_are_found_under_the_root(tmp_path: Path) -> No
             '[{"captions": "x", "location": "y"}]',
             r"x\.json:1: label or score or reward is None, must be 0 to 1",
         ),
-        ('[{"captions": "x", "label": 1}]', "has no column audio, .* or source; it has captions, label"),
+        ('[{"captions": "x", "label": 1}]', "has no column audio, .* or chosen; it has captions, label"),
         ('{"captions": "x", "location": "y", "label": 2}', r"x\.json:1: label is 2, must be 0 to 1"),
         (
             '\n{"captions": "x", "location": "y", "score": "good"}',
