@@ -70,6 +70,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmarks.gpu_peers import PEERS
 from services.api.generation import Event, Failed, Finished, GenerationRequest
 from services.engine import Engine, EngineConfig
 from services.models.latent import Conditioning, clip_generator, guide
@@ -574,12 +575,39 @@ def _dpo_figures(
     }
 
 
+def peers(bench: Bench) -> Figures:
+    """diffusers' AudioLDM 2 and Stable Audio Open: one clip and batches of 25 steps, to the waveform."""
+    for name, build_peer in PEERS.items():
+        bench.pipelines.clear()
+        bench.empty()
+        render_peer = build_peer(bench.device, torch.bfloat16, tiny=bench.tiny)
+        for clips in (1,) if bench.tiny else (1, 8, 32):
+            steps = 2 if bench.tiny else STEPS[0]
+            try:
+                seconds = bench.seconds(partial(render_peer, clips, steps), rounds=2)
+            except torch.OutOfMemoryError:
+                yield f"{name}, {clips} clips", {"out_of_memory": True}
+                break
+            yield (
+                f"{name}, {clips} clips",
+                {
+                    "steps": steps,
+                    "seconds": seconds,
+                    "clips_per_second": clips / seconds,
+                    "peak_gib": bench.memory_gib(),
+                },
+            )
+        del render_peer
+        bench.empty()
+
+
 MEASUREMENTS: Final[Mapping[str, tuple[Callable[[Bench], Figures], float]]] = {
     "one clip": (one_clip, 40.0),
     "saturation": (saturation, 60.0),
     "exact": (exact, 15.0),
     "DPO step": (dpo_step, 60.0),
     "under load": (under_load, 100.0),
+    "peers": (peers, 90.0),
 }
 """Measurements in order of importance, each with the seconds that it should be given."""
 

@@ -17,11 +17,12 @@ def test_the_gpu_benchmark_measures_writes_and_continues(
     assert json.loads(output.read_text())["figures"]["exact"]["companions"]["equal_bits"] is True
     capsys.readouterr()
 
-    gpu.main(["--tiny", "--output", str(output), "--only", "exact", "saturation"])
+    gpu.main(["--tiny", "--output", str(output), "--only", "exact", "saturation", "peers"])
     printed = capsys.readouterr().out
     assert "exact:" not in printed
     figures = json.loads(output.read_text())["figures"]
     assert figures["saturation"]["4 rows"]["clips_per_second_2_steps"] > 0
+    assert len(figures["peers"]) == 3  # two peers, and the mark of completeness
     page = output.with_suffix(".md").read_text()
     assert "## Saturation" in page
     assert "| 4 rows |" in page
