@@ -9,6 +9,7 @@ from benchmarks import audiogenx, captioning, gpu
 from tests.tiny import tiny_audiogen, tiny_captioner
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")  # diffusers'
 def test_the_gpu_benchmark_measures_writes_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
