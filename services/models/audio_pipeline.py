@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from services.api.generation import GenerationModel
 from services.audio.resampling import resample
 from services.errors import FieldViolation, InvalidInputError
-from services.models.latent import Conditioning, guide, takes_generator
+from services.models.latent import Conditioning, guide, takes_generator, targets_of
 from services.models.prompts import T5Prompts
 
 Generators = Generator | Sequence[Generator] | None
@@ -112,6 +112,8 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     training_scheduler: ClassVar[str]
     """Class of the scheduler in a model's folder."""
 
+    folds_guidance = False
+    """See `LatentPipeline`."""
     scheduler: Any
     _interrupt = False
     """A callback sets this to end the denoising after its step."""
@@ -135,7 +137,13 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
 
     @abstractmethod
     def predict(
-        self, latents_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor, /
+        self,
+        latents_BX: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor,
+        jumps_B2: Tensor | None = None,
+        /,
     ) -> Tensor:
         """See `LatentPipeline`."""
 
@@ -218,7 +226,7 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         same length as `conditional`; a negative prompt takes its place). `duration`, in seconds, is for
         families that are conditioned on it. `generator` feeds schedulers that draw noise (`ddpm`).
         """
-        guided = guidance_scale > 1
+        guided = guidance_scale > 1 and not self.folds_guidance
         if guided and unconditional is None:
             raise ValueError("guidance_scale above 1 needs the unconditional embeddings")
         solver = self._chosen_scheduler(scheduler)
@@ -229,6 +237,7 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         texts = {"prompt_embeds": conditional}
         if guided and unconditional is not None:
             texts = {"negative_prompt_embeds": unconditional, **texts}
+        targets = targets_of(solver)
         latents_BX = latents_BX * getattr(solver, "init_noise_sigma", 1.0)
         self._interrupt = False
         with self.progress_bar(total=len(solver.timesteps)) as progress:
@@ -238,8 +247,9 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
                     inputs_BX = solver.scale_model_input(inputs_BX, timestep)
                 timesteps_B = timestep.expand(len(inputs_BX))
                 seconds_B = torch.full_like(timesteps_B, duration, dtype=torch.float32)
+                jumps_B2 = seconds_B.new_tensor([[guidance_scale, targets[step]]]).expand(len(inputs_BX), 2)
                 output_BX = self.predict(
-                    inputs_BX, timesteps_B, Conditioning.cat(list(texts.values())), seconds_B
+                    inputs_BX, timesteps_B, Conditioning.cat(list(texts.values())), seconds_B, jumps_B2
                 )
                 if guided:
                     unconditional_BX, conditional_BX = output_BX.chunk(2)
@@ -301,7 +311,8 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
             output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
 
-        conditional, unconditional = self._encoded([text, negative] if scale > 1 else [text])
+        guided = scale > 1 and not self.folds_guidance
+        conditional, unconditional = self._encoded([text, negative] if guided else [text])
         if latents is None:
             latents = self.prepare_latents(text.count * num_waveforms_per_prompt, duration, generator)
         latents = self.denoise(

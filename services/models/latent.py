@@ -103,6 +103,8 @@ class Solver(ABC):
         # Numbers on the host: reading one from the device would synchronise at every step.
         self.timesteps: list[float] = scheduler.timesteps.tolist()
         """Timestep of each step, for the denoiser."""
+        self.targets: list[float] = targets_of(scheduler)
+        """Timestep that each step leads to, for a distilled denoiser; 0 for others."""
 
     def step(self, output: Tensor, index: int, latents: Tensor, generator: Generator) -> Tensor:
         """Return the latents after step `index`, which must be the next, from the denoiser's guided `output`.
@@ -132,6 +134,10 @@ class LatentPipeline(Protocol):
     def description(self) -> GenerationModel:
         """Sizes, limits and defaults. The caller fills in the model's version."""
 
+    @property
+    def folds_guidance(self) -> bool:
+        """Whether the denoiser takes the guidance scale as a condition: a clip is then one row of a call."""
+
     def latent_frames(self, duration: float) -> int:
         """Return the length of the latents of a clip of `duration` seconds. Equal lengths share a batch."""
 
@@ -157,11 +163,17 @@ class LatentPipeline(Protocol):
         """Return a new solver for the scheduler `name`. Raises `InvalidInputError` for an unknown name."""
 
     def predict(
-        self, latents_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
+        self,
+        latents_BX: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor,
+        jumps_B2: Tensor | None = None,
     ) -> Tensor:
         """Call the denoiser once, without gradients; return [B, X] in float32.
 
         Rows are independent. `timesteps_B` come from solvers; `seconds_B` are the clips' durations.
+        `jumps_B2`, guidance scales and solvers' `targets`, are needed where the model `folds_guidance`.
         """
 
     def decode(self, latents_BX: Tensor, samples: int) -> Tensor:
@@ -180,6 +192,12 @@ class LatentPipeline(Protocol):
 def takes_generator(scheduler: Any) -> bool:
     """Return whether a step of one of diffusers' schedulers can draw noise from a generator."""
     return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def targets_of(scheduler: Any) -> list[float]:
+    """Return the timestep that each step leads to, for a distilled denoiser; 0 for others."""
+    targets: list[float] = getattr(scheduler, "targets", None) or [0.0] * len(scheduler.timesteps)
+    return targets
 
 
 def clip_generator(seed: int, clip_index: int = 0) -> Generator:

@@ -38,6 +38,7 @@ class Denoise(Protocol):
         timesteps_B: Tensor,
         conditioning: Conditioning,
         seconds_B: Tensor,
+        jumps_B2: Tensor | None = None,
         /,
     ) -> Tensor:
         """Return the denoiser's output [B, X] in its own float type, with gradients if they are enabled."""
@@ -58,6 +59,8 @@ class Architecture:
     denoiser_class: type[Any]
     denoise: Denoise | None
     """Its call in fine-tuning, None without an objective."""
+    student: Callable[[Any], Any] | None = None
+    """Returns a denoiser to distil a given one into; None: it can't be distilled."""
     objective: Literal["v_prediction", "flow"] | None
     """Objective of the denoiser: a name in `training.objectives.objective`; None: it can't be fine-tuned."""
     encoders: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""`milonga train sft`, `dpo`, `baton`: fine-tuning of a denoiser from the command line.
+"""`milonga train sft`, `dpo`, `baton`, `distill`: fine-tuning of a denoiser from the command line.
 
 milonga train dpo --recipe mini --set data.pairs=build/preferences/mini/dataset --output build/dpo/mini
 accelerate launch -m services.cli train dpo --recipe tango2 --set start=file:tango-full-ft …
@@ -51,8 +51,19 @@ def baton(
     _run("baton", recipe, settings or [], output, fresh=not resume, show=show)
 
 
+def distill(
+    recipe: Recipe = "mini",
+    settings: Settings = None,
+    output: Output = None,
+    resume: Resume = True,
+    show: Show = False,
+) -> None:
+    """Distil a denoiser into one that makes a clip in 1 to 8 calls, without the unconditional half."""
+    _run("distill", recipe, settings or [], output, fresh=not resume, show=show)
+
+
 def _run(
-    stage: Literal["sft", "dpo", "baton"],
+    stage: Literal["sft", "dpo", "baton", "distill"],
     recipe: str,
     settings: Sequence[str],
     output: Path | None,
@@ -61,6 +72,7 @@ def _run(
     show: bool,
 ) -> None:
     from training.finetuning.baton import train_baton
+    from training.finetuning.distill import train_distill
     from training.finetuning.dpo import train_dpo
     from training.finetuning.sft import train_sft
     from training.loop.config import describe, override
@@ -70,6 +82,7 @@ def _run(
         "sft": (recipes.SFT, train_sft),
         "dpo": (recipes.DPO, train_dpo),
         "baton": (recipes.BATON, train_baton),
+        "distill": (recipes.DISTILL, train_distill),
     }
     known, train = found[stage]
     config = override(recipes.recipe(known, recipe), settings)

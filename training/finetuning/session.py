@@ -45,6 +45,9 @@ TRAINING = "training.json"
 FREE = ("loop.checkpoint_seconds", "loop.threads", "latents.cache")
 """Settings that may differ when a run is resumed."""
 
+Changes = Mapping[str, Mapping[str, Any]]
+"""Entries of JSON files of a model folder, by the file's path in it."""
+
 Example = TypeVar("Example")
 
 
@@ -166,10 +169,15 @@ class Policy(nn.Module):
         """Names of the parameters that learn."""
 
     def forward(
-        self, noisy_BX: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
+        self,
+        noisy_BX: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor,
+        jumps_B2: Tensor | None = None,
     ) -> Predictions:
         """Return predictions. The reference's is computed first, and its activations are freed at once."""
-        inputs = (noisy_BX, timesteps_B, conditioning, seconds_B)
+        inputs = (noisy_BX, timesteps_B, conditioning, seconds_B, jumps_B2)
         reference_BX = None
         if self.adapters_off:
             self.denoiser.disable_adapters()
@@ -450,9 +458,17 @@ def errors_of(
 
 
 def finish_session(
-    session: Session, policy: Policy, stage: str, steps: int, data: Mapping[str, Any]
+    session: Session,
+    policy: Policy,
+    stage: str,
+    steps: int,
+    data: Mapping[str, Any],
+    changes: Changes = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write the model's folder from the main process; return the report, which is its training.json."""
+    """Write the model's folder from the main process; return the report, which is its training.json.
+
+    `changes` are of its JSON files, see `write_pipeline`.
+    """
     config, start = session.config, session.start
     report: dict[str, Any] = {
         "stage": stage,
@@ -477,6 +493,7 @@ def finish_session(
             name=config.name,
             version=config.version,
             license=config.license or start.identity.license,
+            changes=changes,
         )
     session.accelerator.wait_for_everyone()
     return report
@@ -501,11 +518,12 @@ def write_pipeline(
     name: str,
     version: str,
     license: str,
+    changes: Changes = MappingProxyType({}),
 ) -> Manifest:
     """Write the start's folder with another denoiser, under a temporary name, then put it in place.
 
-    The parts that did not learn are copied, file for file. Raises `OutputError`; an existing folder is then
-    unchanged.
+    The parts that did not learn are copied, file for file; `changes` are entries of JSON files that differ
+    from the start's. Raises `OutputError`; an existing folder is then unchanged.
     """
     architecture = architecture_of(start.folder)
     part = architecture.denoiser
@@ -516,6 +534,11 @@ def write_pipeline(
             denoiser.to(DTYPES[dtype]).save_pretrained(temporary / part, safe_serialization=True)
         # The start's own config for the same architecture, without the paths that the library adds.
         shutil.copyfile(start.folder / part / "config.json", temporary / part / "config.json")
+        for name_of_file, entries in changes.items():
+            path = temporary / name_of_file
+            content = json.dumps(read_json(path) | dict(entries), indent=2, sort_keys=True) + "\n"
+            path.unlink()  # a copy may be read-only
+            path.write_text(content, encoding="utf-8")
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         (temporary / TRAINING).write_text(text, encoding="utf-8")
         manifest = write_manifest(temporary, name=name, version=version, license=license)

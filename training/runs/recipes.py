@@ -11,6 +11,7 @@ from training.data.latents import LatentConfig
 from training.data.scenes import SoundworldData
 from training.data.specaugment import SpecAugmentConfig
 from training.finetuning.baton import BatonData, BatonTraining
+from training.finetuning.distill import DistillTraining, WorldPrompts
 from training.finetuning.dpo import DpoTraining
 from training.finetuning.sft import SftTraining
 from training.loop.fit import LoopConfig
@@ -398,12 +399,68 @@ def baton_tango2() -> BatonTraining:
     )
 
 
+def distill_mini() -> DistillTraining:
+    """A student of `mini` on two cores, in hours."""
+    return DistillTraining(
+        name="mini-student",
+        start="mini",
+        world=WorldPrompts(count=40_000),
+        durations=(2.56, 2.56, 2.56, 2.56, 2.56, 5.12),
+        loop=LoopConfig(
+            steps=12_000,
+            batch=16,
+            learning_rate=5e-4,
+            warmup=100,
+            decay=0.4,
+            ema=0.999,
+            mixed_precision="bf16",
+            device="cpu",
+            threads=1,
+        ),
+    )
+
+
+def distill_smoke() -> DistillTraining:
+    """Seconds, for tests: a few steps on a few prompts. It learns nothing."""
+    return DistillTraining(
+        name="distill-smoke",
+        start="mini",
+        world=WorldPrompts(count=8),
+        loop=LoopConfig(steps=3, batch=2, learning_rate=1e-4, warmup=2, device="cpu", threads=1),
+    )
+
+
+def distill_tango2() -> DistillTraining:
+    """A student of Tango 2 (arXiv 2404.09956).
+
+    Give ``start`` (Tango 2, converted) and ``prompts`` (AudioCaps' captions). ConsistencyTTA (arXiv
+    2309.10740) distils Tango by batches of 64 at a rate of 1e-5; the number of steps is ours, as is all that
+    differs between the two objectives. Not run: no GPU was to be had.
+    """
+    return DistillTraining(
+        name="tango2-student",
+        start="file:tango2",
+        durations=(10.24,),
+        loop=replace(
+            TANGO2_LOOP, steps=20_000, batch=64, learning_rate=1e-5, warmup=500, decay=0.4, ema=0.999, clip=1.0
+        ),
+        gradient_checkpointing=True,
+    )
+
+
 SFT: Final[Mapping[str, Callable[[], SftTraining]]] = {
     "mini": sft_mini,
     "smoke": sft_smoke,
     "tango2": sft_tango2,
 }
 """Recipes of `milonga train sft`."""
+
+DISTILL: Final[Mapping[str, Callable[[], DistillTraining]]] = {
+    "mini": distill_mini,
+    "smoke": distill_smoke,
+    "tango2": distill_tango2,
+}
+"""Recipes of `milonga train distill`."""
 
 DPO: Final[Mapping[str, Callable[[], DpoTraining]]] = {
     "mini": dpo_mini,

@@ -186,6 +186,7 @@ class AudioGenPipeline(AudioPipeline):
         timesteps_B: Tensor,
         conditioning: Conditioning,
         seconds_B: Tensor | None = None,
+        jumps_B2: Tensor | None = None,
     ) -> Tensor:
         """See `LatentPipeline`: the logits [B, K, V] after step `timesteps_B` of each sequence."""
         device, dtype = self.decoder.device, self.decoder.dtype

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
 
 from services.models.pipelines import Architecture
+from services.models.tango.distilled import student_of
 from services.models.tango.pipeline import TangoPipeline, velocity
 from services.models.vocoder import GriffinLimVocoder
 
@@ -30,6 +31,7 @@ TANGO: Final = Architecture(
     denoiser="unet",
     denoiser_class=UNet2DConditionModel,
     denoise=velocity,
+    student=student_of,
     objective="v_prediction",
     encoders=("vae",),
     decoders=("vae", "vocoder"),

@@ -18,6 +18,15 @@ from services.errors import ModelFormatError
 from services.models.audio_pipeline import AudioPipeline
 from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
+from services.models.tango.distilled import (
+    DISTILLED_SCHEDULERS,
+    STARTS,
+    JumpScheduler,
+    JumpSolver,
+    is_distilled,
+    jump_embedding,
+    jump_scheduler,
+)
 from services.models.tango.geometry import Geometry
 from services.models.tango.schedulers import SCHEDULERS, VelocitySolver, make_scheduler
 from services.models.vocoder import GriffinLimVocoder
@@ -29,8 +38,11 @@ def velocity(
     timesteps_B: Tensor,
     conditioning: Conditioning,
     seconds_B: Tensor | None = None,
+    jumps_B2: Tensor | None = None,
 ) -> Tensor:
     """Call the denoiser: v [B, C, T, F] (arXiv 2202.00512). Tango is not conditioned on the duration.
+
+    `jumps_B2` are of distilled denoisers: guidance scales, and timesteps that the step leads to.
 
     The text mask is mandatory: without it the padding changes the prediction by half of its size.
     """
@@ -39,6 +51,7 @@ def velocity(
         timesteps_B,
         encoder_hidden_states=conditioning["embeds"],
         encoder_attention_mask=conditioning["mask"],
+        timestep_cond=None if jumps_B2 is None else jump_embedding(jumps_B2).to(latents_BCTF.dtype),
         return_dict=False,
     )[0]
     return cast(Tensor, v_BCTF)
@@ -106,6 +119,7 @@ class TangoPipeline(AudioPipeline):
         )
         _check_parts(self)
         self.geometry = _geometry(self)
+        self.folds_guidance = is_distilled(unet)
         if isinstance(vocoder, GriffinLimVocoder):
             # accelerate's hook moves parameters, and this vocoder has none: it stays on the device.
             self.model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -132,8 +146,8 @@ class TangoPipeline(AudioPipeline):
             limits=Limits(
                 min_duration=geometry.min_duration,
                 max_duration=geometry.max_duration,
-                max_steps=self.scheduler.config.num_train_timesteps,
-                schedulers=SCHEDULERS,
+                max_steps=max(STARTS) if self.folds_guidance else self.scheduler.config.num_train_timesteps,
+                schedulers=DISTILLED_SCHEDULERS if self.folds_guidance else SCHEDULERS,
             ),
             defaults=Defaults(
                 duration=config.default_duration,
@@ -143,6 +157,12 @@ class TangoPipeline(AudioPipeline):
                 sampling_rate=geometry.sampling_rate,
             ),
         )
+
+    def steps(self, asked: int, duration: float) -> int:
+        """See `LatentPipeline`: a distilled denoiser takes 1, 2, 4 or 8, at least as many as asked for."""
+        if not self.folds_guidance:
+            return asked
+        return next((steps for steps in STARTS if steps >= asked), max(STARTS))
 
     def latent_frames(self, duration: float) -> int:
         """See `LatentPipeline`."""
@@ -165,7 +185,7 @@ class TangoPipeline(AudioPipeline):
         """See `LatentPipeline`."""
         scheduler = self.make_scheduler(name)
         self.set_timesteps(scheduler, steps)
-        return VelocitySolver(scheduler)
+        return JumpSolver(scheduler) if isinstance(scheduler, JumpScheduler) else VelocitySolver(scheduler)
 
     @torch.no_grad()
     def predict(
@@ -174,6 +194,7 @@ class TangoPipeline(AudioPipeline):
         timesteps_B: Tensor,
         conditioning: Conditioning,
         seconds_B: Tensor | None = None,
+        jumps_B2: Tensor | None = None,
     ) -> Tensor:
         """Call the denoiser: v [B, C, T, F] in float32, for latents of any float type.
 
@@ -181,7 +202,9 @@ class TangoPipeline(AudioPipeline):
         """
         device, dtype = self.unet.device, self.unet.dtype
         latents_BCTF, timesteps_B = latents_BCTF.to(device, dtype), timesteps_B.to(device)
-        return velocity(self.unet, latents_BCTF, timesteps_B, conditioning.to(device, dtype)).float()
+        jumps_B2 = jumps_B2.to(device) if self.folds_guidance and jumps_B2 is not None else None
+        text = conditioning.to(device, dtype)
+        return velocity(self.unet, latents_BCTF, timesteps_B, text, jumps_B2=jumps_B2).float()
 
     # ----------------------------------------------------------------------------------------------- sound
 
@@ -214,9 +237,10 @@ class TangoPipeline(AudioPipeline):
         """See `LatentPipeline`."""
         return self.decode_mel(latents_BCTF)[:, : math.ceil(samples / self.geometry.hop_length)]
 
-    def make_scheduler(self, name: str | None = None) -> SchedulerMixin:
+    def make_scheduler(self, name: str | None = None) -> SchedulerMixin | JumpScheduler:
         """Return a new scheduler by name (None: the model's default), with this model's noise schedule."""
-        return make_scheduler(name or self.config.default_scheduler, self.scheduler.config)
+        make = jump_scheduler if self.folds_guidance else make_scheduler
+        return make(name or self.config.default_scheduler, self.scheduler.config)
 
     def _log_mel(self) -> LogMel:
         """Return the spectrogram that the autoencoder was trained on."""

@@ -90,6 +90,7 @@ def flow_velocity(
     timesteps_B: Tensor,
     conditioning: Conditioning,
     seconds_B: Tensor,
+    jumps_B2: Tensor | None = None,
 ) -> Tensor:
     """Call a `TangoFluxDenoiser`; return the velocity [B, T, C]."""
     velocity_BTC = denoiser(latents_BTC, timesteps_B, conditioning["embeds"], conditioning["mask"], seconds_B)

@@ -158,7 +158,12 @@ class TangoFluxPipeline(AudioPipeline):
 
     @torch.no_grad()
     def predict(
-        self, latents_BTC: Tensor, timesteps_B: Tensor, conditioning: Conditioning, seconds_B: Tensor
+        self,
+        latents_BTC: Tensor,
+        timesteps_B: Tensor,
+        conditioning: Conditioning,
+        seconds_B: Tensor,
+        jumps_B2: Tensor | None = None,
     ) -> Tensor:
         """See `LatentPipeline`: the velocity, noise minus clip."""
         device, dtype = self.transformer.device, self.transformer.dtype
