@@ -5,6 +5,7 @@ Shapes: R rows of the call (see `batching`), L text tokens, X the model's own sh
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ _MAX_BUFFERS = 16
 class _Buffers:
     """Inputs of denoiser calls of one shape, filled in place: their device addresses are fixed."""
 
-    def __init__(self, clip: ClipState, length: int, rows: int) -> None:
+    def __init__(self, clip: ClipState, length: int, rows: int, *, folds_guidance: bool) -> None:
+        self.folds_guidance = folds_guidance
         prompt = clip.state.prompt
         assert prompt is not None
         device = clip.latents_1X.device
@@ -28,6 +30,7 @@ class _Buffers:
         # Exact for integer timesteps too: float32 represents them up to 2^24.
         self.timesteps_R = torch.zeros(rows, device=device)
         self.seconds_R = torch.zeros(rows, device=device)
+        self.jumps_R2 = torch.zeros((rows, 2), device=device)
         # Padding rows attend to everything: a row without a single visible token could come out as NaN.
         self.conditioning = Conditioning(
             tensors={
@@ -47,6 +50,8 @@ class _Buffers:
             view.copy_(clip.latents_1X)
             timesteps += [clip.timestep] * clip.rows
         self._copy(timesteps, self.timesteps_R)
+        if self.folds_guidance:
+            self._copy([clip.jump for clip in clips], self.jumps_R2)
 
     def forget(self) -> None:
         """Drop the clips of the last call."""
@@ -74,7 +79,7 @@ class _Buffers:
             buffer[row, : text.length] = text[name][0]
             buffer[row, text.length :] = 0
 
-    def _copy(self, values: Sequence[float], buffer_R: Tensor) -> None:
+    def _copy(self, values: Sequence[Any], buffer_R: Tensor) -> None:
         # From pinned memory, the copy does not wait for the device's previous call.
         host_R = torch.tensor(values, dtype=torch.float32, pin_memory=buffer_R.is_cuda)
         buffer_R[: len(values)].copy_(host_R, non_blocking=True)
@@ -98,7 +103,11 @@ class Denoiser:
         buffers = self._buffers_for(key, clips[0], rows)
         buffers.fill(clips)
         output_RX = self._pipeline.predict(
-            buffers.latents_RX, buffers.timesteps_R, buffers.conditioning, buffers.seconds_R
+            buffers.latents_RX,
+            buffers.timesteps_R,
+            buffers.conditioning,
+            buffers.seconds_R,
+            buffers.jumps_R2,
         )
         self._pace()
         return _guided(output_RX, clips), rows
@@ -117,7 +126,7 @@ class Denoiser:
     def _buffers_for(self, key: GroupKey, clip: ClipState, rows: int) -> _Buffers:
         buffers = self._buffers.get((key, rows))
         if buffers is None:
-            buffers = _Buffers(clip, key.text_length, rows)
+            buffers = _Buffers(clip, key.text_length, rows, folds_guidance=self._pipeline.folds_guidance)
             self._buffers[key, rows] = buffers
             if len(self._buffers) > _MAX_BUFFERS:
                 self._buffers.popitem(last=False)

@@ -61,7 +61,7 @@ class Engine:
             self._pace.clip,
             frames=pipeline.latent_frames(defaults.duration),
             steps=defaults.num_inference_steps,
-            rows=rows_of(defaults.guidance_scale),
+            rows=rows_of(defaults.guidance_scale, folded=pipeline.folds_guidance),
         )
         self._admission = Admission(self.config, self._pace, default_clip)
         self._worker = Worker(pipeline, model, self.config, self._admission, self._meter, self._pace)
@@ -111,6 +111,7 @@ class Engine:
                 request=request,
                 asked_steps=None if asked == self.description.defaults.num_inference_steps else asked,
                 frames=frames,
+                rows=rows_of(request.guidance_scale, folded=self.pipeline.folds_guidance),
                 on_event=on_event,
                 deadline=deadline,
                 wake=self._admission.wake,

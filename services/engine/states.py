@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from services.api.generation import Event, GenerationRequest, Progress, Timings
-from services.engine.batching import rows_of
+from services.engine.batching import UNGUIDED_ROWS
 from services.engine.prompts import EncodedPrompt
 from services.fairness import Path
 from services.models.latent import LatentPipeline, clip_generator
@@ -51,6 +51,8 @@ class RequestState:
     """Steps that were asked for; None: the default."""
     frames: int
     """Latent frames of each clip."""
+    rows: int
+    """Rows of each clip in a denoiser call."""
     on_event: Callable[[Event], None]
     """Called on the worker thread (for the first `Queued`: on the caller's)."""
     deadline: float | None
@@ -88,11 +90,6 @@ class RequestState:
     """Started clips with steps to go, by index."""
     stepped: "deque[ClipState]" = field(default_factory=deque)
     """Clips to decode."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of each clip in a denoiser call."""
-        return rows_of(self.request.guidance_scale)
 
     @property
     def steps_ahead(self) -> int:
@@ -168,6 +165,11 @@ class RequestState:
             f"clip {index} is silent: its peak is below -40 dB of full scale; use other words or another seed"
             for index in sorted(self.silent)
         ]
+        if self.request.negative_prompt and self.rows == UNGUIDED_ROWS:
+            why = (
+                "it has no unconditional half" if self.request.guidance_scale > 1 else "there is no guidance"
+            )
+            unread.append(f"negative_prompt has no effect on this clip: {why}")
         steps = self.request.num_inference_steps
         fixed = (
             []
@@ -201,6 +203,11 @@ class ClipState:
     def timestep(self) -> float:
         """Timestep of the next step."""
         return self._solver.timesteps[self.step]
+
+    @property
+    def jump(self) -> tuple[float, float]:
+        """Condition of a distilled denoiser: guidance scale, and timestep that the next step leads to."""
+        return self.state.request.guidance_scale, self._solver.targets[self.step]
 
     @property
     def finished(self) -> bool:

@@ -378,6 +378,13 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
                 "by from_config(pipeline.scheduler.config)",
             ),
             (
+                "scheduler",
+                scheduler is not None
+                or not self.folds_guidance
+                or hasattr(self._chosen_scheduler(None), "targets"),
+                f"not for a distilled model; use one of {', '.join(limits.schedulers)}",
+            ),
+            (
                 "generator",
                 generator is None or isinstance(generator, Generator) or len(generator) == count,
                 f"not one for each of {count} clips; give one generator, or {count}",

@@ -142,6 +142,11 @@ class Architecture:
         check_finite(f"{folder}/{self.denoiser}", denoiser.state_dict())
         return cast(nn.Module, denoiser)
 
+    def folds_guidance(self, folder: Path) -> bool:
+        """Return whether the denoiser in `folder` is distilled; see `LatentPipeline.folds_guidance`."""
+        config = read_json(folder / self.denoiser / "config.json")
+        return self.student is not None and config.get("time_cond_proj_dim") is not None
+
     def default_duration(self, folder: Path) -> float:
         """Return the default duration of the model in `folder`, in seconds."""
         return float(self._setting(folder, "default_duration"))

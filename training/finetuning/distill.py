@@ -5,7 +5,7 @@
 
 The teacher's guided paths are computed from noise as the student learns them, so only prompts are needed, no
 clips. `training.objectives.trajectory` has the objective. The student is a model folder like its teacher's:
-`milonga serve generation --model file:…` serves it, and it is evaluated, registered and promoted as any other.
+`milonga serve generation --model file:…` serves it; it is evaluated, registered and promoted as any other.
 
 Shape legend: B paths, R rows of the student's call (a row per path and jump), X a family's shape of latents.
 """

@@ -285,6 +285,8 @@ def open_session(
         raise invalid(
             "start", f"is a language model ({family}), which can't be fine-tuned; give Tango or TangoFlux"
         )
+    if architecture.folds_guidance(start.folder):
+        raise invalid("start", "is a distilled model; train the model that it was distilled from")
     objective = OBJECTIVES[architecture.objective](start.folder)
     try:
         sources = {str(path): sha256_of(path) for path in files}

@@ -442,7 +442,14 @@ def distill_tango2() -> DistillTraining:
         start="file:tango2",
         durations=(10.24,),
         loop=replace(
-            TANGO2_LOOP, steps=20_000, batch=64, learning_rate=1e-5, warmup=500, decay=0.4, ema=0.999, clip=1.0
+            TANGO2_LOOP,
+            steps=20_000,
+            batch=64,
+            learning_rate=1e-5,
+            warmup=500,
+            decay=0.4,
+            ema=0.999,
+            clip=1.0,
         ),
         gradient_checkpointing=True,
     )

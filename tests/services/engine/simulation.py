@@ -69,6 +69,7 @@ class VirtualPipeline:
     """A `LatentPipeline` whose steps, decodes and previews take virtual time. A latent frame is 1/32 s."""
 
     device = torch.device("cpu")
+    folds_guidance = False
 
     def __init__(self, clock: Clock, description: GenerationModel, step: Times, decode: float) -> None:
         """`decode`: seconds to decode one frame, and to preview it."""
@@ -99,7 +100,12 @@ class VirtualPipeline:
         return _Steps(steps)
 
     def predict(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, seconds: Tensor
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        seconds: Tensor,
+        jumps: Tensor | None = None,
     ) -> Tensor:
         rows, frames = latents.shape
         self._clock.now += self.slower * self._step(frames, rows)
