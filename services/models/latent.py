@@ -210,8 +210,8 @@ def clip_generator(seed: int, clip_index: int = 0) -> Generator:
     return torch.Generator("cpu").manual_seed(int(state[0]))
 
 
-def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-    """Apply classifier-free guidance (arXiv 2207.12598) to the denoiser's outputs."""
+def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Apply classifier-free guidance (arXiv 2207.12598) to the denoiser's outputs; a tensor broadcasts."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

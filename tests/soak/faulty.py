@@ -57,11 +57,16 @@ class FaultyTango(TangoPipeline):
     broken = False
 
     def predict(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, seconds: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        seconds: Tensor | None = None,
+        jumps: Tensor | None = None,
     ) -> Tensor:
         """Denoise, or raise."""
         _act({ERROR} if self.broken else set())
-        return super().predict(latents, timesteps, conditioning, seconds)
+        return super().predict(latents, timesteps, conditioning, seconds, jumps)
 
 
 class FaultyDenoiser(Denoiser):
