@@ -14,6 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from services.errors import invalid
+from services.runtime.listening import listen
 
 log = structlog.get_logger()
 
@@ -47,7 +48,7 @@ class MetricsServer:
         self._app: Any = make_wsgi_app(registry)
         self._connections: dict[asyncio.StreamWriter, None] = {}
         """Open connections, the oldest first."""
-        self._socket = _bind(host.strip("[]"), port)
+        self._socket = _bind(host, port)
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self.port: int = self._socket.getsockname()[1]
@@ -119,9 +120,6 @@ def _environment(head: bytes) -> dict[str, str]:
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+        return listen(host, port, MAX_CONNECTIONS)
     except OSError as error:
         raise invalid("metrics_port", f"can't listen on {host}:{port}: {error.strerror or error}") from error

@@ -19,6 +19,7 @@ from services.web.limits import Limits
 from services.web.metrics import WebMetrics
 from services.web.problems import on_error, on_http_error, on_invalid
 from services.web.settings import WebSettings
+from services.web.waiting import WaitingRoom
 
 DESCRIPTION = (
     "Text to audio: clips of prompts in the shapes of vLLM-Omni and of ElevenLabs; scores, rewards and "
@@ -70,7 +71,9 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
     app.add_exception_handler(Exception, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    app.include_router(generation.router(backend, settings, signer))
+    app.include_router(
+        generation.router(backend, settings, signer, WaitingRoom(settings.wait_seconds, metrics.waiting))
+    )
     app.include_router(judging.router(backend, settings))
     app.include_router(provenance.router(settings, signer))
     if store is not None:

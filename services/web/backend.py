@@ -45,7 +45,7 @@ class Backend:
             UnauthenticatedError: the request has no token, and the web door passes on none without.
             InvalidInputError: the token or the priority is none.
         """
-        token, priority = token_of(request), _priority(request)
+        token, priority = caller_of(request)
         if token is None and not self._settings.admits_anonymous:
             raise UnauthenticatedError("give your token: Authorization: Bearer TOKEN")
         try:
@@ -93,6 +93,11 @@ def token_of(request: Request) -> str | None:
         return check_token("authorization", token)
     key = request.headers.get("xi-api-key")
     return None if key is None else check_token("xi-api-key", key)
+
+
+def caller_of(request: Request) -> tuple[str | None, Priority]:
+    """Return by whom, and how urgently, a request is made. Raises as `Backend.client_of`."""
+    return token_of(request), _priority(request)
 
 
 def _priority(request: Request) -> Priority:

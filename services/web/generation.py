@@ -4,7 +4,9 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
@@ -19,17 +21,19 @@ from services.api.generation import (
     Progress,
     Queued,
     Update,
+    finished_generation,
 )
 from services.api.model import ModelVersion
 from services.client.clients import AsyncAudioClient
 from services.errors import InvalidInputError, MilongaError, invalid
 from services.provenance import check_signable
 from services.web import judging
-from services.web.backend import Backend, renamed, while_connected
+from services.web.backend import Backend, caller_of, renamed, while_connected
 from services.web.problems import problem, respond
 from services.web.settings import WebSettings
 from services.web.shapes import CONTENT_TYPES, AudioGenerateRequest, Plan, SoundGenerationRequest
 from services.web.versions import openai_model, version_of
+from services.web.waiting import WaitingRoom
 
 if TYPE_CHECKING:
     from services.provenance.signing import ClipSigner
@@ -43,18 +47,29 @@ _AUDIO: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def router(backend: Backend, settings: WebSettings, signer: "ClipSigner | None") -> APIRouter:
+def router(
+    backend: Backend, settings: WebSettings, signer: "ClipSigner | None", room: WaitingRoom
+) -> APIRouter:
     """Return the endpoints that make clips."""
     routes = APIRouter()
+
+    async def answer(request: Request, shape: AudioGenerateRequest | SoundGenerationRequest) -> Response:
+        client = backend.client_of(request)
+        plan = _checked(shape.plan(await client.get_model()), signer)
+        begun = room.enter(caller_of(request), partial(_begin, client, plan))
+        first, updates = await while_connected(request, begun)
+        if signer is not None:
+            updates = _signing(updates, plan, signer)
+        if _wants_events(request, shape):
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            events = _events(first, updates, plan)
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        return _file(await while_connected(request, _collected(updates)), plan)
 
     @routes.post("/v1/audio/generate", response_class=Response, responses=_AUDIO)
     async def generate(body: AudioGenerateRequest, request: Request) -> Response:
         """Make a clip of a prompt, in the shape of vLLM-Omni."""
-        client = backend.client_of(request)
-        plan = _checked(body.plan(await client.get_model()), signer)
-        if body.stream_format == "sse" or _wants_events(request):
-            return await _stream(client, plan, signer)
-        return await _make(request, client, plan, signer)
+        return await answer(request, body)
 
     @routes.post("/v1/sound-generation", response_class=Response, responses=_AUDIO)
     async def sound_generation(
@@ -67,11 +82,7 @@ def router(backend: Backend, settings: WebSettings, signer: "ClipSigner | None")
             if body.output_format not in (None, output_format):
                 raise invalid("output_format", "differs between query and body; give it once")
             body = body.model_copy(update={"output_format": output_format})
-        client = backend.client_of(request)
-        plan = _checked(body.plan(await client.get_model()), signer)
-        if _wants_events(request):
-            return await _stream(client, plan, signer)
-        return await _make(request, client, plan, signer)
+        return await answer(request, body)
 
     @routes.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -83,14 +94,29 @@ def router(backend: Backend, settings: WebSettings, signer: "ClipSigner | None")
     return routes
 
 
-async def _make(
-    request: Request, client: AsyncAudioClient, plan: Plan, signer: "ClipSigner | None"
-) -> Response:
+async def _begin(client: AsyncAudioClient, plan: Plan) -> tuple[Update, AsyncGenerator[Update, None]]:
+    """Return the first event of a call, once the service has taken it, and what yields the others."""
     try:
-        made: Generation = await while_connected(request, client.generate(plan.prompt, **plan.options))
+        updates = client.stream(plan.prompt, **plan.options)
+        return await anext(updates), updates
     except InvalidInputError as error:
         raise renamed(error, plan.names) from error
-    clip = await _signed(made.clips[0], plan, made.model, signer)
+
+
+async def _collected(updates: AsyncGenerator[Update, None]) -> Generation:
+    """Return the clips of a call. When the client goes away, it is cancelled."""
+    clips: list[Clip] = []
+    async with aclosing(updates):
+        async for update in updates:
+            if isinstance(update, Clip):
+                clips.append(update)
+            elif isinstance(update, Finished):
+                return finished_generation(clips, update)
+    raise MilongaError("the generation service ended the call without a result")
+
+
+def _file(made: Generation, plan: Plan) -> Response:
+    clip = made.clips[0]
     kind = CONTENT_TYPES[clip.encoding]
     if clip.encoding == "linear16":
         kind = f"{kind}; rate={clip.sampling_rate}; channels=1"
@@ -151,21 +177,10 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def _wants_events(request: Request) -> bool:
+def _wants_events(request: Request, shape: AudioGenerateRequest | SoundGenerationRequest) -> bool:
+    if isinstance(shape, AudioGenerateRequest) and shape.stream_format == "sse":
+        return True
     return "text/event-stream" in request.headers.get("accept", "")
-
-
-async def _stream(client: AsyncAudioClient, plan: Plan, signer: "ClipSigner | None") -> Response:
-    """Return a response of events. What fails before the first event has a status of its own."""
-    try:
-        updates = client.stream(plan.prompt, **plan.options)
-        if signer is not None:
-            updates = _signing(updates, plan, signer)
-        first = await anext(updates)
-    except InvalidInputError as error:
-        raise renamed(error, plan.names) from error
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(first, updates, plan), headers=headers, media_type="text/event-stream")
 
 
 async def _events(first: Update, updates: AsyncGenerator[Update, None], plan: Plan) -> AsyncIterator[bytes]:

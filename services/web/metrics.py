@@ -38,6 +38,12 @@ class WebMetrics:
             "milonga_http_requests_in_flight", "Requests in progress.", registry=self.registry
         )
 
+        self.waiting = Gauge(
+            "milonga_http_requests_waiting",
+            "Requests that wait for room in the queue of the generation service.",
+            registry=self.registry,
+        )
+
     @property
     def in_flight_now(self) -> float:
         """Number of requests in progress."""

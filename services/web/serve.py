@@ -13,6 +13,7 @@ import uvicorn
 
 from services.environment import quiet_libraries
 from services.errors import InvalidInputError, MilongaError, invalid
+from services.runtime import listening
 from services.runtime.logs import configure_logs
 from services.runtime.scraping import MetricsServer
 from services.runtime.settings import load_settings
@@ -129,19 +130,6 @@ def bind(listen: str) -> socket.socket:
     """Return a socket that listens on HOST:PORT. Raises `InvalidInputError`."""
     host, _, port = listen.rpartition(":")
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        # With create_server, asyncio leaves Nagle's algorithm on: it looks at the stated protocol. Then a
-        # short response takes 40 ms.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-        return listener
+        return listening.listen(host, int(port), _BACKLOG)
     except OSError as error:
         raise invalid("listen", f"can't listen on {listen}: {error.strerror or error}") from error

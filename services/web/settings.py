@@ -61,6 +61,9 @@ class WebSettings(ProcessSettings):
     """Maximum bytes of all bodies that are received or processed. Beyond that, requests are refused (503)."""
     max_requests: int = Field(default=1000, gt=0, le=1_000_000)
     """Maximum number of requests at a time. Beyond that, requests are refused (503)."""
+    wait_seconds: float = Field(default=30.0, ge=0, le=3600)
+    """Time that a request for a clip waits if the queue of the generation service is full. Then it is refused
+    (503). 0: no wait."""
     body_seconds: float = Field(default=30.0, gt=0, le=3600)
     """Time that a head, and then a body, may take to arrive."""
     send_seconds: float = Field(default=60.0, gt=0, le=3600)

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from training.commands.options import Recipe, Resume, Settings, Show, is_first_process
+from training.commands.options import (
+    Recipe,
+    Resume,
+    Settings,
+    Show,
+    add_ratings,
+    is_first_process,
+    take_ratings,
+)
 
 Output = Annotated[
     Path | None,
@@ -85,7 +93,11 @@ def _run(
         "distill": (recipes.DISTILL, train_distill),
     }
     known, train = found[stage]
+    settings, ratings = take_ratings(settings)
     config = override(recipes.recipe(known, recipe), settings)
+    target = output or Path("build") / stage / config.name
+    if not show:
+        config = add_ratings(config, ratings, target, fresh=fresh)
     main = is_first_process()
     if main:
         typer.echo(describe(config))
@@ -93,7 +105,6 @@ def _run(
         return
     from training.finetuning.session import summary
 
-    target = output or Path("build") / stage / config.name
     report = train(config, target, fresh=fresh)
     if main:
         typer.echo("\n".join(["", *summary(report)]))

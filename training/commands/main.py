@@ -14,7 +14,7 @@ from training.commands import finetune as finetune_commands
 from training.commands import run as run_command
 from training.commands import submit as submit_command
 from training.commands import tracking as tracking_cli
-from training.commands.options import Resume, Settings, Show, is_first_process
+from training.commands.options import Resume, Settings, Show, add_ratings, is_first_process, take_ratings
 from training.commands.preferences import preferences as preferences_command
 
 soundworld = typer.Typer(
@@ -87,7 +87,11 @@ def reward(
     from training.loop.config import describe, override
     from training.runs import recipes
 
-    config = override(recipes.recipe(recipes.REWARD, recipe), settings or [])
+    given, ratings = take_ratings(settings or [])
+    config = override(recipes.recipe(recipes.REWARD, recipe), given)
+    target = output or Path("build/reward") / config.name
+    if not show:
+        config = add_ratings(config, ratings, target, fresh=not resume)
     if is_first_process():
         typer.echo(describe(config))
     if show:
@@ -95,7 +99,6 @@ def reward(
     from training.reward.report import summary
     from training.reward.train import train_reward
 
-    target = output or Path("build/reward") / config.name
     report = train_reward(config, target, fresh=not resume)
     if report:
         typer.echo("\n".join(["", "Pair accuracy on held-out prompts, 95 % intervals:", *summary(report)]))

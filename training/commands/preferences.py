@@ -49,6 +49,10 @@ def preferences(
 
     config = override(connected(recipes.recipe(PREFERENCES, recipe), connection), settings or [])
     check_connection(connection, uses_services(config))
+    if config.ratings is not None:
+        raise invalid(
+            "ratings", "is for milonga train run, reward, sft, dpo and baton, which make no pairs of it"
+        )
     if until not in STAGES:
         raise invalid("--until", f"is {until!r}, must be one of {', '.join(STAGES)}")
     share = read_shard(shard)

@@ -243,9 +243,16 @@ def read_pairs(
 
     The clips are ``{bytes, path}`` or paths (relative to `audio_root`, by default the file's folder).
     `strategy` is optional. `unusable` gets the row of each unusable prompt, with the reason; None: they are
-    refused. Raises `InvalidInputError`.
+    refused. Of a list with labels, BATON's JSON, the pairs are each liked clip of a prompt with each disliked
+    one. Raises `InvalidInputError`.
     """
     name, pairs, found = "data.pairs", list[Pair](), dict[str, str]()
+    if path.suffix == ".json":
+        labelled = read_labelled(path, audio_root, unusable=unusable)
+        pairs = list(Examples(labelled=tuple(labelled)).preference_pairs())
+        if not pairs:
+            raise invalid(name, f"{path} has a liked and a disliked clip of no prompt; give more labels")
+        return pairs
     columns = ("prompt", "strategy")
     for number, (row, chosen, rejected) in enumerate(pair_rows(path, name, audio_root, columns=columns)):
         prompt, fault = caption_fault(row["prompt"])

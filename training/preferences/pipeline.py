@@ -68,6 +68,9 @@ class PreferencesConfig:
     """Settings of the filter of pairs."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Settings of the data set's files."""
+    ratings: str | None = None
+    """People's ratings, for `milonga train run`: URL of a database, or what `milonga ratings export` wrote.
+    The reward model and the denoiser learn from them too."""
 
 
 def make_preferences(

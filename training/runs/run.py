@@ -25,6 +25,7 @@ from training.loop.run_folder import claim_folder
 from training.preferences.candidates import FREE as CANDIDATES_FREE
 from training.preferences.scores import FREE as SCORES_FREE
 from training.preferences.scores import ScoresConfig
+from training.runs.ratings import rated_files, with_ratings
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
 from training.tracking.register import Provenance, register
@@ -66,12 +67,20 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     )  # wrong ones are reported now, not at the end
     params = flatten(config)
     config = replace(config, start=settled_start(config.start, output))
+    rated: tuple[Path, ...] = ()
+    if (ratings := config.preferences.ratings) is not None:
+        rated = rated_files(ratings, output / "ratings")
+        if config.with_reward:
+            config = replace(config, reward=with_ratings(config.reward, ratings, output / "ratings"))
     with Tracker(config.name, output / "tracking", params=params) as tracker:
         scores = reward_stage(config, output, tracker) if config.with_reward else config.preferences.scores
         policy, data = config.start, dict[str, str]()
         for number in range(config.rounds):
-            policy, digest = align(config, policy, scores, output / f"round-{number + 1}", number, tracker)
+            policy, digest = align(
+                config, policy, scores, output / f"round-{number + 1}", number, tracker, rated
+            )
             data[f"round-{number + 1}"] = digest
+        data |= {f"ratings/{path.name}": data_digest(path) for path in rated}
         models = {"base": config.start, "aligned": policy}
         report = evaluation_stage(config.evaluation, models, output / "evaluation", tracker, headline)
         aligned = resolve(policy)
@@ -118,9 +127,18 @@ def reward_stage(config: LoopRun, output: Path, tracker: Tracker) -> ScoresConfi
 
 
 def align(
-    config: LoopRun, policy: str, scores: ScoresConfig, folder: Path, number: int, tracker: Tracker
+    config: LoopRun,
+    policy: str,
+    scores: ScoresConfig,
+    folder: Path,
+    number: int,
+    tracker: Tracker,
+    rated: tuple[Path, ...] = (),
 ) -> tuple[str, str]:
-    """Run one round: sample from `policy`, rank, train. Return the new policy's URI and the data's digest."""
+    """Run one round: sample from `policy`, rank, train. Return the new policy's URI and the data's digest.
+
+    `rated` are files of pairs that people rated, from which the training learns too.
+    """
     candidates = config.preferences.candidates
     preferences = replace(
         config.preferences,
@@ -131,7 +149,7 @@ def align(
     )
     suffix = "" if config.rounds == 1 else f"-{number + 1}"
     pairs = preferences_stage(f"preferences{suffix}", preferences, folder / "preferences", tracker)
-    data = PairData(pairs=(pairs,))
+    data = PairData(pairs=(pairs, *rated))
     model = policy
     for stage in config.trainings:
         training: SftTraining | DpoTraining = replace(config.sft, start=model, data=data)

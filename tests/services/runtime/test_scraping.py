@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import socket
 import threading
@@ -111,3 +112,22 @@ def test_the_port_is_free_after_stop_and_a_taken_one_is_refused(server: MetricsS
     other.stop()
     again = MetricsServer(CollectorRegistry(), "127.0.0.1", other.port)
     again.stop()
+
+
+def test_connections_send_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nagle's algorithm would hold the end of a response back for 40 ms."""
+    found: list[int] = []
+    answer = MetricsServer._answer
+
+    async def seen(self: MetricsServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        await answer(self, reader, writer)
+
+    monkeypatch.setattr(MetricsServer, "_answer", seen)
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
+    try:
+        _scrape(server)
+    finally:
+        server.stop()
+    assert found == [1]
