@@ -14,7 +14,6 @@ import pytest
 import soundfile
 
 from services import cli
-from services.audio.encoding import encode_audio
 from services.errors import InvalidInputError, ServiceUnavailableError, UnauthenticatedError
 from services.ratings.agreement import krippendorff_alpha, wilson_interval
 from services.ratings.export import export_labels, export_pairs, reliable
@@ -22,37 +21,9 @@ from services.ratings.planning import plan_items
 from services.ratings.store import Answers, Rater, RatingStore, Verdict, summary
 from services.ratings.tables import Base, ItemRow
 from tests.services.generation.serving import serving, tiny_engine
+from tests.services.ratings.studies import PROMPTS, make_a, make_b, planned_store, rate_all
 from tests.services.web.hosting import calling, faults, hosting_web
 from training.data.examples import read_labelled, read_pairs
-
-PROMPTS = [f"{event} number {index}" for index in range(5) for event in ("a dog barks", "rain falls")]
-
-
-def _clip(prompt: str, seed: int, hertz: float) -> bytes:
-    time_N = np.arange(8_000) / 16_000
-    sound_N = 0.3 * np.sin(2 * np.pi * hertz * time_N) + 1e-3 * len(prompt) + 1e-4 * (seed % 97)
-    return encode_audio(sound_N.astype(np.float32), 16_000, "flac")
-
-
-def _a(prompt: str, seed: int) -> bytes:
-    return _clip(prompt, seed, 400.0)
-
-
-def _b(prompt: str, seed: int) -> bytes:
-    return _clip(prompt, seed, 900.0)
-
-
-def _is_b(content: bytes) -> bool:
-    """Whether a clip is b's: a listener of this test tells them by their pitch."""
-    sound_N, _ = soundfile.read(io.BytesIO(content))
-    return bool(np.abs(np.fft.rfft(sound_N))[1:].argmax() + 1 > 300)
-
-
-def _planned(url: str) -> RatingStore:
-    store = RatingStore(url)
-    items = list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
-    store.add_study("mini", "mini-base", 3, items)
-    return store
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -64,7 +35,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RatingStor
         if not url:
             pytest.skip("needs POSTGRES_URL, the URL of a PostgreSQL database that may be emptied")
         _empty(url)
-    store = _planned(url)
+    store = planned_store(url)
     yield store
     if request.param == "postgresql":
         _empty(url)
@@ -75,15 +46,6 @@ def _empty(url: str) -> None:
     engine = RatingStore(url)._engine
     Base.metadata.drop_all(engine)
     engine.dispose()
-
-
-def _rate_all(store: RatingStore, name: str, prefers_b: bool = True) -> Rater:
-    """Have a rater prefer one model everywhere."""
-    rater = store.rater(store.add_rater(name))
-    while (shown := store.next_item(rater)[0]) is not None:
-        left_is_b = _is_b(store.clip(shown.left))
-        store.rate(rater, shown.id, "left" if left_is_b == prefers_b else "right")
-    return rater
 
 
 # Agreement
@@ -112,7 +74,7 @@ def test_wilsons_interval_by_hand() -> None:
 
 
 def test_a_plan_has_a_pair_per_prompt_on_sides_drawn_at_random_and_hidden_checks() -> None:
-    items = list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
+    items = list(plan_items(PROMPTS, make_a, make_b, seed=3, repeats=0.3, known=0.2))
     kinds = [item.kind for item in items]
     assert (kinds.count("pair"), kinds.count("repeat"), kinds.count("known")) == (10, 3, 2)
     sides = {item.left_source for item in items if item.kind == "pair"}
@@ -121,13 +83,13 @@ def test_a_plan_has_a_pair_per_prompt_on_sides_drawn_at_random_and_hidden_checks
         if item.repeats is not None:
             original = items[item.repeats]
             assert (item.left, item.right, item.prompt) == (original.right, original.left, original.prompt)
-    assert items == list(plan_items(PROMPTS, _a, _b, seed=3, repeats=0.3, known=0.2))
+    assert items == list(plan_items(PROMPTS, make_a, make_b, seed=3, repeats=0.3, known=0.2))
 
 
 @pytest.mark.parametrize(("repeats", "prompts"), [(1.5, PROMPTS), (0.1, PROMPTS[:1])])
 def test_wrong_plans_are_refused(repeats: float, prompts: list[str]) -> None:
     with pytest.raises(InvalidInputError):
-        list(plan_items(prompts, _a, _b, repeats=repeats))
+        list(plan_items(prompts, make_a, make_b, repeats=repeats))
 
 
 def test_a_rater_sees_every_pair_once_and_no_source(store: RatingStore) -> None:
@@ -157,14 +119,14 @@ def test_a_rating_can_be_changed_and_taken_back(store: RatingStore) -> None:
 
 
 def test_the_summary_measures_agreement_and_each_rater(store: RatingStore) -> None:
-    _rate_all(store, "ann")
-    _rate_all(store, "bob")
+    rate_all(store, "ann")
+    rate_all(store, "bob")
     found = summary(store.ratings())
     assert (found["pairs"], found["decided"], found["win_rate"]) == (10, 10, 1.0)
     assert found["win_rate_interval"][0] > 0.7
     assert found["raters"]["ann"]["consistency"] == 1
     assert found["raters"]["ann"]["repeats"] == 3
-    _rate_all(store, "eve", prefers_b=False)
+    rate_all(store, "eve", prefers_b=False)
     found = summary(store.ratings())
     assert found["win_rate"] == 1.0  # two of three
     assert found["krippendorff_alpha"] < 0
@@ -172,7 +134,7 @@ def test_the_summary_measures_agreement_and_each_rater(store: RatingStore) -> No
 
 def test_many_raters_at_once_lose_nothing(store: RatingStore) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda index: _rate_all(store, f"rater {index}"), range(6)))
+        list(pool.map(lambda index: rate_all(store, f"rater {index}"), range(6)))
     assert len(store.ratings()) == 6 * 15
 
 
@@ -213,7 +175,7 @@ def test_a_database_that_can_not_be_opened_is_told(tmp_path: Path) -> None:
 
 def test_pairs_are_what_training_reads(store: RatingStore, tmp_path: Path) -> None:
     for name in ("ann", "bob"):
-        _rate_all(store, name)
+        rate_all(store, name)
     path = tmp_path / "pairs.parquet"
     assert export_pairs(store, store.ratings(), path) == 10
     pairs = read_pairs(path)
@@ -284,10 +246,10 @@ def test_from_a_plan_to_pairs_by_commands(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_win_rate_gates_by_its_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     database = f"sqlite:///{tmp_path}/ratings.db"
-    store = _planned(database)
+    store = planned_store(database)
     gate = ["ratings", "show", "--ratings", database, "--require", "0.5"]
     assert cli.run(gate) == 2  # nothing is rated
-    _rate_all(store, "ann")
+    rate_all(store, "ann")
     assert cli.run(gate) == 0  # ten of ten: from .72
     assert cli.run([*gate[:-1], "0.8"]) == 2
     assert "between 0.722 and 1.000 on 10 decided prompts" in capsys.readouterr().err
@@ -300,7 +262,7 @@ def test_a_win_rate_gates_by_its_interval(tmp_path: Path, capsys: pytest.Capture
 @pytest.fixture
 def door(tmp_path: Path) -> Iterator[tuple[httpx.Client, RatingStore, Path]]:
     path = tmp_path / "ratings.db"
-    store = _planned(f"sqlite:///{path}")
+    store = planned_store(f"sqlite:///{path}")
     with (
         hosting_web(generation="127.0.0.1:1", ratings=f"sqlite:///{path}") as url,
         calling(url, Authorization=f"Bearer {store.add_rater('ann')}") as http,
