@@ -14,6 +14,7 @@ from services.errors import invalid
 from services.lists import read_list
 
 if TYPE_CHECKING:
+    from services.api.model import ModelVersion
     from services.ratings.planning import Make
     from services.ratings.store import RatingStore
 
@@ -28,6 +29,8 @@ Database = Annotated[
     ),
 ]
 _DEFAULT = "sqlite:///ratings.db"
+SECOND_SEED = 1_000_000
+"""Added to the seeds of a model's second clips, if both sides are one model."""
 _ALIASES = ("champion", "challenger")
 
 
@@ -63,10 +66,15 @@ def plan(
     from services.ratings.planning import plan_items
 
     texts = [entry.prompt for entry in read_list(prompts, "--prompts", clip="ignored")]
-    with _store(ratings) as store, _maker(_uri(a, name), "--a", steps) as make_a:
-        with _maker(_uri(b, name), "--b", steps) as make_b:
-            items = list(plan_items(texts, make_a, make_b, seed=seed, repeats=repeats, known=known))
-        study = store.add_study(a, b, seed, items)
+    uris = _uri(a, name), _uri(b, name)
+    with _store(ratings) as store, _maker(uris[0], "--a", steps) as (make_a, model_a):
+        with _maker(uris[1], "--b", steps) as (make_b, model_b):
+            same = model_a.digest == model_b.digest
+            second = _with_other_noise(make_b) if same else make_b
+            items = list(plan_items(texts, make_a, second, seed=seed, repeats=repeats, known=known))
+        study = store.add_study(a, b, seed, items, (model_a, model_b))
+    if same:
+        typer.echo(f"a and b are one model, {model_a.name} {model_a.version}: its clips of two seeds each")
     typer.echo(f"study {study}: {len(items)} pairs, of {len(texts)} prompts")
 
 
@@ -112,7 +120,7 @@ def show(
         raise invalid(
             "--require",
             f"is {require:g}, but the win rate of b is between {low:.3f} and {high:.3f} on "
-            f"{found['decided']} decided prompts; have more pairs rated, or keep a",
+            f"{found['prompts']} rated prompts; have more pairs rated, or keep a",
         )
 
 
@@ -144,12 +152,16 @@ def _uri(text: str, name: str) -> str:
     return f"models:/{name}@{text}" if text in _ALIASES else text
 
 
-@contextlib.contextmanager
-def _maker(text: str, flag: str, steps: int | None) -> Iterator["Make"]:
-    """Yield what makes a model's clips: by a service if `text` is an address, otherwise here."""
-    from services.api.generation import ClipMaker
+def _with_other_noise(make: "Make") -> "Make":
+    return lambda prompt, seed: make(prompt, seed + SECOND_SEED)
 
-    maker: ClipMaker
+
+@contextlib.contextmanager
+def _maker(text: str, flag: str, steps: int | None) -> Iterator[tuple["Make", "ModelVersion"]]:
+    """Yield what makes a model's clips, and its version: by a service if `text` is an address, or here."""
+    from services.api.generation import StreamingClipMaker
+
+    maker: StreamingClipMaker
     if (
         ":" in text
         and "/" not in text
@@ -166,10 +178,14 @@ def _maker(text: str, flag: str, steps: int | None) -> Iterator["Make"]:
 
         maker = open_clip_maker(resolve(text))
     try:
-        yield (
-            lambda prompt, seed: (
-                maker.generate(prompt, seed=seed, num_inference_steps=steps, encoding="flac").clips[0].audio
-            )
-        )
+        model = maker.get_model().model
+
+        def make(prompt: str, seed: int) -> bytes:
+            made = maker.generate(prompt, seed=seed, num_inference_steps=steps, encoding="flac")
+            if made.model.digest != model.digest:
+                raise invalid(flag, f"is {text}, whose model was switched meanwhile; plan again")
+            return made.clips[0].audio
+
+        yield make, model
     finally:
         maker.close()

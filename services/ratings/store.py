@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -12,13 +12,22 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from services.api.model import ModelVersion
 from services.errors import (
     ServiceUnavailableError,
     UnauthenticatedError,
     invalid,
 )
 from services.ratings.agreement import krippendorff_alpha, wilson_interval
-from services.ratings.tables import Base, ClipRow, ItemRow, RaterRow, RatingRow, StudyRow
+from services.ratings.tables import (
+    Base,
+    ClipRow,
+    ItemRow,
+    RaterRow,
+    RatingRow,
+    StudyModelRow,
+    StudyRow,
+)
 from services.runtime.tokens import new_token, token_digest
 
 Verdict = Literal["left", "right", "both_good", "both_bad"]
@@ -79,6 +88,7 @@ class Rated:
     """The current rating of a pair by a rater, with what the rater does not see."""
 
     item: int
+    study: int
     original: int
     """The pair that it repeats, otherwise itself."""
     kind: Kind
@@ -144,12 +154,28 @@ class RatingStore:
 
     # Plans
 
-    def add_study(self, a: str, b: str, seed: int, items: Sequence[PlannedItem]) -> int:
-        """Add the pairs of `a` and `b`, all or none; return the study's number."""
+    def add_study(
+        self,
+        a: str,
+        b: str,
+        seed: int,
+        items: Sequence[PlannedItem],
+        models: tuple[ModelVersion, ModelVersion] | None = None,
+    ) -> int:
+        """Add the pairs of `a` and `b`, all or none; return the study's number.
+
+        `models` are the weights that made the clips of both. Without them no promotion can use the ratings.
+        """
         with self._session() as session:
             study = StudyRow(a=a, b=b, seed=seed)
             session.add(study)
             session.flush()
+            for side, model in zip(("a", "b"), models or (), strict=False):
+                session.add(
+                    StudyModelRow(
+                        study=study.id, side=side, name=model.name, version=model.version, digest=model.digest
+                    )
+                )
             rows: list[ItemRow] = []
             for item in items:
                 row = ItemRow(
@@ -249,6 +275,16 @@ class RatingStore:
                 )
             )
 
+    def comparisons(self, a: str, b: str) -> dict[int, bool]:
+        """Return the studies that compare the weights of two digests, and whether `a` is their side b."""
+        with self._session() as session:
+            sides = {(row.study, row.side): row.digest for row in session.scalars(select(StudyModelRow))}
+        return {
+            study: digest == b
+            for (study, side), digest in sorted(sides.items())
+            if side == "a" and {digest, sides.get((study, "b"))} == {a, b} and a != b
+        }
+
     def ratings(self) -> list[Rated]:
         """Return every rating that counts."""
         with self._session() as session:
@@ -257,24 +293,58 @@ class RatingStore:
             return [_rated(row, items[row.item], names[row.rater]) for row in _latest(session)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WinRate:
+    """How often b beats a, by prompt."""
+
+    wins: float
+    """Prompts on which a majority of the ratings prefers b, and half of those without a winner."""
+    prompts: int
+    """Prompts that were rated."""
+    decided: int
+    """Prompts with a winner."""
+
+    @property
+    def share(self) -> float | None:
+        """The win rate; None without ratings."""
+        return self.wins / self.prompts if self.prompts else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval over the prompts. It is wider than needed if many have no winner."""
+        return wilson_interval(self.wins, self.prompts)
+
+
+def win_rate(ratings: Iterable[Rated], winner: str = "b") -> WinRate:
+    """Return how often side `winner` beats the other one. Repeats and known answers don't count."""
+    outcomes: dict[str, list[str]] = defaultdict(list)
+    for one in ratings:
+        if one.kind == "pair":
+            outcomes[one.prompt].append(one.outcome)
+    winners = [majority(found) for found in outcomes.values()]
+    decided = len(winners) - winners.count(None)
+    wins = winners.count(winner) + winners.count(None) / 2
+    return WinRate(wins=wins, prompts=len(winners), decided=decided)
+
+
 def summary(ratings: Sequence[Rated]) -> dict[str, Any]:
     """Return counts, agreement between raters, and how reliable each rater is, as JSON.
 
-    ``win_rate`` is the share of prompts, decided by the majority of their ratings, on which b beats a.
+    ``win_rate`` is as in `WinRate`, of b.
     """
     units: dict[int, list[str]] = defaultdict(list)
     for one in ratings:
         if one.kind == "pair":
             units[one.item].append(one.outcome)
-    decided = [winner for values in units.values() if (winner := majority(values)) is not None]
-    wins = decided.count("b")
+    rate = win_rate(ratings)
     return {
         "ratings": len(ratings),
         "pairs": len(units),
         "krippendorff_alpha": krippendorff_alpha(list(units.values())),
-        "decided": len(decided),
-        "win_rate": wins / len(decided) if decided else None,
-        "win_rate_interval": list(wilson_interval(wins, len(decided))),
+        "prompts": rate.prompts,
+        "decided": rate.decided,
+        "win_rate": rate.share,
+        "win_rate_interval": list(rate.interval),
         "raters": reliability(ratings),
     }
 
@@ -319,6 +389,7 @@ def _latest(session: Session) -> list[RatingRow]:
 def _rated(row: RatingRow, item: ItemRow, rater: str) -> Rated:
     return Rated(
         item=item.id,
+        study=item.study,
         original=item.original or item.id,
         kind=item.kind,  # type: ignore[arg-type]
         prompt=item.prompt,

@@ -25,6 +25,17 @@ class StudyRow(Base):
     created: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=_now)
 
 
+class StudyModelRow(Base):
+    """The weights that made the clips of a side of a study, ``a`` or ``b``."""
+
+    __tablename__ = "study_models"
+    study: Mapped[int] = mapped_column(ForeignKey("studies.id"), primary_key=True)
+    side: Mapped[str] = mapped_column(String(1), primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    version: Mapped[str] = mapped_column(Text)
+    digest: Mapped[str] = mapped_column(String(80), index=True)
+
+
 class ClipRow(Base):
     """A clip, by the SHA-256 of its file."""
 

@@ -128,6 +128,28 @@ def run(
             rich_help_panel="Gates",
         ),
     ] = None,
+    ratings: Annotated[
+        str | None,
+        typer.Option(
+            "--ratings",
+            envvar="MILONGA_RATINGS",
+            help="Database of ratings by people, for the gate human_preference.",
+            metavar="URL",
+            show_default=False,
+            show_envvar=True,
+            rich_help_panel="Gates",
+        ),
+    ] = None,
+    min_known: Annotated[
+        float,
+        typer.Option(
+            "--min-known",
+            help="Leave out raters who answer less than this share of the known pairs right.",
+            min=0,
+            max=1,
+            rich_help_panel="Gates",
+        ),
+    ] = 0.0,
     target: TargetOptions,
     connection: ServiceOptions,
 ) -> None:
@@ -138,10 +160,14 @@ def run(
         from training.promotion import promote
         from training.promotion.gates.examination import ScorerServices
         from training.promotion.gates.gates import DEFAULT_GATES, read_gates
+        from training.promotion.gates.human import RatingsSource
 
         config = read_gates(gates or DEFAULT_GATES)
+        source = None if ratings is None else RatingsSource(url=ratings, min_known=min_known)
         services = ScorerServices(scoring=scoring, reward=reward, connection=connection)
-        typer.echo(promote.promote(promoter, config, model=model, version=version, services=services))
+        typer.echo(
+            promote.promote(promoter, config, model=model, version=version, services=services, ratings=source)
+        )
 
 
 @promote.command(epilog=EPILOG)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from services.errors import InvalidInputError, MilongaError, invalid
 from services.weights.registry import RegisteredVersion
@@ -29,6 +30,7 @@ from training.promotion.errors import (
 )
 from training.promotion.gates.examination import Examination, ScorerServices
 from training.promotion.gates.gates import GatesConfig
+from training.promotion.gates.human import RatingsSource, check_source, decide_by_people, ledger_row
 from training.promotion.ledger import EVIDENCE, GATES, LATE, OUTCOMES, Kind, Ledger, LedgerEntry, Outcome
 from training.promotion.registry import Registry
 from training.promotion.target import Lock, Pin, Report, Target, pinned_digest, shown_pin, version_of
@@ -61,6 +63,7 @@ def promote(
     version: str | None = None,
     candidate_alias: str = "challenger",
     services: ScorerServices | None = None,
+    ratings: RatingsSource | None = None,
 ) -> str:
     """Promote a version if it passes the gates; return the result as a line.
 
@@ -71,6 +74,7 @@ def promote(
         version: version to promote; None: the one that `candidate_alias` points to.
         candidate_alias: alias of candidates.
         services: services that compute scores and rewards; None: models in this process.
+        ratings: the database of the gate of people's ratings, if there is one.
 
     Raises:
         InvalidInputError, ModelError: the version can't be promoted; nothing was changed.
@@ -85,6 +89,7 @@ def promote(
     start = time.monotonic()
     target, registry, report = promoter.target, promoter.registry, promoter.report
     place = target.place
+    check_source(gates.human_gates, ratings)
     with target.lock() as lock:
         promoter.ledger.refuse_unfinished(place)
         champion = served_version(promoter, model)
@@ -100,11 +105,17 @@ def promote(
         with rollback_on_failure(entry, promoter, lock):
             entry.attach(GATES, gates.text)
             entry.enter("gates")
-            verdicts, evidence = examination.examine(
-                *(champion, candidate, target, promoter.deadline, report),
-                check=lock.check,
-                record=entry.look_at,
-            )
+            # First, since that takes no clips.
+            verdicts, people = decide_by_people(gates.human_gates, ratings, champion, candidate)
+            evidence: dict[str, Any] = ledger_row(people, verdicts)
+            if all(verdict.passed for verdict in verdicts):
+                by_clips, found = examination.examine(
+                    *(champion, candidate, target, promoter.deadline, report),
+                    check=lock.check,
+                    record=entry.look_at,
+                )
+                evidence = found | {"gates": [*evidence["gates"], *found["gates"]], "ratings": people}
+                verdicts += by_clips
             entry.attach(EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False))
             for verdict in verdicts:
                 report(f"{'passed ' if verdict.passed else 'REFUSED'} {verdict}")

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import soundfile
 
+from services.api.model import ModelVersion
 from services.audio.encoding import encode_audio
 from services.ratings.planning import plan_items
 from services.ratings.store import Rater, RatingStore
@@ -32,10 +33,10 @@ def is_b(content: bytes) -> bool:
     return bool(np.abs(np.fft.rfft(sound_N))[1:].argmax() + 1 > 300)
 
 
-def planned_store(url: str) -> RatingStore:
+def planned_store(url: str, models: tuple[ModelVersion, ModelVersion] | None = None) -> RatingStore:
     store = RatingStore(url)
     items = list(plan_items(PROMPTS, make_a, make_b, seed=3, repeats=0.3, known=0.2))
-    store.add_study("mini", "mini-base", 3, items)
+    store.add_study("mini", "mini-base", 3, items, models)
     return store
 
 

@@ -1,6 +1,8 @@
 """After a failure of any step pin and alias are restored, and the challenger stops."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from services.errors import (
 )
 from services.weights.registry import DIGEST_TAG, RegisteredVersion
 from services.weights.uri import ResolvedModel, resolve
+from tests.services.ratings.studies import planned_store, rate_all
 from tests.training.promotion.fixtures import UNET, MemoryTarget, make_promoter, make_version
 from training.evaluation.config import evaluation_smoke
 from training.objectives.statistics import Interval
@@ -30,6 +33,7 @@ from training.promotion.errors import (
     exit_code,
 )
 from training.promotion.gates.gates import Gate, GatesConfig, Verdict
+from training.promotion.gates.human import RatingsSource
 from training.promotion.ledger import EVIDENCE, GATES, LedgerEntry, history_lines
 from training.promotion.promote import Promoter, bootstrap, promote, resume, roll_back
 from training.promotion.registry import PROMOTION_TAG, Registry
@@ -125,6 +129,61 @@ def test_a_good_version_is_rolled_out_verified_and_named_champion(world: World) 
     tags = world.tags(world.candidate)
     assert (tags[""], tags[".run"]) == ("promoted", entry.run_id)
     assert world.registry.client.get_run(entry.run_id).info.status == "FINISHED"
+
+
+def _people(world: World, ratings: str | None, prompts: int = 6) -> str:
+    """Promote behind the gates of `CONFIG` and one of people's ratings."""
+    human = Gate(metric="human_preference", minimum_difference=0.0, prompts=prompts)
+    config = replace(CONFIG, gates=(human, *CONFIG.gates))
+    source = None if ratings is None else RatingsSource(url=ratings)
+    return promote(world.promoter, config, model="milonga-tango", version="2", ratings=source)
+
+
+def _rated(world: World, folder: Path, prefers_candidate: bool) -> str:
+    url = f"sqlite:///{folder}/ratings.db"
+    store = planned_store(url, (world.champion, world.candidate))
+    rate_all(store, "ann", prefers_b=prefers_candidate)
+    store.close()
+    return url
+
+
+def test_people_who_prefer_the_candidate_promote_it(world: World, tmp_path: Path) -> None:
+    _people(world, _rated(world, tmp_path, prefers_candidate=True))
+    assert world.alias == world.candidate.version
+    evidence = json.loads(world.promoter.ledger.read_text(world.entry.run_id, EVIDENCE))
+    assert [gate["metric"] for gate in evidence["gates"]] == ["human_preference", "presence"]
+    assert (evidence["ratings"]["prompts"], evidence["ratings"]["wins"]) == (10, 10)
+
+
+def test_people_who_prefer_the_champion_refuse_the_candidate_before_a_challenger_starts(
+    world: World, tmp_path: Path
+) -> None:
+    url = _rated(world, tmp_path, prefers_candidate=False)
+    with pytest.raises(GatesRefusedError, match="refused on 10 prompts"):
+        _people(world, url)
+    world.assert_untouched()
+    assert "challenger" not in world.target.done
+    assert '"passed": false' in world.promoter.ledger.read_text(world.entry.run_id, EVIDENCE)
+
+
+def test_too_few_ratings_are_a_refusal_that_says_how_many_are_missing(world: World, tmp_path: Path) -> None:
+    url = _rated(world, tmp_path, prefers_candidate=True)
+    with pytest.raises(GatesRefusedError, match="10 of 200 prompts are rated: 190 are missing"):
+        _people(world, url, prompts=200)
+    world.assert_untouched()
+
+
+def test_without_a_database_nothing_begins(world: World) -> None:
+    with pytest.raises(InvalidInputError, match="--ratings"):
+        _people(world, None)
+    assert world.promoter.ledger.entries() == []
+
+
+def test_a_database_that_is_away_undoes_the_promotion(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ServiceUnavailableError, match="database of ratings"):
+        _people(world, f"sqlite:///{tmp_path}/absent/ratings.db")
+    world.assert_untouched()
+    assert world.entry.outcome == "failed"
 
 
 def test_without_a_version_the_alias_challenger_is_promoted(world: World) -> None:

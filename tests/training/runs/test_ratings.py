@@ -11,7 +11,7 @@ from services import cli
 from services.errors import InvalidInputError, ServiceUnavailableError
 from services.ratings.export import export_labels, export_pairs
 from services.ratings.store import Answers, RatingStore
-from tests.services.ratings.studies import planned_store, rate_all
+from tests.services.ratings.studies import PROMPTS, planned_store, rate_all
 from training.data.examples import read_labelled, read_pairs
 from training.runs.ratings import rated_files, with_ratings
 from training.runs.recipes import baton_smoke, dpo_smoke, reward_smoke, sft_smoke
@@ -65,7 +65,7 @@ def test_exports_are_data_of_their_kind(rated: tuple[RatingStore, str], tmp_path
     assert with_ratings(dpo_smoke(), str(labels), unused).data.pairs == (labels,)
     assert with_ratings(reward_smoke(), str(labels), unused).data.labelled == (labels,)
     (pair,) = read_pairs(labels)
-    assert pair.prompt == store.ratings()[0].prompt
+    assert pair.prompt == PROMPTS[0]
     assert not unused.exists()
 
 

@@ -195,7 +195,7 @@ class Examination:
         readable_N = np.logical_and.reduce([found.readable_N for found in scores.values()])
         plan = self.plan[: len(readable_N)]
         splits = split_indices(plan, readable_N)
-        gated = {gate.split for gate in self.config.gates}
+        gated = {gate.split for gate in self.config.clip_gates}
         metrics = {
             role: {
                 split: compute_metrics(found, references, plan, indices, config)
@@ -218,7 +218,7 @@ class Examination:
             }
             for split, found in differences.items()
         }
-        return decide(self.config.gates, champion, challenger, differences), figures
+        return decide(self.config.clip_gates, champion, challenger, differences), figures
 
     def _open_evaluators(self) -> Evaluators:
         """Open what the config names, with the services in place of its scorers and its reward model."""

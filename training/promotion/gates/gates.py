@@ -41,6 +41,9 @@ DEFAULT_GATES: Final = Path(__file__).with_name("mini.toml")
 """Gates of the mini family, on the sound world."""
 LATENCY: Final = "latency"
 """Metric: time from request to clip, measured by the service. Its figure is the natural logarithm."""
+HUMAN_PREFERENCE: Final = "human_preference"
+"""Metric: share of the prompts on which people prefer the challenger to the champion, less a half. A prompt
+without a winner counts half."""
 CAPTIONER: Final = "captioner"
 """Name of the captioner in ``independent``."""
 JUDGE: Final = "judge"
@@ -54,7 +57,7 @@ class Gate:
     """One bound on a figure, of exactly one of five kinds."""
 
     metric: str
-    """A figure of `milonga train evaluate`, or ``latency``."""
+    """A figure of `milonga train evaluate`, ``latency`` or ``human_preference``."""
     scorer: str | None = None
     """Scorer of ``clap``, or embedding space of ``fad``, ``kad``, ``kl`` and ``inception``."""
     split: str = "all"
@@ -72,6 +75,8 @@ class Gate:
     """Upper bound of the challenger's figure."""
     maximum_ratio: FiniteFloat | None = None
     """Upper bound of challenger / champion, paired by clip, for ``latency``: upper end of the interval."""
+    prompts: Annotated[int, Field(ge=1)] | None = None
+    """For ``human_preference``: prompts that people must have rated. Fewer are refused."""
 
     @property
     def figure(self) -> str:
@@ -107,6 +112,13 @@ class Gate:
             found.append(f"maximum_ratio is for the metric {LATENCY}, whose only bound it is")
         if self.margin is not None and self.figure.startswith(UNDIRECTED):
             found.append(f"margin needs a figure with a better end, which {self.metric} has not; give bounds")
+        human = self.metric == HUMAN_PREFERENCE
+        if human and (self.scorer or self.split != "all" or not {*given} & {"margin", "minimum_difference"}):
+            found.append(
+                f"{HUMAN_PREFERENCE} is of all prompts; give margin or minimum_difference, no scorer"
+            )
+        if human != (self.prompts is not None):
+            found.append(f"prompts is for the metric {HUMAN_PREFERENCE}, which needs it")
         if self.split not in SPLITS:
             found.append(f"has the split {self.split!r}, must be one of {', '.join(SPLITS)}")
         if found:
@@ -135,6 +147,18 @@ class GatesConfig:
     def __post_init__(self) -> None:
         if not self.gates:
             raise ValueError("has no [[gate]]; give at least one")
+        if len(self.human_gates) > 1:
+            raise ValueError(f"has {len(self.human_gates)} gates of {HUMAN_PREFERENCE}; give one")
+
+    @property
+    def human_gates(self) -> tuple[Gate, ...]:
+        """The gate that people's ratings decide, if there is one."""
+        return tuple(gate for gate in self.gates if gate.metric == HUMAN_PREFERENCE)
+
+    @property
+    def clip_gates(self) -> tuple[Gate, ...]:
+        """The gates that the evaluation of clips decides."""
+        return tuple(gate for gate in self.gates if gate.metric != HUMAN_PREFERENCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +173,8 @@ class Verdict:
     passed: bool
     hopeless: bool = False
     """Whether the whole interval is beyond the bound: more prompts would not help."""
+    note: str = ""
+    """What is missing, for a reader."""
 
     def __str__(self) -> str:
         name, limit = self.gate.bound
@@ -170,7 +196,7 @@ class Verdict:
             found = f"{seen.value:.4g}"
         else:
             found = f"{seen.value:+.4f} [{seen.low:+.4f}, {seen.high:+.4f}]"
-        return f"{self.gate.figure}{split}: {words}, found {found}"
+        return f"{self.gate.figure}{split}: {words}, found {found}{self.note and f'; {self.note}'}"
 
     def row(self) -> dict[str, Any]:
         """Return the verdict as JSON values, for the evidence."""
@@ -184,6 +210,7 @@ class Verdict:
             "challenger": _plain(self.challenger),
             "ratio" if name == "maximum_ratio" else "difference": _plain(self.difference),
             "passed": self.passed,
+            **({"note": self.note} if self.note else {}),
         }
 
 
@@ -276,6 +303,8 @@ def _unmeasurable(path: Path, config: GatesConfig) -> list[FieldViolation]:
     known = known_figures(config.evaluation, plan)
     found = []
     for number, gate in enumerate(config.gates, 1):
+        if gate.metric == HUMAN_PREFERENCE:
+            continue
         if gate.figure not in known:
             found.append(
                 FieldViolation(

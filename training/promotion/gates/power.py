@@ -26,7 +26,8 @@ from training.evaluation.events import EVENT_METRICS, compare_events, event_metr
 from training.evaluation.prompts import SPLITS, Prompt
 from training.evaluation.round_trip import ROUND_TRIP_METRICS, round_trip_metrics
 from training.evaluation.sources import PlannedClip, make_plan
-from training.promotion.gates.gates import Gate, GatesConfig
+from training.promotion.gates.gates import HUMAN_PREFERENCE, Gate, GatesConfig
+from training.promotion.gates.human import power_rows
 from training.promotion.gates.looks import critical_values
 from training.soundworld.reading import truth_reading
 
@@ -196,14 +197,16 @@ def defined_for(figure: str, prompt: Prompt) -> bool:
 
 
 def prompts_of(gate: Gate, plan: Sequence[PlannedClip]) -> int:
-    """Return the number of prompts that a gate compares."""
+    """Return the number of prompts that a gate compares; that people must rate, if they decide."""
+    if gate.prompts is not None:
+        return gate.prompts
     prompts = {planned.prompt.text: planned.prompt for planned in plan}.values()
     return sum(SPLITS[gate.split](prompt) and defined_for(gate.figure, prompt) for prompt in prompts)
 
 
 def read_deviations(texts: Sequence[str], config: GatesConfig) -> dict[str, float]:
     """Return the standard deviations of ``FIGURE=SD``. Raises `InvalidInputError` for unknown figures."""
-    figures = [gate.figure for gate in config.gates if gate.figure not in RATES]
+    figures = [gate.figure for gate in config.clip_gates if gate.figure not in RATES]
     found = {}
     for text in texts:
         name, _, number = text.partition("=")
@@ -274,9 +277,12 @@ def _gate_lines(
     deviation = assumptions.deviations.get(gate.figure)
     if gate.bound[0] in ("minimum", "maximum"):
         return [f"{title}: a bound of the challenger's own figure, no comparison"]
-    if gate.figure not in RATES and deviation is None:
+    if gate.figure not in (*RATES, HUMAN_PREFERENCE) and deviation is None:
         return [f"{title}: give --deviation {gate.figure}=SD"]
     bound = next(bound for bound in gate.limits if math.isfinite(bound))
+    if gate.metric == HUMAN_PREFERENCE:
+        rows = power_rows(gate, SUPERIORITY_STEPS if bound > 0 else STEPS)
+        return [f"{title}; by people, one look, every prompt with a winner", *_table(rows)]
     # Of a figure of which lower is better, a loss is a positive difference.
     sign = 1.0 if math.isfinite(gate.limits[0]) else -1.0
     steps = SUPERIORITY_STEPS if sign * bound > 0 else STEPS
@@ -309,8 +315,12 @@ def _gate_lines(
             for one in differences
         ]
         rows.append([f"SD {deviation:g}", *(_shown(one, factor) for one in found)])
+    return [title, *_table(rows)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [title, *("  " + "  ".join(map(str.rjust, row, widths)) for row in rows)]
+    return ["  " + "  ".join(map(str.rjust, row, widths)) for row in rows]
 
 
 def _shown(chance: Chance | None, factor: float) -> str:
