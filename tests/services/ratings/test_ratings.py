@@ -252,7 +252,7 @@ def test_a_win_rate_gates_by_its_interval(tmp_path: Path, capsys: pytest.Capture
     rate_all(store, "ann")
     assert cli.run(gate) == 0  # ten of ten: from .72
     assert cli.run([*gate[:-1], "0.8"]) == 2
-    assert "between 0.722 and 1.000 on 10 decided prompts" in capsys.readouterr().err
+    assert "between 0.722 and 1.000 on 10 rated prompts" in capsys.readouterr().err
     store.close()
 
 

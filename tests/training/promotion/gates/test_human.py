@@ -22,6 +22,7 @@ from training.promotion.gates.human import (
 
 MARGIN = Gate(metric="human_preference", margin=0.1, prompts=200)
 BETTER = Gate(metric="human_preference", minimum_difference=0.0, prompts=200)
+MARGIN_TOML = "margin = 0.1\nprompts = 9"
 OLD, NEW, OTHER = (
     ModelVersion(name="tango", version=str(number), digest=f"sha256:{number}", license="x")
     for number in range(3)
