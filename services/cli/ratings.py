@@ -25,7 +25,7 @@ Database = Annotated[
     typer.Option(
         "--ratings",
         envvar="MILONGA_RATINGS",
-        help="Database: sqlite:///FILE, or postgresql://USER@HOST/NAME (extra store).",
+        help="Database: sqlite:///FILE, or postgresql://USER@HOST/NAME.",
     ),
 ]
 _DEFAULT = "sqlite:///ratings.db"

@@ -1,12 +1,16 @@
 """`milonga verify`: who made clips, and whether they were changed since."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.cli.making import to_json
 from services.errors import FieldViolation, InvalidInputError, invalid
+
+if TYPE_CHECKING:
+    from services.models.watermark import Detection, WatermarkDetector
 
 
 def verify(
@@ -19,32 +23,54 @@ def verify(
             help="Certificates (PEM) of authorities. Clips signed by others are refused.", show_default=False
         ),
     ] = None,
+    watermark: Annotated[
+        Path | None,
+        typer.Option(
+            help="AudioSeal's detector_base.pth: look for a watermark too. A marked clip needs no manifest.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per clip.")] = False,
 ) -> None:
     """Verify the C2PA manifests of clips; print what made each.
 
-    Exit code 2 if a clip has no manifest, was changed after it was signed, or is not signed by an authority
-    of --trust.
+    Exit code 2 if a clip has no manifest (nor, with --watermark, a watermark), was changed after it was
+    signed, or is not signed by an authority of --trust.
     """
+    detector = None
+    if watermark is not None:
+        from services.models.watermark.audioseal import AudioSealDetector
+
+        detector = AudioSealDetector(watermark)
     authorities = None if trust is None else _read(trust, "--trust").decode("ascii", "replace")
     faults: list[FieldViolation] = []
     for path in clips:
         try:
-            faults += _verify(path, authorities, as_json=as_json)
+            faults += _verify(path, authorities, detector, as_json=as_json)
         except InvalidInputError as error:
             faults += error.violations
     if faults:
         raise InvalidInputError(*faults)
 
 
-def _verify(path: Path, authorities: str | None, *, as_json: bool) -> list[FieldViolation]:
+def _verify(
+    path: Path, authorities: str | None, detector: "WatermarkDetector | None", *, as_json: bool
+) -> list[FieldViolation]:
     """Print what the manifest of a clip says; return what is wrong with it."""
     from services.provenance.reading import read_provenance
 
     name = str(path)
-    found = read_provenance(_read(path, name), authorities=authorities, field=name)
+    content = _read(path, name)
+    found = read_provenance(content, authorities=authorities, field=name)
+    mark = None if detector is None else _detect(content, name, detector)
     if as_json:
-        typer.echo(to_json({"clip": name, "manifest": None if found is None else found.record()}))
+        record = {} if mark is None else {"watermark": {**asdict(mark), "marked": mark.marked}}
+        typer.echo(to_json({"clip": name, "manifest": None if found is None else found.record(), **record}))
+    elif mark is not None:
+        said = f"model digest {mark.message:04x}…" if mark.marked else "none"
+        typer.echo(f"{name}: watermark: {said} ({mark.share:.0%} of the samples)")
+    if found is None and mark is not None and mark.marked:
+        return []
     if found is None:
         return [FieldViolation(name, "has no manifest: nothing says who made it")]
     if not as_json:
@@ -70,6 +96,13 @@ def _verify(path: Path, authorities: str | None, *, as_json: bool) -> list[Field
             FieldViolation(name, f"is signed by {found.signer!r}, whom no authority of --trust has certified")
         ]
     return []
+
+
+def _detect(content: bytes, name: str, detector: "WatermarkDetector") -> "Detection":
+    from services.audio.decoding import AudioBounds, decode
+
+    clip = decode(content, name, AudioBounds())
+    return detector.detect(clip.waveform, clip.sampling_rate)
 
 
 def _read(path: Path, field: str) -> bytes:

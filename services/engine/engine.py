@@ -31,7 +31,7 @@ from services.engine.batching import rows_of
 from services.engine.pace import Pace
 from services.engine.states import Handle, RequestState
 from services.engine.stats import EngineStats, Meter
-from services.engine.worker import Worker
+from services.engine.worker import Mark, Worker
 from services.fairness import ANONYMOUS, Account, Path
 from services.models.latent import LatentPipeline
 
@@ -49,9 +49,16 @@ class Engine:
     """
 
     def __init__(
-        self, pipeline: LatentPipeline, config: EngineConfig | None = None, model: ModelVersion = UNVERSIONED
+        self,
+        pipeline: LatentPipeline,
+        config: EngineConfig | None = None,
+        model: ModelVersion = UNVERSIONED,
+        mark: Mark | None = None,
     ) -> None:
-        """Start the worker thread. `pipeline` must be on its device; `model` identifies its weights."""
+        """Start the worker thread.
+
+        `pipeline` must be on its device; `model` identifies its weights; `mark` embeds a watermark in clips.
+        """
         self.config = config or EngineConfig()
         self.pipeline = pipeline
         self.description = _describe(pipeline, self.config, model)
@@ -64,7 +71,7 @@ class Engine:
             rows=rows_of(defaults.guidance_scale, folded=pipeline.folds_guidance),
         )
         self._admission = Admission(self.config, self._pace, default_clip)
-        self._worker = Worker(pipeline, model, self.config, self._admission, self._meter, self._pace)
+        self._worker = Worker(pipeline, model, self.config, self._admission, self._meter, self._pace, mark)
         self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
         self._thread.start()
         watched = (self._thread, self._worker, self.config.max_turn_seconds)

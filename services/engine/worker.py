@@ -43,6 +43,10 @@ _HOPELESS = 0.9
 """A request is dropped when it takes at least the time to its deadline divided by this."""
 
 
+Mark = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Embeds a watermark in a clip [N] within [-1, 1]."""
+
+
 class Worker:
     """Runs the requests of an engine on the worker thread."""
 
@@ -54,8 +58,10 @@ class Worker:
         admission: Admission,
         meter: Meter,
         pace: Pace,
+        mark: Mark | None = None,
     ) -> None:
         self._pipeline = pipeline
+        self._mark = mark
         self._model = model
         self._config = config
         self._admission = admission
@@ -414,7 +420,7 @@ class Worker:
         waveform_N: NDArray[np.float32] = waveform_BN[0].cpu().numpy()
         if not np.isfinite(waveform_N).all():
             raise NotFiniteError.of(f"decoded clip {clip.index}", self._model.digest)
-        return waveform_N
+        return waveform_N if self._mark is None else self._mark(waveform_N)
 
     def _samples(self, clip: ClipState) -> int:
         return round(clip.state.request.duration * self._sampling_rate)

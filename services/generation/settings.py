@@ -30,6 +30,9 @@ class GenerationSettings(ServerSettings, EngineConfig):
     """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of text encoder and denoiser; autoencoder and vocoder stay in float32."""
+    watermark: Path | None = None
+    """AudioSeal's generator_base.pth: every clip is marked with the first 16 bits of its model's digest. It
+    needs the extra watermark."""
     operator_token_file: Path | None = None
     """File with a token; its bearer may switch models while calls are served (OperatorService). Default:
     no operator, and no OperatorService."""

@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -32,6 +33,7 @@ from services.errors import (
 )
 from services.generation.settings import GenerationSettings
 from services.models.architectures import load_generator
+from services.models.watermark import message_of
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 log = structlog.get_logger()
@@ -272,4 +274,11 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     """Load a resolved model onto an engine. Raises `ModelError` and `InvalidInputError`."""
     pipeline = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
-    return Engine(pipeline, settings, model.identity)
+    mark = None
+    if settings.watermark is not None:
+        from services.models.watermark.audioseal import AudioSealWatermark
+
+        watermark = AudioSealWatermark(settings.watermark, str(pipeline.device))
+        rate, message = pipeline.description.geometry.sampling_rate, message_of(model.digest)
+        mark = partial(watermark.embed, sampling_rate=rate, message=message)
+    return Engine(pipeline, settings, model.identity, mark)

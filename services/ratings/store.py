@@ -128,7 +128,7 @@ class RatingStore:
                 re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url), pool_pre_ping=True
             )
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            fault = "must be sqlite:///FILE, or postgresql://USER@HOST/NAME with the extra store"
+            fault = "must be sqlite:///FILE, or postgresql://USER@HOST/NAME"
             raise invalid(field, f"is {_shown(url)!r}, {fault} ({error})") from error
         with self._telling():
             Base.metadata.create_all(self._engine)

@@ -56,8 +56,9 @@ def router(
     async def answer(request: Request, shape: AudioGenerateRequest | SoundGenerationRequest) -> Response:
         client = backend.client_of(request)
         plan = _checked(shape.plan(await client.get_model()), signer)
-        begun = room.enter(caller_of(request), partial(_begin, client, plan))
-        first, updates = await while_connected(request, begun)
+        entered = room.enter(caller_of(request), partial(_begin, client, plan))
+        begun: tuple[Update, AsyncGenerator[Update, None]] = await while_connected(request, entered)
+        first, updates = begun
         if signer is not None:
             updates = _signing(updates, plan, signer)
         if _wants_events(request, shape):

@@ -40,6 +40,7 @@ SECRETS: Final = {
     "milonga-callers",
     "milonga-promoter-token",
     "milonga-tls",
+    "milonga-web-signing",
     "milonga-web-tls",
 }
 """What the user makes, as docs/kubernetes.md says."""
@@ -439,6 +440,19 @@ def test_the_public_reaches_the_web_door_over_tls_and_not_its_metrics() -> None:
     (path,) = rule["http"]["paths"]
     assert path["backend"]["service"] == {"name": "web", "port": {"name": "http"}}
     assert of_kind(objects, "HorizontalPodAutoscaler")["web"]["spec"]["minReplicas"] == 2
+
+
+def test_the_web_door_signs_with_the_certificate_of_a_secret() -> None:
+    for components in (("web", "web-signing"), ("web-signing", "web")):
+        objects = load("base", *components)
+        deployment = of_kind(objects, "Deployment")["web"]
+        (container,) = pod(deployment)["containers"]
+        told = environment(objects, container)
+        volumes = {one["name"]: one.get("secret", {}).get("secretName") for one in pod(deployment)["volumes"]}
+        mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+        for name in ("MILONGA_SIGN_CERT", "MILONGA_SIGN_KEY"):
+            folder = told[name].rpartition("/")[0]
+            assert volumes[mounts[folder]] == "milonga-web-signing"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from services.errors import InvalidInputError, invalid
 from services.files import write_atomically
@@ -56,8 +56,9 @@ def with_ratings(config: Training, ratings: str, folder: Path, *, fresh: bool = 
         ServiceUnavailableError: the database can't be reached.
     """
     kinds = _kinds(config)
+    files: dict[Kind, Path]
     files = _exports(ratings, kinds, folder, fresh=fresh) if is_database(ratings) else _file(ratings, kinds)
-    added = {kind: (*getattr(config.data, kind), path) for kind, path in files.items()}
+    added: dict[str, Any] = {kind: (*getattr(config.data, kind), path) for kind, path in files.items()}
     return replace(config, data=replace(config.data, **added))
 
 

@@ -20,6 +20,10 @@ def _room(seconds: float) -> tuple[WaitingRoom, Gauge]:
     return WaitingRoom(seconds, waiting), waiting
 
 
+def _count(waiting: Gauge) -> float:
+    return next(iter(waiting.collect())).samples[0].value
+
+
 class _Queue:
     """A queue with some places, which refuses at once when they are taken."""
 
@@ -38,7 +42,7 @@ async def test_those_who_wait_get_in_in_the_order_of_their_arrival() -> None:
     (room, waiting), queue = _room(60), _Queue(1)
     names = [str(number) for number in range(20)]
     tasks = [asyncio.create_task(room.enter("ann", lambda name=name: queue.take(name))) for name in names]  # type: ignore[misc]
-    while waiting.collect()[0].samples[0].value < 19:
+    while _count(waiting) < 19:
         await asyncio.sleep(0)
     for _ in range(19):
         queue.places += 1
@@ -52,7 +56,7 @@ async def test_those_who_wait_get_in_in_the_order_of_their_arrival() -> None:
 async def test_nobody_waits_behind_another_caller() -> None:
     (room, waiting), full, free = _room(60), _Queue(0), _Queue(1)
     held = asyncio.create_task(room.enter("ann", lambda: full.take("ann")))
-    while not waiting.collect()[0].samples[0].value:
+    while not _count(waiting):
         await asyncio.sleep(0)
     assert await room.enter("bob", lambda: free.take("bob")) == "bob"
     held.cancel()

@@ -32,8 +32,8 @@ def rated(tmp_path: Path) -> Iterator[tuple[RatingStore, str]]:
 def test_every_training_takes_a_database(rated: tuple[RatingStore, str], tmp_path: Path) -> None:
     _, url = rated
     folder = tmp_path / "exports"
-    for config in (sft_smoke(), dpo_smoke()):
-        (path,) = with_ratings(config, url, folder).data.pairs
+    for data in (with_ratings(sft_smoke(), url, folder).data, with_ratings(dpo_smoke(), url, folder).data):
+        (path,) = data.pairs
         assert len(read_pairs(path)) == 10
     reward = with_ratings(reward_smoke(), url, folder).data
     assert (reward.pairs, reward.labelled) == ((folder / "pairs.parquet",), (folder / "labels.json",))

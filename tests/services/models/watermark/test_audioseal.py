@@ -1,0 +1,131 @@
+"""AudioSeal with random weights of the real architecture, in the format of the released checkpoints.
+
+Random weights hide and detect nothing. What is tested is that files are read as the package reads them, that
+the message reaches the samples, and that clips keep their length, rate and bounds.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from services.errors import ModelFormatError, UnsupportedError
+from services.models.watermark import BITS, message_of
+from services.models.watermark import audioseal as module
+from services.models.watermark.audioseal import (
+    AudioSealDetector,
+    AudioSealWatermark,
+    load_detector,
+    load_generator,
+    merged,
+)
+
+# torch.jit.script and weight_norm, by which the package is built, are deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def released(model: nn.Module) -> dict[str, Tensor]:
+    """Return weights as released files hold them: names of version 0.1, with weight normalisation."""
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        old = key.replace(".inner_conv.", ".")
+        if key.endswith(".inner_conv.weight"):
+            g = value.flatten(1).norm(dim=1).reshape(-1, 1, 1)
+            found |= {f"{old}_g": g, f"{old}_v": 3 * value / g}  # of any length: only its direction counts
+        else:
+            found[old] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of a generator and a detector with random weights."""
+    folder = tmp_path_factory.mktemp("audioseal")
+    generator, detector = folder / "generator_base.pth", folder / "detector_base.pth"
+    torch.manual_seed(0)
+    torch.save({"model": released(load_generator(None)), "xp.cfg": {"seanet": {}}}, generator)
+    torch.manual_seed(1)
+    torch.save(released(load_detector(None)), detector)
+    return generator, detector
+
+
+def _clip(seconds: float, rate: int) -> np.ndarray:
+    time_N = np.arange(round(seconds * rate)) / rate
+    return (0.2 * np.sin(2 * np.pi * 440 * time_N)).astype(np.float32)
+
+
+def test_released_files_give_the_weights_that_they_were_made_of(files: tuple[Path, Path]) -> None:
+    for number, (path, load) in enumerate(zip(files, (load_generator, load_detector), strict=True)):
+        torch.manual_seed(number)
+        expected = load(None).state_dict()
+        found = load(path).state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+
+
+def test_merging_is_that_of_the_package(files: tuple[Path, Path]) -> None:
+    from audioseal.loader import convert_state_dict_for_scriptable_model, load_state_dict
+
+    weights = torch.load(files[1], weights_only=True)
+    theirs = load_detector(None)
+    load_state_dict(theirs, convert_state_dict_for_scriptable_model(weights))
+    ours = merged(weights)
+    assert ours.keys() == theirs.state_dict().keys()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours[key], value)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_marked_clip_has_its_length_and_bounds_and_depends_on_the_message(
+    files: tuple[Path, Path], rate: int
+) -> None:
+    watermark, clip_N = AudioSealWatermark(files[0]), _clip(0.5, rate)
+    one, other, again = (watermark.embed(clip_N, rate, message) for message in (0, 2**BITS - 1, 0))
+    assert one.shape == clip_N.shape
+    assert one.dtype == np.float32
+    assert np.abs(one).max() <= 1
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, clip_N)
+    assert not np.array_equal(one, other)
+
+
+def test_a_detection_is_the_packages_own(files: tuple[Path, Path]) -> None:
+    clip_N = _clip(0.5, 16_000)
+    found = AudioSealDetector(files[1]).detect(clip_N, 16_000)
+    with torch.inference_mode():
+        share, bits = load_detector(files[1]).detect_watermark(torch.from_numpy(clip_N)[None, None])
+    assert found.share == pytest.approx(float(share))
+    assert [found.message >> place & 1 for place in range(BITS)] == bits[0].tolist()
+    assert found.marked == (found.share > 0.5)
+
+
+def test_messages_are_the_first_bits_of_a_digest() -> None:
+    assert message_of("sha256:abcd" + "0" * 60) == 0xABCD
+    assert message_of("") == 0
+
+
+def test_other_files_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match="of another model"):
+        AudioSealWatermark(files[1])
+    (tmp_path / "x.pth").write_bytes(b"RIFF")
+    with pytest.raises(ModelFormatError):
+        AudioSealDetector(tmp_path / "x.pth")
+    with pytest.raises(ModelFormatError):
+        AudioSealDetector(tmp_path / "absent.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ModelFormatError, match="holds no weights of AudioSeal"):
+        AudioSealDetector(tmp_path / "list.pth")
+
+
+def test_without_the_package_the_extra_is_named(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"milonga\[watermark\]"):
+        AudioSealWatermark(files[0])
