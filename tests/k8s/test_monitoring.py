@@ -106,6 +106,20 @@ def test_expressions_name_what_services_expose(expression: Expression) -> None:
     assert ("le" in groups) == ("histogram_quantile" in expression.text)
 
 
+def test_the_web_door_is_scraped_once() -> None:
+    objects = load("base", "web", "monitoring")
+    (monitor,) = of_kind(objects, "ServiceMonitor").values()
+    selected = monitor["spec"]["selector"]["matchLabels"].items()
+    (endpoint,) = monitor["spec"]["endpoints"]
+    scraped = [
+        one["spec"]["selector"]
+        for one in of_kind(objects, "Service").values()
+        if selected <= one["metadata"]["labels"].items()
+        and endpoint["port"] in [port["name"] for port in one["spec"]["ports"]]
+    ]
+    assert scraped.count({"app.kubernetes.io/name": "web"}) == 1
+
+
 def reasons() -> set[str]:
     kinds = [one for one in vars(errors).values() if isinstance(one, type)]
     return {"time", *(one.refusal for one in kinds if issubclass(one, errors.MilongaError) and one.refusal)}
