@@ -42,7 +42,7 @@ def encoded(encoding: str) -> Callable[[Waveform], Waveform]:
 
 def resampled(rate: int) -> Callable[[Waveform], Waveform]:
     """Return a change: the clip at another rate, and back."""
-    return lambda clip_N: resample(resample(clip_N, RATE, rate), rate, RATE)
+    return lambda clip_N: resample(resample(clip_N, RATE, rate), rate, RATE).astype(np.float32)
 
 
 def noisy(clip_N: Waveform) -> Waveform:
@@ -61,7 +61,7 @@ CHANGES: Final[Mapping[str, Callable[[Waveform], Waveform]]] = {
     "44.1 kHz and back": resampled(44_100),
     "without the first 0.5 s": lambda clip_N: clip_N[RATE // 2 :],
     "the middle second": lambda clip_N: clip_N[len(clip_N) // 2 - RATE // 2 : len(clip_N) // 2 + RATE // 2],
-    "half as loud": lambda clip_N: clip_N / 2,
+    "half as loud": lambda clip_N: np.multiply(clip_N, 0.5, dtype=np.float32),
     "noise at 30 dB": noisy,
 }
 

@@ -38,16 +38,35 @@ class SigningOptions:
         ),
     ] = False
 
+    sign_registry: Annotated[
+        str | None,
+        typer.Option(
+            help="MLflow server: also state the runs that made and promoted the model.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
     def open(self) -> "ClipSigner | None":
         """Return the signer; None without options. Raises `InvalidInputError`."""
         if self.sign_cert is None or self.sign_key is None:
-            if self.sign_cert or self.sign_key or self.sign_prompt:
+            if self.sign_cert or self.sign_key or self.sign_prompt or self.sign_registry:
                 refuse("--sign-cert, --sign-key", "need each other; give both, or neither")
             return None
         from services.provenance.signing import ClipSigner
 
-        names = ("--sign-cert", "--sign-key")
-        return ClipSigner(self.sign_cert, self.sign_key, names=names, with_prompt=self.sign_prompt)
+        runs_of = None
+        if self.sign_registry is not None:
+            from services.weights.lineage import Lineage
+
+            runs_of = Lineage(self.sign_registry)
+        return ClipSigner(
+            self.sign_cert,
+            self.sign_key,
+            names=("--sign-cert", "--sign-key"),
+            with_prompt=self.sign_prompt,
+            runs_of=runs_of,
+        )
 
 
 def signed(made: GeneratedClips, prompt: str, signer: "ClipSigner | None") -> GeneratedClips:

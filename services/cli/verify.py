@@ -79,6 +79,7 @@ def _verify(
         model = found.generation.get("model", {})
         details = {
             "made by": f"{model['name']} {model['version']} {model['digest']}" if model else made,
+            **found.generation.get("registry", {}),
             "time": found.generation.get("time"),
             "seed": found.generation.get("seed"),
             "prompt": found.generation.get("prompt"),

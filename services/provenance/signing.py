@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +44,7 @@ class ClipSigner:
         *,
         names: Sequence[str] = ("sign_cert", "sign_key"),
         with_prompt: bool = False,
+        runs_of: Callable[[ModelVersion], Mapping[str, str]] | None = None,
     ) -> None:
         """Read and check the certificate and its key.
 
@@ -52,6 +53,7 @@ class ClipSigner:
             key_file: its private key (PEM, PKCS 8, without a password).
             names: names of both in error messages.
             with_prompt: state the prompt itself, not only its hash.
+            runs_of: returns the runs of a registry that made and promoted a model, to be stated.
 
         Raises:
             InvalidInputError: a file can't be read, is none, or both don't belong together.
@@ -59,7 +61,7 @@ class ClipSigner:
         """
         require_library()
         self._chain, self._key = _read(names[0], cert_file), _read(names[1], key_file)
-        self._with_prompt = with_prompt
+        self._with_prompt, self._runs_of = with_prompt, runs_of
         try:
             self.certificate = x509.load_pem_x509_certificates(self._chain)[0]
         except ValueError as error:
@@ -104,7 +106,7 @@ class ClipSigner:
 
     def _manifest(self, origin: Origin) -> dict[str, Any]:
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        statement = {
+        statement: dict[str, Any] = {
             "model": asdict(origin.model),
             # As text: JSON's numbers hold 53 bits.
             "seed": str(origin.seed),
@@ -114,6 +116,12 @@ class ClipSigner:
         }
         if self._with_prompt:
             statement["prompt"] = origin.prompt
+        if (
+            self._runs_of is not None
+            and origin.model is not _NOTHING
+            and (runs := self._runs_of(origin.model))
+        ):
+            statement["registry"] = dict(runs)
         agent = {"name": origin.model.name, "version": origin.model.version}
         action = {
             "action": "c2pa.created", "digitalSourceType": _SOURCE_TYPE, "softwareAgent": agent, "when": time,

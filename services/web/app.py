@@ -44,7 +44,14 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
     if settings.sign_cert is not None and settings.sign_key is not None:
         from services.provenance.signing import ClipSigner
 
-        signer = ClipSigner(settings.sign_cert, settings.sign_key, with_prompt=settings.sign_prompt)
+        runs_of = None
+        if settings.sign_registry is not None:
+            from services.weights.lineage import Lineage
+
+            runs_of = Lineage(settings.sign_registry)
+        signer = ClipSigner(
+            settings.sign_cert, settings.sign_key, with_prompt=settings.sign_prompt, runs_of=runs_of
+        )
 
     store = None
     if settings.ratings is not None:

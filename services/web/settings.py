@@ -47,6 +47,9 @@ class WebSettings(ProcessSettings):
     """Its private key (PEM)."""
     sign_prompt: bool = False
     """State the prompt itself in signed clips, not only its hash."""
+    sign_registry: str | None = None
+    """MLflow server: signed clips also state the runs that made and promoted the model. It needs the extra
+    serving."""
     trusted_signers: Path | None = None
     """Certificates (PEM) of authorities whose signatures `/v1/provenance` calls trusted."""
     ratings: str | None = None

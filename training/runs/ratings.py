@@ -58,8 +58,11 @@ def with_ratings(config: Training, ratings: str, folder: Path, *, fresh: bool = 
     kinds = _kinds(config)
     files: dict[Kind, Path]
     files = _exports(ratings, kinds, folder, fresh=fresh) if is_database(ratings) else _file(ratings, kinds)
-    added: dict[str, Any] = {kind: (*getattr(config.data, kind), path) for kind, path in files.items()}
-    return replace(config, data=replace(config.data, **added))
+    return replace(config, data=replace(config.data, **_added(config.data, files)))
+
+
+def _added(data: object, files: "Mapping[Kind, Path]") -> dict[str, Any]:
+    return {kind: (*getattr(data, kind), path) for kind, path in files.items()}
 
 
 def rated_files(ratings: str, folder: Path) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ from services.errors import InvalidInputError
 from services.provenance import SIGNABLE
 from services.provenance.reading import read_provenance
 from services.provenance.signing import ClipSigner, Origin
+from services.weights.lineage import Lineage
 from tests.services.generation.serving import Serving, serving, tiny_engine
 from tests.services.provenance.certificates import Identity, identity
 from tests.services.web.hosting import calling, faults, hosting_web
@@ -40,6 +41,24 @@ def signer(studio: Identity) -> ClipSigner:
 def generating() -> Iterator[Serving]:
     with tiny_engine() as engine, serving(engine) as generating:
         yield generating
+
+
+def test_the_runs_of_a_registry_are_stated_where_they_are_known(studio: Identity) -> None:
+    runs = {"training_run": "a1", "ledger_run": "b2"}
+    plain = encode_audio(SOUND_N, 16_000, "wav")
+    for known, stated in ((runs, runs), ({}, None)):
+        signer = ClipSigner(studio.chain, studio.key, runs_of=lambda model, known=known: known)  # type: ignore[misc]
+        found = read_provenance(signer.sign(plain, "wav", ORIGIN))
+        assert found is not None
+        assert found.generation.get("registry") == stated
+
+
+def test_a_registry_that_is_away_delays_no_clip_for_long_and_is_asked_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lineage = Lineage("http://127.0.0.1:9")
+    assert lineage(MODEL) == lineage(MODEL) == {}
+    assert [record.name for record in caplog.records].count("services.weights.lineage") == 1
 
 
 @pytest.mark.parametrize("encoding", SIGNABLE)

@@ -17,6 +17,7 @@ from services.errors import (
     ModelNotFoundError,
     ServiceUnavailableError,
 )
+from services.weights.lineage import LEDGER_RUN_TAG, Lineage
 from services.weights.registry import DIGEST_TAG, RegisteredVersion
 from services.weights.uri import ResolvedModel, resolve
 from tests.services.ratings.studies import planned_store, rate_all
@@ -129,6 +130,15 @@ def test_a_good_version_is_rolled_out_verified_and_named_champion(world: World) 
     tags = world.tags(world.candidate)
     assert (tags[""], tags[".run"]) == ("promoted", entry.run_id)
     assert world.registry.client.get_run(entry.run_id).info.status == "FINISHED"
+
+
+def test_the_ledgers_run_is_found_for_signed_clips(world: World) -> None:
+    assert f"{PROMOTION_TAG}.run" == LEDGER_RUN_TAG
+    assert "ledger_run" not in Lineage(world.registry.uri)(world.candidate)
+    world.promote()
+    lineage = Lineage(world.registry.uri)
+    assert lineage(world.candidate)["ledger_run"] == world.entry.run_id
+    assert lineage(replace(world.candidate, digest="sha256:" + "0" * 64)) == {}
 
 
 def _people(world: World, ratings: str | None, prompts: int = 6) -> str:
