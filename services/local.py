@@ -34,6 +34,8 @@ from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
 from services.models.words import warnings_of
 from services.runtime.settings import BatchedSettings
+from services.weights.adapter_sources import AdapterSources
+from services.weights.adapters import AdapterStore
 from services.weights.loading import load_clap_model, load_embedding_model
 from services.weights.uri import ResolvedModel
 
@@ -80,7 +82,7 @@ class LocalClipMaker:
 def open_clip_maker(
     model: ResolvedModel, *, device: str = "auto", dtype: str = "float32", config: EngineConfig | None = None
 ) -> LocalClipMaker:
-    """Load a generator; takes seconds.
+    """Load a generator; takes seconds. Requests may name any adapter by its model URI.
 
     With `config.exact`, every denoiser call has the same shape, so that a clip is bitwise independent of
     other clips.
@@ -90,7 +92,8 @@ def open_clip_maker(
         InvalidInputError: the device does not exist.
     """
     pipeline = load_generator(model.folder, device=device, dtype=dtype)
-    return LocalClipMaker(Engine(pipeline, config, model.identity))
+    adapters = AdapterStore(pipeline, AdapterSources(listed={}, any_uri=True), model.digest)
+    return LocalClipMaker(Engine(pipeline, config, model.identity, adapters=adapters))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

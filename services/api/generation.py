@@ -36,6 +36,9 @@ DRAWN_SEED_BITS: Final = 32
 MEL_FLOOR, MEL_CEILING = math.log(1e-5), math.log(10.0)
 """Range of a preview: the log-mel spectrogram's floor, and ten times full scale."""
 
+MAX_ADAPTER_CHARACTERS: Final = 1024
+"""Maximum length of an adapter's name."""
+
 LOUDNESS_RANGE: Final = (-60.0, -6.0)
 """Root mean squares that a clip can be brought to, in dB relative to full scale."""
 
@@ -69,6 +72,8 @@ class GenerationOptions(TypedDict, total=False):
     """Sampling rate of the clips in hertz."""
     loudness: float | None
     """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
+    adapter: str | None
+    """Name of an adapter of the denoiser: one of the service's, or NAME@VERSION of its registry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +117,8 @@ class GenerationRequest:
     """Sampling rate of the clips in hertz."""
     loudness: float | None = None
     """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
+    adapter: str = ""
+    """Name of an adapter of the denoiser; empty: none."""
     preview_interval_steps: int = 0
     """Steps between two `Preview`s of the first clip; 0: none. Previews change no bit of the clips."""
 
@@ -152,6 +159,8 @@ class Limits:
     """Seeds are unsigned 64-bit numbers on the wire."""
     schedulers: tuple[str, ...]
     """Names of the schedulers."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters that a service lists. It may take others, of its registry."""
 
     @property
     def max_response_bytes(self) -> int:
@@ -184,6 +193,7 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
             "loudness",
             None if request.loudness is None else _number_fault(request.loudness, *LOUDNESS_RANGE, " dB"),
         ),
+        ("adapter", _name_fault(request.adapter)),
         ("preview_interval_steps", _number_fault(request.preview_interval_steps, 0, limits.max_steps)),
     )
     return tuple(FieldViolation(field, fault) for field, fault in found if fault is not None)
@@ -208,6 +218,12 @@ def _choice_fault(value: str, choices: Iterable[str]) -> str | None:
     if value in choices:
         return None
     return f"is {value[:40]!r}, must be one of {', '.join(choices)}"
+
+
+def _name_fault(name: str) -> str | None:
+    if len(name) <= MAX_ADAPTER_CHARACTERS and (name.isprintable() or not name):
+        return None
+    return f"is {name[:40]!r}, must be at most {MAX_ADAPTER_CHARACTERS} printable characters"
 
 
 def _plain(value: float) -> str:
@@ -328,6 +344,8 @@ class Finished:
     warnings: tuple[str, ...]
     """Warnings about the clips, one sentence each."""
     timings: Timings
+    adapter: ModelVersion | None = None
+    """Version of the adapter that they were made with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,6 +398,8 @@ class Generation:
     model: ModelVersion
     warnings: tuple[str, ...]
     timings: Timings
+    adapter: ModelVersion | None = None
+    """Version of the adapter that they were made with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -431,6 +451,7 @@ def finished_generation(clips: Iterable[Clip], finished: Finished) -> Generation
         model=finished.model,
         warnings=finished.warnings,
         timings=finished.timings,
+        adapter=finished.adapter,
     )
 
 

@@ -44,6 +44,15 @@ class ClipOptions(SamplingOptions):
         ),
     ] = None
 
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Low-rank adapter: its model URI, or NAME@VERSION of the registry; with --server one of the "
+            "service's.",
+            show_default=False,
+        ),
+    ] = None
+
     def generation(self) -> client.GenerationOptions:
         """Return them by the client's names."""
         return {
@@ -51,6 +60,7 @@ class ClipOptions(SamplingOptions):
             "clip_count": self.clips,
             "sampling_rate": self.sample_rate,
             "loudness": self.loudness,
+            "adapter": self.adapter,
         }
 
 

@@ -312,6 +312,7 @@ def record_of(made: GeneratedClips, paths: Sequence[Path]) -> dict[str, Any]:
             for clip, path in zip(made.clips, paths, strict=True)
         ],
         "model": dataclasses.asdict(made.generation.model),
+        **({"adapter": dataclasses.asdict(adapter)} if (adapter := made.generation.adapter) else {}),
         "warnings": list(made.warnings),
         "timings": {
             name: round(value, 4) for name, value in dataclasses.asdict(made.generation.timings).items()

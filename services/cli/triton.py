@@ -224,7 +224,7 @@ def _weights(model: "ResolvedModel") -> "Weights":
     from services.inference.triton.repository import Weights
 
     found = model.identity
-    weights = Weights(name=found.name, version=found.version, digest=found.digest, folder=model.folder)
+    weights = Weights(name=found.name, version=found.version, digest=found.digest, folder=model.own_folder)
     if not model.folder.is_file():
         return weights
     from services.models.clap.laion import TOKENIZER_FILES, find_tokenizer

@@ -108,6 +108,7 @@ def read_response(response: pb.GenerateAudioResponse) -> Generation:
         model=read_version(response.model),
         warnings=tuple(response.warnings),
         timings=_read_timings(response.timings),
+        adapter=read_version(response.adapter) if response.HasField("adapter") else None,
     )
 
 
@@ -131,6 +132,9 @@ def read_update(response: pb.StreamGenerateAudioResponse) -> Update:
                 model=read_version(response.finished.model),
                 warnings=tuple(response.finished.warnings),
                 timings=_read_timings(response.finished.timings),
+                adapter=read_version(response.finished.adapter)
+                if response.finished.HasField("adapter")
+                else None,
             )
         case _:
             raise MilongaError("the service sent an event that this client does not know; update milonga")
@@ -157,6 +161,7 @@ def read_model(response: pb.GetModelResponse) -> GenerationModel:
             max_steps=limits.max_num_inference_steps,
             max_guidance_scale=limits.max_guidance_scale,
             schedulers=tuple(limits.schedulers),
+            adapters=tuple(limits.adapters),
         ),
         defaults=Defaults(
             duration=read_duration(defaults.duration),

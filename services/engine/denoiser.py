@@ -5,14 +5,16 @@ Shapes: R rows of the call (see `batching`), L text tokens, X the model's own sh
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.engine.batching import GUIDED_ROWS, choose_rows
 from services.engine.states import ClipState, GroupKey
 from services.models.latent import Conditioning, LatentPipeline, guide
+from services.models.lora import RowAdapters
 
 # Buffers are small (a few MB each for released models), but callers choose the durations: keep recent ones.
 _MAX_BUFFERS = 16
@@ -40,11 +42,13 @@ class _Buffers:
         )
         self._occupants: list[ClipState] = []
         self._views: list[Tensor] = []
+        self._adapters: RowAdapters | None = None
 
-    def fill(self, clips: Sequence[ClipState]) -> None:
+    def fill(self, clips: Sequence[ClipState], denoiser: nn.Module | None) -> None:
         """Write the inputs of `clips` to consecutive rows. Padding rows keep any content."""
         if clips != self._occupants:
             self._lay_out(clips)
+            self._adapt(clips, denoiser)
         timesteps: list[float] = []
         for clip, view in zip(clips, self._views, strict=True):
             view.copy_(clip.latents_1X)
@@ -53,9 +57,13 @@ class _Buffers:
         if self.folds_guidance:
             self._copy([clip.jump for clip in clips], self.jumps_R2)
 
+    def adapted(self) -> AbstractContextManager[None]:
+        """Return a context in which the denoiser applies the clips' adapters, each to its own rows."""
+        return nullcontext() if self._adapters is None else self._adapters.applied()
+
     def forget(self) -> None:
         """Drop the clips of the last call."""
-        self._occupants, self._views = [], []
+        self._occupants, self._views, self._adapters = [], [], None
 
     def _lay_out(self, clips: Sequence[ClipState]) -> None:
         self._views = []
@@ -72,6 +80,13 @@ class _Buffers:
             row += clip.rows
         self._copy(seconds, self.seconds_R)
         self._occupants = list(clips)
+
+    def _adapt(self, clips: Sequence[ClipState], denoiser: nn.Module | None) -> None:
+        adapters = [clip.state.adapter for clip in clips for _ in range(clip.rows)]
+        self._adapters = None
+        if denoiser is not None and any(adapter is not None for adapter in adapters):
+            padding = len(self.latents_RX) - len(adapters)
+            self._adapters = RowAdapters(denoiser, [*adapters, *[None] * padding])
 
     def _write_text(self, row: int, text: Conditioning) -> None:
         # Prompt and negative prompt may differ in length: the rest is masked.
@@ -101,14 +116,15 @@ class Denoiser:
         """Return each clip's guided output, [1, X] in float32, and the rows of the call."""
         rows = choose_rows(sum(clip.rows for clip in clips), self._shapes, exact=self._exact)
         buffers = self._buffers_for(key, clips[0], rows)
-        buffers.fill(clips)
-        output_RX = self._pipeline.predict(
-            buffers.latents_RX,
-            buffers.timesteps_R,
-            buffers.conditioning,
-            buffers.seconds_R,
-            buffers.jumps_R2,
-        )
+        buffers.fill(clips, self._pipeline.adaptable)
+        with buffers.adapted():
+            output_RX = self._pipeline.predict(
+                buffers.latents_RX,
+                buffers.timesteps_R,
+                buffers.conditioning,
+                buffers.seconds_R,
+                buffers.jumps_R2,
+            )
         self._pace()
         return _guided(output_RX, clips), rows
 

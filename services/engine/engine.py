@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Final, Unpack
+from typing import Final, Protocol, Unpack
 
 from services.api.engine import EngineConfig
 from services.api.generation import (
@@ -32,13 +32,26 @@ from services.engine.pace import Pace
 from services.engine.states import Handle, RequestState
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Mark, Worker
+from services.errors import invalid
 from services.fairness import ANONYMOUS, Account, Path
 from services.models.latent import LatentPipeline
+from services.models.lora import Adapter
 
 _CLOSE_SECONDS: Final = 30.0
 """Seconds that `Engine.close` waits for the present turn to end."""
 
 _log = logging.getLogger(__name__)
+
+
+class AdapterSource(Protocol):
+    """Loads adapters by the names that requests give. Thread-safe."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that are listed."""
+
+    def get(self, name: str) -> Adapter:
+        """Return an adapter on the model's device. Raises as `Engine.load_adapter`."""
 
 
 class Engine:
@@ -54,14 +67,17 @@ class Engine:
         config: EngineConfig | None = None,
         model: ModelVersion = UNVERSIONED,
         mark: Mark | None = None,
+        adapters: AdapterSource | None = None,
     ) -> None:
         """Start the worker thread.
 
         `pipeline` must be on its device; `model` identifies its weights; `mark` embeds a watermark in clips.
+        `adapters` loads the adapters that requests name; None: requests take none.
         """
         self.config = config or EngineConfig()
         self.pipeline = pipeline
-        self.description = _describe(pipeline, self.config, model)
+        self._adapters = adapters
+        self.description = _describe(pipeline, self.config, model, adapters)
         self._meter, self._pace = Meter(), Pace()
         defaults = self.description.defaults
         default_clip = partial(
@@ -111,6 +127,7 @@ class Engine:
         asked = request.num_inference_steps
         steps = self.pipeline.steps(asked, request.duration)
         request = replace(request, num_inference_steps=steps)
+        adapter = self.load_adapter(request.adapter) if request.adapter else None
 
         def make(path: Path) -> RequestState:
             return RequestState(
@@ -123,6 +140,7 @@ class Engine:
                 deadline=deadline,
                 wake=self._admission.wake,
                 preview_interval=self._preview_interval(request),
+                adapter=adapter,
             )
 
         left = None if deadline is None else deadline - time.monotonic()
@@ -135,6 +153,16 @@ class Engine:
         finally:
             self._admission.enter(state)
         return Handle(state)
+
+    def load_adapter(self, name: str) -> Adapter:
+        """Return the adapter that a request names; it is loaded unless it is in memory.
+
+        `submit` does it, too; call this first where the caller must not be kept waiting. Raises
+        `InvalidInputError` (field ``adapter``) if there is none, or `ServiceUnavailableError` of a registry.
+        """
+        if self._adapters is None:
+            raise invalid("adapter", f"is {name[:80]!r}, and this model takes no adapters; leave it out")
+        return self._adapters.get(name)
 
     def check(self, account: Account) -> None:
         """Raise `QueueFullError` if any request of the account would be refused for want of room."""
@@ -226,11 +254,14 @@ def _drain(events: "queue.SimpleQueue[Event]", handle: Handle) -> Iterator[Event
         handle.cancel()
 
 
-def _describe(pipeline: LatentPipeline, config: EngineConfig, model: ModelVersion) -> GenerationModel:
+def _describe(
+    pipeline: LatentPipeline, config: EngineConfig, model: ModelVersion, adapters: AdapterSource | None
+) -> GenerationModel:
     described = pipeline.description
     limits = replace(
         described.limits,
         max_prompt_characters=config.max_prompt_characters,
         max_clip_count=min(config.max_clip_count, config.max_queue),
+        adapters=() if adapters is None else adapters.names,
     )
     return replace(described, model=model, limits=limits)

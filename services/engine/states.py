@@ -18,6 +18,7 @@ from services.engine.batching import UNGUIDED_ROWS
 from services.engine.prompts import EncodedPrompt
 from services.fairness import Path
 from services.models.latent import LatentPipeline, clip_generator
+from services.models.lora import Adapter
 
 
 class Stage(NamedTuple):
@@ -61,6 +62,8 @@ class RequestState:
     """Wakes the worker, so that it checks the request."""
     preview_interval: int
     """Steps between two previews; 0: none."""
+    adapter: Adapter | None = None
+    """Of the denoiser. It is held here until the request ends, even if the store drops it."""
     position: int = 0
     """Position in the queue that was last sent to the caller."""
     submitted_at: float = field(default_factory=time.monotonic)
@@ -179,7 +182,8 @@ class RequestState:
                 f"model takes {steps}"
             ]
         )
-        return (*unread, *silent, *fixed)
+        adapted = () if self.adapter is None else self.adapter.warnings
+        return (*unread, *silent, *fixed, *adapted)
 
 
 class ClipState:

@@ -410,7 +410,15 @@ class Worker:
         self._meter.count_clip(audio_seconds=len(waveform_N) / rate, seconds=seconds)
         self._send(state, Clip.of_samples(waveform_N, rate, index=clip.index, seed=state.request.seed))
         if state.clips_done == state.request.clip_count:
-            self._end(state, Finished(model=self._model, warnings=state.warnings(), timings=state.timings()))
+            self._end(state, self._finished(state))
+
+    def _finished(self, state: RequestState) -> Finished:
+        return Finished(
+            model=self._model,
+            warnings=state.warnings(),
+            timings=state.timings(),
+            adapter=None if state.adapter is None else state.adapter.version,
+        )
 
     def _decode(self, clip: ClipState) -> NDArray[np.float32]:
         """Return the clip's waveform [N]. Clips are decoded one at a time, so that they are independent."""

@@ -69,6 +69,7 @@ def write_event(event: Update, request: GenerationRequest, total: float) -> pb.S
                     model=write_version(event.model),
                     warnings=event.warnings,
                     timings=write_timings(event.timings, total),
+                    adapter=None if event.adapter is None else write_version(event.adapter),
                 )
             )
 

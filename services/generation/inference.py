@@ -51,6 +51,7 @@ OPTIONS: Final = (
     DURATION,
     _option("scheduler", "BYTES"),
     _option("loudness", "FP32"),
+    _option("adapter", "BYTES"),
 )
 """Keyword arguments of a generation, each with one value per row, or one for all rows."""
 INPUTS: Final = (PROMPT, *OPTIONS)
@@ -100,6 +101,7 @@ class GenerationInference:
             "max_duration": f"{limits.max_duration:g}",
             "max_num_inference_steps": str(limits.max_steps),
             "schedulers": ",".join(limits.schedulers),
+            "adapters": ",".join(limits.adapters),
         }
 
     @contextmanager
@@ -205,9 +207,11 @@ class GenerationLease:
         if row is not None:
             outputs["ROW"] = np.array([row], dtype=np.int32)
         warnings = dict.fromkeys(warning for one in rows for warning in one.finished.warnings)
+        adapters = dict.fromkeys(one.finished.adapter.digest for one in rows if one.finished.adapter)
+        found = {"warnings": warnings, "adapter_digests": adapters}
         return Response(
             outputs=outputs,
-            parameters={"warnings": "\n".join(warnings)} if warnings else {},
+            parameters={name: "\n".join(texts) for name, texts in found.items() if texts},
             rows=len(rows),
             stages=stages,
             final=stages is not None,

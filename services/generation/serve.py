@@ -11,7 +11,12 @@ from prometheus_client.metrics_core import Metric
 from milonga.v1 import generation_pb2_grpc, operator_pb2_grpc
 from services.catalogue import GENERATION
 from services.fairness import Account
-from services.generation.settings import GenerationSettings, model_uris, read_operator_token
+from services.generation.settings import (
+    GenerationSettings,
+    adapter_sources,
+    model_uris,
+    read_operator_token,
+)
 from services.runtime.callers import current_caller
 from services.runtime.metrics import ServerMetrics, counters, served_weights
 from services.runtime.server import Server
@@ -38,6 +43,7 @@ OUTCOMES: Final = ("finished", "cancelled", "expired", "failed")
 def check(settings: GenerationSettings) -> bool:
     """See `Service.check`."""
     read_operator_token(settings)
+    adapter_sources(settings)
     return any(uri.needs_network for uri in model_uris(settings).values())
 
 

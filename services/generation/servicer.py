@@ -55,6 +55,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                         response.model.CopyFrom(write_version(event.model))
                         response.warnings.extend(event.warnings)
                         response.timings.CopyFrom(convert.write_timings(event.timings, total))
+                        if event.adapter is not None:
+                            response.adapter.CopyFrom(write_version(event.adapter))
         response.clips.extend(sorted(clips, key=lambda clip: clip.clip_index))
         return response
 
@@ -106,6 +108,8 @@ async def run(
 
         return engine.submit(request, on_event, deadline=deadline, account=account)
 
+    for adapter in {request.adapter for request in requests} - {""}:
+        await asyncio.to_thread(engine.load_adapter, adapter)
     try:
         for index, request in enumerate(requests):
             handles.append(submit(index, request))

@@ -10,7 +10,8 @@ from services.api.engine import EngineConfig
 from services.catalogue import GENERATION
 from services.runtime.settings import ModelText, ServerSettings
 from services.runtime.tokens import check_token, read_token
-from services.weights.uri import ModelURI, served_uri
+from services.weights.adapter_sources import AdapterSources
+from services.weights.uri import ModelURI, parse_uris, served_uri
 
 _OPERATOR_URI = re.compile(r"mini|models:(/[\w .-]*)?|hf:[\w./-]*|file:/[^\x00-\x1f\x7f]*")
 
@@ -33,6 +34,13 @@ class GenerationSettings(ServerSettings, EngineConfig):
     watermark: Path | None = None
     """AudioSeal's generator_base.pth: every clip is marked with the first 16 bits of its model's digest. It
     needs the extra watermark."""
+    adapters: dict[str, ModelText] = Field(default={})
+    """Names of low-rank adapters that requests may use, with their URIs. All are loaded at the start."""
+    registry_adapters: bool = False
+    """Whether requests may also use any adapter of MLflow's registry, as NAME@VERSION or NAME@ALIAS."""
+    adapter_memory_mib: int = Field(default=512, gt=0, le=1_000_000)
+    """Memory of adapters in MiB. Beyond it, the least recently used ones are dropped, and loaded again when
+    they are asked for."""
     operator_token_file: Path | None = None
     """File with a token; its bearer may switch models while calls are served (OperatorService). Default:
     no operator, and no OperatorService."""
@@ -53,6 +61,16 @@ class GenerationSettings(ServerSettings, EngineConfig):
                 f"{wrong[0][:80]!r} must be mini, models:, models:/NAME, hf:, hf:OWNER or file:/FOLDER"
             )
         return uris
+
+
+def adapter_sources(settings: GenerationSettings) -> AdapterSources:
+    """Return the adapters that requests may use. Raises `InvalidInputError` that lists every invalid URI."""
+    parse_uris(settings.adapters, field="adapters.{}")
+    return AdapterSources(
+        listed=settings.adapters,
+        registry=settings.registry_adapters,
+        max_bytes=settings.adapter_memory_mib * 2**20,
+    )
 
 
 def model_uris(settings: GenerationSettings) -> dict[str, ModelURI]:

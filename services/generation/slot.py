@@ -31,9 +31,10 @@ from services.errors import (
     RequestCancelledError,
     ServiceUnavailableError,
 )
-from services.generation.settings import GenerationSettings
+from services.generation.settings import GenerationSettings, adapter_sources
 from services.models.architectures import load_generator
 from services.models.watermark import message_of
+from services.weights.adapters import AdapterStore
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 log = structlog.get_logger()
@@ -281,4 +282,6 @@ def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
         watermark = AudioSealWatermark(settings.watermark, str(pipeline.device))
         rate, message = pipeline.description.geometry.sampling_rate, message_of(model.digest)
         mark = partial(watermark.embed, sampling_rate=rate, message=message)
-    return Engine(pipeline, settings, model.identity, mark)
+    adapters = AdapterStore(pipeline, adapter_sources(settings), model.digest)
+    adapters.load_listed()
+    return Engine(pipeline, settings, model.identity, mark, adapters)

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import AudioPipelineOutput, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from services.api.generation import GenerationModel
 from services.audio.resampling import resample
@@ -126,6 +126,11 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     @abstractmethod
     def latent_shape(self, duration: float) -> tuple[int, ...]:
         """Return the shape X of the latents of a clip of `duration` seconds."""
+
+    @property
+    def adaptable(self) -> nn.Module | None:
+        """See `LatentPipeline`: none, unless a family says otherwise."""
+        return None
 
     def steps(self, asked: int, duration: float) -> int:
         """See `LatentPipeline`: a diffusion model takes as many steps as it is asked for."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
 
 from services.api.generation import GenerationModel
@@ -137,6 +137,10 @@ class LatentPipeline(Protocol):
     @property
     def folds_guidance(self) -> bool:
         """Whether the denoiser takes the guidance scale as a condition: a clip is then one row of a call."""
+
+    @property
+    def adaptable(self) -> nn.Module | None:
+        """The denoiser, whose linear layers adapters change; None: the family takes no adapters."""
 
     def latent_frames(self, duration: float) -> int:
         """Return the length of the latents of a clip of `duration` seconds. Equal lengths share a batch."""

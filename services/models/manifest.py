@@ -25,6 +25,9 @@ from services.files import describe_path, sha256_of
 MANIFEST_NAME = "milonga.json"
 """File name of the manifest in a model folder."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""File that only the folder of an adapter has."""
+
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 """What a digest looks like."""
 

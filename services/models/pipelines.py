@@ -147,6 +147,14 @@ class Architecture:
         config = read_json(folder / self.denoiser / "config.json")
         return self.student is not None and config.get("time_cond_proj_dim") is not None
 
+    def meta_denoiser(self, folder: Path) -> nn.Module:
+        """Return the denoiser of a checked folder on the meta device: shapes without memory."""
+        builders = self.parts[self.denoiser]
+        build = builders[".".join(_class_of(read_index(folder), self.denoiser))]
+        config = read_json(folder / self.denoiser / "config.json")
+        with quiet_loading():
+            return on_meta(lambda: build(config))
+
     def default_duration(self, folder: Path) -> float:
         """Return the default duration of the model in `folder`, in seconds."""
         return float(self._setting(folder, "default_duration"))

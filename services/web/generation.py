@@ -242,6 +242,7 @@ def _shown(update: Update, plan: Plan) -> tuple[str, dict[str, Any]]:
                 "model": version_of(update.model),
                 "warnings": [*plan.warnings, *update.warnings],
                 "timings": asdict(update.timings),
+                **({"adapter": version_of(update.adapter)} if update.adapter else {}),
             }
 
 
@@ -255,6 +256,7 @@ def _generator(served: GenerationModel) -> dict[str, Any]:
             "num_inference_steps": [1, limits.max_steps],
             "guidance_scale": [0, limits.max_guidance_scale],
             "schedulers": list(limits.schedulers),
+            "adapters": list(limits.adapters),
         },
         "defaults": {
             "audio_length": defaults.duration,

@@ -78,6 +78,8 @@ class AudioGenerateRequest(_Shape):
     """Seed of the noise. Default: drawn; the header X-Seed states it."""
     scheduler: str | None = None
     """Name of a scheduler. Default: the model's. (Milonga's own field.)"""
+    adapter: str | None = None
+    """Name of a low-rank adapter that the service has. Default: none. (Milonga's own field.)"""
     sample_rate: int | None = None
     """Sampling rate in hertz. Default: the model's, or 48000 if the encoding can't hold that. (Milonga's own
     field.)"""
@@ -101,6 +103,7 @@ class AudioGenerateRequest(_Shape):
                 "num_inference_steps": self.num_inference_steps,
                 "guidance_scale": self.guidance_scale,
                 "scheduler": self.scheduler,
+                "adapter": self.adapter,
                 "encoding": encoding,
                 "sampling_rate": self.sample_rate or _fitting_rate(encoding, served),
             },

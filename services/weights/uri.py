@@ -31,7 +31,7 @@ from services.errors import (
     ModelNotFoundError,
     invalid,
 )
-from services.models.manifest import DIGEST, hash_file, verify_manifest
+from services.models.manifest import ADAPTER_CONFIG, DIGEST, hash_file, verify_manifest
 from services.weights.registry import fetch, parse_path
 
 EMBEDDED = ("mini", "mini-base")
@@ -106,8 +106,15 @@ class ResolvedModel:
     """The model folder; of LAION's checkpoints the file."""
     identity: ModelVersion
     """Version of the weights."""
+    adapter: Path | None = None
+    """Folder of the adapter that is merged into the model in `folder`; `identity` is the adapter's."""
     reader: Literal["folder", "laion", "laion-clap"] = "folder"
     """Loader of the weights: of model folders, or one of the two for LAION's checkpoints."""
+
+    @property
+    def own_folder(self) -> Path:
+        """Folder whose digest is `digest`: of an adapter its own, not that of the merged model."""
+        return self.adapter or self.folder
 
     @property
     def digest(self) -> str:
@@ -153,10 +160,11 @@ def parse_uris(texts: Mapping[str, str], field: str = "{}") -> dict[str, ModelUR
     return uris
 
 
-def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> ResolvedModel:
+def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None, merge: bool = True) -> ResolvedModel:
     """Find the weights that a URI names, and verify them.
 
-    `tracking_uri` is the registry of ``models:`` URIs; None: `services.weights.registry.tracking_uri`.
+    `tracking_uri` is the registry of ``models:`` URIs; None: `services.weights.registry.tracking_uri`. An
+    adapter is merged into the model that it was trained from, unless `merge` is false.
 
     Raises:
         InvalidInputError: no model URI.
@@ -170,6 +178,15 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None) -> Resolved
     if uri.scheme in LAION_SCHEMES:
         found = _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
         return replace(found, reader="laion" if uri.scheme == "laion" else "laion-clap")
+    found = _resolved(uri, tracking_uri)
+    if merge and (found.folder / ADAPTER_CONFIG).is_file():
+        from services.weights.merging import merged  # needs torch
+
+        return merged(found, tracking_uri)
+    return found
+
+
+def _resolved(uri: ModelURI, tracking_uri: str | None) -> ResolvedModel:
     if uri.scheme == "models":
         folder, identity = fetch(uri.path, pin=uri.digest, uri=tracking_uri)
         return ResolvedModel(folder=folder, identity=identity)

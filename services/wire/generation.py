@@ -95,6 +95,7 @@ def _limits(limits: Limits) -> pb.GenerationLimits:
         min_guidance_scale=0.0,
         max_guidance_scale=limits.max_guidance_scale,
         schedulers=limits.schedulers,
+        adapters=limits.adapters,
         encodings=WIRE_ENCODINGS.values(),
         min_sample_rate_hertz=MIN_SAMPLING_RATE,
         max_sample_rate_hertz=MAX_SAMPLING_RATE,

@@ -27,8 +27,8 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from services.errors import InvalidInputError, invalid
-from services.models.captioner.language import LoraSettings
 from services.models.captioner.model import Captioner
+from services.models.lora import LoraSettings
 from services.weights.uri import ResolvedModel, resolve
 from training.captioning.data import CaptionData, CaptionSplits, load_examples
 from training.captioning.folder import REPORT, write_captioner

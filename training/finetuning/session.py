@@ -24,7 +24,7 @@ from services.files import sha256_of
 from services.models.architectures import architecture_of
 from services.models.folders import DTYPES, read_json
 from services.models.latent import Conditioning
-from services.models.manifest import MANIFEST_NAME, Manifest, write_manifest
+from services.models.manifest import ADAPTER_CONFIG, MANIFEST_NAME, Manifest, write_manifest
 from services.models.pipelines import Architecture, Denoise
 from services.models.state_dicts import quiet_loading
 from services.models.writing import replaced_folder
@@ -33,6 +33,7 @@ from training.data.content import report_content
 from training.data.examples import Clip, Pair, check_prompts, check_readable, read_pairs
 from training.data.latents import LatentConfig, Latents
 from training.data.prompts import HasPrompt, places_of, report_prompts
+from training.finetuning.adapters import adapter_folder, write_adapters
 from training.loop.checks import Range, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
@@ -275,6 +276,8 @@ def open_session(
         OutputError: `output` can't be written, or holds something else.
     """
     check_output(output, TRAINING)
+    if config.lora.rank:
+        check_output(adapter_folder(output), ADAPTER_CONFIG)
     accelerator = make_accelerator(config.loop)
     run = output.with_name(f"{output.name}.run")
     start = resolve(config.start)
@@ -486,6 +489,16 @@ def finish_session(
         "settings": dict(session.settings),
     }
     if session.accelerator.is_main_process:
+        if config.lora.rank:
+            write_adapters(
+                policy.denoiser,
+                adapter_folder(session.output),
+                config.start,
+                start,
+                name=f"{config.name}-adapter",
+                version=config.version,
+                license=config.license or start.identity.license,
+            )
         write_pipeline(
             policy.merged(),
             start,

@@ -19,10 +19,11 @@ from services.errors import (
     ServiceUnavailableError,
     invalid,
 )
-from services.models.manifest import DIGEST, MANIFEST_NAME, read_manifest
+from services.models.folders import read_json
+from services.models.manifest import ADAPTER_CONFIG, DIGEST, MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
 from services.weights.registry import DIGEST_TAG, FOLDER_TAG, RegisteredVersion, connect, shown, tracking_uri
-from services.weights.uri import EMBEDDED
+from services.weights.uri import EMBEDDED, resolve
 from training.promotion.target import Pin
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ class Registry:
                 raise ModelFormatError(
                     f"version: {version} has no manifest with its digest; register it again"
                 )
+            if ADAPTER_CONFIG in files:
+                return self._merged_architecture(version)
             return {
                 path: _without_origin(self._file(root, path, Path(folder), version))
                 if path.endswith("/config.json")
@@ -181,6 +184,15 @@ class Registry:
                 for path, digest in files.items()
                 if ARCHITECTURE.fullmatch(path)
             }
+
+    def _merged_architecture(self, version: RegisteredVersion) -> dict[str, object]:
+        """Return the architecture of the model that an adapter is merged into. Fetches both."""
+        folder = resolve(version.uri, tracking_uri=self.uri).folder
+        return {
+            path: _without_origin(read_json(folder / path)) if path.endswith("/config.json") else digest
+            for path, digest in read_manifest(folder).files.items()
+            if ARCHITECTURE.fullmatch(path)
+        }
 
     def _file(self, root: str, path: str, folder: Path, version: RegisteredVersion) -> Any:
         from mlflow.artifacts import download_artifacts

@@ -52,6 +52,7 @@ from services.models.captioner.model import Captioner  # noqa: E402
 from services.models.clap.laion import load_laion  # noqa: E402
 from services.models.clap.loading import load_clap  # noqa: E402
 from services.models.reward.model import MODEL_TYPE, RewardModel, load_reward, read_reward_config  # noqa: E402
+from services.weights.uri import resolve  # noqa: E402
 
 SEEDS = 2**63
 """Seeds are below this."""
@@ -74,7 +75,8 @@ class MilongaModel(PythonModel):
             # The registration checked that this is its CLAP model.
             self.model = load_reward(folder, clap, read_reward_config(folder).clap_digest)
         else:
-            self.model = Engine(load_generator(folder, device="auto"))
+            # An adapter is merged into the model that it was trained from.
+            self.model = Engine(load_generator(resolve(f"file:{folder}").folder, device="auto"))
 
     def predict(
         self,

@@ -120,8 +120,9 @@ def register(
     """
     provenance, uri = provenance or Provenance(), tracking_uri(uri)
     model = checked_model(model)
-    folder, identity = model.folder, model.identity
-    kind = kind_of(folder)
+    identity = model.identity
+    kind = kind_of(model.folder)
+    folder = model.own_folder
     name = name or NAMES[kind]
     _check_names(name, alias, kind)
     artifacts = {"model": folder.resolve()}

@@ -25,17 +25,15 @@ from services.models.captioner.config import CaptionerConfig
 from services.models.captioner.eat import EatConfig
 from services.models.captioner.eat_checkpoint import load_eat
 from services.models.captioner.language import (
-    ADAPTER_WEIGHTS,
-    LoraSettings,
     apply_adapter,
     embedding_width,
     load_caption_tokenizer,
     meta_language_model,
-    read_lora_settings,
 )
 from services.models.captioner.model import Captioner, Projector, check_fit, make_projector
 from services.models.conversion import Progress, folder_or_hub
 from services.models.folders import cause, read_layout, read_pickle
+from services.models.lora import ADAPTER_WEIGHTS, LoraSettings, read_lora_settings
 from services.models.manifest import write_manifest
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
 from services.models.writing import new_folder

@@ -5,9 +5,8 @@ compared with the model before anything is loaded.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,43 +21,9 @@ from transformers import (
 
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.folders import cause, one_line, read_json, read_layout
+from services.models.lora import ADAPTER_WEIGHTS, LoraSettings, read_lora_settings
+from services.models.manifest import ADAPTER_CONFIG
 from services.models.state_dicts import check_finite, check_layout, check_weights, on_meta, quiet_loading
-
-ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-"""Files of a PEFT folder."""
-
-_KNOWN: Final = (
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out"),
-    *("auto_mapping", "base_model_name_or_path", "ephemeral_gpu_offload", "inference_mode", "task_type"),
-    *("init_lora_weights", "layers_pattern", "megatron_core", "peft_version", "qalora_group_size"),
-    *("revision", "runtime_config"),
-)
-"""Settings of an adapter that are read, or change nothing of what its weights do."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSettings:
-    """LoRA's settings; the defaults are SLAM-AAC's."""
-
-    rank: int = 8
-    alpha: float = 32
-    """The product of both matrices is multiplied by alpha / rank."""
-    dropout: float = 0.05
-    """Of the input, in training."""
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Linear layers with an adapter, by the end of their names."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 4096:
-            raise ModelFormatError(f"LoRA rank is {self.rank}; it must be 1 to 4096")
-        if not 0 < self.alpha <= 1e6:
-            raise ModelFormatError(f"LoRA alpha is {self.alpha}; it must be above 0, and 1e6 at most")
-        if not 0 <= self.dropout < 1:
-            raise ModelFormatError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
-        if not self.modules:
-            raise ModelFormatError("LoRA modules are empty; name the layers, such as q_proj and v_proj")
-
 
 # ------------------------------------------------------------------------------------ model and tokenizer
 
@@ -214,34 +179,6 @@ def is_adapted(model: object) -> bool:
 def merge_lora(model: Any) -> Any:
     """Return the language model with its adapters added to its own weights."""
     return model.merge_and_unload()
-
-
-def read_lora_settings(folder: Path) -> LoraSettings:
-    """Return the settings of the PEFT folder. Raises `ModelFormatError` unless it is plain LoRA."""
-    path = folder / ADAPTER_CONFIG
-    data = read_json(path)
-    if data.get("peft_type") != "LORA":
-        raise ModelFormatError(f"{path}: peft_type is {data.get('peft_type')!r}; only LORA is supported")
-    if data.get("bias", "none") != "none":
-        raise ModelFormatError(f"{path}: bias is {data['bias']!r}; only 'none' is supported")
-    if data.get("fan_in_fan_out"):
-        raise ModelFormatError(f"{path}: fan_in_fan_out is set; only linear layers are supported")
-    if used := sorted(key for key, value in data.items() if value and key not in _KNOWN):
-        raise ModelFormatError(
-            f"{path} sets {', '.join(f'{key}={data[key]!r}' for key in used)}, which is not supported"
-        )
-    modules = data.get("target_modules")
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise ModelFormatError(f"{path}: target_modules is {modules!r}; a list of names is supported")
-    try:
-        return LoraSettings(
-            rank=data["r"],
-            alpha=float(data["lora_alpha"]),
-            dropout=float(data.get("lora_dropout") or 0.0),
-            modules=tuple(sorted(modules)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(f"{path} is not valid: {one_line(error)}") from error
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -52,7 +52,6 @@ from services.models.captioner.config import (
 from services.models.captioner.eat import EatConfig, EatEncoder
 from services.models.captioner.filterbank import FRAME_LENGTH, SAMPLING_RATE, FilterBank
 from services.models.captioner.language import (
-    LoraSettings,
     attach_lora,
     cast_tensor,
     check_language_model,
@@ -73,6 +72,7 @@ from services.models.folders import (
     read_layout,
     safetensors_layout,
 )
+from services.models.lora import LoraSettings
 from services.models.state_dicts import check_finite, check_layout, check_weights, on_meta
 
 ENCODER, LANGUAGE_MODEL, ADAPTER = "encoder", "language_model", "adapter"

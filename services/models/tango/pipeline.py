@@ -164,6 +164,11 @@ class TangoPipeline(AudioPipeline):
             return asked
         return next((steps for steps in STARTS if steps >= asked), max(STARTS))
 
+    @property
+    def adaptable(self) -> nn.Module:
+        """See `LatentPipeline`."""
+        return cast(nn.Module, self.unet)
+
     def latent_frames(self, duration: float) -> int:
         """See `LatentPipeline`."""
         return self.geometry.latent_frames(duration)

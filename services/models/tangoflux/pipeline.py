@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 import torch
 from diffusers import AutoencoderOobleck, FlowMatchEulerDiscreteScheduler
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
@@ -118,6 +118,11 @@ class TangoFluxPipeline(AudioPipeline):
                 sampling_rate=rate,
             ),
         )
+
+    @property
+    def adaptable(self) -> nn.Module:
+        """See `LatentPipeline`."""
+        return self.transformer
 
     def latent_frames(self, duration: float) -> int:
         """See `LatentPipeline`: the same for every duration."""

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from services.errors import DigestMismatchError, ModelFormatError
 from services.models.architectures import load_generator
 from services.models.captioner.eat_checkpoint import load_eat
-from services.models.captioner.language import LoraSettings
 from services.models.captioner.model import Captioner
 from services.models.clap.laion import load_laion
 from services.models.clap.loading import load_clap
 from services.models.folders import read_pickle
+from services.models.lora import LoraSettings
 from services.models.manifest import verify_manifest, write_manifest
 from services.models.reward.model import load_reward
 from tests.tiny import tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward, tiny_tangoflux

@@ -1,12 +1,17 @@
 import json
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from peft import PeftModel
 
+from services.local import open_clip_maker
+from services.models.architectures import load_generator
 from services.models.manifest import verify_manifest
 from services.weights.uri import resolve
 from tests.training.finetuning.finetune_program import (
@@ -107,10 +112,40 @@ def test_min_snr_weighs_the_errors(config: SftTraining, tmp_path: Path) -> None:
     assert 0 < loss < figures["chosen_error"]
 
 
-def test_adapters_are_merged(config: SftTraining, tmp_path: Path) -> None:
-    report = train_sft(replace(config, lora=LoraConfig(rank=1)), tmp_path / "model")
+def test_adapters_are_merged_and_also_written_alone(
+    config: SftTraining, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILONGA_CACHE", str(tmp_path / "cache"))
+    loop = replace(SHORT, learning_rate=3e-2)
+    report = train_sft(replace(config, lora=LoraConfig(rank=2, alpha=6), loop=loop), tmp_path / "model")
     assert 0 < report["parameters"]["learn"] < report["parameters"]["all"] / 10
     verify_manifest(tmp_path / "model")
+
+    options: Any = {"seed": 3, "num_inference_steps": 3}
+    adapter = f"file:{tmp_path / 'model-adapter'}"
+    found = resolve(adapter)
+    assert found.identity.name == "sft-smoke-adapter" and found.own_folder == tmp_path / "model-adapter"
+    with ExitStack() as stack:
+        makers = {
+            name: stack.enter_context(closing(open_clip_maker(resolve(uri))))
+            for name, uri in (
+                ("start", f"file:{start}"),
+                ("model", f"file:{tmp_path / 'model'}"),
+                ("both", adapter),
+            )
+        }
+        clips = {name: one.generate("a dog", **options).clips[0].waveform() for name, one in makers.items()}
+        by_request = makers["start"].generate("a dog", adapter=adapter, **options)
+    effect = np.abs(clips["model"] - clips["start"]).max()
+    assert effect > 1e-5
+    assert np.abs(clips["both"] - clips["model"]).max() < 1e-2 * effect
+    assert np.abs(by_request.clips[0].waveform() - clips["model"]).max() < 1e-2 * effect
+    assert by_request.adapter == found.identity and not by_request.warnings
+
+    unet = cast(Any, load_generator(start)).unet
+    read_by_peft = PeftModel.from_pretrained(unet, str(tmp_path / "model-adapter")).merge_and_unload()
+    for name, weight in cast(Any, load_generator(tmp_path / "model")).unet.state_dict().items():
+        torch.testing.assert_close(read_by_peft.state_dict()[name], weight, atol=1e-6, rtol=1e-5)
 
 
 def test_the_papers_settings() -> None:

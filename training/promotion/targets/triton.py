@@ -295,7 +295,7 @@ class TritonTarget:
             name=found.identity.name,
             version=found.identity.version,
             digest=found.digest,
-            folder=found.folder,
+            folder=found.own_folder,
         )
         code = self._repository.code(MODEL, highest)
         return ModelExport(config=self._config(model), code=code, weights={part: weights})

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from services.errors import InvalidInputError, ModelFormatError
-from services.models.captioner.language import LoraSettings
 from services.models.captioner.model import (
     IGNORED_LABEL,
     CaptionClip,
@@ -19,6 +18,7 @@ from services.models.captioner.model import (
     Projector,
     check_captioner,
 )
+from services.models.lora import LoraSettings
 from tests.tiny import tiny_captioner
 
 CAPTIONS = ["a dog barks", "rain falls then a bell rings"]

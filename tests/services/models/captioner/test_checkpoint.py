@@ -19,8 +19,9 @@ from services.models.captioner.checkpoint import convert_captioner
 from services.models.captioner.eat import EatEncoder
 from services.models.captioner.eat_checkpoint import load_eat
 from services.models.captioner.foreign import read_foreign_pickle
-from services.models.captioner.language import LoraSettings, save_adapter
+from services.models.captioner.language import save_adapter
 from services.models.captioner.model import Captioner
+from services.models.lora import LoraSettings
 from services.models.manifest import verify_manifest
 from tests.services.models.captioner.released import (
     CAPTIONS,
