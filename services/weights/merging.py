@@ -4,11 +4,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from services.api.model import ModelVersion
 from services.errors import ModelError, ModelFormatError
 from services.models.architectures import architecture_of
 from services.models.folders import read_json
@@ -16,43 +16,10 @@ from services.models.lora import LowRank, read_low_ranks
 from services.models.manifest import ADAPTER_CONFIG, MANIFEST_NAME, verify_manifest, write_manifest
 from services.models.writing import replaced_folder
 from services.weights.registry import cache_folder
-from services.weights.uri import ModelURI, ResolvedModel, resolve
 
 
-def merged(adapter: ResolvedModel, tracking_uri: str | None = None) -> ResolvedModel:
-    """Return the model of a resolved adapter: its base's parts, and the denoiser with the adapter merged.
-
-    It has the adapter's identity. Its folder is in the cache under the adapter's digest; unchanged files are
-    links to the base's, where the file system allows it.
-
-    Raises:
-        ModelFormatError: the adapter does not state its base, or does not fit it.
-        ModelError: its base can't be had.
-        OutputError: the cache can't be written.
-    """
-    folder, identity = adapter.folder, adapter.identity
-    base = _base_of(folder, tracking_uri)
-    target = cache_folder() / "merged" / adapter.digest.removeprefix("sha256:")
-    with suppress(ModelError):
-        verify_manifest(target)
-        return replace(adapter, folder=target, adapter=folder)
-    architecture = architecture_of(base.folder)
-    architecture.check(base.folder)
-    part = architecture.denoiser
-    products = read_low_ranks(folder, architecture.meta_denoiser(base.folder))
-    with replaced_folder(target) as temporary:
-        for path in _files(base.folder):
-            copy = temporary / path.relative_to(base.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if path.parent == base.folder / part and path.suffix == ".safetensors":
-                _merge(path, copy, products)
-            else:
-                _link(path, copy)
-        write_manifest(temporary, identity.name, identity.version, identity.license)
-    return replace(adapter, folder=target, adapter=folder)
-
-
-def _base_of(folder: Path, tracking_uri: str | None) -> ResolvedModel:
+def base_of(folder: Path) -> str:
+    """Return the URI of the model that the adapter in `folder` was trained from. Raises `ModelFormatError`."""
     path = folder / ADAPTER_CONFIG
     uri = read_json(path).get("base_model_name_or_path")
     if not isinstance(uri, str) or not uri:
@@ -60,10 +27,36 @@ def _base_of(folder: Path, tracking_uri: str | None) -> ResolvedModel:
             f"{path} does not state the model that it was trained from; write its URI to "
             "base_model_name_or_path, or name the adapter in requests to a service of that model"
         )
-    try:
-        return resolve(ModelURI.parse(uri), tracking_uri=tracking_uri)
-    except ModelError as error:
-        raise type(error)(f"{path}: the model that the adapter was trained from: {error}") from error
+    return uri
+
+
+def merged_folder(folder: Path, base: Path, identity: ModelVersion) -> Path:
+    """Return the folder of the model in `base` with the adapter in `folder` merged into its denoiser.
+
+    It is in the cache under the digest of `identity`, the adapter's; unchanged files are links to the base's,
+    where the file system allows it.
+
+    Raises:
+        ModelFormatError: the adapter does not fit the model.
+        OutputError: the cache can't be written.
+    """
+    target = cache_folder() / "merged" / identity.digest.removeprefix("sha256:")
+    with suppress(ModelError):
+        verify_manifest(target)
+        return target
+    architecture = architecture_of(base)
+    architecture.check(base)
+    products = read_low_ranks(folder, architecture.meta_denoiser(base))
+    with replaced_folder(target) as temporary:
+        for path in _files(base):
+            copy = temporary / path.relative_to(base)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent == base / architecture.denoiser and path.suffix == ".safetensors":
+                _merge(path, copy, products)
+            else:
+                _link(path, copy)
+        write_manifest(temporary, identity.name, identity.version, identity.license)
+    return target
 
 
 def _files(folder: Path) -> Iterator[Path]:

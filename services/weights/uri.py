@@ -180,9 +180,12 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None, merge: bool
         return replace(found, reader="laion" if uri.scheme == "laion" else "laion-clap")
     found = _resolved(uri, tracking_uri)
     if merge and (found.folder / ADAPTER_CONFIG).is_file():
-        from services.weights.merging import merged  # needs torch
+        from services.weights.merging import base_of, merged_folder  # needs torch
 
-        return merged(found, tracking_uri)
+        with naming(f"{found.identity.name}: the model that the adapter was trained from"):
+            base = resolve(base_of(found.folder), tracking_uri=tracking_uri)
+        folder = merged_folder(found.folder, base.folder, found.identity)
+        return replace(found, folder=folder, adapter=found.folder)
     return found
 
 

@@ -122,17 +122,13 @@ def test_adapters_are_merged_and_also_written_alone(
     verify_manifest(tmp_path / "model")
 
     options: Any = {"seed": 3, "num_inference_steps": 3}
-    adapter = f"file:{tmp_path / 'model-adapter'}"
+    model, adapter = (f"file:{tmp_path / name}" for name in ("model", "model-adapter"))
     found = resolve(adapter)
     assert found.identity.name == "sft-smoke-adapter" and found.own_folder == tmp_path / "model-adapter"
     with ExitStack() as stack:
+        uris = {"start": f"file:{start}", "model": model, "both": adapter}
         makers = {
-            name: stack.enter_context(closing(open_clip_maker(resolve(uri))))
-            for name, uri in (
-                ("start", f"file:{start}"),
-                ("model", f"file:{tmp_path / 'model'}"),
-                ("both", adapter),
-            )
+            name: stack.enter_context(closing(open_clip_maker(resolve(uri)))) for name, uri in uris.items()
         }
         clips = {name: one.generate("a dog", **options).clips[0].waveform() for name, one in makers.items()}
         by_request = makers["start"].generate("a dog", adapter=adapter, **options)

@@ -22,12 +22,15 @@ from services.errors import (
     ModelNotFoundError,
 )
 from services.models.latent import clip_generator
-from services.models.manifest import Manifest, verify_manifest, write_manifest
+from services.models.manifest import Manifest, read_manifest, verify_manifest, write_manifest
 from services.weights import registry
+from services.weights.adapter_sources import AdapterSources
+from services.weights.adapters import AdapterStore
 from services.weights.uri import resolve
-from tests.tiny import tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward
+from tests.tiny import tiny_adapter, tiny_captioner, tiny_clap, tiny_pipeline, tiny_reward, tiny_tangoflux
 from tests.training.tracking.mlflow_server import MLflowServer
 from training.commands import tracking as tracking_cli
+from training.promotion.registry import Registry
 from training.tracking.register import CHAMPION, Provenance, register
 from training.tracking.runs import Tracker
 
@@ -208,6 +211,41 @@ def test_a_captioner_is_registered_and_describes_clips(store: str, tmp_path: Pat
     assert row == {"caption": captioner.generate(captioner.encode([clip]), (3,))[0][0].text}
     with pytest.raises(InvalidInputError, match="audio"):
         model.predict({"audio": [], "sampling_rate": 16_000})
+
+
+def test_an_adapter_is_a_version_that_requests_and_promotions_can_name(
+    store: str, model: Path, tmp_path: Path
+) -> None:
+    base, _ = register(model)
+    folder = tmp_path / "tuned-adapter"
+    pipeline = tiny_pipeline()
+    tiny_adapter(folder, pipeline)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base.uri}))
+    write_manifest(folder, name="tuned-adapter", version="1", license="CC0-1.0")
+    done, created = register(folder, alias=CHAMPION)
+    assert (done.name, done.version, created) == ("milonga-tango", "2", True)
+
+    found = resolve(done.uri)
+    assert (found.identity.version, found.digest) == ("2", verify_manifest(folder).digest)
+    assert set(read_manifest(found.folder).files) == set(read_manifest(model).files)
+    Registry(store).check_architecture(base, done)
+    other = tmp_path / "other"
+    tiny_tangoflux().save_pretrained(other)
+    write_manifest(other, name="other", version="1", license="CC0-1.0")
+    with pytest.raises(ModelFormatError, match="is of another architecture than"):
+        Registry(store).check_architecture(register(other, "flux")[0], done)
+
+    sources = AdapterSources(listed={}, registry=True)
+    names = AdapterStore(pipeline, sources, base.digest)
+    by_alias = names.get("milonga-tango@champion")
+    assert by_alias.version == names.get("milonga-tango@2").version == found.identity
+    assert not by_alias.warnings
+    for name, reason in (("milonga-tango@9", "not in the registry"), ("milonga-tango@1", "is no adapter")):
+        with pytest.raises(InvalidInputError, match=f"adapter: is '{name}': .*{reason}"):
+            names.get(name)
+    with pytest.raises(InvalidInputError, match="must be one of NAME@VERSION of the registry"):
+        names.get("milonga-tango")
 
 
 def test_the_same_files_are_registered_once_and_an_alias_moves(store: str, model: Path) -> None:
