@@ -19,7 +19,7 @@ from services.weights.registry import cache_folder
 
 
 def base_of(folder: Path) -> str:
-    """Return the URI of the model that the adapter in `folder` was trained from. Raises `ModelFormatError`."""
+    """Return the URI of the model that the adapter was trained from. Raises `ModelFormatError`."""
     path = folder / ADAPTER_CONFIG
     uri = read_json(path).get("base_model_name_or_path")
     if not isinstance(uri, str) or not uri:
