@@ -7,13 +7,14 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import typer.main
 
-from services.cli import build_app
+from services.cli import COMMAND_GROUP, build_app
 
 ROOT: Final = Path(__file__).parents[1]
 ARCHITECTURE: Final = ROOT / "docs/architecture.md"
@@ -48,7 +49,14 @@ def fenced_commands(text: str) -> Iterator[str]:
 
 @cache
 def milonga() -> Any:
-    return typer.main.get_command(build_app())
+    """The command, also with entry points that the environment was installed without."""
+    app = build_app()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = {entry.name for entry in entry_points(group=COMMAND_GROUP)}
+    for name, value in project["entry-points"][COMMAND_GROUP].items():
+        if name not in known:
+            app.add_typer(EntryPoint(name, value, COMMAND_GROUP).load(), name=name)
+    return typer.main.get_command(app)
 
 
 def words_of(command: str) -> list[str]:

@@ -28,8 +28,8 @@ from services.cli.scorers import (
     refuse,
 )
 from services.client import ServiceOptions
-from services.errors import FieldViolation, InvalidInputError
-from services.lists import find_audio, read_list, shortened
+from services.errors import FieldViolation, InvalidInputError, invalid
+from services.lists import EmbeddedClip, find_clip, read_list, shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,17 @@ class Pair(AudioFile):
 
     prompt: str
     """The prompt."""
+    embedded: EmbeddedClip | None = None
+    """The clip, if it is in a Parquet file."""
+
+    def read(self) -> bytes:
+        """Return the file's content. Raises as `AudioFile.read` does."""
+        if self.embedded is None:
+            return AudioFile.read(self)
+        try:
+            return self.embedded.read_bytes(self.path.parent)
+        except (OSError, ValueError) as error:
+            raise invalid(self.place, f"the clip can't be read: {error}") from error
 
 
 @grouped
@@ -127,15 +138,16 @@ def read_pair_file(path: Path) -> tuple[Pair, ...]:
     Raises:
         InvalidInputError: the list can't be read, or rows are invalid; names the first few, counts the rest.
     """
-    return tuple(
-        Pair(
-            prompt=entry.prompt,
-            path=find_audio(entry.location or "", path.parent),
-            location=entry.location or "",
-            place=entry.place,
+    pairs = []
+    for entry in read_list(path, "--prompts", clip="needed", embedded=True, checked=False):
+        file = path if entry.embedded else find_clip(entry, path.parent)
+        location = entry.place if entry.embedded else entry.location or file.name
+        pairs.append(
+            Pair(
+                prompt=entry.prompt, path=file, location=location, place=entry.place, embedded=entry.embedded
+            )
         )
-        for entry in read_list(path, "--prompts", clip="needed", checked=False)
-    )
+    return tuple(pairs)
 
 
 def check_pairs(pairs: Sequence[Pair], *, single_prompt: bool) -> list[int]:

@@ -18,6 +18,7 @@ from services.lists.rows import STANDARD_INPUT, Row, called, read_rows
 from services.lists.wordings import Wordings, read_wordings
 
 _MAX_SHOWN = 5
+_VIDEO = "youtube_id"  # names a clip of AudioCaps, see `find_clip`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ def read_list(
             prompt, fault = caption_fault(caption, checked=checked)
             if fault is not None and not keep_unusable:
                 faults.append(FieldViolation(place, fault))
-            elif location is None and clip == "needed":
+            elif location is None and clip == "needed" and _VIDEO not in content:
                 faults.append(FieldViolation(place, f"has no location; it has {', '.join(content)[:200]}"))
             elif isinstance(location, EmbeddedClip) and not embedded:
                 name = location.column
@@ -159,7 +160,7 @@ class _Columns:
         """Raise `InvalidInputError` if a column is missing."""
         for wanted, is_there in (
             (self.prompts, self.has_prompts or self.by_class),
-            (self.clips, not needs_clip or not set(self.names).isdisjoint(self.clips)),
+            (self.clips, not needs_clip or not set(self.names).isdisjoint((*self.clips, _VIDEO))),
         ):
             if self.names and not is_there:
                 raise invalid(
@@ -224,7 +225,7 @@ def find_clip(entry: Entry, root: Path) -> Path:
         return find_audio(entry.location, root)
     fields = {name: str(value) for name, value in entry.fields.items()}
     start = fields.get("start_time", "").removesuffix(".0")
-    video, own = fields.get("youtube_id"), fields.get("id") or fields.get("fname") or ""
+    video, own = fields.get(_VIDEO), fields.get("id") or fields.get("fname") or ""
     stems = [f"Y{video}", video, f"{video}_{start}", f"{video}_{start}000"] if video else []
     stems += [fields.get("audiocap_id", ""), own, Path(own).stem]
     names = [f"{stem}{suffix}" for stem in stems if stem for suffix in AUDIO_SUFFIXES]

@@ -16,9 +16,11 @@ from services.errors import FieldViolation, InvalidInputError, invalid
 from services.files import sha256_of
 from services.lists import (
     EmbeddedClip,
+    Entry,
     caption_fault,
     check_text_column,
     find_audio,
+    find_clip,
     read_list,
     shortened,
     unreadable,
@@ -106,6 +108,13 @@ class ParquetClip:
     def content(self) -> bytes:
         """Return the encoded bytes. Raises OSError or ValueError."""
         return self.cell.read_bytes(self.audio_root)
+
+
+def clip_of(entry: Entry, root: Path) -> Clip:
+    """Return the clip of a row; paths start from `root`. Raises `InvalidInputError` if it names none."""
+    if entry.embedded is not None:
+        return ParquetClip(cell=entry.embedded, audio_root=root)
+    return FileClip(path=find_clip(entry, root))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +225,7 @@ def read_labelled(
     """
     source = "data.labelled"
     root, examples, faults = audio_root or path.parent, list[LabelledClip](), list[FieldViolation]()
-    for entry in read_list(path, source, clip="needed", keep_unusable=unusable is not None):
+    for entry in read_list(path, source, clip="needed", embedded=True, keep_unusable=unusable is not None):
         if entry.fault is not None and unusable is not None:
             unusable[entry.place] = entry.fault
             continue
@@ -229,7 +238,7 @@ def read_labelled(
         if written is None or not 0 <= value <= 1:
             name = names[0] if names else " or ".join(LABEL_NAMES)
             faults.append(FieldViolation(entry.place, f"{name} is {written!r}, must be 0 to 1"))
-        clip = FileClip(path=find_audio(entry.location or "", root))
+        clip = clip_of(entry, root)
         examples.append(LabelledClip(prompt=entry.prompt, clip=clip, label=value, place=entry.place))
     if faults:
         raise InvalidInputError(*shortened(faults))

@@ -17,13 +17,11 @@ from services.lists import (
     AUDIO_SUFFIXES,
     FOLD_NAMES,
     SOURCE_NAMES,
-    Entry,
     caption_fault,
-    find_clip,
     read_list,
     read_wordings,
 )
-from training.data.examples import Clip, FileClip, ParquetClip
+from training.data.examples import Clip, FileClip, clip_of
 
 LIST_SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TRAINING_FOLDS: Final = ("train", "training", "development")
@@ -146,13 +144,6 @@ def _read_list(path: Path, root: Path, unusable: dict[str, str] | None) -> list[
         )
     read_wordings(path.parent).check(row.sound for row in rows if row.sound is not None)
     return rows
-
-
-def clip_of(entry: Entry, root: Path) -> Clip:
-    """Return the clip of a row; paths start from `root`. Raises `InvalidInputError` if it names none."""
-    if entry.embedded is not None:
-        return ParquetClip(cell=entry.embedded, audio_root=root)
-    return FileClip(path=find_clip(entry, root))
 
 
 def _read_folder(folder: Path, unusable: dict[str, str] | None) -> list[ClipRow]:

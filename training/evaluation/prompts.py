@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from services.lists import AUDIO_NAMES, PROMPT_NAMES, find_audio, read_list
-from training.data.examples import Clip, FileClip
+from services.lists import AUDIO_NAMES, PROMPT_NAMES, Entry, find_clip, read_list
+from training.data.examples import Clip, FileClip, clip_of
 from training.data.scenes import SceneClip
 from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import SceneConfig, Split, draw_caption
@@ -100,9 +100,16 @@ def read_prompts(
         "prompts",
         prompts=PROMPT_NAMES if caption_column is None else (caption_column,),
         clips=REFERENCE_NAMES if reference_column is None else (reference_column,),
+        embedded=True,
     ):
-        reference = (
-            FileClip(path=find_audio(entry.location, audio_root or path.parent)) if entry.location else None
-        )
+        reference = _reference(entry, audio_root or path.parent)
         found.setdefault(entry.prompt, Prompt(text=entry.prompt, reference=reference, place=entry.place))
     return tuple(found.values())
+
+
+def _reference(entry: Entry, root: Path) -> Clip | None:
+    """Return a row's clip; None if it names none, or has AudioCaps' name of one that is not there."""
+    if entry.location is not None or entry.embedded is not None:
+        return clip_of(entry, root)
+    path = find_clip(entry, root) if "youtube_id" in entry.fields else None
+    return FileClip(path=path) if path is not None and path.exists() else None

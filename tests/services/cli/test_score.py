@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import soundfile
 
@@ -18,6 +20,7 @@ from services.cli import score as score_command
 from services.cli.audio_files import batches
 from services.cli.score import Pair, read_pair_file
 from services.errors import InvalidInputError
+from services.lists import class_captions
 from services.models.clap.loading import load_clap
 from services.models.manifest import read_manifest, write_manifest
 from services.models.reward.model import load_reward
@@ -295,12 +298,22 @@ def test_lists_of_clips_are_read_in_the_forms_that_data_sets_have(
     Path("clotho.csv").rename("zoo/clotho.csv")
     content = f"caption\tlocation\n{PROMPT}\tzoo/a.flac\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    embedded = [{"bytes": Path(clips[1]).read_bytes(), "path": None}]
+    pq.write_table(pa.table({"caption": [PROMPT], "audio": embedded}), "set.parquet")
+    Path("zoo/Yabc.flac").write_bytes(Path(clips[1]).read_bytes())
+    Path("zoo/audiocaps.csv").write_text(f"youtube_id,start_time,caption\nabc,30,{PROMPT}\n")
+    Path("zoo/classes.csv").write_text("file,class\na.flac,dog_bark\n")
     first = []
-    for name, prompts in (("windows.jsonl", [PROMPT]), ("zoo/clotho.csv", [PROMPT, "Rain"]), ("-", [PROMPT])):
+    for name, prompts in (
+        ("windows.jsonl", [PROMPT]), ("zoo/clotho.csv", [PROMPT, "Rain"]), ("-", [PROMPT]),
+        ("set.parquet", [PROMPT]), ("zoo/audiocaps.csv", [PROMPT]),
+        ("zoo/classes.csv", list(class_captions("dog_bark"))),
+    ):  # fmt: skip
         assert cli.run(["score", "--prompts", name, "--json", *models.scorers, "--no-reward"]) == 0
         records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [record["prompt"] for record in records] == prompts
-        first.append([one["score"] for one in records[0]["scores"].values()])
+        if prompts[0] == PROMPT:
+            first.append([one["score"] for one in records[0]["scores"].values()])
     for scores in first[1:]:
         assert scores == pytest.approx(first[0], abs=1e-5)
 
