@@ -92,9 +92,9 @@ class StudyRun:
     pairs: Natural = 1_000
     """Pairs that the methods learn from, the first ones in a random order; 0: all."""
     online_rounds: Count = 3
-    growth_pairs: tuple[Count, ...] = (100, 300, 1_000, 3_000)
+    growth_pairs: tuple[Count, ...] = (100, 300, 1_000)
     """Numbers of pairs of the growth curve, of one training seed each, of as many steps each."""
-    growth_betas: tuple[Positive, ...] = (60.0, 125.0, 250.0, 500.0, 1_000.0, 2_000.0)
+    growth_betas: tuple[Positive, ...] = (30.0, 60.0, 125.0, 250.0, 1_000.0)
     """Values of beta of the other curve."""
     judge_clips: Count = 6_000
     """Scenes that the second judge is trained on."""
@@ -233,7 +233,7 @@ def linked(training: Training, models: Mapping[str, str], pairs: Any, cache: Any
 
 def study_mini() -> StudyRun:
     """`mini-base` by every method, three training seeds each, and all of them on the test split."""
-    ranked = ranked_mini(per_cluster=190)
+    ranked = ranked_mini(per_cluster=48)  # about 1,000 pairs
     eight = replace(ranked.candidates, steps=8, source=replace(ranked.candidates.source, threads=1))
     # 8 steps make clips as good as 25 on the sound world. Scored by the reward model only.
     preferences = replace(
@@ -243,7 +243,7 @@ def study_mini() -> StudyRun:
         scores=replace(ranked.scores, scorers=()),
         pairs=replace(ranked.pairs, margin=2.0),
     )
-    fewer = replace(preferences, captions=replace(preferences.captions, per_cluster=20))
+    fewer = replace(preferences, captions=replace(preferences.captions, per_cluster=8))
     dpo = dpo_mini()
     return StudyRun(
         name="mini-study-2",

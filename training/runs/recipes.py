@@ -267,7 +267,7 @@ def dpo_mini() -> DpoTraining:
             threads=1,
         ),
         noising=MINI_NOISING,
-        beta=250.0,
+        beta=125.0,
     )
 
 
