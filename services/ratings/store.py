@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from sqlalchemy import create_engine, func, select
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.orm import Session
 
 from services.api.model import ModelVersion
@@ -131,7 +137,10 @@ class RatingStore:
             fault = "must be sqlite:///FILE, or postgresql://USER@HOST/NAME"
             raise invalid(field, f"is {_shown(url)!r}, {fault} ({error})") from error
         with self._telling():
-            Base.metadata.create_all(self._engine)
+            try:
+                Base.metadata.create_all(self._engine)
+            except (ProgrammingError, IntegrityError):  # another process was creating the same tables
+                Base.metadata.create_all(self._engine)
 
     def close(self) -> None:
         """Close the connections."""
@@ -196,7 +205,7 @@ class RatingStore:
     def clip(self, digest: str) -> bytes:
         """Return the file of a clip. Raises `InvalidInputError`."""
         with self._session() as session:
-            row = session.get(ClipRow, digest)
+            row = session.get(ClipRow, digest) if re.fullmatch("[0-9a-f]{64}", digest) else None
             if row is None:
                 raise invalid("clip", f"is {digest[:80]!r}, which is no clip of a pair")
             return row.content
@@ -261,8 +270,9 @@ class RatingStore:
         """
         given = answers or Answers()
         with self._session() as session:
-            if session.get(ItemRow, item) is None:
-                raise invalid("item", f"is {item}, which is no pair")
+            # Databases have smaller numbers than Python.
+            if not 0 < item < 2**31 or session.get(ItemRow, item) is None:
+                raise invalid("item", f"is {str(item)[:40]}, which is no pair")
             session.add(
                 RatingRow(
                     item=item,

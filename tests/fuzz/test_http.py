@@ -3,24 +3,31 @@
 import json
 import random
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, get_args
 
 import httpx
 
+from services.ratings.store import Verdict
 from tests.fuzz.fuzzing import TEXTS, mutated, run
 from tests.services.generation.serving import serving, tiny_engine
+from tests.services.ratings.studies import planned_store
 from tests.services.web.hosting import calling, hosting_web
 
 PATHS: Final = (
     "/v1/audio/generate", "/v1/sound-generation", "/v1/audio/scores", "/v1/audio/captions", "/v1/models",
     "/health", "/docs", "/%00", "/v1/audio/generate?output_format=x",
-    "/v1/sound-generation?output_format=%ff",
+    "/v1/sound-generation?output_format=%ff", "/v1/audio/rewards", "/v1/audio/explanations",
+    "/v1/provenance", "/v1/ratings", "/v1/ratings/next", "/v1/ratings/1", "/v1/ratings/%2d1",
+    "/v1/ratings/99999999999999999999", "/v1/ratings/summary", "/v1/ratings/clips/%00", "/v1/ratings/clips/a",
 )  # fmt: skip
 BODIES: Final[tuple[dict[str, Any], ...]] = (
     {"input": "a dog barks", "num_inference_steps": 1, "audio_length": 0.64, "seed": 1},
     {"text": "a dog barks", "duration_seconds": 0.64, "prompt_influence": 0.1, "output_format": "wav_16000"},
     {"pairs": [{"prompt": "a dog barks", "audio": "UklGRg=="}]},
     {"clips": ["UklGRg=="], "beams": [2]},
+    {"prompt": "a dog barks", "method": "occlusion", "audio": "UklGRg=="},
+    {"item": 1, "verdict": "left", "left_present": True, "right_in_order": None},
 )
 VALUES: Final[tuple[Any, ...]] = (
     None, True, False, 0, -1, 1, 2**64, -(2**70), 0.5, 1e308, float("nan"), float("inf"), [], {}, [[]],
@@ -52,15 +59,18 @@ def _make(rng: random.Random) -> Request:
     if rng.random() < 0.3:
         content = mutated(rng, content)
     headers = tuple(rng.sample(HEADERS, rng.randrange(3)))
-    return Request(rng.choice(("POST",) * 6 + ("GET", "PUT", "HEAD")), rng.choice(PATHS), content, headers)
+    methods = ("POST",) * 6 + ("GET", "PUT", "HEAD", "DELETE")
+    return Request(rng.choice(methods), rng.choice(PATHS), content, headers)
 
 
-def test_http() -> None:
+def test_http(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/ratings.db"
+    store = planned_store(database)
     with (
         tiny_engine() as engine,
         serving(engine) as served,
-        hosting_web(generation=served.target, body_seconds=20) as url,
-        calling(url) as http,
+        hosting_web(generation=served.target, body_seconds=20, ratings=database) as url,
+        calling(url, Authorization=f"Bearer {store.add_rater('ann')}") as http,
     ):
 
         def check(made: object) -> None:
@@ -77,5 +87,6 @@ def test_http() -> None:
                 assert kind == "application/problem+json", response.text
                 assert response.json()["status"] == response.status_code
 
-        run("http", 80, _make, check)
+        run("http", 120, _make, check)
+        assert all(one.verdict in get_args(Verdict) and one.item <= 15 for one in store.ratings())
         assert http.get("/health").status_code == httpx.codes.OK

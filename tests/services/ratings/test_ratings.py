@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,19 +23,31 @@ from services.ratings.planning import plan_items
 from services.ratings.store import Answers, Rater, RatingStore, Verdict, summary
 from services.ratings.tables import Base, ItemRow
 from tests.services.generation.serving import serving, tiny_engine
+from tests.services.ratings.postgres import PROGRAMS, Postgres
 from tests.services.ratings.studies import PROMPTS, make_a, make_b, planned_store, rate_all
 from tests.services.web.hosting import calling, faults, hosting_web
 from training.data.examples import read_labelled, read_pairs
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A server of the tests' own."""
+    if PROGRAMS is None:
+        pytest.skip("needs PostgreSQL's programs (Debian: postgresql), or POSTGRES_URL")
+    # Not below pytest's folder, which another user may not enter.
+    folder = Path(tempfile.mkdtemp())
+    server = Postgres(folder)
+    yield server
+    server.stop()
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RatingStore]:
-    """A database with a study. PostgreSQL's is that of POSTGRES_URL; its tables are dropped."""
+    """A database with a study. PostgreSQL's is that of POSTGRES_URL, which is emptied, or the tests' own."""
     url = f"sqlite:///{tmp_path}/ratings.db"
     if request.param == "postgresql":
-        url = os.environ.get("POSTGRES_URL", "")
-        if not url:
-            pytest.skip("needs POSTGRES_URL, the URL of a PostgreSQL database that may be emptied")
+        url = os.environ.get("POSTGRES_URL") or request.getfixturevalue("postgres").url
         _empty(url)
     store = planned_store(url)
     yield store
@@ -170,6 +184,52 @@ def test_a_database_that_can_not_be_opened_is_told(tmp_path: Path) -> None:
         RatingStore(f"sqlite:///{tmp_path}/absent/ratings.db")
 
 
+def test_stores_that_create_the_tables_at_once_agree(postgres: Postgres) -> None:
+    for _ in range(5):
+        _empty(postgres.url)
+        with ThreadPoolExecutor(6) as pool:
+            stores = list(pool.map(lambda _: RatingStore(postgres.url), range(6)))
+        for store in stores:
+            assert store.ratings() == []
+            store.close()
+
+
+def test_a_server_that_crashes_in_the_middle_loses_no_rating(postgres: Postgres) -> None:
+    _empty(postgres.url)
+    store = planned_store(postgres.url)
+    rater = store.rater(store.add_rater("ann"))
+    store.rate(rater, 1, "left")
+    postgres.stop()
+    try:
+        for _ in range(2):
+            with pytest.raises(ServiceUnavailableError, match="nothing was saved, try again"):
+                store.rate(rater, 2, "left")
+    finally:
+        postgres.start()
+    store.rate(rater, 2, "right")
+    assert [(one.item, one.verdict) for one in store.ratings()] == [(1, "left"), (2, "right")]
+    _empty(postgres.url)
+    store.close()
+
+
+def test_ratings_of_one_pair_while_others_read_are_whole(store: RatingStore) -> None:
+    """Several raters, each changing their mind; summaries are read meanwhile."""
+    raters = [store.rater(store.add_rater(f"rater {number}")) for number in range(4)]
+
+    def change(rater: Rater) -> None:
+        verdicts: tuple[Verdict | None, ...] = ("left", None, "both_good", "right", None, "both_bad")
+        for verdict in verdicts:
+            store.rate(rater, 1, verdict, Answers(left_present=verdict == "both_good"))
+            found = [one for one in store.ratings() if one.rater == rater.name]
+            assert [one.verdict for one in found] == ([] if verdict is None else [verdict])
+            assert summary(store.ratings())["pairs"] <= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(change, raters))
+    assert {one.verdict for one in store.ratings()} == {"both_bad"}
+    assert len(store.ratings()) == 4
+
+
 # Exports
 
 
@@ -291,6 +351,9 @@ def test_wrong_ratings_are_named(door: tuple[httpx.Client, RatingStore, Path]) -
     for body, field in (
         ({"item": 1, "verdict": "best"}, "verdict"),
         ({"item": 999, "verdict": "left"}, "item"),
+        ({"item": 2**31, "verdict": "left"}, "item"),
+        ({"item": 2**70, "verdict": "left"}, "item"),
+        ({"item": -1, "verdict": "left"}, "item"),
         ({"item": "1", "verdict": "left"}, "item"),
         ({"item": 1, "verdict": "left", "rater": "bob"}, "rater"),
     ):
