@@ -34,7 +34,7 @@ from training.evaluation.embedders import Loader, Sound
 from training.evaluation.evaluate import evaluate, finished_evaluation
 from training.evaluation.events import compare_events
 from training.evaluation.prompts import world_prompts
-from training.finetuning.dpo import train_dpo
+from training.finetuning.dpo import DpoTraining, train_dpo
 from training.preferences.pairs import PairsConfig
 from training.preferences.sources import SourceConfig, open_source
 from training.runs.ratings import with_ratings
@@ -136,14 +136,14 @@ def rate_all(store: RatingStore, name: str, listener: Listener) -> None:
 
 
 def collect(
-    url: str, *, prompts: int, raters: int, noise: float, without: Sequence[str] = ()
+    url: str, *, prompts: int, raters: int, noise: float, without: Sequence[str] = (), steps: int = STEPS
 ) -> dict[str, Any]:
     """Plan the study and have it rated, unless that is done; return its summary."""
     texts = draw_prompts(prompts, without=without)
     store = RatingStore(url)
     try:
         if not store.ratings():
-            plan(store, list(texts))
+            plan(store, list(texts), steps=steps)
             for number in range(raters):
                 rate_all(store, f"listener {number + 1}", Listener(texts, noise=noise, seed=number))
         return summary(store.ratings())
@@ -151,7 +151,13 @@ def collect(
         store.close()
 
 
-def loop_of(url: str, evaluation: EvaluationConfig, per_cluster: int) -> LoopRun:
+def dpo_of(steps: int) -> DpoTraining:
+    """Return the recipe's DPO in `steps` steps."""
+    mini = dpo_mini()
+    return replace(mini, loop=replace(mini.loop, steps=steps, decay=1 - 25 / steps))
+
+
+def loop_of(url: str, evaluation: EvaluationConfig, per_cluster: int, steps: int) -> LoopRun:
     """Return the whole loop on ratings alone: no truth of the sound world is in the reward model's data."""
     mini = run_mini()
     data = replace(
@@ -171,6 +177,7 @@ def loop_of(url: str, evaluation: EvaluationConfig, per_cluster: int) -> LoopRun
             # A reward model of noisy ratings has small margins.
             pairs=PairsConfig(mode="ranked", rank_by="reward", margin=0.0),
         ),
+        dpo=dpo_of(steps),
         evaluation=evaluation,
     )
 
@@ -188,6 +195,7 @@ def main() -> None:
     parser.add_argument("--raters", type=int, default=3)
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--per-cluster", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200, help="steps of DPO, above 25")
     parser.add_argument("--evaluate", type=int, default=240)
     parser.add_argument("--work", type=Path, default=Path("build/listeners"))
     parser.add_argument("--output", type=Path, default=Path("build/bench/listeners.json"))
@@ -211,8 +219,8 @@ def main() -> None:
     print(json.dumps(rated, indent=1))
 
     direct = work / "direct"
-    trained = train_dpo(with_ratings(dpo_mini(), url, work / "direct.ratings"), direct)
-    run_loop(loop_of(url, evaluation, arguments.per_cluster), work / "run")
+    trained = train_dpo(with_ratings(dpo_of(arguments.steps), url, work / "direct.ratings"), direct)
+    run_loop(loop_of(url, evaluation, arguments.per_cluster, arguments.steps), work / "run")
     models = {"base": START, "direct": f"file:{direct}", "loop": f"file:{work}/run/round-1/dpo"}
     sources = [f"{name}={uri}" for name, uri in models.items()]
     folder = work / "evaluation"

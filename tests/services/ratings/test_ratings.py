@@ -32,6 +32,7 @@ from training.data.examples import read_labelled, read_pairs
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A server of the tests' own."""
+    pytest.importorskip("psycopg")
     if PROGRAMS is None:
         pytest.skip("needs PostgreSQL's programs (Debian: postgresql), or POSTGRES_URL")
     # Not below pytest's folder, which another user may not enter.

@@ -4,6 +4,7 @@ Random weights hide and detect nothing. What is tested is that files are read as
 the message reaches the samples, and that clips keep their length, rate and bounds.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from services import cli
+from services.api.generation import GenerationOptions
+from services.audio.encoding import decode_audio, encode_audio
 from services.errors import ModelFormatError, UnsupportedError
+from services.generation.settings import GenerationSettings
+from services.generation.slot import load_engine
 from services.models.watermark import BITS, message_of
 from services.models.watermark import audioseal as module
 from services.models.watermark.audioseal import (
@@ -21,7 +27,10 @@ from services.models.watermark.audioseal import (
     load_generator,
     merged,
 )
+from services.runtime.settings import load_settings
+from services.weights.uri import resolve
 
+pytest.importorskip("audioseal", reason="needs the extra watermark")
 # torch.jit.script and weight_norm, by which the package is built, are deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -129,3 +138,36 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"milonga\[watermark\]"):
         AudioSealWatermark(files[0])
+
+
+def test_the_generation_service_marks_every_clip_with_its_models_digest(files: tuple[Path, Path]) -> None:
+    model = resolve("mini")
+    options: GenerationOptions = {
+        "seed": 1,
+        "num_inference_steps": 1,
+        "duration": 0.64,
+        "encoding": "float32",
+    }
+    clips = []
+    for watermark in (None, files[0]):
+        settings = load_settings(GenerationSettings, device="cpu", threads=1, watermark=watermark)
+        with load_engine(settings, model) as engine:
+            made = engine.generate(engine.request("rain", encoding="float32", **options))
+            clips.append(made.clips[0].waveform())
+    plain_N, marked_N = clips
+    expected_N = AudioSealWatermark(files[0]).embed(plain_N, 16_000, message_of(model.digest))
+    np.testing.assert_allclose(marked_N, expected_N, atol=1e-6)
+
+
+def test_verify_looks_for_a_watermark(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("c2pa")
+    clip_N, path = _clip(0.5, 16_000), tmp_path / "clip.wav"
+    path.write_bytes(encode_audio(clip_N, 16_000))
+    found = AudioSealDetector(files[1]).detect(decode_audio(path.read_bytes(), "wav", 16_000)[0], 16_000)
+    code = cli.run(["verify", str(path), "--watermark", str(files[1]), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["manifest"] is None
+    assert shown["watermark"]["message"] == found.message
+    assert code == (0 if found.marked else 2)
