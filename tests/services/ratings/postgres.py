@@ -7,8 +7,14 @@ from pathlib import Path
 
 from services.processes import free_port
 
-_DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-PROGRAMS = Path(found).resolve().parent if (found := shutil.which("initdb")) else (_DEBIAN or [None])[-1]
+
+def _programs() -> Path | None:
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+PROGRAMS = _programs()
 """Folder of initdb and pg_ctl; None if PostgreSQL is not installed."""
 
 

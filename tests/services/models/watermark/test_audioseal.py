@@ -152,7 +152,7 @@ def test_the_generation_service_marks_every_clip_with_its_models_digest(files: t
     for watermark in (None, files[0]):
         settings = load_settings(GenerationSettings, device="cpu", threads=1, watermark=watermark)
         with load_engine(settings, model) as engine:
-            made = engine.generate(engine.request("rain", encoding="float32", **options))
+            made = engine.generate(engine.request("rain", **options))
             clips.append(made.clips[0].waveform())
     plain_N, marked_N = clips
     expected_N = AudioSealWatermark(files[0]).embed(plain_N, 16_000, message_of(model.digest))
