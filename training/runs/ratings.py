@@ -72,6 +72,12 @@ def rated_files(ratings: str, folder: Path) -> tuple[Path, ...]:
     return tuple(_file(ratings, ("pairs",)).values())
 
 
+def check_ratings(ratings: str | None) -> None:
+    """Raise `InvalidInputError` if the setting is neither a database's URL nor a file of ratings."""
+    if ratings is not None and not is_database(ratings):
+        _file(ratings, ())
+
+
 def is_database(ratings: str) -> bool:
     """Return whether `ratings` are a database's URL. Raises `InvalidInputError` if it has a password."""
     if re.match(r"[\w+]+://[^/@]*:[^/@]*@", ratings):

@@ -25,7 +25,7 @@ from training.loop.run_folder import claim_folder
 from training.preferences.candidates import FREE as CANDIDATES_FREE
 from training.preferences.scores import FREE as SCORES_FREE
 from training.preferences.scores import ScoresConfig
-from training.runs.ratings import rated_files, with_ratings
+from training.runs.ratings import check_ratings, rated_files, with_ratings
 from training.runs.run_recipes import LoopRun
 from training.runs.stages import evaluation_stage, finetuning_stage, preferences_stage, train
 from training.tracking.register import Provenance, register
@@ -61,6 +61,7 @@ def run_loop(config: LoopRun, output: Path) -> LoopResult:
     `ServiceUnavailableError`, at the start, if the MLflow server does not answer.
     """
     output = output.resolve()
+    check_ratings(config.preferences.ratings)  # before the folder is bound to it
     claim_folder(output, flatten(config), free=FREE)
     comparison_pairs(
         ("base", "aligned"), config.evaluation.comparisons

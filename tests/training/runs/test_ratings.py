@@ -15,6 +15,8 @@ from tests.services.ratings.studies import PROMPTS, planned_store, rate_all
 from training.data.examples import read_labelled, read_pairs
 from training.runs.ratings import rated_files, with_ratings
 from training.runs.recipes import baton_smoke, dpo_smoke, reward_smoke, sft_smoke
+from training.runs.run import run_loop
+from training.runs.run_recipes import run_smoke
 
 
 @pytest.fixture
@@ -113,6 +115,13 @@ def test_commands_train_on_a_database(
     capsys.readouterr()
     assert cli.run(["train", "preferences", "--recipe", "smoke", "--set", f"ratings={url}"]) == 2
     assert "is for milonga train run" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_binds_no_folder_of_a_run(tmp_path: Path) -> None:
+    preferences = replace(run_smoke().preferences, ratings="absent.parquet")
+    with pytest.raises(InvalidInputError, match="is no file"):
+        run_loop(replace(run_smoke(), preferences=preferences), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_processes_take_files_only(
