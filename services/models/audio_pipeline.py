@@ -19,7 +19,7 @@ from services.api.generation import GenerationModel
 from services.audio.resampling import resample
 from services.errors import FieldViolation, InvalidInputError
 from services.models.latent import Conditioning, guide, takes_generator, targets_of
-from services.models.prompts import T5Prompts
+from services.models.prompts import TextPrompts
 
 Generators = Generator | Sequence[Generator] | None
 """One generator for a batch (as diffusers and upstream do), one for each clip, or torch's global one."""
@@ -98,7 +98,7 @@ class _Text:
             yield FieldViolation(self.name if self.embeds_BLD is None else embeds, text)
 
 
-class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
+class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     """Base of the families' pipelines: prompts to clips in one call.
 
     A family implements `LatentPipeline`, `latent_shape` and `make_scheduler`. `pipeline.scheduler` is used
@@ -358,7 +358,11 @@ class AudioPipeline(T5Prompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         tensor_inputs: Sequence[str],
     ) -> None:
         """Raise `InvalidInputError` with everything that is wrong with the arguments of `__call__`."""
-        limits, count, width = self.description.limits, text.count * clips, self.text_encoder.config.d_model
+        limits, count, width = (
+            self.description.limits,
+            text.count * clips,
+            self.text_encoder.config.hidden_size,
+        )
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         predicts = self._chosen_scheduler(None).config.get("prediction_type") if scheduler is None else None
         checks = (

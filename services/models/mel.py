@@ -43,15 +43,25 @@ class LogMel(nn.Module):
     filters: Tensor
 
     def __init__(
-        self, *, sampling_rate: int = 16_000, n_fft: int = 1024, hop_length: int = 160, mel_bins: int = 64
+        self,
+        *,
+        sampling_rate: int = 16_000,
+        n_fft: int = 1024,
+        hop_length: int = 160,
+        mel_bins: int = 64,
+        maximum_hertz: float | None = None,
     ) -> None:
+        """`maximum_hertz`: upper edge of the highest filter; None: half the sampling rate."""
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.register_buffer(
             "filters",
             mel_filterbank(
-                sampling_rate=sampling_rate, n_fft=n_fft, mel_bins=mel_bins, maximum_hertz=sampling_rate / 2
+                sampling_rate=sampling_rate,
+                n_fft=n_fft,
+                mel_bins=mel_bins,
+                maximum_hertz=maximum_hertz or sampling_rate / 2,
             ),
             persistent=False,
         )

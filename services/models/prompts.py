@@ -1,4 +1,4 @@
-"""Encode prompts with a T5 encoder and its tokenizer, for generators.
+"""Encode prompts with a text encoder and its tokenizer, for generators.
 
 Shapes: B prompts, L text tokens, D text width.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.models.latent import Conditioning
 from services.models.words import prompt_warnings, token_count
@@ -24,11 +24,11 @@ def token_limit(tokenizer: PreTrainedTokenizerBase, text_length: int | None) -> 
     return int(text_length or min(tokenizer.model_max_length, LONGEST_TEXT))
 
 
-class T5Prompts:
+class TextPrompts:
     """Implements a `LatentPipeline`'s methods for prompts. `text_length` of its config is fixed, or None."""
 
     tokenizer: PreTrainedTokenizerBase
-    text_encoder: T5EncoderModel
+    text_encoder: PreTrainedModel
     config: Any
 
     @property
@@ -41,8 +41,8 @@ class T5Prompts:
         """Encode `prompts`; return ``embeds`` [B, L, D] and ``mask`` [B, L].
 
         Prompts are truncated or padded to `length` tokens; if None, to the model's `text_length`; if None
-        too, to the longest. The unconditional text of guidance is ``""`` at the same length: one
-        end-of-sequence token, the rest masked. Masked positions don't change the clip.
+        too, to the longest. The unconditional text of guidance is ``""`` at the same length: special
+        tokens (T5's end of sequence), the rest masked. Masked positions don't change the clip.
         """
         length = length or self.config.text_length
         tokens = self.tokenizer(

@@ -12,7 +12,7 @@ Shapes: C channels, K spectrum bins, M mel bins.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     SpeechT5HifiGan,
-    SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
 )
@@ -28,6 +27,7 @@ from transformers import (
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.conversion import Progress, Weights, folder_or_hub
 from services.models.folders import cause, describe_weights, read_json, read_pickle
+from services.models.hifigan import build_hifigan
 from services.models.manifest import write_manifest
 from services.models.mel import mel_filterbank
 from services.models.state_dicts import assign_weights, check_finite, on_meta, quiet_loading, report_faults
@@ -92,8 +92,6 @@ HIFIGAN_CONFIG: Final[Mapping[str, Any]] = {
     "upsample_kernel_sizes": [16, 16, 8, 4, 4],
     "resblock_kernel_sizes": [3, 7, 11],
     "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
-    "leaky_relu_slope": 0.1,
-    "normalize_before": False,
 }
 """`HIFIGAN_16K_64` of upstream's `audioldm/hifigan`; the width is read from the weights."""
 
@@ -305,26 +303,9 @@ def build_vae(config: Mapping[str, Any], weights: Weights) -> AutoencoderKL:
 def build_vocoder(config: Mapping[str, Any], weights: Weights) -> SpeechT5HifiGan:
     """Return HiFi-GAN as transformers' class. Raises `ModelFormatError` unless every key matches.
 
-    `config` is the content of `stft_config.json`. The width is in no config: it is read from
-    ``conv_pre.weight`` [width, M, 7]. transformers' class normalises its input, unlike upstream's: the mean
-    is set to 0 and the scale to 1.
+    `config` is the content of `stft_config.json`.
     """
-    first = weights.get("conv_pre.weight")
-    if first is None or first.ndim != 3:
-        raise ModelFormatError(
-            "vocoder: conv_pre.weight is missing or misshapen; these are not HiFi-GAN weights"
-        )
-    width, mel_bins = first.shape[:2]
-    settings = SpeechT5HifiGanConfig(
-        **HIFIGAN_CONFIG,
-        model_in_dim=mel_bins,
-        sampling_rate=config["sampling_rate"],
-        upsample_initial_channel=width,
-    )
-    renamed = {re.sub(r"^ups\.", "upsampler.", key): tensor for key, tensor in weights.items()}
-    neutral = {"mean": first.new_zeros(mel_bins), "scale": first.new_ones(mel_bins)}
-    report_faults("vocoder", [("unknown keys", sorted(renamed.keys() & neutral.keys()))])
-    return assign_weights("vocoder", on_meta(lambda: SpeechT5HifiGan(settings)), {**renamed, **neutral})
+    return cast(SpeechT5HifiGan, build_hifigan(HIFIGAN_CONFIG, config["sampling_rate"], weights))
 
 
 def check_stft(config: Mapping[str, Any], weights: Weights) -> None:

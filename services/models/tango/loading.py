@@ -3,18 +3,36 @@
 from pathlib import Path
 from typing import Final, cast
 
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from services.models.pipelines import Architecture
+from services.models.pipelines import Architecture, Builder
 from services.models.tango.distilled import student_of
 from services.models.tango.pipeline import TangoPipeline, velocity
 from services.models.vocoder import GriffinLimVocoder
 
+TEXT_ENCODERS: Final = (
+    "T5EncoderModel",
+    "BertModel",
+    "DistilBertModel",
+    "MPNetModel",
+    "ModernBertModel",
+    "RobertaModel",
+    "XLMRobertaModel",
+)
+"""Permitted classes of text encoders: those of transformers whose first output is the tokens' states."""
+
+
+def _text_encoder(name: str) -> Builder:
+    model = getattr(transformers, name)
+    return lambda config: cast(transformers.PreTrainedModel, model(model.config_class(**config)))
+
+
 TANGO: Final = Architecture(
     pipeline=TangoPipeline,
     parts={
-        "text_encoder": {"transformers.T5EncoderModel": lambda config: T5EncoderModel(T5Config(**config))},
+        "text_encoder": {f"transformers.{name}": _text_encoder(name) for name in TEXT_ENCODERS},
         "unet": {"diffusers.UNet2DConditionModel": UNet2DConditionModel.from_config},
         "vae": {"diffusers.AutoencoderKL": AutoencoderKL.from_config},
         "vocoder": {

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedTokenizerBase, SpeechT5HifiGan, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SpeechT5HifiGan
 
 from services.api.generation import Defaults, GenerationModel, Limits, ModelGeometry
 from services.api.model import UNVERSIONED
@@ -60,11 +60,11 @@ def velocity(
 class TangoPipeline(AudioPipeline):
     """Text to audio by latent diffusion; inference only.
 
-    Parts: a T5 encoder reads the prompt, a UNet denoises latents [B, C, T, F] by v-prediction, a variational
-    autoencoder turns them into a log-mel spectrogram, a vocoder turns that into a waveform. `encode`,
-    `predict`, `denoise` and `decode` can be used apart. The order of guidance's halves, the mandatory text
-    mask and the padded empty prompt as the unconditional text are upstream's (`models.py`, `inference` and
-    `encode_text_classifier_free`).
+    Parts: a text encoder (T5, or another with token states) reads the prompt, a UNet denoises latents
+    [B, C, T, F] by v-prediction, a variational autoencoder turns them into a log-mel spectrogram, a vocoder
+    turns that into a waveform. `encode`, `predict`, `denoise` and `decode` can be used apart. The order of
+    guidance's halves, the mandatory text mask and the padded empty prompt as the unconditional text are
+    upstream's (`models.py`, `inference` and `encode_text_classifier_free`).
 
     Raises `ModelFormatError` where the parts do not fit together.
     """
@@ -81,7 +81,7 @@ class TangoPipeline(AudioPipeline):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        text_encoder: T5EncoderModel,
+        text_encoder: PreTrainedModel,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         vocoder: SpeechT5HifiGan | GriffinLimVocoder,
@@ -95,8 +95,12 @@ class TangoPipeline(AudioPipeline):
         hop_length: int = 160,
         mel_bins: int = 64,
         text_length: int | None = None,
+        maximum_hertz: float | None = None,
     ) -> None:
-        """Durations in seconds; `text_length` fixes the padded prompt length (None: as long as needed)."""
+        """Durations in seconds; `text_length` fixes the padded prompt length (None: as long as needed).
+
+        `maximum_hertz` is the upper edge of the spectrogram (None: half the sampling rate).
+        """
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer,
@@ -116,6 +120,7 @@ class TangoPipeline(AudioPipeline):
             hop_length=hop_length,
             mel_bins=mel_bins,
             text_length=text_length,
+            maximum_hertz=maximum_hertz,
         )
         _check_parts(self)
         self.geometry = _geometry(self)
@@ -254,6 +259,7 @@ class TangoPipeline(AudioPipeline):
             sampling_rate=geometry.sampling_rate,
             hop_length=geometry.hop_length,
             mel_bins=geometry.mel_bins,
+            maximum_hertz=self.config.maximum_hertz,
         )
 
 
@@ -267,8 +273,8 @@ def _check_parts(pipeline: TangoPipeline) -> None:
     unet, vae, config = pipeline.unet.config, pipeline.vae.config, pipeline.config
     vocoder = pipeline.vocoder.config
     pairs = (
-        ("unet.cross_attention_dim", unet.cross_attention_dim, "text_encoder.d_model",
-         pipeline.text_encoder.config.d_model),
+        ("unet.cross_attention_dim", unet.cross_attention_dim, "text_encoder.hidden_size",
+         pipeline.text_encoder.config.hidden_size),
         ("unet.in_channels", unet.in_channels, "vae.latent_channels", vae.latent_channels),
         ("unet.out_channels", unet.out_channels, "unet.in_channels", unet.in_channels),
         ("vae.out_channels", vae.out_channels, "one spectrogram", 1),
