@@ -1,0 +1,1 @@
+"""Train a whole generator on recordings (`milonga train new`): autoencoder ▸ latents ▸ denoiser."""
