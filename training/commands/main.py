@@ -11,6 +11,7 @@ from training.commands import captioning as captioning_commands
 from training.commands import evaluate as evaluate_command
 from training.commands import explanations as explanation_commands
 from training.commands import finetune as finetune_commands
+from training.commands import new as new_command
 from training.commands import run as run_command
 from training.commands import submit as submit_command
 from training.commands import tracking as tracking_cli
@@ -105,6 +106,7 @@ def reward(
         typer.echo(f"{target}: milonga serve reward --model file:{target} --clap {config.clap}")
 
 
+train.command()(new_command.new)
 train.command()(preferences_command)
 train.command()(finetune_commands.sft)
 train.command()(finetune_commands.dpo)

@@ -4,8 +4,8 @@
     probe.judge(yamnet.windows(waveform_N, 22_050), truth)
 
 Zero-shot classes of AudioSet recognise recorded scenes poorly. The probe learns from scenes of recordings
-which events are in a window. It is judged on scenes of other recordings; that accuracy is the ceiling of every
-figure that it gives.
+which events are in a window. It is judged on scenes of other recordings: that accuracy is the ceiling of
+every figure that it gives.
 
 An event is present if its class exceeds its threshold in any window. Two events are in order if the moments
 when they are likeliest are.
@@ -125,7 +125,7 @@ def fit_probe(
 
     Raises `InvalidInputError` if a class has no scene, or only one class has any.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     classes = tuple(sorted({event.event_class for scene in fitting for event in scene.events}))
     if len(classes) < 2:

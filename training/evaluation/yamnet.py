@@ -47,7 +47,8 @@ class YamnetOutput:
     @property
     def times_W(self) -> FloatMatrix:
         """Return the centre of each window, in seconds from the clip's start."""
-        return (np.arange(len(self.embeddings_WD)) * HOP + WINDOW / 2).astype(np.float32) / SAMPLING_RATE
+        centres_W = np.arange(len(self.embeddings_WD)) * HOP + WINDOW / 2
+        return (centres_W / SAMPLING_RATE).astype(np.float32)
 
 
 class Yamnet:

@@ -59,7 +59,7 @@ def standardise_latents(vae: AutoencoderKL, mel_B1TM: Tensor) -> None:
     """Fold each latent channel's mean and deviation into the 1x1 convolutions, so that latents are
     zero-mean and unit-variance channel by channel and `scaling_factor` is 1."""
     with torch.no_grad():
-        mean_BCTF = vae.encode(mel_B1TM).latent_dist.mean
+        mean_BCTF = torch.cat([vae.encode(part).latent_dist.mean for part in mel_B1TM.split(16)])
         shift_C, scale_C = mean_BCTF.mean((0, 2, 3)), mean_BCTF.std((0, 2, 3))
         channels = len(shift_C)
         quant, post = vae.quant_conv, vae.post_quant_conv

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from training.loop.checks import Count, Factor, Share, check_ranges
 from training.loop.fit import LoopConfig, Positions, fit, make_accelerator
+from training.mini.autoencoder import standardise_latents
 from training.objectives.adversarial import feature_matching, hinge_discriminator, hinge_generator
 
 SAMPLE = 128
@@ -196,7 +197,7 @@ def train_autoencoder(
         return loss
 
     loop = config.loop
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(module.autoencoder.parameters())},
         {"params": list(module.discriminator.parameters()), "lr": config.discriminator_rate},
     ]
@@ -207,19 +208,3 @@ def train_autoencoder(
     vae = module.autoencoder.cpu().float().eval().requires_grad_(False)
     standardise_latents(vae, torch.from_numpy(sample)[:, None])
     return vae
-
-
-@torch.no_grad()
-def standardise_latents(vae: Any, mel_B1TM: Tensor) -> None:
-    """Fold each latent channel's mean and deviation into the 1x1 convolutions, so that latents are
-    zero-mean and unit-variance channel by channel and `scaling_factor` is 1."""
-    mean_BCTF = torch.cat([vae.encode(part).latent_dist.mean for part in mel_B1TM.split(16)])
-    shift_C, scale_C = mean_BCTF.mean((0, 2, 3)), mean_BCTF.std((0, 2, 3))
-    channels = len(shift_C)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:channels] /= scale_C[:, None, None, None]
-    quant.bias[:channels] = (quant.bias[:channels] - shift_C) / scale_C
-    quant.bias[channels:] -= 2 * scale_C.log()
-    post.bias += (post.weight[:, :, 0, 0] * shift_C[None]).sum(1)
-    post.weight *= scale_C[None, :, None, None]
-    vae.register_to_config(scaling_factor=1.0)

@@ -221,7 +221,7 @@ class TangoPipeline(AudioPipeline):
     @torch.no_grad()
     def encode_audio(self, waveform_BN: Tensor, *, sample: bool = False) -> Tensor:
         """See `LatentPipeline`: the scaled latents [B, C, T, F] of waveforms."""
-        mel_B1TM = mel_frames(waveform_BN, self._log_mel().to(waveform_BN.device))
+        mel_B1TM = mel_frames(waveform_BN, self.log_mel().to(waveform_BN.device))
         posterior = self.vae.encode(mel_B1TM).latent_dist
         latents_BCTF = posterior.sample() if sample else posterior.mean
         return cast(Tensor, latents_BCTF * self.vae.config.scaling_factor)
@@ -252,7 +252,7 @@ class TangoPipeline(AudioPipeline):
         make = jump_scheduler if self.folds_guidance else make_scheduler
         return make(name or self.config.default_scheduler, self.scheduler.config)
 
-    def _log_mel(self) -> LogMel:
+    def log_mel(self) -> LogMel:
         """Return the spectrogram that the autoencoder was trained on."""
         geometry = self.geometry
         return LogMel(
