@@ -6,6 +6,7 @@ A release is a pickled state dictionary under ``generator``, with weight normali
 next to it. Source of the layout and of the spectrogram: jik876/hifi-gan (``models.py``, ``meldataset.py``).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def _read_mel(path: Path, settings: Mapping[str, Any]) -> VocoderMel:
     """Return the spectrogram of a ``config.json``. Raises `ModelFormatError`."""
     missing = [name for name in _REQUIRED if name not in settings]
     report_faults(f"{path.parent}/config.json", [("missing settings", missing)])
-    fixed = {"n_fft": _N_FFT, "win_size": _N_FFT, "fmin": 0}
+    hop = math.prod(settings["upsample_rates"])
+    fixed = {"n_fft": _N_FFT, "win_size": _N_FFT, "fmin": 0, "hop_size": hop}
     wrong = [
         f"{name} is {settings[name]}, not {value}" for name, value in fixed.items() if settings[name] != value
     ]
