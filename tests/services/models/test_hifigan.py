@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
@@ -19,47 +19,13 @@ from services.models.hifigan import (
     load_hifigan,
     merge_weight_norm,
 )
-
-SETTINGS: dict[str, Any] = {
-    "upsample_rates": [4, 2],
-    "upsample_kernel_sizes": [8, 4],
-    "resblock_kernel_sizes": [3],
-    "resblock_dilation_sizes": [[1, 3]],
-    "num_mels": 5,
-    "sampling_rate": 8_000,
-    "n_fft": 1024,
-    "win_size": 1024,
-    "hop_size": 8,
-    "fmin": 0,
-    "fmax": 3_000,
-}
-
-
-def upstream_weights(width: int = 16) -> dict[str, Tensor]:
-    """Return random weights with the keys and shapes of jik876/hifi-gan, weight-normalised."""
-    torch.manual_seed(0)
-    shapes = {"conv_pre": (width, SETTINGS["num_mels"], 7), "conv_post": (1, width // 4, 7)}
-    for level, kernel in enumerate(SETTINGS["upsample_kernel_sizes"]):
-        channels = width // 2 ** (level + 1)
-        shapes[f"ups.{level}"] = (2 * channels, channels, kernel)
-        for side in ("convs1", "convs2"):
-            for number in range(2):
-                shapes[f"resblocks.{level}.{side}.{number}"] = (channels, channels, 3)
-    weights = {}
-    for name, shape in shapes.items():
-        outputs = shape[1] if name.startswith("ups") else shape[0]
-        weights[f"{name}.bias"] = 0.1 * torch.randn(outputs)
-        weights[f"{name}.weight_v"] = torch.randn(shape)
-        weights[f"{name}.weight_g"] = torch.rand(shape[0], 1, 1) + 0.5
-    return weights
+from tests.services.models.hifigan_release import SETTINGS, write_release
 
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     """A checkpoint in the format of a release."""
-    torch.save({"generator": upstream_weights()}, tmp_path / "generator.pth.tar")
-    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
-    return tmp_path / "generator.pth.tar"
+    return write_release(tmp_path)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 5), nn.ConvTranspose1d(3, 4, 5)])

@@ -67,7 +67,7 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     pipeline_with(encoder_of("BertModel")).save_pretrained(tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"
     index.write_text(index.read_text().replace("BertModel", "GPT2Model"))
-    with pytest.raises(ModelFormatError, match="text_encoder is a transformers[.]GPT2Model"):
+    with pytest.raises(ModelFormatError, match=r"text_encoder is a transformers[.]GPT2Model"):
         load_tango(tmp_path / "model")
 
 
@@ -76,7 +76,7 @@ def test_a_width_that_does_not_fit_is_refused() -> None:
         vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     with pytest.raises(
-        ModelFormatError, match="cross_attention_dim is 16 but text_encoder[.]hidden_size is 32"
+        ModelFormatError, match=r"cross_attention_dim is 16 but text_encoder[.]hidden_size is 32"
     ):
         pipeline_with(transformers.BertModel(config))
 
