@@ -32,13 +32,13 @@ def release(tmp_path: Path) -> Path:
 def test_merged_weights_are_those_that_torch_computes(layer: nn.Module) -> None:
     normalised = weight_norm(layer)
     with torch.no_grad():
-        normalised.parametrizations.weight.original0.mul_(1.7)  # type: ignore[union-attr]
+        normalised.parametrizations.weight.original0.mul_(1.7)
     given = {
-        "layer.weight_g": normalised.parametrizations.weight.original0,  # type: ignore[union-attr]
-        "layer.weight_v": normalised.parametrizations.weight.original1,  # type: ignore[union-attr]
+        "layer.weight_g": normalised.parametrizations.weight.original0,
+        "layer.weight_v": normalised.parametrizations.weight.original1,
         "layer.bias": normalised.bias,
     }
-    merged = merge_weight_norm(given)  # type: ignore[arg-type]
+    merged = merge_weight_norm(given)
     assert merged.keys() == {"layer.weight", "layer.bias"}
     torch.testing.assert_close(merged["layer.weight"], normalised.weight)
 

@@ -30,7 +30,7 @@ from training.evaluation.yamnet import (
     YamnetOutput,
     load_yamnet,
 )
-from training.soundworld.captions import CaptionTruth
+from training.soundworld.captions import CaptionTruth, Relation
 from training.soundworld.scenes import Event
 
 A_THEN_B = CaptionTruth(classes=("a", "b"), relation="then")
@@ -149,11 +149,11 @@ def test_a_fitted_probe_tells_a_tone_from_noise_and_their_order(
         noise = 0.1 * rng.standard_normal(16_000)
         first = bool(index % 2)
         halves = (tone, noise) if first else (noise, tone)
-        names = ("tone", "noise") if first else ("noise", "tone")
+        names: tuple[str, ...] = ("tone", "noise") if first else ("noise", "tone")
+        relation: Relation = "then"
         if index % 3 == 0:
-            halves, names = (halves[0], np.zeros(16_000)), names[:1]
+            halves, names, relation = (halves[0], np.zeros(16_000)), names[:1], "single"
         events = tuple(event(name, float(i), i + 1.0) for i, name in enumerate(names))
-        relation = "then" if len(names) > 1 else "single"
         truth = CaptionTruth(classes=names, relation=relation)
         return RealScene(np.concatenate(halves).astype(np.float32), 16_000, truth, events)
 
