@@ -75,6 +75,9 @@ class Worker:
         self._places: dict[int, int] = {}
         """Most clips in a call by latent frames, after the device's memory ran out; kept until it is idle."""
         self._faults = 0
+        self._decode_seconds = 0.0
+        """Seconds of decodes before the next step: those of the last one, so that clips that end together do
+        not hold up the steps of others. One decode may take longer."""
         self.turn_began: float | None = None
         """When the present turn began, on the clock of `time.monotonic`; None between turns."""
         self.failure: str | None = None
@@ -117,10 +120,11 @@ class Worker:
         try:
             self._reap()
             order = self._admission.order()
-            if order and order[0][1].stepped:
+            to_step = [(rank, state) for rank, state in order if state.steps_ahead]
+            if order and order[0][1].stepped and not (to_step and self._decode_seconds < 0):
                 self._finish_clip(order[0][1].stepped.popleft())
-            elif order:
-                clips, paying = self._choose(order)
+            elif to_step:
+                clips, paying = self._choose(to_step)
                 if clips:
                     self._step(clips, paying, began)
             if not self._admission.states():
@@ -320,6 +324,7 @@ class Worker:
             return
         now = time.monotonic()
         used = sum(clip.rows for clip, _ in done)
+        self._decode_seconds = now - began
         self._pace.add_step(frames, rows, now - began)
         self._meter.count_step(clips=len(done), used=used, rows=rows, seconds=now - began)
         for clip, _ in done:
@@ -399,6 +404,7 @@ class Worker:
             self._fail(state, error)
             return
         seconds = time.monotonic() - began
+        self._decode_seconds -= seconds
         self._pace.add_decode(state.frames, seconds)
         self._admission.charge(state, self._pace.work(seconds))
         state.decodes.append(Stage("decode", began, began + seconds))

@@ -70,6 +70,7 @@ class VirtualPipeline:
 
     device = torch.device("cpu")
     folds_guidance = False
+    adaptable = None
 
     def __init__(self, clock: Clock, description: GenerationModel, step: Times, decode: float) -> None:
         """`decode`: seconds to decode one frame, and to preview it."""

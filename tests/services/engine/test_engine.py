@@ -1,8 +1,10 @@
 """Requests share the device step by step, each as if it were alone."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,3 +353,36 @@ def test_many_threads_submit_at_once(pipeline: TangoPipeline) -> None:
     assert (stats.finished, stats.clips, stats.queue_depth, stats.running) == (24, 24, 0, 0)
     assert stats.clip_steps == sum(2 + seed % 3 for seed in range(24))
     assert stats.calls < stats.clip_steps
+
+
+def test_clips_that_end_together_do_not_hold_up_the_steps_of_others(pipeline: TangoPipeline) -> None:
+    decode, most, between = pipeline.decode, 0, 0
+
+    def slowly(*inputs: Any) -> Any:
+        time.sleep(0.2)  # longer than a step
+        return decode(*inputs)
+
+    def count(event: Event) -> None:
+        nonlocal most, between
+        if isinstance(event, Progress):
+            most, between = max(most, between), 0
+
+    def decoded(event: Event) -> None:
+        nonlocal between
+        between += isinstance(event, Clip)
+
+    pipeline.decode = slowly  # type: ignore[method-assign]
+    try:
+        with Engine(pipeline, ONE) as engine:
+            long = Watch(count)
+            handle = engine.submit(engine.request("rain falls", seed=1, num_inference_steps=200), long)
+            short = [Watch(decoded) for _ in range(6)]
+            for seed, watch in enumerate(short):
+                engine.submit(engine.request("a dog", seed=seed, num_inference_steps=2), watch)
+            for watch in short:
+                watch.wait()
+            handle.cancel()
+            long.wait()
+    finally:
+        del pipeline.decode
+    assert 0 < most < len(short)
