@@ -355,7 +355,9 @@ def test_many_threads_submit_at_once(pipeline: TangoPipeline) -> None:
     assert stats.calls < stats.clip_steps
 
 
-def test_clips_that_end_together_do_not_hold_up_the_steps_of_others(pipeline: TangoPipeline) -> None:
+def test_clips_that_end_together_do_not_hold_up_the_steps_of_others(
+    pipeline: TangoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode, most, between = pipeline.decode, 0, 0
 
     def slowly(*inputs: Any) -> Any:
@@ -371,18 +373,15 @@ def test_clips_that_end_together_do_not_hold_up_the_steps_of_others(pipeline: Ta
         nonlocal between
         between += isinstance(event, Clip)
 
-    pipeline.decode = slowly  # type: ignore[method-assign]
-    try:
-        with Engine(pipeline, ONE) as engine:
-            long = Watch(count)
-            handle = engine.submit(engine.request("rain falls", seed=1, num_inference_steps=200), long)
-            short = [Watch(decoded) for _ in range(6)]
-            for seed, watch in enumerate(short):
-                engine.submit(engine.request("a dog", seed=seed, num_inference_steps=2), watch)
-            for watch in short:
-                watch.wait()
-            handle.cancel()
-            long.wait()
-    finally:
-        del pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", slowly)
+    with Engine(pipeline, ONE) as engine:
+        long = Watch(count)
+        handle = engine.submit(engine.request("rain falls", seed=1, num_inference_steps=200), long)
+        short = [Watch(decoded) for _ in range(6)]
+        for seed, watch in enumerate(short):
+            engine.submit(engine.request("a dog", seed=seed, num_inference_steps=2), watch)
+        for watch in short:
+            watch.wait()
+        handle.cancel()
+        long.wait()
     assert 0 < most < len(short)
