@@ -241,6 +241,13 @@ test-cluster: protos $(KUBE)/.milonga-ready images ## Test the whole loop on a c
 	$(LOAD_IMAGES) $(foreach image,$(IMAGES) stores,$(call IMAGE,$(image)))
 	$(BIN)/python -m pytest tests/cluster -x -v $(PYTEST_ARGS)
 
+# The studio in Debian's Chromium (MILONGA_CHROMIUM=/path for another one). Without one the suite is skipped.
+.PHONY: test-browser
+test-browser: protos ## Test the studio's page in a real browser, Chromium (a few minutes)
+	@$(BIN)/uv export --quiet --frozen --extra browser --no-hashes --no-emit-project --no-annotate -o $(VENV)/browser.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r $(VENV)/browser.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -v -n0 $(PYTEST_ARGS)
+
 # A real Triton on CPUs. Its programs come from the wheel of PyTriton, of which nothing else is used. With numpy 2 its
 # Python backend returns empty tensors without an error: so the models' libraries are installed again, with numpy 1.
 PYTRITON := nvidia-pytriton==0.7.0

@@ -1,4 +1,4 @@
-"""Generate, score and describe clips of three prompts; write a page with players, print tables: `make demo`.
+"""Generate, score and describe clips of three prompts; write a page with players, report: `make demo`.
 
     python examples/demo.py [--out build/demo] [--model mini] [--steps 25] [--seed 7]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services import client
+from services import client, web
 from services.audio.spectrogram import spectrogram_png
 from services.catalogue import CATALOGUE
 from services.cli.options import embedded_words
@@ -28,6 +28,7 @@ from services.cli.progress import stage_of
 from services.errors import MilongaError
 from services.files import write_atomically
 from services.processes import ServicePlan, free_port, running
+from services.web.studio.opinions import opinion, verdict
 
 PROMPTS = (
     "A dog barks then a siren wails",
@@ -88,6 +89,20 @@ def table_rows(prompts: Sequence[str], scored: Sequence[Sequence[PairScores]]) -
         best = max(others, key=lambda one: one.reward.logit)
         rows.append([prompt, *own.scores, own.reward.logit, own.reward.probability, best.reward.probability])
     return rows
+
+
+def report(
+    prompts: Sequence[str], scored: Sequence[Sequence[PairScores]], captions: Sequence[str]
+) -> list[str]:
+    """Return lines on each clip, in words: whether the reward model likes it, and what the captioner says."""
+    rewards = [row[number].reward for number, row in enumerate(scored)]
+    liked = sum(verdict(reward) == "likes" for reward in rewards)
+    lines = [f"The reward model likes {liked} of {len(rewards)} clips:"]
+    for prompt, reward, caption in zip(prompts, rewards, captions, strict=True):
+        lines += [f"  {prompt}", f"    {opinion(reward)}", f"    The captioner says: {caption}"]
+        if verdict(reward) == "does not like":
+            lines.append("    Try other seeds, or the best of several: milonga generate --candidates 4")
+    return lines
 
 
 def make_sound(
@@ -168,8 +183,7 @@ def card(sound: Sound, file: str, scorers: Sequence[str], scored: PairScores, ca
         file=file,
         warnings=warnings,
         caption=html.escape(caption),
-        scores_text=f"CLAP score {' · '.join(scores)} · reward {scored.reward.logit:.2f}, "
-        f"probability {scored.reward.probability:.3f}",
+        scores_text=f"CLAP score {' · '.join(scores)}. {opinion(scored.reward)}",
     )
 
 
@@ -221,7 +235,8 @@ def run(out: Path, model: str, options: client.GenerationOptions) -> Path:
         cards.append(card(sound, file, scorers, scored[number][number], captions[number]))
     header = ["prompt", *scorers, "reward", "probability", "for another prompt"]
     print_table(header, table_rows(PROMPTS, scored))
-    print_table(["prompt", "what the captioner says"], list(zip(PROMPTS, captions, strict=True)))
+    for line in report(PROMPTS, scored, captions):
+        print(line)
     write_atomically(out / "index.html", page(sounds, cards).encode())
     return out / "index.html"
 
@@ -243,6 +258,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"listen: {written.resolve().as_uri()}")
+    print(f"studio: run {Path(sys.executable).with_name('milonga')} up, and open http://127.0.0.1:{web.PORT}")
     return 0
 
 

@@ -10,7 +10,6 @@ import typer
 
 from services import client
 from services.api.explanation import ClipExplainer, Explanation, ExplanationUpdate
-from services.cli.explanation_page import WRITERS, written
 from services.cli.making import in_flags, to_json, warn
 from services.cli.options import ModelOptions, SamplingOptions, check_address, given_options, grouped
 from services.cli.outputs import Cell, check_writable, encoding_of, print_table
@@ -18,6 +17,7 @@ from services.cli.progress import ProgressView
 from services.cli.scorers import naming_option, refuse
 from services.client import ServiceOptions
 from services.errors import FieldViolation, InvalidInputError
+from services.explanation_page import WRITERS, written
 from services.files import write_atomically
 
 

@@ -83,7 +83,7 @@ def rater(
     name: Annotated[str, typer.Argument(help="A name that the rater chooses; it need not be theirs.")],
     ratings: Database = _DEFAULT,
 ) -> None:
-    """Admit a rater; print their token, with which they rate on the web door's page /rate."""
+    """Admit a rater; print their token, with which they rate on the studio's page."""
     with _store(ratings) as store:
         typer.echo(store.add_rater(name))
 

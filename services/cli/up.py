@@ -17,6 +17,7 @@ from services.cli.options import option_of, read_weights, setting_words, weights
 from services.cli.outputs import make_folder
 from services.errors import FieldViolation, InvalidInputError
 from services.processes import ServicePlan, ServiceProcess, local_target, running
+from services.web import studio
 
 NAMES: Final = ", ".join(CATALOGUE)
 FIRST_PORT: Final = min(entry.port for entry in CATALOGUE.values())
@@ -173,6 +174,16 @@ def _print_examples(services: Sequence[ServiceProcess]) -> None:
     ]
     examples += [web.EXAMPLE.format(one.target) for one in services if one.plan.http]
     typer.echo(f"all ready; Ctrl-C stops them. Try: {' · '.join(examples)}")
+    for one in services:
+        if one.plan.http:
+            typer.echo(f"studio: {_studio(one.target)}")
+
+
+def _studio(target: str) -> str:
+    """Return the address of the studio, or what it needs."""
+    if not studio.is_installed():
+        return "not installed; pip install 'milonga[studio]'"
+    return f"http://{target}"
 
 
 def _check_models(settings: Mapping[str, Mapping[str, str | Mapping[str, str]]]) -> None:

@@ -295,6 +295,15 @@ class RatingStore:
             if side == "a" and {digest, sides.get((study, "b"))} == {a, b} and a != b
         }
 
+    def last_item(self, rater: Rater) -> Shown | None:
+        """Return the pair that the rater has rated last, without those taken back; None without any."""
+        with self._session() as session:
+            rated = [one.item for one in _latest(session) if one.rater == rater.id]
+            row = session.get(ItemRow, rated[-1]) if rated else None
+            if row is None:
+                return None
+            return Shown(id=row.id, prompt=row.prompt, left=row.left, right=row.right)
+
     def ratings(self) -> list[Rated]:
         """Return every rating that counts."""
         with self._session() as session:

@@ -4,21 +4,22 @@ import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.types import ASGIApp
 
-from services.errors import MilongaError
-from services.web import generation, judging, provenance
+from services.errors import MilongaError, UnsupportedError
+from services.web import generation, judging, provenance, studio
 from services.web.backend import Backend
 from services.web.docs_page import docs_page
 from services.web.limits import Limits
 from services.web.metrics import WebMetrics
 from services.web.problems import on_error, on_http_error, on_invalid
 from services.web.settings import WebSettings
+from services.web.studio.desk import Desk
 from services.web.waiting import WaitingRoom
 
 DESCRIPTION = (
@@ -88,7 +89,28 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
 
         app.include_router(ratings.router(store))
     app.include_router(_operations(app, backend, settings, metrics, readiness))
+    _add_studio(app, settings, Desk(backend=backend, settings=settings, store=store, signer=signer))
     return Limits(app, settings, metrics)
+
+
+def _add_studio(app: FastAPI, settings: WebSettings, desk: Desk) -> None:
+    """Add the studio, and the way to it from `/` and `/rate`; without it these say what it needs."""
+    installed = settings.studio and studio.is_installed()
+    if installed:
+        # Gradio takes a second to import.
+        from services.web.studio.page import mount
+
+        mount(app, desk)
+
+    async def lead(request: Request) -> Response:
+        if not installed:
+            remedy = "start it with --studio" if studio.is_installed() else "pip install 'milonga[studio]'"
+            raise UnsupportedError(f"this web door has no studio: {remedy}; /docs lists its paths")
+        tab = "?tab=rate" if request.url.path == "/rate" else ""
+        return RedirectResponse(f"{studio.PATH}/{tab}")
+
+    for path in ("/", "/rate"):
+        app.add_api_route(path, lead, include_in_schema=False)
 
 
 def _operations(

@@ -36,6 +36,8 @@ class Backend:
         self._settings = settings
         self._connection = Connection(settings.addresses, **settings.options)
         self._client = AsyncAudioClient(**settings.addresses, **settings.options)
+        other = settings.addresses | {"target": settings.challenger}
+        self._challenger = AsyncAudioClient(**other, **settings.options) if settings.challenger else None
         self._health: dict[str, grpc.aio.Channel] = {}
 
     def client_of(self, request: Request) -> AsyncAudioClient:
@@ -45,11 +47,20 @@ class Backend:
             UnauthenticatedError: the request has no token, and the web door passes on none without.
             InvalidInputError: the token or the priority is none.
         """
-        token, priority = caller_of(request)
+        return self.client_for(*caller_of(request))
+
+    def client_for(
+        self, token: str | None, priority: Priority = "interactive", *, challenger: bool = False
+    ) -> AsyncAudioClient:
+        """Return the client that calls for a caller; `challenger`: with the second generation service.
+
+        Raises as `client_of`.
+        """
         if token is None and not self._settings.admits_anonymous:
             raise UnauthenticatedError("give your token: Authorization: Bearer TOKEN")
         try:
-            return self._client.acting_for(token, priority)
+            client = self._challenger if challenger and self._challenger else self._client
+            return client.acting_for(token, priority)
         except InvalidInputError as error:
             raise MilongaError(
                 f"this web door can't pass tokens on ({error}); start it with --services-tls, or with "
@@ -80,6 +91,8 @@ class Backend:
         """Close the channels; calls in progress are cancelled."""
         for channel in self._health.values():
             await channel.close()
+        if self._challenger is not None:
+            await self._challenger.close()
         await self._client.close()
 
 

@@ -1,15 +1,13 @@
-"""Ratings of blind pairs by HTTP, and the page on which people rate."""
+"""Ratings of blind pairs by HTTP. People rate on the studio's page."""
 
 import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import HTMLResponse
 
 from services.ratings.store import Answers, Rater, RatingStore, summary
 from services.web.backend import token_of
-from services.web.rate_page import RATE_PAGE
 
 
 class RatingBody(BaseModel):
@@ -83,15 +81,4 @@ def router(store: RatingStore) -> APIRouter:
         content = await asyncio.to_thread(store.clip, digest)
         return Response(content, media_type="audio/flac", headers={"Cache-Control": "private, max-age=3600"})
 
-    @routes.get("/rate", include_in_schema=False)
-    async def page() -> Response:
-        """Return the page on which people rate."""
-        return HTMLResponse(RATE_PAGE, headers={"Content-Security-Policy": _POLICY})
-
     return routes
-
-
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "media-src 'self'"
-)

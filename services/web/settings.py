@@ -24,6 +24,12 @@ class WebSettings(ProcessSettings):
     """Address of the captioning service. Default: no captions."""
     explanation: str | None = None
     """Address of the explanation service. Default: no explanations."""
+    challenger: str | None = None
+    """Address of a second generation service, whose clips the studio compares with the first one's."""
+    studio: bool = True
+    """Have the studio, a page for people, at /. Needs the extra studio."""
+    registry: str | None = None
+    """Address of the MLflow server whose versions and promotions the studio shows."""
     services_tls: bool = False
     """Use TLS to reach the services."""
     services_tls_ca_file: Path | None = None

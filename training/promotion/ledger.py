@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from services.weights.promotions import LEDGER, LEDGER_TAG
 from training.promotion.errors import BusyError
 from training.promotion.registry import Registry, mlflow_errors
 from training.promotion.target import Pin, shown_pin
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from training.promotion.gates.examination import Look
 
-EXPERIMENT: Final = "milonga-promotions"
 EVIDENCE: Final = "evidence.json"
 """Artifact: the gates' measurements with confidence intervals, and their verdicts."""
 GATES: Final = "gates.toml"
@@ -44,7 +44,6 @@ OUTCOMES: Final[Mapping[Kind, Outcome]] = {
 LATE: Final[frozenset[Phase]] = frozenset(("rollout", "verification", "alias"))
 """Phases that `resume` completes instead of undoing them."""
 
-_PREFIX: Final = "milonga.promotion."
 _TEXT_CHARACTERS: Final = 4_000
 
 
@@ -133,11 +132,11 @@ class Ledger:
             "phase": "begun",
         }
         with mlflow_errors(self._uri):
-            experiment = experiment_id(self._client, EXPERIMENT)
+            experiment = experiment_id(self._client, LEDGER)
             run = self._client.create_run(
                 experiment,
                 run_name=name,
-                tags={_PREFIX + key: value for key, value in tags.items()}
+                tags={LEDGER_TAG + key: value for key, value in tags.items()}
                 | {"mlflow.user": who.partition("@")[0]},
             )
         entry = self._read(run)
@@ -147,12 +146,12 @@ class Ledger:
     def entries(self, place: str | None = None) -> list[LedgerEntry]:
         """Return the entries of one target, or of all, newest first."""
         with mlflow_errors(self._uri):
-            found = self._client.get_experiment_by_name(EXPERIMENT)
+            found = self._client.get_experiment_by_name(LEDGER)
             if found is None:
                 return []
             runs = self._client.search_runs(
                 [found.experiment_id],
-                filter_string=f"tags.`{_PREFIX}place` = '{place}'" if place else "",
+                filter_string=f"tags.`{LEDGER_TAG}place` = '{place}'" if place else "",
                 order_by=["attributes.start_time DESC"],
                 max_results=1_000,
             )
@@ -186,7 +185,7 @@ class Ledger:
         """Set tags of an entry's run."""
         with mlflow_errors(self._uri):
             for key, value in tags.items():
-                self._client.set_tag(run_id, _PREFIX + key, value[:_TEXT_CHARACTERS])
+                self._client.set_tag(run_id, LEDGER_TAG + key, value[:_TEXT_CHARACTERS])
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """Attach a file to an entry's run."""
@@ -208,9 +207,9 @@ class Ledger:
 
     def _read(self, run: "Run") -> LedgerEntry | None:
         tags = {
-            key.removeprefix(_PREFIX): value
+            key.removeprefix(LEDGER_TAG): value
             for key, value in run.data.tags.items()
-            if key.startswith(_PREFIX)
+            if key.startswith(LEDGER_TAG)
         }
         kind: Any = tags.get("kind")
         if kind not in get_args(Kind) or not tags.get("to"):

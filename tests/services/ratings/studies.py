@@ -1,6 +1,7 @@
 """A listening test of two models that a listener can tell by their pitch."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import soundfile
@@ -33,9 +34,12 @@ def is_b(content: bytes) -> bool:
     return bool(np.abs(np.fft.rfft(sound_N))[1:].argmax() + 1 > 300)
 
 
-def planned_store(url: str, models: tuple[ModelVersion, ModelVersion] | None = None) -> RatingStore:
+def planned_store(
+    url: str, models: tuple[ModelVersion, ModelVersion] | None = None, prompts: Sequence[str] = PROMPTS
+) -> RatingStore:
+    """Return a database with a study: a pair per prompt, 30 % of repeats, 20 % of known answers."""
     store = RatingStore(url)
-    items = list(plan_items(PROMPTS, make_a, make_b, seed=3, repeats=0.3, known=0.2))
+    items = list(plan_items(prompts, make_a, make_b, seed=3, repeats=0.3, known=0.2))
     store.add_study("mini", "mini-base", 3, items, models)
     return store
 

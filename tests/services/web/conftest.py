@@ -19,24 +19,30 @@ def generating() -> Iterator[generation.Serving]:
 
 
 @pytest.fixture(scope="package")
-def door(generating: generation.Serving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a web door in front of every service, with tiny models."""
+def addresses(
+    generating: generation.Serving, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """Addresses of every service, with tiny models."""
     folder = scoring.save_tiny_clap(tmp_path_factory.mktemp("scorers") / "a", 0)
     with (
         scoring.serving({"a": f"file:{folder}"}) as scored,
         reward.serving(tiny_reward(tiny_clap())) as rewarded,
         captioning.serving(tiny_captioner()) as captioned,
         explanation.serving(explanation.tiny_explainer()) as explained,
-        hosting_web(
-            generation=generating.target,
-            scoring=scored.hosted.target,
-            reward=rewarded.target,
-            captioning=captioned.target,
-            explanation=explained.target,
-            max_body_bytes=2**18,
-            max_audio_bytes=2**22,
-        ) as url,
     ):
+        yield {
+            "generation": generating.target,
+            "scoring": scored.hosted.target,
+            "reward": rewarded.target,
+            "captioning": captioned.target,
+            "explanation": explained.target,
+        }
+
+
+@pytest.fixture(scope="package")
+def door(addresses: dict[str, str]) -> Iterator[str]:
+    """The URL of a web door in front of every service, with tiny models."""
+    with hosting_web(**addresses, max_body_bytes=2**18, max_audio_bytes=2**22) as url:
         yield url
 
 

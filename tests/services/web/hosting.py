@@ -18,8 +18,8 @@ from services.web.settings import WebSettings
 
 @contextmanager
 def hosting_web(**settings: Any) -> Iterator[str]:
-    """Serve until the end of the context; yield the URL."""
-    flags = load_settings(WebSettings, listen="127.0.0.1:0", **settings)
+    """Serve until the end of the context; yield the URL. Without the studio, unless it is asked for."""
+    flags = load_settings(WebSettings, **{"listen": "127.0.0.1:0", "studio": False, **settings})
     started: Future[tuple[str, asyncio.AbstractEventLoop, Any]] = Future()
 
     async def serve() -> None:

@@ -43,7 +43,7 @@ _PAGE_DIGITS: Final = 5
 
 def html_page(found: Sequence[Explanation]) -> bytes:
     """Return a page that needs no other file: player, spectrogram, a band per word, and the variants."""
-    text = (files("services.cli") / "explanation.html").read_text(encoding="utf-8")
+    text = (files("services.explanation_page") / "page.html").read_text(encoding="utf-8")
     # "<" could end the script element.
     data = json.dumps(_page_data(found), ensure_ascii=False).replace("<", "\\u003c")
     return text.replace("__DATA__", data).encode()
