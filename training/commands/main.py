@@ -7,6 +7,7 @@ import typer
 from rich.progress import track
 
 from services.errors import OutputError, invalid
+from training.commands import adapt as adapt_command
 from training.commands import captioning as captioning_commands
 from training.commands import evaluate as evaluate_command
 from training.commands import explanations as explanation_commands
@@ -112,6 +113,7 @@ train.command()(finetune_commands.sft)
 train.command()(finetune_commands.dpo)
 train.command()(finetune_commands.baton)
 train.command()(finetune_commands.distill)
+train.command()(adapt_command.adapt)
 train.command()(evaluate_command.evaluate)
 train.command()(explanation_commands.evaluate_explanations)
 train.command()(captioning_commands.captioning)

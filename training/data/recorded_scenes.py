@@ -147,6 +147,50 @@ class RecordedSceneClip:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoudestPart:
+    """The part of a clip that has most energy; a shorter clip is taken whole."""
+
+    clip: Clip
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """The clip's name."""
+        return self.clip.name
+
+    @property
+    def domain(self) -> str:
+        """The clip's."""
+        return self.clip.domain
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the clip's digest and the length."""
+        return hashlib.sha256(f"loudest {self.seconds} {self.clip.digest}".encode()).hexdigest()
+
+    def read(self) -> tuple[NDArray[np.float32], int]:
+        """Return samples [N] and their rate in Hz. Raises OSError or ValueError."""
+        waveform, rate = self.clip.read()
+        mono_N = waveform.mean(axis=0) if waveform.ndim == 2 else waveform
+        starts, energy = window_energy(mono_N, rate, round(self.seconds * rate))
+        start = int(starts[int(energy.argmax())])
+        return mono_N[start : start + round(self.seconds * rate)].astype(np.float32), rate
+
+
+def window_energy(
+    waveform_N: NDArray[np.floating], sampling_rate: int, size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the starts of the windows of `size` samples, every 20 ms, and their energies.
+
+    A shorter clip is one window.
+    """
+    hop = max(1, round(_FRAME * sampling_rate))
+    starts = np.arange(0, max(1, len(waveform_N) - size + 1), hop)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(waveform_N, dtype=np.float64))])
+    return starts, energy[np.minimum(starts + size, len(waveform_N))] - energy[starts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedScene:
     """A scene with its caption and the truth about it."""
 
@@ -253,10 +297,7 @@ def excerpt(
     size = max(1, round(length * sampling_rate))
     waveform = waveform_N.astype(np.float64)
     if len(waveform) > size:
-        energy = np.concatenate([[0.0], np.cumsum(np.square(waveform))])
-        hop = max(1, round(_FRAME * sampling_rate))
-        starts = np.arange(0, len(waveform) - size + 1, hop)
-        windows = energy[starts + size] - energy[starts]
+        starts, windows = window_energy(waveform, sampling_rate, size)
         loud = np.flatnonzero(windows >= LOUD * windows.max())
         start = int(starts[int(rng.choice(loud))])
         waveform = waveform[start : start + size]

@@ -259,7 +259,13 @@ class Session:
 
 
 def open_session(
-    config: FineTuning, output: Path, files: Iterable[Path], models: Mapping[str, str | None], *, fresh: bool
+    config: FineTuning,
+    output: Path,
+    files: Iterable[Path],
+    models: Mapping[str, str | None],
+    *,
+    fresh: bool,
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Session, dict[str, Any] | None]:
     """Claim the run's folder and find the start; return the report too, if the run is already finished.
 
@@ -269,6 +275,7 @@ def open_session(
         files: the data's files, to whose content the run is bound.
         models: URIs of further models that affect the result, by the names of their settings.
         fresh: start over.
+        digests: digests of further inputs, by name.
 
     Raises:
         InvalidInputError: settings are wrong, or the existing run has others.
@@ -295,10 +302,10 @@ def open_session(
         sources = {str(path): sha256_of(path) for path in files}
     except OSError as error:
         raise invalid("data", f"{error.filename} can't be read: {error.strerror}") from error
-    digests: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
+    inputs: dict[str, Plain] = {"start_digest": start.digest, "data_digests": tuple(sources.values())}
     found = {name: resolve(uri) for name, uri in models.items() if uri}
-    digests |= {f"{name}_digest": found[name].digest if name in found else None for name in models}
-    settings = flatten(config) | digests
+    inputs |= {f"{name}_digest": found[name].digest if name in found else None for name in models}
+    settings = flatten(config) | inputs | {**digests}
     with accelerator.main_process_first():
         claim_folder(run, settings, fresh=fresh and accelerator.is_main_process, free=FREE)
     kept = {name: value for name, value in settings.items() if name not in FREE}
@@ -569,7 +576,24 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"{report['stage']} from {report['parent']['name']} {report['parent']['version']}: {report['steps']} "
         f"steps on {data['examples']} examples, {parameters['learn']:,} of {parameters['all']:,} parameters",
         f"at the end: {figures}",
+        *_about_recordings(data),
     ]
+
+
+def _about_recordings(data: Mapping[str, Any]) -> list[str]:
+    """Return lines on recordings that were learned, and on those that were held out."""
+    lines = []
+    if "recordings" in data:
+        licences = ", ".join(data["licences"]) or "not stated"
+        authors = f"; authors: {', '.join(data['authors'])}" if data["authors"] else ""
+        count = f"{data['recordings']} recordings of {data['source']}"
+        lines.append(f"data: {count}; licences: {licences}{authors}")
+    if held := data.get("held_out"):
+        lines.append(
+            f"denoising error of {held['clips']} held-out clips: {held['error_before']:.4f} before, "
+            f"{held['error_after']:.4f} after"
+        )
+    return lines
 
 
 def parquet_files(paths: Iterable[Path]) -> tuple[Path, ...]:

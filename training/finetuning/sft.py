@@ -10,7 +10,7 @@ paper's first step (one epoch), and the control that any gain of DPO is measured
 Shape legend: B batch, X a family's own shape of latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from training.data.captions import CaptionExample, read_examples
 from training.data.examples import Clip
 from training.data.recordings import list_files
+from training.finetuning.held_out import compare_errors, held_out_errors
 from training.finetuning.session import (
     FineTuning,
     PairData,
@@ -62,8 +63,27 @@ class SftTraining(FineTuning):
         return (*pairs, *(file for path in self.captions for file in list_files(path)))
 
 
-def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captioned:
+    """Examples from elsewhere than the config's files, and clips that are held out."""
+
+    examples: tuple[CaptionExample, ...]
+    held_out: tuple[CaptionExample, ...]
+    """The report compares their denoising error before and after."""
+    digest: str
+    """Of what determines them; a run is bound to it."""
+    unusable: Mapping[str, str]
+    """The reason by the row of each unusable caption."""
+    about: Mapping[str, Any]
+    """Entries of the report on the data."""
+
+
+def train_sft(
+    config: SftTraining, output: Path, *, fresh: bool = False, captioned: Captioned | None = None
+) -> dict[str, Any]:
     """Run the whole program; `output` is then a generator's folder. Returns the report in its training.json.
+
+    `captioned` replaces the data of the config.
 
     ``NAME.run``, next to `output`, has the journal, the checkpoints and, unless there is a shared cache,
     latents. However a run ended, the same call resumes it; with `fresh` it starts over.
@@ -74,28 +94,37 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
         OutputError: `output` can't be written, or holds something else.
     """
     unusable: dict[str, str] = {}
-    pairs = config.data.read(unusable) if config.has_pairs else []
-    root = config.data.audio_root
-    captioned = [one for path in config.captions for one in read_examples(path, root, unusable)]
-    chosen = [CaptionExample(clip=one.chosen, caption=one.prompt, place=one.place) for one in pairs]
-    examples = chosen + captioned
-    session, report = open_session(config, output, config.files(), {}, fresh=fresh)
+    pairs = config.data.read(unusable) if config.has_pairs and captioned is None else []
+    files: tuple[Path, ...] = ()
+    if captioned is not None:
+        given = captioned.examples
+    else:
+        root, files = config.data.audio_root, config.files()
+        chosen = [CaptionExample(clip=one.chosen, caption=one.prompt, place=one.place) for one in pairs]
+        read = [one for path in config.captions for one in read_examples(path, root, unusable)]
+        given = (*chosen, *read)
+    digests = {} if captioned is None else {"recordings_digest": captioned.digest}
+    session, report = open_session(config, output, files, {}, fresh=fresh, digests=digests)
     if report is not None:
         return report
-    examples, unreadable = readable(
-        examples,
+    held_out = captioned.held_out if captioned is not None else ()
+    usable, unreadable = readable(
+        [*given, *held_out],
         lambda example: [example.clip],
         lambda example: example.caption,
         session,
         config.data.max_unreadable,
-        unusable,
+        unusable if captioned is None else captioned.unusable,
     )
+    held_out = tuple(example for example in held_out if example.clip not in unreadable)
+    examples = usable[: len(usable) - len(held_out)]
     left = {example.clip for example in examples}
     clips: list[tuple[Clip, Clip | None]] = [(pair.chosen, pair.rejected) for pair in pairs]
-    clips += [(example.clip, None) for example in captioned]
+    clips += [(example.clip, None) for example in given[len(pairs) :]]
     content = report_data(examples, [one for one in clips if one[0] in left], session)
     loop = loop_of(config, len(examples))
     policy = build_policy(config, session.start)
+    before = held_out_errors(policy, held_out, session)
     fitted = fit(
         policy,
         adamw(policy, loop),
@@ -108,9 +137,12 @@ def train_sft(config: SftTraining, output: Path, *, fresh: bool = False) -> dict
     data = {
         "examples": len(examples),
         "unreadable": {clip.name: why for clip, why in unreadable.items()},
-        "unusable_prompts": unusable,
+        "unusable_prompts": unusable if captioned is None else dict(captioned.unusable),
         **content,
+        **(captioned.about if captioned is not None else {}),
     }
+    if held_out:
+        data["held_out"] = compare_errors(before, held_out_errors(policy, held_out, session))
     return finish_session(session, policy, "sft", fitted.steps, data)
 
 
