@@ -179,8 +179,8 @@ def _print(health: "DataHealth", output: Path | None) -> None:
             first = next(clip for clip in health.clips if kind in clip.problems)
             where = f"{first.place}: {first.name}" if first.place else first.name
             detail = f": {first.problems[kind]}" if first.problems[kind] else ""
-            left_out = "left out" if kind in UNUSABLE else "usable"
-            rows.append((kind, str(count), left_out, KINDS[kind], f"{where}{detail}"))
+            effect = "unusable" if kind in UNUSABLE else "usable"
+            rows.append((kind, str(count), effect, KINDS[kind], f"{where}{detail}"))
         show(("what is wrong", "clips", "", "", "the first"), rows)
     for place, reason in list(health.unusable_captions.items())[:_SHOWN]:
         typer.echo(f"{place}: {reason}")

@@ -84,7 +84,7 @@ def test_the_table_names_the_first_clip_of_each_kind(
     lines = capsys.readouterr().out.splitlines()
     assert "clips\t20, usable 14" in lines
     (row,) = [line for line in lines if line.startswith("duplicate\t")]
-    assert row.split("\t")[1:3] == ["2", "left out"]
+    assert row.split("\t")[1:3] == ["2", "unusable"]
     assert row.endswith("dog/copy.wav: dog/01.wav")
     assert any(line.startswith("warning: 14 usable clips are few") for line in lines)
 
