@@ -6,7 +6,7 @@ About 80 thousand parameters; a clip of 0.64 s takes some tens of milliseconds o
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from diffusers import (
@@ -186,6 +186,7 @@ def tiny_pipeline(
             default_guidance_scale=3.0,
             default_scheduler=default_scheduler,
             text_length=text_length,
+            profiles=PROFILES,
         )
 
 

@@ -29,6 +29,8 @@ class EngineConfig(BaseModel):
     """Longest prompt, in characters."""
     prompt_cache_size: int = Field(default=256, gt=0, le=1_000_000)
     """Prompts whose embeddings are kept, the unconditional one included."""
+    profile: str = ""
+    """Profile of the model whose settings are the defaults of requests. Default: the model's own defaults."""
     threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads of the model. Default: PyTorch's choice."""
 

@@ -10,7 +10,7 @@ which is `sample_rate_hertz` there. Shapes: N samples, T mel frames, M mel bins.
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self, TypedDict, Unpack
 
@@ -74,6 +74,18 @@ class GenerationOptions(TypedDict, total=False):
     """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
     adapter: str | None
     """Name of an adapter of the denoiser: one of the service's, or NAME@VERSION of its registry."""
+    profile: str | None
+    """Name of a profile of the model, whose settings are then the defaults of steps, guidance, scheduler."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """A named balance of quality and cost, from a model's folder: settings of its denoising."""
+
+    name: str
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +101,23 @@ class Defaults:
     negative_prompt: str = ""
     clip_count: int = 1
     encoding: str = DEFAULT_ENCODING
+    profile: str = ""
+    """Name of the profile that the defaults are of; empty: the model's own defaults."""
+    profiles: tuple[Profile, ...] = ()
+    """The model's profiles."""
+
+    def under(self, profile: str) -> "Defaults":
+        """Return the defaults under a profile; themselves if there is none of that name."""
+        for one in self.profiles:
+            if one.name == profile:
+                return replace(
+                    self,
+                    profile=one.name,
+                    num_inference_steps=one.num_inference_steps,
+                    guidance_scale=one.guidance_scale,
+                    scheduler=one.scheduler,
+                )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +148,8 @@ class GenerationRequest:
     """Root mean square that each clip is brought to, in dB relative to full scale; None: left unchanged."""
     adapter: str = ""
     """Name of an adapter of the denoiser; empty: none."""
+    profile: str = ""
+    """Name of the profile whose settings were the defaults; empty: none."""
     preview_interval_steps: int = 0
     """Steps between two `Preview`s of the first clip; 0: none. Previews change no bit of the clips."""
 
@@ -131,11 +162,16 @@ class GenerationRequest:
         preview_interval_steps: int = 0,
         **options: Unpack[GenerationOptions],
     ) -> Self:
-        """Return the complete request: an option that is None takes its default; the seed is drawn."""
+        """Return the complete request: an option that is None takes its default; the seed is drawn.
+
+        The defaults are those of the option `profile`, if given; `violations` refuses an unknown one.
+        """
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         given.setdefault("seed", secrets.randbits(DRAWN_SEED_BITS))
+        defaults = defaults.under(given.get("profile", ""))
         for name in Defaults.__slots__:
-            given.setdefault(name, getattr(defaults, name))
+            if name != "profiles":
+                given.setdefault(name, getattr(defaults, name))
         return cls(prompt=prompt, preview_interval_steps=preview_interval_steps, **given)
 
 
@@ -161,6 +197,8 @@ class Limits:
     """Names of the schedulers."""
     adapters: tuple[str, ...] = ()
     """Names of the adapters that a service lists. It may take others, of its registry."""
+    profiles: tuple[str, ...] = ()
+    """Names of the profiles."""
 
     @property
     def max_response_bytes(self) -> int:
@@ -183,6 +221,7 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
         ("num_inference_steps", _number_fault(request.num_inference_steps, 1, limits.max_steps)),
         ("guidance_scale", _number_fault(request.guidance_scale, 0, limits.max_guidance_scale)),
         ("scheduler", _choice_fault(request.scheduler, limits.schedulers)),
+        ("profile", profile_fault(request.profile, limits.profiles)),
         ("encoding", _choice_fault(request.encoding, ENCODINGS)),
         (
             "sample_rate_hertz",
@@ -197,6 +236,13 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
         ("preview_interval_steps", _number_fault(request.preview_interval_steps, 0, limits.max_steps)),
     )
     return tuple(FieldViolation(field, fault) for field, fault in found if fault is not None)
+
+
+def profile_fault(name: str, profiles: Sequence[str]) -> str | None:
+    """Return what is wrong with the name of a profile, None if nothing is; the empty one is none."""
+    if name and not profiles:
+        return f"is {name[:40]!r}, and this model has no profiles; leave it out"
+    return _choice_fault(name, profiles) if name else None
 
 
 def validate(request: GenerationRequest, limits: Limits) -> None:

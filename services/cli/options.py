@@ -146,6 +146,15 @@ class SamplingOptions:
         ),
     ] = None
 
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Profile of the model, whose steps, guidance and scheduler are the defaults: mini has "
+            "quality, balanced and draft.",
+            show_default="the service's",
+        ),
+    ] = None
+
     def sampling(self) -> "GenerationOptions":
         """Return them by the client's names."""
         return {
@@ -155,6 +164,7 @@ class SamplingOptions:
             "negative_prompt": self.negative_prompt,
             "duration": self.duration,
             "scheduler": self.scheduler,
+            "profile": self.profile,
         }
 
 

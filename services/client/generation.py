@@ -17,6 +17,7 @@ from services.api.generation import (
     Limits,
     ModelGeometry,
     Preview,
+    Profile,
     Progress,
     Queued,
     Timings,
@@ -162,6 +163,7 @@ def read_model(response: pb.GetModelResponse) -> GenerationModel:
             max_guidance_scale=limits.max_guidance_scale,
             schedulers=tuple(limits.schedulers),
             adapters=tuple(limits.adapters),
+            profiles=tuple(one.name for one in defaults.profiles),
         ),
         defaults=Defaults(
             duration=read_duration(defaults.duration),
@@ -171,6 +173,8 @@ def read_model(response: pb.GetModelResponse) -> GenerationModel:
             scheduler=defaults.scheduler,
             encoding=encoding_name(defaults.encoding) or "unknown",
             sampling_rate=defaults.sample_rate_hertz,
+            profile=defaults.profile,
+            profiles=tuple(_read_profile(one) for one in defaults.profiles),
         ),
     )
 
@@ -186,6 +190,15 @@ STREAM = Stream(
     service=SERVICE, method=lambda stub: stub.StreamGenerateAudio, read=read_update, last=Finished
 )
 GET_MODEL = Unary(service=SERVICE, method=lambda stub: stub.GetModel, read=read_model)
+
+
+def _read_profile(profile: pb.GenerationProfile) -> Profile:
+    return Profile(
+        name=profile.name,
+        num_inference_steps=profile.num_inference_steps,
+        guidance_scale=profile.guidance_scale,
+        scheduler=profile.scheduler,
+    )
 
 
 def _read_progress(event: pb.ProgressEvent) -> Progress:

@@ -22,6 +22,7 @@ from services.api.generation import (
     Limits,
     Queued,
     collect,
+    profile_fault,
     validate,
 )
 from services.api.measurements import Observer
@@ -258,10 +259,14 @@ def _describe(
     pipeline: LatentPipeline, config: EngineConfig, model: ModelVersion, adapters: AdapterSource | None
 ) -> GenerationModel:
     described = pipeline.description
+    fault = profile_fault(config.profile, described.limits.profiles)
+    if fault is not None:
+        raise invalid("profile", fault)
     limits = replace(
         described.limits,
         max_prompt_characters=config.max_prompt_characters,
         max_clip_count=min(config.max_clip_count, config.max_queue),
         adapters=() if adapters is None else adapters.names,
     )
-    return replace(described, model=model, limits=limits)
+    defaults = described.defaults.under(config.profile)
+    return replace(described, model=model, limits=limits, defaults=defaults)

@@ -50,6 +50,7 @@ OPTIONS: Final = (
     _option("guidance_scale", "FP32"),
     DURATION,
     _option("scheduler", "BYTES"),
+    _option("profile", "BYTES"),
     _option("loudness", "FP32"),
     _option("adapter", "BYTES"),
 )
@@ -102,6 +103,7 @@ class GenerationInference:
             "max_num_inference_steps": str(limits.max_steps),
             "schedulers": ",".join(limits.schedulers),
             "adapters": ",".join(limits.adapters),
+            "profiles": ",".join(limits.profiles),
         }
 
     @contextmanager

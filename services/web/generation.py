@@ -258,10 +258,12 @@ def _generator(served: GenerationModel) -> dict[str, Any]:
             "schedulers": list(limits.schedulers),
             "adapters": list(limits.adapters),
         },
+        "profiles": [asdict(one) for one in defaults.profiles],
         "defaults": {
             "audio_length": defaults.duration,
             "num_inference_steps": defaults.num_inference_steps,
             "guidance_scale": defaults.guidance_scale,
             "scheduler": defaults.scheduler,
+            "profile": defaults.profile,
         },
     }

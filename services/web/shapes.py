@@ -80,6 +80,8 @@ class AudioGenerateRequest(_Shape):
     """Name of a scheduler. Default: the model's. (Milonga's own field.)"""
     adapter: str | None = None
     """Name of a low-rank adapter that the service has. Default: none. (Milonga's own field.)"""
+    profile: str | None = None
+    """Name of a profile of the model, as draft. Default: the service's. (Milonga's own field.)"""
     sample_rate: int | None = None
     """Sampling rate in hertz. Default: the model's, or 48000 if the encoding can't hold that. (Milonga's own
     field.)"""
@@ -104,6 +106,7 @@ class AudioGenerateRequest(_Shape):
                 "guidance_scale": self.guidance_scale,
                 "scheduler": self.scheduler,
                 "adapter": self.adapter,
+                "profile": self.profile,
                 "encoding": encoding,
                 "sampling_rate": self.sample_rate or _fitting_rate(encoding, served),
             },

@@ -1,5 +1,6 @@
 """Convert requests, clips and models of generation.proto between the wire and Python. Pure functions."""
 
+from dataclasses import asdict
 from typing import Any, cast
 
 from milonga.v1 import audio_pb2
@@ -80,6 +81,8 @@ def write_model(model: GenerationModel) -> pb.GetModelResponse:
             scheduler=defaults.scheduler,
             encoding=WIRE_ENCODINGS[defaults.encoding],
             sample_rate_hertz=defaults.sampling_rate,
+            profile=defaults.profile,
+            profiles=[pb.GenerationProfile(**asdict(one)) for one in defaults.profiles],
         ),
     )
 

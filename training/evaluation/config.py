@@ -49,6 +49,8 @@ class Sampling:
     num_inference_steps: Count | None = None
     guidance_scale: Factor | None = None
     scheduler: str | None = None
+    profile: str | None = None
+    """Profile of each model, whose settings are then its defaults: models may differ in them."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

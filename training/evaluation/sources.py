@@ -165,6 +165,7 @@ def generation_options(planned: PlannedClip, sampling: Sampling) -> GenerationOp
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "scheduler": sampling.scheduler,
+        "profile": sampling.profile,
         "encoding": "wav",
     }
 

@@ -5,7 +5,7 @@ N samples, M mel bins.
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -18,6 +18,7 @@ from services.errors import ModelFormatError
 from services.models.audio_pipeline import AudioPipeline
 from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
+from services.models.profiles import with_profiles
 from services.models.tango.distilled import (
     DISTILLED_SCHEDULERS,
     STARTS,
@@ -96,10 +97,12 @@ class TangoPipeline(AudioPipeline):
         mel_bins: int = 64,
         text_length: int | None = None,
         maximum_hertz: float | None = None,
+        profiles: dict[str, Any] | None = None,
     ) -> None:
         """Durations in seconds; `text_length` fixes the padded prompt length (None: as long as needed).
 
-        `maximum_hertz` is the upper edge of the spectrogram (None: half the sampling rate).
+        `maximum_hertz` is the upper edge of the spectrogram (None: half the sampling rate). `profiles` are named
+        settings (`services.models.profiles`).
         """
         super().__init__()
         self.register_modules(
@@ -121,6 +124,7 @@ class TangoPipeline(AudioPipeline):
             mel_bins=mel_bins,
             text_length=text_length,
             maximum_hertz=maximum_hertz,
+            profiles=profiles,
         )
         _check_parts(self)
         self.geometry = _geometry(self)
@@ -138,7 +142,7 @@ class TangoPipeline(AudioPipeline):
     def description(self) -> GenerationModel:
         """See `LatentPipeline`."""
         config, geometry = self.config, self.geometry
-        return GenerationModel(
+        model = GenerationModel(
             model=UNVERSIONED,
             geometry=ModelGeometry(
                 sampling_rate=geometry.sampling_rate,
@@ -162,6 +166,7 @@ class TangoPipeline(AudioPipeline):
                 sampling_rate=geometry.sampling_rate,
             ),
         )
+        return with_profiles(model, config.profiles)
 
     def steps(self, asked: int, duration: float) -> int:
         """See `LatentPipeline`: a distilled denoiser takes 1, 2, 4 or 8, at least as many as asked for."""

@@ -23,6 +23,7 @@ from services.models.audio_pipeline import AudioPipeline
 from services.models.latent import Conditioning, Solver, within_full_scale
 from services.models.mel import LogMel, mel_frames
 from services.models.pipelines import Architecture
+from services.models.profiles import with_profiles
 from services.models.tangoflux.denoiser import TangoFluxDenoiser, flow_velocity
 
 SCHEDULERS: Final = ("euler",)
@@ -72,8 +73,12 @@ class TangoFluxPipeline(AudioPipeline):
         default_scheduler: str = "euler",
         latent_length: int = 645,
         text_length: int | None = 64,
+        profiles: dict[str, Any] | None = None,
     ) -> None:
-        """Durations in seconds; `text_length` in tokens, `latent_length` in latent frames."""
+        """Durations in seconds; `text_length` in tokens, `latent_length` in latent frames.
+
+        `profiles` are named settings (`services.models.profiles`).
+        """
         super().__init__()
         parts = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
         self.register_modules(tokenizer=tokenizer, scheduler=scheduler, **parts)
@@ -85,6 +90,7 @@ class TangoFluxPipeline(AudioPipeline):
             default_scheduler=default_scheduler,
             latent_length=latent_length,
             text_length=text_length,
+            profiles=profiles,
         )
         _check_parts(self)
         for part in parts.values():
@@ -94,7 +100,7 @@ class TangoFluxPipeline(AudioPipeline):
     def description(self) -> GenerationModel:
         """See `LatentPipeline`."""
         config, rate, hop = self.config, self.vae.config.sampling_rate, self.vae.hop_length
-        return GenerationModel(
+        model = GenerationModel(
             model=UNVERSIONED,
             geometry=ModelGeometry(
                 sampling_rate=rate,
@@ -118,6 +124,7 @@ class TangoFluxPipeline(AudioPipeline):
                 sampling_rate=rate,
             ),
         )
+        return with_profiles(model, config.profiles)
 
     @property
     def adaptable(self) -> nn.Module:

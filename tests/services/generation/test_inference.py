@@ -361,6 +361,10 @@ def test_a_full_queue_is_unavailable_and_nothing_of_it_stays() -> None:
             "duration: tensor DURATION has the values 0.5, 1.0, expected one",
         ),
         (_inputs(PROMPTS[:1], SCHEDULER=("BYTES", ["euler"])), "scheduler: is 'euler', must be one of"),
+        (
+            _inputs(PROFILE=("BYTES", ["draft", "best"])),
+            "profile[1]: is 'best', must be one of quality, draft",
+        ),
         (_inputs(AUDIO=("FP32", [[0.0]])), "inputs: have an unknown tensor 'AUDIO', expected some of PROMPT"),
     ],
 )

@@ -105,6 +105,9 @@ def test_models_of_every_service(http: httpx.Client) -> None:
         "explanation",
     ]
     assert models[0]["limits"]["schedulers"]
+    assert models[0]["defaults"]["profile"] == ""
+    assert [profile["name"] for profile in models[0]["profiles"]] == ["quality", "draft"]
+    assert models[0]["profiles"][1]["num_inference_steps"] == 2
 
 
 def test_health_names_every_service(http: httpx.Client) -> None:
