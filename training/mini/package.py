@@ -14,9 +14,9 @@ To continue from the shipped parts in a fresh clone, in float32 and without the 
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -42,12 +42,29 @@ from services.models.vocoder import GriffinLimVocoder
 from training.mini.text_encoder import TEXT_LENGTH
 
 DENOISERS = ("mini", "mini-base")
-VERSION = "2"
+VERSIONS: Final[Mapping[str, str]] = {"mini": "3"}
+"""Versions of the parts; of others 2."""
 LICENSE = "Apache-2.0"
+PROFILES: Final[Mapping[str, dict[str, Any]]] = {
+    "mini": {
+        "quality": {"num_inference_steps": 10, "guidance_scale": 3.0, "scheduler": "dpmsolver++"},
+        "balanced": {"num_inference_steps": 8, "guidance_scale": 3.0, "scheduler": "ddim"},
+        "draft": {"num_inference_steps": 5, "guidance_scale": 3.0, "scheduler": "ddim"},
+    }
+}
+"""Profiles by denoiser, chosen by `benchmarks/quality_cost.py`; `balanced` is the default."""
+SETTINGS: Final[Mapping[str, Any]] = {
+    "num_inference_steps": 25,
+    "guidance_scale": 3.0,
+    "scheduler": "dpmsolver++",
+}
+"""The default of denoisers without profiles."""
 
 
 def assemble(work: Path, denoiser: Path) -> TangoPipeline:
     """Return the pipeline of the parts trained under `work` and the denoiser in the folder `denoiser`."""
+    profiles = PROFILES.get(denoiser.parent.name)
+    usual = SETTINGS if profiles is None else profiles["balanced"]
     return TangoPipeline(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(work / "text_encoder" / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(work / "text_encoder" / "final"),
@@ -57,10 +74,11 @@ def assemble(work: Path, denoiser: Path) -> TangoPipeline:
         scheduler=DDPMScheduler(**SD21_CONFIG),
         default_duration=2.56,
         max_duration=5.12,
-        default_num_inference_steps=25,
-        default_guidance_scale=3.0,
-        default_scheduler="dpmsolver++",
+        default_num_inference_steps=usual["num_inference_steps"],
+        default_guidance_scale=usual["guidance_scale"],
+        default_scheduler=usual["scheduler"],
         text_length=TEXT_LENGTH,
+        profiles=profiles,
     )
 
 
@@ -178,7 +196,7 @@ def main() -> None:
         temporary = arguments.target / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         PACKAGERS[name](arguments.work, name, temporary)
-        write_manifest(temporary, name=name, version=VERSION, license=LICENSE)
+        write_manifest(temporary, name=name, version=VERSIONS.get(name, "2"), license=LICENSE)
         _replace(temporary, arguments.target / name)
     megabytes = sum(p.stat().st_size for p in arguments.target.rglob("*") if p.is_file()) / 1e6
     print(f"{arguments.target}: {megabytes:.1f} MB")

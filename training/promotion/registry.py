@@ -35,10 +35,17 @@ PROMOTION_TAG: Final = "milonga.promotion"
 ARCHITECTURE: Final = re.compile(r"[^/]+/config\.json|tokenizer/.*\.(json|model|txt)")
 """Files of a model folder, of any family, that define its architecture: configs and the tokenizer."""
 
-_ORIGIN_KEYS: Final = frozenset(
-    {"_name_or_path", "_diffusers_version", "transformers_version", "dtype", "torch_dtype"}
+_NOT_COMPARED: Final = frozenset(
+    {
+        "_name_or_path",
+        "_diffusers_version",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "time_cond_proj_dim",
+    }
 )
-"""Keys of configs that record the origin and do not change the model."""
+"""Keys of configs that record the origin, and the condition on jumps: a student may replace its teacher."""
 
 _REASON_CHARACTERS: Final = 1_000
 Answer = TypeVar("Answer")
@@ -178,7 +185,7 @@ class Registry:
             if ADAPTER_CONFIG in files:
                 return self._merged_architecture(version)
             return {
-                path: _without_origin(self._file(root, path, Path(folder), version))
+                path: _comparable(self._file(root, path, Path(folder), version))
                 if path.endswith("/config.json")
                 else digest
                 for path, digest in files.items()
@@ -260,9 +267,9 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _without_origin(config: Any) -> object:
+def _comparable(config: Any) -> object:
     if isinstance(config, dict):
-        return {key: _without_origin(value) for key, value in config.items() if key not in _ORIGIN_KEYS}
+        return {key: _comparable(value) for key, value in config.items() if key not in _NOT_COMPARED}
     return config
 
 

@@ -155,7 +155,7 @@ class TangoPipeline(AudioPipeline):
             limits=Limits(
                 min_duration=geometry.min_duration,
                 max_duration=geometry.max_duration,
-                max_steps=max(STARTS) if self.folds_guidance else self.scheduler.config.num_train_timesteps,
+                max_steps=self.scheduler.config.num_train_timesteps,
                 schedulers=DISTILLED_SCHEDULERS if self.folds_guidance else SCHEDULERS,
             ),
             defaults=Defaults(

@@ -1,6 +1,7 @@
 """A second family through evaluation, registry, gates and promotion, with real models."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from services.engine import EngineConfig
 from services.errors import ModelFormatError
 from services.local import open_clip_maker
 from services.models.manifest import write_manifest
+from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
+from services.models.pipelines import read_index
+from services.models.tango.distilled import student_of
+from services.models.tango.loading import TANGO
 from services.weights.registry import RegisteredVersion
 from services.weights.uri import resolve
 from tests.tiny import tiny_pipeline, tiny_tangoflux
@@ -202,6 +207,42 @@ def test_the_round_trip_is_a_gate(
 
     promote(promoter, gates(0.0), model="milonga-tango", version="2")
     assert promoter.target.current_pin() == candidate.uri
+
+
+def test_a_broken_student_is_refused_by_the_gates(
+    store: str, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    """With the shipped judge and the embedded generator: 2 steps of a student, 5 of its teacher."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(mini_folder("mini"), teacher)
+    config = replace(
+        config, seeds=1, world=WorldPrompts(count=8), judge="mini:tagger", sampling=Sampling(profile="draft")
+    )
+    gates = GatesConfig(
+        evaluation=config,
+        gates=(Gate(metric="present_and_in_order", margin=0.3),),
+        independent=("judge",),
+    )
+    shutil.copytree(teacher, student)
+    broken = student_of(TANGO.load_denoiser(teacher))
+    for weight in broken.parameters():
+        weight.data += 0.1 * torch.randn_like(weight) * weight.std(correction=0)
+    broken.save_pretrained(student / "unet")
+    index = read_index(student)
+    profiles = {"draft": {"num_inference_steps": 2, "guidance_scale": 3.0, "scheduler": "jump"}}
+    text = json.dumps(index | {"default_scheduler": "jump", "profiles": profiles})
+    (student / "model_index.json").write_text(text)
+    for folder in (teacher, student):
+        write_manifest(folder, name=folder.name, version="1", license="Apache-2.0")
+    champion, _ = register(teacher, alias="champion")
+    refused, _ = register(student)
+    promoter, _ = make_promoter(ServingTarget(champion.uri), Registry())
+    with pytest.raises(GatesRefusedError, match=r"present_and_in_order: no worse by 0.3 or more, found -"):
+        promote(promoter, gates, model="milonga-tango", version=refused.version)
+    assert promoter.target.current_pin() == champion.uri
+    (entry,) = promoter.ledger.entries()
+    evidence = json.loads(promoter.ledger.read_text(entry.run_id, EVIDENCE))
+    assert evidence["challenger"]["clips_made"] == 8 and not evidence["passed"]
 
 
 def test_a_version_of_another_family_is_not_promoted(
