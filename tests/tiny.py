@@ -157,6 +157,13 @@ def tiny_adapter(
     return adapted.merge_and_unload()
 
 
+PROFILES: Final = {
+    "quality": {"num_inference_steps": 6, "guidance_scale": 3.0, "scheduler": "dpmsolver++"},
+    "draft": {"num_inference_steps": 2, "guidance_scale": 1.0, "scheduler": "ddim"},
+}
+"""Profiles of `tiny_pipeline`, in its folder's form."""
+
+
 def tiny_pipeline(
     seed: int = 0,
     *,
