@@ -16,8 +16,12 @@ _SETTINGS: Final = frozenset(Profile.__slots__) - {"name"}
 
 
 def with_profiles(model: GenerationModel, profiles: Mapping[str, Any] | None) -> GenerationModel:
-    """Return `model` with the `profiles` of its folder's config. Raises `ModelFormatError`."""
-    found = tuple(_read(name, settings, model) for name, settings in (profiles or {}).items())
+    """Return `model` with the `profiles` of its folder's config, the one of most steps first.
+
+    Raises `ModelFormatError`.
+    """
+    read = [_read(name, settings, model) for name, settings in (profiles or {}).items()]
+    found = tuple(sorted(read, key=lambda one: -one.num_inference_steps))
     return replace(
         model,
         limits=replace(model.limits, profiles=tuple(one.name for one in found)),

@@ -196,7 +196,7 @@ class Registry:
         """Return the architecture of the model that an adapter is merged into. Fetches both."""
         folder = resolve(version.uri, tracking_uri=self.uri).folder
         return {
-            path: _without_origin(read_json(folder / path)) if path.endswith("/config.json") else digest
+            path: _comparable(read_json(folder / path)) if path.endswith("/config.json") else digest
             for path, digest in read_manifest(folder).files.items()
             if ARCHITECTURE.fullmatch(path)
         }

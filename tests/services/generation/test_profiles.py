@@ -1,6 +1,7 @@
 """Profiles: named settings of a model's folder, per request or as a service's default."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from services.api.generation import Defaults, GenerationRequest, Profile, violat
 from services.client import AudioClient
 from services.engine import Engine, EngineConfig
 from services.errors import InvalidInputError, ModelFormatError
-from services.local import LocalClipMaker
+from services.local import open_clip_maker
 from services.models.architectures import load_generator
 from services.models.manifest import write_manifest
 from services.models.mini import mini_folder
@@ -96,7 +97,8 @@ def test_a_service_does_not_start_with_an_unknown_profile() -> None:
 def test_profiles_survive_the_models_folder_and_work_without_a_service(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     write_manifest(tmp_path / "tiny", name="tiny", version="1", license="Apache-2.0")
-    with LocalClipMaker(resolve(f"file:{tmp_path / 'tiny'}")) as maker:
+    model = resolve(f"file:{tmp_path / 'tiny'}")
+    with closing(open_clip_maker(model, device="cpu", config=EngineConfig(threads=1))) as maker:
         assert maker.get_model().limits.profiles == ("quality", "draft")
         named, spelt = (
             maker.generate(PROMPT, seed=7, **options).clips for options in ({"profile": "draft"}, DRAFT)
