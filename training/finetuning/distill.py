@@ -41,6 +41,8 @@ from training.soundworld.scenes import SHORT, SceneConfig, draw_caption
 
 _STREAM: Final = 0x70617468
 """Separates these random numbers from others with the same seed and position."""
+PROFILE_STEPS: Final[Mapping[str, int]] = {"quality": 8, "balanced": 2, "draft": 1}
+"""Steps of a student's profiles."""
 Guidance = Annotated[float, Range(1, 20)]
 
 
@@ -167,7 +169,9 @@ def train_distill(config: DistillTraining, output: Path, *, fresh: bool = False)
         title=f"distill {config.name}",
     )
     data = {"examples": sum(map(len, prompts.values()))}
-    return finish_session(session, policy, "distill", fitted.steps, data, changes=_changes(policy))
+    return finish_session(
+        session, policy, "distill", fitted.steps, data, changes=_changes(policy, teacher.default_guidance)
+    )
 
 
 def loss_of(
@@ -256,9 +260,17 @@ def _prompts(config: DistillTraining, duration: float) -> list[str]:
     return list(found)
 
 
-def _changes(policy: Policy) -> dict[str, dict[str, Any]]:
+def _changes(policy: Policy, guidance: float) -> dict[str, dict[str, Any]]:
     """Return how the student's folder differs from its teacher's, apart from the weights."""
+    profiles = {
+        name: {"num_inference_steps": steps, "guidance_scale": guidance, "scheduler": "jump"}
+        for name, steps in PROFILE_STEPS.items()
+    }
     return {
         "unet/config.json": {"time_cond_proj_dim": policy.denoiser.config.time_cond_proj_dim},
-        "model_index.json": {"default_scheduler": "jump", "default_num_inference_steps": 2},
+        "model_index.json": {
+            "default_scheduler": "jump",
+            "default_num_inference_steps": PROFILE_STEPS["balanced"],
+            "profiles": profiles,
+        },
     }

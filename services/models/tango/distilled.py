@@ -21,13 +21,16 @@ from services.errors import invalid
 from services.models.latent import Solver
 from services.models.tango.schedulers import make_scheduler
 
-TEACHER_SCHEDULER: Final = "dpmsolver++"
+TEACHER_SCHEDULER: Final = "ddim"
+"""The best for `mini` at 8 steps: others waste some near the clip (benchmarks/README.md)."""
 TEACHER_STEPS: Final = 8
 """Steps of the teacher's path. The student jumps between its points."""
 CLEAN: Final = -1.0
 """Timestep of the clean latents, where a jump ends."""
 
-STARTS: Final[Mapping[int, tuple[int, ...]]] = {1: (0,), 2: (0, 3), 4: (0, 1, 2, 3), 8: tuple(range(8))}
+STARTS: Final[Mapping[int, tuple[int, ...]]] = {
+    steps: tuple(range(0, TEACHER_STEPS, TEACHER_STEPS // steps)) for steps in (1, 2, 4, 8)
+}
 """Points of the teacher's path where the jumps start, by the number of steps; the last ends at the clip."""
 
 DISTILLED_SCHEDULERS: Final = ("jump", "jump-ancestral")

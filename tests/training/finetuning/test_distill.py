@@ -51,6 +51,8 @@ def test_the_error_falls_and_what_it_writes_is_a_student(config: DistillTraining
     assert (index["default_scheduler"], index["default_num_inference_steps"]) == ("jump", 2)
     student = load_generator(tmp_path / "model")
     assert student.folds_guidance
+    profiles = {one.name: one.num_inference_steps for one in student.description.defaults.profiles}
+    assert profiles == {"quality": 8, "balanced": 2, "draft": 1}
     assert np.abs(load_tango(tmp_path / "model")("rain falls", 0.64).audios).max() > 0
 
 
