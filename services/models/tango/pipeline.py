@@ -101,8 +101,8 @@ class TangoPipeline(AudioPipeline):
     ) -> None:
         """Durations in seconds; `text_length` fixes the padded prompt length (None: as long as needed).
 
-        `maximum_hertz` is the upper edge of the spectrogram (None: half the sampling rate). `profiles` are named
-        settings (`services.models.profiles`).
+        `maximum_hertz` is the upper edge of the spectrogram (None: half the sampling rate). `profiles` are
+        named settings (`services.models.profiles`).
         """
         super().__init__()
         self.register_modules(

@@ -219,7 +219,9 @@ DESCRIBED: dict[str, tuple[Any, ...]] = {
             ("GUIDANCE_SCALE", "FP32", [-1]),
             ("DURATION", "FP32", [-1]),
             ("SCHEDULER", "BYTES", [-1]),
+            ("PROFILE", "BYTES", [-1]),
             ("LOUDNESS", "FP32", [-1]),
+            ("ADAPTER", "BYTES", [-1]),
         ],
         [
             ("AUDIO", "FP32", [-1, -1]),
@@ -236,7 +238,9 @@ DESCRIBED: dict[str, tuple[Any, ...]] = {
             "GUIDANCE_SCALE",
             "DURATION",
             "SCHEDULER",
+            "PROFILE",
             "LOUDNESS",
+            "ADAPTER",
         ],
         *(0, True),
     ),
@@ -305,7 +309,8 @@ def test_every_setting_counts(served: Addresses) -> None:
         "NEGATIVE_PROMPT": ("BYTES", ["rain"]),
         "NUM_INFERENCE_STEPS": ("INT32", [3]),
         "GUIDANCE_SCALE": ("FP32", [1.5]),
-        "SCHEDULER": ("BYTES", ["ddim"]),
+        "SCHEDULER": ("BYTES", ["unipc"]),
+        "PROFILE": ("BYTES", ["draft"]),
     }.items():
         other = clip(served.tango, PROMPTS[0], SEED=("INT64", [2**62 + 1]), **{name: setting})
         assert not np.array_equal(other, clips_of(plain)[0]), name
