@@ -46,8 +46,8 @@ from training.evaluation.prompts import Prompt, world_prompts
 from training.objectives.statistics import mean_interval
 from training.soundworld.scenes import Split
 
-STEPS: Final = (1, 2, 4, 5, 8, 10, 25, 50, 100, 200)
-SCHEDULERS: Final = ("dpmsolver++", "unipc", "ddim", "ddpm")
+STEPS: Final[tuple[int, ...]] = (1, 2, 4, 5, 8, 10, 25, 50, 100, 200)
+SCHEDULERS: Final[tuple[str, ...]] = ("dpmsolver++", "unipc", "ddim", "ddpm")
 BATCH: Final = 8
 METRICS: Final = ("presence", "order_given_presence", "present_and_in_order")
 OUTPUT: Final = Path("benchmarks/quality-cost.json")
@@ -221,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     settings = {"prompts": arguments.prompts, "seeds": arguments.seeds, "split": arguments.split}
-    report = {
+    report: dict[str, Any] = {
         "settings": settings,
         "machine": machine(),
         "versions": versions("torch", "diffusers"),

@@ -28,7 +28,7 @@ DRAFT: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "sched
 
 def test_a_profile_is_the_same_as_its_settings(client: AudioClient) -> None:
     named, spelt, plain = (
-        client.generate(PROMPT, seed=7, encoding="float32", **options).clips[0].audio  # type: ignore[arg-type]
+        client.generate(PROMPT, seed=7, encoding="float32", **options).clips[0].audio
         for options in ({"profile": "draft"}, DRAFT, {})
     )
     assert named == spelt != plain
