@@ -310,7 +310,7 @@ def test_every_setting_counts(served: Addresses) -> None:
         "NUM_INFERENCE_STEPS": ("INT32", [3]),
         "GUIDANCE_SCALE": ("FP32", [1.5]),
         "SCHEDULER": ("BYTES", ["unipc"]),
-        "PROFILE": ("BYTES", ["draft"]),
+        "PROFILE": ("BYTES", ["quality"]),
     }.items():
         other = clip(served.tango, PROMPTS[0], SEED=("INT64", [2**62 + 1]), **{name: setting})
         assert not np.array_equal(other, clips_of(plain)[0]), name
