@@ -46,6 +46,7 @@ from training.soundworld.scenes import SceneConfig, draw_truth
 
 START: Final = "mini-base"
 STEPS: Final = 12
+BETA: Final = 250.0
 SECOND_SEED: Final = 1_000_000
 """First seed of the second clips."""
 WORLD: Final = SceneConfig(single=0.05, sequence=0.8)
@@ -152,9 +153,9 @@ def collect(
 
 
 def dpo_of(steps: int) -> DpoTraining:
-    """Return the recipe's DPO in `steps` steps."""
+    """Return the recipe's DPO in `steps` steps, with the beta of the committed figures."""
     mini = dpo_mini()
-    return replace(mini, loop=replace(mini.loop, steps=steps, decay=1 - 25 / steps))
+    return replace(mini, beta=BETA, loop=replace(mini.loop, steps=steps, decay=1 - 25 / steps))
 
 
 def loop_of(url: str, evaluation: EvaluationConfig, per_cluster: int, steps: int) -> LoopRun:
@@ -196,7 +197,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--per-cluster", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200, help="steps of DPO, above 25")
-    parser.add_argument("--evaluate", type=int, default=240)
+    parser.add_argument("--evaluate", type=int, default=120, help="prompts of the run's own evaluation")
+    parser.add_argument("--compare", type=int, default=360, help="prompts on which all models are compared")
     parser.add_argument("--work", type=Path, default=Path("build/listeners"))
     parser.add_argument("--output", type=Path, default=Path("build/bench/listeners.json"))
     arguments = parser.parse_args()
@@ -206,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.process_time()
 
-    world = WorldPrompts(count=arguments.evaluate)
+    world = WorldPrompts(count=arguments.compare)
     evaluation = EvaluationConfig(
         name="listeners", world=world, seeds=1, sampling=Sampling(num_inference_steps=10),
         captioner="mini:captioner", embedders=(), set_resamples=0, device="cpu",
@@ -220,7 +222,8 @@ def main() -> None:
 
     direct = work / "direct"
     trained = train_dpo(with_ratings(dpo_of(arguments.steps), url, work / "direct.ratings"), direct)
-    run_loop(loop_of(url, evaluation, arguments.per_cluster, arguments.steps), work / "run")
+    own = replace(evaluation, world=WorldPrompts(count=arguments.evaluate))
+    run_loop(loop_of(url, own, arguments.per_cluster, arguments.steps), work / "run")
     models = {"base": START, "direct": f"file:{direct}", "loop": f"file:{work}/run/round-1/dpo"}
     sources = [f"{name}={uri}" for name, uri in models.items()]
     folder = work / "evaluation"

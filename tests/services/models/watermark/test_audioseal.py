@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.watermark import CHANGES, RATE, bits_right, signal_to_noise
 from services import cli
 from services.api.generation import GenerationOptions
 from services.audio.encoding import decode_audio, encode_audio
 from services.errors import ModelFormatError, UnsupportedError
 from services.generation.settings import GenerationSettings
 from services.generation.slot import load_engine
-from services.models.watermark import BITS, message_of
+from services.models.watermark import BITS, Detection, message_of
 from services.models.watermark import audioseal as module
 from services.models.watermark.audioseal import (
     AudioSealDetector,
@@ -171,3 +172,14 @@ def test_verify_looks_for_a_watermark(
     assert shown["manifest"] is None
     assert shown["watermark"]["message"] == found.message
     assert code == (0 if found.marked else 2)
+
+
+def test_the_harness_changes_clips_as_it_says() -> None:
+    clip_N = _clip(2.0, RATE)
+    for name, change in CHANGES.items():
+        changed_N = change(clip_N)
+        seconds = {"without the first 0.5 s": 1.5, "the middle second": 1.0}.get(name, 2.0)
+        assert len(changed_N) == pytest.approx(seconds * RATE, abs=0.1 * RATE), name
+        assert np.abs(changed_N).max() <= 1
+    assert signal_to_noise(clip_N, clip_N + 0.1 * clip_N) == pytest.approx(20, abs=1e-3)
+    assert bits_right(Detection(share=1.0, message=0b1011), 0b0001) == BITS - 2
