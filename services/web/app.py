@@ -46,10 +46,10 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
         from services.provenance.signing import ClipSigner
 
         runs_of = None
-        if settings.sign_registry is not None:
+        if settings.registry is not None:
             from services.weights.lineage import Lineage
 
-            runs_of = Lineage(settings.sign_registry)
+            runs_of = Lineage(settings.registry)
         signer = ClipSigner(
             settings.sign_cert, settings.sign_key, with_prompt=settings.sign_prompt, runs_of=runs_of
         )

@@ -29,7 +29,8 @@ class WebSettings(ProcessSettings):
     studio: bool = True
     """Have the studio, a page for people, at /. Needs the extra studio."""
     registry: str | None = None
-    """Address of the MLflow server whose versions and promotions the studio shows."""
+    """Address of the MLflow server whose versions and promotions the studio shows. Signed clips state the
+    runs that trained and promoted their model."""
     services_tls: bool = False
     """Use TLS to reach the services."""
     services_tls_ca_file: Path | None = None
@@ -53,9 +54,6 @@ class WebSettings(ProcessSettings):
     """Its private key (PEM)."""
     sign_prompt: bool = False
     """State the prompt itself in signed clips, not only its hash."""
-    sign_registry: str | None = None
-    """MLflow server: signed clips also state the runs that made and promoted the model. It needs the extra
-    serving."""
     trusted_signers: Path | None = None
     """Certificates (PEM) of authorities whose signatures `/v1/provenance` calls trusted."""
     ratings: str | None = None
