@@ -19,6 +19,7 @@ from services.local import LocalScorers
 from training.data.examples import Clip, FileClip, check_readable, decode_clip, short_message
 from training.data.prompts import on_prompts
 from training.data.store import batches
+from training.evaluation.audio_questions import AudioQuestions
 from training.evaluation.config import EvaluationConfig, label_of
 from training.evaluation.divergence import kl_divergence
 from training.evaluation.embedders import Embedder, Embeddings, Loader, Sound, TaggerEmbedder
@@ -35,6 +36,9 @@ from training.evaluation.round_trip import ROUND_TRIP_METRICS, RoundTrip, open_r
 from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
 
+ANSWERS = Path("build/questions")
+"""Default folder of the kept answers of a language model that hears."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluators:
@@ -49,6 +53,8 @@ class Evaluators:
     """The tagger, which no training stage uses; None: no metrics of events."""
     trip: RoundTrip | None
     """The captioner, which no training of a generator uses; None: no metrics of the round trip."""
+    questions: AudioQuestions | None = None
+    """A language model that hears; None: it is not asked."""
 
     @property
     def clap_names(self) -> list[str]:
@@ -64,6 +70,8 @@ class Evaluators:
             found["judge"] = self.judge.digest
         if self.trip is not None:
             found["captioner"] = self.trip.digest
+        if self.questions is not None:
+            found["asked"] = self.questions.digest
         return found | {f"space.{label}": embedder.digest for label, embedder in self.embedders.items()}
 
 
@@ -146,6 +154,7 @@ def open_evaluators(
         embedders={label_of(text): loader.embedder(text) for text in config.embedders},
         judge=None if config.judge is None else loader.tagger(config.judge),
         trip=None if config.captioner is None else open_round_trip(config.captioner, config.device),
+        questions=AudioQuestions(config.questions, config.questions.cache or ANSWERS) if config.ask else None,
     )
 
 
@@ -195,6 +204,7 @@ def score_clips(
         metrics += EVENT_METRICS
     if evaluators.trip is not None:
         metrics += ROUND_TRIP_METRICS
+    metrics += ["asked"] if evaluators.questions is not None else []
     values = {metric: np.full(len(plan), np.nan) for metric in metrics}
     parts: dict[str, list[Embeddings]] = {label: [] for label in evaluators.embedders}
     readable: list[int] = []
@@ -291,6 +301,8 @@ def _score(
     if evaluators.trip is not None:
         trips = round_trip(evaluators.trip, texts, [sound for _, sound in pairs])
         found |= {name: [row[name] for row in trips] for name in ROUND_TRIP_METRICS}
+    if evaluators.questions is not None:
+        found["asked"] = evaluators.questions.scores(texts, [sound for _, sound in pairs])
     return {name: np.array(column, dtype=np.float64) for name, column in found.items()}
 
 

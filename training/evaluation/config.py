@@ -17,11 +17,12 @@ from training.loop.checks import (
     Share,
     check_ranges,
 )
+from training.preferences.llm import LLMConfig
 from training.soundworld.scenes import DURATIONS, Split
 
 AUDIOSET_TAGGERS = ("panns", "passt")
 """Embedders with AudioSet's classes. Metrics have their kind as the label, as in papers."""
-EMBEDDERS = ("tagger", "clap", *AUDIOSET_TAGGERS)
+EMBEDDERS = ("tagger", "clap", "yamnet", *AUDIOSET_TAGGERS)
 """Kinds of embedding models."""
 MINI_SCORERS = ("clap-a=mini:clap-a", "clap-b=mini:clap-b")
 
@@ -89,12 +90,16 @@ class EvaluationConfig:
     reward_clap: str = "mini:clap-a"
     """URI of the CLAP model that the reward model is built on."""
     embedders: tuple[str, ...] = ("tagger:mini:tagger", "clap:mini:clap-b")
-    """Embedding models of Fréchet distance and KAD: tagger:URI, clap:URI, panns:PATH or
-    passt:PATH. Those with classes (all but clap) also give KL and the inception score."""
+    """Embedding models of Fréchet distance and KAD: tagger:URI, clap:URI, yamnet:PATH, panns:PATH
+    or passt:PATH. Those with classes (all but clap) also give KL and the inception score."""
     judge: str | None = "mini:tagger"
     """URI of the tagger that detects events; used only for prompts whose events are known."""
     captioner: str | None = None
     """URI of a captioner with a list of events, for the round trip; None: no figures of it."""
+    ask: bool = False
+    """Also ask a language model that hears whether each clip matches its prompt: the metric `asked`."""
+    questions: LLMConfig = field(default_factory=LLMConfig)
+    """Its endpoint, for `ask`."""
     unused_words: bool = False
     """Also report the share of clips with an event in the prompt that the model's denoiser hardly uses, in
     all and by class. Needs models with a denoiser, not folders; prompts of the sound world."""
@@ -120,7 +125,8 @@ class EvaluationConfig:
             kind, _, location = embedder.partition(":")
             if kind not in EMBEDDERS or not location:
                 raise ValueError(
-                    f"embedders has {embedder!r}, must be tagger:URI, clap:URI, panns:PATH or passt:PATH"
+                    f"embedders has {embedder!r}, must be tagger:URI, clap:URI, yamnet:PATH, panns:PATH or "
+                    "passt:PATH"
                 )
         for comparison in self.comparisons:
             name, _, against = comparison.partition(":")
@@ -144,7 +150,11 @@ class EvaluationConfig:
 def label_of(embedder: str) -> str:
     """Return the name of an embedder in metrics: panns, passt, or the last part of its location."""
     kind, _, location = embedder.partition(":")
-    return kind if kind in AUDIOSET_TAGGERS else Path(location.rpartition(":")[2].partition("#")[0]).stem
+    return (
+        kind
+        if kind in ("yamnet", *AUDIOSET_TAGGERS)
+        else Path(location.rpartition(":")[2].partition("#")[0]).stem
+    )
 
 
 def evaluation_mini() -> EvaluationConfig:

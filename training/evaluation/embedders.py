@@ -1,4 +1,5 @@
-"""Embedding models of clips: ``tagger:URI``, ``clap:URI``, ``panns:PATH``, ``passt:PATH``.
+"""Embedding models of clips: ``tagger:URI``, ``clap:URI``, ``yamnet:PATH``, ``panns:PATH``,
+``passt:PATH``.
 
 Shape legend: B clips, N samples, S segments, H hidden width, D embedding width, K classes.
 """
@@ -27,6 +28,7 @@ from services.weights.uri import resolve
 from training.data.store import file_digest
 from training.evaluation.panns import Cnn14, load_panns
 from training.evaluation.passt import Passt, load_passt
+from training.evaluation.yamnet import Yamnet, load_yamnet
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +154,22 @@ def load_tagger(uri: str, device: str = "cpu") -> TaggerEmbedder:
     return TaggerEmbedder(tagger.float().to(target).eval().requires_grad_(False), resolved.digest)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class YamnetEmbedder:
+    """YAMNet: features and logits averaged over a clip's windows. Its classes have sigmoid posteriors."""
+
+    model: Yamnet
+    digest: str
+
+    def embed(self, clips: Sequence[Sound]) -> Embeddings:
+        """See `Embedder`."""
+        found = [self.model.windows(clip.waveform_N, clip.sampling_rate) for clip in clips]
+        return Embeddings(
+            embeddings_BD=np.stack([one.embeddings_WD.mean(axis=0) for one in found]),
+            logits_BK=np.stack([one.logits_WK.mean(axis=0) for one in found]),
+        )
+
+
 class Loader:
     """Loads models, each once."""
 
@@ -169,6 +187,9 @@ class Loader:
             case "clap":
                 loaded = self.clap(location)
                 return ClapEmbedder(loaded.model, loaded.version.digest)
+            case "yamnet":
+                path = Path(location).expanduser()
+                return YamnetEmbedder(load_yamnet(path), f"sha256:{file_digest(path)}")
             case _:
                 path = Path(location).expanduser()
                 load = load_passt if kind == "passt" else load_panns

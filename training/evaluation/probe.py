@@ -188,7 +188,8 @@ def judgement_metrics(
 
     ``presence``: all events; ``event_presence``: of single events; ``order_given_presence`` and
     ``reversed_given_presence``: of sequences whose events are there; ``in_order``: sequences with both;
-    ``others``: mean number of further classes.
+    ``others``: mean number of further classes; ``as_described``: all events, not in another order, and no
+    further class. Noise may have every class, so presence alone says little.
     """
     pairs = list(zip(judgements, truths, strict=True))
     sequences = [one for one, truth in pairs if truth.relation == "then"]
@@ -205,6 +206,9 @@ def judgement_metrics(
         "reversed_given_presence": mean([one.reversed for one in ordered]),
         "in_order": mean([one.in_order for one in sequences]),
         "others": float(np.mean([one.others for one, _ in pairs])) if pairs else float("nan"),
+        "as_described": mean(
+            [one.present and one.in_order is not False and not one.others for one, _ in pairs]
+        ),
     }
 
 

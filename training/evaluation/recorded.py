@@ -126,12 +126,12 @@ def examine(
 
 
 def retained(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the presence of each stage as a share of that of the stage before it."""
+    """Return the share as described of each stage, divided by that of the stage before it."""
     names = [name for name in STAGES if name in stages]
     return {
-        name: stages[name]["presence"] / stages[before]["presence"]
+        name: stages[name]["as_described"] / stages[before]["as_described"]
         for before, name in itertools.pairwise(names)
-        if stages[before]["presence"]
+        if stages[before]["as_described"]
     }
 
 

@@ -101,17 +101,14 @@ class LLMConfig:
         check_ranges(self)
 
 
-class ChatModel:
-    """A language model that answers with captions. Thread-safe."""
+class ChatEndpoint:
+    """An endpoint for OpenAI's chat completions, with retries. Thread-safe."""
 
-    def __init__(self, config: LLMConfig, cache: Path) -> None:
-        """Raises `InvalidInputError` if address or model are missing, `ModelError` if a folder is refused."""
-        self._config, self._cache = config, cache
+    def __init__(self, config: LLMConfig) -> None:
+        """Raises `InvalidInputError` if address or model are missing, or the config names a folder."""
+        self._config = config
         if config.folder is not None:
-            self._local: LocalChat | None = LocalChat(config.folder)
-            self._model = str(config.folder)
-            return
-        self._local = None
+            raise invalid("llm.folder", f"{config.folder} is a folder; give the address of an endpoint")
         base = config.base_url or os.environ.get(URL_VARIABLE)
         model = config.model or os.environ.get(MODEL_VARIABLE)
         if not base or urllib.parse.urlsplit(base).scheme not in ("http", "https"):
@@ -122,7 +119,7 @@ class ChatModel:
             )
         if not model:
             raise invalid("llm.model", f"is missing; set it, or {MODEL_VARIABLE}")
-        self._model = model
+        self.model = model
         self._url = f"{base.rstrip('/')}/chat/completions"
         key = os.environ.get(config.key_variable)
         self._headers: dict[str, str | openai.Omit] = {} if key else {"Authorization": openai.omit}
@@ -130,10 +127,55 @@ class ChatModel:
             api_key=key or "none",
             base_url=base,
             timeout=config.timeout,
-            max_retries=0,  # `_ask` retries: the package ignores a Retry-After of more than a minute
+            max_retries=0,  # `ask` retries: the package ignores a Retry-After of more than a minute
             # A redirect would take the key to another server.
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
+
+    def ask(self, body: Row) -> Any:
+        """Return the answer to a request, after up to `attempts` of them.
+
+        Raises `ServiceUnavailableError`, `MilongaError` or `BadAnswerError` as `ChatModel.captions`.
+        """
+        config, attempt = self._config, 0
+        refusal: openai.APIError
+        while True:
+            attempt += 1
+            try:
+                create = self._client.chat.completions.with_raw_response.create
+                content = create(**body, extra_headers=self._headers).text
+                break
+            except openai.APIConnectionError as error:
+                refusal, reason, asked = error, str(error.__cause__ or error), 0.0
+            except openai.APIStatusError as error:
+                refusal, reason = error, f"status {error.status_code} ({_message(error)})"
+                asked = _retry_after(error.response.headers.get("Retry-After"))
+                if error.status_code not in _TRANSIENT:
+                    raise MilongaError(
+                        f"{self._url}: {reason}; check llm.base_url, llm.model, llm.structured and the key "
+                        f"in {config.key_variable}"
+                    ) from error
+            if attempt >= config.attempts or asked > config.longest_wait:
+                again = f", asks to come back in {asked:g} s" if asked else ""
+                raise ServiceUnavailableError(
+                    f"{self._url}: {reason}{again} (request {attempt}); answers are kept: run again later"
+                ) from refusal
+            wait = min(_FIRST_WAIT * _GROWTH ** (attempt - 1), config.longest_wait)
+            time.sleep(max(wait * random.uniform(1 - _JITTER, 1 + _JITTER), asked))
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise BadAnswerError(f"the endpoint answered no JSON: {content[:80]!r}") from error
+
+
+class ChatModel:
+    """A language model that answers with captions. Thread-safe."""
+
+    def __init__(self, config: LLMConfig, cache: Path) -> None:
+        """Raises `InvalidInputError` if address or model are missing, `ModelError` if a folder is refused."""
+        self._config, self._cache = config, cache
+        self._local = None if config.folder is None else LocalChat(config.folder)
+        self._endpoint = None if self._local else ChatEndpoint(config)
 
     def captions(
         self,
@@ -182,7 +224,7 @@ class ChatModel:
             answer = json.dumps({"captions": [example]}, ensure_ascii=False)
             task += f" Answer with JSON alone: {answer}"
         body: Row = {
-            "model": self._model,
+            "model": str(self._config.folder) if self._endpoint is None else self._endpoint.model,
             "temperature": self._config.temperature,
             "messages": [
                 {"role": "system", "content": system},
@@ -197,43 +239,12 @@ class ChatModel:
 
     def _answer(self, body: Row, attempt: int) -> Any:
         """Return the answer in the form of an endpoint's."""
-        if self._local is None:
-            return self._ask(body)
+        if self._endpoint is not None:
+            return self._endpoint.ask(body)
+        assert self._local is not None
         seed = int(digest_of_value([body, attempt])[:8], 16)
         text = self._local.answer(body["messages"], body["temperature"], seed)
         return {"choices": [{"message": {"content": text}}]}
-
-    def _ask(self, body: Row) -> Any:
-        """Return the endpoint's answer, after up to `attempts` requests."""
-        config, attempt = self._config, 0
-        refusal: openai.APIError
-        while True:
-            attempt += 1
-            try:
-                create = self._client.chat.completions.with_raw_response.create
-                content = create(**body, extra_headers=self._headers).text
-                break
-            except openai.APIConnectionError as error:
-                refusal, reason, asked = error, str(error.__cause__ or error), 0.0
-            except openai.APIStatusError as error:
-                refusal, reason = error, f"status {error.status_code} ({_message(error)})"
-                asked = _retry_after(error.response.headers.get("Retry-After"))
-                if error.status_code not in _TRANSIENT:
-                    raise MilongaError(
-                        f"{self._url}: {reason}; check llm.base_url, llm.model, llm.structured and the key "
-                        f"in {config.key_variable}"
-                    ) from error
-            if attempt >= config.attempts or asked > config.longest_wait:
-                again = f", asks to come back in {asked:g} s" if asked else ""
-                raise ServiceUnavailableError(
-                    f"{self._url}: {reason}{again} (request {attempt}); answers are kept: run again later"
-                ) from refusal
-            wait = min(_FIRST_WAIT * _GROWTH ** (attempt - 1), config.longest_wait)
-            time.sleep(max(wait * random.uniform(1 - _JITTER, 1 + _JITTER), asked))
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise BadAnswerError(f"the endpoint answered no JSON: {content[:80]!r}") from error
 
 
 class LLMPerturber:

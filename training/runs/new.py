@@ -138,7 +138,7 @@ def _flat(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(evaluation: Mapping[str, Any]) -> list[str]:
-    columns = ("presence", "event_presence", "order_given_presence", "in_order", "fad", "kad")
+    columns = ("presence", "others", "order_given_presence", "as_described", "fad", "kad")
     lines = [
         f"| {evaluation['scenes']} held-out scenes | " + " | ".join(columns).replace("_", " ") + " |",
         f"|---{'|---' * len(columns)}|",

@@ -106,6 +106,7 @@ def test_metrics_are_shares(probe: Probe) -> None:
             "reversed_given_presence": 1 / 2,
             "in_order": 1 / 3,
             "others": 0.0,
+            "as_described": 1 / 2,
         }
     )
 
@@ -167,6 +168,7 @@ def test_a_fitted_probe_tells_a_tone_from_noise_and_their_order(
     found = judgement_metrics(judged, truths)
     assert found["presence"] == found["order_given_presence"] == 1.0
     assert found["others"] == 0.0
+    assert found["as_described"] == 1.0
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
