@@ -152,7 +152,7 @@ def read_sounds(config: NewModel) -> Sounds:
         raise invalid(
             "data",
             f"{config.data} has {len(splits.train)} readable clips with captions to train on, and a model "
-            f"needs {config.least_clips} or more; add recordings, or lower split.held_out",
+            f"needs {config.least_clips} or more; add recordings, or hold out fewer (model.split)",
         )
     scenes, sounds = config.scenes, {one.sound or one.captions[0] for one in splits.train}
     if len(sounds) == 1 and scenes.single < 1:

@@ -24,7 +24,7 @@ from training.loop.progress import say
 from training.pretraining.config import NewModel
 from training.pretraining.parts import HIFIGAN, MINILM, ready_vocoder
 from training.pretraining.train import Sounds, at_rate, read_sounds, train_new
-from training.tracking.register import CHALLENGER, Provenance, register
+from training.tracking.register import CHALLENGER, Provenance, check_names, register
 
 EVALUATION: Final = "evaluation.json"
 """File next to a model's folder, in ``NAME.parts``."""
@@ -66,7 +66,9 @@ class NewResult:
 def run_new(config: NewRun, output: Path, *, fresh: bool = False) -> NewResult:
     """Run every stage that is not finished. Raises as `train_new`, and as `register`."""
     output = output.resolve()
-    # A wrong path is reported now, not in an hour.
+    # A wrong name or path is reported now, not in an hour.
+    if config.register:
+        check_names(config.model.name, config.alias, "tango")
     yamnet = None if config.judge is None else load_yamnet(config.judge)
     report = train_new(config.model, output, fresh=fresh)
     evaluation = None
@@ -101,7 +103,7 @@ def _examined(config: NewRun, output: Path, yamnet: Yamnet, *, fresh: bool) -> d
     if sounds.held_out is None:
         say(
             f"warning: too few recordings are held out ({sounds.splits.rule}), so the model is not examined; "
-            "add recordings, or raise split.held_out"
+            "add recordings, or hold out more (model.split)"
         )
         return None
     probe = _judge(config, sounds, parts / JUDGE, yamnet, fresh=fresh)

@@ -124,7 +124,7 @@ def register(
     kind = kind_of(model.folder)
     folder = model.own_folder
     name = name or NAMES[kind]
-    _check_names(name, alias, kind)
+    check_names(name, alias, kind)
     artifacts = {"model": folder.resolve()}
     if kind == "reward":
         artifacts["clap"] = clap_of(folder, clap)
@@ -198,7 +198,8 @@ def clap_of(folder: Path, clap: str | None) -> Path:
     return found.folder
 
 
-def _check_names(name: str, alias: str | None, kind: Kind) -> None:
+def check_names(name: str, alias: str | None, kind: Kind) -> None:
+    """Raise `InvalidInputError` unless a model of `kind` can have this name and this alias."""
     violations = []
     if not re.fullmatch(r"[\w.-]+", name):
         violations.append(

@@ -45,7 +45,8 @@ def test_the_share_of_yes(answer: dict[str, Any], share: float | None) -> None:
 
 
 def test_an_answer_that_is_no_completion_is_refused() -> None:
-    for answer in ({}, {"choices": []}, [], None):
+    answers: list[Any] = [{}, {"choices": []}, [], None]
+    for answer in answers:
         with pytest.raises(MilongaError, match="no chat completion"):
             yes_share(answer)
 
