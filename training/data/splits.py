@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from services.errors import invalid
 from training.data.recordings import HELD_OUT_FOLDS, TRAINING_FOLDS, Recording
@@ -63,6 +63,24 @@ def split_recordings(recordings: Sequence[Recording], config: SplitConfig) -> Sp
     for group, one in zip(groups, recordings, strict=True):
         sides[group in held].append(one)
     return Splits(train=tuple(sides[0]), held_out=tuple(sides[1]), rule=rule)
+
+
+def describe_splits(source: str, splits: Splits) -> dict[str, Any]:
+    """Return what a report says of recordings, with licences and authors; `source` is their name."""
+
+    def stated(names: Sequence[str]) -> list[str]:
+        found = (one.fields.get(name) for one in splits.train for name in names)
+        return sorted({str(value) for value in found if value})
+
+    return {
+        "source": source,
+        "recordings": len(splits.train),
+        "held_out_recordings": len(splits.held_out),
+        "split": splits.rule,
+        "classes": sorted({one.sound for one in splits.train if one.sound is not None}),
+        "licences": stated(("license", "licence")),
+        "authors": stated(("author", "manufacturer", "artist", "user")),
+    }
 
 
 def recording_groups(recordings: Sequence[Recording]) -> list[str]:

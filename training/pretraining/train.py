@@ -10,7 +10,6 @@ resumes; what is finished is not done again.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,18 +25,12 @@ from training.data.captions import CaptionExample
 from training.data.examples import Clip, check_readable, short_message
 from training.data.recorded_scenes import RecordedScene, RecordedScenes
 from training.data.recordings import Recording, read_recordings
-from training.data.splits import Splits, split_recordings
+from training.data.splits import Splits, describe_splits, split_recordings
 from training.data.store import digest_of_value, write_json
-from training.finetuning.session import (
-    TRAINING,
-    build_policy,
-    finish_session,
-    open_session,
-    readable,
-)
-from training.finetuning.sft import SftTraining, loss_of
+from training.finetuning.session import TRAINING
+from training.finetuning.sft import Captioned, train_sft
 from training.loop.config import Plain, flatten
-from training.loop.fit import LoopConfig, adamw, fit
+from training.loop.fit import LoopConfig
 from training.loop.progress import progress, say
 from training.loop.run_folder import check_output, claim_folder
 from training.pretraining.autoencoder import Mels, train_autoencoder
@@ -54,6 +47,8 @@ FREE: Final = ("autoencoder.loop.checkpoint_seconds", "denoiser.loop.checkpoint_
 """Settings that may differ when a run is resumed."""
 ATTRIBUTION: Final = ("license", "licence", "author", "attribution", "url", "freesound_id", "source")
 """Fields of a list that a model card passes on."""
+COMPARED: Final = 32
+"""Held-out scenes whose denoising errors are compared."""
 UNREADABLE: Final = 0.1
 """Share of unreadable clips from which nothing is trained."""
 
@@ -103,9 +98,8 @@ def train_new(config: NewModel, output: Path, *, fresh: bool = False) -> dict[st
         write_start(config, vae, vocoder, mel, text, start)
     check_generator(start)
     del vae, vocoder, text
-    examples = [CaptionExample(clip=scene.clip, caption=scene.caption) for scene in scenes[: config.count]]
     denoiser = replace(config.denoiser, name=config.name, start=f"file:{start}", license=config.license)
-    return _train_denoiser(denoiser, examples, parts / "run.json", output, sounds, fresh=fresh)
+    return train_sft(denoiser, output, fresh=fresh, captioned=_captioned(config, scenes, sounds))
 
 
 def at_rate(config: NewModel, mel: VocoderMel) -> NewModel:
@@ -229,43 +223,22 @@ def _autoencoder(config: NewModel, mels: Mels, parts: Path, *, fresh: bool) -> A
         return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
 
 
-def _train_denoiser(
-    config: SftTraining,
-    examples: Sequence[CaptionExample],
-    source: Path,
-    output: Path,
-    sounds: Sounds,
-    *,
-    fresh: bool,
-) -> dict[str, Any]:
-    """Train the start's denoiser on scenes; `source` is the file that determines them."""
-    session, report = open_session(config, output, [source], {}, fresh=fresh)
-    if report is not None:
-        return report
-    left, unreadable = readable(
-        examples, lambda example: [example.clip], lambda example: example.caption, session, UNREADABLE
+def _captioned(config: NewModel, scenes: Sequence[RecordedScene], sounds: Sounds) -> Captioned:
+    """Return the scenes as examples, and some of held-out recordings to compare errors on."""
+    held_out = sounds.held_out
+    learned = [CaptionExample(clip=scene.clip, caption=scene.caption) for scene in scenes[: config.count]]
+    compared = [] if held_out is None else [held_out.scene(index) for index in range(COMPARED)]
+    return Captioned(
+        examples=tuple(learned),
+        held_out=tuple(CaptionExample(clip=scene.clip, caption=scene.caption) for scene in compared),
+        digest=digest_of_value([[one.clip.digest, one.caption] for one in learned]),
+        unusable={},
+        about={
+            **describe_splits(config.data.name, sounds.splits),
+            "unreadable": sounds.unreadable,
+            "attributions": attributions(sounds.splits.train),
+        },
     )
-    policy = build_policy(config, session.start)
-    fitted = fit(
-        policy,
-        adamw(policy, config.loop),
-        partial(loss_of, config=config, batch=config.loop.batch, examples=left, session=session),
-        config.loop,
-        session.run,
-        accelerator=session.accelerator,
-        title=f"denoiser {config.name}",
-    )
-    splits = sounds.splits
-    data = {
-        "examples": len(left),
-        "unreadable": {**sounds.unreadable, **{clip.name: why for clip, why in unreadable.items()}},
-        "recordings": len(splits.train),
-        "held_out": len(splits.held_out),
-        "split": splits.rule,
-        "classes": sorted({one.sound for one in splits.train if one.sound}),
-        "attributions": attributions(splits.train),
-    }
-    return finish_session(session, policy, "pretraining", fitted.steps, data)
 
 
 def attributions(recordings: Sequence[Recording]) -> list[dict[str, str]]:

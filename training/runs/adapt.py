@@ -23,7 +23,7 @@ from training.data.health import encoder_of
 from training.data.latents import LatentConfig
 from training.data.recorded_scenes import LoudestPart, RecordedSceneConfig, RecordedScenes
 from training.data.recordings import Recording, read_recordings
-from training.data.splits import SplitConfig, Splits, split_recordings
+from training.data.splits import SplitConfig, Splits, describe_splits, split_recordings
 from training.data.store import digest_of_value
 from training.finetuning.session import LoraConfig
 from training.finetuning.sft import Captioned, SftTraining, train_sft
@@ -109,7 +109,7 @@ def adapt(config: Adaptation, output: Path, *, fresh: bool = False) -> dict[str,
         held_out=tuple(held_out),
         digest=digest_of_value([[one.clip.name, one.caption] for one in (*learned, *held_out)]),
         unusable=unusable,
-        about=describe_data(config, splits),
+        about=describe_splits(config.data.name, splits),
     )
     report = train_sft(config.training, output, fresh=fresh, captioned=captioned)
     write_held_out(output.with_name(f"{output.name}.run") / HELD_OUT, splits)
@@ -196,24 +196,6 @@ def scene_examples(
     )  # fmt: skip
     drawn = [scenes.scene(index) for index in range(count)]
     return [CaptionExample(clip=one.clip, caption=one.caption) for one in drawn]
-
-
-def describe_data(config: Adaptation, splits: Splits) -> dict[str, Any]:
-    """Return the entries of the report on the recordings, among them their licences and authors."""
-
-    def stated(names: Sequence[str]) -> list[str]:
-        found = (one.fields.get(name) for one in splits.train for name in names)
-        return sorted({str(value) for value in found if value})
-
-    return {
-        "source": config.data.name,
-        "recordings": len(splits.train),
-        "held_out_recordings": len(splits.held_out),
-        "split": splits.rule,
-        "classes": sorted({one.sound for one in splits.train if one.sound is not None}),
-        "licences": stated(("license", "licence")),
-        "authors": stated(("author", "manufacturer", "artist", "user")),
-    }
 
 
 def write_held_out(path: Path, splits: Splits) -> None:

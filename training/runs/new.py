@@ -162,7 +162,7 @@ def card(
         f"* {row['clip']}: " + ", ".join(f"{name} {value}" for name, value in row.items() if name != "clip")
         for row in data["attributions"]
     ]
-    held_out = f"{data['held_out']} are held out ({data['split']})"
+    held_out = f"{data['held_out_recordings']} are held out ({data['split']})"
     return f"""---
 license: {manifest.license.lower()}
 library_name: diffusers

@@ -29,7 +29,7 @@ def test_the_card_states_parts_licences_and_figures(tmp_path: Path) -> None:
         "data": {
             "recordings": 40,
             "examples": 100,
-            "held_out": 8,
+            "held_out_recordings": 8,
             "split": "fold 5",
             "classes": ["dog", "rain"],
             "attributions": [{"clip": "1.wav", "license": "CC BY 3.0", "author": "Ann"}],
