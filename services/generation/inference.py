@@ -97,13 +97,13 @@ class GenerationInference:
     def limits(self) -> Mapping[str, str]:
         """Limits of a request, as metadata; durations are in seconds."""
         limits = self._slot.current.engine.limits
+        lists = {"adapters": limits.adapters, "profiles": limits.profiles}
         return {
             "min_duration": f"{limits.min_duration:g}",
             "max_duration": f"{limits.max_duration:g}",
             "max_num_inference_steps": str(limits.max_steps),
             "schedulers": ",".join(limits.schedulers),
-            "adapters": ",".join(limits.adapters),
-            "profiles": ",".join(limits.profiles),
+            **{name: ",".join(values) for name, values in lists.items() if values},
         }
 
     @contextmanager
