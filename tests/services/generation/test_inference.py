@@ -120,6 +120,7 @@ def test_the_server_says_what_it_serves(client: triton.InferenceServerClient) ->
         ("SCHEDULER", "BYTES", (-1,)),
         ("LOUDNESS", "FP32", (-1,)),
         ("ADAPTER", "BYTES", (-1,)),
+        ("PROFILE", "BYTES", (-1,)),
     }
     assert {(one.name, one.datatype, tuple(one.shape)) for one in metadata.outputs} == {
         ("AUDIO", "FP32", (-1, -1)),
