@@ -58,6 +58,7 @@ def test_cancel_ends_the_call_and_the_next_one_works(visit: Visit) -> None:
     cancel.click()
     page.get_by_text("Cancelled.").wait_for()
     until(lambda: engine.stats.running == 0)
+    page.get_by_text("Cancelled.").wait_for()
     assert page.locator(".card").count() == 0
     _fill(page, Steps="1")
     page.get_by_role("button", name="Make clips").click()

@@ -81,12 +81,9 @@ class Buttons:
             concurrency_limit=None,
             api_visibility="private",
         )
-        self.cancel.click(
-            lambda: (*_idle(), note("Cancelled.")),
-            None,
-            [self.start, self.cancel, said],
-            cancels=[started],
-            **QUIET,
+        # Afterwards: otherwise a last update of the cancelled call can replace this one.
+        self.cancel.click(None, cancels=[started], **QUIET).then(
+            lambda: (*_idle(), note("Cancelled.")), None, [self.start, self.cancel, said], **QUIET
         )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from examples import demo
 from services import cli
+from services.api.scoring import Reward
 from services.cli import doctor, prompts
 from services.cli.progress import stage_of
 from services.client import Clip, GenerationOptions, Progress, Queued
@@ -567,7 +568,26 @@ def test_the_demo_page_needs_no_other_file(
         assert "Traceback" not in log
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["prompt", "clap-a", "clap-b"]
-    assert len(rows) >= 3
+    (start,) = (number for number, row in enumerate(rows) if row.startswith("The reward model likes "))
+    for prompt in demo.PROMPTS:
+        place = rows.index(f"  {prompt}", start)
+        assert "The reward model " in rows[place + 1]
+        assert rows[place + 2].startswith("    The captioner says: ")
+
+
+def test_the_demo_says_in_words_what_the_reward_model_likes() -> None:
+    scored = [
+        [demo.PairScores(scores=(), reward=Reward.of(logit)) for _ in range(2)] for logit in (3.0, -3.0)
+    ]
+    lines = demo.report(("rain", "a dog"), scored, ("rain falls", "a bell"))
+    assert lines[0] == "The reward model likes 1 of 2 clips:"
+    assert lines[1:4] == [
+        "  rain",
+        "    The reward model likes it: probability 0.95 that a listener calls it right.",
+        "    The captioner says: rain falls",
+    ]
+    assert "does not like it: probability 0.05" in lines[5]
+    assert "milonga generate --candidates 4" in lines[7]
 
 
 def test_a_demo_whose_service_does_not_come_up_says_why(tmp_path: Path) -> None:

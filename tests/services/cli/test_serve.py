@@ -306,6 +306,9 @@ def test_up_puts_the_web_door_in_front(models: Models) -> None:
         assert set(ready) == {*CATALOGUE, "web"}
         assert f"http://127.0.0.1:{door}/docs" in ready["web"]
         assert f"curl 127.0.0.1:{door}/v1/audio/generate" in out.readline()
+        assert out.readline() == f"studio: http://127.0.0.1:{door}\n"
+        with urllib.request.urlopen(f"http://127.0.0.1:{door}/", timeout=60) as response:
+            assert "Milonga studio" in response.read().decode()
         with urllib.request.urlopen(f"http://127.0.0.1:{door}/health", timeout=60) as response:
             assert set(json.load(response)["services"]) == {*CATALOGUE}
         running_one.process.send_signal(signal.SIGINT)
