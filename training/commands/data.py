@@ -4,7 +4,9 @@ milonga data check my-sounds/ -o report.html
 milonga data scenes my-sounds/ -o scenes/ --count 2000
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from training.data.health import DataHealth
 
 _SHOWN = 5
+_MISSING_FILE = os.strerror(errno.ENOENT)
 
 data = typer.Typer(help="Look at recordings, and make scenes of them.", no_args_is_help=True)
 
@@ -195,6 +198,8 @@ def _print(health: "DataHealth", output: Path | None) -> None:
 def _first_problem(health: "DataHealth") -> str:
     clip = health.clips[0]
     kind, detail = next(iter(clip.problems.items()))
+    if _MISSING_FILE in detail:
+        detail += f" ({clip.name}); give the folder of the clips by --audio-root"
     return f"{clip.place or clip.name}: {kind}{f', {detail}' if detail else ''}"
 
 

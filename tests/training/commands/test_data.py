@@ -130,6 +130,15 @@ def test_it_fails_if_nothing_is_usable_or_by_strict(
     assert exit_code(caught.value) == 2
 
 
+def test_clips_that_are_not_there_are_named_with_the_remedy(sounds: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file,class\ndog/01.wav,dog\nrain/00.wav,rain\n")
+    with pytest.raises(
+        InvalidInputError, match=r"No such file or directory \(dog/01\.wav\); give .*--audio-root"
+    ):
+        run("check", str(tmp_path / "list.csv"))
+    run("check", str(tmp_path / "list.csv"), "--audio-root", str(sounds))
+
+
 def test_a_single_class_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dog").mkdir()
     for number in range(3):
