@@ -34,6 +34,7 @@ _MARKERS = {
     "provenance": "c2pa-python",
     "ratings": "sqlalchemy",
     "mcp": "mcp",
+    "judges": "ai-edge-litert",
     "laion-clap": "laion-clap",
     "dev": "pytest",
 }
@@ -46,6 +47,7 @@ _PURPOSES = {
     "provenance": "to sign clips and to verify them",
     "ratings": "to have pairs of clips rated",
     "mcp": "to give agents the services as tools",
+    "judges": "to examine models of your own sounds with YAMNet",
     "laion-clap": "to run laion-clap:PATH by LAION's own package, and to compare ours with it; "
     "laion:PATH does not need it",
     "dev": "to work on milonga",
