@@ -30,17 +30,18 @@ def base_of(folder: Path) -> str:
     return uri
 
 
-def merged_folder(folder: Path, base: Path, identity: ModelVersion) -> Path:
+def merged_folder(folder: Path, base: Path, base_digest: str, identity: ModelVersion) -> Path:
     """Return the folder of the model in `base` with the adapter in `folder` merged into its denoiser.
 
-    It is in the cache under the digest of `identity`, the adapter's; unchanged files are links to the base's,
-    where the file system allows it.
+    It is in the cache under the digests of `identity`, the adapter's, and of the base; unchanged files are
+    links to the base's, where the file system allows it.
 
     Raises:
         ModelFormatError: the adapter does not fit the model.
         OutputError: the cache can't be written.
     """
-    target = cache_folder() / "merged" / identity.digest.removeprefix("sha256:")
+    digests = (one.removeprefix("sha256:")[:32] for one in (identity.digest, base_digest))
+    target = cache_folder() / "merged" / "-".join(digests)
     with suppress(ModelError):
         verify_manifest(target)
         return target

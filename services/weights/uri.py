@@ -28,6 +28,7 @@ from services.errors import (
     FieldViolation,
     InvalidInputError,
     ModelError,
+    ModelFormatError,
     ModelNotFoundError,
     invalid,
 )
@@ -179,14 +180,45 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None, merge: bool
         found = _checkpoint(Path(uri.path).expanduser().resolve(), uri.digest)
         return replace(found, reader="laion" if uri.scheme == "laion" else "laion-clap")
     found = _resolved(uri, tracking_uri)
-    if merge and (found.folder / ADAPTER_CONFIG).is_file():
-        from services.weights.merging import base_of, merged_folder  # needs torch
+    return _merged(found, uri, tracking_uri, ()) if merge else found
 
-        with naming(f"{found.identity.name}: the model that the adapter was trained from"):
-            base = resolve(base_of(found.folder), tracking_uri=tracking_uri)
-        folder = merged_folder(found.folder, base.folder, found.identity)
-        return replace(found, folder=folder, adapter=found.folder)
-    return found
+
+def _merged(
+    found: ResolvedModel, uri: ModelURI, tracking_uri: str | None, above: tuple[Path, ...]
+) -> ResolvedModel:
+    """Return a model, or what an adapter is merged into; `above` are the adapters that it is the base of.
+
+    An adapter is untrusted: it must not have other places read than its own kind of place.
+    """
+    if not (found.folder / ADAPTER_CONFIG).is_file():
+        return found
+    from services.weights.merging import base_of, merged_folder  # needs torch
+
+    with naming(f"{found.identity.name}, the model that the adapter was trained from"):
+        start = _base_uri(base_of(found.folder))
+        if start.scheme not in ("embedded", "models", uri.scheme) or start.scheme in LAION_SCHEMES:
+            raise ModelFormatError(
+                f"{start.scheme}:{start.path} can't be the base of an adapter in {uri.scheme}:; register "
+                "that model, and state it as models:/NAME/VERSION in base_model_name_or_path"
+            )
+        if start.scheme == "file" and not any(
+            (_folder(start) / name).is_file() for name in ("model_index.json", ADAPTER_CONFIG)
+        ):
+            raise ModelNotFoundError(f"{start.path} is no model folder; correct base_model_name_or_path")
+        base = _resolved(start, tracking_uri)
+        if base.folder in (found.folder, *above):
+            raise ModelFormatError("is an adapter of itself; correct base_model_name_or_path")
+        base = _merged(base, start, tracking_uri, (found.folder, *above))
+    folder = merged_folder(found.folder, base.folder, base.digest, found.identity)
+    return replace(found, folder=folder, adapter=found.folder)
+
+
+def _base_uri(text: str) -> ModelURI:
+    try:
+        return ModelURI.parse(text)
+    except InvalidInputError as error:
+        (fault,) = error.violations
+        raise ModelFormatError(f"base_model_name_or_path {fault.description}") from error
 
 
 def _resolved(uri: ModelURI, tracking_uri: str | None) -> ResolvedModel:

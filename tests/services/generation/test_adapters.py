@@ -17,7 +17,7 @@ from services.api.generation import Finished
 from services.cli import run
 from services.client import AudioClient
 from services.engine import Engine
-from services.errors import InvalidInputError, ModelFormatError
+from services.errors import InvalidInputError, ModelFormatError, ModelNotFoundError
 from services.generation.settings import GenerationSettings
 from services.generation.slot import load_engine
 from services.generation.triton import open_model
@@ -143,6 +143,29 @@ def test_a_service_does_not_start_with_an_adapter_of_another_architecture(folder
         load_engine(settings, resolve(settings.model))
     with pytest.raises(ModelFormatError, match="is an adapter of another architecture"):
         resolve(f"file:{folders / 'other'}")
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        (None, "does not state the model that it was trained from"),
+        ("cvssp/audioldm2", "base_model_name_or_path is 'cvssp/audioldm2', must be mini"),
+        ("file:{folder}", "is an adapter of itself"),
+        ("file:/usr/lib", "is no model folder; correct base_model_name_or_path"),
+        ("laion:/etc/hostname", "can't be the base of an adapter in file:"),
+        ("hf:someone/else", "can't be the base of an adapter in file:"),
+    ],
+)
+def test_an_adapters_own_word_on_its_base_is_not_trusted(
+    folders: Path, tmp_path: Path, base: str | None, reason: str
+) -> None:
+    folder = tmp_path / "adapter"
+    tiny_adapter(folder, tiny_pipeline())
+    config = folder / "adapter_config.json"
+    stated = {"base_model_name_or_path": base and base.format(folder=folder)}
+    config.write_text(json.dumps(json.loads(config.read_text()) | stated))
+    with pytest.raises(ModelFormatError if base != "file:/usr/lib" else ModelNotFoundError, match=reason):
+        resolve(f"file:{folder}")
 
 
 def test_triton_reads_the_list_as_a_setting(folders: Path, tmp_path: Path, engine: Engine) -> None:
