@@ -33,8 +33,12 @@ class AdapterSources:
         if found is not None and (self.registry or self.any_uri):
             separator = "/" if found["version"].isdigit() else "@"
             return ModelURI.parse(f"models:/{found['name']}{separator}{found['version']}")
-        if self.any_uri:
+        if self.any_uri and ":" in name:
             return ModelURI.parse(name)
-        known = [*self.listed, *(["NAME@VERSION of the registry"] if self.registry else [])]
+        known = [
+            *self.listed,
+            *(["NAME@VERSION of the registry"] if self.registry or self.any_uri else []),
+            *(["a model URI, such as file:PATH"] if self.any_uri else []),
+        ]
         remedy = f"must be one of {', '.join(known)}" if known else "and this service has no adapters"
         raise invalid("adapter", f"is {name[:80]!r}, {remedy}")

@@ -106,7 +106,7 @@ class AdapterStore:
         denoiser = self._pipeline.adaptable
         if denoiser is None:
             family = type(self._pipeline).__name__
-            raise ModelFormatError(f"the served model, a {family}, takes no adapters; leave it out")
+            raise ModelFormatError(f"the served model ({family}) takes no adapters; leave it out")
         if not (model.folder / ADAPTER_CONFIG).is_file():
             raise ModelFormatError(
                 f"{model.identity.name} is no adapter: it has no {ADAPTER_CONFIG}; give a folder that a "
