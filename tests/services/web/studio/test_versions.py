@@ -4,8 +4,6 @@ import html
 import re
 from pathlib import Path
 
-import pytest
-
 from services.processes import free_port
 from services.runtime.settings import load_settings
 from services.web.backend import Backend
