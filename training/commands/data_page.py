@@ -40,7 +40,7 @@ th, td { text-align: left; padding: .25rem 1.1rem .25rem 0; border-bottom: 1px s
   vertical-align: top; }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; } td.number { text-align: right; }
 td.bar { width: 16rem; }
-td.bar i { display: block; height: .7rem; margin-top: .4rem; background: var(--accent); border-radius: 2px;
+td.bar i { display: block; height: .7rem; margin-top: .4rem; background: var(--soft); border-radius: 2px;
   min-width: 2px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem;
   margin-top: .6rem; }
