@@ -102,7 +102,8 @@ def test_shards_and_nodes_share_a_volume(cluster: Cluster, registry: str) -> Non
     cluster.create_job("multi-node", lambda arg: names.get(arg, arg))
     cluster.wait_for_job("multi-node")
     cluster.transcript.figure("DPO on two nodes (smoke, gloo), s", time.monotonic() - start)
-    assert "6 steps on 8 examples" in cluster.kubectl("-n", NAMESPACE, "logs", "job/multi-node", "--tail=30")
+    log = cluster.kubectl("-n", NAMESPACE, "logs", "job/multi-node", "--tail=30")
+    assert re.search(r"6 steps on \d+ examples", log), log
 
 
 @pytest.mark.parametrize(
