@@ -200,6 +200,28 @@ def fetch(path: str, *, pin: str | None = None, uri: str | None = None) -> tuple
     return _cached(name, str(found.version), digest)
 
 
+def fetch_digest(digest: str, *, uri: str | None = None) -> tuple[Path, ModelVersion]:
+    """Fetch a version with this digest, whatever it is called, unless the cache has it. Raises as `fetch`."""
+    folder = _place(digest)
+    if _intact(folder, digest):
+        manifest = read_manifest(folder)
+        return _cached(manifest.name, manifest.version, digest)
+    uri = tracking_uri(uri)
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found: Any = client.search_model_versions(f"tags.`{DIGEST_TAG}`='{digest}'")
+    except MlflowException as error:
+        raise _unreachable(uri, _reason(error)) from error
+    if not found:
+        raise ModelNotFoundError(
+            f"no version in the registry {shown(uri)} has the digest {digest}; register that model first: "
+            "`milonga train register FOLDER`"
+        )
+    return fetch(f"/{found[0].name}/{found[0].version}", pin=digest, uri=uri)
+
+
 def parse_path(path: str) -> tuple[str, str, str]:
     """Return name, version and alias of what follows ``models:``; one of the latter two is empty.
 

@@ -33,7 +33,7 @@ from services.errors import (
     invalid,
 )
 from services.models.manifest import ADAPTER_CONFIG, DIGEST, hash_file, verify_manifest
-from services.weights.registry import fetch, parse_path
+from services.weights.registry import fetch, fetch_digest, parse_path
 
 EMBEDDED = ("mini", "mini-base")
 """Models of the embedded family that need no prefix."""
@@ -60,7 +60,8 @@ class ModelURI:
     scheme: str
     """embedded, file, hf, laion, laion-clap or models."""
     path: str
-    """The part after the scheme; the name of an embedded model."""
+    """The part after the scheme; the name of an embedded model. Empty: the version in the registry with this
+    digest, whatever it is called."""
     digest: str | None = None
     """The pin: `sha256:` and 64 hexadecimal digits."""
 
@@ -186,21 +187,13 @@ def resolve(uri: ModelURI | str, *, tracking_uri: str | None = None, merge: bool
 def _merged(
     found: ResolvedModel, uri: ModelURI, tracking_uri: str | None, above: tuple[Path, ...]
 ) -> ResolvedModel:
-    """Return a model, or what an adapter is merged into; `above` are the adapters that it is the base of.
-
-    An adapter is untrusted: it must not have other places read than its own kind of place.
-    """
+    """Return a model, or what an adapter is merged into; `above` are the adapters that it is the base of."""
     if not (found.folder / ADAPTER_CONFIG).is_file():
         return found
-    from services.weights.merging import base_of, merged_folder  # needs torch
+    from services.weights.merging import merged_folder  # needs torch
 
     with naming(f"{found.identity.name}, the model that the adapter was trained from"):
-        start = _base_uri(base_of(found.folder))
-        if start.scheme not in ("embedded", "models", uri.scheme) or start.scheme in LAION_SCHEMES:
-            raise ModelFormatError(
-                f"{start.scheme}:{start.path} can't be the base of an adapter in {uri.scheme}:; register "
-                "that model, and state it as models:/NAME/VERSION in base_model_name_or_path"
-            )
+        start = base_uri(found.folder, uri.scheme)
         if start.scheme == "file" and not any(
             (_folder(start) / name).is_file() for name in ("model_index.json", ADAPTER_CONFIG)
         ):
@@ -213,17 +206,37 @@ def _merged(
     return replace(found, folder=folder, adapter=found.folder)
 
 
-def _base_uri(text: str) -> ModelURI:
+def base_uri(adapter: Path, scheme: str) -> ModelURI:
+    """Return the URI of the model that the adapter in a folder was trained from.
+
+    An adapter is untrusted: it must not have other places read than its own kind of place, `scheme`. For one
+    of the registry, a model that it states elsewhere is the registered version with the same digest.
+
+    Raises `ModelFormatError` if it states none, or one that it may not.
+    """
+    from services.weights.merging import base_of  # needs torch
+
     try:
-        return ModelURI.parse(text)
+        start = ModelURI.parse(base_of(adapter))
     except InvalidInputError as error:
         (fault,) = error.violations
         raise ModelFormatError(f"base_model_name_or_path {fault.description}") from error
+    if start.scheme in ("embedded", "models") or (start.scheme == scheme and scheme not in LAION_SCHEMES):
+        return start
+    if scheme == "models" and start.digest and start.scheme not in LAION_SCHEMES:
+        return ModelURI(scheme="models", path="", digest=start.digest)
+    raise ModelFormatError(
+        f"{start.scheme}:{start.path} can't be the base of an adapter in {scheme}:; register "
+        "that model, and state it as models:/NAME/VERSION in base_model_name_or_path"
+    )
 
 
 def _resolved(uri: ModelURI, tracking_uri: str | None) -> ResolvedModel:
     if uri.scheme == "models":
-        folder, identity = fetch(uri.path, pin=uri.digest, uri=tracking_uri)
+        if uri.path:
+            folder, identity = fetch(uri.path, pin=uri.digest, uri=tracking_uri)
+        else:
+            folder, identity = fetch_digest(uri.digest or "", uri=tracking_uri)
         return ResolvedModel(folder=folder, identity=identity)
     folder = _folder(uri)
     if not folder.is_dir():

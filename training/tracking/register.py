@@ -46,7 +46,7 @@ from services.weights.registry import (
     shown,
     tracking_uri,
 )
-from services.weights.uri import ModelURI, ResolvedModel, resolve
+from services.weights.uri import ModelURI, ResolvedModel, base_uri, naming, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -114,7 +114,8 @@ def register(
 
     Raises:
         InvalidInputError: a name or alias that can't be one.
-        ModelError: the folder is refused (no manifest; files that differ from it), or its CLAP model is.
+        ModelError: the folder is refused (no manifest; files that differ from it), or its CLAP model is, or
+            the registry lacks the model that an adapter was trained from.
         DigestMismatchError: what came back is something else; no alias points to it.
         ServiceUnavailableError: the server does not answer.
     """
@@ -125,6 +126,8 @@ def register(
     folder = model.own_folder
     name = name or NAMES[kind]
     check_names(name, alias, kind)
+    if model.adapter is not None:
+        _check_base(model.adapter, uri)
     artifacts = {"model": folder.resolve()}
     if kind == "reward":
         artifacts["clap"] = clap_of(folder, clap)
@@ -213,6 +216,12 @@ def check_names(name: str, alias: str | None, kind: Kind) -> None:
         violations.append(FieldViolation("--alias", f"is {alias!r}, must be {CHALLENGER} or {CHAMPION}"))
     if violations:
         raise InvalidInputError(*violations)
+
+
+def _check_base(adapter: Path, uri: str) -> None:
+    """Raise `ModelError` unless the registry has the model that an adapter was trained from."""
+    with naming(f"{adapter}, the model that the adapter was trained from"):
+        resolve(base_uri(adapter, "models"), tracking_uri=uri, merge=False)
 
 
 def _find(client: "MlflowClient", name: str, digest: str) -> str | None:

@@ -216,19 +216,23 @@ def test_a_captioner_is_registered_and_describes_clips(store: str, tmp_path: Pat
 def test_an_adapter_is_a_version_that_requests_and_promotions_can_name(
     store: str, model: Path, tmp_path: Path
 ) -> None:
-    base, _ = register(model)
     folder = tmp_path / "tuned-adapter"
     pipeline = tiny_pipeline()
     tiny_adapter(folder, pipeline)
     config = folder / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base.uri}))
+    trained_from = f"file:{model}#{verify_manifest(model).digest}"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": trained_from}))
     write_manifest(folder, name="tuned-adapter", version="1", license="CC0-1.0")
+    with pytest.raises(ModelNotFoundError, match=r"has the digest .*; register that model first"):
+        register(folder)
+    base, _ = register(model)
     done, created = register(folder, alias=CHAMPION)
+    shutil.rmtree(model)
     assert (done.name, done.version, created) == ("milonga-tango", "2", True)
 
     found = resolve(done.uri)
     assert (found.identity.version, found.digest) == ("2", verify_manifest(folder).digest)
-    assert set(read_manifest(found.folder).files) == set(read_manifest(model).files)
+    assert set(read_manifest(found.folder).files) == set(read_manifest(resolve(base.uri).folder).files)
     Registry(store).check_architecture(base, done)
     other = tmp_path / "other"
     tiny_tangoflux().save_pretrained(other)

@@ -1,6 +1,7 @@
 """A local promotion on real processes: a service that switches, challengers, clips by gRPC."""
 
 import csv
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from services.models import manifest
 from services.models.manifest import write_manifest
 from services.processes import ServicePlan, free_port, running
 from services.weights.uri import resolve
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_adapter, tiny_pipeline
 from training.promotion.errors import GatesRefusedError, RollbackError, RolloutError
 from training.promotion.gates.gates import GatesConfig, read_gates
 from training.promotion.ledger import EVIDENCE, Ledger
@@ -98,6 +99,15 @@ def hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashes:
 def model(folder: Path, seed: int) -> Path:
     tiny_pipeline(seed).save_pretrained(folder)
     write_manifest(folder, name="tiny", version=str(seed), license="Apache-2.0")
+    return folder
+
+
+def adapter(folder: Path, base: str) -> Path:
+    """Write an adapter of `model(folder, 0)`, trained from the model URI `base`."""
+    tiny_adapter(folder, tiny_pipeline(0))
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+    write_manifest(folder, name="tiny-adapter", version="1", license="Apache-2.0")
     return folder
 
 
@@ -201,6 +211,12 @@ def test_a_local_service_is_promoted_rolled_back_and_protected(
     roll_back(promoter)
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
 
+    tuned, _ = register(adapter(tmp_path / "tuned", f"file:{tmp_path / 'first'}#{first.digest}"))
+    promote(promoter, gates(tmp_path, -2.0), model="milonga-tango")
+    assert (served(service), registry.alias("milonga-tango", "champion")) == (tuned.digest, tuned.version)
+    roll_back(promoter)
+    assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
+
     reported.clear()
     with pytest.raises(GatesRefusedError, match=r"clap.clap-b: difference at least"):
         promote(promoter, gates(tmp_path, 2.0), model="milonga-tango", version="3")
@@ -220,7 +236,7 @@ def test_a_local_service_is_promoted_rolled_back_and_protected(
         promote(promoter, gates(tmp_path, -2.0), model="milonga-tango", version=third.version)
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
     assert [e.outcome for e in promoter.ledger.entries()] == [
-        *("failed", "refused", "rolled back", "promoted", "bootstrapped", "failed")
+        *("failed", "refused", "rolled back", "promoted", "rolled back", "promoted", "bootstrapped", "failed")
     ]
     with pytest.raises(MilongaError):
         target.set_pin(third.uri, 30.0)
