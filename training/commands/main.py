@@ -12,6 +12,7 @@ from training.commands import captioning as captioning_commands
 from training.commands import evaluate as evaluate_command
 from training.commands import explanations as explanation_commands
 from training.commands import finetune as finetune_commands
+from training.commands import listen as listen_command
 from training.commands import new as new_command
 from training.commands import run as run_command
 from training.commands import submit as submit_command
@@ -115,6 +116,7 @@ train.command()(finetune_commands.baton)
 train.command()(finetune_commands.distill)
 train.command()(adapt_command.adapt)
 train.command()(evaluate_command.evaluate)
+train.command()(listen_command.listen)
 train.command()(explanation_commands.evaluate_explanations)
 train.command()(captioning_commands.captioning)
 train.command()(captioning_commands.paraphrase)
