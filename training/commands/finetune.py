@@ -20,58 +20,31 @@ from training.commands.options import (
     take_ratings,
 )
 
+Stage = Literal["sft", "dpo", "baton", "distill"]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder of the model.", show_default="build/COMMAND/NAME"),
 ]
 
 
-def sft(
-    recipe: Recipe = "mini",
-    settings: Settings = None,
-    output: Output = None,
-    resume: Resume = True,
-    show: Show = False,
-) -> None:
-    """Fine-tune a denoiser on the chosen clips of preference pairs."""
-    _run("sft", recipe, settings or [], output, fresh=not resume, show=show)
+def _command(stage: Stage, doc: str) -> Callable[..., None]:
+    """Return the command of a stage, with `doc` as its help."""
 
+    def command(
+        recipe: Recipe = "mini",
+        settings: Settings = None,
+        output: Output = None,
+        resume: Resume = True,
+        show: Show = False,
+    ) -> None:
+        _run(stage, recipe, settings or [], output, fresh=not resume, show=show)
 
-def dpo(
-    recipe: Recipe = "mini",
-    settings: Settings = None,
-    output: Output = None,
-    resume: Resume = True,
-    show: Show = False,
-) -> None:
-    """Align a denoiser with preference pairs by diffusion-DPO."""
-    _run("dpo", recipe, settings or [], output, fresh=not resume, show=show)
-
-
-def baton(
-    recipe: Recipe = "mini",
-    settings: Settings = None,
-    output: Output = None,
-    resume: Resume = True,
-    show: Show = False,
-) -> None:
-    """Fine-tune a denoiser on clips weighted by their reward (BATON)."""
-    _run("baton", recipe, settings or [], output, fresh=not resume, show=show)
-
-
-def distill(
-    recipe: Recipe = "mini",
-    settings: Settings = None,
-    output: Output = None,
-    resume: Resume = True,
-    show: Show = False,
-) -> None:
-    """Distil a denoiser into one that makes a clip in 1 to 8 calls, without the unconditional half."""
-    _run("distill", recipe, settings or [], output, fresh=not resume, show=show)
+    command.__name__, command.__doc__ = stage, doc
+    return command
 
 
 def _run(
-    stage: Literal["sft", "dpo", "baton", "distill"],
+    stage: Stage,
     recipe: str,
     settings: Sequence[str],
     output: Path | None,
@@ -109,3 +82,11 @@ def _run(
     if main:
         typer.echo("\n".join(["", *summary(report)]))
         typer.echo(f"{target}: milonga serve generation --model file:{target}")
+
+
+sft = _command("sft", "Fine-tune a denoiser on the chosen clips of preference pairs.")
+dpo = _command("dpo", "Align a denoiser with preference pairs by diffusion-DPO.")
+baton = _command("baton", "Fine-tune a denoiser on clips weighted by their reward (BATON).")
+distill = _command(
+    "distill", "Distil a denoiser into one that makes a clip in 1 to 8 calls, without the unconditional half."
+)

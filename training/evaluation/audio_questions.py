@@ -1,4 +1,4 @@
-"""Ask a language model that hears: does the clip contain what its prompt says?
+"""Ask a language model that takes audio: does the clip contain what its prompt says?
 
     --set questions.base_url=http://localhost:8000/v1 --set questions.model=qwen-audio
 
@@ -7,7 +7,7 @@ as a share of Yes and No, in the distribution over the answer's first token. End
 probabilities give 1 or 0. Any endpoint for OpenAI's chat completions with ``input_audio``; answers are cached
 on disk by the digest of the request.
 
-Written after the paper's description and tested against a stub; no model that hears was available.
+Written after the paper's description and tested against a stub; no model that takes audio was available.
 """
 
 import base64

@@ -37,7 +37,7 @@ from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
 
 ANSWERS = Path("build/questions")
-"""Default folder of the kept answers of a language model that hears."""
+"""Default folder of the kept answers of a language model that takes audio."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -54,7 +54,7 @@ class Evaluators:
     trip: RoundTrip | None
     """The captioner, which no training of a generator uses; None: no metrics of the round trip."""
     questions: AudioQuestions | None = None
-    """A language model that hears; None: it is not asked."""
+    """A language model that takes audio; None: it is not asked."""
 
     @property
     def clap_names(self) -> list[str]:

@@ -97,7 +97,7 @@ class EvaluationConfig:
     captioner: str | None = None
     """URI of a captioner with a list of events, for the round trip; None: no figures of it."""
     ask: bool = False
-    """Also ask a language model that hears whether each clip matches its prompt: the metric `asked`."""
+    """Also ask a language model that takes audio whether each clip matches its prompt: the metric `asked`."""
     questions: LLMConfig = field(default_factory=LLMConfig)
     """Its endpoint, for `ask`."""
     unused_words: bool = False

@@ -1,4 +1,4 @@
-"""Questions to a model that hears, against a stub of its endpoint."""
+"""Questions to a model that takes audio, against a stub of its endpoint."""
 
 import base64
 import io
