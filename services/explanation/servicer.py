@@ -89,7 +89,7 @@ async def explain(
 ) -> AsyncGenerator[ExplanationUpdate | Explanation, None]:
     """Yield the updates of a request, then its explanation. Leaving the loop ends it within one step."""
     loop = asyncio.get_running_loop()
-    updates: asyncio.Queue[ExplanationProgress] = asyncio.Queue()
+    updates: asyncio.Queue[ExplanationProgress | None] = asyncio.Queue()  # None: the task has ended
 
     def report(progress: ExplanationProgress) -> None:
         # Called on the worker's thread, which may outlive the loop of a stopped server.
@@ -100,18 +100,12 @@ async def explain(
     worker.batcher.check(1.0)
     current_caller().charge(work_of(request))
     task = asyncio.create_task(worker.explain(ExplanationJob(request=request, report=report)))
+    task.add_done_callback(lambda _: updates.put_nowait(None))
     try:
         await asyncio.sleep(0)  # the task adds the request to the queue
         yield Queued(position=max(0, round(worker.batcher.stats.queue_cost) - 1))
-        while not task.done():
-            next_update = asyncio.create_task(updates.get())
-            await asyncio.wait([task, next_update], return_when=asyncio.FIRST_COMPLETED)
-            if next_update.done():
-                yield next_update.result()
-            else:
-                next_update.cancel()
-        while not updates.empty():
-            yield updates.get_nowait()
+        while (update := await updates.get()) is not None:
+            yield update
         yield await task
     finally:
         task.cancel()

@@ -28,7 +28,7 @@ from typing import Final
 
 import numpy as np
 
-from milonga.v1 import captioning_pb2, reward_pb2, scoring_pb2
+from milonga.v1 import captioning_pb2, explanation_pb2, reward_pb2, scoring_pb2
 from services.catalogue import CATALOGUE, EMBEDDED_SCORERS
 from tests.soak import report
 from tests.soak.callers import write_callers
@@ -75,6 +75,7 @@ def _settings(callers: Path) -> dict[str, dict[str, str]]:
         "scoring": {**batched, "MILONGA_SCORERS": str(scorer).replace("'", '"')},
         "reward": {**batched, "MILONGA_MODEL": "mini"},
         "captioning": {**batched, "MILONGA_MODEL": "mini", "MILONGA_CLAP": scorer["clap-a"]},
+        "explanation": {**common, "MILONGA_MODEL": "mini", "MILONGA_MAX_RUN_SECONDS": str(LIMIT_SECONDS)},
     }
 
 
@@ -125,7 +126,7 @@ class Soak:
         self._say("the load has ended; waiting until nothing is in progress")
         left = await self._quiet()
         if not np.allclose(await self._ask_alone(), answers, atol=_TOLERANCE):
-            self._faults.wrong.append("scores, rewards or captions differ from those before the load")
+            self._faults.wrong.append("scores, rewards, captions or explanations differ from before")
         await self._load.close()
         await self._sample()
         await asyncio.to_thread(self._end)
@@ -157,7 +158,9 @@ class Soak:
         _, rewards = await self._load.make(self._mix.pairs_of_always("reward"))
         _, captions = await self._load.make(self._mix.captions_of_always())
         found = captioning_pb2.CaptionAudioResponse.FromString(captions).captions
+        _, explained = await self._load.make(self._mix.explanation_of_always())
         return [
+            *explanation_pb2.ExplainAudioResponse.FromString(explained).explanation.values,
             *(candidate.log_probability for one in found for candidate in one.candidates),
             *(one.scores[0] for one in scoring_pb2.BatchScoreAudioResponse.FromString(scores).results),
             *(one.logit for one in reward_pb2.BatchComputeRewardsResponse.FromString(rewards).rewards),

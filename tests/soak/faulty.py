@@ -17,22 +17,29 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from services.api.explanation import Explanation, ExplanationRequest, Report
+from services.api.generation import GenerationRequest
 from services.captioning import serve as captioning
 from services.captioning.loading import LoadedCaptioner
 from services.captioning.loading import load as load_captioning
 from services.captioning.settings import CaptioningSettings
 from services.captioning.settings import find_models as find_captioner
-from services.catalogue import CAPTIONING, GENERATION, REWARD, SCORING
+from services.catalogue import CAPTIONING, EXPLANATION, GENERATION, REWARD, SCORING
 from services.cli.child import watch_parent
 from services.engine import Engine
 from services.engine.denoiser import Denoiser
 from services.engine.states import ClipState, GroupKey
+from services.explanation import serve as explanation
+from services.explanation.settings import ExplanationSettings
+from services.explanation.worker import ExplanationWorker
 from services.generation import serve as generation
 from services.generation.settings import GenerationSettings, model_uris
 from services.generation.slot import EngineSlot, Served
 from services.models.architectures import load_generator
 from services.models.captioner.model import Candidate, Captioner
 from services.models.clap.model import ClapModel
+from services.models.explaining.explainer import DiffusionExplainer
+from services.models.explaining.methods import Points, Tick
 from services.models.latent import Conditioning
 from services.models.reward.model import load_reward
 from services.models.tango.pipeline import TangoPipeline
@@ -116,6 +123,26 @@ class FaultyCaptioner(Captioner):
         return [[replace(one, log_probability=math.nan) for one in row] for row in found]
 
 
+class FaultyExplainer(DiffusionExplainer):
+    """An explainer that does what the prompt of its clip asks for."""
+
+    broken = False
+
+    def explain(self, request: ExplanationRequest, report: Report) -> Explanation:
+        """Raise, hang, or explain."""
+        prompt = request.generation.prompt
+        self.broken = self.broken or prompt == BREAK
+        _act({prompt} | ({ERROR} if self.broken else set()))
+        return super().explain(request, report)
+
+    def generate(
+        self, request: GenerationRequest, text: Conditioning, tick: Tick = lambda: None
+    ) -> tuple[Tensor, Points]:
+        """Generate a clip: NaN for the prompt `NAN`."""
+        clean_1X, points = super().generate(request, text, tick)
+        return clean_1X * (torch.nan if request.prompt == NAN else 1.0), points
+
+
 def _act(prompts: set[str]) -> None:
     if HANG in prompts:
         threading.Event().wait()
@@ -162,12 +189,20 @@ def _load_captioning(settings: CaptioningSettings) -> LoadedCaptioner:
     return loaded
 
 
+def _load_explanation(settings: ExplanationSettings) -> ExplanationWorker:
+    worker = explanation.load(settings)
+    explainer: Any = worker._explainer
+    explainer.__class__ = FaultyExplainer
+    return worker
+
+
 SERVICES: Final[Mapping[str, Callable[[], Service[Any, Any]]]] = MappingProxyType(
     {
         GENERATION.name: lambda: replace(generation.SERVICE, load=_load_generation),
         SCORING.name: lambda: replace(scoring.SERVICE, load=_load_scoring),
         REWARD.name: lambda: replace(reward.SERVICE, load=_load_reward),
         CAPTIONING.name: lambda: replace(captioning.SERVICE, load=_load_captioning),
+        EXPLANATION.name: lambda: replace(explanation.SERVICE, load=_load_explanation),
     }
 )
 

@@ -21,7 +21,13 @@ from tests.soak.mix import Attempt, Mix
 STUCK_SECONDS: Final = 120.0
 """Time after which a call without a deadline counts as stuck."""
 STUCK: Final = "STUCK"
-WORKERS: Final[Mapping[str, int]] = {"generation": 14, "scoring": 6, "reward": 6, "captioning": 4}
+WORKERS: Final[Mapping[str, int]] = {
+    "generation": 14,
+    "scoring": 6,
+    "reward": 6,
+    "captioning": 4,
+    "explanation": 3,
+}
 """Clients by service, each with one call at a time."""
 _PAUSE_SECONDS: Final = 0.5
 """Mean time between two calls of a client."""

@@ -13,8 +13,16 @@ import soundfile
 from google.protobuf.message import Message
 from tritonclient.grpc import service_pb2 as oip
 
-from milonga.v1 import audio_pb2, captioning_pb2, generation_pb2, operator_pb2, reward_pb2, scoring_pb2
-from services.catalogue import CAPTIONING, CATALOGUE, GENERATION, REWARD, SCORING
+from milonga.v1 import (
+    audio_pb2,
+    captioning_pb2,
+    explanation_pb2,
+    generation_pb2,
+    operator_pb2,
+    reward_pb2,
+    scoring_pb2,
+)
+from services.catalogue import CAPTIONING, CATALOGUE, EXPLANATION, GENERATION, REWARD, SCORING
 from services.wire import write_duration
 from tests.services.runtime.fault_prompts import ERROR, FAULT_TOKENS, LARGE, NAN
 from tests.soak.callers import FARM, HURRIED, OPERATOR, STRANGER, STUDIO, WATCHER, Caller
@@ -25,8 +33,8 @@ PROMPTS: Final = (
 MAX_REQUEST_BYTES: Final = 2**21
 """The services' limit in a soak run."""
 
-_GENERATION, _SCORING, _REWARD, _CAPTIONING = (
-    f"/{entry.rpc}/" for entry in (GENERATION, SCORING, REWARD, CAPTIONING)
+_GENERATION, _SCORING, _REWARD, _CAPTIONING, _EXPLANATION = (
+    f"/{entry.rpc}/" for entry in (GENERATION, SCORING, REWARD, CAPTIONING, EXPLANATION)
 )
 _INFERENCE: Final = "/inference.GRPCInferenceService/"
 _FULL: Final = frozenset({"OK", "RESOURCE_EXHAUSTED"})
@@ -94,6 +102,10 @@ class Mix:
                     (8, self._caption), (2, self._get_captioner), (3, self._infer_clip), (1, self._silence),
                     (2, lambda: self._faulty_prompt(self._caption())),
                 ),
+                EXPLANATION.name: (
+                    (8, self._explain), (2, self._explain_given), (2, self._get_explainer),
+                    (1, self._without_nothing), (2, lambda: self._faulty_prompt(self._explain())),
+                ),
             }
         )  # fmt: skip
         self._service = ""
@@ -123,6 +135,7 @@ class Mix:
             SCORING.name: self._embed_text,
             REWARD.name: self._reward,
             CAPTIONING.name: self._caption,
+            EXPLANATION.name: self._explain,
         }
         return replace(_with_prompt(make[service](), prompt), codes=frozenset({"UNAVAILABLE", "INTERNAL"}))
 
@@ -257,7 +270,7 @@ class Mix:
         cut = self._rng.choice(self._sounds)
         clip = audio_pb2.Clip(audio=cut[: len(cut) // 2])
         request = scoring_pb2.BatchEmbedAudioRequest(clips=[clip])
-        codes = frozenset({"INVALID_ARGUMENT"})
+        codes = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"})
         return self._attempt(f"{_SCORING}BatchEmbedAudio", request, codes=codes)
 
     def _reward(self) -> Attempt:
@@ -323,6 +336,51 @@ class Mix:
         )
         return self._attempt(f"{_CAPTIONING}CaptionAudio", request)
 
+    # -------------------------------------------------------------------------------------------- explanation
+
+    def _explanation(self, **fields: Any) -> explanation_pb2.ExplainAudioRequest:
+        rng = self._rng
+        request = generation_pb2.GenerateAudioRequest(
+            prompt=rng.choice(PROMPTS),
+            duration=write_duration(rng.choice((0.32, 0.64, 1.28))),
+            seed=rng.randrange(2**40),
+            num_inference_steps=rng.choice((1, 2, 4)),
+        )
+        return explanation_pb2.ExplainAudioRequest(request=request, **fields)
+
+    def _explain(self) -> Attempt:
+        method = self._rng.choice(("attention", "occlusion", "mask"))
+        request = self._explanation(method=method, iterations=2 * (method == "mask"))
+        return self._attempt(f"{_EXPLANATION}ExplainAudio", request, streaming=True)
+
+    def _explain_given(self) -> Attempt:
+        clip = audio_pb2.Clip(audio=self._sounds[0])
+        return self._attempt(
+            f"{_EXPLANATION}ExplainAudio", self._explanation(method="attention", clip=clip), streaming=True
+        )
+
+    def _without_nothing(self) -> Attempt:
+        request = self._explanation(without="a word that is not there")
+        codes = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"})
+        return self._attempt(f"{_EXPLANATION}ExplainAudio", request, codes=codes, streaming=True)
+
+    def _get_explainer(self) -> Attempt:
+        codes = frozenset({"OK"})
+        return self._attempt(
+            f"{_EXPLANATION}GetExplainer", explanation_pb2.GetExplainerRequest(), codes=codes
+        )
+
+    def explanation_of_always(self) -> Attempt:
+        """Return a call of explanation whose answer must be the same each time, without other calls."""
+        self._service = EXPLANATION.name
+        request = explanation_pb2.ExplainAudioRequest(
+            request=generation_pb2.GenerateAudioRequest(
+                prompt=PROMPTS[0], duration=write_duration(0.64), seed=7, num_inference_steps=4
+            ),
+            method="occlusion",
+        )
+        return self._attempt(f"{_EXPLANATION}ExplainAudio", request, streaming=True)
+
     def pairs_of_always(self, service: str) -> Attempt:
         """Return a call of scoring or reward whose answer must be the same each time, without other calls."""
         self._service = service
@@ -366,6 +424,9 @@ def _with_prompt(attempt: Attempt, prompt: str) -> Attempt:
         case "CaptionAudio":
             request = captioning_pb2.CaptionAudioRequest.FromString(attempt.payload)
             request.max_new_tokens = FAULT_TOKENS[prompt]
+        case "ExplainAudio":
+            request = explanation_pb2.ExplainAudioRequest.FromString(attempt.payload)
+            request.request.prompt = prompt
         case other:
             raise AssertionError(other)
     return replace(attempt, payload=request.SerializeToString())

@@ -64,6 +64,7 @@ _LEFT: Final = (
     "milonga_scoring_queue_seconds",
     "milonga_reward_queue_seconds",
     "milonga_captioning_queue_seconds",
+    "milonga_explanation_queue_depth",
 )
 
 

@@ -13,7 +13,7 @@ from tests.soak.mix import Attempt, Mix
 from tests.soak.processes import Line, Sample
 from tests.soak.schedule import RESTARTING, RESTARTS_UNTIL, TOXIC, Fault, schedule
 
-SERVICES = ("generation", "scoring", "reward", "captioning")
+SERVICES = ("generation", "scoring", "reward", "captioning", "explanation")
 
 
 def test_a_schedule_depends_on_its_seed_alone() -> None:

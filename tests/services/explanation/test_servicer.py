@@ -1,6 +1,8 @@
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +15,12 @@ from prometheus_client import generate_latest
 from milonga.v1 import audio_pb2, generation_pb2
 from milonga.v1 import explanation_pb2 as pb
 from services.api.explanation import Explanation, ExplanationProgress, ExplanationRequest, Report
+from services.api.generation import Queued
+from services.explanation.servicer import explain
+from services.explanation.settings import ExplanationSettings
+from services.explanation.worker import ExplanationWorker
 from services.models.explaining.explainer import DiffusionExplainer
+from services.runtime.settings import load_settings
 from services.wire.explanation import read_explanation_request
 from tests.services.explanation.serving import MODEL, Served, serving
 from tests.services.reward.serving import float32, tone, wav
@@ -197,6 +204,27 @@ def test_one_who_leaves_frees_the_device_within_a_step(
         # It serves the next, which is no proof of a failed model either.
         gated.free.release(1000)
         assert ask(served, message(num_inference_steps=1)).frame_count == 16
+
+
+def test_a_cancelled_call_leaves_no_task(explainer: DiffusionExplainer) -> None:
+    async def run() -> None:
+        gated = Gated(explainer)
+        worker = ExplanationWorker(
+            gated, MODEL, Path("tiny"), load_settings(ExplanationSettings, model="tiny")
+        )
+        request, _ = read_explanation_request(message(), explainer.description, None)
+        updates = explain(worker, request)
+        assert isinstance(await anext(updates), Queued)
+        waiting = asyncio.create_task(anext(updates))  # type: ignore[arg-type]  # it is a coroutine
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await updates.aclose()
+        gated.free.release(1000)
+        await worker.batcher.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
 
 
 def test_many_cancelled_calls_are_no_failure_of_the_model(explainer: DiffusionExplainer) -> None:
