@@ -215,7 +215,7 @@ def test_a_cancelled_call_leaves_no_task(explainer: DiffusionExplainer) -> None:
         request, _ = read_explanation_request(message(), explainer.description, None)
         updates = explain(worker, request)
         assert isinstance(await anext(updates), Queued)
-        waiting = asyncio.create_task(anext(updates))  # type: ignore[arg-type]  # it is a coroutine
+        waiting = asyncio.create_task(anext(updates))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
