@@ -24,12 +24,11 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import machine, versions
-from services.engine.batching import rows_of
 from services.errors import invalid
 from services.files import write_atomically
 from services.models.architectures import load_generator
 from services.models.audio_pipeline import AudioPipeline
-from services.models.latent import clip_generator
+from services.models.latent import clip_generator, guided_steps
 from services.models.tango.distilled import STARTS
 from services.weights.uri import ModelURI, resolve
 from training.evaluation.distances import (
@@ -62,13 +61,16 @@ class Point:
     scheduler: str
     steps: int
     guidance: float
+    stop: float = 1.0
+    """Share of the steps after which guidance stops."""
     profile: str = ""
     """Name of the profile with these settings."""
 
     @property
     def key(self) -> str:
         """Return its name in the report."""
-        return f"{self.model}:{self.scheduler}:{self.steps}:{self.guidance:g}"
+        stop = f":{self.stop:g}" if self.stop < 1 else ""
+        return f"{self.model}:{self.scheduler}:{self.steps}:{self.guidance:g}{stop}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -104,6 +106,7 @@ def measure(point: Point, pipeline: AudioPipeline, panel: Panel) -> dict[str, An
                 [prompt.text for prompt in part],
                 num_inference_steps=point.steps,
                 guidance_scale=point.guidance,
+                guidance_stop=point.stop,
                 scheduler=point.scheduler,
                 generator=[clip_generator(seed, start + number) for number in range(len(part))],
             )
@@ -112,7 +115,8 @@ def measure(point: Point, pipeline: AudioPipeline, panel: Panel) -> dict[str, An
     cost = {
         "wall_seconds": (time.perf_counter() - wall) / clips,
         "processor_seconds": (time.process_time() - processor) / clips,
-        "denoiser_rows": point.steps * rows_of(point.guidance, folded=pipeline.folds_guidance),
+        "denoiser_rows": point.steps
+        + guided_steps(point.guidance, point.stop, point.steps, folded=pipeline.folds_guidance),
     }
     numbers = np.tile(np.arange(len(panel.prompts)), panel.seeds)
     rows = [
@@ -157,6 +161,7 @@ def points_of(model: str, pipeline: AudioPipeline, steps: Sequence[int]) -> Iter
             scheduler=one.scheduler,
             steps=one.num_inference_steps,
             guidance=one.guidance_scale,
+            stop=one.guidance_stop,
             profile=one.name,
         )
     known = [name for name in SCHEDULERS if name in limits.schedulers] or list(limits.schedulers)
@@ -166,14 +171,16 @@ def points_of(model: str, pipeline: AudioPipeline, steps: Sequence[int]) -> Iter
 
 
 def read_point(text: str, pipelines: Mapping[str, AudioPipeline]) -> Point:
-    """Return the point MODEL:SCHEDULER:STEPS[:GUIDANCE]. Raises `InvalidInputError`."""
+    """Return the point MODEL:SCHEDULER:STEPS[:GUIDANCE[:STOP]]. Raises `InvalidInputError`."""
     model = next((name for name in pipelines if text.startswith(f"{name}:")), None)
     parts = text.removeprefix(f"{model}:").split(":")
-    if model is None or len(parts) not in (2, 3) or not parts[1].isdecimal():
-        raise invalid("--point", f"is {text!r}, must be MODEL:SCHEDULER:STEPS or …:GUIDANCE, of a --model")
-    usual = pipelines[model].description.defaults.guidance_scale
-    guidance = float(parts[2]) if len(parts) == 3 else usual
-    return Point(model=model, scheduler=parts[0], steps=int(parts[1]), guidance=guidance)
+    if model is None or len(parts) not in (2, 3, 4) or not parts[1].isdecimal():
+        form = "MODEL:SCHEDULER:STEPS, …:GUIDANCE or …:GUIDANCE:STOP, of a --model"
+        raise invalid("--point", f"is {text!r}, must be {form}")
+    scheduler, steps, *rest = parts
+    guidance = float(rest[0]) if rest else pipelines[model].description.defaults.guidance_scale
+    stop = float(rest[1]) if rest[1:] else 1.0
+    return Point(model=model, scheduler=scheduler, steps=int(steps), guidance=guidance, stop=stop)
 
 
 def plot(points: Sequence[Mapping[str, Any]]) -> bytes:
@@ -213,7 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--point", action="append", help="MODEL:SCHEDULER:STEPS[:GUIDANCE] instead of all")
+    parser.add_argument("--point", action="append", help="MODEL:SCHEDULER:STEPS[:GUIDANCE[:STOP]]; not all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no point after that")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--plot", type=Path, help="draw the points into this PNG file")

@@ -11,7 +11,7 @@ which is `sample_rate_hertz` there. Shapes: N samples, T mel frames, M mel bins.
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
@@ -64,6 +64,8 @@ class GenerationOptions(TypedDict, total=False):
     """Number of denoising steps."""
     guidance_scale: float | None
     """Scale of classifier-free guidance; up to 1 means none."""
+    guidance_stop: float | None
+    """Share of the steps after which guidance stops, 0 to 1."""
     scheduler: str | None
     """Name of a scheduler."""
     encoding: str | None
@@ -86,6 +88,7 @@ class Profile:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    guidance_stop: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +101,7 @@ class Defaults:
     scheduler: str
     sampling_rate: int
     """The model's sampling rate in hertz."""
+    guidance_stop: float = 1.0
     negative_prompt: str = ""
     clip_count: int = 1
     encoding: str = DEFAULT_ENCODING
@@ -110,13 +114,8 @@ class Defaults:
         """Return the defaults under a profile; themselves if there is none of that name."""
         for one in self.profiles:
             if one.name == profile:
-                return replace(
-                    self,
-                    profile=one.name,
-                    num_inference_steps=one.num_inference_steps,
-                    guidance_scale=one.guidance_scale,
-                    scheduler=one.scheduler,
-                )
+                settings = asdict(one)
+                return replace(self, profile=settings.pop("name"), **settings)
         return self
 
 
@@ -138,6 +137,8 @@ class GenerationRequest:
     """Number of denoising steps of each clip."""
     guidance_scale: float
     """Scale of classifier-free guidance; up to 1 means none."""
+    guidance_stop: float = 1.0
+    """Share of the steps after which guidance stops, 0 to 1: a clip's later steps take one row, not two."""
     scheduler: str
     """Name of a scheduler of the model."""
     encoding: str = DEFAULT_ENCODING
@@ -220,6 +221,7 @@ def violations(request: GenerationRequest, limits: Limits) -> tuple[FieldViolati
         ("seed", _number_fault(request.seed, 0, limits.max_seed)),
         ("num_inference_steps", _number_fault(request.num_inference_steps, 1, limits.max_steps)),
         ("guidance_scale", _number_fault(request.guidance_scale, 0, limits.max_guidance_scale)),
+        ("guidance_stop", _number_fault(request.guidance_stop, 0, 1)),
         ("scheduler", _choice_fault(request.scheduler, limits.schedulers)),
         ("profile", profile_fault(request.profile, limits.profiles)),
         ("encoding", _choice_fault(request.encoding, ENCODINGS)),

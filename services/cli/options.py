@@ -132,6 +132,14 @@ class SamplingOptions:
         float | None,
         typer.Option(help="Scale of classifier-free guidance. Default: the model's.", show_default=False),
     ] = None
+    guidance_stop: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps after which guidance stops, 0 to 1: the others take half the time. "
+            "Default: the model's.",
+            show_default=False,
+        ),
+    ] = None
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the clip should not sound like.", show_default=False)
     ] = None
@@ -161,6 +169,7 @@ class SamplingOptions:
             "seed": self.seed,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
+            "guidance_stop": self.guidance_stop,
             "negative_prompt": self.negative_prompt,
             "duration": self.duration,
             "scheduler": self.scheduler,

@@ -170,6 +170,7 @@ def read_model(response: pb.GetModelResponse) -> GenerationModel:
             clip_count=defaults.clip_count,
             num_inference_steps=defaults.num_inference_steps,
             guidance_scale=defaults.guidance_scale,
+            guidance_stop=_guidance_stop(defaults),
             scheduler=defaults.scheduler,
             encoding=encoding_name(defaults.encoding) or "unknown",
             sampling_rate=defaults.sample_rate_hertz,
@@ -197,8 +198,14 @@ def _read_profile(profile: pb.GenerationProfile) -> Profile:
         name=profile.name,
         num_inference_steps=profile.num_inference_steps,
         guidance_scale=profile.guidance_scale,
+        guidance_stop=_guidance_stop(profile),
         scheduler=profile.scheduler,
     )
+
+
+def _guidance_stop(settings: pb.GenerationDefaults | pb.GenerationProfile) -> float:
+    # Services of earlier releases do not send it.
+    return settings.guidance_stop if settings.HasField("guidance_stop") else 1.0
 
 
 def _read_progress(event: pb.ProgressEvent) -> Progress:

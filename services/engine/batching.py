@@ -1,7 +1,7 @@
 """The batch shapes of denoiser calls, and which clips share one.
 
-A *row* is one sample of a denoiser call. A clip takes two rows with guidance (unconditional, conditional), or
-one without, and one of a distilled denoiser. Rows are independent in the denoiser: other rows don't change a
+A *row* is one sample of a denoiser call. A clip takes two rows in a guided step (unconditional, conditional),
+and one in others or of a distilled denoiser. Rows are independent in the denoiser: other rows don't change a
 clip; only their number may change its rounding.
 """
 
@@ -13,14 +13,6 @@ UNGUIDED_ROWS = 1
 
 MAX_SLOWDOWN: Final = 1.5
 """How many times longer a call may take for clips whose turn it is not."""
-
-
-def rows_of(guidance_scale: float, *, folded: bool) -> int:
-    """Return the rows of a clip in a denoiser call. A scale up to 1 means no guidance, as in diffusers.
-
-    `folded`: the denoiser takes the scale as a condition, and no unconditional row.
-    """
-    return GUIDED_ROWS if guidance_scale > 1 and not folded else UNGUIDED_ROWS
 
 
 def row_shapes(batch_shapes: Iterable[int]) -> tuple[int, ...]:

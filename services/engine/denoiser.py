@@ -40,15 +40,18 @@ class _Buffers:
                 for name, tensor in prompt.conditioning.tensors.items()
             }
         )
-        self._occupants: list[ClipState] = []
+        self._occupants: list[tuple[ClipState, int]] = []
+        """The clips of the last call, with their rows."""
         self._views: list[Tensor] = []
         self._adapters: RowAdapters | None = None
 
     def fill(self, clips: Sequence[ClipState], denoiser: nn.Module | None) -> None:
         """Write the inputs of `clips` to consecutive rows. Padding rows keep any content."""
-        if clips != self._occupants:
+        occupants = [(clip, clip.rows) for clip in clips]
+        if occupants != self._occupants:
             self._lay_out(clips)
             self._adapt(clips, denoiser)
+            self._occupants = occupants
         timesteps: list[float] = []
         for clip, view in zip(clips, self._views, strict=True):
             view.copy_(clip.latents_1X)
@@ -79,7 +82,6 @@ class _Buffers:
                 self._write_text(row + offset, encoded.conditioning)
             row += clip.rows
         self._copy(seconds, self.seconds_R)
-        self._occupants = list(clips)
 
     def _adapt(self, clips: Sequence[ClipState], denoiser: nn.Module | None) -> None:
         adapters = [clip.state.adapter for clip in clips for _ in range(clip.rows)]

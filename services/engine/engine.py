@@ -12,6 +12,7 @@ from typing import Final, Protocol, Unpack
 
 from services.api.engine import EngineConfig
 from services.api.generation import (
+    Defaults,
     Event,
     Failed,
     Finished,
@@ -28,14 +29,13 @@ from services.api.generation import (
 from services.api.measurements import Observer
 from services.api.model import UNVERSIONED, ModelVersion
 from services.engine.admission import Admission
-from services.engine.batching import rows_of
 from services.engine.pace import Pace
 from services.engine.states import Handle, RequestState
 from services.engine.stats import EngineStats, Meter
 from services.engine.worker import Mark, Worker
 from services.errors import invalid
 from services.fairness import ANONYMOUS, Account, Path
-from services.models.latent import LatentPipeline
+from services.models.latent import LatentPipeline, guided_steps
 from services.models.lora import Adapter
 
 _CLOSE_SECONDS: Final = 30.0
@@ -84,8 +84,7 @@ class Engine:
         default_clip = partial(
             self._pace.clip,
             frames=pipeline.latent_frames(defaults.duration),
-            steps=defaults.num_inference_steps,
-            rows=rows_of(defaults.guidance_scale, folded=pipeline.folds_guidance),
+            rows=defaults.num_inference_steps + _guided(defaults, defaults.num_inference_steps, pipeline),
         )
         self._admission = Admission(self.config, self._pace, default_clip)
         self._worker = Worker(pipeline, model, self.config, self._admission, self._meter, self._pace, mark)
@@ -136,7 +135,7 @@ class Engine:
                 request=request,
                 asked_steps=None if asked == self.description.defaults.num_inference_steps else asked,
                 frames=frames,
-                rows=rows_of(request.guidance_scale, folded=self.pipeline.folds_guidance),
+                guided_steps=_guided(request, steps, self.pipeline),
                 on_event=on_event,
                 deadline=deadline,
                 wake=self._admission.wake,
@@ -232,6 +231,10 @@ class Engine:
             return 0
         previews = request.num_inference_steps // every
         return every * max(1, -(-previews // self.config.max_previews))
+
+
+def _guided(options: Defaults | GenerationRequest, steps: int, pipeline: LatentPipeline) -> int:
+    return guided_steps(options.guidance_scale, options.guidance_stop, steps, folded=pipeline.folds_guidance)
 
 
 def _watch(thread: threading.Thread, worker: Worker, limit: float) -> None:

@@ -7,6 +7,7 @@ as long.
 from collections.abc import Hashable, Mapping
 from typing import Final, Generic, TypeVar
 
+from services.engine.batching import GUIDED_ROWS, UNGUIDED_ROWS
 from services.engine.states import RequestState
 
 Key = TypeVar("Key", bound=Hashable)
@@ -66,8 +67,8 @@ class Pace:
 
     def left(self, state: RequestState) -> float:
         """Return the seconds of the device that a request still takes, in the most efficient calls."""
-        work = (state.steps_total - state.steps_done) * state.frames * state.rows
-        return work * (self.unit or 0.0) + state.undecoded * self.decode(state.frames)
+        work = state.rows_ahead * state.frames * (self.unit or 0.0)
+        return work + state.undecoded * self.decode(state.frames)
 
     def finish(self, state: RequestState, ahead: float, within: float) -> float:
         """Estimate the seconds until a request ends, with `ahead` seconds of the device before it.
@@ -93,8 +94,11 @@ class Pace:
 
     def shortest(self, state: RequestState) -> float:
         """Return the seconds that a request still takes at least, if it has the device to itself."""
-        return self.step(state.frames, state.rows) * state.steps_ahead + self.decode(state.frames)
+        guided = state.guided_steps_ahead
+        steps = self.step(state.frames, GUIDED_ROWS) * guided
+        steps += self.step(state.frames, UNGUIDED_ROWS) * (state.steps_ahead - guided)
+        return steps + self.decode(state.frames)
 
-    def clip(self, *, frames: int, steps: int, rows: int) -> float:
-        """Return the work of a clip."""
-        return steps * frames * rows + self.work(self.decode(frames))
+    def clip(self, *, frames: int, rows: int) -> float:
+        """Return the work of a clip that takes so many `rows` of denoiser calls."""
+        return frames * rows + self.work(self.decode(frames))

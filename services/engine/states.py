@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from services.api.generation import Event, GenerationRequest, Progress, Timings
-from services.engine.batching import UNGUIDED_ROWS
+from services.engine.batching import GUIDED_ROWS, UNGUIDED_ROWS
 from services.engine.prompts import EncodedPrompt
 from services.fairness import Path
 from services.models.latent import LatentPipeline, clip_generator
@@ -52,8 +52,8 @@ class RequestState:
     """Steps that were asked for; None: the default."""
     frames: int
     """Latent frames of each clip."""
-    rows: int
-    """Rows of each clip in a denoiser call."""
+    guided_steps: int
+    """First steps of each clip that take two rows of a denoiser call; the others take one."""
     on_event: Callable[[Event], None]
     """Called on the worker thread (for the first `Queued`: on the caller's)."""
     deadline: float | None
@@ -100,6 +100,23 @@ class RequestState:
         if self.clips_started < self.request.clip_count:
             return self.request.num_inference_steps
         return max((self.request.num_inference_steps - clip.step for clip in self.stepping), default=0)
+
+    @property
+    def guided_steps_ahead(self) -> int:
+        """Guided steps of the clip that has most of them to go."""
+        return max(0, self.guided_steps - self.request.num_inference_steps + self.steps_ahead)
+
+    @property
+    def rows(self) -> int:
+        """Rows of each clip in the next denoiser call, at most."""
+        return GUIDED_ROWS if self.guided_steps_ahead else UNGUIDED_ROWS
+
+    @property
+    def rows_ahead(self) -> int:
+        """Rows of denoiser calls that its clips still take."""
+        whole = self.request.num_inference_steps + self.guided_steps
+        taken = [clip.step + min(clip.step, self.guided_steps) for clip in self.stepping]
+        return whole * (self.request.clip_count - self.clips_started + len(taken)) - sum(taken)
 
     @property
     def undecoded(self) -> int:
@@ -168,12 +185,12 @@ class RequestState:
             f"clip {index} is silent: its peak is below -40 dB of full scale; use other words or another seed"
             for index in sorted(self.silent)
         ]
-        if self.request.negative_prompt and self.rows == UNGUIDED_ROWS:
-            why = (
-                "it has no unconditional half" if self.request.guidance_scale > 1 else "there is no guidance"
-            )
-            unread.append(f"negative_prompt has no effect on this clip: {why}")
-        steps = self.request.num_inference_steps
+        request, steps = self.request, self.request.num_inference_steps
+        if not self.guided_steps:
+            folded = request.guidance_scale > 1 and request.guidance_stop
+            why = "it has no unconditional half" if folded else "there is no guidance"
+            given = {"negative_prompt": request.negative_prompt, "guidance_stop": request.guidance_stop % 1}
+            unread += [f"{name} has no effect on this clip: {why}" for name, value in given.items() if value]
         fixed = (
             []
             if self.asked_steps in (None, steps)
@@ -189,19 +206,23 @@ class RequestState:
 class ClipState:
     """One clip being denoised, with its own latents, noise and solver: other clips can't change it."""
 
-    __slots__ = ("_generator", "_solver", "estimate_1X", "index", "latents_1X", "rows", "state", "step")
+    __slots__ = ("_generator", "_solver", "estimate_1X", "index", "latents_1X", "state", "step")
 
     def __init__(self, pipeline: LatentPipeline, state: RequestState, index: int) -> None:
         """Draw the clip's noise on the CPU, so that it is the same on every device."""
         request = state.request
         self.state = state
         self.index = index
-        self.rows = state.rows
         self.step = 0
         self.estimate_1X: Tensor | None = None
         self._generator = clip_generator(request.seed, index)
         self._solver = pipeline.solver(request.scheduler, request.num_inference_steps)
         self.latents_1X = pipeline.noise(request.duration, self._generator)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next step."""
+        return GUIDED_ROWS if self.step < self.state.guided_steps else UNGUIDED_ROWS
 
     @property
     def timestep(self) -> float:

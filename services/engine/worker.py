@@ -252,7 +252,7 @@ class Worker:
             clips = self._runnable(state, fits)
             started = started or any(not clip.step for clip in clips)
             chosen += clips
-            rows += len(clips) * state.rows
+            rows += sum(clip.rows for clip in clips)
             limit = max(rows, min(limit, self._rows_within(state)))
         if started:
             self._report_positions(order)
@@ -315,6 +315,7 @@ class Worker:
             clip.state.first_step_at = clip.state.first_step_at or now
         frames = clips[0].state.frames
         done, rows = self._predict(GroupKey(frames, clips[0].state.text_length), clips)
+        used = [clip.rows for clip, _ in done]  # before they advance
         for clip, output_1X in done:
             try:
                 clip.advance(output_1X)
@@ -323,11 +324,10 @@ class Worker:
         if not done:
             return
         now = time.monotonic()
-        used = sum(clip.rows for clip, _ in done)
         self._decode_seconds = now - began
         self._pace.add_step(frames, rows, now - began)
-        self._meter.count_step(clips=len(done), used=used, rows=rows, seconds=now - began)
-        for clip, _ in done:
+        self._meter.count_step(clips=len(done), used=sum(used), rows=rows, seconds=now - began)
+        for (clip, _), own in zip(done, used, strict=True):
             state = clip.state
             if not state.steps_done:
                 self._meter.observe("first_step", now - state.submitted_at, state.path.priority)
@@ -337,7 +337,7 @@ class Worker:
                 state.stepping.remove(clip)
                 state.stepped.append(clip)
             if state.path.number in paying:
-                self._admission.charge(state, frames * clip.rows)
+                self._admission.charge(state, frames * own)
         decode = self._pace.decode(frames)
         for clip in first_clips:
             clip.state.calls += 1

@@ -41,6 +41,7 @@ OPTIONS: Final = (
     _option("request.seed", "INT64"),
     _option("request.num_inference_steps", "INT32"),
     _option("request.guidance_scale", "FP32"),
+    _option("request.guidance_stop", "FP32"),
     _option("request.duration", "FP32"),
     _option("request.scheduler", "BYTES"),
 )

@@ -48,6 +48,7 @@ OPTIONS: Final = (
     _option("seed", "INT64"),
     _option("num_inference_steps", "INT32"),
     _option("guidance_scale", "FP32"),
+    _option("guidance_stop", "FP32"),
     DURATION,
     _option("scheduler", "BYTES"),
     _option("profile", "BYTES"),

@@ -15,10 +15,10 @@ from diffusers import AudioPipelineOutput, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 
-from services.api.generation import GenerationModel
+from services.api.generation import GenerationModel, profile_fault
 from services.audio.resampling import resample
 from services.errors import FieldViolation, InvalidInputError
-from services.models.latent import Conditioning, guide, takes_generator, targets_of
+from services.models.latent import Conditioning, guide, guided_steps, takes_generator, targets_of
 from services.models.prompts import TextPrompts
 
 Generators = Generator | Sequence[Generator] | None
@@ -218,6 +218,7 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         unconditional: Conditioning | None = None,
         *,
         guidance_scale: float,
+        guidance_stop: float = 1.0,
         num_inference_steps: int,
         duration: float = 0.0,
         scheduler: str | None = None,
@@ -227,18 +228,21 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
     ) -> Tensor:
         """Run the whole loop from unit noise to clean latents [B, X].
 
-        Guidance takes place only where `guidance_scale` is above 1, and then needs `unconditional` (of the
-        same length as `conditional`; a negative prompt takes its place). `duration`, in seconds, is for
-        families that are conditioned on it. `generator` feeds schedulers that draw noise (`ddpm`).
+        Guidance takes place where `guidance_scale` is above 1, in the first `guidance_stop` of the steps, and
+        then needs `unconditional` (of the same length as `conditional`; a negative prompt takes its place).
+        `duration`, in seconds, is for families that are conditioned on it. `generator` feeds schedulers that
+        draw noise (`ddpm`).
         """
-        guided = guidance_scale > 1 and not self.folds_guidance
-        if guided and unconditional is None:
+        if guidance_scale > 1 and not self.folds_guidance and unconditional is None:
             raise ValueError("guidance_scale above 1 needs the unconditional embeddings")
         solver = self._chosen_scheduler(scheduler)
         self.set_timesteps(solver, num_inference_steps, latents_BX.device)
         if hasattr(solver, "set_begin_index"):
             solver.set_begin_index(0)  # otherwise the first step searches for its timestep; see `Solver`
         noise = _step_arguments(solver, generator)
+        guided = guided_steps(
+            guidance_scale, guidance_stop, len(solver.timesteps), folded=self.folds_guidance
+        )
         texts = {"prompt_embeds": conditional}
         if guided and unconditional is not None:
             texts = {"negative_prompt_embeds": unconditional, **texts}
@@ -247,16 +251,15 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         self._interrupt = False
         with self.progress_bar(total=len(solver.timesteps)) as progress:
             for step, timestep in enumerate(solver.timesteps):
-                inputs_BX = torch.cat([latents_BX] * len(texts))
+                used = list(texts.values()) if step < guided else [texts["prompt_embeds"]]
+                inputs_BX = torch.cat([latents_BX] * len(used))
                 if hasattr(solver, "scale_model_input"):
                     inputs_BX = solver.scale_model_input(inputs_BX, timestep)
                 timesteps_B = timestep.expand(len(inputs_BX))
                 seconds_B = torch.full_like(timesteps_B, duration, dtype=torch.float32)
                 jumps_B2 = seconds_B.new_tensor([[guidance_scale, targets[step]]]).expand(len(inputs_BX), 2)
-                output_BX = self.predict(
-                    inputs_BX, timesteps_B, Conditioning.cat(list(texts.values())), seconds_B, jumps_B2
-                )
-                if guided:
+                output_BX = self.predict(inputs_BX, timesteps_B, Conditioning.cat(used), seconds_B, jumps_B2)
+                if step < guided:
                     unconditional_BX, conditional_BX = output_BX.chunk(2)
                     output_BX = guide(unconditional_BX, conditional_BX, guidance_scale)
                 latents_BX = solver.step(output_BX, timestep, latents_BX, return_dict=False, **noise)[0]
@@ -293,6 +296,8 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         scheduler: str | None = None,
         output_sampling_rate: int | None = None,
+        guidance_stop: float | None = None,
+        profile: str | None = None,
     ) -> AudioOutput:
         """Generate `num_waveforms_per_prompt` clips of `audio_length_in_s` seconds for each prompt.
 
@@ -300,20 +305,24 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         the batch or one for each clip (`clip_generator`); `latents` replaces the first noise [B, X].
         `prompt_embeds` [B, L, D] and `attention_mask` [B, L] (None: no padding) replace the prompt, as
         `encode_prompt` returns them. `return_dict=False` returns ``(audios,)``. `scheduler` names one of the
-        model's schedulers, `output_sampling_rate` resamples the waveforms. Raises `InvalidInputError` with
-        every invalid argument at once.
+        model's schedulers, `output_sampling_rate` resamples the waveforms. Guidance stops after the share
+        `guidance_stop` of the steps. `profile` names one of the model's profiles, whose settings are then the
+        defaults. Raises `InvalidInputError` with every invalid argument at once.
         """
-        defaults = self.description.defaults
+        defaults = self.description.defaults.under(profile or "")
         duration = defaults.duration if audio_length_in_s is None else audio_length_in_s
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        stop = defaults.guidance_stop if guidance_stop is None else guidance_stop
+        if profile and scheduler is None:
+            scheduler = defaults.scheduler
         text = _Text("prompt", prompt, prompt_embeds, attention_mask)
         negative = _Text(
             "negative_prompt", negative_prompt, negative_prompt_embeds, negative_attention_mask
         ).for_each(text.count)
         self.check_inputs(
-            text, negative, duration, steps, scale, num_waveforms_per_prompt, generator, latents, scheduler,
-            output_type, callback_on_step_end_tensor_inputs,
+            text, negative, duration, steps, scale, stop, num_waveforms_per_prompt, generator, latents,
+            scheduler, profile or "", output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
 
         guided = scale > 1 and not self.folds_guidance
@@ -325,6 +334,7 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
             conditional.repeat_interleave(num_waveforms_per_prompt),
             unconditional and unconditional.repeat_interleave(num_waveforms_per_prompt),
             guidance_scale=scale,
+            guidance_stop=stop,
             num_inference_steps=self.steps(steps, duration),
             duration=duration,
             scheduler=scheduler,
@@ -350,10 +360,12 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         duration: float,
         steps: int,
         scale: float,
+        stop: float,
         clips: int,
         generator: Generators,
         latents: Tensor | None,
         scheduler: str | None,
+        profile: str,
         output_type: str,
         tensor_inputs: Sequence[str],
     ) -> None:
@@ -364,6 +376,7 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
             self.text_encoder.config.hidden_size,
         )
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        unknown_profile = profile_fault(profile, limits.profiles)
         predicts = self._chosen_scheduler(None).config.get("prediction_type") if scheduler is None else None
         checks = (
             (
@@ -373,6 +386,8 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
             ),
             ("num_inference_steps", 1 <= steps <= limits.max_steps, f"{steps}; give 1 to {limits.max_steps}"),
             ("guidance_scale", 0 <= scale < float("inf"), f"{scale}; give a number of 0 or more"),
+            ("guidance_stop", 0 <= stop <= 1, f"{stop}; give a share of the steps, 0 to 1"),
+            ("profile", unknown_profile is None, unknown_profile or ""),
             ("num_waveforms_per_prompt", clips >= 1, f"{clips}; give 1 or more"),
             (
                 "scheduler",

@@ -214,6 +214,16 @@ def clip_generator(seed: int, clip_index: int = 0) -> Generator:
     return torch.Generator("cpu").manual_seed(int(state[0]))
 
 
+def guided_steps(scale: float, stop: float, steps: int, *, folded: bool = False) -> int:
+    """Return how many of a clip's first steps are guided, and take two rows of a denoiser call, not one.
+
+    A scale up to 1 means no guidance, as in diffusers. `stop` is the share of the steps after which guidance
+    stops (its guiders' `stop`; arXiv 2404.07724), rounded to whole steps. `folded`: the denoiser takes the
+    scale as a condition, and no unconditional row.
+    """
+    return round(stop * steps) if scale > 1 and not folded else 0
+
+
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Apply classifier-free guidance (arXiv 2207.12598) to the denoiser's outputs; a tensor broadcasts."""
     return unconditional + guidance_scale * (conditional - unconditional)

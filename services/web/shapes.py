@@ -72,6 +72,8 @@ class AudioGenerateRequest(_Shape):
     """Description that guidance leads away from."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance. Default: the model's."""
+    guidance_stop: float | None = None
+    """Share of the steps after which guidance stops, 0 to 1. Default: the model's. (Milonga's own field.)"""
     num_inference_steps: int | None = None
     """Number of denoising steps. Default: the model's."""
     seed: int | None = None
@@ -104,6 +106,7 @@ class AudioGenerateRequest(_Shape):
                 "seed": self.seed,
                 "num_inference_steps": self.num_inference_steps,
                 "guidance_scale": self.guidance_scale,
+                "guidance_stop": self.guidance_stop,
                 "scheduler": self.scheduler,
                 "adapter": self.adapter,
                 "profile": self.profile,

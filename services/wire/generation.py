@@ -78,6 +78,7 @@ def write_model(model: GenerationModel) -> pb.GetModelResponse:
             clip_count=defaults.clip_count,
             num_inference_steps=defaults.num_inference_steps,
             guidance_scale=defaults.guidance_scale,
+            guidance_stop=defaults.guidance_stop,
             scheduler=defaults.scheduler,
             encoding=WIRE_ENCODINGS[defaults.encoding],
             sample_rate_hertz=defaults.sampling_rate,

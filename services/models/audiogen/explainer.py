@@ -44,7 +44,7 @@ from services.models.audiogen.masking import masked_attention, masked_states
 from services.models.audiogen.pipeline import AudioGenPipeline
 from services.models.explaining.explainer import replaced
 from services.models.explaining.tokens import tokens_of_words
-from services.models.latent import clip_generator, guide
+from services.models.latent import clip_generator, guide, guided_steps
 
 Tick = Callable[[], None]
 """Called after each step; may raise to end the request."""
@@ -188,7 +188,8 @@ class AudioGenExplainer:
         masks_BSL = texts_BLW.new_ones((1, steps, len(text.text_LW)))
         if mask_SL is not None:
             masks_BSL[0, :, : text.tokens] = mask_SL
-        if request.guidance_scale > 1:
+        guided = guided_steps(request.guidance_scale, request.guidance_stop, steps)
+        if guided:
             other_LW = self._negative(request.negative_prompt, len(text.text_LW))
             texts_BLW = torch.stack([text.text_LW, other_LW])
             masks_BSL = torch.cat([masks_BSL, torch.ones_like(masks_BSL)])
@@ -199,9 +200,10 @@ class AudioGenExplainer:
                 new_BK1 = sequence_1KS[..., step : step + 1].long().expand(rows, -1, -1)
                 states_B1W = masked_states(decoder, new_BK1, texts_BLW, masks_BSL[:, step : step + 1], past)
                 logits_BKV = heads(decoder, states_B1W)[:, :, 0].float()
-                if rows > 1:
-                    logits_BKV = guide(logits_BKV[1:], logits_BKV[:1], request.guidance_scale)
-                (sequence_1KS,) = scheduler.step(logits_BKV, step, sequence_1KS, generator)
+                first_1KV, others_BKV = logits_BKV[:1], logits_BKV[1:]
+                if step < guided:
+                    first_1KV = guide(others_BKV, first_1KV, request.guidance_scale)
+                (sequence_1KS,) = scheduler.step(first_1KV, step, sequence_1KS, generator)
                 if not bool(torch.isfinite(sequence_1KS).all()):
                     raise NotFiniteError.of("clip", pipeline.description.model.digest)
                 states.append(states_B1W[0, 0])

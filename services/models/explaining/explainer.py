@@ -35,7 +35,7 @@ from services.models.explaining import methods
 from services.models.explaining.cross_attention import cross_attention_layers
 from services.models.explaining.methods import Points, Tick
 from services.models.explaining.tokens import tokens_of_words
-from services.models.latent import Conditioning, LatentPipeline, clip_generator, guide
+from services.models.latent import Conditioning, LatentPipeline, clip_generator, guide, guided_steps
 from services.models.pipelines import Architecture
 
 DEFAULT_ITERATIONS = 40
@@ -167,21 +167,22 @@ class DiffusionExplainer:
         generator = clip_generator(request.seed)
         latents_1X = self._pipeline.noise(request.duration, generator)
         solver = self._pipeline.solver(request.scheduler, request.num_inference_steps)
-        guided = request.guidance_scale > 1
+        guided = guided_steps(request.guidance_scale, request.guidance_stop, len(solver.timesteps))
+        both = text
         if guided:
             negative = self._pipeline.encode([request.negative_prompt], length=text.length)
-            text = Conditioning.cat([negative.to(text["mask"].device, text["embeds"].dtype), text])
+            both = Conditioning.cat([negative.to(text["mask"].device, text["embeds"].dtype), text])
         visited: list[Tensor] = []
         for index, timestep in enumerate(solver.timesteps):
             visited.append(latents_1X)
-            rows = 2 if guided else 1
+            rows = 2 if index < guided else 1
             output = self._pipeline.predict(
                 latents_1X.expand(rows, *latents_1X.shape[1:]),
                 latents_1X.new_full((rows,), timestep),
-                text,
+                both if index < guided else text,
                 latents_1X.new_full((rows,), request.duration),
             )
-            if guided:
+            if index < guided:
                 output = guide(output[:1], output[1:], request.guidance_scale)
             latents_1X = solver.step(output, index, latents_1X, generator)
             tick()

@@ -210,11 +210,13 @@ def test_every_wrong_setting_is_named_as_its_flag(
 ) -> None:
     arguments = ["generate", PROMPT, "-o", str(tmp_path / "a.wav"), "--model", model]
     wrong = ["--steps", "0", "--guidance", "nan", "--duration", "99", "--clips", "0", "--sample-rate", "7"]
-    assert cli.run([*arguments, *wrong, "--scheduler", "magic", "--profile", "best"]) == 2
+    wrong += ["--guidance-stop", "2", "--scheduler", "magic", "--profile", "best"]
+    assert cli.run([*arguments, *wrong]) == 2
     line = error_of(capsys)
     flags = ("--steps:", "--guidance:", "--duration:", "--clips:", "--sample-rate:", "--scheduler:")
     for flag in flags:
         assert flag in line
+    assert "--guidance-stop: is 2, must be between 0 and 1" in line
     assert "--profile: is 'best', must be one of quality, draft" in line
     assert list(tmp_path.iterdir()) == []
 

@@ -1,12 +1,7 @@
 import pytest
 
 from services.engine import EngineConfig
-from services.engine.batching import choose_rows, row_shapes, rows_of, spare_rows
-
-
-def test_guidance_up_to_one_takes_one_row() -> None:
-    assert [rows_of(scale, folded=False) for scale in (0, 1, 1.01, 3)] == [1, 1, 2, 2]
-    assert [rows_of(scale, folded=True) for scale in (0, 1, 1.01, 3)] == [1, 1, 1, 1]
+from services.engine.batching import choose_rows, row_shapes, spare_rows
 
 
 def test_each_batch_shape_gives_itself_and_its_double() -> None:

@@ -20,6 +20,7 @@ from services.api.generation import (
     quantise_mel,
 )
 from services.engine import Engine, EngineConfig
+from services.errors import InvalidInputError
 from services.models.latent import clip_generator
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SCHEDULERS
@@ -146,6 +147,46 @@ def test_a_lone_request_does_not_pay_for_a_full_batch(pipeline: TangoPipeline) -
         engine.generate(engine.request("a dog", seed=1, guidance_scale=1))
         assert engine.stats.padding_rows == 0
     assert [call.rows for call in calls] == [2] * 4 + [1] * 4
+
+
+def test_after_guidance_stops_a_clip_takes_one_row(pipeline: TangoPipeline) -> None:
+    with denoiser_calls(pipeline) as calls, Engine(pipeline, ONE) as engine:
+        partly: dict[str, Any] = {"seed": 1, "num_inference_steps": 4, "guidance_scale": 3}
+        engine.generate(engine.request("a dog", **partly, guidance_stop=0.5))
+        assert [call.rows for call in calls] == [2, 2, 1, 1]
+        engine.generate(engine.request("a dog", **partly, guidance_stop=0.5, clip_count=3))
+        assert [call.rows for call in calls[4:]] == [8, 8, 4, 4], "three clips: six rows, then three"
+        assert engine.stats.padding_rows == 2 * 2 + 2 * 1
+        with pytest.raises(InvalidInputError, match=r"guidance_stop: is 1\.5, must be between 0 and 1"):
+            engine.generate(engine.request("a dog", **partly, guidance_stop=1.5))
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.5, 0.7, 1.0])
+def test_a_clip_whose_guidance_stops_is_the_pipelines(pipeline: TangoPipeline, stop: float) -> None:
+    with Engine(pipeline, ONE) as engine:
+        request = engine.request("a dog", seed=11, guidance_scale=3.0, guidance_stop=stop, duration=0.5)
+        (clip,) = engine.generate(request).clips
+    options: dict[str, Any] = {"audio_length_in_s": 0.5, "generator": clip_generator(11, 0)}
+    expected = pipeline("a dog", guidance_scale=3.0, guidance_stop=stop, **options).audios[0]
+    assert np.array_equal(clip.waveform(), expected)
+    same = {0.0: 1.0, 1.0: 3.0}
+    if stop in same:
+        options["generator"] = clip_generator(11, 0)
+        assert np.array_equal(expected, pipeline("a dog", guidance_scale=same[stop], **options).audios[0])
+
+
+def test_guidance_that_stops_next_to_others_changes_no_bit(pipeline: TangoPipeline) -> None:
+    config = EngineConfig(threads=1, batch_shapes=(4,), exact=True, max_clip_count=4)
+    with Engine(pipeline, config) as engine:
+        requests = [
+            engine.request("a dog", seed=5, num_inference_steps=6, guidance_scale=3.0, guidance_stop=0.5),
+            engine.request("a bird sings", seed=8, num_inference_steps=5, guidance_scale=7),
+            engine.request("rain", seed=9, num_inference_steps=9, guidance_scale=2, guidance_stop=0.2),
+        ]
+        alone = [engine.generate(request).clips[0].waveform() for request in requests]
+        watches = together(engine, requests)
+        for watch, expected in zip(watches, alone, strict=True):
+            assert np.array_equal(watch.clips()[0].waveform(), expected)
 
 
 def test_with_exact_every_call_has_the_largest_shape(pipeline: TangoPipeline) -> None:

@@ -116,6 +116,7 @@ def test_the_server_says_what_it_serves(client: triton.InferenceServerClient) ->
         ("SEED", "INT64", (-1,)),
         ("NUM_INFERENCE_STEPS", "INT32", (-1,)),
         ("GUIDANCE_SCALE", "FP32", (-1,)),
+        ("GUIDANCE_STOP", "FP32", (-1,)),
         ("DURATION", "FP32", (-1,)),
         ("SCHEDULER", "BYTES", (-1,)),
         ("LOUDNESS", "FP32", (-1,)),
@@ -357,6 +358,10 @@ def test_a_full_queue_is_unavailable_and_nothing_of_it_stays() -> None:
         (_inputs(PROMPTS[:1], SEED=("INT64", [-1])), "seed: is -1, must be between 0 and"),
         (_inputs(PROMPTS[:1], NUM_INFERENCE_STEPS=("INT32", [0])), "num_inference_steps: is 0, must be"),
         (_inputs(PROMPTS[:1], GUIDANCE_SCALE=("FP32", [float("nan")])), "guidance_scale: is nan, must be"),
+        (
+            _inputs(PROMPTS[:1], GUIDANCE_STOP=("FP32", [1.5])),
+            "guidance_stop: is 1.5, must be between 0 and 1",
+        ),
         (_inputs(PROMPTS[:1], DURATION=("FP32", [1e38])), "duration: is 1e+38 s, must be between"),
         (
             _inputs(DURATION=("FP32", [0.5, 1.0])),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from services.api.generation import Defaults, GenerationRequest, Profile, violations
@@ -14,6 +15,7 @@ from services.engine import Engine, EngineConfig
 from services.errors import InvalidInputError, ModelFormatError
 from services.local import open_clip_maker
 from services.models.architectures import load_generator
+from services.models.latent import clip_generator
 from services.models.manifest import write_manifest
 from services.models.mini import mini_folder
 from services.models.pipelines import read_index
@@ -117,6 +119,8 @@ def test_profiles_survive_the_models_folder_and_work_without_a_service(tmp_path:
         ({"draft": {**DRAFT, "num_inference_steps": True}}, "steps are not 1 to 1000"),
         ({"draft": {**DRAFT, "guidance_scale": float("nan")}}, "guidance scale is not 0 to 20"),
         ({"draft": {**DRAFT, "guidance_scale": "3"}}, "guidance scale is not 0 to 20"),
+        ({"draft": {**DRAFT, "guidance_stop": 1.5}}, "guidance_stop is not 0 to 1"),
+        ({"draft": {**DRAFT, "guidance_stop": "half"}}, "guidance_stop is not 0 to 1"),
         ({"draft": {**DRAFT, "scheduler": "euler"}}, "scheduler is not one of ddpm"),
         ({"draft": {**DRAFT, "scheduler": ["ddim"]}}, "scheduler is not one of ddpm"),
         ({"": DRAFT}, "a name has 1 to 40"),
@@ -137,6 +141,45 @@ def test_profiles_of_an_older_folder_are_none() -> None:
     described = tiny_pipeline().description
     assert with_profiles(described, None).limits.profiles == ()
     assert [one.name for one in with_profiles(described, PROFILES).defaults.profiles] == [*PROFILES]
+
+
+def test_a_profile_may_stop_guidance() -> None:
+    half = {**DRAFT, "guidance_scale": 3.0, "guidance_stop": 0.5}
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(profiles={"half": half})
+    with Engine(pipeline, EngineConfig(threads=1)) as engine, serving(engine) as served:
+        request = engine.request(PROMPT, profile="half")
+        assert (request.guidance_stop, engine.request(PROMPT).guidance_stop) == (0.5, 1.0)
+        with AudioClient(served.target, retries=0, timeout=60) as client:
+            (profile,) = client.get_model().defaults.profiles
+            assert profile == Profile(name="half", **half)
+            named, spelt, whole = (
+                client.generate(PROMPT, seed=7, encoding="float32", **options).clips[0].audio
+                for options in ({"profile": "half"}, half, {**half, "guidance_stop": 1.0})
+            )
+            assert named == spelt != whole
+            with pytest.raises(InvalidInputError, match=r"guidance_stop: is -0\.5, must be between 0 and 1"):
+                client.generate(PROMPT, guidance_stop=-0.5)
+            made = client.generate(PROMPT, guidance_scale=1.0, guidance_stop=0.5)
+            assert "guidance_stop has no effect on this clip: there is no guidance" in made.warnings
+
+
+@pytest.mark.parametrize("options", [{}, {"num_inference_steps": 3}, {"guidance_scale": 2.0}])
+def test_the_pipeline_takes_a_profile(options: dict[str, Any]) -> None:
+    pipeline = tiny_pipeline()
+    clips = [
+        pipeline(PROMPT, generator=clip_generator(7), **{**chosen, **options}).audios
+        for chosen in ({"profile": "draft"}, DRAFT, {})
+    ]
+    assert np.array_equal(clips[0], clips[1])
+    assert not np.array_equal(clips[0], clips[2])
+
+
+def test_the_pipeline_refuses_an_unknown_profile() -> None:
+    with pytest.raises(InvalidInputError, match="profile: is 'best', must be one of quality, draft"):
+        tiny_pipeline()(PROMPT, profile="best")
+    with pytest.raises(InvalidInputError, match="guidance_stop: nan; give a share of the steps, 0 to 1"):
+        tiny_pipeline()(PROMPT, guidance_stop=float("nan"))
 
 
 def test_a_complete_request_names_its_profile() -> None:

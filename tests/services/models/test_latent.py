@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from services.models.latent import Conditioning
+from services.models.latent import Conditioning, guided_steps
 from tests.tiny import tiny_pipeline
 
 
@@ -23,6 +23,13 @@ def test_copies_of_a_row_stay_side_by_side() -> None:
     text = Conditioning(tensors={"mask": torch.tensor([[True, False], [True, True]])})
     assert text.repeat_interleave(2)["mask"].sum(1).tolist() == [1, 1, 2, 2]
     assert Conditioning.cat([text, text])["mask"].sum(1).tolist() == [1, 2, 1, 2]
+
+
+def test_the_guided_steps_are_the_first_ones() -> None:
+    assert [guided_steps(scale, 1.0, 8) for scale in (0, 1, 1.01, 3)] == [0, 0, 8, 8]
+    assert [guided_steps(3.0, stop, 8) for stop in (0, 0.05, 0.5, 0.8, 1)] == [0, 0, 4, 6, 8]
+    assert guided_steps(3.0, 0.29, 100) == 29, "0.29 * 100 is less than 29 in binary"
+    assert guided_steps(3.0, 1.0, 8, folded=True) == 0
 
 
 def test_moved_to_a_number_format_masks_stay_masks() -> None:

@@ -178,6 +178,7 @@ def test_a_client_that_goes_away_cancels_the_call(
         (NATIVE, {"input": PROMPT, "audio_start": 3.5}, "audio_start", "must be 0.0 or left out"),
         (NATIVE, {"input": PROMPT, "response_format": "aac"}, "response_format", "'wav', 'flac'"),
         (NATIVE, {"input": PROMPT, "scheduler": "euler"}, "scheduler", "must be one of"),
+        (NATIVE, {"input": PROMPT, "guidance_stop": 2}, "guidance_stop", "must be between 0 and 1"),
         (NATIVE, {"input": PROMPT, "profile": "best"}, "profile", "must be one of quality, draft"),
         (
             NATIVE,

@@ -42,7 +42,7 @@ def _generation(explainer: AudioGenExplainer, **options: object) -> GenerationRe
 def test_without_a_mask_it_makes_the_engines_clip(
     audiogen: AudioGenPipeline, explainer: AudioGenExplainer
 ) -> None:
-    for options in ({}, {"negative_prompt": "rain falls"}, {"guidance_scale": 1.0}):
+    for options in ({}, {"negative_prompt": "rain falls"}, {"guidance_scale": 1.0}, {"guidance_stop": 0.3}):
         request = _generation(explainer, **options)
         clip = explainer.clip(explainer.generate(request, explainer.read(PROMPT)), request)
         with Engine(audiogen, EngineConfig(threads=1)) as engine:

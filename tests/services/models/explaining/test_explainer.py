@@ -61,12 +61,13 @@ def test_an_explanation_of_a_clip_that_is_made(tango: DiffusionExplainer, method
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance_scale", "stop"), [(1.0, 1.0), (3.0, 1.0), (3.0, 0.5)])
 @pytest.mark.parametrize("family", [tiny_pipeline, tiny_tangoflux])
-def test_the_clip_is_the_engines(family: Callable[[], object], guidance_scale: float) -> None:
+def test_the_clip_is_the_engines(family: Callable[[], object], guidance_scale: float, stop: float) -> None:
     pipeline = family()
     explainer = DiffusionExplainer(pipeline, ARCHITECTURES[type(pipeline).__name__])  # type: ignore[arg-type]
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": "rain", "duration": 0.5}
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_stop": stop, "duration": 0.5}
+    options["negative_prompt"] = "rain"
     found = explainer.explain(request_of(explainer, **options), ignore)
     with Engine(pipeline, EngineConfig(threads=1)) as engine:  # type: ignore[arg-type]
         (clip,) = engine.generate(engine.request(PROMPT, seed=3, **options)).clips
