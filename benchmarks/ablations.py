@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.deep_features import DeepFeatures
 from benchmarks.measuring import PROMPT, machine, versions, write_report
 from services.api.generation import Clip, Event, Failed, Finished, Progress
 from services.api.model import UNVERSIONED
@@ -113,25 +114,13 @@ def guidance_interval(pipeline: TangoPipeline, *, first: int, last: int) -> Iter
 @contextmanager
 def deep_features_reused(pipeline: TangoPipeline) -> Iterator[None]:
     """Compute all but the outermost blocks in every second step only (DeepCache, arXiv 2312.00858)."""
-    unet, predict = cast(Any, pipeline.unet), pipeline.predict
-    inner = [*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]]
-    kept: dict[nn.Module, Any] = {}
-    reusing = False
-
-    def keeping(block: nn.Module, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if not reusing:
-            kept[block] = forward(*args, **options)
-        return kept[block]
+    features, predict = DeepFeatures(pipeline.unet), pipeline.predict
 
     def call(step: int, *inputs: Any) -> Tensor:
-        nonlocal reusing
-        reusing = step % STEPS % 2 == 1
+        features.reusing = step % STEPS % 2 == 1
         return predict(*inputs)
 
-    with ExitStack() as stack:
-        for block in filter(None, inner):
-            stack.enter_context(_forward(block, partial(keeping, block, block.forward)))
-        stack.enter_context(_counted(pipeline, call))
+    with features.applied(), _counted(pipeline, call):
         yield
 
 

@@ -13,6 +13,8 @@ A machine that has torch and transformers needs the wheels of `PACKAGES` as well
     pip download --no-deps --dest .gpu-wheels diffusers==0.42.0 …          # here; versions as in uv.lock
     pip install --no-deps --no-index .gpu-wheels/*.whl                     # there
 
+int8 and fp8 need torchao, too (0.18.0 for torch 2.13); without it the report says that they were skipped.
+
 Shapes: R rows of a denoiser call (two per guided clip), X the latents' shape, N samples.
 """
 
@@ -70,6 +72,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmarks.deep_features import DeepFeatures
 from benchmarks.gpu_peers import PEERS
 from services.api.generation import Event, Failed, Finished, GenerationRequest
 from services.engine import Engine, EngineConfig
@@ -167,10 +170,24 @@ class Call:
     latents_RX: Tensor = field(init=False)
     timesteps_R: Tensor = field(init=False)
     conditioning: Conditioning = field(init=False)
+    shares: "Call | None" = None
+    """Another call of as many rows, whose inputs this one takes."""
+    features: DeepFeatures | None = None
+    reusing: bool = False
+    """Whether the call reuses the `features` of the last one that did not."""
     _graph: Any = None
     _output_RX: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.shares is None:
+            self._allocate()
+        else:
+            self.latents_RX, self.timesteps_R = self.shares.latents_RX, self.shares.timesteps_R
+            self.conditioning = self.shares.conditioning
+        if self.graphed:
+            self._capture()
+
+    def _allocate(self) -> None:
         pipeline, device = self.pipeline, self.pipeline.device
         shape = pipeline.latent_shape(pipeline.config.default_duration)
         self.latents_RX = torch.randn((self.rows, *shape), device=device, dtype=pipeline.unet.dtype)
@@ -182,8 +199,6 @@ class Call:
                 for name, tensor in text.tensors.items()
             }
         )
-        if self.graphed:
-            self._capture()
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()
@@ -198,6 +213,8 @@ class Call:
 
     @torch.no_grad()
     def _eager(self) -> Tensor:
+        if self.features is not None:
+            self.features.reusing = self.reusing
         return velocity(self.pipeline.unet, self.latents_RX, self.timesteps_R, self.conditioning)
 
     def __call__(self) -> Tensor:
@@ -211,6 +228,18 @@ class Call:
 
 def render(call: Call, steps: int) -> Tensor:
     """Return the waveforms [B, N] of `call.rows` / 2 guided clips: a plain loop, encoding and decoding."""
+    pipeline = call.pipeline
+    return pipeline.decode(
+        denoise([call], steps), pipeline.geometry.samples(pipeline.config.default_duration)
+    )
+
+
+def denoise(calls: Sequence[Call], steps: int) -> Tensor:
+    """Return the clean latents [B, X] of guided clips, with the prompts' encoding.
+
+    `calls` share their inputs, and take turns in the steps.
+    """
+    call = calls[0]
     pipeline, clips = call.pipeline, call.rows // 2
     duration = pipeline.config.default_duration
     text = pipeline.encode([PROMPT] * clips, length=TEXT_TOKENS).to(pipeline.device, pipeline.unet.dtype)
@@ -220,13 +249,13 @@ def render(call: Call, steps: int) -> Tensor:
     latents_BX = torch.cat(noises)
     scheduler = pipeline.make_scheduler("dpmsolver++")
     scheduler.set_timesteps(steps, device=pipeline.device)
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps):
         call.latents_RX[:clips].copy_(latents_BX)
         call.latents_RX[clips:].copy_(latents_BX)
         call.timesteps_R.fill_(timestep)
-        unconditional, conditional = call().float().chunk(2)
+        unconditional, conditional = calls[step % len(calls)]().float().chunk(2)
         latents_BX = scheduler.step(guide(unconditional, conditional, GUIDANCE), timestep, latents_BX)[0]
-    return pipeline.decode(latents_BX, pipeline.geometry.samples(duration))
+    return latents_BX
 
 
 # -------------------------------------------------------------------------------------------------- the bench
@@ -601,6 +630,86 @@ def peers(bench: Bench) -> Figures:
         bench.empty()
 
 
+QUANTISED: Final[Mapping[str, tuple[str, tuple[int, int]]]] = {
+    "int8 linear layers": ("Int8DynamicActivationInt8WeightConfig", (8, 0)),
+    "fp8 linear layers": ("Float8DynamicActivationFloat8WeightConfig", (8, 9)),
+}
+"""torchao's configurations, and the least compute capability of a GPU that multiplies such numbers."""
+
+
+def cheaper_steps(bench: Bench) -> Figures:
+    """Deep features reused in every second step, int8 and fp8, against bfloat16: time and error.
+
+    The error is that of the clean latents after 25 steps against bfloat16, of random weights: it is rounding,
+    and says nothing about sound. torchao's layers, and a row without them, have compiled transformer blocks.
+    """
+    shapes, steps = ((2,), 2) if bench.tiny else ((2, 16), STEPS[0])
+    exact: dict[int, Tensor] = {}
+    plain: dict[int, float] = {}
+
+    def figures(name: str, calls: Sequence[Call]) -> tuple[str, Mapping[str, Any]]:
+        rows = calls[0].rows
+        seconds = sum(bench.seconds(call, rounds=3) for call in calls) / len(calls)
+        clean_BX = denoise(calls, steps)
+        found = {"call_ms": 1e3 * seconds, "speedup": plain.setdefault(rows, seconds) / seconds}
+        error = (clean_BX - exact.setdefault(rows, clean_BX)).square().sum()
+        if error:
+            found["snr_db"] = float(10 * torch.log10(exact[rows].square().sum() / error))
+        return f"{name}, {rows} rows", {**found, "peak_gib": bench.memory_gib()}
+
+    pipeline = bench.pipeline()
+    for rows in shapes:
+        yield figures("bfloat16", [Call(pipeline, rows, graphed=bench.graphs)])
+        features = DeepFeatures(pipeline.unet)
+        with features.applied():
+            whole = Call(pipeline, rows, bench.graphs, features=features)
+            short = Call(pipeline, rows, bench.graphs, shares=whole, features=features, reusing=True)
+            yield figures("deep features reused", [whole, short])
+        del whole, short
+        bench.empty()
+    for name in ("blocks compiled", *QUANTISED):
+        reason = _unfit(name, bench)
+        if reason is not None:
+            yield name, {"skipped": reason}
+            continue
+        bench.pipelines.clear()
+        pipeline = bench.pipeline()
+        if name in QUANTISED:
+            _quantise(pipeline.unet, QUANTISED[name][0])
+        if not bench.tiny:
+            pipeline.unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for rows in shapes:
+            yield figures(name, [Call(pipeline, rows, graphed=bench.graphs)])
+            bench.empty()
+    bench.pipelines.clear()
+
+
+def _unfit(name: str, bench: Bench) -> str | None:
+    """Return why a row can't be measured here; None if it can."""
+    if name not in QUANTISED:
+        return "a tiny model is not compiled" if bench.tiny else None
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed"
+    _, least = QUANTISED[name]
+    if bench.graphs:
+        capability = torch.cuda.get_device_capability()
+        return f"compute capability {capability} is below {least}" if capability < least else None
+    return "needs a GPU" if name.startswith("fp8") else None
+
+
+def _quantise(unet: nn.Module, config: str) -> None:
+    """Quantise the weights of the transformer blocks' linear layers, and their inputs in each call.
+
+    Others see so few rows, as those of the timestep, that the products of int8 refuse them.
+    """
+    from torchao import quantization
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        return isinstance(layer, nn.Linear) and ".transformer_blocks." in name
+
+    quantization.quantize_(unet, getattr(quantization, config)(), filter_fn=fits)
+
+
 MEASUREMENTS: Final[Mapping[str, tuple[Callable[[Bench], Figures], float]]] = {
     "one clip": (one_clip, 40.0),
     "saturation": (saturation, 60.0),
@@ -608,6 +717,7 @@ MEASUREMENTS: Final[Mapping[str, tuple[Callable[[Bench], Figures], float]]] = {
     "DPO step": (dpo_step, 60.0),
     "under load": (under_load, 100.0),
     "peers": (peers, 90.0),
+    "cheaper steps": (cheaper_steps, 120.0),
 }
 """Measurements in order of importance, each with the seconds that it should be given."""
 

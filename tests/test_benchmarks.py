@@ -18,12 +18,17 @@ def test_the_gpu_benchmark_measures_writes_and_continues(
     assert json.loads(output.read_text())["figures"]["exact"]["companions"]["equal_bits"] is True
     capsys.readouterr()
 
-    gpu.main(["--tiny", "--output", str(output), "--only", "exact", "saturation", "peers"])
+    measured = ["exact", "saturation", "peers", "cheaper steps"]
+    gpu.main(["--tiny", "--output", str(output), "--only", *measured])
     printed = capsys.readouterr().out
     assert "exact:" not in printed
     figures = json.loads(output.read_text())["figures"]
     assert figures["saturation"]["4 rows"]["clips_per_second_2_steps"] > 0
     assert len(figures["peers"]) == 3  # two peers, and the mark of completeness
+    cheaper = figures["cheaper steps"]
+    assert "snr_db" not in cheaper["bfloat16, 2 rows"], "it is the reference"
+    assert cheaper["deep features reused, 2 rows"]["snr_db"] > 0
+    assert cheaper["fp8 linear layers"]["skipped"] == "torchao is not installed"
     page = output.with_suffix(".md").read_text()
     assert "## Saturation" in page
     assert "| 4 rows |" in page
