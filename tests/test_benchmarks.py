@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from benchmarks import audiogenx, captioning, gpu
+from benchmarks import audiogenx, captioning, gpu, weights
 from tests.tiny import tiny_audiogen, tiny_captioner
 
 
@@ -32,6 +33,15 @@ def test_the_gpu_benchmark_measures_writes_and_continues(
     page = output.with_suffix(".md").read_text()
     assert "## Saturation" in page
     assert "| 4 rows |" in page
+
+
+def test_weights_are_counted_by_part_and_format(tmp_path: Path) -> None:
+    weights.main(["--tiny", "--output", str(tmp_path / "weights.json")])
+    rows = json.loads((tmp_path / "weights.json").read_text())["GiB"]
+    assert list(rows) == ["text_encoder", "unet", "vae", "vocoder", "all"]
+    layer = nn.Sequential(nn.Linear(3, 5), nn.Conv1d(5, 2, 1))
+    assert sum(weights.bytes_of(layer, 4).values()) == 4 * (15 + 5 + 10 + 2)
+    assert weights.bytes_of(layer, 2, int8=True) == {"0": 15 + 4 * 5 + 2 * 5, "1": 2 * (10 + 2)}
 
 
 def test_the_benchmark_of_captioners_measures_each_comparison(tmp_path: Path) -> None:

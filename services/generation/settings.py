@@ -31,6 +31,9 @@ class GenerationSettings(ServerSettings, EngineConfig):
     """auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of text encoder and denoiser; autoencoder and vocoder stay in float32."""
+    offload: bool = False
+    """Whether the text encoder, and Tango's autoencoder and vocoder, stay in main memory, and each of their
+    layers is copied to the device when it runs: less memory of the device, slower new prompts and decodes."""
     watermark: Path | None = None
     """AudioSeal's generator_base.pth: every clip is marked with the first 16 bits of its model's digest. It
     needs the extra watermark."""

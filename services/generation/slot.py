@@ -274,7 +274,9 @@ def _try_out(model: ResolvedModel, engine: Engine) -> None:
 
 def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     """Load a resolved model onto an engine. Raises `ModelError` and `InvalidInputError`."""
-    pipeline = load_generator(model.folder, device=settings.device, dtype=settings.dtype)
+    pipeline = load_generator(
+        model.folder, device=settings.device, dtype=settings.dtype, offload=settings.offload
+    )
     mark = None
     if settings.watermark is not None:
         from services.models.watermark.audioseal import AudioSealWatermark

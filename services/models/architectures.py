@@ -35,7 +35,12 @@ def check_generator(folder: Path) -> None:
 
 
 def load_generator(
-    folder: Path, *, device: str = "cpu", dtype: str = "float32", decoder_dtype: str = "float32"
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    decoder_dtype: str = "float32",
+    offload: bool = False,
 ) -> LatentPipeline:
     """Load the generator in `folder` for inference.
 
@@ -44,10 +49,14 @@ def load_generator(
         device: torch's name of a device, or ``auto``: cuda if available, otherwise cpu.
         dtype: float type of text encoder and denoiser, whatever the files have.
         decoder_dtype: float type of the decoders: half precision saves little there, and is more audible.
+        offload: whether the family's `offloadable` parts stay in main memory, and each of their layers is
+            copied to the device when it runs.
 
     Raises:
         ModelNotFoundError: there is no such folder.
         ModelFormatError: the folder has another architecture, missing or damaged weights, or pickles.
         InvalidInputError: the device or float type does not exist.
     """
-    return architecture_of(folder).load(folder, device=device, dtype=dtype, decoder_dtype=decoder_dtype)
+    return architecture_of(folder).load(
+        folder, device=device, dtype=dtype, decoder_dtype=decoder_dtype, offload=offload
+    )

@@ -191,10 +191,17 @@ class AudioPipeline(TextPrompts, DiffusionPipeline, ABC):  # type: ignore[misc]
         noise_BX: Tensor = randn_tensor(shape, generator=generators, device=drawn_on, dtype=torch.float32)
         return noise_BX.to(self.device)
 
+    @property
+    def device(self) -> torch.device:
+        """See `LatentPipeline`. Parts that `enable_sequential_cpu_offload` keeps elsewhere count, too."""
+        found = cast(torch.device, super().device)
+        return cast(torch.device, self._execution_device) if found.type == "meta" else found
+
     def device_of(self, part: Any) -> torch.device:
         """Return the device that `part` computes on, also where it is offloaded to the CPU until then."""
         hook = getattr(part, "_hf_hook", None)
-        return cast(torch.device, getattr(hook, "execution_device", None) or part.device)
+        found = cast(torch.device, getattr(hook, "execution_device", None) or part.device)
+        return self.device if found.type == "meta" else found
 
     def set_timesteps(self, scheduler: Any, steps: int, device: torch.device | None = None) -> None:
         """Prepare `scheduler` for `steps` steps from noise to a clip."""

@@ -67,6 +67,9 @@ class Architecture:
     """Parts that encode audio to latents."""
     decoders: tuple[str, ...]
     """Parts that decode latents to audio; their dtype is `decoder_dtype`."""
+    offloadable: tuple[str, ...] = ("text_encoder",)
+    """Parts that may stay in main memory, each layer being copied to the device when it runs. Layers with
+    weight normalisation can't."""
     readers: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts that encode prompts."""
     tags: tuple[str, ...]
@@ -93,7 +96,13 @@ class Architecture:
         read_json(folder / "tokenizer" / "tokenizer_config.json")
 
     def load(
-        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", decoder_dtype: str = "float32"
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        decoder_dtype: str = "float32",
+        offload: bool = False,
     ) -> LatentPipeline:
         """Check and load a model of this family for inference; see `architectures.load_generator`."""
         target = pick_device(device)
@@ -117,7 +126,15 @@ class Architecture:
         for part in self.parts:
             check_finite(f"{folder}/{part}", getattr(pipeline, part).state_dict())
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(target)
+        for name in self.parts:
+            part = getattr(pipeline, name)
+            # Griffin-Lim has no weights, and accelerate's hooks move parameters only.
+            if offload and name in self.offloadable and any(True for _ in part.parameters()):
+                from accelerate import cpu_offload  # peft brings it
+
+                cpu_offload(part, target)
+            else:
+                part.to(target)
         return cast(LatentPipeline, pipeline)
 
     def load_encoders(self, folder: Path, device: torch.device) -> LatentPipeline:

@@ -4,7 +4,7 @@ Shapes: B prompts, L text tokens, D text width.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class TextPrompts:
             truncation=True,
             return_tensors="pt",
         )
-        device = self.text_encoder.device
+        device = cast(Any, self).device_of(self.text_encoder)
         ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         embeds_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL)[0]
         return Conditioning(tensors={"embeds": embeds_BLD, "mask": mask_BL == 1})

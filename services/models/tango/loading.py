@@ -53,6 +53,7 @@ TANGO: Final = Architecture(
     objective="v_prediction",
     encoders=("vae",),
     decoders=("vae", "vocoder"),
+    offloadable=("text_encoder", "vae", "vocoder"),
     tags=("latent-diffusion", "tango"),
 )
 

@@ -245,7 +245,7 @@ class TangoPipeline(AudioPipeline):
         A clip that overshoots full scale is turned down as a whole: it is neither clipped nor wrapped.
         """
         mel_BTM = self.decode_mel(latents_BCTF)
-        waveform_BN = self.vocoder(mel_BTM.to(self.vocoder.device, _compute_dtype(self.vocoder)))
+        waveform_BN = self.vocoder(mel_BTM.to(self.device_of(self.vocoder), _compute_dtype(self.vocoder)))
         return within_full_scale(waveform_BN[:, :samples].float())
 
     def preview(self, latents_BCTF: Tensor, samples: int) -> Tensor:
