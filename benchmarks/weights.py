@@ -3,8 +3,8 @@
     python -m benchmarks.weights [--output benchmarks/weights.json]
 
 The model has the released sizes and is built on the meta device: nothing is allocated. Formats: float32; as
-served with `--dtype bfloat16`, where autoencoder and vocoder stay in float32; and the same with int8 weights in
-the linear layers of text encoder and denoiser, with a float32 scale for each output. On the device with
+served with `--dtype bfloat16` (autoencoder and vocoder stay in float32); the same with int8 weights in the
+linear layers of text encoder and denoiser, with a float32 scale for each output. On the device with
 `--offload`: the denoiser, and the largest layer of the other parts.
 """
 

@@ -130,7 +130,7 @@ class Architecture:
             part = getattr(pipeline, name)
             # Griffin-Lim has no weights, and accelerate's hooks move parameters only.
             if offload and name in self.offloadable and any(True for _ in part.parameters()):
-                from accelerate import cpu_offload  # peft brings it
+                from accelerate import cpu_offload  # type: ignore[import-untyped]  # peft brings it
 
                 cpu_offload(part, target)
             else:
