@@ -4,6 +4,8 @@
     python -m benchmarks.study2 --recipe study-2-smoke   # every stage in a few steps
     python -m benchmarks.study2 --set prompts.split=validation --set seeds=0 --output build/study2/pilot
     python -m benchmarks.study2 --tables benchmarks/alignment-2   # tables and plots alone, in seconds
+    python -m benchmarks.study2 --recipe real-study --set start=file:mini-real-base \
+        --set world.recordings=esc10/clips.csv --set world.yamnet=yamnet.tflite     # on recordings
 
 Stages, each a folder that is done, or is locked by the process that works on it: data sets of pairs,
 trainings, figures of each model, Fréchet and kernel distances. In ``--output`` (`build/study2/NAME`):
@@ -28,33 +30,22 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 import typer
 
-from benchmarks.study2.config import (
-    BASE,
-    RECIPES,
-    Data,
-    StudyRun,
-    Training,
-    linked,
-    shared_data,
-    trainings,
-)
-from benchmarks.study2.judge import load_judge
+from benchmarks.study2.config import BASE, Data, StudyRun, Training, linked, shared_data, trainings
+from benchmarks.study2.recipes import RECIPES
 from benchmarks.study2.results import write_inputs
 from benchmarks.study2.scoring import (
     KINDS,
     Kind,
     read_references,
     references_of,
-    sampled,
     score_model,
-    study_plan,
     write_references,
     write_scores,
 )
 from benchmarks.study2.tables import tabulate
+from benchmarks.study2.worlds import world_of
 from services.environment import quiet_libraries
 from services.errors import invalid
-from training.evaluation.sources import PlannedClip
 from training.exits import EXIT_CODES, exit_codes
 from training.finetuning.baton import BatonTraining, train_baton
 from training.finetuning.dpo import DpoTraining, train_dpo
@@ -62,7 +53,6 @@ from training.finetuning.session import TRAINING, parquet_files
 from training.finetuning.sft import SftTraining, train_sft
 from training.loop.config import describe, flatten, override
 from training.loop.run_folder import claim_folder
-from training.preferences.pipeline import make_preferences
 from training.runs.recipes import recipe
 
 FREE = ("seeds", "methods", "growth_pairs", "growth_betas")
@@ -89,6 +79,7 @@ class Study:
 
     def __init__(self, config: StudyRun, output: Path) -> None:
         self.config, self.output = config, output
+        self.world = world_of(config, output)
         self.trainings = trainings(config)
         self.uris = {BASE: config.start}
         self.uris |= {one.name: f"file:{output / 'models' / one.name}" for one in self.trainings}
@@ -105,7 +96,7 @@ class Study:
             for name in self.scored():
                 found[f"figures of {name}, {kind}"] = self._figures(name, kind)
         made = tuple(self._scores(name, kind) for name in self.scored() for kind in kinds)
-        inputs = partial(write_inputs, self.config, self.output, self.scored(), kinds)
+        inputs = partial(write_inputs, self.config, self.world, self.output, self.scored(), kinds)
         result = self.output / "result" / "trainings.json"
         found["distances"] = Stage(name="distances", made=result, needs=made, run=inputs)
         return list(found.values())
@@ -132,11 +123,8 @@ class Study:
         return stages
 
     def _rank(self, data: Data) -> None:
-        """Sample from the data's model, rank, and write the pairs to one file."""
-        source = replace(data.config.candidates.source, model=self.uris[data.model])
-        config = replace(data.config, candidates=replace(data.config.candidates, source=source))
-        # Candidates of one model are shared by all data sets that want the same ones.
-        made = make_preferences(config, self.output / "data" / f"of-{data.model}")["dataset"]
+        """Make the pairs, and write them to one file."""
+        made = self.world.make_pairs(data, self.uris[data.model], self.output / "data" / f"of-{data.model}")
         write_subset(made, self.output / "data" / data.name / PAIRS, 0)
 
     def _training(self, training: Training) -> Stage:
@@ -152,8 +140,7 @@ class Study:
 
     def _references(self, kind: Kind) -> Stage:
         def run() -> None:
-            config = sampled(self.config.scoring, kind)
-            write_references(made, references_of(self.plan(kind), config))
+            write_references(made, references_of(self.world.plan(kind), self.world.sampled(kind)))
 
         made = self._scores("references", kind)
         return Stage(name=f"references, {kind}", made=made, needs=(), run=run)
@@ -163,9 +150,9 @@ class Study:
             scores = score_model(
                 name,
                 self.uris[name],
-                self.plan(kind),
-                sampled(self.config.scoring, kind),
-                load_judge(self.output / "judge", self.config.judge_clips),
+                self.world.plan(kind),
+                self.world.sampled(kind),
+                self.world.judge(),
                 read_references(references),
                 self.output / "clips",
             )
@@ -174,10 +161,6 @@ class Study:
         made, references = self._scores(name, kind), self._scores("references", kind)
         needs = (references,) if name == BASE else (references, self._model(name))
         return Stage(name=f"figures of {name}, {kind}", made=made, needs=needs, run=run)
-
-    def plan(self, kind: Kind) -> tuple[PlannedClip, ...]:
-        """Return the prompts and seeds of one kind."""
-        return study_plan(self.config.prompts, kind, self.config.scoring.seeds)
 
     def _pairs(self, data: Data) -> Path:
         name = f"{data.name}-{data.limit}" if data.limit else data.name
@@ -246,7 +229,9 @@ def train(config: object, folder: Path) -> None:
 
 
 def main(
-    name: Annotated[str, typer.Option("--recipe", help="mini-study-2, or study-2-smoke.")] = "mini-study-2",
+    name: Annotated[
+        str, typer.Option("--recipe", help="mini-study-2, study-2-smoke, real-study or real-study-smoke.")
+    ] = "mini-study-2",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable.")
     ] = None,

@@ -60,8 +60,11 @@ class Judge:
             name: active_PK[:, k] for k, name in enumerate(CLASSES) if int(active_PK[:, k].sum()) >= least
         }
 
-    def figures(self, truth: CaptionTruth, waveform_N: Array) -> dict[str, float]:
+    def figures(
+        self, truth: CaptionTruth, waveform_N: Array, sampling_rate: int = SAMPLING_RATE
+    ) -> dict[str, float]:
         """Return the figures of a clip by the events of its prompt; NaN where undefined."""
+        assert sampling_rate == SAMPLING_RATE
         found = self.detect(waveform_N)
         present = all(name in found for name in truth.classes)
         order = together = float("nan")

@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.study2.config import BASE, METHODS, StudyRun
-from benchmarks.study2.scoring import Kind, read_references, read_scores, sampled, study_plan
+from benchmarks.study2.scoring import Kind, read_references, read_scores
+from benchmarks.study2.worlds import World
 from services.files import write_atomically
 from services.weights.uri import resolve
 from training.data.store import read_json
@@ -34,13 +35,15 @@ DECIMALS: Final = 3
 """Of the figures of a clip."""
 
 
-def write_inputs(config: StudyRun, output: Path, names: Sequence[str], kinds: Sequence[Kind]) -> None:
+def write_inputs(
+    config: StudyRun, world: World, output: Path, names: Sequence[str], kinds: Sequence[Kind]
+) -> None:
     """Write the three files of ``result/``, `TRAININGS` last."""
     result = output / "result"
     clips: dict[str, Any] = {"kinds": {}}
     sets: dict[str, Any] = {}
     for kind in kinds:
-        plan = study_plan(config.prompts, kind, config.scoring.seeds)
+        plan = world.plan(kind)
         scores = {name: read_scores(output / "figures" / kind / f"{name}.npz") for name in names}
         clips["kinds"][kind] = {
             "prompts": [planned.prompt.text for planned in plan],
@@ -49,7 +52,7 @@ def write_inputs(config: StudyRun, output: Path, names: Sequence[str], kinds: Se
             "figures": {name: _columns(found.values) for name, found in scores.items()},
         }
         references = read_references(output / "figures" / kind / "references.npz")
-        settings = sampled(config.scoring, kind)
+        settings = world.sampled(kind)
         # A clip that is unreadable for one model is left out for all.
         indices = np.flatnonzero(np.logical_and.reduce([found.readable_N for found in scores.values()]))
         metrics = {

@@ -6,12 +6,12 @@ Shape legend: N clips, D embedding width.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, Protocol, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.study2.config import Prompts
-from benchmarks.study2.judge import Judge
 from services.weights.uri import resolve
 from training.data.examples import FileClip
 from training.data.scenes import SceneClip
@@ -27,6 +27,7 @@ from training.evaluation.embedders import Embeddings
 from training.evaluation.prompts import Prompt
 from training.evaluation.sources import ModelSource, PlannedClip, clip_seed, prepare_clips
 from training.loop.progress import progress
+from training.soundworld.captions import CaptionTruth
 from training.soundworld.scenes import SceneConfig, draw_caption
 
 Kind = Literal["short", "long", "held_out"]
@@ -35,6 +36,15 @@ PRIMARY_KINDS: Final[tuple[Kind, ...]] = ("short", "long")
 """Kinds that the primary figure is of."""
 SECONDS: Final[Mapping[Kind, float]] = {"short": 2.56, "long": 5.12, "held_out": 2.56}
 PROMPT_SEED: Final = 90_211
+
+
+class ClipJudge(Protocol):
+    """A judge of clips by the events of their prompts."""
+
+    def figures(
+        self, truth: CaptionTruth, waveform_N: NDArray[np.float32], sampling_rate: int
+    ) -> dict[str, float]:
+        """Return the figures of a mono clip; NaN where undefined. All clips have the same ones."""
 
 
 def study_plan(prompts: Prompts, kind: Kind, seeds: int) -> tuple[PlannedClip, ...]:
@@ -73,7 +83,7 @@ def score_model(
     uri: str,
     plan: Sequence[PlannedClip],
     config: EvaluationConfig,
-    judge: Judge,
+    judge: ClipJudge,
     references: References,
     cache: Path,
 ) -> ClipScores:
@@ -82,13 +92,13 @@ def score_model(
     files = prepare_clips(source, plan, config, cache).files
     scores = score_clips(name, files, plan, open_evaluators(config), references, config)
     rows: list[Mapping[str, float]] = []
-    bar = progress(files, total=len(files), desc=f"second judge, {name}", unit="clip")
+    bar = progress(files, total=len(files), desc=f"judging {name}", unit="clip")
     for planned, file in zip(plan, bar, strict=True):
         assert planned.prompt.truth is not None
-        waveform, _ = FileClip(path=file).read()
-        rows.append(judge.figures(planned.prompt.truth, np.atleast_2d(waveform).mean(axis=0)))
-    second = {metric: np.array([row[metric] for row in rows]) for metric in rows[0]}
-    return replace(scores, values={**scores.values, **second})
+        waveform, rate = FileClip(path=file).read()
+        rows.append(judge.figures(planned.prompt.truth, np.atleast_2d(waveform).mean(axis=0), rate))
+    judged = {metric: np.array([row[metric] for row in rows]) for metric in rows[0]}
+    return replace(scores, values={**scores.values, **judged})
 
 
 def references_of(plan: Sequence[PlannedClip], config: EvaluationConfig) -> References:

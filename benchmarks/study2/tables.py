@@ -20,8 +20,8 @@ from training.evaluation.report import SplitMetrics, metric_differences, metric_
 STUDY, TABLES, GROWTH = "study.json", "study.md", "growth.png"
 PRIMARY: Final = "present_and_in_order"
 SECOND: Final = f"second.{PRIMARY}"
-DISTANCE: Final = "fad.tagger"
-"""The measure of sound quality, of the short clips."""
+DISTANCES: Final = ("fad.tagger", "fad.yamnet")
+"""Measures of sound quality, of the short clips; the first that a study has is used."""
 TOLERANCE: Final = 1.1
 """Largest ratio of FAD to the start's that counts as keeping the sound."""
 
@@ -115,9 +115,14 @@ def pooled(metrics: Mapping[str, SplitMetrics]) -> list[dict[str, Any]]:
     ]
 
 
-def agreement(clips: Mapping[str, Any], names: Sequence[str], kinds: Sequence[Any]) -> dict[str, Any]:
-    """Return how often the two judges agree on the primary figure of a clip, and Cohen's kappa."""
+def agreement(clips: Mapping[str, Any], names: Sequence[str], kinds: Sequence[Any]) -> dict[str, Any] | None:
+    """Return how often the two judges agree on the primary figure of a clip, and Cohen's kappa.
+
+    None if there is one judge.
+    """
     metrics = [clip_metrics(clips, name, kinds).values for name in names]
+    if any(SECOND not in one for one in metrics):
+        return None
     first = np.concatenate([one[PRIMARY] for one in metrics])
     second = np.concatenate([one[SECOND] for one in metrics])
     known = np.isfinite(first) & np.isfinite(second)
@@ -137,18 +142,24 @@ def growth_of(split: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str,
             row = {
                 "value": float(value),
                 "gain": one["figures"][PRIMARY],
-                "second": one["figures"][SECOND],
-                "fad": split["figures"][one["name"]][DISTANCE]["value"],
+                "second": one["figures"].get(SECOND),
+                "fad": split["figures"][one["name"]][distance_of(split)]["value"],
                 "chosen_drift": trained[one["name"]]["figures"].get("chosen_drift"),
             }
             found.setdefault(kind, []).append(row)
     return {kind: sorted(rows, key=lambda row: row["value"]) for kind, rows in found.items()}
 
 
+def distance_of(split: Mapping[str, Any]) -> str:
+    """Return the measure of sound quality of a study."""
+    return next(name for name in DISTANCES if name in split["figures"][BASE])
+
+
 def verdicts(study: Study) -> list[str]:
     """Return a line for each method: whether it beats start and SFT in all trainings, and keeps the sound."""
     split = study["splits"]["all"]
-    start = split["figures"][BASE][DISTANCE]["value"]
+    distance = distance_of(split)
+    start = split["figures"][BASE][distance]["value"]
     lines = []
     for method, figures in split["means"].items():
         names = seeds_of(method, split["figures"])
@@ -167,11 +178,11 @@ def verdicts(study: Study) -> list[str]:
             for against, found in lows.items()
             if found
         ]
-        ratio = figures[DISTANCE]["value"] / start
+        ratio = figures[distance]["value"] / start
         kept = "keeps" if ratio <= TOLERANCE else "loses"
         lines.append(
             f"{method}: {PRIMARY} {figures[PRIMARY]['value']:.3f}, {', '.join(beats)} in all trainings; "
-            f"{kept} the sound ({DISTANCE} × {ratio:.2f})"
+            f"{kept} the sound ({distance} × {ratio:.2f})"
         )
     return lines
 
@@ -185,8 +196,11 @@ COLUMNS: Final = (
     "simultaneous_given_presence",
     "second.simultaneous_given_presence",
     "as_described",
+    "others",
     "fad.tagger",
+    "fad.yamnet",
     "fad.clap-b",
+    "kad.yamnet",
     "kad.clap-b",
     "silent",
     "clipped",
@@ -196,7 +210,17 @@ COLUMNS: Final = (
     "clap.clap-b",
 )
 """Figures of the tables, as far as there are. `as_described`: in order or simultaneous, as prompted."""
-COMPARED: Final = (PRIMARY, SECOND, "presence", "order_given_presence", "fad.tagger", "fad.clap-b", "silent")
+COMPARED: Final = (
+    PRIMARY,
+    SECOND,
+    "presence",
+    "order_given_presence",
+    "as_described",
+    "fad.tagger",
+    "fad.yamnet",
+    "fad.clap-b",
+    "silent",
+)
 
 
 def written(study: Study) -> str:
@@ -221,9 +245,9 @@ def written(study: Study) -> str:
                 for one in differences
             ]
             lines += [f"{title}, difference [95 %]:", "", *table(["", *compared], rows), ""]
-    same = study["judges"]
-    kappa = "–" if same["kappa"] is None else f"{same['kappa']:.2f}"
-    lines += [f"The judges agree on {same['same']:.3f} of {same['clips']} clips (kappa {kappa}).", ""]
+    if same := study["judges"]:
+        kappa = "–" if same["kappa"] is None else f"{same['kappa']:.2f}"
+        lines += [f"The judges agree on {same['same']:.3f} of {same['clips']} clips (kappa {kappa}).", ""]
     for kind, rows in study["growth"].items():
         lines += [f"## Gain with {kind}", ""]
         cells = [
@@ -236,19 +260,25 @@ def written(study: Study) -> str:
             ]
             for row in rows
         ]
-        lines += [*table([kind, PRIMARY, SECOND, DISTANCE, "chosen_drift"], cells), ""]
+        lines += [
+            *table([kind, PRIMARY, SECOND, distance_of(study["splits"]["all"]), "chosen_drift"], cells),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def growth_plot(study: Study) -> bytes:
     """Return a plot of the gains, with the start's FAD as 1 on the second axis."""
-    start = study["splits"]["all"]["figures"][BASE][DISTANCE]["value"]
+    split = study["splits"]["all"]
+    start = split["figures"][BASE][distance_of(split)]["value"]
     titles = {"pairs": "number of pairs", "beta": "beta"}
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for position, (kind, rows) in enumerate(study["growth"].items(), start=1):
         axes = figure.add_subplot(1, len(study["growth"]), position)
         values = [row["value"] for row in rows]
         for key, label in (("gain", "tagger"), ("second", "second judge")):
+            if any(row[key] is None for row in rows):
+                continue
             gains = [row[key]["value"] for row in rows]
             spans = [
                 [row[key]["value"] - row[key]["low"] for row in rows],

@@ -14,20 +14,12 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.study2.__main__ import Stage, Study, locked, main, run_stages, write_subset
-from benchmarks.study2.config import (
-    BASE,
-    METHODS,
-    RECIPES,
-    StudyRun,
-    linked,
-    study_mini,
-    study_smoke,
-    trainings,
-)
+from benchmarks.study2.config import BASE, METHODS, StudyRun, linked, trainings
 from benchmarks.study2.judge import Judge, activity, check_judge, patches, spectrogram, train_judge
+from benchmarks.study2.recipes import RECIPES, study_mini, study_smoke
 from benchmarks.study2.results import comparisons
 from benchmarks.study2.scoring import read_scores, study_plan
-from benchmarks.study2.tables import study_of, tabulate, verdicts, written
+from benchmarks.study2.tables import growth_plot, study_of, tabulate, verdicts, written
 from services.errors import InvalidInputError
 from tests.training.finetuning.finetune_program import clip, write_pairs
 from training.finetuning.baton import BatonTraining
@@ -292,3 +284,19 @@ def test_the_tables_say_who_beats_whom_and_who_keeps_the_sound() -> None:
     text = written(study)
     assert "| dpo-0 - sft-0 |" in text and "## Gain with pairs" in text
     json.dumps(study, allow_nan=False)
+
+
+def test_tables_of_a_study_with_one_judge() -> None:
+    clips, sets, trained = made_up_result()
+    for figures in clips["kinds"]["short"]["figures"].values():
+        del figures["second.present_and_in_order"]
+    for one in (*sets["short"]["figures"].values(), *(d["figures"] for d in sets["short"]["differences"])):
+        one["fad.yamnet"] = one.pop("fad.tagger")
+    study = study_of(clips, sets, trained)
+    assert study["judges"] is None
+    assert verdicts(study)[1].endswith("keeps the sound (fad.yamnet × 1.05)")
+    text = written(study)
+    assert (
+        "fad.yamnet" in text and "second." not in text.partition("## Gain")[0] and "judges agree" not in text
+    )
+    assert growth_plot(study).startswith(b"\x89PNG")
