@@ -56,10 +56,10 @@ WORDS = (
 """Every word that the tiny tokenizer knows."""
 
 
-def tiny_tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(length: int = 16, words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """Word-level, lower-casing, one end-of-sequence token at the end."""
     special = ("<pad>", "</s>", "<unk>")
-    vocabulary = {word: index for index, word in enumerate((*special, *WORDS))}
+    vocabulary = {word: index for index, word in enumerate((*special, *words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from training.data.health import DataHealth
 
 _SHOWN = 5
+_UNREADABLE = 0.05
+"""Share of unreadable recordings above which no scenes are made."""
 _MISSING_FILE = os.strerror(errno.ENOENT)
 
 data = typer.Typer(help="Look at recordings, and make scenes of them.", no_args_is_help=True)
@@ -76,7 +78,7 @@ def check(
     Exit code 2 if nothing is usable, or with --strict if anything is wrong.
     """
     from services.weights.uri import resolve
-    from training.data.health import check_data, encoder_of
+    from training.data.health import check_data, tokenizer_of
     from training.data.recordings import read_recordings
     from training.data.splits import SplitConfig
 
@@ -90,7 +92,7 @@ def check(
         source,
         recordings,
         unusable,
-        knows=None if model is None else encoder_of(resolve(model).folder),
+        tokenizer=None if model is None else tokenizer_of(resolve(model).folder),
         split=SplitConfig(folds=tuple(folds or ())),
         jobs=jobs,
     )
@@ -129,7 +131,6 @@ def scenes(
 
     The list scenes.jsonl is a data set of its own; its column split says which recordings a scene is made of.
     """
-    from training.data.examples import short_message
     from training.data.recorded_scenes import (
         RecordedSceneConfig,
         RecordedScenes,
@@ -138,6 +139,7 @@ def scenes(
     )
     from training.data.recordings import read_recordings
     from training.data.splits import SplitConfig, split_recordings
+    from training.data.usable import readable_recordings
     from training.loop.progress import progress
 
     try:
@@ -146,26 +148,24 @@ def scenes(
         )
     except ValueError as error:
         raise invalid("--duration, --rate, --single or --sequence", str(error)) from error
-    splits = split_recordings(read_recordings(source, audio_root, {}), SplitConfig(folds=tuple(folds or ())))
+    readable = readable_recordings(read_recordings(source, audio_root, {}), _UNREADABLE)
+    splits = split_recordings(readable.recordings, SplitConfig(folds=tuple(folds or ())))
+    parts = []
+    for split, recordings, number in (
+        ("train", splits.train, count),
+        ("validation", splits.held_out, held_out),
+    ):
+        try:
+            # Before anything is written.
+            parts += [(split, RecordedScenes(recordings, config), number)] if number else []
+        except InvalidInputError as error:
+            raise invalid("data", f"{split} part: {error.violations[0].description}") from error
     rows = []
     with progress(total=count + held_out, desc="scenes", unit="scene") as bar:
-        for split, recordings, number in (
-            ("train", splits.train, count),
-            ("validation", splits.held_out, held_out),
-        ):
-            if not number:
-                continue
-            try:
-                for row in export_recorded_scenes(RecordedScenes(recordings, config), output, number, split):
-                    rows.append(row)
-                    bar.update()
-            except InvalidInputError as error:
-                raise invalid("data", f"{split} part: {error.violations[0].description}") from error
-            except (OSError, ValueError) as error:
-                reason = short_message(error)
-                raise invalid(
-                    "data", f"a recording can't be read: {reason}; see `milonga data check {source}`"
-                ) from error
+        for split, made, number in parts:
+            for row in export_recorded_scenes(made, output, number, split):
+                rows.append(row)
+                bar.update()
     typer.echo(f"{len(rows)} scenes: {write_index(output, rows)}")
 
 

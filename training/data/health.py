@@ -13,11 +13,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from services.audio.levels import has_sound, is_silent
 from services.files import side_by_side
@@ -26,6 +28,7 @@ from services.models.words import is_readable, load_tokenizer
 from training.data.examples import Clip, FileClip, ParquetClip, decode_clip, short_message
 from training.data.recordings import Recording
 from training.data.splits import SplitConfig, split_recordings
+from training.data.usable import language_warning
 from training.loop.progress import progress
 
 Kind = Literal[
@@ -164,7 +167,7 @@ def check_data(
     recordings: Sequence[Recording],
     unusable: Mapping[str, str],
     *,
-    knows: Callable[[str], bool] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     split: SplitConfig | None = None,
     jobs: int | None = None,
 ) -> DataHealth:
@@ -174,7 +177,7 @@ def check_data(
         source: the data set, for the report.
         recordings: what `read_recordings` returned.
         unusable: the unusable captions that it named.
-        knows: whether a text encoder knows a word for a sound in a caption (`encoder_of`); None: not checked.
+        tokenizer: of the text encoder that should know the captions (`tokenizer_of`); None: not checked.
         split: how a training divides the clips.
         jobs: threads that decode; None: one for each core.
     """
@@ -184,29 +187,30 @@ def check_data(
         for recording, clip in side_by_side(_examine, recordings, jobs or os.cpu_count() or 1):
             found[recording.clip] = replace(clip, name=clip.name.removeprefix(f"{folder}/"))
             bar.update()
+    knows = None if tokenizer is None else partial(is_readable, tokenizer)
     clips = [_with_captions(found[one.clip], one, knows) for one in recordings]
     clips = _with_duplicates(clips)
     usable = [one for one, clip in zip(recordings, clips, strict=True) if clip.usable]
     splits = split_recordings(usable, split or SplitConfig())
+    warnings = _warnings(usable, [clip for clip in clips if clip.usable])
+    if tokenizer is not None:
+        language = language_warning(tokenizer, (text for one in usable for text in one.captions))
+        warnings += [] if language is None else [language]
     return DataHealth(
         source=str(source),
         clips=tuple(clips),
         captions=len({caption for one in recordings for caption in one.captions}),
         unusable_captions=dict(unusable),
-        warnings=tuple(_warnings(usable, [clip for clip in clips if clip.usable])),
+        warnings=tuple(warnings),
         held_out=len(splits.held_out),
         rule=splits.rule,
     )
 
 
-def encoder_of(folder: Path) -> Callable[[str], bool]:
-    """Return whether the text encoder of the generator in `folder` knows a word for a sound in a caption.
-
-    Only its tokenizer is loaded. Raises `ModelError`.
-    """
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the generator in `folder`. Raises `ModelError`."""
     vocabulary = int(read_json(folder / "text_encoder" / "config.json")["vocab_size"])
-    tokenizer = load_tokenizer(folder / "tokenizer", vocabulary)
-    return lambda caption: is_readable(tokenizer, caption)
+    return load_tokenizer(folder / "tokenizer", vocabulary)
 
 
 def flat_peaks(waveform_N: NDArray[np.float32]) -> int:

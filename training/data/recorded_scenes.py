@@ -221,7 +221,7 @@ class RecordedScenes:
                 "data",
                 f"has {len(self._sounds)} class{'' if len(self._sounds) == 1 else 'es'} "
                 f"({', '.join(self._sounds)[:80]}), and scenes of {needed} events need {needed}; add "
-                "recordings of another class, or make no scenes",
+                "recordings of another class, or make scenes of fewer events, or none",
             )
 
     def scene(self, index: int) -> RecordedScene:

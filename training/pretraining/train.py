@@ -10,28 +10,31 @@ resumes; what is finished is not done again.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from diffusers import AutoencoderKL
+from transformers import PreTrainedTokenizerBase
 
 from services.errors import MilongaError, invalid
 from services.models.architectures import check_generator
 from services.models.hifigan import VocoderMel
 from services.models.state_dicts import quiet_loading
 from services.models.tango.geometry import Geometry
+from services.models.words import is_readable
 from services.models.writing import replaced_folder
 from training.data.captions import CaptionExample
-from training.data.examples import Clip, check_readable, short_message
 from training.data.recorded_scenes import RecordedScene, RecordedScenes
 from training.data.recordings import Recording, read_recordings
 from training.data.splits import Splits, describe_splits, split_recordings
 from training.data.store import digest_of_value, write_json
+from training.data.usable import known_captions, language_warning, readable_recordings
 from training.finetuning.session import TRAINING
 from training.finetuning.sft import Captioned, train_sft
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig
-from training.loop.progress import progress, say
+from training.loop.progress import say
 from training.loop.run_folder import check_output, claim_folder
 from training.pretraining.autoencoder import Mels, train_autoencoder
 from training.pretraining.budget import autoencoder_seconds, denoiser_seconds, steps_in
@@ -81,7 +84,7 @@ def train_new(config: NewModel, output: Path, *, fresh: bool = False) -> dict[st
     vocoder, mel = ready_vocoder(config.vocoder)
     text = ready_text_encoder(config.text_encoder)
     config = at_rate(config, mel)
-    sounds = read_sounds(config)
+    sounds = read_sounds(config, text.tokenizer)
     parts = output.with_name(f"{output.name}.parts")
     settings: dict[str, Plain] = flatten(config) | {"data_digest": _digest(sounds)}
     claim_folder(parts, settings, fresh=fresh, free=FREE)
@@ -121,23 +124,24 @@ def geometry_of(config: NewModel, mel: VocoderMel) -> Geometry:
     )
 
 
-def read_sounds(config: NewModel) -> Sounds:
+def read_sounds(config: NewModel, tokenizer: PreTrainedTokenizerBase) -> Sounds:
     """Read and divide the recordings. Each is decoded once, to find those that can't be read.
 
-    Raises `InvalidInputError` if too many can't be read, or too few are left.
+    Captions that the text encoder of `tokenizer` does not know are left out. Raises `InvalidInputError` if
+    too many recordings can't be read, or too few are left.
     """
     unusable: dict[str, str] = {}
     recordings = read_recordings(config.data, config.audio_root, unusable)
-    unreadable: dict[Clip, str] = {}
-    with progress(total=len(recordings), desc="recordings", unit="clip") as bar:
-        for one in recordings:
-            try:
-                one.clip.read()
-            except (OSError, ValueError) as error:
-                unreadable[one.clip] = short_message(error)
-            bar.update()
-    check_readable(unreadable, len(recordings), UNREADABLE)
-    left = [one for one in recordings if one.captions and one.clip not in unreadable]
+    found, unreadable = readable_recordings(recordings, UNREADABLE)
+    left = known_captions(
+        [one for one in found if one.captions],
+        partial(is_readable, tokenizer),
+        config.text_encoder,
+        "write captions with words that it knows (of classes: captions.json), or give one that knows them: "
+        "--set model.text_encoder=FOLDER",
+    )
+    if warning := language_warning(tokenizer, (text for one in left for text in one.captions)):
+        say(f"warning: {warning}")
     if unusable:
         place, reason = next(iter(unusable.items()))
         say(f"warning: {len(unusable)} captions are unusable and left out; the first, {place}: {reason}")

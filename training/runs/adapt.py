@@ -7,34 +7,41 @@ with scenes of two sounds, and the denoising error on the held-out part is compa
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from services.errors import invalid
 from services.files import write_atomically
 from services.models.architectures import architecture_of
+from services.models.words import is_readable
 from services.weights.uri import resolve
 from training.data.captions import CaptionExample
 from training.data.examples import FileClip
-from training.data.health import encoder_of
+from training.data.health import tokenizer_of
 from training.data.latents import LatentConfig
 from training.data.recorded_scenes import LoudestPart, RecordedSceneConfig, RecordedScenes
 from training.data.recordings import Recording, read_recordings
 from training.data.splits import SplitConfig, Splits, describe_splits, split_recordings
 from training.data.store import digest_of_value
+from training.data.usable import known_captions, language_warning, readable_recordings
 from training.finetuning.session import LoraConfig
 from training.finetuning.sft import Captioned, SftTraining, train_sft
 from training.loop.checks import Count, Natural, check_ranges
 from training.loop.fit import LoopConfig
+from training.loop.progress import say
 from training.objectives.noising import NoisingConfig
 
 HELD_OUT: Final = "held-out.jsonl"
 """List of the held-out clips, in the run's folder, for `milonga train evaluate --prompts`."""
 SCENES_SECONDS: Final = 10.24
 """Longest scene: events of a longer one would be far apart."""
+_REMEDY: Final = (
+    "write English captions with words that it knows (of classes: captions.json), or train a model with "
+    "words of its own: `milonga train new`"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +102,11 @@ def adapt(config: Adaptation, output: Path, *, fresh: bool = False) -> dict[str,
     start = resolve(config.training.start)
     architecture = architecture_of(start.folder)
     architecture.check(start.folder)
-    known, lost = known_captions(recordings, start.folder)
-    if lost:
-        report_lost(config, lost, len(recordings), start.identity.name)
+    readable, unreadable = readable_recordings(recordings, config.training.data.max_unreadable)
+    tokenizer = tokenizer_of(start.folder)
+    known = known_captions(readable, partial(is_readable, tokenizer), start.identity.name, _REMEDY)
+    if warning := language_warning(tokenizer, (text for one in known for text in one.captions)):
+        say(f"warning: {warning}")
     check_count(config, known)
     splits = split_recordings(known, config.split)
     check_count(config, splits.train)
@@ -109,7 +118,10 @@ def adapt(config: Adaptation, output: Path, *, fresh: bool = False) -> dict[str,
         held_out=tuple(held_out),
         digest=digest_of_value([[one.clip.name, one.caption] for one in (*learned, *held_out)]),
         unusable=unusable,
-        about=describe_splits(config.data.name, splits),
+        about={
+            **describe_splits(config.data.name, splits),
+            "unreadable": {clip.name: why for clip, why in unreadable.items()},
+        },
     )
     report = train_sft(config.training, output, fresh=fresh, captioned=captioned)
     write_held_out(output.with_name(f"{output.name}.run") / HELD_OUT, splits)
@@ -125,37 +137,6 @@ def check_count(config: Adaptation, recordings: Sequence[Recording]) -> None:
             "needed, without those that are held out: a model would learn so few by heart; add recordings "
             f"(`milonga data check {config.data}` shows which are usable)",
         )
-
-
-def known_captions(recordings: Sequence[Recording], start: Path) -> tuple[list[Recording], list[Recording]]:
-    """Return the recordings with the captions that the start's text encoder reads, and those with none."""
-    knows = encoder_of(start)
-    known, lost = [], []
-    for one in recordings:
-        kept = {
-            caption: place for caption, place in zip(one.captions, one.places, strict=True) if knows(caption)
-        }
-        if kept:
-            known.append(replace(one, captions=tuple(kept), places=tuple(kept.values())))
-        else:
-            lost.append(one)
-    return known, lost
-
-
-def report_lost(config: Adaptation, lost: Sequence[Recording], total: int, start: str) -> None:
-    """Print how many recordings are left out for their captions. Raises `InvalidInputError` if all are."""
-    example = next((one.captions[0] for one in lost if one.captions), "no caption")
-    found = (
-        f"{len(lost)} of {total} recordings have no caption with a word for a sound that the text encoder of "
-        f"{start} knows ({example[:60]!r})"
-    )
-    remedy = (
-        "write English captions with words that it knows (of classes: captions.json), or train a model with "
-        "words of its own: `milonga train new`"
-    )
-    if len(lost) == total:
-        raise invalid("data", f"{found}; {remedy}")
-    print(f"warning: {found}: they are left out; {remedy}", file=sys.stderr)
 
 
 def examples_of(

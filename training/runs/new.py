@@ -22,7 +22,7 @@ from training.evaluation.yamnet import Yamnet, load_yamnet
 from training.loop.checks import Count, check_ranges
 from training.loop.progress import say
 from training.pretraining.config import NewModel
-from training.pretraining.parts import HIFIGAN, MINILM, ready_vocoder
+from training.pretraining.parts import HIFIGAN, MINILM, ready_text_encoder, ready_vocoder
 from training.pretraining.train import Sounds, at_rate, read_sounds, train_new
 from training.tracking.register import CHALLENGER, Provenance, check_names, register
 
@@ -99,7 +99,7 @@ def _examined(config: NewRun, output: Path, yamnet: Yamnet, *, fresh: bool) -> d
             return kept
     _, mel = ready_vocoder(config.model.vocoder)
     model = at_rate(config.model, mel)
-    sounds = read_sounds(model)
+    sounds = read_sounds(model, ready_text_encoder(config.model.text_encoder).tokenizer)
     if sounds.held_out is None:
         say(
             f"warning: too few recordings are held out ({sounds.splits.rule}), so the model is not examined; "

@@ -159,7 +159,7 @@ def test_a_page_that_cannot_be_written_is_refused_first(sounds: Path, tmp_path: 
 
 
 def test_scenes_are_made_of_the_two_parts(sounds: Path, tmp_path: Path) -> None:
-    for name in ("cut", "page"):
+    for name in ("cut", "page", "silent", "opposite"):
         (sounds / "dog" / f"{name}.wav").unlink()
     output = tmp_path / "scenes"
     given = ("--count", "3", "--held-out", "2", "--duration", "2.56", "--rate", "16000", "--three", "0")
@@ -172,11 +172,26 @@ def test_scenes_are_made_of_the_two_parts(sounds: Path, tmp_path: Path) -> None:
     assert [one.fold for one in read_recordings(output)] == ["train"] * 3 + ["validation"] * 2
 
 
-def test_a_scene_of_a_damaged_recording_says_so(sounds: Path, tmp_path: Path) -> None:
+def test_damaged_recordings_are_refused_before_anything_is_written(sounds: Path, tmp_path: Path) -> None:
     for path in sounds.rglob("*.wav"):
         path.write_bytes(path.read_bytes()[:2_000])
-    with pytest.raises(InvalidInputError, match=r"a recording can't be read: .*; see `milonga data check"):
+    with pytest.raises(
+        InvalidInputError, match=r"19 of 20 clips can't be read, at most 5% may be: .*cut short"
+    ):
         run("scenes", str(sounds), "-o", str(tmp_path / "scenes"))
+    assert not (tmp_path / "scenes").exists()
+
+
+def test_a_part_that_gives_no_scenes_is_refused_before_the_other_is_written(tmp_path: Path) -> None:
+    for sound, count in (("dog", 4), ("rain", 1)):
+        (tmp_path / sound).mkdir()
+        for number in range(count):
+            soundfile.write(tmp_path / sound / f"{number}.wav", noise(number), RATE)
+    with pytest.raises(InvalidInputError, match=r"validation part: has 1 class \(dog\)"):
+        run("scenes", str(tmp_path), "-o", str(tmp_path / "scenes"), "-n", "2", "--held-out", "1")
+    assert not (tmp_path / "scenes").exists()
+    run("scenes", str(tmp_path), "-o", str(tmp_path / "scenes"), "-n", "2")
+    assert len(list((tmp_path / "scenes").glob("*.flac"))) == 2
 
 
 def test_flat_peaks_are_those_of_clipping() -> None:

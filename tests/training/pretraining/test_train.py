@@ -15,7 +15,7 @@ from services.models.latent import clip_generator
 from services.models.manifest import read_manifest
 from services.models.tango.loading import load_tango
 from tests.services.models.hifigan_release import write_release
-from tests.tiny import tiny_tokenizer
+from tests.tiny import WORDS, tiny_tokenizer
 from training.data.recorded_scenes import RecordedSceneConfig
 from training.finetuning.sft import SftTraining
 from training.loop.config import override
@@ -25,7 +25,7 @@ from training.pretraining.autoencoder import AutoencoderTraining
 from training.pretraining.budget import FEWEST, steps_in
 from training.pretraining.config import DenoiserArchitecture, NewModel
 from training.pretraining.parts import ready_text_encoder, ready_vocoder
-from training.pretraining.train import attributions, read_sounds, train_new
+from training.pretraining.train import Sounds, attributions, read_sounds, train_new
 
 RATE = 8_000
 CLASSES = {"low_tone": 300, "high_tone": 2_000}
@@ -53,9 +53,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> NewModel:
         upsample_kernel_sizes=[16, 16],
     )
     torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(words=(*WORDS, "low", "high", "tone"))
     encoder = transformers.BertModel(
         transformers.BertConfig(
-            vocab_size=len(tiny_tokenizer()),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -63,7 +64,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> NewModel:
         )
     )
     encoder.save_pretrained(folder / "text")
-    tiny_tokenizer().save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
     loop = LoopConfig(steps=3, batch=2, warmup=1, device="cpu", threads=1, ema=0.5)
     return NewModel(
         name="tones",
@@ -141,16 +142,33 @@ def test_steps_in_some_seconds(seconds: float, per_step: float, most: int, steps
     assert steps_in(seconds, per_step, most) == steps
 
 
+def sounds_of(config: NewModel, data: Path) -> Sounds:
+    return read_sounds(replace(config, data=data), ready_text_encoder(config.text_encoder).tokenizer)
+
+
+def test_captions_in_another_language_are_refused_or_left_out(
+    config: NewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sounds(tmp_path / "sounds", 10, {"犬": 300, "雨": 2_000})
+    with pytest.raises(InvalidInputError, match="20 of 20 recordings have no caption with a word") as caught:
+        sounds_of(config, folder)
+    assert "--set model.text_encoder=FOLDER" in str(caught.value)
+    write_sounds(folder, 10)
+    sounds = sounds_of(config, folder)
+    assert {one.sound for one in sounds.splits.train} == {"low_tone", "high_tone"}
+    assert "warning: 20 of 40 recordings have no caption with a word" in capsys.readouterr().err
+
+
 def test_too_few_clips_are_refused(config: NewModel, tmp_path: Path) -> None:
-    few = replace(config, data=write_sounds(tmp_path / "sounds", 2))
+    few = write_sounds(tmp_path / "sounds", 2)
     with pytest.raises(InvalidInputError, match="has 2 readable clips with captions to train on"):
-        read_sounds(few)
+        sounds_of(config, few)
 
 
 def test_one_class_gives_single_sounds_with_a_warning(
     config: NewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sounds = read_sounds(replace(config, data=write_sounds(tmp_path / "s", 12, {"low_tone": 300})))
+    sounds = sounds_of(config, write_sounds(tmp_path / "s", 12, {"low_tone": 300}))
     assert {scene.truth.relation for scene in sounds.scenes(10)} == {"single"}
     assert "all recordings are of one class (low_tone)" in capsys.readouterr().err
 
@@ -160,13 +178,13 @@ def test_unreadable_clips_are_left_out_and_named(
 ) -> None:
     folder = write_sounds(tmp_path / "sounds", 12)
     (folder / "low_tone" / "3.wav").write_bytes(b"no sound")
-    sounds = read_sounds(replace(config, data=folder))
+    sounds = sounds_of(config, folder)
     assert [Path(name).name for name in sounds.unreadable] == ["3.wav"]
     assert "1 of 24 clips can't be read and are left out" in capsys.readouterr().err
     for number in range(4, 9):
         (folder / "low_tone" / f"{number}.wav").write_bytes(b"")
     with pytest.raises(InvalidInputError, match="6 of 24 clips can't be read, at most 10% may be"):
-        read_sounds(replace(config, data=folder))
+        sounds_of(config, folder)
 
 
 def test_stated_licences_are_passed_on(config: NewModel, tmp_path: Path) -> None:

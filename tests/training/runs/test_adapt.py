@@ -126,6 +126,18 @@ def test_recordings_that_cannot_be_read_are_refused(start: Path, tmp_path: Path)
     assert not (tmp_path / "mine").exists()
 
 
+def test_no_scene_is_made_of_a_recording_that_cannot_be_read(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sounds = write_sounds(tmp_path / "sounds", count=21)
+    (sounds / "dog" / "3.wav").write_bytes(b"no sound")
+    soundfile.write(sounds / "dog" / "4.wav", np.zeros(RATE), RATE)
+    report = adapt(config_of(sounds, start, scenes=60), tmp_path / "mine")
+    assert [Path(name).name for name in report["data"]["unreadable"]] == ["3.wav", "4.wav"]
+    assert report["data"]["examples"] == report["data"]["recordings"] * 4 + 60
+    assert "2 of 42 clips can't be read and are left out" in capsys.readouterr().err
+
+
 def test_captions_in_another_language_are_refused_or_left_out(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

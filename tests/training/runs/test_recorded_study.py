@@ -98,7 +98,7 @@ def test_prompts_are_of_held_out_recordings_and_of_their_split(sounds: Path, tmp
     config = study(sounds)
     plans = {}
     for split in ("validation", "test"):
-        prompts = replace(config.prompts, split=split, short=15)  # type: ignore[arg-type]
+        prompts = replace(config.prompts, split=split, short=15)
         world = RecordedWorld(config=replace(config, prompts=prompts), output=tmp_path)
         plans[split] = world.plan("short")
         assert len(plans[split]) == 15 and not world.plan("long")
