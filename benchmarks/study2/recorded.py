@@ -150,6 +150,7 @@ class RecordedWorld:
         scoring, sounds = self.config.scoring, self.config.world
         return replace(
             scoring,
+            prompts=sounds.recordings,
             sampling=replace(scoring.sampling, duration=sounds.scenes.duration),
             embedders=(f"yamnet:{sounds.yamnet.resolve()}",),
         )
