@@ -65,12 +65,8 @@ def unions(row_T: Row, inside_T: Inside) -> NDArray[np.float64]:
     return np.asarray((above_KT & inside_T).sum(1) / (above_KT | inside_T).sum(1))
 
 
-def classes_of_words(caption: str, words: Sequence[Word]) -> list[str | None]:
-    """Return for each word of a caption of the grammar the class of the event that it names, or None.
-
-    A word names an event if it occurs in the phrases of one class only ("dog", "barks"); "the" and "is" name
-    none, although they belong to its phrase.
-    """
+def classes_of_phrases(caption: str, words: Sequence[Word]) -> list[str | None]:
+    """Return for each word of a caption of the grammar the class of the event whose phrase includes it."""
     cut = cut_caption(caption)
     found: list[str | None] = [None] * len(words)
     place, lower = 0, caption.lower()
@@ -78,9 +74,21 @@ def classes_of_words(caption: str, words: Sequence[Word]) -> list[str | None]:
         start = lower.index(event, place)
         place = start + len(event)
         for index, word in enumerate(words):
-            if start <= word.start and word.end <= place and word_classes().get(word.text.lower()) == name:
+            if start <= word.start and word.end <= place:
                 found[index] = name
     return found
+
+
+def classes_of_words(caption: str, words: Sequence[Word]) -> list[str | None]:
+    """Return for each word of a caption of the grammar the class of the event that it names, or None.
+
+    A word names an event if it occurs in the phrases of one class only ("dog", "barks"); "the" and "is" name
+    none, although they belong to its phrase.
+    """
+    return [
+        name if word_classes().get(word.text.lower()) == name else None
+        for name, word in zip(classes_of_phrases(caption, words), words, strict=True)
+    ]
 
 
 def is_function_word(word: str) -> bool:

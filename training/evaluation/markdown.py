@@ -32,7 +32,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "round_trip_present_and_in_order": "both",
     "asked": "probability with which a language model that takes audio says that the clip matches its prompt",
     "round_trip_nothing_else": "share of clips whose caption names no other event",
-    "unused_words": "share of prompts with an event whose words change less than a tenth of what all do",
+    "unused_words": "share of prompts with a phrase that changes less than a tenth of what all words do",
     "nothing_else_heard": "share without events that are not in the prompt",
 }
 """Descriptions of metrics, by prefixes of their names."""

@@ -1,4 +1,4 @@
-"""Words that a model does not listen to: events of a prompt that hardly change what its denoiser predicts.
+"""Words that a model does not use: events of a prompt that hardly change what its denoiser predicts.
 
 Shapes: E events, W words, L text tokens, S points.
 """
@@ -20,7 +20,7 @@ from services.models.explaining.explainer import DiffusionExplainer
 from services.weights.uri import ResolvedModel
 from training.data.examples import FileClip
 from training.evaluation.explanation_areas import remaining
-from training.evaluation.explanation_metrics import classes_of_words
+from training.evaluation.explanation_metrics import classes_of_phrases
 from training.evaluation.sources import PlannedClip
 from training.loop.progress import progress
 from training.soundworld.captions import VOCABULARY
@@ -29,21 +29,22 @@ UNUSED_WORDS: Final = "unused_words"
 """Metric: whether a prompt has an event that is not used; `unused_words.CLASS` for those of one class."""
 
 THRESHOLD: Final = 0.1
-"""Share of what all words change, below which an event counts as not used."""
+"""Share of what all words change, below which an event's phrase counts as not used."""
 
 _LEVELS: Final = 4
 """Noise levels of a clip."""
 
 
 def event_shares(explainer: DiffusionExplainer, prompt: str, clip: ReadClip, seed: int) -> dict[str, float]:
-    """Return for each event of a prompt of the grammar how much its words matter to the denoising of a clip.
+    """Return for each event of a prompt of the grammar how much its phrase matters to a clip's denoising.
 
-    ``|v(without the event's words) - v|² / |v(without any word) - v|²``, summed over the clip and the noise
-    levels: 0 if the words of the event change nothing, 1 if they change as much as all words do. Empty if the
-    prompt is not of the grammar.
+    ``|v(without the event's phrase) - v|² / |v(without any word) - v|²``, summed over the clip and the noise
+    levels: 0 if the phrase changes nothing, 1 if it changes as much as all words do. The whole phrase is
+    masked ("a dog barks"): a text encoder puts some of the noun into its article. Empty if the prompt is not
+    of the grammar.
     """
     read = explainer.read(prompt)
-    classes = classes_of_words(prompt, read.words)
+    classes = classes_of_phrases(prompt, read.words)
     events = list(dict.fromkeys(name for name in classes if name is not None))
     if not events:
         return {}
@@ -94,4 +95,4 @@ def unused_words(
 
 
 def _classes(prompt: str) -> set[str]:
-    return {name for name in classes_of_words(prompt, find_words(prompt)) if name is not None}
+    return {name for name in classes_of_phrases(prompt, find_words(prompt)) if name is not None}

@@ -41,9 +41,9 @@ def test_an_event_that_the_denoiser_can_not_see_has_no_share(explainer: Diffusio
     def blind(prompt: str) -> object:
         # The tokens of the first event are masked from the start: masking them changes nothing.
         found = read(prompt)
-        from training.evaluation.explanation_metrics import classes_of_words
+        from training.evaluation.explanation_metrics import classes_of_phrases
 
-        hidden = [name == first for name in classes_of_words(prompt, found.words)]
+        hidden = [name == first for name in classes_of_phrases(prompt, found.words)]
         mask = found.conditioning["mask"] & ~found.owners_WL[hidden].any(0)
         text = replace(found.conditioning, tensors={**found.conditioning.tensors, "mask": mask})
         return replace(found, conditioning=text)
