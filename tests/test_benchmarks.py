@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from benchmarks import audiogenx, captioning, gpu, weights
-from tests.tiny import tiny_audiogen, tiny_captioner
+from benchmarks import audiogenx, captioning, gpu, upstream, weights
+from services.models.manifest import write_manifest
+from tests.tiny import tiny_audiogen, tiny_captioner, tiny_pipeline
 
 
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")  # diffusers'
@@ -42,6 +45,34 @@ def test_weights_are_counted_by_part_and_format(tmp_path: Path) -> None:
     layer = nn.Sequential(nn.Linear(3, 5), nn.Conv1d(5, 2, 1))
     assert sum(weights.bytes_of(layer, 4).values()) == 4 * (15 + 5 + 10 + 2)
     assert weights.bytes_of(layer, 2, int8=True) == {"0": 15 + 4 * 5 + 2 * 5, "1": 2 * (10 + 2)}
+
+
+def test_upstreams_way_is_the_pipelines_with_its_scheduler() -> None:
+    pipeline = tiny_pipeline(text_length=None)
+    ours = pipeline(
+        "a dog barks",
+        scheduler="ddpm",
+        num_inference_steps=4,
+        guidance_scale=upstream.GUIDANCE,
+        generator=torch.Generator().manual_seed(1),
+    )
+    theirs = upstream.upstream_clip(pipeline, "a dog barks", 4, torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(theirs.numpy(), ours.audios, atol=1e-5)
+
+
+def test_upstreams_way_is_compared_with_the_profiles(tmp_path: Path) -> None:
+    output = tmp_path / "upstream.json"
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    write_manifest(tmp_path / "tiny", name="tiny", version="1", license="Apache-2.0")
+    words = ["--tiny", "--only", "full size", "--rounds", "1", "--threads", "1", "--output", str(output)]
+    upstream.main([*words, "--profiles", f"file:{tmp_path / 'tiny'}"])
+    report = json.loads(output.read_text())["full size"]
+    parts = {name: cost["processor"] for name, cost in report["parts"].items()}
+    first, quality, draft = report["clips"].values()
+    assert (first["denoiser rows"], quality["denoiser rows"], draft["denoiser rows"]) == (400, 12, 2)
+    expected = parts["bfloat16: text"] + 2 * parts["bfloat16: a step of 1 rows"] + parts["bfloat16: decoding"]
+    assert draft["processor seconds per clip"] == pytest.approx(expected, abs=1e-4)
+    assert first["times faster"] == 1 < draft["times faster"]
 
 
 def test_the_benchmark_of_captioners_measures_each_comparison(tmp_path: Path) -> None:
