@@ -26,7 +26,6 @@ import json
 import platform
 import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +59,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmarks.arrivals import Server, batch_server, engine_server, latencies, poisson
 from benchmarks.deep_features import DeepFeatures
 from benchmarks.gpu_peers import PEERS
 from services.api.generation import Event, Failed, Finished, GenerationRequest
@@ -422,18 +423,16 @@ def under_load(bench: Bench) -> Figures:
         for load in (0.5,) if bench.tiny else (0.8, 0.5, 0.95):
             if bench.left < 1.5 * window:
                 return
-            arrivals = _poisson(load * capacity, window)
-            yield f"step-level, load {load}", _latencies(arrivals, _engine_server(engine, request))
+            server = engine_server(engine, lambda index: replace(request, seed=index))
+            found = latencies(poisson(load * capacity, window), server)
+            yield f"step-level, load {load}", _quantiles(found)
     for name, largest in (("whole batches", shapes[-1]), ("one at a time", 1)):
         calls = {clips: Call(pipeline, 2 * clips, graphed=False) for clips in shapes if clips <= largest}
         for load in (0.5,) if bench.tiny else (0.8, 0.5):
             if bench.left < 1.5 * window:
                 return
-            arrivals = _poisson(load * capacity, window)
-            yield (
-                f"{name}, load {load} of the engine's capacity",
-                _latencies(arrivals, _plain_server(calls, steps)),
-            )
+            found = latencies(poisson(load * capacity, window), _whole_batches(calls, steps))
+            yield f"{name}, load {load} of the engine's capacity", _quantiles(found)
 
 
 def _together(engine: Engine, request: GenerationRequest, count: int) -> float:
@@ -457,72 +456,18 @@ def _wait_for(events: "queue.SimpleQueue[Event]", count: int) -> None:
         count -= isinstance(event, Finished)
 
 
-def _poisson(rate: float, seconds: float) -> list[float]:
-    """Return times of arrival, in seconds from the start."""
-    generator = np.random.default_rng(0)
-    count = max(3, int(rate * seconds))
-    return [float(time) for time in np.cumsum(generator.exponential(1 / rate, count))]
+def _quantiles(latencies_N: NDArray[np.float64]) -> dict[str, float]:
+    p50, p95, p99 = np.quantile(latencies_N, (0.5, 0.95, 0.99))
+    return {"requests": len(latencies_N), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
 
 
-Submit = Callable[[int, Callable[[], None]], None]
-"""Starts request i; the callback is called when its clip is there."""
-
-
-def _latencies(arrivals: Sequence[float], server: tuple[Submit, Callable[[], None]]) -> dict[str, float]:
-    """Send a request at each arrival, whether or not others are done; return the quantiles of latency."""
-    submit, close = server
-    latencies: queue.SimpleQueue[float] = queue.SimpleQueue()
-    began = time.perf_counter()
-    for index, arrival in enumerate(arrivals):
-        time.sleep(max(0.0, began + arrival - time.perf_counter()))
-        # From when it was due: a late sender hides no wait.
-        submit(index, partial(_note, latencies, began + arrival))
-    found = [latencies.get() for _ in arrivals]
-    close()
-    p50, p95, p99 = np.quantile(found, (0.5, 0.95, 0.99))
-    return {"requests": len(found), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
-
-
-def _note(latencies: "queue.SimpleQueue[float]", due: float) -> None:
-    latencies.put(time.perf_counter() - due)
-
-
-def _engine_server(engine: Engine, request: GenerationRequest) -> tuple[Submit, Callable[[], None]]:
-    def submit(index: int, done: Callable[[], None]) -> None:
-        def on_event(event: Event) -> None:
-            if isinstance(event, Finished | Failed):
-                done()
-
-        engine.submit(replace(request, seed=index), on_event)
-
-    return submit, lambda: None
-
-
-def _plain_server(calls: Mapping[int, Call], steps: int) -> tuple[Submit, Callable[[], None]]:
+def _whole_batches(calls: Mapping[int, Call], steps: int) -> Server:
     """Return a server that renders all waiting requests together, up to the largest call, to the end."""
-    waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-    def work() -> None:
-        while True:
-            batch = [waiting.get()]
-            while len(batch) < max(calls) and not waiting.empty():
-                batch.append(waiting.get())
-            present = [done for done in batch if done is not None]
-            if present:
-                render(calls[min(size for size in calls if size >= len(present))], steps).cpu()
-            for done in present:
-                done()
-            if None in batch:
-                return
+    def render_all(indices: Sequence[int]) -> None:
+        render(calls[min(size for size in calls if size >= len(indices))], steps).cpu()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-
-    def close() -> None:
-        waiting.put(None)
-        thread.join()
-
-    return lambda index, done: waiting.put(done), close
+    return batch_server(render_all, max(calls))
 
 
 def dpo_step(bench: Bench) -> Figures:

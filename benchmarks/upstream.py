@@ -4,12 +4,13 @@
     python -m benchmarks.upstream --only mini        # the other part of the report is kept
 
 Upstream's way (`inference` and `encode_text_classifier_free` of its `models.py`, written again on the same
-classes and libraries) is a plain loop in float32: 200 steps of DDPM, one clip at a time, prompt and empty prompt
-encoded for each. Profiles are those of `--profiles`, models whose `model_index.json` has them; at full size in
-bfloat16 as served with `--dtype bfloat16`, with the empty prompt from the cache.
+classes and libraries) is a plain loop in float32: 200 steps of DDPM, one clip at a time, prompt and empty
+prompt encoded for each. Profiles are those of `--profiles`, models whose `model_index.json` has them; at
+full size in bfloat16 as served with `--dtype bfloat16`, with the empty prompt from the cache.
 
 Full size: released sizes, random weights. A clip is extrapolated: text, a step of each number of rows, and
-decoding are measured, and all steps of as many rows cost the same. On `mini` clips are made from end to end.
+decoding are measured, and all steps of as many rows cost the same. On `mini` clips are made from end to
+end.
 
 Shapes: R rows, X latents, N samples.
 """

@@ -1,14 +1,20 @@
 """The benchmarks of GPUs and of captioners on tiny models."""
 
 import json
+import queue
+import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import audiogenx, captioning, gpu, upstream, weights
+from benchmarks import audiogenx, captioning, gpu, latency, upstream, weights
+from benchmarks.arrivals import batch_server
 from services.models.manifest import write_manifest
 from tests.tiny import tiny_audiogen, tiny_captioner, tiny_pipeline
 
@@ -73,6 +79,41 @@ def test_upstreams_way_is_compared_with_the_profiles(tmp_path: Path) -> None:
     expected = parts["bfloat16: text"] + 2 * parts["bfloat16: a step of 1 rows"] + parts["bfloat16: decoding"]
     assert draft["processor seconds per clip"] == pytest.approx(expected, abs=1e-4)
     assert first["times faster"] == 1 < draft["times faster"]
+
+
+def test_latency_under_load_is_measured_by_policy_and_kind(tmp_path: Path) -> None:
+    report: dict[str, Any] = {"points": {}, "capacity": 20.0}
+    bench = latency.Bench(tiny_pipeline())
+    done = list(latency.measure(bench, report, latency.POLICIES, [0.5], 1.5))
+    assert done == [f"{policy}, load 0.5" for policy in latency.POLICIES]
+    assert not list(latency.measure(bench, report, latency.POLICIES, [0.5], 1.5)), "the points are there"
+    for points in report["points"].values():
+        kinds = points["0.5"]
+        assert kinds["draft"]["requests"] + kinds["long render"]["requests"] == 15
+        assert 0 < kinds["draft"]["p50"] <= kinds["draft"]["p95"] <= kinds["draft"]["max"]
+    assert latency.plot(report).startswith(b"\x89PNG")
+    assert bench.capacity(burst=4) > 0
+
+
+def test_requests_of_one_kind_that_wait_are_rendered_together() -> None:
+    batches: list[list[int]] = []
+    started, free = threading.Event(), threading.Event()
+
+    def render(indices: Sequence[int]) -> None:
+        batches.append(list(indices))
+        started.set()
+        free.wait(60)
+
+    submit, close = batch_server(render, 2, kind_of=lambda index: index % 2)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    submit(0, partial(done.put, 0))
+    assert started.wait(60)
+    for index in (2, 3, 4, 6, 5):
+        submit(index, partial(done.put, index))
+    free.set()
+    close()
+    assert batches == [[0], [2, 4], [3, 5], [6]]
+    assert [done.get() for _ in range(6)] == [0, 2, 4, 3, 5, 6]
 
 
 def test_the_benchmark_of_captioners_measures_each_comparison(tmp_path: Path) -> None:
