@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar, Unpack
 
 import numpy as np
@@ -32,6 +33,7 @@ from services.engine import Engine, EngineConfig
 from services.models.architectures import load_generator
 from services.models.clap.model import ClapModel, EmbeddingModel
 from services.models.reward.model import RewardModel, load_reward
+from services.models.watermark import marker
 from services.models.words import warnings_of
 from services.runtime.settings import BatchedSettings
 from services.weights.adapter_sources import AdapterSources
@@ -80,20 +82,27 @@ class LocalClipMaker:
 
 
 def open_clip_maker(
-    model: ResolvedModel, *, device: str = "auto", dtype: str = "float32", config: EngineConfig | None = None
+    model: ResolvedModel,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    config: EngineConfig | None = None,
+    watermark: Path | None = None,
 ) -> LocalClipMaker:
     """Load a generator; takes seconds. Requests may name any adapter by its model URI.
 
     With `config.exact`, every denoiser call has the same shape, so that a clip is bitwise independent of
-    other clips.
+    other clips. `watermark` is AudioSeal's ``generator_base.pth``, which marks every clip.
 
     Raises:
-        ModelError: the model was refused.
+        ModelError: the model, or the watermark's, was refused.
         InvalidInputError: the device does not exist.
     """
     pipeline = load_generator(model.folder, device=device, dtype=dtype)
     adapters = AdapterStore(pipeline, AdapterSources(listed={}, any_uri=True), model.digest)
-    return LocalClipMaker(Engine(pipeline, config, model.identity, adapters=adapters))
+    rate = pipeline.description.geometry.sampling_rate
+    mark = marker(watermark, model.digest, rate, str(pipeline.device))
+    return LocalClipMaker(Engine(pipeline, config, model.identity, mark, adapters))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

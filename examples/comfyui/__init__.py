@@ -9,6 +9,7 @@ import json
 import urllib.error
 import urllib.request
 import wave
+from http.client import HTTPException
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,20 +68,27 @@ class MilongaSoundEffect:
                 content = response.read()
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"milonga: {_detail(error.read())}") from error
-        except OSError as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise RuntimeError(
-                f"milonga: {server} does not answer ({error}); start it: milonga up"
+                f"milonga: {server} does not answer HTTP ({error}); give the address of a web door as "
+                "http://HOST:PORT, and start it: milonga up"
             ) from error
+        return _audio(content, server), seed
+
+
+def _audio(content: bytes, server: str) -> dict[str, Any]:
+    try:
         with wave.open(io.BytesIO(content)) as file:
             samples_N = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32767
-            audio = {"waveform": torch.from_numpy(samples_N)[None, None], "sample_rate": file.getframerate()}
-        return audio, seed
+            return {"waveform": torch.from_numpy(samples_N)[None, None], "sample_rate": file.getframerate()}
+    except (wave.Error, EOFError) as error:
+        raise RuntimeError(f"milonga: {server} answers no clip; is it a web door of Milonga?") from error
 
 
 def _detail(content: bytes) -> str:
     try:
         return str(json.loads(content)["detail"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return content[:200].decode("utf-8", "replace")
 
 

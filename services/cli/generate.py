@@ -143,7 +143,7 @@ def generate(
     best_of = best_of_options(choice, scorers, clip_options.clips, where, connection)
     place = Place(
         model=where.model, device=where.device, dtype=where.dtype, server=where.server,
-        connection=connection, best_of=best_of,
+        connection=connection, best_of=best_of, watermark=signing.watermark,
     )  # fmt: skip
     if prompt is not None:
         if overwrite or parallel is not None:
@@ -164,8 +164,7 @@ def generate(
         checking.open(None)
         if output is None:
             refuse("--output", "must name the folder of clips with --prompts")
-        settings = {} if best_of is None else best_of.settings()
-        jobs = prompts.read_jobs(prompt_file, clip_options.generation(), settings)
+        jobs = prompts.read_jobs(prompt_file, clip_options.generation(), place.settings)
         run = Folder(folder=output, jobs=jobs, place=place, as_json=as_json, signer=signing.open())
         run.generate(parallel=parallel or _PARALLEL, overwrite=overwrite, quiet=quiet)
 

@@ -78,16 +78,28 @@ class Place:
     """How to reach services."""
     best_of: BestOf | None = None
     """None: keep every clip."""
+    watermark: Path | None = None
+    """Checkpoint of a watermark for the engine in this process; None: clips are not marked."""
 
     def __post_init__(self) -> None:
         check_address("--server", self.server)
         if self.server is not None and (self.model or self.device or self.dtype):
             refuse("--model, --device, --dtype", "are set by the service; leave them out with --server")
+        if self.server is not None and self.watermark is not None:
+            refuse(
+                "--watermark", "is set by the service (milonga serve generation); leave it out with --server"
+            )
 
     @property
     def name(self) -> str:
         """Return the service's address, or the model URI."""
         return self.server or self.model or "mini"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return further settings for a clip's record: they determine which clips are kept, and how."""
+        mark = {} if self.watermark is None else {"watermark": str(self.watermark)}
+        return mark if self.best_of is None else {**self.best_of.settings(), **mark}
 
     @property
     def first_stage(self) -> str:
@@ -130,7 +142,11 @@ class Place:
         config = EngineConfig() if batch is None else EngineConfig(batch_shapes=(batch,), exact=True)
         model = resolve(self.name)
         return open_clip_maker(
-            model, device=self.device or "auto", dtype=self.dtype or "float32", config=config
+            model,
+            device=self.device or "auto",
+            dtype=self.dtype or "float32",
+            config=config,
+            watermark=self.watermark,
         )
 
 

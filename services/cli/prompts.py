@@ -50,8 +50,8 @@ class Job:
     """The prompt."""
     options: GenerationOptions
     """The command's options, overridden by the line's; always with a seed."""
-    ranking: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of best-of-n (`BestOf.settings`) for the record; empty if all clips are kept."""
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings for the record (`Place.settings`): of best-of-n, and the watermark."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -62,7 +62,7 @@ class Job:
 
 
 def read_jobs(
-    path: Path, defaults: GenerationOptions, ranking: Mapping[str, Any] = MappingProxyType({})
+    path: Path, defaults: GenerationOptions, further: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Job, ...]:
     """Return the prompts of a list.
 
@@ -80,7 +80,7 @@ def read_jobs(
     for entry in read_list(path, "--prompts", clip="ignored", checked=False):
         unused |= dict.fromkeys(name for name in entry.fields if name not in _TYPES)
         own, fault = _options(entry)
-        job = None if fault else _job(entry, own, defaults, ranking)
+        job = None if fault else _job(entry, own, defaults, further)
         # Compared in lower case, since some file systems ignore case.
         names = set() if job is None else {job.name.lower(), *(file.stem.lower() for file in job.files)}
         if job is not None and names & taken:
@@ -130,7 +130,7 @@ def _number(text: str) -> int | float | str:
 
 
 def _job(
-    entry: Entry, own: Mapping[str, Any], defaults: GenerationOptions, ranking: Mapping[str, Any]
+    entry: Entry, own: Mapping[str, Any], defaults: GenerationOptions, further: Mapping[str, Any]
 ) -> Job:
     parts = [str(own["id"])] if "id" in own else [f"{entry.number:05d}", _slug(entry.prompt)]
     if entry.caption:
@@ -141,7 +141,7 @@ def _job(
     if options.get("seed") is None:
         digest = hashlib.blake2b(f"{name}\n{entry.prompt}".encode(), digest_size=4).digest()
         options["seed"] = int.from_bytes(digest, "big")
-    return Job(name=name, prompt=entry.prompt, options=options, ranking=ranking)
+    return Job(name=name, prompt=entry.prompt, options=options, further=further)
 
 
 def _slug(prompt: str) -> str:
@@ -154,7 +154,7 @@ def request_record(job: Job, source: str) -> dict[str, Any]:
     `source` is the model URI, or the service's address.
     """
     settings = {key: value for key, value in sorted(job.options.items()) if value is not None} | {
-        **job.ranking
+        **job.further
     }
     return {"prompt": job.prompt, "source": source, "settings": settings}
 

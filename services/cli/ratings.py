@@ -35,10 +35,10 @@ _ALIASES = ("champion", "challenger")
 
 
 @contextlib.contextmanager
-def _store(url: str) -> Iterator["RatingStore"]:
+def _store(url: str, *, create: bool = False) -> Iterator["RatingStore"]:
     from services.ratings.store import RatingStore
 
-    store = RatingStore(url, "--ratings")
+    store = RatingStore(url, "--ratings", create=create)
     try:
         yield store
     finally:
@@ -67,7 +67,7 @@ def plan(
 
     texts = [entry.prompt for entry in read_list(prompts, "--prompts", clip="ignored")]
     uris = _uri(a, name), _uri(b, name)
-    with _store(ratings) as store, _maker(uris[0], "--a", steps) as (make_a, model_a):
+    with _store(ratings, create=True) as store, _maker(uris[0], "--a", steps) as (make_a, model_a):
         with _maker(uris[1], "--b", steps) as (make_b, model_b):
             same = model_a.digest == model_b.digest
             second = _with_other_noise(make_b) if same else make_b
@@ -84,7 +84,7 @@ def rater(
     ratings: Database = _DEFAULT,
 ) -> None:
     """Admit a rater; print their token, with which they rate on the studio's page."""
-    with _store(ratings) as store:
+    with _store(ratings, create=True) as store:
         typer.echo(store.add_rater(name))
 
 

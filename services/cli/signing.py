@@ -1,4 +1,4 @@
-"""Options that sign the clips of a command."""
+"""Options that sign or mark the clips of a command."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ _PANEL = "Provenance"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SigningOptions:
-    """The options of a signature."""
+    """The options of a signature, and of a watermark."""
 
     sign_cert: Annotated[
         Path | None,
@@ -42,6 +42,16 @@ class SigningOptions:
         str | None,
         typer.Option(
             help="MLflow server: also state the runs that made and promoted the model.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    watermark: Annotated[
+        Path | None,
+        typer.Option(
+            help="AudioSeal's generator_base.pth: mark clips that are made in this process with the "
+            "first bits of the model's digest.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),

@@ -12,7 +12,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -33,7 +32,7 @@ from services.errors import (
 )
 from services.generation.settings import GenerationSettings, adapter_sources
 from services.models.architectures import load_generator
-from services.models.watermark import message_of
+from services.models.watermark import marker
 from services.weights.adapters import AdapterStore
 from services.weights.uri import ModelURI, ResolvedModel, resolve
 
@@ -277,13 +276,8 @@ def load_engine(settings: GenerationSettings, model: ResolvedModel) -> Engine:
     pipeline = load_generator(
         model.folder, device=settings.device, dtype=settings.dtype, offload=settings.offload
     )
-    mark = None
-    if settings.watermark is not None:
-        from services.models.watermark.audioseal import AudioSealWatermark
-
-        watermark = AudioSealWatermark(settings.watermark, str(pipeline.device))
-        rate, message = pipeline.description.geometry.sampling_rate, message_of(model.digest)
-        mark = partial(watermark.embed, sampling_rate=rate, message=message)
+    rate = pipeline.description.geometry.sampling_rate
+    mark = marker(settings.watermark, model.digest, rate, str(pipeline.device))
     adapters = AdapterStore(pipeline, adapter_sources(settings), model.digest)
     adapters.load_listed()
     return Engine(pipeline, settings, model.identity, mark, adapters)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from sqlalchemy import create_engine, func, select
@@ -118,15 +119,16 @@ class Rated:
 class RatingStore:
     """Pairs, raters and ratings. Thread-safe."""
 
-    def __init__(self, url: str, field: str = "ratings") -> None:
+    def __init__(self, url: str, field: str = "ratings", *, create: bool = True) -> None:
         """Connect, and create what is missing.
 
         Args:
             url: ``sqlite:///FILE`` or ``postgresql://USER@HOST/NAME``.
             field: name of the setting in error messages.
+            create: whether SQLite may create its file.
 
         Raises:
-            InvalidInputError: the URL is none, or its driver is not installed.
+            InvalidInputError: the URL is none, or its driver is not installed; or there is no such file.
             ServiceUnavailableError: the database can't be reached.
         """
         try:
@@ -136,11 +138,23 @@ class RatingStore:
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             fault = "must be sqlite:///FILE, or postgresql://USER@HOST/NAME"
             raise invalid(field, f"is {_shown(url)!r}, {fault} ({error})") from error
+        if not create:
+            self._check_file(field)
         with self._telling():
             try:
                 Base.metadata.create_all(self._engine)
             except (ProgrammingError, IntegrityError):  # another process was creating the same tables
                 Base.metadata.create_all(self._engine)
+
+    def _check_file(self, field: str) -> None:
+        """Raise `InvalidInputError` if SQLite's file is missing."""
+        path = self._engine.url.database
+        if self._engine.dialect.name != "sqlite" or not path or path.startswith(("file:", ":")):
+            return
+        if not Path(path).is_file():
+            raise invalid(
+                field, f"is a database in {path}, which is no file; `milonga ratings plan` makes one"
+            )
 
     def close(self) -> None:
         """Close the connections."""

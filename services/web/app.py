@@ -79,17 +79,17 @@ def build_app(settings: WebSettings, metrics: WebMetrics, readiness: Readiness) 
     app.add_exception_handler(Exception, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    app.include_router(
-        generation.router(backend, settings, signer, WaitingRoom(settings.wait_seconds, metrics.waiting))
-    )
-    app.include_router(judging.router(backend, settings))
+    room = WaitingRoom(settings.wait_seconds, metrics.waiting)
+    app.include_router(generation.router(backend, settings, signer, room))
+    app.include_router(judging.router(backend, settings, room))
     app.include_router(provenance.router(settings, signer))
     if store is not None:
         from services.web import ratings
 
         app.include_router(ratings.router(store))
     app.include_router(_operations(app, backend, settings, metrics, readiness))
-    _add_studio(app, settings, Desk(backend=backend, settings=settings, store=store, signer=signer))
+    desk = Desk(backend=backend, settings=settings, room=room, store=store, signer=signer)
+    _add_studio(app, settings, desk)
     return Limits(app, settings, metrics)
 
 

@@ -1,14 +1,15 @@
 """The services behind the web door: one client, and one view of it per caller."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, Final, TypeVar, cast
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from starlette.requests import Request
 
+from services.api.generation import GenerationOptions, Update
 from services.client.clients import AsyncAudioClient
 from services.client.connection import Connection
 from services.errors import (
@@ -118,6 +119,14 @@ def _priority(request: Request) -> Priority:
     if given not in ("interactive", "batch"):
         raise invalid(PRIORITY_KEY, f"is {given[:40]!r}, must be interactive or batch")
     return cast(Priority, given)
+
+
+async def begin(
+    client: AsyncAudioClient, prompt: str, **options: Unpack[GenerationOptions]
+) -> tuple[Update, AsyncGenerator[Update, None]]:
+    """Return the first event of a call, once the service has taken it, and what yields the others."""
+    updates = client.stream(prompt, **options)
+    return await anext(updates), updates
 
 
 async def while_connected(request: Request, work: "asyncio.Future[T] | Any") -> T:

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,8 +28,8 @@ from services.client.clients import AsyncAudioClient
 from services.errors import InvalidInputError, MilongaError, invalid
 from services.provenance import check_signable
 from services.web import judging
-from services.web.backend import Backend, caller_of, renamed, while_connected
-from services.web.problems import problem, respond
+from services.web.backend import Backend, begin, caller_of, renamed, while_connected
+from services.web.problems import check_query, problem, respond
 from services.web.settings import WebSettings
 from services.web.shapes import CONTENT_TYPES, AudioGenerateRequest, Plan, SoundGenerationRequest
 from services.web.versions import openai_model, version_of
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS: Final = 15.0
 """Time without an event after which a comment is sent, so that proxies keep the connection."""
 _MAX_HEADER: Final = 2000
+"""Maximum length of the header of warnings."""
+_LEAST_TEXT: Final = 40
+"""Length below which a cut warning says nothing."""
 
 _AUDIO: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {kind: {} for kind in dict.fromkeys(CONTENT_TYPES.values())}, "description": "The clip."}
@@ -53,10 +56,14 @@ def router(
     """Return the endpoints that make clips."""
     routes = APIRouter()
 
-    async def answer(request: Request, shape: AudioGenerateRequest | SoundGenerationRequest) -> Response:
+    async def answer(
+        request: Request, shape: AudioGenerateRequest | SoundGenerationRequest, *query: str
+    ) -> Response:
+        check_query(request, *query)
         client = backend.client_of(request)
         plan = _checked(shape.plan(await client.get_model()), signer)
-        entered = room.enter(caller_of(request), partial(_begin, client, plan))
+        line = (*caller_of(request), "generation")
+        entered = room.enter(line, partial(_begin, client, plan))
         begun: tuple[Update, AsyncGenerator[Update, None]] = await while_connected(request, entered)
         first, updates = begun
         if signer is not None:
@@ -83,7 +90,7 @@ def router(
             if body.output_format not in (None, output_format):
                 raise invalid("output_format", "differs between query and body; give it once")
             body = body.model_copy(update={"output_format": output_format})
-        return await answer(request, body)
+        return await answer(request, body, "output_format")
 
     @routes.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -98,8 +105,7 @@ def router(
 async def _begin(client: AsyncAudioClient, plan: Plan) -> tuple[Update, AsyncGenerator[Update, None]]:
     """Return the first event of a call, once the service has taken it, and what yields the others."""
     try:
-        updates = client.stream(plan.prompt, **plan.options)
-        return await anext(updates), updates
+        return await begin(client, plan.prompt, **plan.options)
     except InvalidInputError as error:
         raise renamed(error, plan.names) from error
 
@@ -170,8 +176,20 @@ def _headers(made: Generation, clip: Clip, plan: Plan) -> dict[str, str]:
     }
     warnings = [*plan.warnings, *made.warnings]
     if warnings:
-        headers["X-Warnings"] = json.dumps(warnings)[:_MAX_HEADER]
+        headers["X-Warnings"] = _json_header(warnings)
     return headers
+
+
+def _json_header(texts: Sequence[str]) -> str:
+    """Return a JSON list of as many texts as a header holds; the last one may be cut."""
+    kept: list[str] = []
+    for text in texts:
+        kept.append(text)
+        while len(json.dumps(kept)) > _MAX_HEADER:
+            kept[-1] = f"{kept[-1][: len(kept[-1]) * 3 // 4]}…"
+            if len(kept[-1]) < _LEAST_TEXT:
+                return json.dumps(kept[:-1])
+    return json.dumps(kept)
 
 
 def _ascii(text: str) -> str:

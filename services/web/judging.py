@@ -7,9 +7,9 @@ audio/wav" 'localhost:8080/v1/audio/scores?prompt=A+dog+barks'``.
 import asyncio
 import base64
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, TypeVar
-from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,9 +21,11 @@ from services.api.model import ModelVersion
 from services.api.scoring import REWARD, Reward, Scores
 from services.client.clients import AsyncAudioClient
 from services.errors import FieldViolation, InvalidInputError, UnsupportedError, invalid
-from services.web.backend import Backend, while_connected
+from services.web.backend import Backend, caller_of, while_connected
+from services.web.problems import check_query
 from services.web.settings import WebSettings
 from services.web.versions import openai_model, version_of
+from services.web.waiting import WaitingRoom
 from services.wire import read_version
 
 B = TypeVar("B", bound=BaseModel)
@@ -122,9 +124,18 @@ _SCORES, _REWARDS, _CAPTIONS = (_documented(body) for body in (ScoresBody, Rewar
 _EXPLANATION = _documented(ExplanationBody)
 
 
-def router(backend: Backend, settings: WebSettings) -> APIRouter:
+def router(backend: Backend, settings: WebSettings, room: WaitingRoom) -> APIRouter:
     """Return the endpoints that judge sounds, also those whose service has no address: they say so."""
     routes = APIRouter()
+
+    async def call(request: Request, service: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of a call; violations name the fields of the body."""
+        try:
+            return await while_connected(request, room.enter((*caller_of(request), service), attempt))
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                *(FieldViolation(_field(one.field), one.description) for one in error.violations)
+            ) from error
 
     @routes.post("/v1/audio/scores", openapi_extra=_SCORES)
     async def scores(request: Request) -> dict[str, Any]:
@@ -132,7 +143,9 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
         _require(settings.scoring, "scoring")
         body = await _read(request, ScoresBody)
         client, pairs = backend.client_of(request), [(pair.prompt, pair.audio) for pair in body.pairs]
-        return _scores(await _call(request, client.score_audio(pairs, scorers=body.scorers)))
+        return _scores(
+            await call(request, "scoring", partial(client.score_audio, pairs, scorers=body.scorers))
+        )
 
     @routes.post("/v1/audio/rewards", openapi_extra=_REWARDS)
     async def rewards(request: Request) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
         _require(settings.reward, "reward")
         body = await _read(request, RewardsBody)
         client, pairs = backend.client_of(request), [(pair.prompt, pair.audio) for pair in body.pairs]
-        found = await _call(request, client.compute_rewards(pairs))
+        found = await call(request, REWARD, partial(client.compute_rewards, pairs))
         return {"model": version_of(found.model), "rewards": [_reward(one) for one in found.rewards]}
 
     @routes.post("/v1/audio/captions", openapi_extra=_CAPTIONS)
@@ -148,10 +161,14 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
         """Describe sounds in a sentence."""
         _require(settings.captioning, "captioning")
         body = await _read(request, CaptionsBody)
-        work = backend.client_of(request).caption_audio(
-            body.clips, beams=body.beams, refine=body.refine, max_candidates=body.max_candidates
+        attempt = partial(
+            backend.client_of(request).caption_audio,
+            body.clips,
+            beams=body.beams,
+            refine=body.refine,
+            max_candidates=body.max_candidates,
         )
-        found = await _call(request, work)
+        found = await call(request, "captioning", attempt)
         return {
             "model": version_of(found.model),
             "scorer": None if found.scorer is None else found.scorer.name,
@@ -163,7 +180,8 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
         """Return how much each frame of a clip owes to each word of its prompt."""
         _require(settings.explanation, "explanation")
         body = await _read(request, ExplanationBody)
-        work = backend.client_of(request).explain_audio(
+        attempt = partial(
+            backend.client_of(request).explain_audio,
             body.prompt,
             clip=body.audio,
             method=body.method,
@@ -174,7 +192,7 @@ def router(backend: Backend, settings: WebSettings) -> APIRouter:
             iterations=body.iterations,
             encoding="flac",
         )
-        return _explanation(await _call(request, work))
+        return _explanation(await call(request, "explanation", attempt))
 
     return routes
 
@@ -204,7 +222,8 @@ async def _read(request: Request, kind: type[B]) -> B:
     content = await request.body()
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media.startswith("audio/") or media == "application/octet-stream":
-        return _of_file(content, request.url.query, kind)
+        return _of_file(content, request, kind)
+    check_query(request)
     if media != "application/json":
         shown = repr(media[:60]) if media else "missing"
         raise invalid("Content-Type", f"is {shown}, must be application/json, or audio/wav for a file")
@@ -214,32 +233,18 @@ async def _read(request: Request, kind: type[B]) -> B:
         raise RequestValidationError(error.errors()) from error
 
 
-def _of_file(content: bytes, query: str, kind: type[B]) -> B:
-    given = parse_qs(query, keep_blank_values=True, max_num_fields=16)
-    needed = {"prompt"} if kind is not CaptionsBody else set[str]()
-    faults = [FieldViolation(name[:80], "is unknown; leave it out") for name in given if name not in needed]
-    faults += [
-        FieldViolation(name, "is missing; give it in the query") for name in needed if name not in given
-    ]
-    twice = [name for name, found in given.items() if len(found) > 1]
-    faults += [FieldViolation(name, "is given twice; give it once") for name in twice]
-    if faults:
-        raise InvalidInputError(*faults)
-    if kind is ExplanationBody:
-        return kind.model_construct(prompt=given["prompt"][0], audio=content)
-    if not needed:
+def _of_file(content: bytes, request: Request, kind: type[B]) -> B:
+    """Return the body of a file; for captions it has no prompt. Raises `InvalidInputError`."""
+    needs_prompt = kind is not CaptionsBody
+    check_query(request, *(["prompt"] if needs_prompt else []))
+    prompt = request.query_params.get("prompt")
+    if prompt is None:
+        if needs_prompt:
+            raise invalid("prompt", "is missing; give it in the query")
         return kind.model_construct(clips=[content])
-    return kind.model_construct(pairs=[PairBody.model_construct(prompt=given["prompt"][0], audio=content)])
-
-
-async def _call(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a call; violations name the fields of the body."""
-    try:
-        return await while_connected(request, work)
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            *(FieldViolation(_field(one.field), one.description) for one in error.violations)
-        ) from error
+    if kind is ExplanationBody:
+        return kind.model_construct(prompt=prompt, audio=content)
+    return kind.model_construct(pairs=[PairBody.model_construct(prompt=prompt, audio=content)])
 
 
 def _field(field: str) -> str:

@@ -46,7 +46,7 @@ class Limits:
         if scope["type"] != "http":
             return
         start, code = time.monotonic(), CLIENT_GONE
-        sending = _Sending(send, self._settings.send_seconds)
+        sending = _Sending(send)
         self._metrics.in_flight.inc()
         try:
             await self._serve(scope, receive, sending)
@@ -131,20 +131,16 @@ class _Body:
 
 
 class _Sending:
-    """Sends messages of a response, each within some seconds, and remembers the status."""
+    """Sends messages of a response, and remembers the status."""
 
-    def __init__(self, send: Send, seconds: float) -> None:
-        self._send, self._seconds = send, seconds
+    def __init__(self, send: Send) -> None:
+        self._send = send
         self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._send(message)
-        except TimeoutError as error:
-            raise OSError("the client does not read on") from error
+        await self._send(message)
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

@@ -40,7 +40,7 @@ class WebMetrics:
 
         self.waiting = Gauge(
             "milonga_http_requests_waiting",
-            "Requests that wait for room in the queue of the generation service.",
+            "Requests that wait for room in the queue of a service.",
             registry=self.registry,
         )
 

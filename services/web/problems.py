@@ -146,6 +146,17 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     return respond(InvalidInputError(*(_violation(fault) for fault in error.errors())))
 
 
+def check_query(request: Request, *known: str) -> None:
+    """Raise `InvalidInputError` if a query has a name that is not known, or one twice."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    twice = [name for name in known if names.count(name) > 1]
+    faults = [FieldViolation(_shortened(one), "is unknown in the query; leave it out") for one in unknown]
+    faults += [FieldViolation(one, "is given twice in the query; give it once") for one in twice]
+    if faults:
+        raise InvalidInputError(*faults)
+
+
 def _violation(fault: Mapping[str, Any]) -> FieldViolation:
     place, kind = [part for part in fault["loc"] if part not in ("body", "query")], fault["type"]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

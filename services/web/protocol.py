@@ -1,21 +1,26 @@
-"""HTTP/1.1 by uvicorn, with a limit on the time that the head of a request may take to arrive."""
+"""HTTP/1.1 by uvicorn, with limits on the time that a client may take to send a head, and to read on."""
 
 import asyncio
+import socket
+import struct
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class PromptProtocol(H11Protocol):
-    """A connection that is closed if no whole head of a request arrives in time."""
+    """A connection that is closed if no whole head of a request arrives in time, or nothing is read."""
 
     head_seconds = 30.0
     """Time from the start of a connection, or from the first byte of a later head."""
+    send_seconds = 60.0
+    """Time in which the client must read something, while more is to be sent than buffers hold."""
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock."""
         super().connection_made(transport)
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._start()
 
     def data_received(self, data: bytes) -> None:
@@ -27,10 +32,40 @@ class PromptProtocol(H11Protocol):
         elif self._deadline is None:
             self._start()
 
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Write on."""
+        self._stop_watching()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def _watch(self, size: int) -> None:
+        self._unread = self.loop.call_later(self.send_seconds, self._check, size)
+
+    def _check(self, before: int) -> None:
+        """Disconnect a client that has read nothing since `before` bytes were to be sent."""
+        now = self.transport.get_write_buffer_size()
+        if now < before:
+            self._watch(now)
+            return
+        # Otherwise the system keeps the connection, and what lies in its buffers.
+        connection = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _start(self) -> None:
         self._deadline = self.loop.call_later(self.head_seconds, self.transport.abort)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from services.errors import invalid
 from services.provenance import SIGNABLE
 from services.provenance.reading import read_provenance
+from services.web.problems import check_query
 
 if TYPE_CHECKING:
     from services.provenance.signing import ClipSigner
@@ -50,6 +51,7 @@ def router(settings: "WebSettings", signer: "ClipSigner | None") -> APIRouter:
     @routes.post("/v1/provenance", openapi_extra=_FILE)
     async def verify(request: Request) -> dict[str, Any]:
         """Verify the manifest of a clip, whose file is the body: WAV, FLAC or MP3."""
+        check_query(request)
         content = await request.body()
         if not content:
             raise invalid("body", "is empty; send a WAV, FLAC or MP3 file")

@@ -3,11 +3,12 @@
 import asyncio
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from services.ratings.store import Answers, Rater, RatingStore, summary
 from services.web.backend import token_of
+from services.web.problems import check_query
 
 
 class RatingBody(BaseModel):
@@ -29,9 +30,13 @@ class RatingBody(BaseModel):
     """The same for the right clip."""
 
 
+async def _no_query(request: Request) -> None:
+    check_query(request)
+
+
 def router(store: RatingStore) -> APIRouter:
     """Return the endpoints of ratings. A rater's token is that of `RatingStore.add_rater`."""
-    routes = APIRouter()
+    routes = APIRouter(dependencies=[Depends(_no_query)])
 
     async def rater_of(request: Request) -> Rater:
         return await asyncio.to_thread(store.rater, token_of(request))

@@ -103,7 +103,8 @@ class Server(uvicorn.Server):
 
 def make_server(settings: WebSettings, app: object) -> Server:
     """Return the HTTP server of an app. Raises `InvalidInputError` for wrong files of TLS."""
-    protocol = type("Protocol", (PromptProtocol,), {"head_seconds": settings.body_seconds})
+    limits = {"head_seconds": settings.body_seconds, "send_seconds": settings.send_seconds}
+    protocol = type("Protocol", (PromptProtocol,), limits)
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=protocol,

@@ -69,8 +69,7 @@ class WebSettings(ProcessSettings):
     max_requests: int = Field(default=1000, gt=0, le=1_000_000)
     """Maximum number of requests at a time. Beyond that, requests are refused (503)."""
     wait_seconds: float = Field(default=30.0, ge=0, le=3600)
-    """Time that a request for a clip waits if the queue of the generation service is full. Then it is refused
-    (503). 0: no wait."""
+    """Time that a request waits if the queue of its service is full. Then it is refused (503). 0: no wait."""
     body_seconds: float = Field(default=30.0, gt=0, le=3600)
     """Time that a head, and then a body, may take to arrive."""
     send_seconds: float = Field(default=60.0, gt=0, le=3600)

@@ -140,7 +140,7 @@ def _export(ratings: str, folder: Path) -> dict[Kind, int]:
 
     exports = {"pairs": export_pairs, "labelled": export_labels}
     counts: dict[Kind, int] = {}
-    store = RatingStore(ratings, SETTING)
+    store = RatingStore(ratings, SETTING, create=False)
     try:
         rated = store.ratings()
         folder.mkdir(parents=True, exist_ok=True)

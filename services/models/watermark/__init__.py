@@ -3,7 +3,10 @@
 `Watermark` and `WatermarkDetector` are the interface, `audioseal` its first implementation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -49,3 +52,18 @@ class WatermarkDetector(Protocol):
 def message_of(digest: str) -> int:
     """Return the message of clips of a model: the first bits of its digest (``sha256:…``)."""
     return int(digest.removeprefix("sha256:")[: BITS // 4] or "0", 16)
+
+
+def marker(
+    checkpoint: Path | None, digest: str, sampling_rate: int, device: str
+) -> Callable[[Waveform], Waveform] | None:
+    """Return what marks clips of the model with a digest by ``generator_base.pth``; None without a file.
+
+    Raises as `services.models.watermark.audioseal.AudioSealWatermark`.
+    """
+    if checkpoint is None:
+        return None
+    from services.models.watermark.audioseal import AudioSealWatermark
+
+    watermark = AudioSealWatermark(checkpoint, device)
+    return partial(watermark.embed, sampling_rate=sampling_rate, message=message_of(digest))

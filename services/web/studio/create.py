@@ -73,11 +73,11 @@ async def _make(
 ) -> None:
     """Make clips as the form says; what is wrong with it becomes a problem of the take."""
     try:
-        client, options = desk.client(token, challenger=challenger), form.options()
+        visitor, options = desk.visitor(token, challenger=challenger), form.options()
     except Exception as error:
         take.problems, take.stage = sentences(error), "failed"
         return
-    await make(take, client, options, judges=desk.judges, signer=desk.signer, changed=changed)
+    await make(take, visitor, options, judges=desk.judges, signer=desk.signer, changed=changed)
 
 
 async def _follow(takes: list[Take], draw: Callable[[], str], *works: Work) -> Updates:

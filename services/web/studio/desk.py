@@ -1,4 +1,4 @@
-"""What the page works with: the services, the ratings, the signer."""
+"""What the page works with: the services and the lines in front of them, the ratings, the signer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,7 +7,8 @@ from services.client.clients import AsyncAudioClient
 from services.runtime.tokens import check_token
 from services.web.backend import Backend
 from services.web.settings import WebSettings
-from services.web.studio.making import Judge
+from services.web.studio.making import Judge, Visitor
+from services.web.waiting import WaitingRoom
 
 if TYPE_CHECKING:
     from services.provenance.signing import ClipSigner
@@ -20,6 +21,7 @@ class Desk:
 
     backend: Backend
     settings: WebSettings
+    room: WaitingRoom
     store: "RatingStore | None" = None
     signer: "ClipSigner | None" = None
 
@@ -38,5 +40,17 @@ class Desk:
 
         Raises as `Backend.client_of`.
         """
-        given = check_token("token", token) if token.strip() else None
-        return self.backend.client_for(given, challenger=challenger)
+        return self.backend.client_for(_given(token), challenger=challenger)
+
+    def visitor(self, token: str, *, challenger: bool = False) -> Visitor:
+        """Return what calls for the holder of a token, also where a queue is full. Raises as `client`."""
+        return Visitor(
+            client=self.client(token, challenger=challenger),
+            room=self.room,
+            token=_given(token),
+            generator="challenger" if challenger else "generation",
+        )
+
+
+def _given(token: str) -> str | None:
+    return check_token("token", token) if token.strip() else None

@@ -13,7 +13,7 @@ from services.api.generation import Queued
 from services.explanation_page import html_page
 from services.web.studio.desk import Desk
 from services.web.studio.fields import QUIET, Buttons, SettingFields, Updates
-from services.web.studio.making import Form, follow
+from services.web.studio.making import WAITING, Form, follow
 from services.web.studio.messages import note, problem, progress, sentences
 
 WITHOUT_SERVICE = "Explanations need a service: start the web door with --explanation HOST:PORT."
@@ -65,20 +65,24 @@ async def explain(
             at = stage_of(update)
             changed()
 
+        def on_wait() -> None:
+            nonlocal at
+            at = WAITING, 0.0
+            changed()
+
         try:
             options = Form.of(settings, seed=seed, encoding="flac").options()
             options.pop("clip_count")
-            client = desk.client(token)
-            chosen = None if method == _DEFAULT else method
-            found.append(
-                await client.explain_audio(
-                    prompt,
-                    on_update=on_update,
-                    method=chosen,
-                    without=(without or "").strip() or None,
-                    **options,
-                )
+            visitor = desk.visitor(token)
+            attempt = partial(
+                visitor.client.explain_audio,
+                prompt,
+                on_update=on_update,
+                method=None if method == _DEFAULT else method,
+                without=(without or "").strip() or None,
+                **options,
             )
+            found.append(await visitor.enter("explanation", attempt, on_wait))
         except Exception as error:
             problems.extend(sentences(error))
 

@@ -5,22 +5,29 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
-from services.api.generation import Clip, Finished, GenerationOptions, Progress, Queued
+from services.api.generation import Clip, Finished, GenerationOptions, Progress, Queued, Update
 from services.api.model import ModelVersion
 from services.api.scoring import Reward
 from services.client.clients import AsyncAudioClient
 from services.errors import FieldViolation, InvalidInputError
+from services.web.backend import begin
 from services.web.studio.messages import sentences
+from services.web.waiting import WaitingRoom
 
 if TYPE_CHECKING:
     from services.provenance.signing import ClipSigner
+
+T = TypeVar("T")
 
 Order = Literal["reward", "clap", "made"]
 """What puts clips in order: the reward, the mean of the CLAP scores, or nothing."""
 FORMATS: Final = ("wav", "flac", "mp3")
 """Encodings that the page offers. All of them can be signed."""
+WAITING: Final = "waiting for a place in the queue"
+"""Stage of a call that its service has no room for yet."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,9 +79,26 @@ Judge = Literal["scoring", "reward", "captioning"]
 """Services that judge clips."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visitor:
+    """Who uses the page. Calls services for them, in their lines where a queue is full."""
+
+    client: AsyncAudioClient
+    room: WaitingRoom
+    token: str | None
+    generator: str
+    """Name of the service that makes the clips."""
+
+    async def enter(
+        self, service: str, attempt: Callable[[], Awaitable[T]], on_wait: Callable[[], None]
+    ) -> T:
+        """Return the result of `attempt`; see `WaitingRoom.enter`."""
+        return await self.room.enter((self.token, "interactive", service), attempt, on_wait)
+
+
 async def make(
     take: Take,
-    client: AsyncAudioClient,
+    visitor: Visitor,
     options: GenerationOptions,
     *,
     judges: tuple[Judge, ...],
@@ -85,31 +109,45 @@ async def make(
 
     An error becomes a problem of the take. Cancelling this cancels the call.
     """
+
+    def on_wait() -> None:
+        take.stage = WAITING
+        changed()
+
+    attempt = partial(begin, visitor.client, take.prompt, **options)
     try:
-        async with aclosing(client.stream(take.prompt, **options)) as updates:
+        first, updates = await visitor.enter(visitor.generator, attempt, on_wait)
+        async with aclosing(updates):
+            _add(take, first)
+            changed()
             async for update in updates:
-                match update:
-                    case Queued(position=position):
-                        take.stage = f"queued behind {position}" if position else "next in the queue"
-                    case Progress():
-                        take.stage = f"step {update.step} of {update.num_inference_steps}"
-                        take.fraction, take.seconds_left = update.fraction, update.seconds_left
-                    case Clip():
-                        take.clips.append(Judged(clip=update))
-                        take.stage, take.edition = "decoding", take.edition + 1
-                    case Finished():
-                        take.model, take.fraction = update.model, 1.0
-                        take.warnings += update.warnings
+                _add(take, update)
                 changed()
         take.stage, take.seconds_left = "judging", None
         await _sign(take, signer)
         changed()
-        await asyncio.gather(*(_judge(take, client, name, changed) for name in judges))
+        await asyncio.gather(*(_judge(take, visitor, name, changed) for name in judges))
         take.stage = "done"
     except Exception as error:
         take.problems += sentences(error)
         take.stage = "failed"
     changed()
+
+
+def _add(take: Take, update: Update) -> None:
+    """Add an event of the call."""
+    match update:
+        case Queued(position=position):
+            take.stage = f"queued behind {position}" if position else "next in the queue"
+        case Progress():
+            take.stage = f"step {update.step} of {update.num_inference_steps}"
+            take.fraction, take.seconds_left = update.fraction, update.seconds_left
+        case Clip():
+            take.clips.append(Judged(clip=update))
+            take.stage, take.edition = "decoding", take.edition + 1
+        case Finished():
+            take.model, take.fraction = update.model, 1.0
+            take.warnings += update.warnings
 
 
 async def _sign(take: Take, signer: "ClipSigner | None") -> None:
@@ -125,12 +163,13 @@ async def _sign(take: Take, signer: "ClipSigner | None") -> None:
         )
 
 
-async def _judge(take: Take, client: AsyncAudioClient, judge: Judge, changed: Callable[[], None]) -> None:
+async def _judge(take: Take, visitor: Visitor, judge: Judge, changed: Callable[[], None]) -> None:
     """Add the judgements of one service. Its error is a problem, and keeps nothing else back."""
     if not take.clips:
         return
     try:
-        take.warnings += [one for one in await _JUDGES[judge](take, client) if one not in take.warnings]
+        found = await visitor.enter(judge, partial(_JUDGES[judge], take, visitor.client), changed)
+        take.warnings += [one for one in found if one not in take.warnings]
     except Exception as error:
         take.problems += [f"No {_MISSING[judge]}. {one}" for one in sentences(error)]
     take.edition += 1

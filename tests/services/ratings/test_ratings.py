@@ -304,6 +304,16 @@ def test_from_a_plan_to_pairs_by_commands(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["ratings", "export", str(tmp_path / "pairs.csv"), "--ratings", database]) == 2
 
 
+@pytest.mark.parametrize("words", [["show"], ["export", "pairs.parquet"]])
+def test_a_database_that_is_not_there_is_named_and_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    path = tmp_path / "typo.db"
+    assert cli.run(["ratings", *words, "--ratings", f"sqlite:///{path}"]) == 2
+    assert f"--ratings: is a database in {path}, which is no file" in capsys.readouterr().err
+    assert not path.exists()
+
+
 def test_a_win_rate_gates_by_its_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     database = f"sqlite:///{tmp_path}/ratings.db"
     store = planned_store(database)
@@ -346,6 +356,25 @@ def test_rating_by_http(door: tuple[httpx.Client, RatingStore, Path]) -> None:
     assert store.ratings() == []
 
 
+def test_one_pair_rated_at_once_in_two_windows_counts_once(
+    door: tuple[httpx.Client, RatingStore, Path],
+) -> None:
+    http, store, _ = door
+    verdicts: list[Verdict] = ["left", "right", "both_good", "both_bad"] * 4
+
+    def rate(verdict: Verdict) -> httpx.Response:
+        return http.post("/v1/ratings", json={"item": 1, "verdict": verdict})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(rate, verdicts))
+    assert [(one.status_code, one.json()["done"]) for one in answers] == [(201, 1)] * len(verdicts)
+    (rating,) = store.ratings()
+    assert (rating.item, rating.rater) == (1, "ann")
+    last = http.post("/v1/ratings", json={"item": 1, "verdict": "left"})
+    assert last.json()["done"] == 1
+    assert [one.verdict for one in store.ratings()] == ["left"]
+
+
 def test_wrong_ratings_are_named(door: tuple[httpx.Client, RatingStore, Path]) -> None:
     http, _, _ = door
     for body, field in (
@@ -360,6 +389,7 @@ def test_wrong_ratings_are_named(door: tuple[httpx.Client, RatingStore, Path]) -
         assert field in faults(http.post("/v1/ratings", json=body))
     assert http.get("/v1/ratings/next", headers={"Authorization": "Bearer wrong"}).status_code == 401
     assert http.get("/v1/ratings/clips/abc").status_code == 400
+    assert "is unknown in the query" in faults(http.get("/v1/ratings/next?rater=bob"))["rater"]
 
 
 def test_a_database_that_goes_away_is_told_and_nothing_is_lost(

@@ -1,8 +1,10 @@
 """What is no clip: judgements, models, health, metrics, documentation, limits and errors of HTTP."""
 
 import base64
+import contextlib
 import io
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,46 @@ def test_a_file_needs_its_prompt_and_a_known_type(http: httpx.Client, clip: byte
     assert "must be application/json" in faults(response)["Content-Type"]
 
 
+@pytest.mark.parametrize(
+    ("path", "query", "field", "says"),
+    [
+        ("/v1/audio/generate", "output_format=mp3_44100_128", "output_format", "is unknown in the query"),
+        ("/v1/audio/generate", "seed=7&seed=8&" + "x" * 200, "seed", "is unknown in the query"),
+        ("/v1/sound-generation", "seconds=2", "seconds", "is unknown in the query"),
+        (
+            "/v1/sound-generation",
+            "output_format=wav_16000&output_format=wav_16000",
+            "output_format",
+            "is given twice in the query",
+        ),
+        ("/v1/audio/scores", "prompt=rain", "prompt", "is unknown in the query"),
+        ("/v1/audio/captions", "beams=2", "beams", "is unknown in the query"),
+        ("/v1/provenance", "trust=x", "trust", "is unknown in the query"),
+    ],
+)
+def test_what_is_unknown_in_a_query_is_named_and_not_ignored(
+    http: httpx.Client, path: str, query: str, field: str, says: str
+) -> None:
+    key = {"/v1/audio/generate": "input", "/v1/sound-generation": "text"}.get(path)
+    sound = base64.b64encode(b"RIFF").decode()
+    body = {key: PROMPT} if key else {"pairs": [{"prompt": PROMPT, "audio": sound}]}
+    response = http.post(f"{path}?{query}", json={"clips": [sound]} if "captions" in path else body)
+    assert response.status_code == 400
+    assert says in faults(response)[field]
+
+
+def test_a_files_query_has_one_prompt_and_nothing_else(http: httpx.Client, clip: bytes) -> None:
+    headers = {"Content-Type": "audio/flac"}
+    for query, field, says in (
+        ("prompt=a&prompt=b", "prompt", "is given twice"),
+        ("prompt=a&scorers=a", "scorers", "is unknown"),
+    ):
+        response = http.post(f"/v1/audio/scores?{query}", content=clip, headers=headers)
+        assert says in faults(response)[field]
+    response = http.post("/v1/audio/captions?prompt=a", content=clip, headers=headers)
+    assert "is unknown" in faults(response)["prompt"]
+
+
 def test_models_of_every_service(http: httpx.Client) -> None:
     models = http.get("/v1/models").json()["data"]
     assert [model["kind"] for model in models] == [
@@ -164,7 +206,10 @@ def test_what_is_no_json_object_is_said_so(http: httpx.Client, body: bytes) -> N
     assert response.headers["content-type"] == "application/problem+json"
 
 
-@pytest.mark.parametrize("path", ["/v1/audio/generate", "/v1/sound-generation", "/v1/audio/scores"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/audio/generate", "/v1/sound-generation", "/v1/audio/scores", "/v1/provenance", "/v1/ratings", "/"],
+)
 @pytest.mark.parametrize("chunked", [True, False])
 def test_ten_megabytes_are_refused_before_they_are_read(http: httpx.Client, path: str, chunked: bool) -> None:
     def parts() -> Iterator[bytes]:
@@ -217,6 +262,26 @@ def test_slow_clients_are_told_or_disconnected(generating: Serving) -> None:
             b"POST /v1/audio/generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n"
         )
         assert _exchange(url, head + b'{"input').startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_on_is_disconnected(generating: Serving) -> None:
+    with (
+        hosting_web(generation=generating.target, send_seconds=0.3) as url,
+        socket.create_connection(_address(url), timeout=60) as connection,
+    ):
+        # Answers of some ten megabytes, which no buffer holds.
+        count = 1000
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * count)
+        ended = select.poll()
+        ended.register(connection, 0)  # a reset is reported without being asked for
+        assert ended.poll(60_000)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                received += part
+        assert received.count(b"HTTP/1.1 200 OK") < count
+        with calling(url) as http:
+            assert "milonga_http_requests_in_flight 1.0" in http.get("/metrics").text
 
 
 def test_more_requests_or_bytes_than_there_is_room_for_are_refused(generating: Serving) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import subprocess
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import soundfile
 
 from services.client import AudioClient
 from services.web.generation import HEARTBEAT_SECONDS
+from services.web.shapes import AudioGenerateRequest, Format
 from tests.services.generation.serving import Serving
 from tests.services.web.hosting import faults
 from tests.waiting import until
@@ -215,3 +217,25 @@ def test_an_unknown_model_is_not_found(http: httpx.Client, path: str, field: str
     response = http.post(path, json=body)
     assert response.status_code == 404
     assert "must be tiny or tiny@1" in faults(response)[field]
+
+
+def test_warnings_are_a_json_list_whatever_their_length(http: httpx.Client) -> None:
+    words = " ".join(f"zébra{number}𝄞" for number in range(60))
+    response = http.post(NATIVE, json={"input": f"a dog {words}", "num_inference_steps": 1})
+    header = response.headers["x-warnings"]
+    (warning,) = json.loads(header)
+    assert warning.startswith("the prompt has words that the model does not know: zébra0𝄞")
+    assert len(header) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "rate"),
+    [(44_100, "opus", 48_000), (44_100, "mp3", None), (16_000, "opus", None), (32_000, "opus", 48_000)],
+)
+def test_a_rate_that_a_format_can_not_hold_becomes_one_that_it_can(
+    generating: Serving, own: int, name: Format, rate: int | None
+) -> None:
+    served = generating.engine.description
+    served = replace(served, geometry=replace(served.geometry, sampling_rate=own))
+    plan = AudioGenerateRequest(input=PROMPT, response_format=name).plan(served)
+    assert plan.options["sampling_rate"] == rate

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from services.errors import InvalidInputError, QueueFullError, QuotaExceededError, invalid
 from services.web.waiting import WaitingRoom
+from tests.services.explanation import serving as explanation
 from tests.services.generation.serving import serving, tiny_engine
 from tests.services.web.hosting import calling, hosting_web
 
@@ -65,6 +66,20 @@ async def test_nobody_waits_behind_another_caller() -> None:
     assert not room._lines
 
 
+async def test_who_has_to_wait_is_told_so_once() -> None:
+    (room, waiting), queue, told = _room(60), _Queue(0), list[str]()
+    held = asyncio.create_task(room.enter("ann", lambda: queue.take("1"), lambda: told.append("1")))
+    while not _count(waiting):
+        await asyncio.sleep(0)
+    behind = asyncio.create_task(room.enter("ann", lambda: queue.take("2"), lambda: told.append("2")))
+    while _count(waiting) < 2:
+        await asyncio.sleep(0)
+    queue.places = 3
+    assert await asyncio.gather(held, behind) == ["1", "2"]
+    assert await room.enter("ann", lambda: queue.take("3"), lambda: told.append("3")) == "3"
+    assert told == ["1", "2"]
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
 async def test_a_queue_that_stays_full_refuses_in_the_end(seconds: float) -> None:
     (room, _), queue = _room(seconds), _Queue(0)
@@ -111,6 +126,18 @@ async def test_more_requests_than_the_service_has_room_for_all_get_their_clips(
     assert {one.status_code for one in found} == {200}
     if stream == "sse":
         assert all("event: finished" in one.text for one in found)
+
+
+async def test_explanations_wait_for_room_too() -> None:
+    with (
+        explanation.serving(explanation.tiny_explainer(), max_queue=1) as explained,
+        hosting_web(generation="127.0.0.1:1", explanation=explained.target) as url,
+    ):
+        body = {"prompt": PROMPT, "num_inference_steps": 1, "audio_length": 0.64, "method": "attention"}
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
+            calls = (http.post("/v1/audio/explanations", json={**body, "seed": seed}) for seed in range(6))
+            found = await asyncio.gather(*calls)
+    assert [one.status_code for one in found] == [200] * 6
 
 
 async def test_without_a_wait_a_full_queue_is_said_at_once() -> None:

@@ -52,7 +52,7 @@ def decide_by_people(
     from services.ratings.export import reliable
     from services.ratings.store import RatingStore, win_rate
 
-    store = RatingStore(source.url, "--ratings")
+    store = RatingStore(source.url, "--ratings", create=False)
     try:
         studies = store.comparisons(champion.digest, challenger.digest)
         # Reliability is measured on all that a rater has rated.

@@ -160,6 +160,39 @@ def test_the_generation_service_marks_every_clip_with_its_models_digest(files: t
     np.testing.assert_allclose(marked_N, expected_N, atol=1e-6)
 
 
+def test_generate_marks_clips_in_its_own_process_as_the_service_does(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "clip.wav"
+    options = ["-o", str(path), "--seed", "1", "--steps", "1", "--duration", "0.64", "-q"]
+    clips = []
+    for mark in ([], ["--watermark", str(files[0])]):
+        assert cli.run(["generate", "rain", *options, *mark]) == 0
+        clips.append(decode_audio(path.read_bytes(), "wav", 16_000)[0])
+    plain_N, marked_N = clips
+    expected_N = AudioSealWatermark(files[0]).embed(plain_N, 16_000, message_of(resolve("mini").digest))
+    np.testing.assert_allclose(marked_N, expected_N, atol=2e-4)  # both were rounded to 16 bits
+    assert not np.array_equal(marked_N, plain_N)
+    capsys.readouterr()
+    assert cli.run(["generate", "rain", *options, "--watermark", str(files[1])]) != 0
+    assert "of another model than AudioSeal's" in capsys.readouterr().err
+    assert cli.run(["generate", "rain", *options, *mark, "--server", "127.0.0.1:1"]) == 2
+    assert "--watermark: is set by the service" in capsys.readouterr().err
+
+
+def test_a_folder_of_marked_clips_is_not_completed_by_unmarked_ones(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, folder = tmp_path / "prompts.txt.jsonl", tmp_path / "clips"
+    prompts.write_text('{"prompt": "rain"}\n')
+    command = ["generate", "--prompts", str(prompts), "-o", str(folder), "--steps", "1", "--duration", "0.64"]
+    assert cli.run([*command, "--watermark", str(files[0])]) == 0
+    assert cli.run([*command, "--watermark", str(files[0])]) == 0
+    capsys.readouterr()
+    assert cli.run(command) == 2
+    assert "now None" in capsys.readouterr().err
+
+
 def test_verify_looks_for_a_watermark(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ import base64
 import html
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from services.client.clients import AsyncAudioClient
 from services.processes import free_port
 from services.runtime.settings import load_settings
 from services.web.backend import Backend
+from services.web.metrics import WebMetrics
 from services.web.settings import WebSettings
 from services.web.studio.cards import cards
 from services.web.studio.create import compare, create, served_facts
@@ -24,6 +25,8 @@ from services.web.studio.desk import Desk
 from services.web.studio.explain import WITHOUT_SERVICE, explain, methods
 from services.web.studio.making import Form, Judged, Take, follow
 from services.web.studio.opinions import opinion, verdict
+from services.web.waiting import WaitingRoom
+from tests.services.explanation import serving as explanation
 from tests.services.generation.serving import Serving, serving, tiny_engine
 from tests.services.web.hosting import calling, hosting_web
 from tests.waiting import until
@@ -68,7 +71,8 @@ async def _shown(updates: AsyncIterator[tuple[Any, Any]]) -> Shown:
 async def _desk(**settings: Any) -> AsyncIterator[Desk]:
     flags = load_settings(WebSettings, **settings)
     backend = Backend(flags)
-    yield Desk(backend=backend, settings=flags)
+    room = WaitingRoom(flags.wait_seconds, WebMetrics().waiting)
+    yield Desk(backend=backend, settings=flags, room=room)
     await backend.close()
 
 
@@ -161,20 +165,53 @@ async def test_a_judge_that_is_away_keeps_no_clip_back(addresses: dict[str, str]
         assert "best of" not in found.text
 
 
-async def test_a_full_queue_says_when_to_try_again() -> None:
+@contextmanager
+def _crowded() -> Iterator[tuple[Serving, list[Any]]]:
+    """A service with room for two clips, and the streams of two callers who have taken it."""
     with (
         tiny_engine(batch_shapes=(1,), max_queue=1, max_clip_count=1) as engine,
         serving(engine) as served,
         AudioClient(served.target, retries=0) as client,
     ):
-        streams = [client.stream(PROMPT, num_inference_steps=1000) for _ in range(2)]
+        streams: list[Any] = [client.stream(PROMPT, num_inference_steps=1000) for _ in range(2)]
         until(lambda: next(streams[0]) is not None and engine.stats.running == 1)
         next(streams[1])
-        async for desk in _desk(generation=served.target):
+        yield served, streams
+        for stream in streams:
+            stream.close()
+
+
+async def test_a_queue_that_stays_full_says_when_to_try_again() -> None:
+    with _crowded() as (served, _):
+        async for desk in _desk(generation=served.target, wait_seconds=0):
             found = await Tabs(desk).create()
             assert re.match(r"The queue is full: .* Try again in \d+ s\.", found.said)
-        for stream in streams:
-            stream.close()  # type: ignore[attr-defined]  # it is a generator
+
+
+async def test_a_full_queue_is_waited_for_as_by_http() -> None:
+    with _crowded() as (served, streams):
+        async for desk in _desk(generation=served.target):
+            said, shown = list[str](), ""
+            async with aclosing(create(desk, "", PROMPT, 1, "as made", "7", "wav", *FAST)) as updates:  # type: ignore[type-var]
+                async for one, other in updates:
+                    said.append(_text(one))
+                    shown = other if isinstance(other, str) else shown
+                    if said[-1] == "Waiting for a place in the queue":
+                        for stream in streams:
+                            await asyncio.to_thread(stream.close)
+            assert "Waiting for a place in the queue" in said
+            assert said[-1] == ""
+            assert shown.count("<audio") == 1
+
+
+async def test_a_full_queue_of_explanations_is_waited_for() -> None:
+    with explanation.serving(explanation.tiny_explainer(), max_queue=1) as explained:
+        async for desk in _desk(generation="127.0.0.1:1", explanation=explained.target):
+            found = await asyncio.gather(
+                *(_shown(explain(desk, "", PROMPT, "attention", "3", "", *FAST)) for _ in range(5))
+            )
+            assert [one.said for one in found] == [""] * 5
+            assert all("Which word made which sound" in html.unescape(one.shown) for one in found)
 
 
 async def test_services_for_callers_with_a_token_only_say_so(addresses: dict[str, str]) -> None:
