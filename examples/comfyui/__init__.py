@@ -62,8 +62,8 @@ class MilongaSoundEffect:
         if token:
             headers["Authorization"] = f"Bearer {token}"
         address = f"{server.rstrip('/')}/v1/audio/generate"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request) as response:
                 content = response.read()
         except urllib.error.HTTPError as error:

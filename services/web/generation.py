@@ -176,11 +176,11 @@ def _headers(made: Generation, clip: Clip, plan: Plan) -> dict[str, str]:
     }
     warnings = [*plan.warnings, *made.warnings]
     if warnings:
-        headers["X-Warnings"] = _json_header(warnings)
+        headers["X-Warnings"] = json_header(warnings)
     return headers
 
 
-def _json_header(texts: Sequence[str]) -> str:
+def json_header(texts: Sequence[str]) -> str:
     """Return a JSON list of as many texts as a header holds; the last one may be cut."""
     kept: list[str] = []
     for text in texts:

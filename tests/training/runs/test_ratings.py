@@ -100,8 +100,12 @@ def test_a_database_without_decided_pairs_is_refused(tmp_path: Path) -> None:
     planned_store(url).close()
     with pytest.raises(InvalidInputError, match="no pair that a majority has decided; have more rated"):
         with_ratings(dpo_smoke(), url, tmp_path / "exports")
-    with pytest.raises(ServiceUnavailableError):
-        with_ratings(dpo_smoke(), f"sqlite:///{tmp_path}/absent/ratings.db", tmp_path / "others")
+    (tmp_path / "broken.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ServiceUnavailableError, match="is not a database"):
+        with_ratings(dpo_smoke(), f"sqlite:///{tmp_path}/broken.db", tmp_path / "others")
+    with pytest.raises(InvalidInputError, match="which is no file"):
+        with_ratings(dpo_smoke(), f"sqlite:///{tmp_path}/typo.db", tmp_path / "others")
+    assert not (tmp_path / "typo.db").exists()
 
 
 def test_commands_train_on_a_database(
