@@ -18,8 +18,8 @@ from torch import Tensor
 from services.errors import ModelFormatError, ModelNotFoundError
 from services.models.captioner.config import PATCH
 from services.models.captioner.eat import EatConfig, EatEncoder
-from services.models.captioner.foreign import read_foreign_pickle
 from services.models.folders import read_json, read_pickle, safetensors_layout
+from services.models.foreign_pickle import read_foreign_pickle
 from services.models.state_dicts import FLOATS, assign_weights, on_meta, report_faults
 
 MEL_BINS: Final = 128

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from services.audio.resampling import resample
 from services.errors import ModelFormatError, UnsupportedError
-from services.models.captioner.foreign import read_foreign_pickle
+from services.models.foreign_pickle import read_foreign_pickle
 from services.models.watermark import BITS, Detection, Waveform
 
 RATE: Final = 16_000

@@ -18,9 +18,9 @@ from services.errors import ModelFormatError, ModelNotFoundError, OutputError
 from services.models.captioner.checkpoint import convert_captioner
 from services.models.captioner.eat import EatEncoder
 from services.models.captioner.eat_checkpoint import load_eat
-from services.models.captioner.foreign import read_foreign_pickle
 from services.models.captioner.language import save_adapter
 from services.models.captioner.model import Captioner
+from services.models.foreign_pickle import read_foreign_pickle
 from services.models.lora import LoraSettings
 from services.models.manifest import verify_manifest
 from tests.services.models.captioner.released import (
