@@ -75,7 +75,7 @@ async def test_who_has_to_wait_is_told_so_once() -> None:
     while _count(waiting) < 2:
         await asyncio.sleep(0)
     queue.places = 3
-    assert await asyncio.gather(held, behind) == ["1", "2"]
+    assert [await held, await behind] == ["1", "2"]
     assert await room.enter("ann", lambda: queue.take("3"), lambda: told.append("3")) == "3"
     assert told == ["1", "2"]
 

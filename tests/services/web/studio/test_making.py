@@ -16,8 +16,6 @@ from services.client import AudioClient
 from services.client.clients import AsyncAudioClient
 from services.processes import free_port
 from services.runtime.settings import load_settings
-from services.web.backend import Backend
-from services.web.metrics import WebMetrics
 from services.web.settings import WebSettings
 from services.web.studio.cards import cards
 from services.web.studio.create import compare, create, served_facts
@@ -25,10 +23,10 @@ from services.web.studio.desk import Desk
 from services.web.studio.explain import WITHOUT_SERVICE, explain, methods
 from services.web.studio.making import Form, Judged, Take, follow
 from services.web.studio.opinions import opinion, verdict
-from services.web.waiting import WaitingRoom
 from tests.services.explanation import serving as explanation
 from tests.services.generation.serving import Serving, serving, tiny_engine
 from tests.services.web.hosting import calling, hosting_web
+from tests.services.web.studio.desks import desk_of
 from tests.waiting import until
 
 PROMPT = "a dog barks"
@@ -69,11 +67,9 @@ async def _shown(updates: AsyncIterator[tuple[Any, Any]]) -> Shown:
 
 
 async def _desk(**settings: Any) -> AsyncIterator[Desk]:
-    flags = load_settings(WebSettings, **settings)
-    backend = Backend(flags)
-    room = WaitingRoom(flags.wait_seconds, WebMetrics().waiting)
-    yield Desk(backend=backend, settings=flags, room=room)
-    await backend.close()
+    desk = desk_of(load_settings(WebSettings, **settings))
+    yield desk
+    await desk.backend.close()
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from services.processes import free_port
 from services.runtime.settings import load_settings
-from services.web.backend import Backend
 from services.web.settings import WebSettings
-from services.web.studio.desk import Desk
 from services.web.studio.versions import registry, what_is_registered, what_is_served
+from tests.services.web.studio.desks import desk_of
 from training.promotion.ledger import Ledger
 from training.promotion.registry import Registry
 
@@ -20,9 +19,9 @@ def _text(page: str) -> str:
 
 async def test_served_weights_with_state_and_digest(addresses: dict[str, str]) -> None:
     settings = load_settings(WebSettings, **addresses | {"reward": f"127.0.0.1:{free_port()}"})
-    backend = Backend(settings)
-    found = _text(await what_is_served(Desk(backend=backend, settings=settings), ""))
-    await backend.close()
+    desk = desk_of(settings)
+    found = _text(await what_is_served(desk, ""))
+    await desk.backend.close()
     assert "generation serving tiny 1 sha256:000000000000 Apache-2.0" in found
     assert "scoring a serving" in found
     assert "reward unreachable" in found
@@ -56,11 +55,10 @@ async def test_a_registry_is_shown_to_callers_of_the_services_only(tmp_path: Pat
     away = f"127.0.0.1:{free_port()}"
     for anonymous, shown in (("allowed", True), ("refused", False)):
         settings = load_settings(WebSettings, generation=away, registry=uri, anonymous=anonymous)
-        backend = Backend(settings)
-        desk = Desk(backend=backend, settings=settings)
+        desk = desk_of(settings)
         for token in ("", "somebody"):
             assert ("Promotions" in await what_is_registered(desk, token)) is shown
-        await backend.close()
+        await desk.backend.close()
 
 
 def test_a_registry_that_is_away_is_said() -> None:
