@@ -28,6 +28,9 @@ MANIFEST_NAME = "milonga.json"
 ADAPTER_CONFIG = "adapter_config.json"
 """File that only the folder of an adapter has."""
 
+READY_MADE = "ready-made.json"
+"""File that only a folder of own weights has: the rest comes from packages (`services.models.ready_made`)."""
+
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 """What a digest looks like."""
 

@@ -49,18 +49,19 @@ def merged_folder(folder: Path, base: Path, base_digest: str, identity: ModelVer
     architecture.check(base)
     products = read_low_ranks(folder, architecture.meta_denoiser(base))
     with replaced_folder(target) as temporary:
-        for path in _files(base):
+        for path in model_files(base):
             copy = temporary / path.relative_to(base)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.parent == base / architecture.denoiser and path.suffix == ".safetensors":
                 _merge(path, copy, products)
             else:
-                _link(path, copy)
+                link_or_copy(path, copy)
         write_manifest(temporary, identity.name, identity.version, identity.license)
     return target
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def model_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model folder but its manifest, its card and hidden ones."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden and path.name != MANIFEST_NAME and path.suffix != ".md":
@@ -77,7 +78,8 @@ def _merge(source: Path, target: Path, products: dict[str, LowRank]) -> None:
     save_file(weights, target, metadata={"format": "pt"})
 
 
-def _link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Link a file, or copy it where it can't be linked. Raises OSError."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or another user's file

@@ -32,10 +32,11 @@ from services.errors import (
     ModelNotFoundError,
     invalid,
 )
-from services.models.manifest import ADAPTER_CONFIG, DIGEST, hash_file, verify_manifest
+from services.models.manifest import ADAPTER_CONFIG, DIGEST, READY_MADE, hash_file, verify_manifest
+from services.models.mini import GENERATORS, PARTS, mini_folder
 from services.weights.registry import fetch, fetch_digest, parse_path
 
-EMBEDDED = ("mini", "mini-base")
+EMBEDDED = GENERATORS
 """Models of the embedded family that need no prefix."""
 
 LAION_SCHEMES = ("laion", "laion-clap")
@@ -108,15 +109,16 @@ class ResolvedModel:
     """The model folder; of LAION's checkpoints the file."""
     identity: ModelVersion
     """Version of the weights."""
-    adapter: Path | None = None
-    """Folder of the adapter that is merged into the model in `folder`; `identity` is the adapter's."""
+    own: Path | None = None
+    """Folder that `identity` is of, where `folder` was made from it: of an adapter, which is merged into its
+    model there, or of own weights, which are completed by ready-made parts."""
     reader: Literal["folder", "laion", "laion-clap"] = "folder"
     """Loader of the weights: of model folders, or one of the two for LAION's checkpoints."""
 
     @property
     def own_folder(self) -> Path:
         """Folder whose digest is `digest`: of an adapter its own, not that of the merged model."""
-        return self.adapter or self.folder
+        return self.own or self.folder
 
     @property
     def digest(self) -> str:
@@ -203,7 +205,7 @@ def _merged(
             raise ModelFormatError("is an adapter of itself; correct base_model_name_or_path")
         base = _merged(base, start, tracking_uri, (found.folder, *above))
     folder = merged_folder(found.folder, base.folder, base.digest, found.identity)
-    return replace(found, folder=folder, adapter=found.folder)
+    return replace(found, folder=folder, own=found.folder)
 
 
 def base_uri(adapter: Path, scheme: str) -> ModelURI:
@@ -232,6 +234,16 @@ def base_uri(adapter: Path, scheme: str) -> ModelURI:
 
 
 def _resolved(uri: ModelURI, tracking_uri: str | None) -> ResolvedModel:
+    """Return what a URI names; own weights are completed."""
+    found = _found(uri, tracking_uri)
+    if not (found.folder / READY_MADE).is_file():
+        return found
+    from services.weights.completing import completed_folder  # needs torch
+
+    return replace(found, folder=completed_folder(found.folder, found.identity), own=found.folder)
+
+
+def _found(uri: ModelURI, tracking_uri: str | None) -> ResolvedModel:
     if uri.scheme == "models":
         if uri.path:
             folder, identity = fetch(uri.path, pin=uri.digest, uri=tracking_uri)
@@ -270,8 +282,6 @@ def _checkpoint(path: Path, pin: str | None) -> ResolvedModel:
 def _folder(uri: ModelURI) -> Path:
     match uri.scheme:
         case "embedded":
-            from services.models.mini import mini_folder
-
             return mini_folder(uri.path)
         case "file":
             return Path(uri.path).expanduser().resolve()
@@ -308,8 +318,6 @@ def _snapshot(path: str) -> Path:
 
 
 def _member(name: str) -> str:
-    from services.models.mini import PARTS
-
     if name not in PARTS:
         raise _invalid(f"is 'mini:{name[:80]}', must be mini: and one of {', '.join(PARTS)}")
     return name

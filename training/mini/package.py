@@ -32,7 +32,7 @@ from services.models.audiogen.sampling import TokenScheduler
 from services.models.captioner.model import Captioner
 from services.models.clap.loading import load_clap
 from services.models.manifest import write_manifest
-from services.models.mini import PARTS, mini_folder
+from services.models.mini import mini_folder
 from services.models.mini.tagger import EventTagger
 from services.models.reward.model import WEIGHTS_NAME, RewardHead, read_reward_config, save_head
 from services.models.tango.loading import load_tango
@@ -181,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--target", type=Path, default=Path("services/models/mini"))
-    parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--only", action="append", choices=PACKAGERS, help="default: all")
     parser.add_argument("--restore", action="store_true", help="write the shipped parts into --work")
     arguments = parser.parse_args()
     if arguments.restore:
@@ -192,7 +192,7 @@ def main() -> None:
         print(f"{arguments.work}: the shipped parts, in float32")
         return
     arguments.target.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or PARTS:
+    for name in arguments.only or PACKAGERS:
         temporary = arguments.target / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         PACKAGERS[name](arguments.work, name, temporary)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from services.models.ready_made import HIFIGAN, MINILM
 from training.data.recorded_scenes import RecordedSceneConfig
 from training.data.splits import SplitConfig
 from training.finetuning.sft import SftTraining
@@ -11,7 +12,6 @@ from training.loop.checks import Count, Factor, Range, check_ranges
 from training.loop.fit import LoopConfig
 from training.objectives.noising import NoisingConfig
 from training.pretraining.autoencoder import AutoencoderTraining
-from training.pretraining.parts import HIFIGAN, MINILM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from services.models.hifigan import VocoderMel
 from services.models.manifest import write_manifest
+from services.models.ready_made import TextSide
 from services.models.state_dicts import quiet_loading
 from services.models.tango.pipeline import TangoPipeline
 from services.models.tango.schedulers import SD21_CONFIG
 from services.models.writing import replaced_folder
 from training.pretraining.config import DenoiserArchitecture, NewModel
-from training.pretraining.parts import TextSide
 
 VERSION = "0"
 """Version of the untrained model."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from services.errors import MilongaError, invalid
 from services.models.architectures import check_generator
 from services.models.hifigan import VocoderMel
+from services.models.ready_made import TextSide, ready_text_encoder, ready_vocoder
 from services.models.state_dicts import quiet_loading
 from services.models.tango.geometry import Geometry
 from services.models.words import is_readable
@@ -39,7 +40,6 @@ from training.loop.run_folder import check_output, claim_folder
 from training.pretraining.autoencoder import Mels, train_autoencoder
 from training.pretraining.budget import autoencoder_seconds, denoiser_seconds, steps_in
 from training.pretraining.config import NewModel
-from training.pretraining.parts import TextSide, ready_text_encoder, ready_vocoder
 from training.pretraining.spectrograms import cache_spectrograms
 from training.pretraining.start import build_denoiser, write_start
 

@@ -20,7 +20,7 @@ from services.errors import (
     invalid,
 )
 from services.models.folders import read_json
-from services.models.manifest import ADAPTER_CONFIG, DIGEST, MANIFEST_NAME, read_manifest
+from services.models.manifest import ADAPTER_CONFIG, DIGEST, MANIFEST_NAME, READY_MADE, read_manifest
 from services.models.mini import mini_folder
 from services.weights.registry import DIGEST_TAG, FOLDER_TAG, RegisteredVersion, connect, shown, tracking_uri
 from services.weights.uri import EMBEDDED, resolve
@@ -182,7 +182,7 @@ class Registry:
                 raise ModelFormatError(
                     f"version: {version} has no manifest with its digest; register it again"
                 )
-            if ADAPTER_CONFIG in files:
+            if ADAPTER_CONFIG in files or READY_MADE in files:
                 return self._merged_architecture(version)
             return {
                 path: _comparable(self._file(root, path, Path(folder), version))
@@ -193,7 +193,7 @@ class Registry:
             }
 
     def _merged_architecture(self, version: RegisteredVersion) -> dict[str, object]:
-        """Return the architecture of the model that an adapter is merged into. Fetches both."""
+        """Return the architecture of a merged or completed model. Fetches its weights."""
         folder = resolve(version.uri, tracking_uri=self.uri).folder
         return {
             path: _comparable(read_json(folder / path)) if path.endswith("/config.json") else digest

