@@ -3,11 +3,13 @@
 milonga train new my-sounds/ --name my-model --minutes 60 --judge yamnet.tflite
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from training.commands.data import AudioRoot, Folds
 from training.commands.options import Resume, Settings, Show, is_first_process
 
 
@@ -29,6 +31,8 @@ def new(
             "--judge", help="yamnet.tflite, to examine the model on held-out recordings.", show_default=False
         ),
     ] = None,
+    audio_root: AudioRoot = None,
+    folds: Folds = None,
     license: Annotated[str, typer.Option("--license", help="Licence of the weights.")] = "unknown",
     settings: Settings = None,
     output: Annotated[
@@ -49,7 +53,9 @@ def new(
     from training.pretraining.config import NewModel
     from training.runs.new import NewRun, run_new, summary
 
-    model = NewModel(name=name, data=data, minutes=minutes, license=license)
+    model = NewModel(name=name, data=data, audio_root=audio_root, minutes=minutes, license=license)
+    if folds:
+        model = replace(model, split=replace(model.split, folds=tuple(folds)))
     config = override(NewRun(model=model, judge=judge, register=register), settings or [])
     main = is_first_process()
     if main and show:

@@ -39,6 +39,10 @@ def readable_recordings(recordings: Sequence[Recording], limit: float) -> Readab
                 waveform, _ = one.clip.read()
                 if not has_sound(np.atleast_2d(waveform).mean(axis=0)):
                     unreadable[one.clip] = "is silent: nothing above -80 dB in the mono mix"
+            except FileNotFoundError:
+                unreadable[one.clip] = (
+                    "is not there; --audio-root is the folder that clips of a list start from"
+                )
             except (OSError, ValueError) as error:
                 unreadable[one.clip] = short_message(error)
             bar.update()
