@@ -4,12 +4,14 @@
 
 The vocoder and the text encoder are left out: they come from PyPI packages, whose digests the folder states
 (`services.models.ready_made`). Next to the embedded family, as `mini-real` or `mini-real-base`, the folder is
-a member of it. As a folder anywhere, or registered, it is a model like others.
+a member of it; so it is in an installed package `milonga_real`, if the main wheel would be too large with it.
+As a folder anywhere, or registered, it is a model like others.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +84,7 @@ def has_weights(folder: Path, module: Any) -> bool:
     )
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--target", type=Path, default=Path("services/models/mini"), help="folder of the family"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         manifest = read_manifest(arguments.folder)
         written = package_own_weights(

@@ -1,8 +1,11 @@
 """Own weights without ready-made parts: packaged, completed from installed packages, refused without them."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from services.weights.uri import resolve
 from tests.services.models.hifigan_release import write_release
 from tests.tiny import tiny_tokenizer
 from training.data.recorded_scenes import RecordedSceneConfig
-from training.mini.real import package_own_weights
+from training.mini.real import main, package_own_weights
 from training.pretraining.autoencoder import AutoencoderTraining, build_autoencoder
 from training.pretraining.config import DenoiserArchitecture, NewModel
 from training.pretraining.start import write_start
@@ -104,6 +107,21 @@ def test_own_weights_are_completed_to_the_same_model(model: Path, own: Path) -> 
     made = (found.folder / "milonga.json").stat().st_mtime_ns
     assert resolve(f"file:{own}#{manifest.digest}") == found
     assert (found.folder / "milonga.json").stat().st_mtime_ns == made
+
+
+def test_a_release_has_the_members_whose_folders_are_there(model: Path, tmp_path: Path) -> None:
+    main([str(model), "--name", "mini-real-base", "--target", str(tmp_path / "milonga_real")])
+    manifest = read_manifest(tmp_path / "milonga_real" / "mini-real-base")
+    assert (manifest.name, manifest.license) == ("mini-real-base", "CC-BY-4.0")
+    code = (
+        "from services.weights.uri import ModelURI; from services.models.mini import PARTS, mini_folder;"
+        "print(ModelURI.parse('mini-real-base').scheme, mini_folder('mini-real-base'), 'mini-real' in PARTS)"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["embedded", str(tmp_path / "milonga_real" / "mini-real-base"), "False"]
 
 
 def test_they_are_registered_and_of_the_architecture_of_the_whole_model(
