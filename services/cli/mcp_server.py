@@ -12,13 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import Resource, Tool
+
 from services.client import AsyncAudioClient
 from services.errors import MilongaError, OutputError, invalid
 from services.files import write_atomically
 
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 """Pattern of a clip's file name: no path leads out of the folder."""
-_MIME: Final = "audio/*"
+_MIME: Final = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg"}
+_ANY: Final = "audio/*"
 
 
 class Tools:
@@ -59,7 +64,7 @@ class Tools:
         return {
             "clip": path.name,
             "file": str(path),
-            "resource": f"milonga://clips/{path.name}",
+            "resource": _uri(path.name),
             "seed": clip.seed,
             "duration": clip.duration,
             "sample_rate": clip.sampling_rate,
@@ -96,24 +101,69 @@ class Tools:
         """Return a clip's file."""
         return self._existing(name).read_bytes()
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str, field: str = "name") -> Path:
         if not re.fullmatch(NAME, name):
-            raise invalid(
-                "name", f"is {name[:80]!r}, must be a file name of letters, digits, dots and dashes"
-            )
+            raise invalid(field, f"is {name[:80]!r}, must be a file name of letters, digits, dots and dashes")
         return self._folder / name
 
     def _existing(self, name: str) -> Path:
-        path = self._path(name)
+        path = self._path(name, "clip")
         if not path.is_file():
             there = ", ".join(self.clips()[:20]) or "none"
             raise invalid("clip", f"is {name!r}, which is not in the folder; there are: {there}")
         return path
 
 
+class Server(MCPServer[Any]):
+    """An MCP server of tools. It lists the clips of their folder, and refuses arguments that no tool has."""
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(
+            "milonga", instructions="Make sound effects from descriptions, score, describe and explain them."
+        )
+        self._tools = tools
+        calls: tuple[Callable[..., Awaitable[Any] | Any], ...] = (
+            tools.generate,
+            tools.score,
+            tools.caption,
+            tools.explain,
+            tools.clips,
+        )
+        for call in calls:
+            self.add_tool(_telling(call))
+        self.resource(_uri("{name}"), mime_type=_ANY, description="A clip's file.")(tools.read)
+
+    async def list_resources(self) -> list[Resource]:
+        """Return a resource per clip."""
+        return [
+            Resource(uri=_uri(name), name=name, mime_type=_MIME.get(name.rpartition(".")[2], _ANY))
+            for name in self._tools.clips()
+        ]
+
+    async def list_tools(self) -> list[Tool]:
+        """Return the tools, whose schemas say that they take no further arguments."""
+        return [
+            tool.model_copy(update={"input_schema": {**tool.input_schema, "additionalProperties": False}})
+            for tool in await super().list_tools()
+        ]
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        """Call a tool. Raises `ToolError` for an argument that it does not have."""
+        for tool in await super().list_tools():
+            known = tool.input_schema.get("properties", {})
+            unknown = [one[:80] for one in arguments if one not in known]
+            if tool.name == name and unknown:
+                takes = f"takes {', '.join(known)}" if known else "takes none"
+                raise ToolError(f"{', '.join(unknown)}: unknown; leave it out ({name} {takes})")
+        return await super().call_tool(name, arguments, context)
+
+
+def _uri(name: str) -> str:
+    return f"milonga://clips/{name}"
+
+
 def _telling(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return a tool whose errors reach the agent; those of bugs do not."""
-    from mcp.server.mcpserver.exceptions import ToolError
 
     @functools.wraps(call)
     async def tool(*arguments: Any, **named: Any) -> Any:
@@ -126,30 +176,14 @@ def _telling(call: Callable[..., Any]) -> Callable[..., Any]:
     return tool
 
 
-def build_server(client: AsyncAudioClient, folder: Path) -> Any:
-    """Return the MCP server (`mcp.server.mcpserver.MCPServer`) of the tools, with clips as resources.
+def build_server(client: AsyncAudioClient, folder: Path) -> Server:
+    """Return the MCP server of the tools, over a folder of clips.
 
     Raises:
         OutputError: the folder can't be made.
     """
-    from mcp.server.mcpserver import MCPServer
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} can't be made: {error.strerror}; give another --folder") from error
-    tools = Tools(client, folder)
-    server = MCPServer(
-        "milonga", instructions="Make sound effects from descriptions, score, describe and explain them."
-    )
-    calls: tuple[Callable[..., Awaitable[Any] | Any], ...] = (
-        tools.generate,
-        tools.score,
-        tools.caption,
-        tools.explain,
-        tools.clips,
-    )
-    for call in calls:
-        server.add_tool(_telling(call))
-    server.resource("milonga://clips/{name}", mime_type=_MIME, description="A clip's file.")(tools.read)
-    return server
+    return Server(Tools(client, folder))

@@ -42,7 +42,11 @@ def verify(
         from services.models.watermark.audioseal import AudioSealDetector
 
         detector = AudioSealDetector(watermark)
-    authorities = None if trust is None else _read(trust, "--trust").decode("ascii", "replace")
+    authorities = None
+    if trust is not None:
+        from services.provenance.reading import read_authorities
+
+        authorities = read_authorities(trust, "--trust")
     faults: list[FieldViolation] = []
     for path in clips:
         try:

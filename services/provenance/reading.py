@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from services.audio.containers import ContainerError, open_container
@@ -44,6 +45,28 @@ class Provenance:
     def record(self) -> dict[str, Any]:
         """Return it as JSON."""
         return {**asdict(self), "generation": dict(self.generation), "faults": list(self.faults)}
+
+
+def read_authorities(path: Path, field: str) -> str:
+    """Return the certificates (PEM) of the authorities in a file.
+
+    Raises:
+        InvalidInputError: the file can't be read, or holds no certificate.
+        UnsupportedError: the library is not installed.
+    """
+    require_library()
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    try:
+        certificates = x509.load_pem_x509_certificates(path.read_bytes())
+    except OSError as error:
+        raise invalid(field, f"is {path}, which can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise invalid(
+            field, f"is {path}, which holds no certificate in PEM; give those of authorities"
+        ) from error
+    return "".join(one.public_bytes(Encoding.PEM).decode() for one in certificates)
 
 
 def read_provenance(

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from services.errors import invalid
 from services.provenance import SIGNABLE
-from services.provenance.reading import read_provenance
+from services.provenance.reading import read_authorities, read_provenance
 from services.web.problems import check_query
 
 if TYPE_CHECKING:
@@ -26,13 +26,8 @@ _FILE = {
 def router(settings: "WebSettings", signer: "ClipSigner | None") -> APIRouter:
     """Return the endpoints of provenance."""
     routes = APIRouter()
-    authorities = None
-    if settings.trusted_signers is not None:
-        try:
-            authorities = settings.trusted_signers.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            fault = f"is {settings.trusted_signers}, which can't be read: {error}"
-            raise invalid("trusted_signers", fault) from error
+    trusted = settings.trusted_signers
+    authorities = None if trusted is None else read_authorities(trusted, "trusted_signers")
 
     @routes.get("/v1/provenance")
     async def signs() -> dict[str, Any]:

@@ -63,8 +63,9 @@ def _content(result: Any) -> Any:
 
 async def test_an_agent_makes_scores_and_explains_a_clip(addresses: dict[str, str], tmp_path: Path) -> None:
     async with _agent(addresses, tmp_path / "clips") as agent:
-        tools = {tool.name for tool in (await agent.list_tools()).tools}
-        assert tools == {"generate", "score", "caption", "explain", "clips"}
+        tools = (await agent.list_tools()).tools
+        assert [tool.name for tool in tools] == ["generate", "score", "caption", "explain", "clips"]
+        assert all(tool.input_schema["additionalProperties"] is False for tool in tools)
         asked = {"prompt": "a dog barks", "seed": 7, "name": "bark", "num_inference_steps": 1}
         made = _content(await agent.call_tool("generate", asked))
         assert (made["clip"], made["seed"]) == ("bark.wav", 7)
@@ -73,6 +74,8 @@ async def test_an_agent_makes_scores_and_explains_a_clip(addresses: dict[str, st
         assert -1 <= scores["scores"]["a"] <= 1
         explained = _content(await agent.call_tool("explain", {"prompt": "a dog barks", "seed": 7}))
         assert list(explained["peaks"]) == ["a", "dog", "barks"]
+        (listed,) = (await agent.list_resources()).resources
+        assert (str(listed.uri), listed.name, listed.mime_type) == (made["resource"], "bark.wav", "audio/wav")
         resource = await agent.read_resource(made["resource"])
         assert soundfile.info(io.BytesIO(base64.b64decode(resource.contents[0].blob))).format == "WAV"
 
@@ -85,6 +88,14 @@ async def test_an_agent_makes_scores_and_explains_a_clip(addresses: dict[str, st
         ("generate", {"prompt": "a dog", "name": "../x"}, "must be a file name"),
         ("score", {"prompt": "a dog", "clip": "absent.wav"}, "which is not in the folder"),
         ("caption", {"clip": "absent.wav"}, "which is not in the folder"),
+        ("caption", {"clip": "../x"}, "clip: is '../x', must be a file name"),
+        (
+            "generate",
+            {"prompt": "a dog", "steps": 1},
+            "steps: unknown; leave it out (generate takes prompt, ",
+        ),
+        ("clips", {"folder": "/"}, "folder: unknown; leave it out (clips takes none)"),
+        ("score", {"prompt": "a dog"}, "Field required"),
     ],
 )
 async def test_errors_name_field_and_remedy(

@@ -113,6 +113,32 @@ def test_a_changed_statement_is_found(signer: ClipSigner) -> None:
     assert found.faults
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "can't be read"),
+        (b"", "holds no certificate in PEM"),
+        (b"\xff\xfe no text", "holds no certificate in PEM"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "holds no certificate in PEM"),
+    ],
+)
+def test_authorities_that_are_none_are_named_where_they_are_given(
+    studio: Identity, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, says: str
+) -> None:
+    path = tmp_path / "authority.pem"
+    if content is not None:
+        path.write_bytes(content)
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(encode_audio(SOUND_N, 16_000))
+    assert cli.run(["verify", str(clip), "--trust", str(path)]) == 2
+    assert f"--trust: is {path}, which {says}" in capsys.readouterr().err
+    with (
+        pytest.raises(InvalidInputError, match=f"trusted_signers: is .* which {says}"),
+        hosting_web(generation="127.0.0.1:1", trusted_signers=path),
+    ):
+        pass
+
+
 def test_another_authority_does_not_make_it_trusted(signer: ClipSigner, tmp_path: Path) -> None:
     other = identity(tmp_path / "other")
     signed = signer.sign(encode_audio(SOUND_N, 16_000), "wav", ORIGIN)
