@@ -17,7 +17,8 @@ from tests.services.web.hosting import calling, hosting_web
 PATHS: Final = (
     "/v1/audio/generate", "/v1/sound-generation", "/v1/audio/scores", "/v1/audio/captions", "/v1/models",
     "/health", "/docs", "/%00", "/v1/audio/generate?output_format=x",
-    "/v1/sound-generation?output_format=%ff", "/v1/audio/rewards", "/v1/audio/explanations",
+    "/v1/sound-generation?output_format=%ff", "/v1/audio/scores?prompt=a&prompt=%00", "/v1/ratings?a",
+    "/v1/audio/rewards", "/v1/audio/explanations",
     "/v1/provenance", "/v1/ratings", "/v1/ratings/next", "/v1/ratings/1", "/v1/ratings/%2d1",
     "/v1/ratings/99999999999999999999", "/v1/ratings/summary", "/v1/ratings/clips/%00", "/v1/ratings/clips/a",
 )  # fmt: skip
