@@ -114,7 +114,7 @@ class Tools:
         return path
 
 
-class Server(MCPServer[Any]):
+class Server(MCPServer[Any]):  # type: ignore[misc]  # mypy takes mcp for Any
     """An MCP server of tools. It lists the clips of their folder, and refuses arguments that no tool has."""
 
     def __init__(self, tools: Tools) -> None:
