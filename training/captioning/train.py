@@ -41,7 +41,7 @@ from training.loop.checks import Natural, Range, check_ranges
 from training.loop.config import flatten
 from training.loop.fit import Evaluation, LoopConfig, Positions, adamw, examples_at, fit, make_accelerator
 from training.loop.progress import progress
-from training.loop.run_folder import check_output, claim_folder, finished_report
+from training.loop.run_folder import GROWING, check_output, claim_folder, finished_report
 
 FREE: Final = ("loop.checkpoint_seconds", "loop.threads", "data.workers")
 """Settings that may differ when a run is resumed."""
@@ -130,7 +130,7 @@ def train_captioner(config: CaptionerTraining, output: Path, *, fresh: bool = Fa
     settings = flatten(config) | {"start_digest": start.digest, "data_digests": tuple(sources.values())}
     kept = {name: value for name, value in settings.items() if name not in FREE}
     with accelerator.main_process_first():
-        claim_folder(run, settings, fresh=fresh and main, free=FREE)
+        claim_folder(run, settings, fresh=fresh and main, free=(*FREE, GROWING))
     if not fresh and (finished := finished_report(output / REPORT, kept)) is not None:
         return finished if main else {}
 

@@ -37,7 +37,14 @@ from training.finetuning.adapters import adapter_folder, write_adapters
 from training.loop.checks import Range, Share, check_ranges
 from training.loop.config import Plain, flatten
 from training.loop.fit import LoopConfig, Positions, make_accelerator
-from training.loop.run_folder import JOURNAL, check_output, claim_folder, finished_report, read_journal
+from training.loop.run_folder import (
+    GROWING,
+    JOURNAL,
+    check_output,
+    claim_folder,
+    finished_report,
+    read_journal,
+)
 from training.objectives.noising import Noising, NoisingConfig, draw_noising, mean_products, residuals
 from training.objectives.objective import OBJECTIVES, Objective
 
@@ -307,7 +314,7 @@ def open_session(
     inputs |= {f"{name}_digest": found[name].digest if name in found else None for name in models}
     settings = flatten(config) | inputs | {**digests}
     with accelerator.main_process_first():
-        claim_folder(run, settings, fresh=fresh and accelerator.is_main_process, free=FREE)
+        claim_folder(run, settings, fresh=fresh and accelerator.is_main_process, free=(*FREE, GROWING))
     kept = {name: value for name, value in settings.items() if name not in FREE}
     session = Session(
         config=config,

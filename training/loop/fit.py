@@ -57,7 +57,8 @@ class LoopConfig:
     """Settings of the loop: length, optimiser, checkpoints, averaging."""
 
     steps: Count
-    """Optimiser steps in total, earlier sessions included."""
+    """Optimiser steps in total, earlier sessions included. They may grow when a run is resumed: the learning
+    rate then follows the longer schedule from there."""
     batch: Count
     """Examples per step, over all processes and accumulated parts."""
     seed: Seed = 0
@@ -384,6 +385,9 @@ class _Loop:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         device = next(self.bare.parameters()).device
         self.state = _State(**content["state"])
+        if self.state.step > self.config.steps:
+            made = f"is {self.config.steps}, and {self.folder} holds a run of {self.state.step} steps"
+            raise invalid("loop.steps", f"{made}; give at least as many, or --fresh to start over")
         self.state.average = {k: v.to(device) for k, v in self.state.average.items()}
 
 

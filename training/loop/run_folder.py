@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -26,6 +26,8 @@ JOURNAL = "journal.jsonl"
 RUN = "run.json"
 KEPT = 2
 """Checkpoints to keep: the last, and the one before in case the last is unreadable."""
+GROWING: Final = "loop.steps"
+"""Setting of a training that may grow when it is resumed."""
 
 
 def finished_report(path: Path, settings: Mapping[str, Plain]) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ from training.loop.fit import (
     fit,
     make_accelerator,
 )
-from training.loop.run_folder import claim_folder, finished_report
+from training.loop.run_folder import GROWING, claim_folder, finished_report
 from training.objectives.calibration import fit_scaling
 from training.objectives.preference import binary_cross_entropy, bradley_terry
 from training.reward.data import ClapTokens, DataConfig, load_examples
@@ -136,7 +136,7 @@ def train_reward(config: RewardTraining, output: Path, *, fresh: bool = False) -
     resolved = resolve(config.clap)
     with accelerator.main_process_first():
         settings = flatten(config) | {"clap_digest": resolved.digest}
-        claim_folder(run, settings, fresh=fresh and main, free=FREE)
+        claim_folder(run, settings, fresh=fresh and main, free=(*FREE, GROWING))
     finished = None if fresh else finished_report(output / EVALUATION, flatten(config))
     if finished is not None and finished["clap"]["digest"] == resolved.digest:
         return finished if main else {}

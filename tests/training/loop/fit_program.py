@@ -24,7 +24,7 @@ from training.loop.fit import (
     fit,
     make_accelerator,
 )
-from training.loop.run_folder import claim_folder
+from training.loop.run_folder import GROWING, claim_folder
 
 CONFIG = LoopConfig(
     steps=40,
@@ -59,7 +59,7 @@ def train(
     x = torch.randn(EXAMPLES, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, :2] * x[:, 2:]).sum(1)
     accelerator = make_accelerator(config)
-    claim_folder(folder, flatten(config))
+    claim_folder(folder, {f"loop.{name}": value for name, value in flatten(config).items()}, free=(GROWING,))
     module = build(dropout)
 
     def loss_of(module: nn.Module, positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:

@@ -105,6 +105,18 @@ def test_a_finished_run_is_not_run_again(unbroken: Path) -> None:
     assert (fitted.steps, fitted.best_step) == (CONFIG.steps, (scores.index(max(scores)) + 1) * 10)
 
 
+def test_a_finished_run_may_grow_and_not_shrink(tmp_path: Path) -> None:
+    short = replace(CONFIG, steps=20, decay=0.5)
+    train(tmp_path, short)
+    before = _losses(tmp_path)
+    _, fitted = train(tmp_path, replace(short, steps=40))
+    rates = [row["rate"] for row in read_journal(tmp_path / JOURNAL) if "rate" in row]
+    assert fitted.steps == len(rates) == 40 and _losses(tmp_path)[:20] == before
+    assert rates[20] == CONFIG.learning_rate > rates[19] > rates[39]
+    with pytest.raises(InvalidInputError, match=r"loop\.steps: is 30, and .* holds a run of 40 steps; give"):
+        train(tmp_path, replace(short, steps=30))
+
+
 def test_a_batch_in_parts_gives_the_curve_of_a_whole_one(tmp_path: Path) -> None:
     train(tmp_path / "whole", dropout=0.0)
     train(tmp_path / "parts", replace(CONFIG, accumulation=4), dropout=0.0)
