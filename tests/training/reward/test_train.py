@@ -158,8 +158,8 @@ def test_a_finished_training_is_not_repeated_and_refuses_other_settings(
     before = verify_manifest(trained).digest
     train_reward(config, trained)
     assert verify_manifest(trained).digest == before
-    with pytest.raises(InvalidInputError, match=r"loop\.steps was 6, is 7"):
-        train_reward(override(config, ["loop.steps=7"]), trained)
+    with pytest.raises(InvalidInputError, match=r"loop\.batch was \d+, is 7"):
+        train_reward(override(config, ["loop.batch=7"]), trained)
 
 
 @pytest.mark.parametrize("objective", ["bce", "bradley_terry"])
