@@ -70,7 +70,7 @@ class MilongaSoundEffect:
             raise RuntimeError(f"milonga: {_detail(error.read())}") from error
         except (OSError, ValueError, HTTPException) as error:
             raise RuntimeError(
-                f"milonga: {server} does not answer HTTP ({error}); give the address of a web door as "
+                f"milonga: {server} does not answer HTTP ({str(error)!r}); give the address of a web door as "
                 "http://HOST:PORT, and start it: milonga up"
             ) from error
         return _audio(content, server), seed
