@@ -160,7 +160,7 @@ class Backend:
 
     def lack(self) -> str | None:
         """Return why the backend can't be measured here, if it can't."""
-        exported = ("onnx", "onnxscript", self.package) if self.package else ()
+        exported = (self.package, "onnx", "onnxscript") if self.package else ()
         for package in exported:
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
@@ -191,25 +191,27 @@ def export(denoiser: Denoiser, inputs: tuple[Tensor, ...], graph: Path) -> None:
 
 def compare(
     subject: Subject, inputs: tuple[Tensor, ...], expected: Tensor, call: Call, rounds: int
-) -> dict[str, Any]:
-    """Return the figures of a call against torch in float32, which returns `expected`, in turns."""
+) -> tuple[dict[str, Any], Tensor]:
+    """Return the figures of a call against torch in float32, in turns, and what the call returns.
+
+    `expected` is what torch returns.
+    """
     reference = in_torch(subject.denoiser, Path())
-    others = call(_other_companions(inputs))
     turns = [
         (_turn(reference, inputs, subject.calls), _turn(call, inputs, subject.calls)) for _ in range(rounds)
     ]
     ratios = [plain / own for (plain, _), (own, _) in turns]
     output = turns[-1][1][1]
     error = output - expected
-    return {
+    figures = {
         "torch milliseconds": round(1e3 * median(plain for (plain, _), _ in turns), 2),
         "milliseconds": round(1e3 * median(own for _, (own, _) in turns), 2),
         "times faster": round(median(ratios), 3),
         "range": [round(min(ratios), 3), round(max(ratios), 3)],
         "largest error": float(error.abs().max()),
         "snr_db": round(10 * torch.log10(expected.square().sum() / error.square().sum()).item(), 1),
-        "equal bits": torch.equal(others[0], output[0]),
     }
+    return figures, output
 
 
 def _turn(call: Call, inputs: Sequence[Tensor], calls: int) -> tuple[float, Tensor]:
@@ -251,12 +253,13 @@ def measured(subject: Subject, rows: int, backends: Sequence[str], rounds: int) 
                 figures["seconds of export"] = round(_processor() - exporting, 1)
             start = _processor()
             call = backend.build(subject.denoiser, graph)
-            call(inputs)
+            others = call(_other_companions(inputs))
             setup = {
                 "seconds of setup": round(_processor() - start, 2),
                 "added MiB": round(memory_mib()["VmRSS"] - resident),
             }
-            figures[name] = {**compare(subject, inputs, expected, call, rounds), **setup}
+            own, output = compare(subject, inputs, expected, call, rounds)
+            figures[name] = {**own, "equal bits": torch.equal(others[0], output[0]), **setup}
             print(f"{rows} rows, {name}: {figures[name]}", flush=True)
             del call
             gc.collect()

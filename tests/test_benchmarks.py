@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import audiogenx, captioning, gpu, latency, upstream, weights
+from benchmarks import audiogenx, backends, captioning, gpu, latency, upstream, weights
 from benchmarks.arrivals import batch_server
 from services.models.manifest import write_manifest
 from tests.tiny import tiny_audiogen, tiny_captioner, tiny_pipeline
@@ -51,6 +51,39 @@ def test_weights_are_counted_by_part_and_format(tmp_path: Path) -> None:
     layer = nn.Sequential(nn.Linear(3, 5), nn.Conv1d(5, 2, 1))
     assert sum(weights.bytes_of(layer, 4).values()) == 4 * (15 + 5 + 10 + 2)
     assert weights.bytes_of(layer, 2, int8=True) == {"0": 15 + 4 * 5 + 2 * 5, "1": 2 * (10 + 2)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "package", "error"),
+    [
+        ("torch, bfloat16", "torch", 0.1),
+        ("ONNX Runtime", "onnxruntime", 1e-4),
+        ("OpenVINO", "openvino", 1e-4),
+        ("OpenVINO, bfloat16", "openvino", 0.3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # torch's
+def test_backends_compute_what_torch_does(tmp_path: Path, backend: str, package: str, error: float) -> None:
+    pytest.importorskip(package)
+    subject = backends.tiny()
+    figures = backends.measured(subject, 2, [backend], rounds=1)[backend]
+    assert 0 < figures["largest error"] < error
+    assert figures["equal bits"]
+    assert figures["times faster"] > 0
+
+
+def test_a_backend_that_is_not_installed_is_skipped_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = backends.Backend(build=backends.in_torch, package="no_such_package")
+    monkeypatch.setattr(backends, "BACKENDS", {"lacking": lacking, **backends.BACKENDS})
+    output = tmp_path / "backends.json"
+    words = ["--tiny", "--rounds", "1", "--only", "full size", "--output", str(output), "--backends"]
+    backends.main([*words, "lacking"])
+    backends.main([*words, "torch, bfloat16"])
+    rows = json.loads(output.read_text())["full size"]["2 rows"]
+    assert rows["lacking"] == {"skipped": "no_such_package is not installed"}
+    assert rows["torch, bfloat16"]["snr_db"] > 20, "what the report has is kept"
 
 
 def test_upstreams_way_is_the_pipelines_with_its_scheduler() -> None:
