@@ -110,7 +110,7 @@ def _add_studio(app: FastAPI, settings: WebSettings, desk: Desk) -> None:
         return RedirectResponse(f"{studio.PATH}/{tab}")
 
     for path in ("/", "/rate"):
-        app.add_api_route(path, lead, include_in_schema=False)
+        app.add_api_route(path, lead, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _operations(
@@ -119,6 +119,7 @@ def _operations(
     """Return the endpoints for those who run the web door."""
     routes = APIRouter()
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> Response:
         """Say whether clips can be made (200) or not (503), and the state of each service."""
@@ -128,6 +129,7 @@ def _operations(
             {"status": "ok" if well else "unavailable", "services": states}, 200 if well else 503
         )
 
+    @routes.head("/live", include_in_schema=False)
     @routes.get("/live", include_in_schema=False)
     async def live() -> Response:
         """Say whether the web door takes requests, whatever its services do: for probes."""

@@ -159,6 +159,12 @@ def test_health_names_every_service(http: httpx.Client) -> None:
     assert http.get("/live").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/live"])
+def test_probes_may_ask_for_the_head_alone(http: httpx.Client, path: str) -> None:
+    response = http.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
 def test_metrics_count_by_route(http: httpx.Client) -> None:
     http.get("/v1/models")
     text = http.get("/metrics").text
