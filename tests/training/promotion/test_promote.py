@@ -190,8 +190,18 @@ def test_without_a_database_nothing_begins(world: World) -> None:
 
 
 def test_a_database_that_is_away_undoes_the_promotion(world: World, tmp_path: Path) -> None:
+    (tmp_path / "ratings.db").write_bytes(b"no database" * 100)
     with pytest.raises(ServiceUnavailableError, match="database of ratings"):
-        _people(world, f"sqlite:///{tmp_path}/absent/ratings.db")
+        _people(world, f"sqlite:///{tmp_path}/ratings.db")
+    world.assert_untouched()
+    assert world.entry.outcome == "failed"
+
+
+def test_a_file_of_ratings_that_is_not_there_undoes_the_promotion(world: World, tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"absent\.db, which is no file; `milonga ratings plan` makes one"
+    ):
+        _people(world, f"sqlite:///{tmp_path}/absent.db")
     world.assert_untouched()
     assert world.entry.outcome == "failed"
 
