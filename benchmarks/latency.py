@@ -135,8 +135,8 @@ def measure(
 
 def plot(report: Mapping[str, Any]) -> bytes:
     """Return the plot of latency against load, a panel per kind, a line per policy; PNG."""
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-    for axis, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
         for number, (policy, points) in enumerate(report["points"].items()):
             loads = sorted((load for load in points if kind in points[load]), key=float)
             for quantile, style in (("p50", "-"), ("p95", "--")):
@@ -152,9 +152,11 @@ def plot(report: Mapping[str, Any]) -> bytes:
         axis.set_title(kind)
         axis.set_xlabel("requests a second / capacity of the engine")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("latency, seconds")
-    figure.axes[0].legend(fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
     file = io.BytesIO()
     figure.savefig(file, dpi=120)
     return file.getvalue()
