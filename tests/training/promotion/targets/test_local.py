@@ -111,6 +111,18 @@ def adapter(folder: Path, base: str) -> Path:
     return folder
 
 
+def damage(digest: str, cache: Path, away: Path) -> None:
+    """Change a bit of all registered weights, and move the cached copy of one version away."""
+    for weights in Path("mlruns").rglob("*.safetensors"):
+        damaged = bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.chmod(0o644)
+        weights.write_bytes(bytes(damaged))
+    for folder in cache.iterdir():
+        if folder.name == digest.removeprefix("sha256:"):
+            folder.rename(away)
+
+
 def gates(folder: Path, minimum: float) -> GatesConfig:
     with (folder / "prompts.csv").open("w") as file:
         csv.writer(file).writerows([["prompt"], *([prompt] for prompt in PROMPTS)])
@@ -224,14 +236,7 @@ def test_a_local_service_is_promoted_rolled_back_and_protected(
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
 
     third, _ = register(model(tmp_path / "third", 2))
-    for weights in Path("mlruns").rglob("*.safetensors"):
-        damaged = bytearray(weights.read_bytes())
-        damaged[-1] ^= 1
-        weights.chmod(0o644)
-        weights.write_bytes(bytes(damaged))
-    for folder in (tmp_path / "cache" / "models").iterdir():
-        if folder.name == third.digest.removeprefix("sha256:"):
-            folder.rename(tmp_path / "away")
+    damage(third.digest, tmp_path / "cache" / "models", tmp_path / "away")
     with pytest.raises(RolloutError, match=r"the challenger failed: .*which it was registered as"):
         promote(promoter, gates(tmp_path, -2.0), model="milonga-tango", version=third.version)
     assert (served(service), registry.alias("milonga-tango", "champion")) == (first.digest, "2")
